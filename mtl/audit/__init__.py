@@ -1,0 +1,20 @@
+"""The gradient audit: an independent witness that what was frozen stayed bit-identical and received no gradient.
+
+It is given patterns, looks at tensors, and imports nothing from the code that freezes. It works in any training loop:
+
+    audit = GradientAudit(model, freeze=["trunk"], optimizers=[optimizer])
+    with audit.phase("warm-heads"):
+        for x, y in loader:
+            loss(model(x), y).backward()
+            audit.after_backward()
+            optimizer.step()
+            audit.after_step()
+            optimizer.zero_grad()
+    assert audit.report.ok
+"""
+
+from mtl.audit.audit import GradientAudit
+from mtl.audit.fingerprint import fingerprint
+from mtl.audit.report import AuditError, PhaseRecord, Report, Violation
+
+__all__ = ["AuditError", "GradientAudit", "PhaseRecord", "Report", "Violation", "fingerprint"]

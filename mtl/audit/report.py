@@ -1,0 +1,113 @@
+"""What the audit found, as plain data."""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from dataclasses import asdict, dataclass, field
+from typing import Any
+
+
+@dataclass(frozen=True)
+class Violation:
+    """One breach of the contract.
+
+    Attributes:
+        kind: `param_changed`, `buffer_changed`, `attr_changed`, `grad_present`, `requires_grad`, `in_optimizer`,
+            `not_in_optimizer`, `identity_changed`, `train_mode`, or `shared_storage`.
+        name: The tensor's full name; for `train_mode`, the module's.
+        phase: The phase in which it was found.
+        step: Steps done in the phase when it was found.
+        cause: What most likely did it.
+        detail: What was seen.
+    """
+
+    kind: str
+    name: str
+    phase: str
+    step: int
+    cause: str
+    detail: str
+
+    def __str__(self) -> str:
+        return f"phase {self.phase!r}, step {self.step}, {self.name}: {self.kind}: {self.detail}; likely cause: {self.cause}"
+
+
+class AuditError(RuntimeError):
+    """Raised under the policy `raise`; carries every violation found at that moment."""
+
+    def __init__(self, violations: Sequence[Violation]) -> None:
+        shown = [str(violation) for violation in violations[:5]]
+        if len(violations) > 5:
+            shown.append(f"and {len(violations) - 5} more of the same moment")
+        super().__init__("the freeze was broken:\n  " + "\n  ".join(shown))
+        self.violations = list(violations)
+
+
+@dataclass
+class PhaseRecord:
+    """What was checked in one phase, how often, and with what result.
+
+    Attributes:
+        name: The phase.
+        freeze: The patterns of its contract.
+        fingerprints: Of every frozen tensor, by name, when the phase began.
+        root: One digest of them all.
+        num_trainable: Parameters outside the contract.
+        num_trained: Those of them whose bytes differ between the phase's begin and end.
+        num_steps: Steps seen.
+        num_tripwire_checks: Looks at one tensor or module between steps.
+        num_fingerprint_checks: Digests compared with the first ones.
+        completed: Whether the phase ended without an exception.
+        violations: What was found.
+    """
+
+    name: str
+    freeze: list[str]
+    fingerprints: dict[str, str] = field(default_factory=dict)
+    root: str = ""
+    num_trainable: int = 0
+    num_trained: int = 0
+    num_steps: int = 0
+    num_tripwire_checks: int = 0
+    num_fingerprint_checks: int = 0
+    completed: bool = False
+    violations: list[Violation] = field(default_factory=list)
+
+    @property
+    def ok(self) -> bool:
+        return not self.violations
+
+    def to_json(self) -> dict[str, Any]:
+        return {
+            "name": self.name,
+            "ok": self.ok,
+            "completed": self.completed,
+            "freeze": self.freeze,
+            "frozen": {"count": len(self.fingerprints), "root": self.root, "fingerprints": self.fingerprints},
+            "trainable": {"count": self.num_trainable, "changed": self.num_trained},
+            "checks": {
+                "steps": self.num_steps,
+                "tripwires": self.num_tripwire_checks,
+                "fingerprints": self.num_fingerprint_checks,
+            },
+            "violations": [asdict(violation) for violation in self.violations],
+        }
+
+
+@dataclass
+class Report:
+    """The audit of a run: its phases in order."""
+
+    phases: list[PhaseRecord] = field(default_factory=list)
+
+    @property
+    def violations(self) -> list[Violation]:
+        return [violation for phase in self.phases for violation in phase.violations]
+
+    @property
+    def ok(self) -> bool:
+        return not self.violations
+
+    def to_json(self) -> dict[str, Any]:
+        """The content of `audit.json`."""
+        return {"ok": self.ok, "phases": [phase.to_json() for phase in self.phases]}

@@ -1,0 +1,103 @@
+"""Balancing: how the losses of the tasks become the one number that is minimised.
+
+The methods are TorchJD's scalarizers; this module only finds them by name and tells them what happens in the loop.
+"""
+
+from __future__ import annotations
+
+import inspect
+from collections.abc import Callable, Mapping, Sequence
+from difflib import get_close_matches
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+from torchjd import scalarization
+from torchjd.scalarization import Constant, Scalarizer
+
+from mtl.config import BalanceConfig
+
+
+def method_names() -> dict[str, str]:
+    """The scalarizers of TorchJD by the name that a configuration writes: `uw` -> `UW`."""
+    return {name.lower(): name for name in scalarization.__all__ if name not in ("Scalarizer", "Constant")}
+
+
+def build_balance(config: BalanceConfig, tasks: Sequence[str]) -> Balance:
+    """Makes the balancing method of a configuration.
+
+    Raises:
+        ValueError: No such method, options that it does not take or lacks, or weights that do not name every task.
+    """
+    if config.method == "fixed":
+        return Balance(Constant(_fixed_weights(config.weights or {}, tasks)))
+    names = method_names()
+    if config.method.lower() not in names:
+        near = get_close_matches(config.method.lower(), names, n=1)
+        raise ValueError(
+            f"balance.method: no method {config.method!r}" + (f"; nearest: {near[0]}" if near else "")
+            + f"; there are: fixed, {', '.join(sorted(names))}"
+        )
+    scalarizer: type[Scalarizer] = getattr(scalarization, names[config.method.lower()])
+    parameters = dict(inspect.signature(scalarizer).parameters)
+    # Lists are written for tensors; learnable methods want to know how many losses there are.
+    options = {k: torch.tensor(v, dtype=torch.float32) if isinstance(v, list) else v for k, v in config.options.items()}
+    if "shape" in parameters:
+        options["shape"] = len(tasks)
+    try:
+        return Balance(scalarizer(**options))
+    except (TypeError, ValueError) as error:
+        takes = ", ".join(name for name in parameters if name != "shape") or "none"
+        raise ValueError(f"balance.options: {config.method} takes the options {takes}: {error}") from error
+
+
+def _fixed_weights(weights: Mapping[str, float], tasks: Sequence[str]) -> Tensor:
+    if set(weights) != set(tasks):
+        raise ValueError(f"balance.weights: expected a weight for each of {', '.join(tasks)}, got {', '.join(weights)}")
+    return torch.tensor([weights[task] for task in tasks])
+
+
+class Balance(nn.Module):
+    """A scalarizer as the training loop uses it.
+
+    Attributes:
+        scalarizer: TorchJD's method; parameters that it learns are named `balance.scalarizer.*`.
+        param_groups: Parameters that the method steps itself (FAMO), in the form of an optimizer's; the run's own
+            optimizer must leave them alone.
+    """
+
+    def __init__(self, scalarizer: Scalarizer) -> None:
+        super().__init__()
+        self.scalarizer = scalarizer
+        # TorchJD keeps weights and reference points as plain attributes, which would not follow to a GPU.
+        for name, value in list(vars(scalarizer).items()):
+            if isinstance(value, Tensor):
+                delattr(scalarizer, name)
+                scalarizer.register_buffer(name, value)
+        own = list(scalarizer.parameters()) if hasattr(scalarizer, "update") else []
+        self.param_groups: list[dict[str, Any]] = [{"params": own}] if own else []
+
+    def forward(self, losses: Tensor) -> Tensor:
+        """
+        Args:
+            losses: "t", the tasks' losses in the order of the configuration.
+
+        Returns:
+            The loss to minimise, a scalar.
+        """
+        total: Tensor = self.scalarizer(losses)
+        return total
+
+    def after_step(self, losses_now: Callable[[], Tensor]) -> None:
+        """Tells the method that a step was made; one that learns from the change asks for the losses on the same batch."""
+        update: Any = getattr(self.scalarizer, "update", None)
+        if update is not None:
+            with torch.no_grad():
+                losses = losses_now()
+            update(losses)
+
+    def after_epoch(self) -> None:
+        """Tells the method that a pass over the data has ended (DWA compares passes)."""
+        step: Any = getattr(self.scalarizer, "step", None)
+        if step is not None:
+            step()

@@ -1,0 +1,76 @@
+"""The command line: parses, calls, sets the exit code."""
+
+from __future__ import annotations
+
+import argparse
+import sys
+from collections.abc import Sequence
+from pathlib import Path
+
+from mtl import __version__
+
+DONE, FAILED, WRONG_INPUT, VIOLATION = 0, 1, 2, 3
+
+
+def main(arguments: Sequence[str] | None = None) -> int:
+    """Runs a verb.
+
+    Returns:
+        0 done; 2 the user's input is wrong; 3 the audit found a violation. Anything else is raised, which makes 1.
+    """
+    parser = argparse.ArgumentParser(prog="mtl", description="Multi-task learning with freezes that are proven.")
+    parser.add_argument("--version", action="version", version=f"mtl {__version__}")
+    verbs = parser.add_subparsers(dest="verb", required=True, metavar="VERB")
+    train = verbs.add_parser("train", help="train a configuration", description=_train.__doc__)
+    train.add_argument("config", type=Path, metavar="CONFIG", help="a YAML file, such as configs/scenes.yaml")
+    train.add_argument("overrides", nargs="*", metavar="key=value", help="such as optim.lr=3e-4 phases.finetune.epochs=2")
+    train.add_argument("-q", "--quiet", action="store_true", help="show nothing but warnings and errors")
+    options, rest = parser.parse_known_args(arguments)
+    # argparse takes key=value pairs only in one piece; those behind an option come back as the rest.
+    unknown = [argument for argument in rest if argument.startswith("-")]
+    if unknown:
+        verbs.choices[options.verb].error(f"unrecognized arguments: {' '.join(unknown)}")
+    return _train(options.config, [*options.overrides, *rest], options.quiet)
+
+
+def _train(file: Path, overrides: Sequence[str], quiet: bool) -> int:
+    """Trains through the phases of CONFIG, proves what they froze, and writes a run directory."""
+    from mtl.config import load_config
+    from mtl.yaml_source import ConfigError
+
+    # The configuration is checked before torch and timm are loaded, which takes seconds.
+    try:
+        config = load_config(file, overrides)
+    except ConfigError as error:
+        return _complain(error)
+
+    from mtl.assembly import assemble
+    from mtl.audit import AuditError
+    from mtl.console import logger, show_log
+    from mtl.data import DataError
+    from mtl.summary import phases_table, results_table, verdict
+    from mtl.trainer import train
+
+    show_log(quiet)
+    try:
+        parts = assemble(config, quiet)
+        logger.info(phases_table(parts))
+        outcome = train(parts, quiet)
+    except (ConfigError, DataError) as error:
+        return _complain(error)
+    except AuditError as error:
+        print(f"audit: {error}\nSee {config.run_dir / 'audit.json'}", file=sys.stderr)
+        return VIOLATION
+    logger.info(results_table(outcome))
+    logger.info(verdict(outcome))
+    logger.info(
+        f"{outcome.run_dir}: last and best checkpoint (val/score {outcome.best_score:.3f} at step {outcome.best_step}),"
+        f" metrics.jsonl, audit.json, plan.json, config.yaml; trained in {outcome.seconds:.0f} s"
+    )
+    return DONE if outcome.report.ok else VIOLATION
+
+
+def _complain(error: Exception) -> int:
+    for line in str(error).splitlines():
+        print(f"error: {line}", file=sys.stderr)
+    return WRONG_INPUT

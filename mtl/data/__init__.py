@@ -1,0 +1,100 @@
+"""Data sets: images and labels in memory, made from the embedded garments."""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Mapping
+from dataclasses import dataclass
+from pathlib import Path
+from types import ModuleType
+
+import numpy as np
+import torch
+from torch import Tensor
+from tqdm import tqdm
+
+from mtl.config import DataConfig
+from mtl.data import multifashion, scenes
+from mtl.data.cache import DataError, cached, default_cache_dir
+from mtl.data.dataset import Batch, Split, num_batches, training_batches, validation_batches
+from mtl.data.sprites import load_sprites
+from mtl.tasks import Task
+
+__all__ = ["BUILT_IN", "Batch", "DataError", "Split", "load_data", "num_batches", "training_batches", "validation_batches"]
+
+
+@dataclass(frozen=True)
+class BuiltIn:
+    """A data set that is made, not downloaded.
+
+    Attributes:
+        module: Where its `render_block`, `BLOCK` and `VERSION` live.
+        num_train: Training images, unless the configuration says otherwise.
+        num_val: Validation images, likewise.
+        labels: The labels that it gives; tasks are named after them.
+    """
+
+    module: ModuleType
+    num_train: int
+    num_val: int
+    labels: tuple[str, ...]
+
+
+BUILT_IN: Mapping[str, BuiltIn] = {
+    "scenes": BuiltIn(scenes, 6000, 500, ("segmentation", "depth", "normals", "object")),
+    "multifashion": BuiltIn(multifashion, 20_000, 2000, ("left", "right")),
+}
+
+
+def load_data(config: DataConfig, tasks: Mapping[str, Task], quiet: bool = False) -> tuple[Split, Split]:
+    """Makes or reads a data set, and checks that its labels fit the tasks.
+
+    Args:
+        config: Which data set.
+        tasks: The tasks, named after labels of the data set; labels that no task uses are left out.
+        quiet: Whether to show no progress bar.
+
+    Returns:
+        The training and the validation split.
+
+    Raises:
+        DataError: The data cache is damaged or cannot be written, or labels do not fit the tasks.
+    """
+    data = BUILT_IN[config.name]
+    train = _load_split(data, config, "train", config.num_train or data.num_train, quiet)
+    val = _load_split(data, config, "val", config.num_val or data.num_val, quiet)
+    for name, task in tasks.items():
+        for split in (train, val):
+            try:
+                task.check_labels(split.labels[name])
+            except ValueError as error:
+                raise DataError(f"tasks.{name}: the labels of {config.name} do not fit: {error}") from error
+    wanted = set(tasks)
+    return tuple(Split(s.images, {n: l for n, l in s.labels.items() if n in wanted}) for s in (train, val))  # type: ignore[return-value]
+
+
+def _load_split(data: BuiltIn, config: DataConfig, split: str, num: int, quiet: bool) -> Split:
+    key = {
+        "name": config.name,
+        "version": data.module.VERSION,
+        "split": split,
+        "num": num,
+        "image_size": config.image_size,
+        "seed": config.seed,
+    }
+    folder = Path(config.cache_dir).expanduser() if config.cache_dir else default_cache_dir()
+    render: Callable[[], dict[str, Tensor]] = lambda: _render(data, config, split, num, quiet)  # noqa: E731
+    tensors = cached(folder, key, render)
+    return Split(tensors.pop("images"), tensors)
+
+
+def _render(data: BuiltIn, config: DataConfig, split: str, num: int, quiet: bool) -> dict[str, Tensor]:
+    """The first `num` images of a split; a bar appears if it takes longer than a second."""
+    sprites = load_sprites(split)
+    size = data.module.BLOCK
+    # Splits draw from seeds of their own; their garments are disjoint anyway.
+    seed = 2 * config.seed + (split == "val")
+    blocks = []
+    numbers = range((num + size - 1) // size)
+    for number in tqdm(numbers, f"{config.name}: making {num} {split} images", disable=quiet, delay=1, leave=False):
+        blocks.append(data.module.render_block(sprites, config.image_size, seed, number))
+    return {name: torch.from_numpy(np.concatenate([block[name] for block in blocks])[:num]) for name in blocks[0]}

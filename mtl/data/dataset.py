@@ -1,0 +1,82 @@
+"""A data set in memory: stored images and labels, and batches of them without a Python loop per sample."""
+
+from __future__ import annotations
+
+from collections.abc import Iterator
+from dataclasses import dataclass
+
+import torch
+from torch import Tensor
+
+
+@dataclass(frozen=True)
+class Batch:
+    """Some images and their labels.
+
+    Attributes:
+        images: "b h w c", uint8.
+        labels: By task; class labels int64, others float32.
+        indices: "b", int64, the images' places in their split.
+    """
+
+    images: Tensor
+    labels: dict[str, Tensor]
+    indices: Tensor
+
+    def __len__(self) -> int:
+        return len(self.images)
+
+    def to(self, device: torch.device) -> Batch:
+        return Batch(
+            self.images.to(device, non_blocking=True),
+            {name: label.to(device, non_blocking=True) for name, label in self.labels.items()},
+            self.indices,
+        )
+
+
+@dataclass(frozen=True)
+class Split:
+    """The training or the validation half of a data set.
+
+    Attributes:
+        images: "n h w c", uint8.
+        labels: By name, first axis n; whole numbers of any width for classes, floats of any width otherwise.
+    """
+
+    images: Tensor
+    labels: dict[str, Tensor]
+
+    def __len__(self) -> int:
+        return len(self.images)
+
+    def batch(self, indices: Tensor) -> Batch:
+        """The images at these places, with labels in the types that losses take."""
+        labels = {name: label[indices] for name, label in self.labels.items()}
+        return Batch(
+            self.images[indices],
+            {name: label.float() if label.is_floating_point() else label.long() for name, label in labels.items()},
+            indices,
+        )
+
+
+def training_batches(split: Split, batch_size: int, seed: int, epoch: int) -> Iterator[Batch]:
+    """One pass in random order.
+
+    The order depends on seed and epoch alone, so that a run can be taken up anywhere. A last batch that is not full is
+    left out (its images come first as often as others in other epochs): BatchNorm cannot train on one image.
+    """
+    generator = torch.Generator().manual_seed(seed * 1_000_003 + epoch)
+    order = torch.randperm(len(split), generator=generator)
+    for number in range(num_batches(split, batch_size)):
+        yield split.batch(order[number * batch_size : (number + 1) * batch_size])
+
+
+def num_batches(split: Split, batch_size: int) -> int:
+    """Batches in one training pass: full ones only, but at least one."""
+    return max(1, len(split) // batch_size)
+
+
+def validation_batches(split: Split, batch_size: int) -> Iterator[Batch]:
+    """Every image once, in order."""
+    for indices in torch.arange(len(split)).split(batch_size):
+        yield split.batch(indices)

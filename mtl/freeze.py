@@ -1,0 +1,142 @@
+"""Freezing: what a list of patterns means for a module, and making it so.
+
+    plan = plan_freeze(model, ["trunk", "!trunk.layer4"])
+    enforce(model, plan)                                   # from here on, until another plan is enforced
+    optimizer = torch.optim.AdamW(trainable_parameters(model, plan))
+
+A frozen parameter has `requires_grad=False` and no gradient, and belongs in no optimizer. A module whose tensors are all
+frozen is in eval mode, and stays in it through any later `.train()`, so that BatchNorm statistics stay and dropout rests.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Iterable, Sequence
+from dataclasses import dataclass
+from functools import partial
+
+from torch import Tensor, nn
+from torch.nn.modules.batchnorm import _NormBase
+
+from mtl.patterns import Partition, partition
+
+
+class FreezeError(ValueError):
+    """A freeze that cannot be honoured."""
+
+
+@dataclass(frozen=True)
+class FreezePlan:
+    """A freeze, resolved for one module; every name is a full name, aliases included.
+
+    Attributes:
+        patterns: The patterns it was resolved from.
+        names: Which parameters and buffers are frozen, and which are not.
+        held_in_eval: Modules that are kept in eval mode.
+    """
+
+    patterns: tuple[str, ...]
+    names: Partition
+    held_in_eval: tuple[str, ...]
+
+
+def plan_freeze(module: nn.Module, patterns: Sequence[str]) -> FreezePlan:
+    """Resolves patterns against a module, without touching it.
+
+    Args:
+        module: Any module.
+        patterns: What to freeze (see `mtl.patterns`); none freezes nothing.
+
+    Raises:
+        PatternError: A pattern cannot be read or selects nothing.
+        FreezeError: The line cuts through a tensor that has several names, or through the statistics of one norm layer.
+    """
+    parameters = dict(module.named_parameters(remove_duplicate=False))
+    buffers = dict(module.named_buffers(remove_duplicate=False))
+    names = partition(patterns, list(parameters), list(buffers))
+    _check_aliases(parameters | buffers, {*names.frozen, *names.frozen_buffers})
+    return FreezePlan(tuple(patterns), names, tuple(_modules_to_hold(module, names)))
+
+
+def enforce(module: nn.Module, plan: FreezePlan) -> None:
+    """Makes a plan so: no gradients, `requires_grad` by plan, frozen modules in eval mode for good.
+
+    Replaces whatever plan was enforced before. All other modules are put in train mode.
+    """
+    parameters = dict(module.named_parameters(remove_duplicate=False))
+    for parameter in parameters.values():
+        parameter.grad = None
+    for name in plan.names.frozen:
+        parameters[name].requires_grad_(False)
+    for name in plan.names.trainable:
+        parameters[name].requires_grad_(True)
+    for each in module.modules():
+        each.__dict__.pop("train", None)
+    module.train()
+    for name in plan.held_in_eval:
+        held = module.get_submodule(name)
+        held.training = False
+        # An attribute of the instance goes before the class's method, for `.train()` of any module around it as well.
+        held.__dict__["train"] = partial(_stay_in_eval, held)
+
+
+def _stay_in_eval(module: nn.Module, mode: bool = True) -> nn.Module:
+    """Stands in for `module.train`; the children are asked themselves."""
+    for child in module.children():
+        child.train(mode)
+    return module
+
+
+def trainable_parameters(module: nn.Module, plan: FreezePlan) -> dict[str, nn.Parameter]:
+    """The parameters that still train, by name, each tensor once."""
+    trainable = set(plan.names.trainable)
+    return {name: parameter for name, parameter in module.named_parameters() if name in trainable}
+
+
+def is_frozen(plan: FreezePlan, module_name: str) -> bool:
+    """Whether every parameter below a module is frozen."""
+    start = f"{module_name}."
+    return not any(name.startswith(start) for name in plan.names.trainable)
+
+
+def _check_aliases(tensors: dict[str, Tensor], frozen: set[str]) -> None:
+    names_of: dict[int, list[str]] = {}
+    for name, tensor in tensors.items():
+        names_of.setdefault(id(tensor), []).append(name)
+    for names in names_of.values():
+        inside = [name for name in names if name in frozen]
+        if inside and len(inside) < len(names):
+            outside = [name for name in names if name not in frozen]
+            raise FreezeError(
+                f"{inside[0]} is frozen, but it is the same tensor as {', '.join(outside)}, which is not;"
+                " freeze all of its names or none"
+            )
+
+
+def _modules_to_hold(module: nn.Module, names: Partition) -> Iterable[str]:
+    """Modules below which everything is frozen, and modules that own a frozen buffer, which a forward could move."""
+    frozen, frozen_buffers = {*names.frozen, *names.frozen_buffers}, set(names.frozen_buffers)
+    for name, each in module.named_modules():
+        start = f"{name}." if name else ""
+        tensors = [start + n for n, _ in [*each.named_parameters(), *each.named_buffers()]]
+        own_buffers = [start + n for n, _ in each.named_buffers(recurse=False)]
+        moved = frozen_buffers.intersection(own_buffers)
+        if moved and isinstance(each, _NormBase) and len(moved) < len(own_buffers):
+            raise FreezeError(
+                f"{', '.join(sorted(moved))} frozen, but not {', '.join(sorted({*own_buffers} - moved))}:"
+                " the statistics of a norm layer move together; freeze all of them or none"
+            )
+        # A module without tensors, such as dropout, rests with the module around it.
+        if moved or (tensors and frozen.issuperset(tensors)) or (not tensors and _parent_is_frozen(module, name, frozen)):
+            yield name
+
+
+def _parent_is_frozen(module: nn.Module, name: str, frozen: set[str]) -> bool:
+    """Whether the nearest module around a tensorless one that has tensors is frozen whole."""
+    while name:
+        name = name.rpartition(".")[0]
+        around = module.get_submodule(name)
+        start = f"{name}." if name else ""
+        tensors = [start + n for n, _ in [*around.named_parameters(), *around.named_buffers()]]
+        if tensors:
+            return frozen.issuperset(tensors)
+    return False

@@ -1,0 +1,85 @@
+"""What every task type provides: a loss, metrics, and the constant prediction that a model has to beat."""
+
+from __future__ import annotations
+
+from abc import ABC, abstractmethod
+from dataclasses import dataclass
+from typing import ClassVar, Literal
+
+from torch import Tensor
+
+
+@dataclass(frozen=True)
+class Goal:
+    """The one metric that stands for a task in `val/score`.
+
+    Attributes:
+        metric: Its name among the task's metrics.
+        perfect: Its value for a perfect model.
+    """
+
+    metric: str
+    perfect: float
+
+    @property
+    def higher_is_better(self) -> bool:
+        return self.perfect > 0
+
+    def skill(self, value: float, trivial: float) -> float:
+        """Skill score against the trivial predictor: 1 is perfect, 0 no better, below 0 worse (Murphy 1988, eq. 4)."""
+        return 0.0 if trivial == self.perfect else (value - trivial) / (self.perfect - trivial)
+
+
+class Metrics(ABC):
+    """Sufficient statistics of one task over a data set, kept on the device; adding them up merges two parts exactly."""
+
+    @abstractmethod
+    def update(self, output: Tensor, label: Tensor) -> None:
+        """Counts one batch; `output` is what the head returned, `label` as the task's loss takes it."""
+
+    @abstractmethod
+    def compute(self) -> dict[str, float]:
+        """The metrics so far; NaN where no label has been seen."""
+
+
+class Task(ABC):
+    """One task: how its head is shaped, trained and judged.
+
+    Attributes:
+        output: `dense` for an output per pixel, `vector` for one per image.
+        num_outputs: Channels of the head's output.
+        goal: The metric that stands for the task in `val/score`.
+    """
+
+    output: ClassVar[Literal["dense", "vector"]]
+    goal: ClassVar[Goal]
+    num_outputs: int
+
+    @abstractmethod
+    def fit(self, label: Tensor) -> Tensor:
+        """Reads the training labels once, before training.
+
+        Args:
+            label: All training labels, first axis n.
+
+        Returns:
+            The constant output, "c", float32, that best predicts them with no look at the image: the bias that the
+            head starts from, and the trivial predictor that the final table compares with.
+        """
+
+    @abstractmethod
+    def loss(self, output: Tensor, label: Tensor) -> Tensor:
+        """Mean loss over the labelled entries of a batch, a float32 scalar; 0 with zero gradient where none is labelled."""
+
+    @abstractmethod
+    def metrics(self) -> Metrics:
+        """Fresh, empty statistics."""
+
+    @abstractmethod
+    def check_labels(self, label: Tensor) -> None:
+        """Raises `ValueError` if a label does not fit the task (shape, dtype, class index)."""
+
+
+def masked_mean(values: Tensor, mask: Tensor) -> Tensor:
+    """Mean of `values` where `mask`, 0 if nowhere; no host sync."""
+    return (values * mask).sum() / mask.sum().clamp(min=1)

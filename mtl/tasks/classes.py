@@ -1,0 +1,135 @@
+"""`segmentation` and `classification`: a class for each pixel or for each image."""
+
+from __future__ import annotations
+
+from typing import ClassVar, Literal
+
+import torch
+from torch import Tensor
+from torch.nn import functional
+
+from mtl.tasks.base import Goal, Metrics, Task
+
+
+class Confusion(Metrics):
+    """Confusion matrix, "true predicted", int64; every metric of class predictions follows from it."""
+
+    def __init__(self, num_classes: int, ignore_index: int) -> None:
+        self.num_classes = num_classes
+        self.ignore_index = ignore_index
+        self.counts: Tensor | None = None
+
+    def update(self, output: Tensor, label: Tensor) -> None:
+        predicted = output.argmax(dim=1)
+        valid = label != self.ignore_index
+        # Ignored labels are counted in a cell behind the matrix, so that no boolean indexing has to sync the device.
+        cell = torch.where(valid, label * self.num_classes + predicted, self.num_classes**2).flatten()
+        if self.counts is None:
+            self.counts = torch.zeros(self.num_classes**2 + 1, dtype=torch.int64, device=output.device)
+        self.counts.scatter_add_(0, cell, torch.ones_like(cell))
+
+    def matrix(self) -> Tensor:
+        counts = torch.zeros(self.num_classes**2 + 1) if self.counts is None else self.counts.cpu()
+        return counts[:-1].view(self.num_classes, self.num_classes).double()
+
+
+class SegmentationMetrics(Confusion):
+    def compute(self) -> dict[str, float]:
+        """`miou`: mean over the classes seen in labels or predictions; `pixel_accuracy`: share of labelled pixels."""
+        matrix = self.matrix()
+        hit = matrix.diag()
+        union = matrix.sum(0) + matrix.sum(1) - hit
+        return {
+            "miou": (hit / union)[union > 0].mean().item(),
+            "pixel_accuracy": (hit.sum() / matrix.sum()).item(),
+        }
+
+
+class ClassificationMetrics(Confusion):
+    def compute(self) -> dict[str, float]:
+        """`accuracy`: share of labelled images."""
+        matrix = self.matrix()
+        return {"accuracy": (matrix.diag().sum() / matrix.sum()).item()}
+
+
+class _ClassTask(Task):
+    """What both class tasks share: cross-entropy, log-frequency prior, label checks."""
+
+    class_weight: Tensor | None = None
+
+    def __init__(self, num_classes: int, ignore_index: int) -> None:
+        self.num_outputs = num_classes
+        self.ignore_index = ignore_index
+
+    def fit(self, label: Tensor) -> Tensor:
+        counts = torch.bincount(label[label != self.ignore_index].flatten().long(), minlength=self.num_outputs)
+        return (counts.clamp(min=1) / counts.sum().clamp(min=1)).log().float()
+
+    def loss(self, output: Tensor, label: Tensor) -> Tensor:
+        """Cross-entropy over labelled entries.
+
+        Args:
+            output: "b c ..." logits.
+            label: "b ...", int64, `ignore_index` = no label.
+        """
+        output = output.float()
+        valid = label != self.ignore_index
+        if self.class_weight is None:
+            weight = valid.float()
+        else:
+            self.class_weight = self.class_weight.to(output.device, non_blocking=True)
+            weight = self.class_weight[torch.where(valid, label, 0)] * valid
+        losses = functional.cross_entropy(output, label, ignore_index=self.ignore_index, reduction="none")
+        return (losses * weight).sum() / weight.sum().clamp(min=1e-6)
+
+    def check_labels(self, label: Tensor) -> None:
+        dims = 3 if self.output == "dense" else 1
+        if label.ndim != dims or label.dtype.is_floating_point:
+            raise ValueError(f"expected whole numbers with {dims} axes, got {label.dtype} of shape {tuple(label.shape)}")
+        known = label[label != self.ignore_index]
+        if known.numel() and not 0 <= int(known.min()) <= int(known.max()) < self.num_outputs:
+            raise ValueError(
+                f"expected classes 0 to {self.num_outputs - 1} (num_classes: {self.num_outputs}) or"
+                f" {self.ignore_index} for none, got {int(known.min())} to {int(known.max())}"
+            )
+
+
+class Segmentation(_ClassTask):
+    """A class per pixel; cross-entropy weighted by class, since backgrounds cover most pixels."""
+
+    output: ClassVar[Literal["dense", "vector"]] = "dense"
+    goal = Goal("miou", perfect=1.0)
+
+    def __init__(self, num_classes: int, ignore_index: int = 255, balance_power: float = 0.5) -> None:
+        """
+        Args:
+            num_classes: Number of classes.
+            ignore_index: Label of pixels that do not count.
+            balance_power: Classes weigh frequency ** -balance_power, scaled so that the mean pixel weighs 1.
+                0 weighs all pixels alike, 1 all classes alike.
+        """
+        super().__init__(num_classes, ignore_index)
+        self.balance_power = balance_power
+
+    def fit(self, label: Tensor) -> Tensor:
+        prior = super().fit(label)
+        frequency = prior.exp()
+        weight = frequency**-self.balance_power
+        self.class_weight = weight / (weight * frequency).sum()
+        return prior
+
+    def metrics(self) -> SegmentationMetrics:
+        return SegmentationMetrics(self.num_outputs, self.ignore_index)
+
+
+class Classification(_ClassTask):
+    """A class per image; cross-entropy."""
+
+    output: ClassVar[Literal["dense", "vector"]] = "vector"
+    goal = Goal("accuracy", perfect=1.0)
+
+    def __init__(self, num_classes: int, ignore_index: int = -1) -> None:
+        super().__init__(num_classes, ignore_index)
+
+    def metrics(self) -> ClassificationMetrics:
+        return ClassificationMetrics(self.num_outputs, self.ignore_index)

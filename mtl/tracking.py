@@ -1,0 +1,99 @@
+"""Tracking: the same numbers to `metrics.jsonl`, always, and to wandb, if it can be had."""
+
+from __future__ import annotations
+
+import json
+import math
+import os
+from collections.abc import Mapping
+from pathlib import Path
+from typing import Any
+
+from mtl.config import TrackingConfig
+from mtl.console import logger
+
+
+class Tracker:
+    """Logs rows of numbers.
+
+    Attributes:
+        message: How wandb was resolved, in one line.
+    """
+
+    def __init__(self, config: TrackingConfig, run_dir: Path, name: str, run_config: Mapping[str, Any]) -> None:
+        """
+        Args:
+            config: How to track.
+            run_dir: Where `metrics.jsonl` and `wandb/` go; it exists.
+            name: The run's name.
+            run_config: The resolved configuration, shown in wandb.
+        """
+        self._metrics = (run_dir / "metrics.jsonl").open("a", encoding="utf-8")
+        self._run: Any = None
+        self.message = self._start_wandb(config, run_dir, name, run_config)
+
+    def log(self, row: Mapping[str, float | int | str]) -> None:
+        """Logs one row; `step`, the number of steps done, must be in it and never go back."""
+        # JSON has no NaN: a metric without a value is null there.
+        plain = {k: None if isinstance(v, float) and not math.isfinite(v) else v for k, v in row.items()}
+        self._metrics.write(json.dumps(plain) + "\n")
+        self._metrics.flush()
+        if self._run is not None:
+            self._guard("log", lambda: self._run.log(dict(row), step=int(row["step"])))
+
+    def finish(self, summary: Mapping[str, float | str | bool], failed: bool) -> None:
+        """Ends tracking; `summary` is what wandb shows for the whole run."""
+        self._metrics.close()
+        if self._run is not None:
+            self._guard("the summary", lambda: self._run.summary.update(dict(summary)))
+        if self._run is not None:
+            self._guard("finishing", lambda: self._run.finish(exit_code=int(failed)))
+
+    def _start_wandb(self, config: TrackingConfig, run_dir: Path, name: str, run_config: Mapping[str, Any]) -> str:
+        mode = os.environ.get("WANDB_MODE") or ("" if config.mode == "auto" else config.mode)
+        if mode == "disabled":
+            return "wandb: disabled"
+        # Look-ups that wandb would make before it knows whether there is a network.
+        os.environ.setdefault("WANDB_ERROR_REPORTING", "false")
+        os.environ.setdefault("WANDB_SILENT", "true")
+        try:
+            import wandb
+
+            if not mode:
+                mode = "online" if wandb.login(prompt=False, verify=False) else "offline"
+            try:
+                self._run = self._init(wandb, config, run_dir, name, run_config, mode)
+            except Exception as error:  # a failed connection has many types; the run goes on without it
+                if mode == "offline":
+                    raise
+                self._run = self._init(wandb, config, run_dir, name, run_config, "offline")
+                return f"wandb: offline, since online failed ({_first_line(error)}); wandb sync {self._folder()}"
+        except Exception as error:  # nothing that wandb does ends a run
+            self._run = None
+            return f"wandb: off, since it failed ({_first_line(error)}); the numbers are in metrics.jsonl"
+        if mode == "offline":
+            return f"wandb: offline (no key, or asked for); upload later with: wandb sync {self._folder()}"
+        return f"wandb: {mode}, {self._run.url or 'no address'}"
+
+    @staticmethod
+    def _init(
+        wandb: Any, config: TrackingConfig, run_dir: Path, name: str, run_config: Mapping[str, Any], mode: str
+    ) -> Any:
+        settings = wandb.Settings(init_timeout=30, x_disable_stats=True, console="off", silent=True)
+        return wandb.init(
+            project=config.project, name=name, dir=str(run_dir), config=dict(run_config), mode=mode, settings=settings
+        )
+
+    def _folder(self) -> str:
+        return os.path.relpath(Path(self._run.dir).parent) if self._run is not None else ""
+
+    def _guard(self, what: str, act: Any) -> None:
+        try:
+            act()
+        except Exception as error:  # nothing that wandb does ends a run
+            self._run = None
+            logger.warning(f"wandb: stopped, since {what} failed ({_first_line(error)}); metrics.jsonl goes on")
+
+
+def _first_line(error: Exception) -> str:
+    return (str(error) or type(error).__name__).splitlines()[0]

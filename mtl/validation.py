@@ -1,0 +1,78 @@
+"""Validation: every task's metrics over a whole split, and how they compare with the constant prediction."""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Iterable, Iterator, Mapping
+from contextlib import contextmanager
+
+import torch
+from torch import Tensor, nn
+
+from mtl.data import Batch, Split, validation_batches
+from mtl.tasks import Task
+
+Scores = dict[str, dict[str, float]]
+
+
+@contextmanager
+def in_eval_mode(module: nn.Module) -> Iterator[None]:
+    """Puts a module in eval mode, and afterwards every part of it back in the mode it was in."""
+    modes = {part: part.training for part in module.modules()}
+    module.eval()
+    try:
+        yield
+    finally:
+        for part, mode in modes.items():
+            part.training = mode
+
+
+def validate(
+    model: nn.Module, tasks: Mapping[str, Task], split: Split, batch_size: int, device: torch.device, autocast: torch.autocast
+) -> Scores:
+    """Metrics of every task over a split, by task and name."""
+
+    def outputs() -> Iterator[tuple[Batch, dict[str, Tensor]]]:
+        for batch in validation_batches(split, batch_size):
+            batch = batch.to(device)
+            with autocast:
+                predicted = model(batch.images)
+            yield batch, predicted
+
+    with in_eval_mode(model), torch.inference_mode():
+        return _measure(tasks, outputs())
+
+
+def validate_constant(tasks: Mapping[str, Task], constants: Mapping[str, Tensor], split: Split, batch_size: int) -> Scores:
+    """Metrics of the trivial predictor, which gives the same output for every image and pixel."""
+
+    def outputs() -> Iterator[tuple[Batch, dict[str, Tensor]]]:
+        for batch in validation_batches(split, batch_size):
+            size = batch.images.shape[1:3]
+            yield (
+                batch,
+                {
+                    name: constant.view(1, -1, *([1, 1] if tasks[name].output == "dense" else [])).expand(
+                        len(batch), -1, *(size if tasks[name].output == "dense" else [])
+                    )
+                    for name, constant in constants.items()
+                },
+            )
+
+    return _measure(tasks, outputs())
+
+
+def _measure(tasks: Mapping[str, Task], outputs: Iterable[tuple[Batch, dict[str, Tensor]]]) -> Scores:
+    metrics = {name: task.metrics() for name, task in tasks.items()}
+    for batch, predicted in outputs:
+        for name, each in metrics.items():
+            each.update(predicted[name], batch.labels[name])
+    return {name: each.compute() for name, each in metrics.items()}
+
+
+def score(tasks: Mapping[str, Task], scores: Scores, trivial: Scores) -> float:
+    """`val/score`: the mean over tasks of the skill of each one's main metric; NaN if a task has no labels."""
+    skills = [
+        task.goal.skill(scores[name][task.goal.metric], trivial[name][task.goal.metric]) for name, task in tasks.items()
+    ]
+    return math.fsum(skills) / len(skills)
