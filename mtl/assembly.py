@@ -103,7 +103,7 @@ def assemble(config: RunConfig, quiet: bool = False) -> Parts:
         start_from(model.heads[name], constant)
     root.to(device)
     if config.memory_format == "channels_last":
-        model.to(memory_format=torch.channels_last)  # type: ignore[call-overload]
+        model.to(memory_format=torch.channels_last)
     return Parts(config, device, tasks, model, balance, root, phases, train, val, constants)
 
 
@@ -121,7 +121,9 @@ def check_run_dir(config: RunConfig) -> None:
         )
     parent = next(folder for folder in [run_dir, *run_dir.absolute().parents] if folder.exists())
     if not parent.is_dir() or not os.access(parent, os.W_OK | os.X_OK):
-        raise config.mistake(("runs_dir",), f"{run_dir} cannot be made: {parent} is not a directory that you may write to")
+        raise config.mistake(
+            ("runs_dir",), f"{run_dir} cannot be made: {parent} is not a directory that you may write to"
+        )
 
 
 def _device(config: RunConfig) -> torch.device:
@@ -140,7 +142,8 @@ def _check_labels(config: RunConfig) -> None:
         near = get_close_matches(config.data.name, BUILT_IN, n=1)
         raise config.mistake(
             ("data", "name"),
-            f"no data set {config.data.name!r}; there are: {', '.join(BUILT_IN)}" + (f"; nearest: {near[0]}" if near else ""),
+            f"no data set {config.data.name!r}; there are: {', '.join(BUILT_IN)}"
+            + (f"; nearest: {near[0]}" if near else ""),
         )
     for task in config.tasks:
         if task not in data.labels:
@@ -185,11 +188,13 @@ def _resolve(config: RunConfig, index: int, root: nn.Module, balance: Balance) -
     except FreezeError as error:
         raise config.mistake(("phases", index, "freeze"), str(error)) from error
     if all(name.startswith("balance.") for name in plan.names.trainable):
-        raise config.mistake(("phases", index, "freeze"), f"phase {phase.name!r} trains nothing: every parameter is frozen")
+        raise config.mistake(
+            ("phases", index, "freeze"), f"phase {phase.name!r} trains nothing: every parameter is frozen"
+        )
     steps_itself = {id(parameter) for group in balance.param_groups for parameter in group["params"]}
     parameters = {n: p for n, p in trainable_parameters(root, plan).items() if id(p) not in steps_itself}
     lr = config.optim.lr if phase.lr is None else phase.lr
-    every_name: Sequence[str] = [*plan.names.frozen, *plan.names.trainable]
+    every_name = [*plan.names.frozen, *plan.names.trainable]
     try:
         lr_of = rates(lr, list(parameters), every_name, balance_lr=config.optim.lr)
     except (PatternError, LearningRateError) as error:

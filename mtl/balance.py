@@ -33,9 +33,10 @@ def build_balance(config: BalanceConfig, tasks: Sequence[str]) -> Balance:
         return Balance(Constant(_fixed_weights(config.weights or {}, tasks)))
     names = method_names()
     if config.method.lower() not in names:
-        near = get_close_matches(config.method.lower(), names, n=1)
+        near = get_close_matches(config.method.lower(), names, n=1, cutoff=0.5)
         raise ValueError(
-            f"balance.method: no method {config.method!r}" + (f"; nearest: {near[0]}" if near else "")
+            f"balance.method: no method {config.method!r}"
+            + (f"; nearest: {near[0]}" if near else "")
             + f"; there are: fixed, {', '.join(sorted(names))}"
         )
     scalarizer: type[Scalarizer] = getattr(scalarization, names[config.method.lower()])
@@ -78,8 +79,7 @@ class Balance(nn.Module):
         self.param_groups: list[dict[str, Any]] = [{"params": own}] if own else []
 
     def forward(self, losses: Tensor) -> Tensor:
-        """
-        Args:
+        """Args:
             losses: "t", the tasks' losses in the order of the configuration.
 
         Returns:
@@ -89,7 +89,7 @@ class Balance(nn.Module):
         return total
 
     def after_step(self, losses_now: Callable[[], Tensor]) -> None:
-        """Tells the method that a step was made; one that learns from the change asks for the losses on the same batch."""
+        """Tells the method that a step was made; one that learns from the change asks for the losses after it."""
         update: Any = getattr(self.scalarizer, "update", None)
         if update is not None:
             with torch.no_grad():

@@ -32,8 +32,8 @@ def write_json(file: Path, content: Mapping[str, Any]) -> None:
 class Checkpoints:
     """The checkpoints of a run.
 
-    Each lies in a folder of its own, `step-<n>`; `last` and `best` are links to two of them, so that a new one takes the
-    place of an old one at once. Folders that neither points to are removed.
+    Each lies in a folder of its own, `step-<n>`; `last` and `best` are links to two of them, so that a new one takes
+    the place of an old one at once. Folders that neither points to are removed.
     """
 
     def __init__(self, folder: Path) -> None:
@@ -65,7 +65,7 @@ class Checkpoints:
         self._prune()
 
     def _prune(self) -> None:
-        kept = {os.readlink(link) for link in self.folder.iterdir() if link.is_symlink()}
+        kept = {str(link.readlink()) for link in self.folder.iterdir() if link.is_symlink()}
         for folder in self.folder.glob("step-*"):
             if folder.name not in kept:
                 shutil.rmtree(folder)

@@ -23,7 +23,9 @@ def main(arguments: Sequence[str] | None = None) -> int:
     verbs = parser.add_subparsers(dest="verb", required=True, metavar="VERB")
     train = verbs.add_parser("train", help="train a configuration", description=_train.__doc__)
     train.add_argument("config", type=Path, metavar="CONFIG", help="a YAML file, such as configs/scenes.yaml")
-    train.add_argument("overrides", nargs="*", metavar="key=value", help="such as optim.lr=3e-4 phases.finetune.epochs=2")
+    train.add_argument(
+        "overrides", nargs="*", metavar="key=value", help="such as optim.lr=3e-4 phases.finetune.epochs=2"
+    )
     train.add_argument("-q", "--quiet", action="store_true", help="show nothing but warnings and errors")
     options, rest = parser.parse_known_args(arguments)
     # argparse takes key=value pairs only in one piece; those behind an option come back as the rest.
@@ -59,7 +61,7 @@ def _train(file: Path, overrides: Sequence[str], quiet: bool) -> int:
     except (ConfigError, DataError) as error:
         return _complain(error)
     except AuditError as error:
-        print(f"audit: {error}\nSee {config.run_dir / 'audit.json'}", file=sys.stderr)
+        sys.stderr.write(f"audit: {error}\nSee {config.run_dir / 'audit.json'}\n")
         return VIOLATION
     logger.info(results_table(outcome))
     logger.info(verdict(outcome))
@@ -72,5 +74,5 @@ def _train(file: Path, overrides: Sequence[str], quiet: bool) -> int:
 
 def _complain(error: Exception) -> int:
     for line in str(error).splitlines():
-        print(f"error: {line}", file=sys.stderr)
+        sys.stderr.write(f"error: {line}\n")
     return WRONG_INPUT

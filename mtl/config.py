@@ -269,7 +269,12 @@ def _describe(error: ErrorDetails, source: Source) -> str:
     """One line for one mistake: where, which key, what was expected, what came, and the nearest valid choice."""
     path = _without_tags(error["loc"], source.data)
     kind, got = error["type"], f", got {error['input']!r}"
-    expected = error["msg"].replace("Input should", "should").replace("should be", "expected").replace("should have", "expected")
+    expected = (
+        error["msg"]
+        .replace("Input should", "should")
+        .replace("should be", "expected")
+        .replace("should have", "expected")
+    )
     near: list[str] = []
     if kind == "extra_forbidden":
         choices = _valid_keys(RunConfig, path[:-1], source.data)
@@ -291,13 +296,12 @@ def _describe(error: ErrorDetails, source: Source) -> str:
     return f"{source.where(path)}: {dotted(path)}: {expected}{got}" + (f"; nearest: {near[0]}" if near else "")
 
 
-def _without_tags(location: tuple[int | str, ...], data: object) -> KeyPath:
-    """pydantic's location of an error without the union tags and key markers that it puts between the keys."""
+def _without_tags(location: tuple[int | str, ...], data: Any) -> KeyPath:
+    """Pydantic's location of an error without the union tags and key markers that it puts between the keys."""
     path: list[int | str] = []
     for place, key in enumerate(location):
-        if isinstance(data, dict) and key in data:
-            data = data[key]
-        elif isinstance(data, list) and isinstance(key, int) and key < len(data):
+        here = data.keys() if isinstance(data, dict) else range(len(data)) if isinstance(data, list) else ()
+        if key in here:
             data = data[key]
         elif place != len(location) - 1 or not isinstance(data, dict) or key == "[key]":
             continue
@@ -305,11 +309,11 @@ def _without_tags(location: tuple[int | str, ...], data: object) -> KeyPath:
     return tuple(path)
 
 
-def _valid_keys(model: type[BaseModel], path: KeyPath, data: object) -> list[str]:
+def _valid_keys(model: type[BaseModel], path: KeyPath, data: Any) -> list[str]:
     """The keys that may stand at a path."""
     annotation: Any = model
     for key in path:
-        data = data[key]  # type: ignore[index]
+        data = data[key]
         if isinstance(annotation, type) and issubclass(annotation, BaseModel):
             annotation = annotation.model_fields[str(key)].annotation
         else:  # list[Model] or dict[str, Model]

@@ -5,6 +5,7 @@ from __future__ import annotations
 import logging
 import sys
 from collections.abc import Sequence
+from typing import Never
 
 from tqdm import tqdm
 
@@ -30,13 +31,18 @@ def table(header: Sequence[str], rows: Sequence[Sequence[str]], numbers_from: in
     cells = [list(header), *[list(row) for row in rows]]
     widths = [max(len(row[i]) for row in cells) for i in range(len(header))]
     lines = [
-        "  ".join(cell.ljust(w) if i < numbers_from else cell.rjust(w) for i, (cell, w) in enumerate(zip(row, widths, strict=True)))
+        "  ".join(
+            cell.ljust(w) if i < numbers_from else cell.rjust(w)
+            for i, (cell, w) in enumerate(zip(row, widths, strict=True))
+        )
         for row in cells
     ]
     lines.insert(1, "  ".join("-" * width for width in widths))
     return "\n".join(line.rstrip() for line in lines)
 
 
-def progress_bar(total_images: int, title: str, quiet: bool) -> tqdm[None]:
+def progress_bar(total_images: int, title: str, quiet: bool) -> tqdm[Never]:
     """A bar over the images of one epoch; it disappears when it is done."""
-    return tqdm(total=total_images, desc=title, unit="img", leave=False, disable=quiet, dynamic_ncols=True, mininterval=0.5)
+    return tqdm(
+        total=total_images, desc=title, unit="img", leave=False, disable=quiet, dynamic_ncols=True, mininterval=0.5
+    )

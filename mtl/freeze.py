@@ -1,11 +1,11 @@
 """Freezing: what a list of patterns means for a module, and making it so.
 
     plan = plan_freeze(model, ["trunk", "!trunk.layer4"])
-    enforce(model, plan)                                   # from here on, until another plan is enforced
+    enforce(model, plan)  # from here on, until another plan is enforced
     optimizer = torch.optim.AdamW(trainable_parameters(model, plan))
 
-A frozen parameter has `requires_grad=False` and no gradient, and belongs in no optimizer. A module whose tensors are all
-frozen is in eval mode, and stays in it through any later `.train()`, so that BatchNorm statistics stay and dropout rests.
+A frozen parameter has `requires_grad=False` and no gradient, and belongs in no optimizer. A module whose tensors are
+all frozen is in eval mode, and stays in it through any later `.train()`: BatchNorm statistics stay and dropout rests.
 """
 
 from __future__ import annotations
@@ -126,7 +126,11 @@ def _modules_to_hold(module: nn.Module, names: Partition) -> Iterable[str]:
                 " the statistics of a norm layer move together; freeze all of them or none"
             )
         # A module without tensors, such as dropout, rests with the module around it.
-        if moved or (tensors and frozen.issuperset(tensors)) or (not tensors and _parent_is_frozen(module, name, frozen)):
+        if (
+            moved
+            or (tensors and frozen.issuperset(tensors))
+            or (not tensors and _parent_is_frozen(module, name, frozen))
+        ):
             yield name
 
 

@@ -46,7 +46,7 @@ def rates(
     uncovered = [name for name in trainable if name not in table]
     if uncovered:
         raise LearningRateError(
-            f"no pattern covers {len(uncovered)} trainable parameters, the first is {uncovered[0]}; add a pattern for them"
+            f"no pattern covers {len(uncovered)} trainable parameters, such as {uncovered[0]}; add one for them"
         )
     return table
 
@@ -56,7 +56,7 @@ def group_parameters(
 ) -> list[dict[str, Any]]:
     """Parameter groups, one for each pair of learning rate and weight decay.
 
-    Vectors and scalars (biases, norms, balancing weights) are not decayed: pulling them to zero is not what decay is for.
+    Vectors and scalars (biases, norms, balancing weights) are not decayed: zero is not where they should be pulled.
 
     Args:
         config: The weight decay.
@@ -78,10 +78,11 @@ def build_optimizer(groups: list[dict[str, Any]], previous: Optimizer | None = N
         previous: The optimizer of the phase before; moments of parameters that go on training are taken over.
     """
     optimizer = AdamW(groups, foreach=True)
-    for group in optimizer.param_groups if previous is not None else []:
+    carried = {} if previous is None else previous.state
+    for group in optimizer.param_groups:
         for parameter in group["params"]:
-            if parameter in previous.state:
-                optimizer.state[parameter] = previous.state[parameter]
+            if parameter in carried:
+                optimizer.state[parameter] = carried[parameter]
     return optimizer
 
 
@@ -90,7 +91,7 @@ def build_lr_schedule(config: OptimConfig, optimizer: Optimizer, num_steps: int)
     return LambdaLR(optimizer, partial(_FACTORS[config.lr_schedule], num_steps=num_steps))
 
 
-def _constant(step: int, num_steps: int) -> float:
+def _constant(step: int, num_steps: int) -> float:  # noqa: ARG001 - one signature for all
     return 1.0
 
 
@@ -110,4 +111,3 @@ def _half_cosine(start: float, end: float, share: float) -> float:
 
 
 _FACTORS: dict[str, Callable[..., float]] = {"constant": _constant, "cosine": _cosine, "one-cycle": _one_cycle}
-

@@ -97,7 +97,7 @@ def select(patterns: Sequence[str], names: Sequence[str]) -> Selection:
         names: The names to select among, in any order.
 
     Raises:
-        PatternError: A pattern cannot be read, matches none of the names, or takes back what nothing before it selected.
+        PatternError: A pattern cannot be read, matches none of the names, or takes back what none before it selected.
     """
     selected: set[str] = set()
     decided_by: dict[str, int] = {}
@@ -109,7 +109,8 @@ def select(patterns: Sequence[str], names: Sequence[str]) -> Selection:
             raise PatternError(index, f"pattern {pattern!r} matches nothing{_near_misses(pattern, names)}")
         if takes_back and selected.isdisjoint(matched):
             raise PatternError(
-                index, f"pattern {pattern!r} takes nothing back: no pattern before it selects any of its {len(matched)} names"
+                index,
+                f"pattern {pattern!r} takes nothing back: no pattern before it selects any of its {len(matched)} names",
             )
         decided_by |= dict.fromkeys(matched, index)
         if takes_back:
@@ -178,7 +179,9 @@ def _deepest_parent(text: str, names: Collection[str]) -> tuple[str, list[str]]:
     while parent:
         parent = parent.rpartition(".")[0]
         start = f"{parent}." if parent else ""
-        children = list(dict.fromkeys(name.removeprefix(start).split(".")[0] for name in names if name.startswith(start)))
+        children = list(
+            dict.fromkeys(name.removeprefix(start).split(".")[0] for name in names if name.startswith(start))
+        )
         if children:
             return parent, children
     return "", []

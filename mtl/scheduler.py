@@ -49,9 +49,8 @@ class TaskScheduler:
     """
 
     def __init__(self, phases: Sequence[PhaseLength]) -> None:
-        """
-        Raises:
-            ValueError: There is no phase, or one has not exactly one positive length.
+        """Raises:
+        ValueError: There is no phase, or one has not exactly one positive length.
         """
         if not phases:
             raise ValueError("expected at least one phase")

@@ -24,7 +24,7 @@ class StepLog:
         self._names = ["train/loss", *[f"train/loss/{task}" for task in tasks]]
         self._short = ["loss", *tasks]
         self._every_steps = every_steps
-        self._common = {"epoch": epoch, "phase": phase}
+        self._common: dict[str, int | str] = {"epoch": epoch, "phase": phase}
         self._pending: list[tuple[int, float, Tensor]] = []
         self._num_images = self._pending_images = 0
         self._start = self._since = time.perf_counter()

@@ -44,5 +44,5 @@ def verdict(outcome: Outcome) -> str:
     looks = sum(phase.num_tripwire_checks + phase.num_fingerprint_checks for phase in report.phases)
     frozen = ", ".join(f"{phase.name}: {len(phase.fingerprints)}" for phase in report.phases)
     if report.ok:
-        return f"audit: clean. Frozen tensors bit-identical ({frozen}), none with a gradient; {looks:,} checks, {steps} steps"
+        return f"audit: clean; frozen tensors bit-identical ({frozen}), no gradients; {looks:,} checks in {steps} steps"
     return "\n".join([f"audit: {len(report.violations)} violations", *[f"  {v}" for v in report.violations[:10]]])

@@ -21,12 +21,11 @@ class Tracker:
     """
 
     def __init__(self, config: TrackingConfig, run_dir: Path, name: str, run_config: Mapping[str, Any]) -> None:
-        """
-        Args:
-            config: How to track.
-            run_dir: Where `metrics.jsonl` and `wandb/` go; it exists.
-            name: The run's name.
-            run_config: The resolved configuration, shown in wandb.
+        """Args:
+        config: How to track.
+        run_dir: Where `metrics.jsonl` and `wandb/` go; it exists.
+        name: The run's name.
+        run_config: The resolved configuration, shown in wandb.
         """
         self._metrics = (run_dir / "metrics.jsonl").open("a", encoding="utf-8")
         self._run: Any = None
@@ -68,7 +67,7 @@ class Tracker:
                     raise
                 self._run = self._init(wandb, config, run_dir, name, run_config, "offline")
                 return f"wandb: offline, since online failed ({_first_line(error)}); wandb sync {self._folder()}"
-        except Exception as error:  # nothing that wandb does ends a run
+        except Exception as error:  # noqa: BLE001 - nothing that wandb does ends a run
             self._run = None
             return f"wandb: off, since it failed ({_first_line(error)}); the numbers are in metrics.jsonl"
         if mode == "offline":
@@ -90,7 +89,7 @@ class Tracker:
     def _guard(self, what: str, act: Any) -> None:
         try:
             act()
-        except Exception as error:  # nothing that wandb does ends a run
+        except Exception as error:  # noqa: BLE001 - nothing that wandb does ends a run
             self._run = None
             logger.warning(f"wandb: stopped, since {what} failed ({_first_line(error)}); metrics.jsonl goes on")
 

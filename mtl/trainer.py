@@ -14,7 +14,7 @@ from torch import Tensor
 from torch.optim import Optimizer
 
 from mtl.assembly import Parts, Phase, make_run_dir, plan_summary
-from mtl.audit import AuditError, GradientAudit, Report
+from mtl.audit import GradientAudit, Report
 from mtl.checkpoint import Checkpoints, write_json, write_text
 from mtl.console import logger, progress_bar
 from mtl.data import Batch, num_batches, training_batches
@@ -69,7 +69,9 @@ def train(parts: Parts, quiet: bool = False) -> Outcome:
     finally:
         report = trainer.audit.report
         write_json(run_dir / "audit.json", report.to_json())
-        tracker.finish({"audit/ok": report.ok, "val/best_score": trainer.outcome.best_score}, failed=not trainer.finished)
+        tracker.finish(
+            {"audit/ok": report.ok, "val/best_score": trainer.outcome.best_score}, failed=not trainer.finished
+        )
 
 
 class Trainer:
@@ -155,7 +157,7 @@ class Trainer:
                 parts.balance.after_step(lambda batch=batch: self.losses(batch))  # type: ignore[misc]
                 self.step += 1
                 num_images = sum(map(len, window))
-                log.add(self.step, losses, total_loss, max(lr), num_images)
+                log.add(self.step, losses, total_loss, max(map(float, lr)), num_images)
                 bar.update(num_images)
                 bar.set_postfix_str(log.latest, refresh=False)
                 change = self.scheduler.step_done()
@@ -188,7 +190,7 @@ class Trainer:
         if change is not None:
             outcome.scores[phase.config.name] = scores
         metrics = {f"val/{task}/{name}": value for task, values in scores.items() for name, value in values.items()}
-        row = {
+        row: dict[str, float | str] = {
             "step": self.step,
             "epoch": self.epoch,
             "phase": phase.config.name,

@@ -28,7 +28,12 @@ def in_eval_mode(module: nn.Module) -> Iterator[None]:
 
 
 def validate(
-    model: nn.Module, tasks: Mapping[str, Task], split: Split, batch_size: int, device: torch.device, autocast: torch.autocast
+    model: nn.Module,
+    tasks: Mapping[str, Task],
+    split: Split,
+    batch_size: int,
+    device: torch.device,
+    autocast: torch.autocast,
 ) -> Scores:
     """Metrics of every task over a split, by task and name."""
 
@@ -43,7 +48,9 @@ def validate(
         return _measure(tasks, outputs())
 
 
-def validate_constant(tasks: Mapping[str, Task], constants: Mapping[str, Tensor], split: Split, batch_size: int) -> Scores:
+def validate_constant(
+    tasks: Mapping[str, Task], constants: Mapping[str, Tensor], split: Split, batch_size: int
+) -> Scores:
     """Metrics of the trivial predictor, which gives the same output for every image and pixel."""
 
     def outputs() -> Iterator[tuple[Batch, dict[str, Tensor]]]:

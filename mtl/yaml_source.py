@@ -51,7 +51,11 @@ for _tag, _expression, _first in [
     ("null", r"~|null|Null|NULL|", "~nN\0"),
     ("bool", r"true|True|TRUE|false|False|FALSE", "tTfF"),
     ("int", r"[-+]?[0-9]+", "-+0123456789"),
-    ("float", r"[-+]?(\.[0-9]+|[0-9]+(\.[0-9]*)?)([eE][-+]?[0-9]+)?|[-+]?\.(inf|Inf|INF)|\.(nan|NaN|NAN)", "-+0123456789."),
+    (
+        "float",
+        r"[-+]?(\.[0-9]+|[0-9]+(\.[0-9]*)?)([eE][-+]?[0-9]+)?|[-+]?\.(inf|Inf|INF)|\.(nan|NaN|NAN)",
+        "-+0123456789.",
+    ),
 ]:
     for _character in [*_first.replace("\0", ""), *([""] if "\0" in _first else [])]:
         _Loader.yaml_implicit_resolvers.setdefault(_character, []).append(
@@ -85,14 +89,18 @@ def _read_file(file: Path, inside: tuple[Path, ...]) -> Source:
         line = f":{mark.line + 1}" if mark else ""
         raise ConfigError([f"{file}{line}: not valid YAML: {getattr(error, 'problem', None) or error}"]) from None
     if not isinstance(node, yaml.MappingNode):
-        raise ConfigError([f"{file}:1: expected keys and values, got {'nothing' if node is None else 'something else'}"])
+        raise ConfigError(
+            [f"{file}:1: expected keys and values, got {'nothing' if node is None else 'something else'}"]
+        )
     own = Source(places={(): f"{file}:1"})
     own.data = _read_node(node, (), str(file), own)
     bases = own.data.pop(BASE_KEY, [])
     result = Source(places={(): f"{file}:1"})
     for base in [bases] if isinstance(bases, str) else bases:
         if not isinstance(base, str):
-            raise ConfigError([f"{own.where((BASE_KEY,))}: {BASE_KEY}: expected a file or a list of files, got {base!r}"])
+            raise ConfigError(
+                [f"{own.where((BASE_KEY,))}: {BASE_KEY}: expected a file or a list of files, got {base!r}"]
+            )
         _merge(result, _read_file(file.parent / base, (*inside, file.resolve())))
     _merge(result, own)
     return result
@@ -125,7 +133,7 @@ def _read_node(node: yaml.Node, path: KeyPath, file: str, source: Source) -> Any
             items.append(_read_node(item, (*path, index), file, source))
         return items
     try:
-        return _Loader("").construct_object(node)  # type: ignore[no-untyped-call]
+        return _Loader("").construct_object(node)
     except yaml.YAMLError as error:
         raise ConfigError([f"{file}:{node.start_mark.line + 1}: {getattr(error, 'problem', error)}"]) from None
 
@@ -152,7 +160,7 @@ def _override(source: Source, override: str) -> None:
     if not equals or not key or not all(key.split(".")):
         raise ConfigError([f"command line: {override!r}: expected key=value, such as optim.lr=3e-4"])
     try:
-        value = yaml.load(text, Loader=_Loader)  # noqa: S506 - a SafeLoader
+        value = yaml.load(text, Loader=_Loader)
     except yaml.YAMLError:
         raise ConfigError([f"command line: {override!r}: the value is not valid YAML"]) from None
     target: Any = source.data

@@ -18,6 +18,8 @@ from mtl.audit.report import AuditError, PhaseRecord, Report, Violation
 
 Policy = Literal["raise", "warn", "collect"]
 
+_STALE_GRADIENT = "a gradient left from before the freeze; set grad = None when freezing"
+
 
 class HoldsParameters(Protocol):
     """Anything that steps parameters: a torch optimizer, or a balancing method that updates its own."""
@@ -51,8 +53,7 @@ class GradientAudit:
         optimizers: Sequence[HoldsParameters] = (),
         policy: Policy = "raise",
     ) -> None:
-        """
-        Args:
+        """Args:
             model: The module whose tensors are watched.
             freeze: Patterns (see `mtl.patterns`) of what must not move; `phase` may name others.
             optimizers: Every optimizer that steps parameters of the model.
@@ -120,9 +121,9 @@ class GradientAudit:
         record.num_tripwire_checks += len(self._watched) + len(self._frozen_norms)
         for watched in self._watched:
             if watched.tensor.grad is not None:
-                cause = "the parameter required a gradient when the loss was computed; enforce the freeze before the forward"
-                if not watched.tensor.requires_grad:
-                    cause = "a gradient left from before the freeze; set grad = None when freezing"
+                cause = _STALE_GRADIENT
+                if watched.tensor.requires_grad:
+                    cause = "it required a gradient when the loss was computed; enforce the freeze before the forward"
                 found.append(self._violation("grad_present", watched.place, cause, "has a gradient"))
         found += self._train_mode()
         self._settle(found)
@@ -195,8 +196,8 @@ class GradientAudit:
         for watched in self._watched:
             found += self._look_at(watched)
             if watched.tensor.grad is not None:
-                cause = "a gradient left from before the freeze; set grad = None when freezing"
-                found.append(self._violation("grad_present", watched.place, cause, "has a gradient before the first step"))
+                detail = "has a gradient before the first step"
+                found.append(self._violation("grad_present", watched.place, _STALE_GRADIENT, detail))
         self._settle(found + self._optimizer_membership())
 
     def _look_at(self, watched: _Watched, compare: bool = False) -> list[Violation]:
@@ -205,7 +206,9 @@ class GradientAudit:
         current = place.look()
         if current is not tensor:
             detail = "is gone" if current is None else "is another tensor than when the phase began"
-            return [self._violation("identity_changed", place, "the module or tensor was replaced after the freeze", detail)]
+            return [
+                self._violation("identity_changed", place, "the module or tensor was replaced after the freeze", detail)
+            ]
         found = []
         if tensor.requires_grad:
             cause = "requires_grad was not switched off, or was switched on again after the freeze"
@@ -218,7 +221,9 @@ class GradientAudit:
             digest = fingerprint(tensor)
             if digest != watched.digest:
                 cause = cause_of_change(place, tensor, self._param_groups())
-                found.append(self._violation(f"{place.kind}_changed", place, cause, "its bytes differ from the first ones"))
+                found.append(
+                    self._violation(f"{place.kind}_changed", place, cause, "its bytes differ from the first ones")
+                )
         return found
 
     def _train_mode(self) -> list[Violation]:
@@ -231,7 +236,7 @@ class GradientAudit:
         ]
 
     def _optimizer_membership(self) -> list[Violation]:
-        """Frozen tensors in an optimizer, and trainable ones in none; looked at again when an optimizer's groups change."""
+        """Frozen tensors in an optimizer, trainable ones in none; looked at again when an optimizer's groups change."""
         groups = [group["params"] for group in self._param_groups()]
         membership = tuple((id(params), len(params)) for params in groups)
         if membership == self._membership:

@@ -111,6 +111,6 @@ def _span(place: Place) -> tuple[int, int, int] | None:
     if tensor is None or tensor.numel() == 0 or tensor.device.type == "meta":
         return None
     size = tensor.element_size()
-    begin = tensor.storage_offset() * size
-    extent = sum((length - 1) * stride for length, stride in zip(tensor.shape, tensor.stride(), strict=True)) + 1
+    begin = int(tensor.storage_offset()) * size
+    extent = 1 + sum((length - 1) * stride for length, stride in zip(tensor.shape, tensor.stride(), strict=True))
     return tensor.untyped_storage().data_ptr(), begin, begin + extent * size

@@ -19,7 +19,7 @@ def fingerprint(tensor: Tensor) -> str:
     digest = xxhash.xxh3_128(f"{data.dtype} {tuple(data.shape)}".encode())
     if data.numel():
         # reshape(-1): a tensor without axes cannot be viewed as another type.
-        digest.update(data.reshape(-1).view(torch.uint8).numpy())
+        digest.update(data.reshape(-1).view(torch.uint8).numpy().data)
     return digest.hexdigest()
 
 

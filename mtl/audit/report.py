@@ -29,7 +29,8 @@ class Violation:
     detail: str
 
     def __str__(self) -> str:
-        return f"phase {self.phase!r}, step {self.step}, {self.name}: {self.kind}: {self.detail}; likely cause: {self.cause}"
+        place = f"phase {self.phase!r}, step {self.step}, {self.name}"
+        return f"{place}: {self.kind}: {self.detail}; likely cause: {self.cause}"
 
 
 class AuditError(RuntimeError):

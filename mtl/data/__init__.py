@@ -19,7 +19,16 @@ from mtl.data.dataset import Batch, Split, num_batches, training_batches, valida
 from mtl.data.sprites import load_sprites
 from mtl.tasks import Task
 
-__all__ = ["BUILT_IN", "Batch", "DataError", "Split", "load_data", "num_batches", "training_batches", "validation_batches"]
+__all__ = [
+    "BUILT_IN",
+    "Batch",
+    "DataError",
+    "Split",
+    "load_data",
+    "num_batches",
+    "training_batches",
+    "validation_batches",
+]
 
 
 @dataclass(frozen=True)
@@ -68,8 +77,7 @@ def load_data(config: DataConfig, tasks: Mapping[str, Task], quiet: bool = False
                 task.check_labels(split.labels[name])
             except ValueError as error:
                 raise DataError(f"tasks.{name}: the labels of {config.name} do not fit: {error}") from error
-    wanted = set(tasks)
-    return tuple(Split(s.images, {n: l for n, l in s.labels.items() if n in wanted}) for s in (train, val))  # type: ignore[return-value]
+    return train.only(tasks), val.only(tasks)
 
 
 def _load_split(data: BuiltIn, config: DataConfig, split: str, num: int, quiet: bool) -> Split:

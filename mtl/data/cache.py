@@ -85,5 +85,3 @@ def _checksum(file: Path) -> str:
         while block := stream.read(1 << 24):
             digest.update(block)
     return digest.hexdigest()
-
-

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterator
+from collections.abc import Collection, Iterator
 from dataclasses import dataclass
 
 import torch
@@ -49,6 +49,10 @@ class Split:
     def __len__(self) -> int:
         return len(self.images)
 
+    def only(self, names: Collection[str]) -> Split:
+        """The same images with these labels."""
+        return Split(self.images, {name: self.labels[name] for name in names})
+
     def batch(self, indices: Tensor) -> Batch:
         """The images at these places, with labels in the types that losses take."""
         labels = {name: label[indices] for name, label in self.labels.items()}
@@ -78,5 +82,5 @@ def num_batches(split: Split, batch_size: int) -> int:
 
 def validation_batches(split: Split, batch_size: int) -> Iterator[Batch]:
     """Every image once, in order."""
-    for indices in torch.arange(len(split)).split(batch_size):
-        yield split.batch(indices)
+    for start in range(0, len(split), batch_size):
+        yield split.batch(torch.arange(start, min(start + batch_size, len(split))))

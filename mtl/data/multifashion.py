@@ -40,7 +40,9 @@ def render_block(sprites: Sprites, size: int, seed: int, block: int) -> dict[str
     canvas[:, :28, :28] = sprites.images[left]
     canvas[:, -28:, -28:] = np.maximum(canvas[:, -28:, -28:], sprites.images[right])
     if size != CANVAS:
-        scaled = functional.interpolate(torch.from_numpy(canvas)[:, None].float(), size=(size, size), mode="bilinear", antialias=True)
+        scaled = functional.interpolate(
+            torch.from_numpy(canvas)[:, None].float(), size=(size, size), mode="bilinear", antialias=True
+        )
         canvas = scaled.round().clamp(0, 255).to(torch.uint8)[:, 0].numpy()
     return {
         "images": rearrange(canvas, "b h w -> b h w 1"),

@@ -1,7 +1,7 @@
 """`scenes`: ray-cast rooms with real garments standing in them, labelled exactly for four dense and image-level tasks.
 
-Every image shows a room (checker floor, back wall, two side walls), a sphere, and one to three Fashion-MNIST garments on
-tilted billboards. Because the geometry is known, segmentation, depth, surface normals and the nearest object's class
+Every image shows a room (checker floor, back wall, two side walls), a sphere, and one to three Fashion-MNIST garments
+on tilted billboards. Because the geometry is known, segmentation, depth, surface normals and the nearest object's class
 are exact, not annotated. Training and validation scenes use disjoint garment images.
 
 Conventions: camera frame x right, y up, z forward; the ray of a pixel has z = 1, so its ray parameter *is* the depth in
@@ -11,8 +11,10 @@ metres along the optical axis.
 from __future__ import annotations
 
 from dataclasses import dataclass
+from typing import Any
 
 import numpy as np
+from einops import rearrange
 from numpy.typing import NDArray
 
 from mtl.data.sprites import ALPHA, Sprites
@@ -26,7 +28,7 @@ MAX_OBJECTS = 3
 # do not depend on how many are asked for.
 BLOCK = 50
 
-Array = NDArray[np.float32]
+Array = NDArray[np.floating[Any]]
 
 
 @dataclass(frozen=True)
@@ -91,113 +93,132 @@ def _sample_room(rng: np.random.Generator, num: int, num_sprites: int) -> _Room:
     )
 
 
-def _camera_rays(room: _Room, size: int) -> tuple[Array, Array]:
-    """Rays of all pixels in the world frame, and the world-to-camera rotation of normals ("b 3 3")."""
+def _dot(a: Array, b: Array) -> Array:
+    """Scalar product along the first axis of "3 b h w" and "3 b", or of two of the latter."""
+    if a.ndim != b.ndim:
+        b = b[:, :, None, None]
+    result: Array = a[0] * b[0] + a[1] * b[1] + a[2] * b[2]
+    return result
+
+
+def _rows(*components: Array) -> Array:
+    """Vectors "3 b" from their components."""
+    return np.stack(np.broadcast_arrays(*components)).astype(np.float32)
+
+
+def _camera_rays(room: _Room, size: int) -> Array:
+    """Rays of all pixels, "3 b h w", in the world frame: that of the camera, turned upright."""
     centre = (np.arange(size, dtype=np.float32) + 0.5) / size - 0.5
     x = centre[None, None, :] / room.focal[:, None, None]
     y = -centre[None, :, None] / room.focal[:, None, None]
-    x, y = np.broadcast_arrays(x, y)
-    cos, sin = np.cos(room.pitch), np.sin(room.pitch)
-    c, s = cos[:, None, None], sin[:, None, None]
-    rays = np.stack([x, y * c - s, y * s + c], axis=-1)
-    zero, one = np.zeros_like(cos), np.ones_like(cos)
-    rotation = np.stack([one, zero, zero, zero, cos, sin, zero, -sin, cos], axis=-1).reshape(-1, 3, 3)
-    return rays.astype(np.float32), rotation.astype(np.float32)
+    cos, sin = np.cos(room.pitch)[:, None, None], np.sin(room.pitch)[:, None, None]
+    return _rows(x, y * cos - sin, y * sin + cos)
+
+
+def _to_camera(normals: Array, room: _Room) -> Array:
+    """Turns vectors "3 b h w" from the world frame into the camera's."""
+    cos, sin = np.cos(room.pitch)[:, None, None], np.sin(room.pitch)[:, None, None]
+    x, y, z = normals
+    return _rows(x, y * cos + z * sin, z * cos - y * sin)
 
 
 class _Canvas:
-    """The depth buffer: what each pixel shows so far. All arrays start with "b h w"."""
+    """What each pixel shows so far. Arrays are "b h w", vectors and colours "3 b h w"."""
 
     def __init__(self, shape: tuple[int, ...]) -> None:
         self.depth: Array = np.full(shape, np.inf, np.float32)
-        self.normal: Array = np.zeros((*shape, 3), np.float32)
-        self.albedo: Array = np.zeros((*shape, 3), np.float32)
-        self.label = np.full(shape, WALL, np.uint8)
-        self.instance = np.full(shape, -1, np.int8)
+        self.normal: Array = np.zeros((3, *shape), np.float32)
+        self.albedo: Array = np.zeros((3, *shape), np.float32)
+        self.label: NDArray[np.uint8] = np.full(shape, WALL, np.uint8)
+        self.instance: NDArray[np.int8] = np.full(shape, -1, np.int8)
 
     def draw(
-        self, hit: NDArray[np.bool_], depth: Array, normal: Array, albedo: Array, label: NDArray[np.uint8] | int
-    ) -> NDArray[np.bool_]:
-        """Draws a surface where it is hit and nearer than what is there; returns where it was drawn."""
+        self,
+        hit: NDArray[np.bool_],
+        depth: Array,
+        normal: Array,
+        albedo: Array,
+        label: NDArray[np.uint8],
+        instance: int = -1,
+    ) -> None:
+        """Draws a surface where it is hit and nearer than what is there; arguments may have broadcasting shapes."""
         near = hit & (depth < self.depth) & (depth > 0.05)
-        self.depth = np.where(near, depth, self.depth)
-        self.normal[near] = np.broadcast_to(normal, self.normal.shape)[near]
-        self.albedo[near] = np.broadcast_to(albedo, self.albedo.shape)[near]
-        self.label[near] = np.broadcast_to(np.asarray(label, np.uint8), self.label.shape)[near]
-        return near
+        np.copyto(self.depth, depth, where=near)
+        np.copyto(self.normal, normal, where=near)
+        np.copyto(self.albedo, albedo, where=near)
+        np.copyto(self.label, label, where=near)
+        np.copyto(self.instance, np.int8(instance), where=near)
 
 
-def _draw_room(canvas: _Canvas, room: _Room, rays: Array) -> None:
-    eye_y = room.camera_height[:, None, None]
-    with np.errstate(divide="ignore"):
-        t = -eye_y / rays[..., 1]
-        point_x, point_z = rays[..., 0] * t, rays[..., 2] * t
-        cell = np.floor(point_x / room.checker[:, None, None]) + np.floor(point_z / room.checker[:, None, None])
-        odd = (np.nan_to_num(cell) % 2).astype(np.int64)
-        floor_albedo = room.floor_colours[np.arange(len(odd))[:, None, None], odd]
-        # A soft contact shadow under every garment tells where it stands.
-        for k in range(MAX_OBJECTS):
-            base = room.base[:, k, :, None, None]
-            gap = ((point_x - base[:, 0]) ** 2 + (point_z - base[:, 2]) ** 2) / (0.35 * room.size[:, k, None, None]) ** 2
-            shadow = 0.6 * np.exp(-gap) * room.present[:, k, None, None]
-            floor_albedo = floor_albedo * (1 - shadow[..., None])
-        canvas.draw(rays[..., 1] < 0, t, np.array([0, 1, 0], np.float32), floor_albedo, FLOOR)
+def _draw_floor(canvas: _Canvas, room: _Room, rays: Array) -> None:
+    eye = room.camera_height[:, None, None]
+    t = -eye / np.minimum(rays[1], -1e-6)
+    x, z = rays[0] * t, rays[2] * t
+    checker = room.checker[:, None, None]
+    odd = (np.floor(x / checker) + np.floor(z / checker)) % 2 == 1
+    # A soft contact shadow under every garment tells where it stands.
+    light = np.ones_like(t)
+    for k in range(MAX_OBJECTS):
+        base_x, _, base_z = room.base[:, k].T[:, :, None, None]
+        distance = ((x - base_x) ** 2 + (z - base_z) ** 2) / (0.35 * room.size[:, k, None, None]) ** 2
+        light *= 1 - 0.6 * np.exp(-distance) * room.present[:, k, None, None]
+    colours = room.floor_colours.transpose(1, 2, 0)[..., None, None]
+    albedo = np.where(odd, colours[1], colours[0]) * light
+    up = np.array([0, 1, 0], np.float32)[:, None, None, None]
+    canvas.draw(rays[1] < 0, t, up, albedo.astype(np.float32), np.array(FLOOR, np.uint8))
 
-        walls = [(2, room.wall_z, [0, 0, -1]), (0, room.wall_x[:, 0], [1, 0, 0]), (0, room.wall_x[:, 1], [-1, 0, 0])]
-        for axis, offset, normal in walls:
-            t = offset[:, None, None] / rays[..., axis]
-            along = rays[..., 2 - axis] * t
-            stripes = 0.85 + 0.15 * np.sign(np.sin(np.nan_to_num(along) * (2 * np.pi) / room.stripe[:, None, None]))
-            albedo = room.wall_colour[:, None, None, :] * stripes[..., None]
-            canvas.draw(t > 0, t, np.array(normal, np.float32), albedo.astype(np.float32), WALL)
+
+def _draw_walls(canvas: _Canvas, room: _Room, rays: Array) -> None:
+    walls = [(2, room.wall_z, [0, 0, -1]), (0, room.wall_x[:, 0], [1, 0, 0]), (0, room.wall_x[:, 1], [-1, 0, 0])]
+    for axis, offset, facing in walls:
+        # A ray along the wall meets it nowhere: let it meet it far behind all else.
+        t = offset[:, None, None] / np.where(np.abs(rays[axis]) < 1e-6, 1e-6, rays[axis])
+        stripes = np.sin(rays[2 - axis] * t * (2 * np.pi / room.stripe[:, None, None])) > 0
+        albedo = room.wall_colour.T[:, :, None, None] * np.where(stripes, 1.0, 0.7).astype(np.float32)
+        normal = np.array(facing, np.float32)[:, None, None, None]
+        canvas.draw(t > 0, t, normal, albedo, np.array(WALL, np.uint8))
 
 
 def _draw_sphere(canvas: _Canvas, room: _Room, rays: Array) -> None:
-    centre = room.sphere[:, :3] - np.stack([0 * room.camera_height, room.camera_height, 0 * room.camera_height], -1)
-    radius = room.sphere[:, 3, None, None]
-    a = np.einsum("bhwc,bhwc->bhw", rays, rays)
-    half_b = np.einsum("bhwc,bc->bhw", rays, centre)
-    c = np.einsum("bc,bc->b", centre, centre)[:, None, None] - radius**2
-    discriminant = half_b**2 - a * c
-    t = (half_b - np.sqrt(np.maximum(discriminant, 0))) / a
-    normal = (rays * t[..., None] - centre[:, None, None, :]) / radius[..., None]
-    canvas.draw(discriminant > 0, t, normal, room.sphere_colour[:, None, None, :], SPHERE)
+    x, y, z, radius = room.sphere.T
+    centre = _rows(x, y - room.camera_height, z)
+    squared, half_b = _dot(rays, rays), _dot(rays, centre)
+    discriminant = half_b**2 - squared * (_dot(centre, centre) - radius**2)[:, None, None]
+    t = (half_b - np.sqrt(np.maximum(discriminant, 0))) / squared
+    normal = (rays * t - centre[:, :, None, None]) / radius[:, None, None]
+    canvas.draw(discriminant > 0, t, normal, room.sphere_colour.T[:, :, None, None], np.array(SPHERE, np.uint8))
 
 
 def _draw_garment(canvas: _Canvas, room: _Room, rays: Array, sprites: Sprites, k: int) -> None:
     yaw, lean = room.yaw[:, k], room.lean[:, k]
-    zero = np.zeros_like(yaw)
-    right = np.stack([np.cos(yaw), zero, np.sin(yaw)], -1)
-    up = np.stack([np.sin(yaw) * np.sin(lean), np.cos(lean), -np.cos(yaw) * np.sin(lean)], -1)
-    base = room.base[:, k] - np.stack([zero, room.camera_height, zero], -1)
-    normal = np.cross(up, right)
-    normal = -normal * np.sign(np.einsum("bc,bc->b", normal, base))[:, None]  # towards the camera
-    t = (np.einsum("bc,bc->b", normal, base)[:, None, None] / np.einsum("bhwc,bc->bhw", rays, normal)).astype(np.float32)
-    offset = rays * t[..., None] - base[:, None, None, :]
+    right = _rows(np.cos(yaw), np.zeros_like(yaw), np.sin(yaw))
+    up = _rows(np.sin(yaw) * np.sin(lean), np.cos(lean), -np.cos(yaw) * np.sin(lean))
+    base = room.base[:, k].T - _rows(np.zeros_like(yaw), room.camera_height, np.zeros_like(yaw))
+    normal = np.cross(up, right, axis=0).astype(np.float32)
+    normal *= -np.sign(_dot(normal, base))  # towards the camera
+    t = _dot(normal, base)[:, None, None] / _dot(rays, normal)
+    offset = rays * t - base[:, :, None, None]
     size = room.size[:, k, None, None]
-    column = (np.einsum("bhwc,bc->bhw", offset, right) / size + 0.5) * 28 - 0.5
-    row = (1 - np.einsum("bhwc,bc->bhw", offset, up) / size) * 28 - 0.5
-    # Stand the garment on the floor: its lowest bright row, not the sprite's lower edge, touches the base.
-    row = row - sprites.blank_rows[room.sprite[:, k]][:, None, None]
+    column = (_dot(offset, right) / size + 0.5) * 28 - 0.5
+    # The garment stands on the floor: its lowest bright row, not the sprite's lower edge, touches the base.
+    row = (1 - _dot(offset, up) / size) * 28 - 0.5 - sprites.blank_rows[room.sprite[:, k]][:, None, None]
     hit = (column > -0.5) & (column < 27.5) & (row > -0.5) & (row < 27.5) & room.present[:, k, None, None]
     which = np.broadcast_to(room.sprite[:, k, None, None], hit.shape)
     value = np.zeros(hit.shape, np.float32)
     value[hit] = _bilinear(sprites.images, which[hit], row[hit], column[hit])
-    hit &= value > ALPHA
-    albedo = room.tint[:, k, None, None, :] * (0.25 + 0.75 * value[..., None])
+    albedo = room.tint[:, k].T[:, :, None, None] * (0.25 + 0.75 * value)
     label = (FIRST_GARMENT + sprites.labels[room.sprite[:, k]]).astype(np.uint8)[:, None, None]
-    drawn = canvas.draw(hit, t, normal[:, None, None, :].astype(np.float32), albedo, label)
-    canvas.instance[drawn] = k
+    canvas.draw(hit & (value > ALPHA), t, normal[:, :, None, None], albedo, label, instance=k)
 
 
 def _bilinear(images: NDArray[np.uint8], which: NDArray[np.int64], row: Array, column: Array) -> Array:
     row, column = np.clip(row, 0, 27), np.clip(column, 0, 27)
     top, left = np.minimum(row.astype(np.int64), 26), np.minimum(column.astype(np.int64), 26)
     down, across = row - top, column - left
-    corner = lambda i, j: images[which, top + i, left + j].astype(np.float32)  # noqa: E731
-    upper = corner(0, 0) * (1 - across) + corner(0, 1) * across
-    lower = corner(1, 0) * (1 - across) + corner(1, 1) * across
-    return ((upper * (1 - down) + lower * down) / 255).astype(np.float32)
+    upper = images[which, top, left] * (1 - across) + images[which, top, left + 1] * across
+    lower = images[which, top + 1, left] * (1 - across) + images[which, top + 1, left + 1] * across
+    result: Array = ((upper * (1 - down) + lower * down) / 255).astype(np.float32)
+    return result
 
 
 def _nearest_object(canvas: _Canvas, room: _Room, sprites: Sprites) -> NDArray[np.int64]:
@@ -231,23 +252,24 @@ def render_block(sprites: Sprites, size: int, seed: int, block: int) -> dict[str
     """
     rng = np.random.default_rng([seed, block])
     room = _sample_room(rng, BLOCK, len(sprites.labels))
-    rays, rotation = _camera_rays(room, size)
-    canvas = _Canvas(rays.shape[:3])
-    _draw_room(canvas, room, rays)
+    rays = _camera_rays(room, size)
+    canvas = _Canvas(rays.shape[1:])
+    _draw_floor(canvas, room, rays)
+    _draw_walls(canvas, room, rays)
     _draw_sphere(canvas, room, rays)
     for k in range(MAX_OBJECTS):
         _draw_garment(canvas, room, rays, sprites, k)
 
     # Two-sided Lambert shading: a garment has no back.
-    facing = np.einsum("bhwc,bc->bhw", canvas.normal, room.light)
-    shade = room.ambient[:, None, None] + (1 - room.ambient[:, None, None]) * np.abs(facing)
-    noise = rng.normal(0, 0.02, canvas.albedo.shape).astype(np.float32)
-    colour = np.clip(canvas.albedo * shade[..., None] + noise, 0, 1)
-    normals = np.einsum("bhwc,bdc->bdhw", canvas.normal, rotation)
+    ambient = room.ambient[:, None, None]
+    shade = ambient + (1 - ambient) * np.abs(_dot(canvas.normal, room.light.T))
+    noise = 0.02 * rng.standard_normal(canvas.albedo.shape, np.float32)
+    colour = np.clip(canvas.albedo * shade + noise, 0, 1)
+    normals = _to_camera(canvas.normal, room)
     return {
-        "images": np.rint(colour * 255).astype(np.uint8),
+        "images": np.rint(rearrange(colour, "c b h w -> b h w c") * 255).astype(np.uint8),
         "segmentation": canvas.label,
-        "depth": canvas.depth[:, None],
-        "normals": normals.astype(np.float16),
+        "depth": rearrange(canvas.depth, "b h w -> b 1 h w"),
+        "normals": rearrange(normals, "c b h w -> b c h w").astype(np.float16),
         "object": _nearest_object(canvas, room, sprites),
     }

@@ -28,8 +28,9 @@ class Sprites:
     @cached_property
     def blank_rows(self) -> NDArray[np.int64]:
         """How many transparent rows lie under each garment, "n"."""
-        opaque = (self.images > ALPHA * 255).any(axis=2)
-        return opaque[:, ::-1].argmax(axis=1)
+        opaque: NDArray[np.bool_] = np.any(self.images > ALPHA * 255, axis=2)
+        rows: NDArray[np.int64] = np.argmax(opaque[:, ::-1], axis=1)
+        return rows
 
 
 def load_sprites(split: str) -> Sprites:

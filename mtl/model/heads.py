@@ -33,8 +33,7 @@ class DenseHead(nn.Module):
         nn.init.zeros_(self.out.bias)  # type: ignore[arg-type]
 
     def forward(self, features: Features, size: tuple[int, int]) -> Tensor:
-        """
-        Args:
+        """Args:
             features: The trunk's pyramid, fine to coarse, each "b c h w".
             size: Height and width of the output, in pixels.
 
@@ -58,11 +57,10 @@ class VectorHead(nn.Module):
         nn.init.normal_(self.out.weight, std=0.01)
         nn.init.zeros_(self.out.bias)
 
-    def forward(self, features: Features, size: tuple[int, int]) -> Tensor:
-        """
-        Args:
+    def forward(self, features: Features, size: tuple[int, int]) -> Tensor:  # noqa: ARG002 - one signature for all
+        """Args:
             features: The trunk's pooled vector, "b c".
-            size: Unused; dense heads need it.
+            size: Unused: a vector has no resolution.
 
         Returns:
             "b num_outputs".

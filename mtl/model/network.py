@@ -5,6 +5,7 @@ from __future__ import annotations
 from collections.abc import Mapping
 from contextlib import nullcontext
 from difflib import get_close_matches
+from pathlib import Path
 from typing import Any
 
 import timm
@@ -30,8 +31,7 @@ class Normalize(nn.Module):
         self.shift: Tensor
 
     def forward(self, images: Tensor) -> Tensor:
-        """
-        Args:
+        """Args:
             images: "b h w c", uint8, c is 3, or 1 for grey.
 
         Returns:
@@ -50,8 +50,7 @@ class MultiTaskModel(nn.Module):
     """
 
     def __init__(self, config: TrunkConfig, tasks: Mapping[str, Task], image_size: int) -> None:
-        """
-        Args:
+        """Args:
             config: The trunk.
             tasks: The tasks by name; each decides the form of its head.
             image_size: Height and width of the images, in pixels.
@@ -62,19 +61,21 @@ class MultiTaskModel(nn.Module):
         """
         super().__init__()
         trunk = build_trunk(config, image_size)
-        self.normalize = Normalize(trunk.pretrained_cfg["mean"], trunk.pretrained_cfg["std"])
+        trained_on: Any = trunk.pretrained_cfg
+        self.normalize = Normalize(trained_on["mean"], trained_on["std"])
         self.trunk = trunk
         dense = any(task.output == "dense" for task in tasks.values())
         self.levels = pyramid_levels(trunk) if dense else []
         self.pooled = any(task.output == "vector" for task in tasks.values())
         shape = feature_shape(trunk, self.levels, image_size)
-        self.heads = nn.ModuleDict({name: build_head(task.output, shape, task.num_outputs) for name, task in tasks.items()})
+        self.heads = nn.ModuleDict(
+            {name: build_head(task.output, shape, task.num_outputs) for name, task in tasks.items()}
+        )
         # Set by whoever freezes the whole trunk: it is then run without recording for a backward that never comes.
         self.trunk_is_frozen = False
 
     def forward(self, images: Tensor) -> dict[str, Tensor]:
-        """
-        Args:
+        """Args:
             images: "b h w c", uint8.
 
         Returns:
@@ -128,5 +129,7 @@ def _create(name: str, pretrained: bool, options: dict[str, Any]) -> nn.Module:
 
 def _nearest(name: str) -> str:
     models = timm.list_models()
-    near = get_close_matches(name, models, n=3, cutoff=0.6) or [m for m in models if m.startswith(name.split("_")[0])][:3]
+    near = (
+        get_close_matches(name, models, n=3, cutoff=0.6) or [m for m in models if m.startswith(name.split("_")[0])][:3]
+    )
     return f"; nearest: {', '.join(near)}" if near else ""

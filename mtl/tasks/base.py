@@ -26,12 +26,12 @@ class Goal:
         return self.perfect > 0
 
     def skill(self, value: float, trivial: float) -> float:
-        """Skill score against the trivial predictor: 1 is perfect, 0 no better, below 0 worse (Murphy 1988, eq. 4)."""
+        """Skill against the trivial predictor: 1 perfect, 0 no better, below 0 worse (Murphy 1988, eq. 4)."""
         return 0.0 if trivial == self.perfect else (value - trivial) / (self.perfect - trivial)
 
 
 class Metrics(ABC):
-    """Sufficient statistics of one task over a data set, kept on the device; adding them up merges two parts exactly."""
+    """Sufficient statistics of one task over a data set, kept on the device; those of two parts add up."""
 
     @abstractmethod
     def update(self, output: Tensor, label: Tensor) -> None:
@@ -69,7 +69,7 @@ class Task(ABC):
 
     @abstractmethod
     def loss(self, output: Tensor, label: Tensor) -> Tensor:
-        """Mean loss over the labelled entries of a batch, a float32 scalar; 0 with zero gradient where none is labelled."""
+        """Mean loss over the labelled entries of a batch, a float32 scalar; 0 with zero gradient if there are none."""
 
     @abstractmethod
     def metrics(self) -> Metrics:

@@ -85,7 +85,9 @@ class _ClassTask(Task):
     def check_labels(self, label: Tensor) -> None:
         dims = 3 if self.output == "dense" else 1
         if label.ndim != dims or label.dtype.is_floating_point:
-            raise ValueError(f"expected whole numbers with {dims} axes, got {label.dtype} of shape {tuple(label.shape)}")
+            raise ValueError(
+                f"expected whole numbers with {dims} axes, got {label.dtype} of shape {tuple(label.shape)}"
+            )
         known = label[label != self.ignore_index]
         if known.numel() and not 0 <= int(known.min()) <= int(known.max()) < self.num_outputs:
             raise ValueError(
@@ -101,12 +103,11 @@ class Segmentation(_ClassTask):
     goal = Goal("miou", perfect=1.0)
 
     def __init__(self, num_classes: int, ignore_index: int = 255, balance_power: float = 0.5) -> None:
-        """
-        Args:
-            num_classes: Number of classes.
-            ignore_index: Label of pixels that do not count.
-            balance_power: Classes weigh frequency ** -balance_power, scaled so that the mean pixel weighs 1.
-                0 weighs all pixels alike, 1 all classes alike.
+        """Args:
+        num_classes: Number of classes.
+        ignore_index: Label of pixels that do not count.
+        balance_power: Classes weigh frequency ** -balance_power, scaled so that the mean pixel weighs 1.
+            0 weighs all pixels alike, 1 all classes alike.
         """
         super().__init__(num_classes, ignore_index)
         self.balance_power = balance_power

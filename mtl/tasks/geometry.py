@@ -40,7 +40,7 @@ class DepthMetrics(Metrics):
         self.sums = sums if self.sums is None else self.sums + sums
 
     def compute(self) -> dict[str, float]:
-        """`abs_rel` and `delta1` (share within a factor of 1.25) as in Eigen et al. (arXiv 1406.2283); `rmse` in metres."""
+        """`abs_rel` and `delta1` (share within a factor 1.25): Eigen et al. (arXiv 1406.2283); `rmse`: metres."""
         count, relative, squared, close = [0.0] * 4 if self.sums is None else self.sums.tolist()
         if count == 0:
             return {"abs_rel": float("nan"), "rmse": float("nan"), "delta1": float("nan")}
