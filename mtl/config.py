@@ -6,17 +6,28 @@ Keys and types are declared as pydantic models; `yaml_source` reads the files an
 from __future__ import annotations
 
 from collections.abc import Sequence
-from difflib import get_close_matches
 from pathlib import Path
-from typing import Annotated, Any, Literal, get_args
+from typing import Annotated, Any, Literal
 
-from pydantic import BaseModel, BeforeValidator, ConfigDict, Field, PrivateAttr, ValidationError, model_validator
-from pydantic_core import ErrorDetails, PydanticCustomError
+from pydantic import (
+    BaseModel,
+    BeforeValidator,
+    ConfigDict,
+    Discriminator,
+    Field,
+    PrivateAttr,
+    Tag,
+    ValidationError,
+    field_validator,
+    model_validator,
+)
+from pydantic_core import PydanticCustomError
 
-from mtl.yaml_source import ConfigError, KeyPath, Source, read_source
+from mtl.config_mistakes import describe
+from mtl.yaml_source import ConfigError, KeyPath, Source, dotted, read_source
 
-Positive = Annotated[float, Field(gt=0)]
-NotNegative = Annotated[float, Field(ge=0)]
+Positive = Annotated[float, Field(gt=0, allow_inf_nan=False)]
+NotNegative = Annotated[float, Field(ge=0, allow_inf_nan=False)]
 Count = Annotated[int, Field(ge=1)]
 
 
@@ -24,18 +35,11 @@ def _as_list(value: object) -> object:
     return [value] if isinstance(value, str) else value
 
 
-def _check_lr(value: object) -> object:
-    table = value if isinstance(value, dict) else {"": value}
-    for rate in table.values():
-        if isinstance(rate, bool) or not isinstance(rate, int | float) or not rate > 0:
-            raise PydanticCustomError("lr", "Input should be a number greater than 0, or a table of pattern: number")
-    if not table:
-        raise PydanticCustomError("lr", "Input should be a number, or a table with at least one pattern: number")
-    return value
-
-
 Patterns = Annotated[list[str], BeforeValidator(_as_list)]
-LearningRate = Annotated[float | dict[str, float], BeforeValidator(_check_lr)]
+LearningRate = Annotated[
+    Annotated[Positive, Tag("number")] | Annotated[dict[str, Positive], Field(min_length=1), Tag("table")],
+    Discriminator(lambda value: "table" if isinstance(value, dict) else "number"),
+]
 
 
 class _Strict(BaseModel):
@@ -161,7 +165,7 @@ class PhaseConfig(_Strict):
         lr: Peak rate, or pattern -> rate; the run's `optim.lr` if not given.
     """
 
-    name: str
+    name: Annotated[str, Field(min_length=1)]
     freeze: Patterns = []
     epochs: Count | None = None
     steps: Count | None = None
@@ -203,7 +207,7 @@ class ClassicConfig(_Strict):
 class RunConfig(_Strict):
     """Everything that defines a run."""
 
-    name: str = Field(pattern=r"^[\w.\-]+$")
+    name: str = Field(pattern=r"^[\w\-][\w.\-]*$")
     runs_dir: str = "runs"
     seed: Annotated[int, Field(ge=0)] = 0
     device: Annotated[str, Field(pattern=r"^(auto|cpu|mps|cuda(:\d+)?)$")] = "auto"
@@ -221,13 +225,16 @@ class RunConfig(_Strict):
 
     _source: Source = PrivateAttr(default_factory=Source)
 
-    @model_validator(mode="after")
-    def _phases_have_own_names(self) -> RunConfig:
-        names = [phase.name for phase in self.phases]
+    @field_validator("phases")
+    @classmethod
+    def _phases_have_own_names(cls, phases: list[PhaseConfig]) -> list[PhaseConfig]:
+        names = [phase.name for phase in phases]
         twice = sorted({name for name in names if names.count(name) > 1})
         if twice:
-            raise PydanticCustomError("phases", f"Input should give every phase a name of its own, not {twice} twice")
-        return self
+            raise PydanticCustomError(
+                "phases", f"Input should have a name of its own for every phase, not {twice} twice"
+            )
+        return phases
 
     @property
     def run_dir(self) -> Path:
@@ -256,78 +263,6 @@ def load_config(file: Path, overrides: Sequence[str] = ()) -> RunConfig:
     try:
         config = RunConfig.model_validate(source.data)
     except ValidationError as error:
-        raise ConfigError([_describe(details, source) for details in error.errors()]) from None
+        raise ConfigError([describe(details, RunConfig, source) for details in error.errors()]) from None
     config._source = source
     return config
-
-
-def dotted(path: KeyPath) -> str:
-    return ".".join(str(key) for key in path) or "the configuration"
-
-
-def _describe(error: ErrorDetails, source: Source) -> str:
-    """One line for one mistake: where, which key, what was expected, what came, and the nearest valid choice."""
-    path = _without_tags(error["loc"], source.data)
-    kind, got = error["type"], f", got {error['input']!r}"
-    expected = (
-        error["msg"]
-        .replace("Input should", "should")
-        .replace("should be", "expected")
-        .replace("should have", "expected")
-    )
-    near: list[str] = []
-    if kind == "extra_forbidden":
-        choices = _valid_keys(RunConfig, path[:-1], source.data)
-        near = get_close_matches(str(path[-1]), choices, n=1, cutoff=0.5)
-        expected, got = "unknown key", "" if near else f"; the keys here are {', '.join(choices)}"
-    elif kind == "missing":
-        expected, got = "this key is required", ""
-    elif kind in ("union_tag_invalid", "literal_error"):
-        options = error.get("ctx", {}).get("expected_tags") or error.get("ctx", {}).get("expected") or ""
-        choices = [option.strip().strip("'") for option in options.replace(" or ", ", ").split(",")]
-        came = error["input"].get("type") if isinstance(error["input"], dict) else error["input"]
-        near = get_close_matches(str(came), choices, n=1, cutoff=0.5)
-        path = (*path, "type") if kind == "union_tag_invalid" else path
-        expected, got = f"expected one of {', '.join(choices)}", f", got {came!r}"
-    elif kind == "union_tag_not_found":
-        path, expected, got = (*path, "type"), "this key is required", ""
-    elif isinstance(error["input"], dict | list):
-        got = ""
-    return f"{source.where(path)}: {dotted(path)}: {expected}{got}" + (f"; nearest: {near[0]}" if near else "")
-
-
-def _without_tags(location: tuple[int | str, ...], data: Any) -> KeyPath:
-    """Pydantic's location of an error without the union tags and key markers that it puts between the keys."""
-    path: list[int | str] = []
-    for place, key in enumerate(location):
-        here = data.keys() if isinstance(data, dict) else range(len(data)) if isinstance(data, list) else ()
-        if key in here:
-            data = data[key]
-        elif place != len(location) - 1 or not isinstance(data, dict) or key == "[key]":
-            continue
-        path.append(key)
-    return tuple(path)
-
-
-def _valid_keys(model: type[BaseModel], path: KeyPath, data: Any) -> list[str]:
-    """The keys that may stand at a path."""
-    annotation: Any = model
-    for key in path:
-        data = data[key]
-        if isinstance(annotation, type) and issubclass(annotation, BaseModel):
-            annotation = annotation.model_fields[str(key)].annotation
-        else:  # list[Model] or dict[str, Model]
-            annotation = get_args(annotation)[-1]
-        if not isinstance(annotation, type):
-            annotation = _choose(annotation, data)
-    return list(annotation.model_fields)
-
-
-def _choose(annotation: Any, data: object) -> Any:
-    """The member of a union of models whose `type` the data names; other annotations as they are."""
-    members = [a for a in get_args(get_args(annotation)[0]) if isinstance(a, type)] if get_args(annotation) else []
-    for member in members:
-        tag = member.model_fields.get("type") if issubclass(member, BaseModel) else None
-        if tag is not None and isinstance(data, dict) and data.get("type") in get_args(tag.annotation):
-            return member
-    return annotation

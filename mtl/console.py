@@ -42,7 +42,13 @@ def table(header: Sequence[str], rows: Sequence[Sequence[str]], numbers_from: in
 
 
 def progress_bar(total_images: int, title: str, quiet: bool) -> tqdm[Never]:
-    """A bar over the images of one epoch; it disappears when it is done."""
+    """A bar over the images of one epoch; it disappears when it is done, and is not shown in a file or pipe."""
     return tqdm(
-        total=total_images, desc=title, unit="img", leave=False, disable=quiet, dynamic_ncols=True, mininterval=0.5
+        total=total_images,
+        desc=title,
+        unit="img",
+        leave=False,
+        disable=quiet or None,
+        dynamic_ncols=True,
+        mininterval=0.5,
     )

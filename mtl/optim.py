@@ -12,7 +12,7 @@ from torch.optim import AdamW, Optimizer
 from torch.optim.lr_scheduler import LambdaLR
 
 from mtl.config import OptimConfig
-from mtl.patterns import select
+from mtl.patterns import PatternError, select
 
 # One-cycle (Smith and Topin, arXiv 1708.07120): from a 25th of the peak up, then down to nothing, in cosine halves.
 _WARM_UP_SHARE, _START_FACTOR = 0.3, 0.04
@@ -40,6 +40,11 @@ def rates(
     if not isinstance(lr, Mapping):
         return dict.fromkeys(trainable, lr)
     patterns = list(lr)
+    for index, pattern in enumerate(patterns):
+        if pattern.startswith("!"):
+            raise PatternError(
+                index, f"pattern {pattern!r} takes back, but a rate cannot be taken back; give another rate"
+            )
     decided_by = select(patterns, every_name).decided_by
     table = {name: lr[patterns[decided_by[name]]] for name in trainable if name in decided_by}
     table |= {name: balance_lr for name in trainable if name not in table and name.startswith("balance.")}
@@ -77,7 +82,8 @@ def build_optimizer(groups: list[dict[str, Any]], previous: Optimizer | None = N
         groups: From `group_parameters`.
         previous: The optimizer of the phase before; moments of parameters that go on training are taken over.
     """
-    optimizer = AdamW(groups, foreach=True)
+    # Copies: an optimizer writes the current rate into its groups.
+    optimizer = AdamW([dict(group) for group in groups], foreach=True)
     carried = {} if previous is None else previous.state
     for group in optimizer.param_groups:
         for parameter in group["params"]:

@@ -66,12 +66,13 @@ _SEGMENT = re.compile(r"\*\*|[\w*\-]+")
 
 
 def _compile(text: str, index: int) -> re.Pattern[str]:
-    """The regular expression of a pattern without its `!`; it must match from the start of a name."""
-    if text.startswith("~"):
-        if not text[1:]:
+    """The regular expression of a pattern, whether it takes back or not; it must match from the start of a name."""
+    body = text.removeprefix("!")
+    if body.startswith("~"):
+        if not body[1:]:
             raise PatternError(index, f"pattern {text!r} has no text after ~")
-        return re.compile(f".*{re.escape(text[1:])}")
-    segments = text.split(".")
+        return re.compile(f".*{re.escape(body[1:])}")
+    segments = body.split(".")
     for segment in segments:
         if not _SEGMENT.fullmatch(segment) or ("**" in segment and segment != "**"):
             raise PatternError(
@@ -82,8 +83,10 @@ def _compile(text: str, index: int) -> re.Pattern[str]:
     expression = ""
     for place, segment in enumerate(segments):
         last = place == len(segments) - 1
-        if segment == "**":
-            expression += ".*" if last else r"(?:[^.]+\.)*"
+        if segment == "**" and last:
+            expression = expression.removesuffix(r"\.") + (r"(?:\..*)?" if place else ".*")
+        elif segment == "**":
+            expression += r"(?:[^.]+\.)*"
         else:
             expression += re.escape(segment).replace(r"\*", "[^.]*") + ("" if last else r"\.")
     return re.compile(rf"{expression}(?=\.|$)")
@@ -103,7 +106,7 @@ def select(patterns: Sequence[str], names: Sequence[str]) -> Selection:
     decided_by: dict[str, int] = {}
     for index, pattern in enumerate(patterns):
         takes_back = pattern.startswith("!")
-        expression = _compile(pattern.removeprefix("!"), index)
+        expression = _compile(pattern, index)
         matched = [name for name in names if expression.match(name)]
         if not matched:
             raise PatternError(index, f"pattern {pattern!r} matches nothing{_near_misses(pattern, names)}")

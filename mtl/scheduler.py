@@ -97,19 +97,16 @@ class TaskScheduler:
         Raises:
             ValueError: The state is not one that these phases can be in.
         """
-        index = state["index"]
-        limit = None if index == len(self._phases) else self._phases[index] if 0 <= index < len(self._phases) else ...
-        fits = limit is not ... and (
-            (limit is None and state["epochs"] == state["steps"] == 0)
-            or (
-                limit is not None
-                and 0 <= state["epochs"] < (limit.epochs or state["epochs"] + 1)
-                and 0 <= state["steps"] < (limit.steps or state["steps"] + 1)
-            )
-        )
-        if not fits:
+        index, counts = state.get("index"), (state.get("epochs"), state.get("steps"))
+        whole = all(type(number) is int and number >= 0 for number in (index, *counts))
+        over = index == len(self._phases) and counts == (0, 0)
+        if not whole or not (over or (index < len(self._phases) and self._is_within(*counts, self._phases[index]))):
             raise ValueError(f"state {state} does not fit the {len(self._phases)} phases")
-        self._state = SchedulerState(index=index, epochs=state["epochs"], steps=state["steps"])
+        self._state = SchedulerState(index=index, epochs=counts[0], steps=counts[1])
+
+    @staticmethod
+    def _is_within(epochs: int, steps: int, phase: PhaseLength) -> bool:
+        return (phase.epochs is None or epochs < phase.epochs) and (phase.steps is None or steps < phase.steps)
 
     def _active(self) -> PhaseLength:
         if self.index is None:

@@ -31,17 +31,16 @@ class StepLog:
         self._loss_sum, self._num_steps = 0.0, 0
         self.latest = ""
 
-    def add(self, step: int, losses: Tensor, total: Tensor, lr: float, num_images: int) -> None:
+    def add(self, step: int, losses: Sequence[Tensor], lr: float, num_images: int) -> None:
         """Takes note of a step.
 
         Args:
             step: Steps done in the run, this one included.
-            losses: "t", the tasks' losses.
-            total: The balanced loss, a scalar.
+            losses: For each of its batches the balanced loss and the tasks' losses, "1+t".
             lr: The highest learning rate used.
             num_images: Images it took.
         """
-        self._pending.append((step, lr, torch.cat([total.detach()[None], losses.detach()])))
+        self._pending.append((step, lr, losses[0] if len(losses) == 1 else torch.stack(list(losses)).mean(0)))
         self._pending_images += num_images
         if len(self._pending) >= self._every_steps:
             self.flush()

@@ -27,7 +27,7 @@ class Tracker:
         name: The run's name.
         run_config: The resolved configuration, shown in wandb.
         """
-        self._metrics = (run_dir / "metrics.jsonl").open("a", encoding="utf-8")
+        self._metrics = run_dir / "metrics.jsonl"
         self._run: Any = None
         self.message = self._start_wandb(config, run_dir, name, run_config)
 
@@ -35,14 +35,13 @@ class Tracker:
         """Logs one row; `step`, the number of steps done, must be in it and never go back."""
         # JSON has no NaN: a metric without a value is null there.
         plain = {k: None if isinstance(v, float) and not math.isfinite(v) else v for k, v in row.items()}
-        self._metrics.write(json.dumps(plain) + "\n")
-        self._metrics.flush()
+        with self._metrics.open("a", encoding="utf-8") as stream:
+            stream.write(json.dumps(plain) + "\n")
         if self._run is not None:
             self._guard("log", lambda: self._run.log(dict(row), step=int(row["step"])))
 
     def finish(self, summary: Mapping[str, float | str | bool], failed: bool) -> None:
         """Ends tracking; `summary` is what wandb shows for the whole run."""
-        self._metrics.close()
         if self._run is not None:
             self._guard("the summary", lambda: self._run.summary.update(dict(summary)))
         if self._run is not None:

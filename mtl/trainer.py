@@ -9,7 +9,6 @@ from itertools import islice
 from pathlib import Path
 
 import torch
-import yaml
 from torch import Tensor
 from torch.optim import Optimizer
 
@@ -24,6 +23,7 @@ from mtl.scheduler import PhaseChange, TaskScheduler
 from mtl.steplog import StepLog
 from mtl.tracking import Tracker
 from mtl.validation import Scores, score, validate, validate_constant
+from mtl.yaml_source import dump_yaml
 
 
 @dataclass
@@ -59,10 +59,11 @@ def train(parts: Parts, quiet: bool = False) -> Outcome:
     """
     run_dir = make_run_dir(parts.config)
     resolved = parts.config.model_dump(mode="json", exclude_none=True)
-    write_text(run_dir / "config.yaml", yaml.safe_dump(resolved, sort_keys=False))
+    write_text(run_dir / "config.yaml", dump_yaml(resolved))
     write_json(run_dir / "plan.json", plan_summary(parts.phases, parts.root))
     tracker = Tracker(parts.config.tracking, run_dir, parts.config.name, resolved)
     logger.info(tracker.message)
+    _announce_classic(parts)
     trainer = Trainer(parts, run_dir, tracker, quiet)
     try:
         return trainer.run()
@@ -72,6 +73,17 @@ def train(parts: Parts, quiet: bool = False) -> Outcome:
         tracker.finish(
             {"audit/ok": report.ok, "val/best_score": trainer.outcome.best_score}, failed=not trainer.finished
         )
+
+
+def _announce_classic(parts: Parts) -> None:
+    """Says what the classic list of substrings freezes, in the words in which it has always been said."""
+    substrings = parts.config.MODEL.NOT_TRAIN_IN_MULTI_TASK
+    if not substrings:
+        return
+    logger.info(f"use freeze for {substrings}")
+    for name in parts.phases[0].plan.names.frozen:
+        if any(substring in name for substring in substrings):
+            logger.info(f"freezing {name}")
 
 
 class Trainer:
@@ -139,15 +151,18 @@ class Trainer:
         parts, tasks = self.parts, self.parts.tasks
         batches = training_batches(parts.train, self.batch_size, self.config.seed, self.epoch)
         total = self.steps_per_epoch * self.config.optim.accumulate * self.batch_size
+        self.epoch += 1
         log = StepLog(self.tracker, list(tasks), self.config.tracking.log_every_steps, phase.config.name, self.epoch)
         change = None
-        with progress_bar(total, f"{phase.config.name} epoch {self.epoch + 1}", self.quiet) as bar:
+        with progress_bar(total, f"{phase.config.name} epoch {self.epoch}", self.quiet) as bar:
             for window in windows(batches, self.config.optim.accumulate):
+                window_losses = []
                 for batch in window:
                     batch = batch.to(parts.device)
                     losses = self.losses(batch)
                     total_loss = parts.balance(losses)
                     (total_loss / len(window)).backward()
+                    window_losses.append(torch.cat([total_loss.detach()[None], losses.detach()]))
                 self.audit.after_backward()
                 lr = lr_schedule.get_last_lr()
                 optimizer.step()
@@ -157,7 +172,7 @@ class Trainer:
                 parts.balance.after_step(lambda batch=batch: self.losses(batch))  # type: ignore[misc]
                 self.step += 1
                 num_images = sum(map(len, window))
-                log.add(self.step, losses, total_loss, max(map(float, lr)), num_images)
+                log.add(self.step, window_losses, max(map(float, lr)), num_images)
                 bar.update(num_images)
                 bar.set_postfix_str(log.latest, refresh=False)
                 change = self.scheduler.step_done()
@@ -167,7 +182,6 @@ class Trainer:
                 parts.balance.after_epoch()
                 change = self.scheduler.epoch_done()
         log.flush()
-        self.epoch += 1
         self.finish_epoch(phase, log, change)
         return change
 

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import re
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
@@ -12,6 +12,8 @@ import yaml
 
 KeyPath = tuple[int | str, ...]
 BASE_KEY = "_base_"
+
+_QUOTE = 'a value that starts with ! must be in quotes: "!pattern"'
 
 
 class ConfigError(ValueError):
@@ -43,24 +45,39 @@ class Source:
 
 
 class _Loader(yaml.SafeLoader):
-    """YAML 1.2's scalars: `1e-3` is a number, and `on`, `off`, `yes`, `no` are words."""
+    """YAML 1.2's scalars: `1e-3` is a number, `010` is ten, and `on`, `off`, `yes`, `no` are words."""
 
 
-_Loader.yaml_implicit_resolvers = {}
-for _tag, _expression, _first in [
-    ("null", r"~|null|Null|NULL|", "~nN\0"),
-    ("bool", r"true|True|TRUE|false|False|FALSE", "tTfF"),
-    ("int", r"[-+]?[0-9]+", "-+0123456789"),
+class _Dumper(yaml.SafeDumper):
+    """Writes what `_Loader` reads: text that looks like a number to it is quoted."""
+
+
+_NULL, _BOOL, _INT, _FLOAT, _TEXT, _LIST, _MAPPING = (
+    f"tag:yaml.org,2002:{kind}" for kind in ("null", "bool", "int", "float", "str", "seq", "map")
+)
+_SCALARS = [
+    (_NULL, r"~|null|Null|NULL|", "~nN"),
+    (_BOOL, r"true|True|TRUE|false|False|FALSE", "tTfF"),
+    (_INT, r"[-+]?[0-9]+", "-+0123456789"),
     (
-        "float",
+        _FLOAT,
         r"[-+]?(\.[0-9]+|[0-9]+(\.[0-9]*)?)([eE][-+]?[0-9]+)?|[-+]?\.(inf|Inf|INF)|\.(nan|NaN|NAN)",
         "-+0123456789.",
     ),
-]:
-    for _character in [*_first.replace("\0", ""), *([""] if "\0" in _first else [])]:
-        _Loader.yaml_implicit_resolvers.setdefault(_character, []).append(
-            (f"tag:yaml.org,2002:{_tag}", re.compile(f"^(?:{_expression})$"))
-        )
+]
+_RESOLVERS: dict[str, list[tuple[str, re.Pattern[str]]]] = {}
+for _tag, _expression, _first in _SCALARS:
+    # PyYAML looks resolvers up by the first character; empty text, which is null, by none.
+    for _character in [*_first, *([""] if _tag == _NULL else [])]:
+        _RESOLVERS.setdefault(_character, []).append((_tag, re.compile(f"^(?:{_expression})$")))
+_Loader.yaml_implicit_resolvers = _RESOLVERS
+_Dumper.yaml_implicit_resolvers = _RESOLVERS
+
+
+def dump_yaml(data: Any) -> str:
+    """Writes plain data as YAML that `read_source` reads back as the same data."""
+    text: str = yaml.dump(data, Dumper=_Dumper, sort_keys=False, allow_unicode=True)
+    return text
 
 
 def read_source(file: Path, overrides: Sequence[str] = ()) -> Source:
@@ -75,33 +92,28 @@ def read_source(file: Path, overrides: Sequence[str] = ()) -> Source:
     return source
 
 
-def _read_file(file: Path, inside: tuple[Path, ...]) -> Source:
+def _read_file(file: Path, inside: tuple[Path, ...], wanted_by: str = "") -> Source:
     if file.resolve() in inside:
-        raise ConfigError([f"{file}: {BASE_KEY}: the file is based on itself"])
+        raise ConfigError([f"{wanted_by}{file} is based on itself"])
     try:
-        node = yaml.compose(file.read_text(encoding="utf-8"), Loader=_Loader)
+        text = file.read_text(encoding="utf-8")
     except FileNotFoundError:
-        raise ConfigError([f"{file}: no such file{_near_files(file)}"]) from None
+        raise ConfigError([f"{wanted_by}{file}: no such file{_near_files(file)}"]) from None
     except (OSError, UnicodeDecodeError) as error:
-        raise ConfigError([f"{file}: cannot be read: {error}"]) from None
-    except yaml.YAMLError as error:
-        mark = getattr(error, "problem_mark", None)
-        line = f":{mark.line + 1}" if mark else ""
-        raise ConfigError([f"{file}{line}: not valid YAML: {getattr(error, 'problem', None) or error}"]) from None
+        raise ConfigError([f"{wanted_by}{file}: cannot be read: {error}"]) from None
+    node = _compose(text, lambda line: f"{file}:{line}")
     if not isinstance(node, yaml.MappingNode):
-        raise ConfigError(
-            [f"{file}:1: expected keys and values, got {'nothing' if node is None else 'something else'}"]
-        )
+        came = "nothing" if node is None else "something else"
+        raise ConfigError([f"{file}:1: expected keys and values, got {came}"])
     own = Source(places={(): f"{file}:1"})
-    own.data = _read_node(node, (), str(file), own)
+    own.data = _read_node(node, (), own, lambda line: f"{file}:{line}")
     bases = own.data.pop(BASE_KEY, [])
     result = Source(places={(): f"{file}:1"})
-    for base in [bases] if isinstance(bases, str) else bases:
+    for base in bases if isinstance(bases, list) else [bases]:
+        place = own.where((BASE_KEY,))
         if not isinstance(base, str):
-            raise ConfigError(
-                [f"{own.where((BASE_KEY,))}: {BASE_KEY}: expected a file or a list of files, got {base!r}"]
-            )
-        _merge(result, _read_file(file.parent / base, (*inside, file.resolve())))
+            raise ConfigError([f"{place}: {BASE_KEY}: expected a file or a list of files, got {base!r}"])
+        _merge(result, _read_file(file.parent / base, (*inside, file.resolve()), f"{place}: {BASE_KEY}: "))
     _merge(result, own)
     return result
 
@@ -112,30 +124,66 @@ def _near_files(file: Path) -> str:
     return f"; there are: {', '.join(there)}" if there else ""
 
 
-def _read_node(node: yaml.Node, path: KeyPath, file: str, source: Source) -> Any:
-    """A YAML node as plain data; the place of everything below it is noted on the way."""
-    if isinstance(node, yaml.MappingNode):
+def _compose(text: str, place: Callable[[int], str]) -> yaml.Node | None:
+    """Parses YAML to its node tree; `place` names a line."""
+    try:
+        node: yaml.Node | None = yaml.compose(text, Loader=_Loader)
+    except yaml.reader.ReaderError as error:
+        line = text[: error.position].count("\n") + 1
+        raise ConfigError([f"{place(line)}: not valid YAML: the character {chr(error.character)!r}"]) from None
+    except yaml.YAMLError as error:
+        mark = getattr(error, "problem_mark", None)
+        problem = " ".join(str(getattr(error, "problem", None) or error).split())
+        hint = f"; {_QUOTE}" if re.search(r"(^|[\s\[,])![^\s\"']", text) else ""
+        raise ConfigError([f"{place(mark.line + 1 if mark else 1)}: not valid YAML: {problem}{hint}"]) from None
+    return node
+
+
+def _read_node(
+    node: yaml.Node, path: KeyPath, source: Source, place: Callable[[int], str], around: tuple[yaml.Node, ...] = ()
+) -> Any:
+    """A YAML node as plain data; the place of everything below it is noted in `source` on the way."""
+    here = place(node.start_mark.line + 1)
+    if node in around:
+        raise ConfigError([f"{here}: {dotted(path)}: the value contains itself"])
+    if isinstance(node, yaml.MappingNode) and node.tag == _MAPPING:
         result: dict[str, Any] = {}
         for key_node, value_node in node.value:
-            place = f"{file}:{key_node.start_mark.line + 1}"
-            key = key_node.value
+            where = place(key_node.start_mark.line + 1)
             if not isinstance(key_node, yaml.ScalarNode):
-                raise ConfigError([f"{place}: expected a plain key"])
+                raise ConfigError([f"{where}: expected a plain key"])
+            key = key_node.value
             if key in result:
-                raise ConfigError([f"{place}: {'.'.join(map(str, (*path, key)))}: this key is given twice"])
-            source.places[(*path, key)] = place
-            result[key] = _read_node(value_node, (*path, key), file, source)
+                raise ConfigError([f"{where}: {dotted((*path, key))}: this key is given twice"])
+            source.places[(*path, key)] = where
+            result[key] = _read_node(value_node, (*path, key), source, place, (*around, node))
         return result
-    if isinstance(node, yaml.SequenceNode):
+    if isinstance(node, yaml.SequenceNode) and node.tag == _LIST:
         items = []
         for index, item in enumerate(node.value):
-            source.places[(*path, index)] = f"{file}:{item.start_mark.line + 1}"
-            items.append(_read_node(item, (*path, index), file, source))
+            source.places[(*path, index)] = place(item.start_mark.line + 1)
+            items.append(_read_node(item, (*path, index), source, place, (*around, node)))
         return items
+    return _read_scalar(node, f"{here}: {dotted(path)}")
+
+
+def _read_scalar(node: yaml.Node, where: str) -> Any:
+    text = node.value
     try:
-        return _Loader("").construct_object(node)
-    except yaml.YAMLError as error:
-        raise ConfigError([f"{file}:{node.start_mark.line + 1}: {getattr(error, 'problem', error)}"]) from None
+        if isinstance(text, str) and node.tag in (_NULL, _BOOL, _INT, _FLOAT, _TEXT):
+            if node.tag == _FLOAT:
+                return float(text.replace(".inf", "inf").replace(".nan", "nan") if text[-1:].isalpha() else text)
+            return {_NULL: lambda: None, _BOOL: lambda: text.lower() == "true", _INT: lambda: int(text)}.get(
+                node.tag, lambda: text
+            )()
+    except ValueError:
+        pass
+    quoted = f"; {_QUOTE}" if node.tag.startswith("!") else ""
+    raise ConfigError([f"{where}: cannot be read as {node.tag.removeprefix('tag:yaml.org,2002:')}{quoted}"])
+
+
+def dotted(path: KeyPath) -> str:
+    return ".".join(str(key) for key in path) or "the configuration"
 
 
 def _merge(below: Source, above: Source) -> None:
@@ -159,23 +207,23 @@ def _override(source: Source, override: str) -> None:
     key, equals, text = override.partition("=")
     if not equals or not key or not all(key.split(".")):
         raise ConfigError([f"command line: {override!r}: expected key=value, such as optim.lr=3e-4"])
-    try:
-        value = yaml.load(text, Loader=_Loader)
-    except yaml.YAMLError:
-        raise ConfigError([f"command line: {override!r}: the value is not valid YAML"]) from None
     target: Any = source.data
     path: list[int | str] = []
     *parents, last = key.split(".")
     for segment in parents:
         step = _step(target, segment, override)
-        target = target.setdefault(step, {}) if isinstance(target, dict) else target[step]
         path.append(step)
+        if isinstance(target, dict) and step not in target:
+            target[step] = {}
+            source.places[tuple(path)] = "command line"
+        target = target[step]
     step = _step(target, last, override)
-    target[step] = value
     path.append(step)
     for place in [place for place in source.places if place[: len(path)] == tuple(path)]:
         del source.places[place]
     source.places[tuple(path)] = "command line"
+    node = _compose(text, lambda _: f"command line: {override!r}")
+    target[step] = None if node is None else _read_node(node, tuple(path), source, lambda _: "command line")
 
 
 def _step(target: Any, segment: str, override: str) -> int | str:
@@ -188,6 +236,8 @@ def _step(target: Any, segment: str, override: str) -> int | str:
             return names.index(segment)
         if segment.isdigit() and int(segment) < len(target):
             return int(segment)
-        choices = [str(name) for name in names if name] + [f"0 to {len(target) - 1}"]
-        raise ConfigError([f"command line: {override!r}: {segment!r} is none of {', '.join(choices)}"])
+        choices = ", ".join([str(name) for name in names if name] + ([f"0 to {len(target) - 1}"] if target else []))
+        raise ConfigError(
+            [f"command line: {override!r}: {segment!r} is none of {choices or 'nothing: the list is empty'}"]
+        )
     raise ConfigError([f"command line: {override!r}: there is nothing below {segment!r}'s parent"])

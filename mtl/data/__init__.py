@@ -103,6 +103,9 @@ def _render(data: BuiltIn, config: DataConfig, split: str, num: int, quiet: bool
     seed = 2 * config.seed + (split == "val")
     blocks = []
     numbers = range((num + size - 1) // size)
-    for number in tqdm(numbers, f"{config.name}: making {num} {split} images", disable=quiet, delay=1, leave=False):
+    for number in tqdm(
+        numbers, f"{config.name}: making {num} {split} images", disable=quiet or None, delay=1, leave=False
+    ):
         blocks.append(data.module.render_block(sprites, config.image_size, seed, number))
-    return {name: torch.from_numpy(np.concatenate([block[name] for block in blocks])[:num]) for name in blocks[0]}
+    joined = {name: np.concatenate([block[name] for block in blocks])[:num] for name in blocks[0]}
+    return {name: torch.from_numpy(np.ascontiguousarray(array)) for name, array in joined.items()}

@@ -63,7 +63,7 @@ def _sample_room(rng: np.random.Generator, num: int, num_sprites: int) -> _Room:
 
     k = MAX_OBJECTS
     # The first garment stands close, the others anywhere in front of the wall.
-    z = np.concatenate([uniform(1.5, 2.4, 1), uniform(2.0, 4.0, k - 1)], axis=1)
+    z = np.concatenate([uniform(1.4, 2.2, 1), uniform(1.8, 3.4, k - 1)], axis=1)
     base = np.stack([z * uniform(-0.45, 0.45, k), np.zeros_like(z), z], axis=-1)
     radius = uniform(0.25, 0.6)
     sphere_z = uniform(1.8, 4.0)
@@ -71,12 +71,12 @@ def _sample_room(rng: np.random.Generator, num: int, num_sprites: int) -> _Room:
     light = np.stack([uniform(-1, 1), uniform(0.5, 1.2), uniform(-1.2, -0.3)], axis=-1)
     return _Room(
         camera_height=uniform(1.0, 1.5),
-        pitch=np.deg2rad(uniform(6, 20)),
+        pitch=np.deg2rad(uniform(9, 16)),
         focal=uniform(0.75, 0.9),
         wall_z=uniform(4.5, 7.0),
         wall_x=np.stack([uniform(-4.0, -1.8), uniform(1.8, 4.0)], axis=1),
         light=light / np.linalg.norm(light, axis=-1, keepdims=True),
-        ambient=uniform(0.3, 0.6),
+        ambient=uniform(0.25, 0.5),
         floor_colours=uniform(0.15, 0.95, 2, 3),
         wall_colour=uniform(0.3, 0.95, 3),
         checker=uniform(0.35, 0.8),
@@ -85,8 +85,8 @@ def _sample_room(rng: np.random.Generator, num: int, num_sprites: int) -> _Room:
         sphere_colour=uniform(0.2, 1.0, 3),
         base=base,
         size=uniform(1.0, 1.5, k),
-        yaw=uniform(-0.6, 0.6, k),
-        lean=uniform(-0.3, 0.3, k),
+        yaw=uniform(-0.35, 0.35, k),
+        lean=uniform(-0.2, 0.2, k),
         tint=uniform(0.35, 1.0, k, 3),
         present=rng.random((num, k)) < np.array([1.0, 0.7, 0.4]),
         sprite=rng.integers(0, num_sprites, (num, k)),

@@ -1,0 +1,109 @@
+"""Mistakes in a configuration in words: where, which key, what was expected, what came, the nearest valid choice."""
+
+from __future__ import annotations
+
+from difflib import get_close_matches
+from types import NoneType, UnionType
+from typing import Annotated, Any, Union, get_args, get_origin
+
+from pydantic import BaseModel, Tag
+from pydantic_core import ErrorDetails
+
+from mtl.yaml_source import KeyPath, Source, dotted
+
+_SENTENCES = [
+    ("Input should be greater", "expected a number greater"),
+    ("Input should be less", "expected a number less"),
+    ("Input should be a finite number", "expected a finite number"),
+    ("Input should be", "expected"),
+    ("Input should have", "expected"),
+    ("String should match pattern", "expected text that matches"),
+    ("String should have", "expected text of"),
+]
+
+
+def describe(error: ErrorDetails, model: type[BaseModel], source: Source) -> str:
+    """One line for one of pydantic's errors.
+
+    Args:
+        error: The error.
+        model: The model that was validated.
+        source: What was read, with the place of every key.
+    """
+    path, innermost = _resolve(error["loc"], model)
+    kind, came, context = error["type"], error["input"], error.get("ctx", {})
+    expected, got, near = _plain(error["msg"]), f", got {came!r}", ""
+    if kind == "extra_forbidden":
+        keys = list(innermost.model_fields)
+        near = _nearest(str(path[-1]), keys)
+        expected, got = "unknown key", "" if near else f"; the keys here are {', '.join(keys)}"
+    elif kind in ("missing", "union_tag_not_found"):
+        path = (*path, "type") if kind == "union_tag_not_found" else path
+        expected, got = "this key is required", ""
+    elif kind in ("union_tag_invalid", "literal_error"):
+        if kind == "union_tag_invalid":
+            path, came = (*path, "type"), came["type"]
+        listed = context.get("expected_tags") or context["expected"]
+        choices = [choice.strip().strip("'") for choice in listed.replace(" or ", ", ").split(",")]
+        expected, got, near = f"expected one of {', '.join(choices)}", f", got {came!r}", _nearest(str(came), choices)
+    elif kind in ("model_type", "model_attributes_type"):
+        expected = "expected keys and values"
+    elif kind == "too_short":
+        expected, got = "expected at least one", ", got none"
+    elif isinstance(came, dict | list):
+        got = ""
+    return f"{source.where(path)}: {dotted(path)}: {expected}{got}" + (f"; nearest: {near}" if near else "")
+
+
+def _plain(message: str) -> str:
+    """Pydantic's sentence in the form of ours: `expected ...`."""
+    message = message.removeprefix("Value error, ")
+    for theirs, ours in _SENTENCES:
+        message = message.replace(theirs, ours)
+    return message
+
+
+def _nearest(word: str, choices: list[str]) -> str:
+    return next(iter(get_close_matches(word, choices, n=1, cutoff=0.5)), "")
+
+
+def _resolve(location: tuple[int | str, ...], model: type[BaseModel]) -> tuple[KeyPath, type[BaseModel]]:
+    """The key path of pydantic's location, without the marks that it puts in for unions and keys.
+
+    Returns:
+        The path, and the innermost model that it leads to.
+    """
+    path: list[int | str] = []
+    annotation: Any = model
+    for key in location:
+        annotation, is_mark = _descend(annotation, key)
+        if not is_mark:
+            path.append(key)
+        if isinstance(annotation, type) and issubclass(annotation, BaseModel):
+            model = annotation
+    return tuple(path), model
+
+
+def _descend(annotation: Any, key: int | str) -> tuple[Any, bool]:
+    """What stands below a key of an annotation, and whether the key is but a mark of pydantic's."""
+    members = _members(annotation)
+    if len(members) > 1:
+        return next((member for member, tags in members if key in tags), None), True
+    kind = members[0][0]
+    if isinstance(kind, type) and issubclass(kind, BaseModel):
+        field = kind.model_fields.get(str(key))
+        return (None if field is None else field.annotation), False
+    return (get_args(kind) or (None,))[-1], key == "[key]"
+
+
+def _members(annotation: Any) -> list[tuple[Any, tuple[str, ...]]]:
+    """The types of a union, None left out, each with the tags that choose it; one for anything else."""
+    tags: tuple[str, ...] = ()
+    while get_origin(annotation) is Annotated:
+        annotation, *extras = get_args(annotation)
+        tags += tuple(extra.tag for extra in extras if isinstance(extra, Tag))
+    if get_origin(annotation) in (Union, UnionType):
+        return [m for member in get_args(annotation) if member is not NoneType for m in _members(member)]
+    if isinstance(annotation, type) and issubclass(annotation, BaseModel) and "type" in annotation.model_fields:
+        tags += get_args(annotation.model_fields["type"].annotation)
+    return [(annotation, tags)]

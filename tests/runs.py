@@ -1,0 +1,45 @@
+"""Small real runs for tests: seconds on two cores, every part of the house in use."""
+
+from __future__ import annotations
+
+import json
+from pathlib import Path
+from typing import Any
+
+import yaml
+
+from mtl.assembly import Parts, assemble
+from mtl.config import load_config
+
+TINY: dict[str, Any] = {
+    "name": "tiny",
+    "trunk": {"name": "test_resnet"},
+    "data": {"name": "scenes", "image_size": 32, "batch_size": 8, "num_train": 40, "num_val": 20},
+    "tasks": {
+        "segmentation": {"type": "segmentation", "num_classes": 13},
+        "depth": {"type": "depth"},
+        "normals": {"type": "normals"},
+        "object": {"type": "classification", "num_classes": 10},
+    },
+    "balance": {"method": "uw"},
+    "tracking": {"mode": "disabled", "log_every_steps": 2},
+    "phases": [
+        {"name": "warm-heads", "freeze": ["trunk"], "epochs": 1, "lr": 2e-3},
+        {"name": "finetune", "freeze": ["trunk.conv1", "trunk.bn1", "heads.object"], "steps": 7},
+    ],
+}
+
+
+def tiny_config(folder: Path, **changes: Any) -> Path:
+    """Writes the tiny configuration, with top-level keys changed, and returns the file."""
+    file = folder / "tiny.yaml"
+    file.write_text(yaml.safe_dump(TINY | {"runs_dir": str(folder / "runs")} | changes, sort_keys=False))
+    return file
+
+
+def tiny_parts(folder: Path, *overrides: str, **changes: Any) -> Parts:
+    return assemble(load_config(tiny_config(folder, **changes), overrides), quiet=True)
+
+
+def read_metrics(run_dir: Path) -> list[dict[str, Any]]:
+    return [json.loads(line) for line in (run_dir / "metrics.jsonl").read_text().splitlines()]

@@ -1,0 +1,77 @@
+"""Checkpoints: whole or not at all, each tensor once, no code."""
+
+from __future__ import annotations
+
+import json
+from pathlib import Path
+
+import pytest
+import torch
+from safetensors.torch import load_file
+from torch import nn
+
+from mtl.checkpoint import Checkpoints, load_checkpoint, write_json, write_text
+
+
+class Tied(nn.Module):
+    def __init__(self) -> None:
+        super().__init__()
+        self.a = nn.Linear(3, 3, bias=False)
+        self.b = nn.Linear(3, 3, bias=False)
+        self.b.weight = self.a.weight
+        self.conv = nn.Conv2d(3, 4, 3)
+        self.norm = nn.BatchNorm2d(4)
+
+
+def test_a_checkpoint_comes_back_to_the_bit_with_tied_and_channels_last_tensors(tmp_path: Path) -> None:
+    source = Tied().to(memory_format=torch.channels_last)  # type: ignore[call-overload]
+    source.norm.running_mean.fill_(0.25)
+    Checkpoints(tmp_path).save(source, {"step": 7, "note": "x"}, ["last"])
+    target = Tied()
+    assert load_checkpoint(tmp_path / "last", target) == {"step": 7, "note": "x"}
+    for name, tensor in source.state_dict().items():
+        assert torch.equal(tensor, target.state_dict()[name]), name
+
+
+def test_last_and_best_point_to_their_steps_and_the_rest_is_removed(tmp_path: Path) -> None:
+    checkpoints, model = Checkpoints(tmp_path), nn.Linear(2, 2)
+    steps = {"last": [], "best": []}
+    for step, names in [(1, ["last", "best"]), (2, ["last"]), (3, ["last", "best"]), (4, ["last"])]:
+        with torch.no_grad():
+            model.weight.fill_(step)
+        checkpoints.save(model, {"step": step}, names)
+        for name, seen in steps.items():
+            seen.append(json.loads((tmp_path / name / "state.json").read_text())["step"])
+            assert load_file(tmp_path / name / "model.safetensors")["weight"].unique().tolist() == [seen[-1]]
+    assert steps == {"last": [1, 2, 3, 4], "best": [1, 1, 3, 3]}
+    assert sorted(path.name for path in tmp_path.iterdir()) == ["best", "last", "step-00000003", "step-00000004"]
+
+
+def test_a_save_that_is_cut_short_leaves_the_one_before(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    checkpoints, model = Checkpoints(tmp_path), nn.Linear(2, 2)
+    checkpoints.save(model, {"step": 1}, ["last"])
+
+    def fail(*_: object) -> None:
+        raise OSError("disk full")
+
+    monkeypatch.setattr("mtl.checkpoint.write_json", fail)
+    with pytest.raises(OSError, match="disk full"):
+        checkpoints.save(model, {"step": 2}, ["last"])
+    monkeypatch.undo()
+    assert load_checkpoint(tmp_path / "last", nn.Linear(2, 2)) == {"step": 1}
+    checkpoints.save(model, {"step": 2}, ["last"])
+    assert load_checkpoint(tmp_path / "last", nn.Linear(2, 2)) == {"step": 2}
+
+
+def test_another_model_is_refused(tmp_path: Path) -> None:
+    Checkpoints(tmp_path).save(nn.Linear(2, 2), {"step": 1}, ["last"])
+    with pytest.raises(RuntimeError, match="Missing key"):
+        load_checkpoint(tmp_path / "last", Tied())
+
+
+def test_a_text_file_is_replaced_whole(tmp_path: Path) -> None:
+    file = tmp_path / "a.json"
+    write_text(file, "old")
+    write_json(file, {"new": 1})
+    assert json.loads(file.read_text()) == {"new": 1}
+    assert [path.name for path in tmp_path.iterdir()] == ["a.json"]

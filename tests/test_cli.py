@@ -1,0 +1,196 @@
+"""The command line as a user meets it: exit codes, one clear message, nothing half-written."""
+
+from __future__ import annotations
+
+import os
+import re
+import subprocess
+import sys
+from pathlib import Path
+from typing import Any
+
+import pytest
+from runs import tiny_config
+
+from mtl import __version__
+from mtl.cli import main
+
+
+def run(*arguments: str, **surroundings: str) -> subprocess.CompletedProcess[str]:
+    return subprocess.run(
+        [sys.executable, "-m", "mtl", *arguments],
+        capture_output=True,
+        text=True,
+        timeout=120,
+        stdin=subprocess.DEVNULL,
+        env=os.environ | surroundings,
+        check=False,
+    )
+
+
+def test_a_run_shows_phases_epochs_results_and_where_the_files_lie(tmp_path: Path) -> None:
+    result = run("train", str(tiny_config(tmp_path)))
+    assert result.returncode == 0, result.stderr
+    lines = result.stdout.splitlines()
+    assert lines[0].split()[:3] == ["phase", "freeze", "frozen"]
+    assert lines[2].startswith("warm-heads  trunk ") and lines[2].endswith("1 epochs (5 steps)")
+    assert lines[3].startswith("finetune    trunk.conv1, trunk.bn1, heads.object ") and lines[3].endswith("7 steps")
+    assert any(line.startswith("warm-heads  epoch 1  step 5  loss ") and line.endswith("img/s") for line in lines)
+    assert "warm-heads: 1 epoch done; next phase: finetune" in lines
+    table = next(
+        i for i, line in enumerate(lines) if line.split() == ["task", "metric", "trivial", "warm-heads", "finetune"]
+    )
+    assert [line.split()[:2] for line in lines[table + 2 : table + 5]] == [
+        ["segmentation", "miou"],
+        ["segmentation", "pixel_accuracy"],
+        ["depth", "abs_rel"],
+    ]
+    assert any(line.startswith("audit: clean; frozen tensors bit-identical (warm-heads: ") for line in lines)
+    assert str(tmp_path / "runs/tiny") in lines[-1]
+    assert result.stderr == "", "no bar where there is no terminal"
+
+
+def test_quiet_says_nothing(tmp_path: Path) -> None:
+    result = run("train", str(tiny_config(tmp_path)), "-q", "phases.finetune.steps=1")
+    assert (result.returncode, result.stdout, result.stderr) == (0, "", "")
+
+
+def test_a_broken_freeze_is_exit_code_3_and_named(tmp_path: Path) -> None:
+    file = tiny_config(tmp_path)
+    (tmp_path / "sitecustomize.py").write_text(
+        "import torch\n"
+        "from torch.optim import AdamW\n"
+        "real = AdamW.step\n"
+        "def step(self, *a, **k):\n"
+        "    real(self, *a, **k)\n"
+        "    import gc\n"
+        "    from mtl.model import MultiTaskModel\n"
+        "    for model in (o for o in gc.get_objects() if type(o) is MultiTaskModel):\n"
+        "        with torch.no_grad():\n"
+        "            model.trunk.bn1.weight[0] += 1\n"
+        "AdamW.step = step\n"
+    )
+    result = run("train", str(file), "-q", PYTHONPATH=str(tmp_path))
+    assert result.returncode == 3, result.stderr
+    assert "phase 'warm-heads', step 1, trunk.bn1.weight: param_changed" in result.stderr
+    assert "likely cause: written outside the optimizers" in result.stderr
+    assert "audit.json" in result.stderr and "Traceback" not in result.stderr
+
+
+BAD: dict[str, tuple[dict[str, Any], list[str], str]] = {
+    "unknown key": ({}, ["data.imagesize=64"], "command line: data.imagesize: unknown key; nearest: image_size"),
+    "wrong type": ({"seed": "abc"}, [], r"tiny.yaml:\d+: seed: expected a valid integer, got 'abc'"),
+    "dead pattern": (
+        {"phases": [{"name": "a", "epochs": 1, "freeze": ["trunk.layer9"]}]},
+        [],
+        r"tiny.yaml:\d+: phases.0.freeze.0: pattern 'trunk.layer9' matches nothing \(nearest: trunk.layer",
+    ),
+    "dead classic pattern": (
+        {"MODEL": {"NOT_TRAIN_IN_MULTI_TASK": ["encoder"]}},
+        [],
+        r"tiny.yaml:\d+: MODEL.NOT_TRAIN_IN_MULTI_TASK.0: pattern '~encoder' matches nothing",
+    ),
+    "phase that trains nothing": (
+        {"phases": [{"name": "a", "epochs": 1, "freeze": ["trunk", "heads"]}]},
+        [],
+        r"tiny.yaml:\d+: phases.0.freeze: phase 'a' trains nothing",
+    ),
+    "uncovered learning rate": (
+        {},
+        ["phases.finetune.lr={trunk: 1.0}"],
+        r"command line: phases.1.lr: no pattern covers \d+ trainable parameters, such as heads.",
+    ),
+    "unknown trunk": ({"trunk": {"name": "resnt18"}}, [], r"tiny.yaml:\d+: trunk.name: .*nearest: resnet18"),
+    "missing weights": (
+        {},
+        ["trunk.weights=nowhere.pth"],
+        r"command line: trunk.weights: no such file: nowhere.pth \(choices: hub, packaged, none",
+    ),
+    "packaged for another trunk": ({}, ["trunk.weights=packaged"], "trunk.weights: packaged holds weights of tf_eff"),
+    "unknown data": ({}, ["data.name=scene"], "command line: data.name: no data set 'scene'; .*nearest: scenes"),
+    "task without labels": (
+        {},
+        ["tasks.dept={type: depth}"],
+        "command line: tasks.dept: scenes has no labels of that name; .*nearest: depth",
+    ),
+    "labels that do not fit": (
+        {},
+        ["tasks.segmentation.num_classes=5"],
+        r"tasks.segmentation: the labels of scenes do not fit: expected classes 0 to 4",
+    ),
+    "unknown balance": ({}, ["balance.method=uv"], "command line: balance.method: no method 'uv'; nearest: uw"),
+    "no such device": ({}, ["device=cuda:9"], "command line: device: there is no device 'cuda:9' here"),
+    "run directory below a file": ({"runs_dir": "tiny.yaml/x"}, [], r"tiny.yaml:\d+: runs_dir: .*cannot be made"),
+    "length of both kinds": (
+        {"phases": [{"name": "a", "epochs": 1, "steps": 1}]},
+        [],
+        r"tiny.yaml:\d+: phases.0: expected either epochs or steps",
+    ),
+}
+
+
+@pytest.mark.parametrize("name", BAD)
+def test_bad_input_is_one_clear_message_exit_code_2_and_nothing_written(
+    tmp_path: Path, name: str, capsys: pytest.CaptureFixture[str]
+) -> None:
+    changes, overrides, message = BAD[name]
+    file = tiny_config(tmp_path, **changes)
+    before = {path for path in tmp_path.rglob("*") if "cache" not in str(path)}
+    assert main(["train", str(file), *overrides]) == 2
+    said = capsys.readouterr()
+    assert len(said.err.splitlines()) == 1
+    assert re.search(message, said.err), said.err
+    assert said.err.startswith("error: ")
+    assert {path for path in tmp_path.rglob("*") if "cache" not in str(path)} == before
+
+
+def test_a_run_directory_that_holds_a_run_is_not_touched(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    file = tiny_config(tmp_path)
+    (tmp_path / "runs/tiny").mkdir(parents=True)
+    (tmp_path / "runs/tiny/config.yaml").write_text("mine")
+    (tmp_path / "runs/tiny-2").mkdir()
+    assert main(["train", str(file)]) == 2
+    assert "already holds a run; give this one another name, such as name=tiny-3" in capsys.readouterr().err
+    assert (tmp_path / "runs/tiny/config.yaml").read_text() == "mine"
+
+
+def test_a_missing_configuration_lists_those_there_are(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    tiny_config(tmp_path)
+    assert main(["train", str(tmp_path / "tyni.yaml")]) == 2
+    assert capsys.readouterr().err == f"error: {tmp_path}/tyni.yaml: no such file; there are: {tmp_path}/tiny.yaml\n"
+
+
+def test_a_damaged_data_cache_is_exit_code_2(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    file = tiny_config(tmp_path)
+    cache = f"data.cache_dir={tmp_path / 'cache'}"
+    assert main(["train", str(file), cache, "-q", "phases.finetune.steps=1"]) == 0
+    entry = next((tmp_path / "cache").glob("scenes-train-*"))
+    with (entry / "data.safetensors").open("r+b") as stream:
+        stream.seek(-5, 2)
+        stream.write(b"\xff")
+    assert main(["train", str(file), cache, "name=again"]) == 2
+    assert f"the data cache {entry} is damaged" in capsys.readouterr().err
+    assert not (tmp_path / "runs/again").exists()
+
+
+@pytest.mark.skipif(os.geteuid() == 0, reason="root may write everywhere")
+def test_an_unwritable_run_directory_is_exit_code_2(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    closed = tmp_path / "closed"
+    closed.mkdir(mode=0o500)
+    assert main(["train", str(tiny_config(tmp_path, runs_dir=str(closed)))]) == 2
+    assert "is not a directory that you may write to" in capsys.readouterr().err
+
+
+@pytest.mark.parametrize("arguments", [[], ["tran"], ["train"], ["train", "x.yaml", "--nonsense"]])
+def test_wrong_arguments_are_exit_code_2(arguments: list[str], capsys: pytest.CaptureFixture[str]) -> None:
+    with pytest.raises(SystemExit) as stopped:
+        main(arguments)
+    assert stopped.value.code == 2 and "usage: mtl" in capsys.readouterr().err
+
+
+def test_the_module_and_the_command_are_the_same_program() -> None:
+    command = Path(sys.executable).parent / "mtl"
+    said = [
+        subprocess.check_output([*call, "--version"], text=True) for call in ([command], [sys.executable, "-m", "mtl"])
+    ]
+    assert said == [f"mtl {__version__}\n"] * 2

@@ -1,0 +1,195 @@
+"""Imports point strictly downward: every module may import from the floors below its own, and from nowhere else."""
+
+from __future__ import annotations
+
+import ast
+import subprocess
+import sys
+from collections.abc import Mapping, Set
+from graphlib import CycleError, TopologicalSorter
+from pathlib import Path
+
+import pytest
+
+ROOT = Path(__file__).parent.parent
+
+# The lowest first. A name is a module of `mtl`, or a package with all that is in it; `mtl` itself is its version only.
+FLOORS = [
+    ["mtl"],
+    ["yaml_source", "patterns"],
+    ["config_mistakes"],
+    ["config"],
+    ["console"],
+    ["tasks"],
+    ["model", "data"],
+    ["freeze", "audit", "scheduler"],
+    ["optim", "balance", "checkpoint", "tracking"],
+    ["steplog", "validation"],
+    ["assembly"],
+    ["trainer"],
+    ["summary"],
+    ["cli"],
+    ["__main__"],
+]
+FLOOR_OF = {room: number for number, rooms in enumerate(FLOORS) for room in rooms}
+HEAVY = {"torch", "torchvision", "torchjd", "timm", "wandb", "numpy"}
+
+
+def imported(source: str, module: str, is_package: bool, modules: Set[str]) -> set[str]:
+    """Full names of what a module imports, anywhere in it: `from mtl import data` is `mtl.data` if that is a module."""
+    found: set[str] = set()
+    for node in ast.walk(ast.parse(source)):
+        if isinstance(node, ast.Import):
+            found.update(alias.name for alias in node.names)
+        elif isinstance(node, ast.ImportFrom):
+            origin = node.module or ""
+            if node.level:
+                package = module.split(".")[: None if is_package else -1]
+                package = package[: len(package) - node.level + 1]
+                origin = ".".join([*package, *([node.module] if node.module else [])])
+            inner = {f"{origin}.{alias.name}" for alias in node.names}
+            found.update(inner & modules)
+            if inner - modules:
+                found.add(origin)
+    return found
+
+
+def room(module: str) -> str:
+    """The part of the house that a module is in: `audit` for `mtl.audit.report`."""
+    return module.split(".")[1] if "." in module else module
+
+
+def wrong_imports(imports: Mapping[str, Set[str]]) -> list[str]:
+    """Imports between the rooms of `mtl` that do not point to a lower floor."""
+    return [
+        f"{module} imports {other}"
+        for module in sorted(imports)
+        for other in sorted(imports[module])
+        if room(other) != room(module)
+        and other.split(".")[0] == "mtl"
+        and not FLOOR_OF.get(room(other), len(FLOORS)) < FLOOR_OF.get(room(module), -1)
+    ]
+
+
+def cycle(imports: Mapping[str, Set[str]]) -> list[str]:
+    """Modules that import each other in a circle; none if there is no circle."""
+    try:
+        TopologicalSorter({module: others & imports.keys() for module, others in imports.items()}).prepare()
+    except CycleError as error:
+        return list(error.args[1])
+    return []
+
+
+def _read_house() -> dict[str, set[str]]:
+    files = {}
+    for file in sorted((ROOT / "mtl").rglob("*.py")):
+        parts = file.relative_to(ROOT).with_suffix("").parts
+        files[".".join(parts[:-1] if parts[-1] == "__init__" else parts)] = file
+    return {
+        module: imported(file.read_text(encoding="utf-8"), module, file.name == "__init__.py", files.keys())
+        for module, file in files.items()
+    }
+
+
+HOUSE = _read_house()
+
+
+# The house
+
+
+def test_the_imports_are_read() -> None:
+    assert {"mtl", "mtl.cli", "mtl.config", "mtl.data", "mtl.data.scenes", "mtl.trainer"} <= HOUSE.keys()
+    assert "mtl.yaml_source" in HOUSE["mtl.config"]
+    assert "torch" in HOUSE["mtl.trainer"]
+    assert "mtl.trainer" in HOUSE["mtl.cli"]  # it is imported inside a function
+
+
+def test_every_module_has_a_floor_and_every_floor_a_module() -> None:
+    assert {room(module) for module in HOUSE} == FLOOR_OF.keys()
+    assert len(FLOOR_OF) == sum(map(len, FLOORS))
+
+
+def test_imports_point_strictly_downward() -> None:
+    assert wrong_imports(HOUSE) == []
+
+
+def test_no_modules_import_each_other_in_a_circle() -> None:
+    assert cycle(HOUSE) == []
+
+
+def test_freeze_and_audit_never_import_each_other() -> None:
+    freeze = HOUSE["mtl.freeze"]
+    audit = set().union(*(others for module, others in HOUSE.items() if room(module) == "audit"))
+    assert "mtl.patterns" in freeze & audit  # the language is all that they share
+    assert "audit" not in map(room, freeze)
+    assert "freeze" not in map(room, audit)
+
+
+@pytest.mark.parametrize("module", ["mtl", "mtl.yaml_source", "mtl.patterns", "mtl.config", "mtl.scheduler"])
+def test_a_pure_module_imports_nothing_heavy(module: str) -> None:
+    assert {name.split(".")[0] for name in HOUSE[module]} & HEAVY == set()
+
+
+@pytest.mark.parametrize("module", ["mtl", "mtl.cli", "mtl.config", "mtl.scheduler"])
+def test_importing_it_does_not_load_torch(module: str) -> None:
+    code = f"import {module}, sys; print(*sys.modules)"
+    done = subprocess.run([sys.executable, "-c", code], cwd=ROOT, capture_output=True, text=True, check=True)
+    loaded = set(done.stdout.split())
+    assert module in loaded
+    assert loaded & HEAVY == set()
+
+
+# The test itself: planted faults are found
+
+
+@pytest.mark.parametrize(
+    ("source", "found"),
+    [
+        ("import mtl.data.cache", {"mtl.data.cache"}),
+        ("import os.path as p, mtl.data", {"os.path", "mtl.data"}),
+        ("from mtl.data import cache, Batch", {"mtl.data.cache", "mtl.data"}),
+        ("from mtl import data", {"mtl.data"}),
+        ("from mtl import __version__", {"mtl"}),
+        ("def f():\n    if True:\n        from mtl.cli import main", {"mtl.cli"}),
+        ("if TYPE_CHECKING:\n    import mtl.cli", {"mtl.cli"}),
+        ("from . import cache", {"mtl.data.cache"}),
+        ("from .cache import cached", {"mtl.data.cache"}),
+        ("from .. import cli", {"mtl.cli"}),
+        ("from ..cli import main", {"mtl.cli"}),
+        ("x = 'import mtl.cli'", set()),
+    ],
+)
+def test_an_import_is_found(source: str, found: set[str]) -> None:
+    modules = {"mtl", "mtl.cli", "mtl.data", "mtl.data.cache"}
+    assert imported(source, "mtl.data.scenes", False, modules) == found
+
+
+def test_a_relative_import_of_a_package_starts_at_the_package() -> None:
+    modules = {"mtl", "mtl.data", "mtl.data.cache"}
+    assert imported("from .cache import x", "mtl.data", True, modules) == {"mtl.data.cache"}
+    assert imported("from . import cache", "mtl.data", True, modules) == {"mtl.data.cache"}
+
+
+@pytest.mark.parametrize(
+    ("module", "other", "is_wrong"),
+    [
+        ("mtl.trainer", "mtl.audit", False),
+        ("mtl.data.scenes", "mtl.data.sprites", False),
+        ("mtl.cli", "mtl", False),
+        ("mtl.config", "torch.nn", False),
+        ("mtl.audit.report", "mtl.trainer", True),
+        ("mtl.freeze", "mtl.audit.report", True),  # the same floor
+        ("mtl.audit", "mtl.freeze", True),
+        ("mtl.model.heads", "mtl.data", True),
+        ("mtl", "mtl.cli", True),
+        ("mtl.trainer", "mtl.new", True),  # no floor
+        ("mtl.new", "mtl.config", True),
+    ],
+)
+def test_an_import_that_does_not_point_downward_is_found(module: str, other: str, is_wrong: bool) -> None:
+    assert wrong_imports({module: {other}}) == ([f"{module} imports {other}"] if is_wrong else [])
+
+
+def test_a_circle_is_found() -> None:
+    assert cycle({"mtl.a": {"mtl.b", "os"}, "mtl.b": {"os"}}) == []
+    assert set(cycle({"mtl.a": {"mtl.b"}, "mtl.b": {"mtl.c"}, "mtl.c": {"mtl.a"}})) == {"mtl.a", "mtl.b", "mtl.c"}

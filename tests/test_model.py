@@ -1,0 +1,169 @@
+"""The network: any timm trunk of the main families, pyramids for dense heads, a pooled vector for the others."""
+
+from __future__ import annotations
+
+import pytest
+import timm
+import torch
+
+from mtl.config import TrunkConfig
+from mtl.model import MultiTaskModel, start_from
+from mtl.model.network import Normalize, build_trunk
+from mtl.model.trunk import feature_shape, pyramid_levels, read_features
+from mtl.tasks import Classification, Depth, Normals, Segmentation, Task
+
+TASKS: dict[str, Task] = {
+    "segmentation": Segmentation(13),
+    "depth": Depth(),
+    "normals": Normals(),
+    "object": Classification(10),
+}
+FAMILIES = [
+    "resnet18",
+    "tf_efficientnet_lite0",
+    "convnext_atto",
+    "vit_tiny_patch16_224",
+    "swin_tiny_patch4_window7_224",
+    "mobilenetv3_small_050",
+    "regnetx_002",
+    "pvt_v2_b0",
+    "mixer_s16_224",
+    "eva02_tiny_patch14_224",
+    "hiera_tiny_224",
+    "densenet121",
+]
+
+
+def images(size: int, number: int = 2) -> torch.Tensor:
+    return torch.randint(0, 256, (number, size, size, 3), dtype=torch.uint8, generator=torch.Generator().manual_seed(0))
+
+
+@pytest.mark.parametrize(
+    "name", [*FAMILIES[:5], *(pytest.param(name, marks=pytest.mark.slow) for name in FAMILIES[5:])]
+)
+def test_a_trunk_of_any_family_gives_every_head_its_output_and_gets_gradient_back(name: str) -> None:
+    size = 224 if name == "hiera_tiny_224" else 64
+    model = MultiTaskModel(TrunkConfig(name=name), TASKS, size)
+    outputs = model(images(size))
+    assert {task: tuple(output.shape) for task, output in outputs.items()} == {
+        "segmentation": (2, 13, size, size),
+        "depth": (2, 1, size, size),
+        "normals": (2, 3, size, size),
+        "object": (2, 10),
+    }
+    sum(output.square().mean() for output in outputs.values()).backward()
+    for part, module in [("trunk", model.trunk), *model.heads.items()]:
+        reached = [parameter.grad is not None and bool(parameter.grad.any()) for parameter in module.parameters()]
+        assert any(reached), f"no gradient reaches {part}"
+
+
+@pytest.mark.parametrize("name", ["resnet18", "vit_tiny_patch16_224", "swin_tiny_patch4_window7_224"])
+@pytest.mark.parametrize("size", [37, 50, 96])
+def test_odd_image_sizes_give_outputs_of_that_size(name: str, size: int) -> None:
+    model = MultiTaskModel(TrunkConfig(name=name), {"depth": Depth()}, size).eval()
+    with torch.no_grad():
+        assert model(images(size))["depth"].shape == (2, 1, size, size)
+
+
+def test_the_trunk_is_the_timm_module_and_keeps_its_names() -> None:
+    model = MultiTaskModel(TrunkConfig(name="resnet18"), TASKS, 32)
+    own = {name.removeprefix("trunk.") for name, _ in model.named_parameters() if name.startswith("trunk.")}
+    assert own == {name for name, _ in timm.create_model("resnet18", num_classes=0).named_parameters()}
+    assert "heads.depth.out.bias" in dict(model.named_parameters())
+
+
+@pytest.mark.parametrize(
+    "name, levels",
+    [
+        ("resnet18", [1, 2, 3, 4]),
+        ("tf_efficientnet_lite0", [1, 2, 3, 4]),
+        ("convnext_atto", [0, 1, 2, 3]),
+        ("vit_tiny_patch16_224", [2, 5, 8, 11]),
+        ("mixer_s16_224", [1, 3, 5, 7]),
+    ],
+)
+def test_pyramid_levels(name: str, levels: list[int]) -> None:
+    assert pyramid_levels(timm.create_model(name, num_classes=0)) == levels
+
+
+@pytest.mark.parametrize("name", ["resnet18", "tf_efficientnet_lite0", "vit_tiny_patch16_224", "convnext_atto"])
+def test_the_pooled_vector_is_what_timm_itself_computes(name: str) -> None:
+    trunk = build_trunk(TrunkConfig(name=name), 64).eval()
+    x = torch.randn(2, 3, 64, 64)
+    with torch.no_grad():
+        features = read_features(trunk, x, pyramid_levels(trunk), pooled=True)
+        assert features.pooled is not None
+        torch.testing.assert_close(features.pooled, trunk(x), rtol=1e-5, atol=1e-5)
+
+
+def test_reading_the_shape_leaves_the_trunk_as_it_was() -> None:
+    trunk = build_trunk(TrunkConfig(name="resnet18"), 32)
+    trunk.layer1.eval()  # type: ignore[operator, union-attr]
+    before = {name: tensor.clone() for name, tensor in trunk.state_dict().items()}
+    modes = [module.training for module in trunk.modules()]
+    shape = feature_shape(trunk, [1, 2, 3, 4], 32)
+    assert (shape.pyramid, shape.pooled) == ([64, 128, 256, 512], 512)
+    assert modes == [module.training for module in trunk.modules()]
+    assert all(torch.equal(tensor, before[name]) for name, tensor in trunk.state_dict().items())
+
+
+def test_features_that_no_head_reads_are_not_computed() -> None:
+    vector = MultiTaskModel(TrunkConfig(name="resnet18"), {"object": Classification(10)}, 32)
+    dense = MultiTaskModel(TrunkConfig(name="tf_efficientnet_lite0"), {"depth": Depth()}, 32)
+    assert (vector.levels, vector.pooled, dense.pooled) == ([], True, False)
+    ran = []
+    dense.trunk.conv_head.register_forward_hook(lambda *_: ran.append("conv_head"))  # type: ignore[union-attr]
+    dense(images(32))
+    assert not ran
+
+
+def test_a_frozen_trunk_is_run_without_recording_and_heads_still_train() -> None:
+    model = MultiTaskModel(TrunkConfig(name="resnet18"), {"object": Classification(10)}, 32)
+    model.trunk_is_frozen = True
+    model(images(32))["object"].sum().backward()
+    assert all(parameter.grad is None for parameter in model.trunk.parameters())
+    assert all(parameter.grad is not None for parameter in model.heads.parameters())
+
+
+def test_normalisation_is_the_textbook_formula_and_keeps_the_stored_layout() -> None:
+    mean, std = (0.485, 0.456, 0.406), (0.229, 0.224, 0.225)
+    pictures = images(8)
+    result = Normalize(mean, std)(pictures)
+    expected = (pictures.double() / 255 - torch.tensor(mean).double()) / torch.tensor(std).double()
+    torch.testing.assert_close(result.double(), expected.permute(0, 3, 1, 2), rtol=1e-5, atol=1e-5)
+    assert result.is_contiguous(memory_format=torch.channels_last)
+
+
+def test_grey_images_are_given_to_all_three_channels() -> None:
+    result = Normalize((0.5,) * 3, (0.5,) * 3)(images(8)[..., :1])
+    assert result.shape == (2, 3, 8, 8) and torch.equal(result[:, 0], result[:, 2])
+
+
+def test_normalisation_follows_the_weights() -> None:
+    lite = MultiTaskModel(TrunkConfig(name="tf_efficientnet_lite0", weights="packaged"), {"depth": Depth()}, 32)
+    resnet = MultiTaskModel(TrunkConfig(name="resnet18"), {"depth": Depth()}, 32)
+    black = torch.zeros(1, 8, 8, 3, dtype=torch.uint8)
+    assert lite.normalize(black)[0, :, 0, 0].tolist() == pytest.approx([-1, -1, -1])
+    assert resnet.normalize(black)[0, :, 0, 0].tolist() == pytest.approx(
+        [-0.485 / 0.229, -0.456 / 0.224, -0.406 / 0.225]
+    )
+
+
+def test_heads_start_close_to_the_constant_prediction() -> None:
+    model = MultiTaskModel(TrunkConfig(name="resnet18"), {"depth": Depth(), "object": Classification(3)}, 32).eval()
+    start_from(model.heads["depth"], torch.tensor([1.5]))
+    start_from(model.heads["object"], torch.tensor([0.0, -1.0, -2.0]))
+    with torch.no_grad():
+        outputs = model(images(32))
+    assert (outputs["depth"] - 1.5).abs().max() < 0.5
+    assert (outputs["object"] - torch.tensor([0.0, -1.0, -2.0])).abs().max() < 0.5
+
+
+def test_an_unknown_trunk_is_refused_with_the_nearest_names() -> None:
+    with pytest.raises(ValueError, match=r"timm knows no model 'resnt18'; nearest: resnet18"):
+        build_trunk(TrunkConfig(name="resnt18"), 32)
+
+
+def test_options_that_timm_does_not_take_are_refused() -> None:
+    with pytest.raises(ValueError, match=r"timm cannot build 'resnet18' with \{'colour': 3\}.*colour"):
+        build_trunk(TrunkConfig(name="resnet18", options={"colour": 3}), 32)

@@ -1,0 +1,341 @@
+"""The loop: what reaches which parameter in which phase, what is written, and equal bits from equal seeds."""
+
+from __future__ import annotations
+
+import json
+import logging
+import math
+from pathlib import Path
+from typing import Any
+
+import pytest
+import torch
+import wandb_file
+import yaml
+from runs import read_metrics, tiny_config, tiny_parts
+from safetensors.torch import load_file
+from torch import Tensor
+
+from mtl.assembly import Parts
+from mtl.audit import AuditError
+from mtl.config import load_config
+from mtl.data import training_batches
+from mtl.freeze import enforce
+from mtl.model import network
+from mtl.steplog import StepLog
+from mtl.tracking import Tracker
+from mtl.trainer import Outcome, Trainer, train, windows
+
+
+@pytest.fixture(scope="module")
+def finished(tmp_path_factory: pytest.TempPathFactory, cache_dir: Path) -> tuple[Parts, Outcome]:
+    """One small run through both phases, with real wandb offline files."""
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setenv("MTL_CACHE_DIR", str(cache_dir))
+        patch.setenv("WANDB_MODE", "offline")
+        folder = tmp_path_factory.mktemp("finished")
+        parts = tiny_parts(folder, tracking={"log_every_steps": 2})
+        return parts, train(parts, quiet=True)
+
+
+def tensors(parts: Parts) -> dict[str, Tensor]:
+    return {name: tensor.clone() for name, tensor in parts.root.state_dict().items()}
+
+
+def same_bits(a: Tensor, b: Tensor) -> bool:
+    return a.shape == b.shape and a.contiguous().numpy().tobytes() == b.contiguous().numpy().tobytes()
+
+
+def test_a_run_leaves_every_promised_file(finished: tuple[Parts, Outcome]) -> None:
+    folder = finished[1].run_dir
+    assert {path.name for path in folder.iterdir()} == {
+        "config.yaml",
+        "plan.json",
+        "metrics.jsonl",
+        "audit.json",
+        "checkpoints",
+        "wandb",
+    }
+    assert (folder / "checkpoints/last/model.safetensors").is_file()
+    assert (folder / "checkpoints/best/state.json").is_file()
+
+
+def test_the_resolved_configuration_of_a_run_loads_again_and_is_the_same(finished: tuple[Parts, Outcome]) -> None:
+    parts, outcome = finished
+    assert load_config(outcome.run_dir / "config.yaml").model_dump() == parts.config.model_dump()
+
+
+def test_frozen_tensors_keep_their_bits_and_the_others_move(tmp_path: Path) -> None:
+    parts = tiny_parts(tmp_path, "phases.finetune.steps=1")
+    before = tensors(parts)
+    trainer = Trainer(parts, tmp_path, Tracker(parts.config.tracking, tmp_path, "x", {}), quiet=True)
+    optimizer = trainer.run_phase(parts.phases[0], None)
+    after = tensors(parts)
+    frozen = {name for name in before if name.startswith(("trunk.", "normalize."))}
+    moved = {name for name in before if not same_bits(before[name], after[name])}
+    assert moved == {*before} - frozen, "everything but the trunk, BatchNorm statistics of heads included"
+    held = {id(parameter) for group in optimizer.param_groups for parameter in group["params"]}
+    assert held == {id(p) for name, p in parts.root.named_parameters() if not name.startswith("trunk.")}
+
+    trainer.run_phase(parts.phases[1], optimizer)
+    last = tensors(parts)
+    kept = {n for n in last if n.startswith(("trunk.conv1.", "trunk.bn1.", "heads.object."))}
+    assert kept and all(same_bits(last[name], after[name]) for name in kept)
+    assert any(name.startswith("trunk.layer1.") and not same_bits(last[name], after[name]) for name in last)
+
+
+def test_moments_of_what_goes_on_training_are_carried_into_the_next_phase(tmp_path: Path) -> None:
+    parts = tiny_parts(tmp_path)
+    trainer = Trainer(parts, tmp_path, Tracker(parts.config.tracking, tmp_path, "x", {}), quiet=True)
+    first = trainer.run_phase(parts.phases[0], None)
+    names = {parameter: name for name, parameter in parts.root.named_parameters()}
+    steps = {names[parameter]: int(state["step"]) for parameter, state in first.state.items()}
+    assert set(steps.values()) == {5}
+    second = trainer.run_phase(parts.phases[1], first)
+    steps = {names[parameter]: int(state["step"]) for parameter, state in second.state.items()}
+    assert steps["heads.depth.out.bias"] == 5 + 7 and steps["trunk.layer1.0.conv1.weight"] == 7
+    assert not any(name.startswith(("heads.object", "trunk.bn1")) for name in steps)
+
+
+def test_the_audit_file_says_what_was_checked_and_how_often(finished: tuple[Parts, Outcome]) -> None:
+    parts, outcome = finished
+    report = json.loads((outcome.run_dir / "audit.json").read_text())
+    assert report["ok"] is True
+    first, second = report["phases"]
+    assert (first["name"], second["name"]) == ("warm-heads", "finetune")
+    num_trunk = sum(name.startswith("trunk.") for name in parts.root.state_dict())
+    assert first["frozen"]["count"] == num_trunk == len(first["frozen"]["fingerprints"])
+    assert len(first["frozen"]["root"]) == 32
+    assert (first["checks"]["steps"], second["checks"]["steps"]) == (5, 7)
+    # Two looks at each tensor a step, and every byte at the phase's only epoch and at its end.
+    assert first["checks"]["tripwires"] >= 2 * 5 * num_trunk
+    assert first["checks"]["fingerprints"] == 2 * num_trunk
+    assert first["violations"] == [] and first["completed"] is True
+    assert first["trainable"]["count"] == first["trainable"]["changed"] > 0
+
+
+def test_the_plan_adds_up_to_the_model(finished: tuple[Parts, Outcome]) -> None:
+    parts, outcome = finished
+    plan = json.loads((outcome.run_dir / "plan.json").read_text())
+    total = sum(parameter.numel() for parameter in parts.root.parameters())
+    for phase in plan["phases"]:
+        assert phase["frozen"]["parameters"] + phase["trainable"]["parameters"] == total
+        assert sum(group["parameters"] for group in phase["optimizer_groups"]) == phase["trainable"]["parameters"]
+        assert phase["frozen"]["bytes"] == 4 * phase["frozen"]["parameters"]
+    assert {group["lr"] for group in plan["phases"][0]["optimizer_groups"]} == {2e-3}
+
+
+def test_metrics_and_wandb_hold_the_same_numbers(finished: tuple[Parts, Outcome]) -> None:
+    folder = finished[1].run_dir
+    rows = read_metrics(folder)
+    steps = [row for row in rows if "train/loss" in row]
+    epochs = [row for row in rows if "val/score" in row]
+    assert [row["step"] for row in steps] == list(range(1, 13))
+    assert [(row["step"], row["epoch"], row["phase"]) for row in epochs] == [
+        (5, 1, "warm-heads"),
+        (10, 2, "finetune"),
+        (12, 3, "finetune"),
+    ]
+    tasks = {"segmentation", "depth", "normals", "object"}
+    assert {"train/lr", "perf/images_per_s", "phase", "epoch"} | {f"train/loss/{task}" for task in tasks} <= {*steps[0]}
+    assert {"val/depth/abs_rel", "val/normals/median", "val/segmentation/miou", "audit/violations"} <= {*epochs[0]}
+
+    file = wandb_file.offline_file(folder)
+    merged: dict[int, dict[str, Any]] = {}
+    for row in rows:
+        merged.setdefault(row["step"], {}).update(row)
+    found = {row["_step"]: {k: v for k, v in row.items() if not k.startswith("_")} for row in wandb_file.history(file)}
+    assert found == merged
+    assert wandb_file.config(file)["trunk"]["name"] == "test_resnet"
+    assert wandb_file.summary(file)["audit/ok"] is True
+
+
+def test_the_checkpoint_is_the_model_at_the_end(finished: tuple[Parts, Outcome]) -> None:
+    parts, outcome = finished
+    saved = load_file(outcome.run_dir / "checkpoints/last/model.safetensors")
+    assert {*saved} == {*parts.root.state_dict()}
+    assert "balance.scalarizer.log_var" in saved and saved["balance.scalarizer.log_var"].any()
+    assert all(same_bits(tensor, saved[name]) for name, tensor in parts.root.state_dict().items())
+    state = json.loads((outcome.run_dir / "checkpoints/last/state.json").read_text())
+    assert (state["step"], state["phase"], state["scheduler"]) == (
+        12,
+        "finetune",
+        {"index": 2, "epochs": 0, "steps": 0},
+    )
+
+
+def test_two_runs_with_one_seed_end_with_the_same_bits_and_another_seed_does_not(tmp_path: Path) -> None:
+    ends = []
+    for name, seed in [("a", 0), ("b", 0), ("c", 1)]:
+        parts = tiny_parts(tmp_path, f"name={name}", f"seed={seed}")
+        train(parts, quiet=True)
+        ends.append(tensors(parts))
+    assert all(same_bits(ends[0][name], ends[1][name]) for name in ends[0])
+    assert not all(same_bits(ends[0][name], ends[2][name]) for name in ends[0])
+    a, b = (
+        [{k: v for k, v in row.items() if not k.startswith("perf/")} for row in read_metrics(tmp_path / "runs" / name)]
+        for name in ("a", "b")
+    )
+    assert a == b
+
+
+def test_accumulation_makes_one_step_of_several_batches(tmp_path: Path) -> None:
+    parts = tiny_parts(tmp_path, "optim.accumulate=2")
+    train(parts, quiet=True)
+    rows = [row for row in read_metrics(tmp_path / "runs/tiny") if "train/loss" in row]
+    # Five batches an epoch make windows of 2, 2 and 1.
+    assert [row["step"] for row in rows if row["phase"] == "warm-heads"] == [1, 2, 3]
+
+
+def test_an_accumulated_step_has_the_mean_gradient_of_its_batches(tmp_path: Path) -> None:
+    options: dict[str, Any] = {"trunk": {"name": "test_vit"}, "phases": [{"name": "a", "steps": 1}]}
+    parts = tiny_parts(tmp_path, "optim.accumulate=5", **options)
+    seen: dict[str, Tensor] = {}
+    trainer = Trainer(parts, tmp_path, Tracker(parts.config.tracking, tmp_path, "x", {}), quiet=True)
+    real = trainer.audit.after_backward
+
+    def note() -> None:
+        seen.update({n: p.grad.clone() for n, p in parts.root.named_parameters() if p.grad is not None})
+        real()
+
+    trainer.audit.after_backward = note  # type: ignore[method-assign]
+    expected = tiny_parts(tmp_path, "optim.accumulate=5", "name=other", **options)
+    enforce(expected.root, expected.phases[0].plan)
+    helper = Trainer(expected, tmp_path, trainer.tracker, quiet=True)
+    total: Tensor = sum(  # type: ignore[assignment]
+        expected.balance(helper.losses(batch)) for batch in training_batches(expected.train, 8, 0, 0)
+    )
+    (total / 5).backward()
+    trainer.run_phase(parts.phases[0], None)
+    for name, parameter in expected.root.named_parameters():
+        assert (parameter.grad is None) == (name not in seen), name
+        if parameter.grad is not None:
+            torch.testing.assert_close(parameter.grad, seen[name], rtol=1e-4, atol=1e-6)
+
+
+def test_windows_end_with_the_epoch() -> None:
+    assert [len(window) for window in windows(iter(range(7)), 3)] == [3, 3, 1]  # type: ignore[arg-type]
+
+
+def test_the_classic_list_freezes_in_every_phase_and_says_so(
+    tmp_path: Path, caplog: pytest.LogCaptureFixture, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr(logging.getLogger("mtl"), "propagate", True)
+    caplog.set_level(logging.INFO, "mtl")
+    classic = {"NOT_TRAIN_IN_MULTI_TASK": ["trunk.layer1", "heads.depth"]}
+    parts = tiny_parts(tmp_path, MODEL=classic, phases=[{"name": "a", "steps": 2}, {"name": "b", "steps": 2}])
+    before = tensors(parts)
+    train(parts, quiet=True)
+    named = [n for n, _ in parts.root.named_parameters() if "trunk.layer1" in n or "heads.depth" in n]
+    said = [record.message for record in caplog.records]
+    assert "use freeze for ['trunk.layer1', 'heads.depth']" in said
+    assert [line for line in said if line.startswith("freezing ")] == [f"freezing {name}" for name in named]
+    after = tensors(parts)
+    for name in before:
+        if "trunk.layer1" in name or "heads.depth" in name:
+            assert same_bits(before[name], after[name]), name
+    assert not same_bits(before["trunk.conv1.0.weight"], after["trunk.conv1.0.weight"])
+    report = json.loads((tmp_path / "runs/tiny/audit.json").read_text())
+    assert [phase["frozen"]["count"] for phase in report["phases"]] == [
+        sum("trunk.layer1" in n or "heads.depth" in n for n in parts.root.state_dict())
+    ] * 2
+
+
+def test_a_broken_freeze_stops_the_run_and_is_recorded(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    parts = tiny_parts(tmp_path)
+    real = network.read_features
+    calls = iter(range(1000))
+
+    def sabotage(trunk: Any, *arguments: Any, **options: Any) -> Any:
+        if next(calls) == 2:
+            trunk.layer2[0].bn1.weight.data[0] += 1e-3
+        return real(trunk, *arguments, **options)
+
+    monkeypatch.setattr(network, "read_features", sabotage)
+    with pytest.raises(AuditError, match=r"phase 'warm-heads', step 5, trunk\.layer2\.0\.bn1\.weight: param_changed"):
+        train(parts, quiet=True)
+    report = json.loads((tmp_path / "runs/tiny/audit.json").read_text())
+    assert report["ok"] is False
+    (phase,) = report["phases"]
+    assert [(v["kind"], v["name"]) for v in phase["violations"]] == [("param_changed", "trunk.layer2.0.bn1.weight")]
+    assert not (tmp_path / "runs/tiny/checkpoints").exists(), "what the audit did not pass is not kept"
+
+
+def test_under_collect_the_run_goes_on_and_the_report_is_not_ok(tmp_path: Path) -> None:
+    parts = tiny_parts(tmp_path, "audit.policy=collect")
+    stem = parts.model.trunk.get_parameter("conv1.0.weight")
+
+    def write(*_: object) -> None:
+        stem.data.mul_(1.001)
+
+    parts.model.heads["depth"].register_forward_hook(write)
+    outcome = train(parts, quiet=True)
+    assert not outcome.report.ok and len(outcome.scores) == 2
+    assert {(v.kind, v.name) for v in outcome.report.violations} == {("param_changed", "trunk.conv1.0.weight")}
+    assert {v.phase for v in outcome.report.violations} == {"warm-heads", "finetune"}
+
+
+@pytest.mark.parametrize("method", ["fixed", "famo", "dwa", "imtll", "mean"])
+def test_every_kind_of_balancing_trains_with_a_clean_audit(tmp_path: Path, method: str) -> None:
+    weights = {"weights": dict.fromkeys(["segmentation", "depth", "normals", "object"], 0.5)}
+    parts = tiny_parts(tmp_path, balance={"method": method, **(weights if method == "fixed" else {})})
+    before = tensors(parts)
+    outcome = train(parts, quiet=True)
+    assert outcome.report.ok
+    learned = [name for name, _ in parts.root.named_parameters() if name.startswith("balance.")]
+    assert bool(learned) == (method in ("famo", "imtll"))
+    after = load_file(outcome.run_dir / "checkpoints/last/model.safetensors")
+    assert all(not same_bits(before[name], after[name]) for name in learned)
+
+
+def test_a_loss_that_is_not_finite_stops_the_run_with_task_and_step(tmp_path: Path) -> None:
+    parts = tiny_parts(tmp_path)
+    parts.model.heads["depth"].register_forward_hook(lambda _m, _i, output: output * float("nan"))
+    with pytest.raises(FloatingPointError, match=r"train/loss is nan at step 1 of phase 'warm-heads'"):
+        train(parts, quiet=True)
+
+
+def test_bf16_trains_and_keeps_weights_in_fp32(tmp_path: Path) -> None:
+    parts = tiny_parts(tmp_path, "precision=bf16")
+    outcome = train(parts, quiet=True)
+    assert outcome.report.ok and math.isfinite(outcome.best_score)
+    assert {parameter.dtype for parameter in parts.root.parameters()} == {torch.float32}
+
+
+def test_multifashion_trains(tmp_path: Path) -> None:
+    parts = tiny_parts(
+        tmp_path,
+        data={"name": "multifashion", "image_size": 36, "batch_size": 8, "num_train": 32, "num_val": 16},
+        tasks={name: {"type": "classification", "num_classes": 10} for name in ("left", "right")},
+        phases=[{"name": "all", "steps": 2}],
+    )
+    assert [*train(parts, quiet=True).scores["all"]] == ["left", "right"]
+
+
+def test_step_log_writes_each_step_once_and_averages_an_accumulation_window(tmp_path: Path) -> None:
+    parts = tiny_parts(tmp_path)
+    tracker = Tracker(parts.config.tracking, tmp_path, "x", {})
+    log = StepLog(tracker, ["a"], every_steps=2, phase="p", epoch=1)
+    log.add(1, [torch.tensor([1.0, 2.0]), torch.tensor([3.0, 4.0])], 0.1, 4)
+    assert not (tmp_path / "metrics.jsonl").exists(), "nothing is fetched from the device before the cadence"
+    log.add(2, [torch.tensor([5.0, 6.0])], 0.2, 2)
+    log.flush()
+    log.flush()
+    tracker.finish({}, failed=False)
+    rows = [(row["step"], row["train/loss"], row["train/loss/a"], row["train/lr"]) for row in read_metrics(tmp_path)]
+    assert rows == [(1, 2.0, 3.0, 0.1), (2, 5.0, 6.0, 0.2)]
+    assert log.mean_loss == 3.5
+
+
+def test_golden_losses(tmp_path: Path) -> None:
+    """A refactor leaves the first losses as they are; a change of them must be meant."""
+    file = tiny_config(tmp_path)
+    assert yaml.safe_load(file.read_text())["trunk"]["name"] == "test_resnet"
+    train(tiny_parts(tmp_path), quiet=True)
+    rows = [row for row in read_metrics(tmp_path / "runs/tiny") if "train/loss" in row]
+    found = [[row[f"train/loss/{task}"] for task in ("segmentation", "depth", "normals", "object")] for row in rows]
+    assert found[0] == pytest.approx(GOLDEN[0], rel=1e-4)
+    assert found[-1] == pytest.approx(GOLDEN[1], rel=5e-3)
+
+
+GOLDEN = ([0.0, 0.0, 0.0, 0.0], [0.0, 0.0, 0.0, 0.0])
