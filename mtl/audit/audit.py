@@ -6,25 +6,18 @@ import warnings
 from collections.abc import Iterator, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass
-from typing import Any, Literal, Protocol
+from typing import Literal
 
 from torch import Tensor, nn
 from torch.nn.modules.batchnorm import _NormBase
 
-from mtl.audit.causes import cause_of_change
-from mtl.audit.contract import Contract, Place, draw_contract, shared_storage
+from mtl.audit import causes
+from mtl.audit.contract import Contract, Place, draw_contract, shared_memory
 from mtl.audit.fingerprint import fingerprint, root
+from mtl.audit.membership import HoldsParameters, Membership
 from mtl.audit.report import AuditError, PhaseRecord, Report, Violation
 
 Policy = Literal["raise", "warn", "collect"]
-
-_STALE_GRADIENT = "a gradient left from before the freeze; set grad = None when freezing"
-
-
-class HoldsParameters(Protocol):
-    """Anything that steps parameters: a torch optimizer, or a balancing method that updates its own."""
-
-    param_groups: list[dict[str, Any]]
 
 
 @dataclass
@@ -36,6 +29,10 @@ class _Watched:
     address: int
     version: int
     digest: str
+
+    def shows_a_sign(self) -> bool:
+        """Whether it may have been written to: a reason to look at its bytes, not a verdict."""
+        return self.tensor.data_ptr() != self.address or _version(self.tensor) != self.version
 
 
 class GradientAudit:
@@ -70,11 +67,12 @@ class GradientAudit:
         self._optimizers = list(optimizers)
         self._policy = policy
         self._record: PhaseRecord | None = None
-        self._contract = Contract((), [], [])
+        self._contract = Contract((), [], [], [])
+        self._membership = Membership([], [])
         self._watched: list[_Watched] = []
+        self._free_digests: dict[str, str] = {}
         self._frozen_norms: list[tuple[str, nn.Module]] = []
         self._seen: set[tuple[str, str]] = set()
-        self._membership: tuple[tuple[int, int], ...] = ()
 
     def watch(self, optimizer: HoldsParameters) -> None:
         """Adds an optimizer that was built after the audit."""
@@ -121,12 +119,9 @@ class GradientAudit:
         record.num_tripwire_checks += len(self._watched) + len(self._frozen_norms)
         for watched in self._watched:
             if watched.tensor.grad is not None:
-                cause = _STALE_GRADIENT
-                if watched.tensor.requires_grad:
-                    cause = "it required a gradient when the loss was computed; enforce the freeze before the forward"
+                cause = causes.LATE_FREEZE if watched.tensor.requires_grad else causes.STALE_GRADIENT
                 found.append(self._violation("grad_present", watched.place, cause, "has a gradient"))
-        found += self._train_mode()
-        self._settle(found)
+        self._settle(found + self._train_mode())
 
     def after_step(self) -> None:
         """Call after `step()`: counts the step, and looks at every frozen tensor's flags, identity and version.
@@ -137,10 +132,13 @@ class GradientAudit:
         record, found = self._open(), []
         record.num_steps += 1
         record.num_tripwire_checks += len(self._watched) + len(self._frozen_norms)
+        unlinked = self._contract.is_unlinked()
+        suspects = {id(watched.place.owner) for watched in self._watched if watched.shows_a_sign()}
         for watched in self._watched:
-            found += self._look_at(watched)
-        found += self._train_mode() + self._optimizer_membership()
-        self._settle(found)
+            # A sign on one tensor puts all of its module under suspicion: BatchNorm's statistics move without a sign,
+            # its counter does not.
+            found += self._look_at(watched, unlinked, compare=id(watched.place.owner) in suspects)
+        self._settle(found + self._train_mode() + self._optimizer_membership())
 
     def verify(self) -> None:
         """Compares the bytes of every frozen tensor with those it began with, whatever the signs say.
@@ -152,29 +150,27 @@ class GradientAudit:
         """
         found = []
         for watched in self._watched:
-            found += self._look_at(watched, compare=True)
-        found += self._train_mode() + self._optimizer_membership()
-        self._settle(found)
+            found += self._look_at(watched, unlinked=True, compare=True)
+        self._settle(found + self._train_mode() + self._optimizer_membership())
 
     def _begin(self, name: str, freeze: list[str]) -> None:
         self._contract = draw_contract(self._model, freeze)
+        self._membership = Membership(self._contract.frozen, self._contract.free)
         self._watched = [
-            _Watched(place, tensor, tensor.data_ptr(), tensor._version, fingerprint(tensor))
+            _Watched(place, tensor, tensor.data_ptr(), _version(tensor), fingerprint(tensor))
             for place in self._contract.frozen
             if (tensor := place.look()) is not None
         ]
-        buffers_of = {id(place.owner): place for place in self._contract.frozen if place.kind == "buffer"}
-        self._frozen_norms = [
-            (place.name.rpartition(".")[0], place.owner)
-            for place in buffers_of.values()
-            if isinstance(place.owner, _NormBase)
-        ]
+        norms = {
+            id(place.owner): (place.module_name, place.owner)
+            for place in self._contract.frozen
+            if place.kind == "buffer" and isinstance(place.owner, _NormBase)
+        }
+        self._frozen_norms = list(norms.values())
         self._seen = set()
-        self._membership = ()
+        self._free_digests = self._fingerprint_free()
         digests = {watched.place.name: watched.digest for watched in self._watched}
-        free = [place for place in self._contract.free if place.kind == "param"]
-        self._free_digests = {place.name: fingerprint(tensor) for place in free if (tensor := place.look()) is not None}
-        self._record = PhaseRecord(name, freeze, digests, root(digests), num_trainable=len(free))
+        self._record = PhaseRecord(name, freeze, digests, root(digests), num_trainable=len(self._free_digests))
         self.report.phases.append(self._record)
 
     def _open(self) -> PhaseRecord:
@@ -184,96 +180,61 @@ class GradientAudit:
 
     def _check_contract(self) -> None:
         """What can be wrong before the first step."""
-        found = [
-            self._violation(
-                "shared_storage",
-                frozen,
-                "a tied or viewed tensor; freeze both names or neither",
-                f"lies in the same memory as {free.name}, which is not frozen",
-            )
-            for frozen, free in shared_storage(self._contract)
-        ]
+        found = []
+        for frozen, free in shared_memory(self._contract):
+            detail = f"lies in the same memory as {free.name}, which is not frozen"
+            found.append(self._violation("shared_storage", frozen, causes.SHARED, detail))
         for watched in self._watched:
-            found += self._look_at(watched)
+            found += self._look_at(watched, unlinked=False, compare=False)
             if watched.tensor.grad is not None:
                 detail = "has a gradient before the first step"
-                found.append(self._violation("grad_present", watched.place, _STALE_GRADIENT, detail))
+                found.append(self._violation("grad_present", watched.place, causes.STALE_GRADIENT, detail))
         self._settle(found + self._optimizer_membership())
 
-    def _look_at(self, watched: _Watched, compare: bool = False) -> list[Violation]:
-        """One frozen tensor: is it still there, does it ask for no gradient, has it been written to."""
+    def _look_at(self, watched: _Watched, unlinked: bool, compare: bool) -> list[Violation]:
+        """One frozen tensor: is it still there, does it ask for no gradient, does it have the bytes it began with."""
         place, tensor = watched.place, watched.tensor
-        current = place.look()
+        current = place.look_from(self._model) if unlinked else place.look()
         if current is not tensor:
             detail = "is gone" if current is None else "is another tensor than when the phase began"
-            return [
-                self._violation("identity_changed", place, "the module or tensor was replaced after the freeze", detail)
-            ]
+            return [self._violation("identity_changed", place, causes.REPLACED, detail)]
         found = []
         if tensor.requires_grad:
-            cause = "requires_grad was not switched off, or was switched on again after the freeze"
-            found.append(self._violation("requires_grad", place, cause, "requires a gradient"))
-        if tensor.data_ptr() != watched.address or tensor._version != watched.version:
-            compare = True
+            found.append(self._violation("requires_grad", place, causes.STILL_REQUIRED, "requires a gradient"))
         if compare:
             self._open().num_fingerprint_checks += 1
-            watched.address, watched.version = tensor.data_ptr(), tensor._version
-            digest = fingerprint(tensor)
-            if digest != watched.digest:
-                cause = cause_of_change(place, tensor, self._param_groups())
-                found.append(
-                    self._violation(f"{place.kind}_changed", place, cause, "its bytes differ from the first ones")
-                )
+            watched.address, watched.version = tensor.data_ptr(), _version(tensor)
+            if fingerprint(tensor) != watched.digest:
+                groups = [group for optimizer in self._optimizers for group in optimizer.param_groups]
+                cause = causes.of_change(place, tensor, groups)
+                detail = "its bytes differ from the first ones"
+                found.append(self._violation(f"{place.kind}_changed", place, cause, detail))
         return found
 
     def _train_mode(self) -> list[Violation]:
-        cause = "a .train() after the freeze; keep the frozen module in eval mode"
         phase = self._open()
+        training = [(name, type(norm).__name__) for name, norm in self._frozen_norms if norm.training]
         return [
-            Violation("train_mode", name, phase.name, phase.num_steps, cause, f"{type(norm).__name__} is in train mode")
-            for name, norm in self._frozen_norms
-            if norm.training
+            Violation("train_mode", name, phase.name, phase.num_steps, causes.TRAIN_MODE, f"{kind} is in train mode")
+            for name, kind in training
         ]
 
     def _optimizer_membership(self) -> list[Violation]:
-        """Frozen tensors in an optimizer, trainable ones in none; looked at again when an optimizer's groups change."""
-        groups = [group["params"] for group in self._param_groups()]
-        membership = tuple((id(params), len(params)) for params in groups)
-        if membership == self._membership:
-            return []
-        self._membership = membership
-        held = {id(parameter) for params in groups for parameter in params}
-        found = [
-            self._violation(
-                "in_optimizer",
-                watched.place,
-                "the optimizer was built before the freeze; build it from what trains only",
-                "is held by an optimizer, whose decay or momentum could move it",
-            )
-            for watched in self._watched
-            if id(watched.tensor) in held
-        ]
-        if not self._optimizers:
-            return found
-        return found + [
-            self._violation(
-                "not_in_optimizer",
-                place,
-                "thawed after the optimizer was built; rebuild the optimizer when a phase begins",
-                "is not frozen and requires a gradient, but no watched optimizer holds it",
-            )
-            for place in self._contract.free
-            if place.kind == "param" and (p := place.look()) is not None and p.requires_grad and id(p) not in held
-        ]
+        explained = {
+            "in_optimizer": (causes.EARLY_OPTIMIZER, "is held by an optimizer, whose decay or momentum could move it"),
+            "not_in_optimizer": (causes.LATE_THAW, "is not frozen and requires a gradient, but no optimizer holds it"),
+        }
+        breaches = self._membership.look(self._optimizers)
+        return [self._violation(kind, place, *explained[kind]) for kind, place in breaches]
 
-    def _param_groups(self) -> list[dict[str, Any]]:
-        return [group for optimizer in self._optimizers for group in optimizer.param_groups]
+    def _fingerprint_free(self) -> dict[str, str]:
+        """Fingerprints of the parameters outside the contract."""
+        free = [place for place in self._contract.free if place.kind == "param"]
+        return {place.name: fingerprint(tensor) for place in free if (tensor := place.look()) is not None}
 
     def _count_trained(self) -> int:
-        now = {place.name: place.look() for place in self._contract.free if place.kind == "param"}
-        return sum(
-            tensor is not None and fingerprint(tensor) != self._free_digests[name] for name, tensor in now.items()
-        )
+        now = self._fingerprint_free()
+        return sum(now.get(name) != digest for name, digest in self._free_digests.items())
 
     def _violation(self, kind: str, place: Place, cause: str, detail: str) -> Violation:
         phase = self._open()
@@ -291,3 +252,8 @@ class GradientAudit:
         if self._policy == "warn":
             for violation in new:
                 warnings.warn(str(violation), stacklevel=3)
+
+
+def _version(tensor: Tensor) -> int:
+    """How often a tensor has been written to, as far as torch counts; tensors of inference mode are not counted."""
+    return 0 if tensor.is_inference() else tensor._version

@@ -6,6 +6,7 @@ from collections.abc import Iterator, Sequence
 from dataclasses import dataclass
 from typing import Literal
 
+import torch
 from torch import Tensor, nn
 
 from mtl.patterns import partition
@@ -29,11 +30,25 @@ class Place:
     owner: nn.Module
     key: str
 
+    @property
+    def module_name(self) -> str:
+        return self.name.rpartition(".")[0]
+
     def look(self) -> Tensor | None:
         """The tensor that hangs here now; None if there is none any more."""
+        return self._look_in(self.owner)
+
+    def look_from(self, root: nn.Module) -> Tensor | None:
+        """The same by way of the whole path from the root, which sees modules that were swapped since."""
+        try:
+            return self._look_in(root.get_submodule(self.module_name))
+        except AttributeError:
+            return None
+
+    def _look_in(self, owner: nn.Module) -> Tensor | None:
         if self.kind == "param":
-            return self.owner._parameters.get(self.key)
-        found = self.owner._buffers.get(self.key) if self.kind == "buffer" else vars(self.owner).get(self.key)
+            return owner._parameters.get(self.key)
+        found = owner._buffers.get(self.key) if self.kind == "buffer" else vars(owner).get(self.key)
         return found if isinstance(found, Tensor) else None
 
 
@@ -45,15 +60,21 @@ class Contract:
         patterns: The patterns it was drawn from.
         frozen: Every name of every frozen tensor.
         free: Every name of every other tensor.
+        links: The ways from the root to frozen tensors: (module, name of its child, the child).
     """
 
     patterns: tuple[str, ...]
     frozen: list[Place]
     free: list[Place]
+    links: list[tuple[nn.Module, str, nn.Module]]
+
+    def is_unlinked(self) -> bool:
+        """Whether a module on the way to a frozen tensor is no longer the one it was."""
+        return any(module._modules.get(key) is not child for module, key, child in self.links)
 
 
 def draw_contract(model: nn.Module, patterns: Sequence[str]) -> Contract:
-    """Resolves patterns against every tensor of a module: parameters, buffers (persistent or not) and plain attributes.
+    """Resolves patterns against every tensor of a module: parameters, buffers (persistent or not), plain attributes.
 
     Raises:
         PatternError: A pattern cannot be read or selects nothing.
@@ -66,10 +87,9 @@ def draw_contract(model: nn.Module, patterns: Sequence[str]) -> Contract:
         [place.name for place in places if place.kind != "param"],
     )
     names = {*split.frozen, *split.frozen_buffers}
+    frozen = [place for place in places if place.name in names]
     return Contract(
-        tuple(patterns),
-        [place for place in places if place.name in names],
-        [place for place in places if place.name not in names],
+        tuple(patterns), frozen, [place for place in places if place.name not in names], list(_links(model, frozen))
     )
 
 
@@ -84,33 +104,60 @@ def _places(model: nn.Module) -> Iterator[Place]:
             if buffer is not None:
                 yield Place(start + key, "buffer", module, key)
         for key, value in vars(module).items():
-            if isinstance(value, Tensor):
+            # What a forward left behind with its graph, such as an attention map, is a result and not state.
+            if isinstance(value, Tensor) and value.grad_fn is None:
                 yield Place(start + key, "attr", module, key)
 
 
-def shared_storage(contract: Contract) -> list[tuple[Place, Place]]:
-    """Pairs of a frozen and a free place whose tensors lie in the same bytes of memory."""
-    free: dict[int, list[tuple[int, int, Place]]] = {}
-    for place in contract.free:
-        span = _span(place)
-        if span is not None:
-            free.setdefault(span[0], []).append((*span[1:], place))
-    pairs = []
-    for place in contract.frozen:
-        span = _span(place)
-        if span is None:
-            continue
-        storage, begin, end = span
-        pairs += [(place, other) for first, last, other in free.get(storage, []) if first < end and begin < last]
+def _links(model: nn.Module, frozen: list[Place]) -> Iterator[tuple[nn.Module, str, nn.Module]]:
+    on_the_way = {""}
+    for place in frozen:
+        path = place.module_name
+        while path not in on_the_way:
+            on_the_way.add(path)
+            path = path.rpartition(".")[0]
+    modules = dict(model.named_modules(remove_duplicate=False))
+    for path in on_the_way - {""}:
+        parent, _, key = path.rpartition(".")
+        yield modules[parent], key, modules[path]
+
+
+def shared_memory(contract: Contract) -> list[tuple[Place, Place]]:
+    """Pairs of a frozen and a free place whose tensors have bytes of memory in common."""
+    sides = [(side, place) for side, places in enumerate((contract.frozen, contract.free)) for place in places]
+    spans = sorted(((*span, side, place) for side, place in sides if (span := _span(place))), key=lambda s: s[:2])
+    pairs: list[tuple[Place, Place]] = []
+    opened: list[list[tuple[int, Place]]] = [[], []]
+    for begin, end, side, place in spans:
+        other = opened[1 - side] = [entry for entry in opened[1 - side] if entry[0] > begin]
+        pairs += [(place, there) if side == 0 else (there, place) for _, there in other if _overlap(place, there)]
+        opened[side].append((end, place))
     return pairs
 
 
-def _span(place: Place) -> tuple[int, int, int] | None:
-    """Address of a tensor's storage, and the bytes in it that the tensor spans; None if it has none."""
+def _span(place: Place) -> tuple[int, int] | None:
+    """The addresses between which a tensor's elements lie; None if it has none."""
     tensor = place.look()
     if tensor is None or tensor.numel() == 0 or tensor.device.type == "meta":
         return None
-    size = tensor.element_size()
-    begin = int(tensor.storage_offset()) * size
     extent = 1 + sum((length - 1) * stride for length, stride in zip(tensor.shape, tensor.stride(), strict=True))
-    return tensor.untyped_storage().data_ptr(), begin, begin + extent * size
+    return tensor.data_ptr(), tensor.data_ptr() + int(extent) * tensor.element_size()
+
+
+def _overlap(a: Place, b: Place) -> bool:
+    """Whether two tensors whose spans meet really share bytes; columns of one matrix do not."""
+    first, second = a.look(), b.look()
+    if first is None or second is None or first.device != second.device:
+        return False
+    if first.is_contiguous() and second.is_contiguous():
+        return True
+    return bool(torch.isin(_addresses(first), _addresses(second)).any())
+
+
+def _addresses(tensor: Tensor) -> Tensor:
+    """The address of every byte of a tensor's elements."""
+    offsets = torch.zeros(1, dtype=torch.int64)
+    for length, stride in zip(tensor.shape, tensor.stride(), strict=True):
+        offsets = (offsets[:, None] + torch.arange(length) * stride).flatten()
+    size = tensor.element_size()
+    return (tensor.data_ptr() + offsets[:, None] * size + torch.arange(size)).flatten()

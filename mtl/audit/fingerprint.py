@@ -15,7 +15,7 @@ def fingerprint(tensor: Tensor) -> str:
     It sees what `==` does not (the sign of zero) and is not disturbed by what `==` trips over (NaN). Elements are taken
     in logical order: the memory format does not matter.
     """
-    data = tensor.detach().cpu().contiguous()
+    data = tensor.detach().cpu().resolve_conj().resolve_neg().contiguous()
     digest = xxhash.xxh3_128(f"{data.dtype} {tuple(data.shape)}".encode())
     if data.numel():
         # reshape(-1): a tensor without axes cannot be viewed as another type.

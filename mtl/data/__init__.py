@@ -9,11 +9,12 @@ from types import ModuleType
 
 import numpy as np
 import torch
+import xxhash
 from torch import Tensor
 from tqdm import tqdm
 
 from mtl.config import DataConfig
-from mtl.data import multifashion, scenes
+from mtl.data import multifashion, scenes, sprites
 from mtl.data.cache import DataError, cached, default_cache_dir
 from mtl.data.dataset import Batch, Split, num_batches, training_batches, validation_batches
 from mtl.data.sprites import load_sprites
@@ -36,7 +37,7 @@ class BuiltIn:
     """A data set that is made, not downloaded.
 
     Attributes:
-        module: Where its `render_block`, `BLOCK` and `VERSION` live.
+        module: Where its `render_block` and `BLOCK` live.
         num_train: Training images, unless the configuration says otherwise.
         num_val: Validation images, likewise.
         labels: The labels that it gives; tasks are named after them.
@@ -83,7 +84,8 @@ def load_data(config: DataConfig, tasks: Mapping[str, Task], quiet: bool = False
 def _load_split(data: BuiltIn, config: DataConfig, split: str, num: int, quiet: bool) -> Split:
     key = {
         "name": config.name,
-        "version": data.module.VERSION,
+        # Data made by other code is other data.
+        "code": _code_digest(data.module),
         "split": split,
         "num": num,
         "image_size": config.image_size,
@@ -95,9 +97,14 @@ def _load_split(data: BuiltIn, config: DataConfig, split: str, num: int, quiet: 
     return Split(tensors.pop("images"), tensors)
 
 
+def _code_digest(module: ModuleType) -> str:
+    sources = [Path(source.__file__ or "").read_bytes() for source in (module, sprites)]
+    return xxhash.xxh3_64_hexdigest(b"".join(sources))
+
+
 def _render(data: BuiltIn, config: DataConfig, split: str, num: int, quiet: bool) -> dict[str, Tensor]:
     """The first `num` images of a split; a bar appears if it takes longer than a second."""
-    sprites = load_sprites(split)
+    garments = load_sprites(split)
     size = data.module.BLOCK
     # Splits draw from seeds of their own; their garments are disjoint anyway.
     seed = 2 * config.seed + (split == "val")
@@ -106,6 +113,6 @@ def _render(data: BuiltIn, config: DataConfig, split: str, num: int, quiet: bool
     for number in tqdm(
         numbers, f"{config.name}: making {num} {split} images", disable=quiet or None, delay=1, leave=False
     ):
-        blocks.append(data.module.render_block(sprites, config.image_size, seed, number))
+        blocks.append(data.module.render_block(garments, config.image_size, seed, number))
     joined = {name: np.concatenate([block[name] for block in blocks])[:num] for name in blocks[0]}
     return {name: torch.from_numpy(np.ascontiguousarray(array)) for name, array in joined.items()}

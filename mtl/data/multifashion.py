@@ -15,7 +15,6 @@ from torch.nn import functional
 
 from mtl.data.sprites import Sprites
 
-VERSION = 1
 CANVAS = 36
 BLOCK = 1000
 

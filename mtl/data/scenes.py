@@ -19,8 +19,6 @@ from numpy.typing import NDArray
 
 from mtl.data.sprites import ALPHA, Sprites
 
-# Raise it whenever the pictures or labels change: it is part of the disk cache's key.
-VERSION = 1
 FLOOR, WALL, SPHERE, FIRST_GARMENT = 0, 1, 2, 3
 NUM_CLASSES = 13
 MAX_OBJECTS = 3
