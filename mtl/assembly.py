@@ -85,7 +85,6 @@ def assemble(config: RunConfig, quiet: bool = False) -> Parts:
         DataError: The data cannot be had.
     """
     device = _device(config)
-    check_run_dir(config)
     _check_labels(config)
     _seed_everything(config.seed)
     tasks = build_tasks(config.tasks)

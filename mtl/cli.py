@@ -27,11 +27,16 @@ def main(arguments: Sequence[str] | None = None) -> int:
         "overrides", nargs="*", metavar="key=value", help="such as optim.lr=3e-4 phases.finetune.epochs=2"
     )
     train.add_argument("-q", "--quiet", action="store_true", help="show nothing but warnings and errors")
+    report = verbs.add_parser("report", help="write the report of a run again", description=_report.__doc__)
+    report.add_argument("run_dir", type=Path, metavar="RUN_DIR", help="such as runs/scenes")
+    report.add_argument("--picture", type=Path, metavar="FILE", help="put the report's picture into a PNG file as well")
     options, rest = parser.parse_known_args(arguments)
     # argparse takes key=value pairs only in one piece; those behind an option come back as the rest.
-    unknown = [argument for argument in rest if argument.startswith("-")]
+    unknown = [argument for argument in rest if argument.startswith("-") or options.verb != "train"]
     if unknown:
         verbs.choices[options.verb].error(f"unrecognized arguments: {' '.join(unknown)}")
+    if options.verb == "report":
+        return _report(options.run_dir, options.picture)
     return _train(options.config, [*options.overrides, *rest], options.quiet)
 
 
@@ -46,15 +51,17 @@ def _train(file: Path, overrides: Sequence[str], quiet: bool) -> int:
     except ConfigError as error:
         return _complain(error)
 
-    from mtl.assembly import assemble
+    from mtl.assembly import assemble, check_run_dir
     from mtl.audit import AuditError
     from mtl.console import logger, show_log
     from mtl.data import DataError
+    from mtl.report import write_report
     from mtl.summary import phases_table, results_table, verdict
     from mtl.trainer import train
 
     show_log(quiet)
     try:
+        check_run_dir(config)
         parts = assemble(config, quiet)
         logger.info(phases_table(parts))
         outcome = train(parts, quiet)
@@ -63,13 +70,38 @@ def _train(file: Path, overrides: Sequence[str], quiet: bool) -> int:
     except AuditError as error:
         sys.stderr.write(f"audit: {error}\nSee {config.run_dir / 'audit.json'}\n")
         return VIOLATION
+    report = write_report(parts, outcome.run_dir)
     logger.info(results_table(outcome))
     logger.info(verdict(outcome))
     logger.info(
-        f"{outcome.run_dir}: last and best checkpoint (val/score {outcome.best_score:.3f} at step {outcome.best_step}),"
-        f" metrics.jsonl, audit.json, plan.json, config.yaml; trained in {outcome.seconds:.0f} s"
+        f"best val/score {outcome.best_score:.3f} at step {outcome.best_step}; {outcome.seconds:.0f} s of training"
     )
+    files = [report.name, "checkpoints/{best,last}", "metrics.jsonl", "audit.json", "plan.json", "config.yaml"]
+    logger.info(f"{outcome.run_dir}: {', '.join(files)}")
     return DONE if outcome.report.ok else VIOLATION
+
+
+def _report(run_dir: Path, picture: Path | None) -> int:
+    """Writes RUN_DIR/report.html: what was trained, what came out, and what the audit proved."""
+    from mtl.config import load_config
+    from mtl.yaml_source import ConfigError
+
+    needed = ["config.yaml", "metrics.jsonl", "audit.json", "checkpoints/best/state.json"]
+    missing = [name for name in needed if not (run_dir / name).is_file()]
+    if missing:
+        return _complain(ValueError(f"{run_dir} is no finished run: it lacks {', '.join(missing)}"))
+
+    from mtl.assembly import assemble
+    from mtl.data import DataError
+    from mtl.report import write_report
+
+    try:
+        # Only the architecture is needed: the weights are the run's own.
+        parts = assemble(load_config(run_dir / "config.yaml", ["trunk.weights=none"]))
+    except (ConfigError, DataError) as error:
+        return _complain(error)
+    sys.stdout.write(f"{write_report(parts, run_dir, picture)}\n")
+    return DONE
 
 
 def _complain(error: Exception) -> int:

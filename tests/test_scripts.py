@@ -127,7 +127,7 @@ def test_a_python_that_is_too_old_is_named(project: Path, tmp_path: Path) -> Non
         (tools / tool).symlink_to(shutil.which(tool) or "/missing")
     code, out, said = use(project, PATH=str(tools))
     assert (code, out) == (1, "")
-    assert said.endswith("error: no Python 3.11 or newer on the PATH\n")
+    assert said == "error: no Python 3.11 or newer on the PATH\n"
 
 
 def test_the_trainer_s_script_takes_the_default_configuration_and_passes_everything_on(tmp_path: Path) -> None:

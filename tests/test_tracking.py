@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import json
-import logging
 import os
 import subprocess
 import sys
@@ -77,7 +76,6 @@ def test_a_wandb_that_cannot_start_never_ends_a_run(tmp_path: Path, monkeypatch:
 def test_a_wandb_that_stops_working_is_reported_once_and_left_alone(
     tmp_path: Path, caplog: pytest.LogCaptureFixture, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    monkeypatch.setattr(logging.getLogger("mtl"), "propagate", True)
     tracker = Tracker(TrackingConfig(), tmp_path, "name", {})
     real = tracker._run
 

@@ -217,10 +217,7 @@ def test_windows_end_with_the_epoch() -> None:
     assert [len(window) for window in windows(iter(range(7)), 3)] == [3, 3, 1]  # type: ignore[arg-type]
 
 
-def test_the_classic_list_freezes_in_every_phase_and_says_so(
-    tmp_path: Path, caplog: pytest.LogCaptureFixture, monkeypatch: pytest.MonkeyPatch
-) -> None:
-    monkeypatch.setattr(logging.getLogger("mtl"), "propagate", True)
+def test_the_classic_list_freezes_in_every_phase_and_says_so(tmp_path: Path, caplog: pytest.LogCaptureFixture) -> None:
     caplog.set_level(logging.INFO, "mtl")
     classic = {"NOT_TRAIN_IN_MULTI_TASK": ["trunk.layer1", "heads.depth"]}
     parts = tiny_parts(tmp_path, MODEL=classic, phases=[{"name": "a", "steps": 2}, {"name": "b", "steps": 2}])

@@ -1,0 +1,160 @@
+"""The report of a run: one HTML file with what was trained, what came out, and what the audit proved."""
+
+from __future__ import annotations
+
+import base64
+import io
+import json
+from html import escape
+from pathlib import Path
+from typing import TYPE_CHECKING, Any
+
+import torch
+from einops import rearrange
+from torch import Tensor
+
+from mtl.assembly import Parts
+from mtl.checkpoint import load_checkpoint, write_text
+from mtl.data import Batch, validation_batches
+from mtl.tasks import Depth, Normals, Segmentation, Task
+from mtl.validation import in_eval_mode
+
+if TYPE_CHECKING:
+    from matplotlib.axes import Axes
+    from matplotlib.figure import Figure
+
+_NUM_EXAMPLES = 6
+_STYLE = (
+    "body{font:15px/1.5 system-ui,sans-serif;max-width:70rem;margin:2rem auto;padding:0 1rem;color:#222}"
+    "table{border-collapse:collapse;margin:1rem 0}"
+    "td,th{padding:.2rem .8rem;border-bottom:1px solid #ddd;text-align:right}"
+    "td:first-child,th:first-child,td:nth-child(2),th:nth-child(2){text-align:left}img{max-width:100%}"
+    ".ok{color:#087f23}.broken{color:#b00020}"
+)
+
+
+def write_report(parts: Parts, run_dir: Path, picture: Path | None = None) -> Path:
+    """Writes `report.html` into a run directory.
+
+    Args:
+        parts: The parts of the run; the model gets the run's best weights.
+        run_dir: A finished run.
+        picture: Where to put the report's picture as a file of its own, if anywhere.
+
+    Returns:
+        The file.
+    """
+    rows = [json.loads(line) for line in (run_dir / "metrics.jsonl").read_text(encoding="utf-8").splitlines()]
+    audit = json.loads((run_dir / "audit.json").read_text(encoding="utf-8"))
+    state = load_checkpoint(run_dir / "checkpoints" / "best", parts.root)
+    figure = draw_run(parts, [row for row in rows if "val/score" in row])
+    image = io.BytesIO()
+    figure.savefig(image, format="png", dpi=110)
+    if picture is not None:
+        picture.write_bytes(image.getvalue())
+    encoded = base64.b64encode(image.getvalue()).decode()
+    name = escape(parts.config.name)
+    page = (
+        f"<!doctype html><html lang=en><meta charset=utf-8><title>{name}</title><style>{_STYLE}</style>"
+        f"<h1>{name}</h1>{_audit_html(audit)}"
+        f"<h2>Course and examples</h2><p>Validation after every epoch; predictions of the best weights (step"
+        f" {state['step']}, val/score {state['val/score']:.3f}).</p>"
+        f'<img alt="course of validation and example predictions" src="data:image/png;base64,{encoded}">'
+        f"<h2>Configuration</h2><pre>{escape((run_dir / 'config.yaml').read_text(encoding='utf-8'))}</pre></html>"
+    )
+    write_text(run_dir / "report.html", page)
+    return run_dir / "report.html"
+
+
+def _audit_html(audit: dict[str, Any]) -> str:
+    verdict = '<b class="ok">clean</b>' if audit["ok"] else '<b class="broken">violations</b>'
+    head = "<tr><th>phase<th>freeze<th>frozen tensors<th>trained tensors<th>steps<th>looks<th>violations</tr>"
+    body = "".join(
+        f"<tr><td>{escape(phase['name'])}<td>{escape(', '.join(phase['freeze']) or '-')}<td>{phase['frozen']['count']}"
+        f"<td>{phase['trainable']['changed']} of {phase['trainable']['count']}<td>{phase['checks']['steps']}"
+        f"<td>{phase['checks']['tripwires'] + phase['checks']['fingerprints']:,}<td>{len(phase['violations'])}</tr>"
+        for phase in audit["phases"]
+    )
+    broken = "".join(
+        f"<li>{escape(v['phase'])}, step {v['step']}: <code>{escape(v['name'])}</code> {escape(v['kind'])}:"
+        f" {escape(v['detail'])}; likely cause: {escape(v['cause'])}</li>"
+        for phase in audit["phases"]
+        for v in phase["violations"]
+    )
+    return f"<h2>Audit: {verdict}</h2><table>{head}{body}</table>" + (f"<ul>{broken}</ul>" if broken else "")
+
+
+def draw_run(parts: Parts, epochs: list[dict[str, Any]]) -> Figure:
+    """Draws the course of each task's main metric over the phases, above examples of what the model predicts.
+
+    Args:
+        parts: The run's parts, the model with the weights to show.
+        epochs: Rows of `metrics.jsonl` with validation metrics.
+    """
+    from matplotlib.figure import Figure
+
+    dense = {name: task for name, task in parts.tasks.items() if task.output == "dense"}
+    figure = Figure(figsize=(11, 3 + 1.6 * (1 + 2 * len(dense))), layout="constrained")
+    above, below = figure.subfigures(2, 1, squeeze=False, height_ratios=[3, 1.6 * (1 + 2 * len(dense))])[:, 0]
+    for axes, (name, task) in zip(
+        above.subplots(1, len(parts.tasks), squeeze=False)[0], parts.tasks.items(), strict=True
+    ):
+        _draw_course(axes, name, task, epochs)
+    batch, outputs = _predict(parts)
+    grid = below.subplots(1 + 2 * len(dense), _NUM_EXAMPLES, squeeze=False)
+    pictures = [("image", batch.images)]
+    for name, task in dense.items():
+        pictures += [(f"{name}\ntruth", _picture(task, batch.labels[name], truth=True))]
+        pictures += [(f"{name}\npredicted", _picture(task, outputs[name], truth=False))]
+    for axes_row, (title, images) in zip(grid, pictures, strict=True):
+        axes_row[0].set_ylabel(title, fontsize=8)
+        for axes, image in zip(axes_row, images.numpy(), strict=False):
+            axes.imshow(image, cmap="gray" if image.shape[-1] == 1 else None)
+    vector = [name for name in parts.tasks if name not in dense]
+    for i, axes in enumerate(grid[0][: len(batch)]):
+        said = [f"{name}: {int(outputs[name][i].argmax())} (truth {int(batch.labels[name][i])})" for name in vector]
+        axes.set_title("\n".join(said), fontsize=8)
+    for axes in grid.flat:
+        axes.set(xticks=[], yticks=[])
+    return figure
+
+
+def _draw_course(axes: Axes, name: str, task: Task, epochs: list[dict[str, Any]]) -> None:
+    key = f"val/{name}/{task.goal.metric}"
+    steps = [row["step"] for row in epochs]
+    axes.plot(steps, [row[key] for row in epochs], marker="o", color="tab:blue")
+    phases = list(dict.fromkeys(row["phase"] for row in epochs))
+    begin = 0
+    for number, phase in enumerate(phases):
+        end = max(row["step"] for row in epochs if row["phase"] == phase)
+        axes.axvspan(begin, end, color="tab:orange" if number % 2 else "tab:gray", alpha=0.12, label=phase)
+        begin = end
+    axes.set_title(
+        f"{name}: {task.goal.metric} {'(up is better)' if task.goal.higher_is_better else '(down is better)'}"
+    )
+    axes.title.set_fontsize(9)
+    axes.set_xlabel("step")
+    axes.legend(fontsize=7)
+
+
+def _predict(parts: Parts) -> tuple[Batch, dict[str, Tensor]]:
+    batch = next(validation_batches(parts.val, _NUM_EXAMPLES))
+    with in_eval_mode(parts.model), torch.no_grad():
+        outputs = parts.model(batch.images.to(parts.device))
+    return batch, {name: output.float().cpu() for name, output in outputs.items()}
+
+
+def _picture(task: Task, values: Tensor, truth: bool) -> Tensor:
+    """Labels or outputs of a dense task as images, "b h w c", floats from 0 to 1."""
+    from matplotlib import colormaps
+
+    match task:
+        case Segmentation():
+            classes = values if truth else values.argmax(dim=1)
+            return torch.from_numpy(colormaps["tab20"](classes.clamp(max=19).numpy())[..., :3])
+        case Depth():
+            metres = (values if truth else values.exp()).squeeze(1)
+            return torch.from_numpy(colormaps["viridis"]((metres / 8).clamp(0, 1).numpy())[..., :3])
+        case Normals():
+            return rearrange(torch.nn.functional.normalize(values, dim=1), "b c h w -> b h w c") / 2 + 0.5
+    return rearrange(values, "b c h w -> b h w c")[..., :1]

@@ -1,0 +1,71 @@
+"""The report: one self-contained page with the audit's verdict, a picture, and the configuration."""
+
+from __future__ import annotations
+
+import base64
+import io
+import re
+import shutil
+from pathlib import Path
+
+import pytest
+from PIL import Image
+from runs import tiny_parts
+from safetensors.torch import load_file
+
+from mtl.cli import main
+from mtl.report import write_report
+from mtl.trainer import train
+
+
+@pytest.fixture
+def run_dir(tmp_path: Path) -> Path:
+    return train(tiny_parts(tmp_path), quiet=True).run_dir
+
+
+def test_the_report_shows_verdict_phases_picture_and_configuration(
+    run_dir: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    picture = tmp_path / "picture.png"
+    assert main(["report", str(run_dir), "--picture", str(picture)]) == 0
+    assert capsys.readouterr().out.strip() == str(run_dir / "report.html")
+    page = (run_dir / "report.html").read_text()
+    assert 'Audit: <b class="ok">clean</b>' in page
+    num_frozen = sum(name.startswith("trunk.") for name in load_file(run_dir / "checkpoints/best/model.safetensors"))
+    assert f"<td>warm-heads<td>trunk<td>{num_frozen}<td>" in page
+    assert "<td>finetune<td>trunk.conv1, trunk.bn1, heads.object<td>" in page
+    assert "name: test_resnet" in page
+    assert "http" not in page, "nothing is loaded from elsewhere"
+    embedded = base64.b64decode(re.search(r"base64,([^\"]+)", page)[1])  # type: ignore[index]
+    assert embedded == picture.read_bytes()
+    image = Image.open(io.BytesIO(embedded))
+    assert image.size[0] > 1000 and len(image.convert("L").histogram()) == 256
+
+
+def test_violations_are_listed_and_names_are_escaped(tmp_path: Path) -> None:
+    parts = tiny_parts(tmp_path, "audit.policy=collect")
+    stem = parts.model.trunk.get_parameter("conv1.0.weight")
+
+    def write(*_: object) -> None:
+        stem.data.mul_(1.001)
+
+    handle = parts.model.heads["depth"].register_forward_hook(write)
+    outcome = train(parts, quiet=True)
+    handle.remove()
+    outcome.report.phases[0].name = "<b>"
+    page = write_report(parts, outcome.run_dir).read_text()
+    assert 'Audit: <b class="broken">violations</b>' in page
+    assert "<code>trunk.conv1.0.weight</code> param_changed: its bytes differ" in page
+
+
+@pytest.mark.parametrize("lacking", ["config.yaml", "audit.json", "checkpoints"])
+def test_a_folder_that_is_no_finished_run_is_refused(
+    run_dir: Path, lacking: str, capsys: pytest.CaptureFixture[str]
+) -> None:
+    path = run_dir / lacking
+    if path.is_dir():
+        shutil.rmtree(path)
+    else:
+        path.unlink()
+    assert main(["report", str(run_dir)]) == 2
+    assert capsys.readouterr().err.startswith(f"error: {run_dir} is no finished run: it lacks {lacking}")
