@@ -19,7 +19,8 @@ def phases_table(parts: Parts) -> str:
         config = phase.config
         rates = sorted({group["lr"] for group in phase.groups})
         steps = config.steps or (config.epochs or 0) * steps_per_epoch
-        length = f"{config.epochs} epochs ({steps} steps)" if config.epochs else f"{steps} steps"
+        epochs = f"{config.epochs} epoch{'s' if config.epochs != 1 else ''} ({steps} steps)"
+        length = epochs if config.epochs else f"{steps} steps"
         patterns = ", ".join(phase.plan.patterns) or "-"
         return [config.name, patterns, f"{frozen:,}", f"{trained:,}", ", ".join(f"{lr:g}" for lr in rates), length]
 

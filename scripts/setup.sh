@@ -38,7 +38,7 @@ find_python() {
 }
 
 install_into_venv() {
-    local base venv="$PROJECT/.venv"
+    local base extras stamp kept=() venv="$PROJECT/.venv"
     if ! compgen -G "$venv/.stamp-*" >/dev/null || ! "$venv/bin/python" -m pip --version >/dev/null 2>&1; then
         base=$(find_python) || exit 1
         "$base" -c 'import venv, ensurepip' 2>/dev/null ||
@@ -47,11 +47,18 @@ install_into_venv() {
         "$base" -m venv --clear "$venv" || fail "$base could not make $venv"
     else
         echo "Bringing $venv up to date." >&2
-        rm -f "$venv"/.stamp-*
+        # No stamp while pip is at work; other sets of extras that were up to date still are afterwards.
+        for stamp in "$venv"/.stamp-*; do
+            extras=${stamp##*/.stamp-}
+            is_ready "$extras" && kept+=("$extras")
+            rm -f "$stamp"
+        done
     fi
     "$venv/bin/python" -m pip install --quiet --disable-pip-version-check --editable "$PROJECT[$1]" >&2 ||
         fail "pip could not install the project; its lines above say why"
-    current_stamp "$1" >"$venv/.stamp-$1"
+    for extras in "$1" ${kept[@]+"${kept[@]}"}; do
+        current_stamp "$extras" >"$venv/.stamp-$extras"
+    done
 }
 
 setup_environment() {

@@ -33,7 +33,7 @@ def test_a_run_shows_phases_epochs_results_and_where_the_files_lie(tmp_path: Pat
     assert result.returncode == 0, result.stderr
     lines = result.stdout.splitlines()
     assert lines[0].split()[:3] == ["phase", "freeze", "frozen"]
-    assert lines[2].startswith("warm-heads  trunk ") and lines[2].endswith("1 epochs (5 steps)")
+    assert lines[2].startswith("warm-heads  trunk ") and lines[2].endswith("1 epoch (5 steps)")
     assert lines[3].startswith("finetune    trunk.conv1, trunk.bn1, heads.object ") and lines[3].endswith("7 steps")
     assert any(line.startswith("warm-heads  epoch 1  step 5  loss ") and line.endswith("img/s") for line in lines)
     assert "warm-heads: 1 epoch done; next phase: finetune" in lines
