@@ -19,6 +19,7 @@ from mtl.config import PhaseConfig, RunConfig
 from mtl.data import BUILT_IN, Split, load_data
 from mtl.freeze import FreezeError, FreezePlan, plan_freeze, trainable_parameters
 from mtl.model import MultiTaskModel, WeightsError, start_from
+from mtl.moduletree import describe
 from mtl.optim import LearningRateError, group_parameters, rates
 from mtl.patterns import PatternError
 from mtl.tasks import Task, build_tasks
@@ -195,7 +196,7 @@ def _resolve(config: RunConfig, index: int, root: nn.Module, balance: Balance) -
     lr = config.optim.lr if phase.lr is None else phase.lr
     every_name = [*plan.names.frozen, *plan.names.trainable]
     try:
-        lr_of = rates(lr, list(parameters), every_name, balance_lr=config.optim.lr)
+        lr_of = rates(lr, list(parameters), every_name, config.optim.lr, describe(root))
     except (PatternError, LearningRateError) as error:
         key = [list(lr)[error.index]] if isinstance(error, PatternError) and isinstance(lr, dict) else []
         raise config.mistake(("phases", index, "lr", *key), str(error)) from error

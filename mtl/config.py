@@ -24,6 +24,7 @@ from pydantic import (
 from pydantic_core import PydanticCustomError
 
 from mtl.config_mistakes import describe
+from mtl.patterns import Counted, PatternLike
 from mtl.yaml_source import ConfigError, KeyPath, Source, dotted, read_source
 
 Positive = Annotated[float, Field(gt=0, allow_inf_nan=False)]
@@ -32,10 +33,9 @@ Count = Annotated[int, Field(ge=1)]
 
 
 def _as_list(value: object) -> object:
-    return [value] if isinstance(value, str) else value
+    return [value] if isinstance(value, str | dict) else value
 
 
-Patterns = Annotated[list[str], BeforeValidator(_as_list)]
 LearningRate = Annotated[
     Annotated[Positive, Tag("number")] | Annotated[dict[str, Positive], Field(min_length=1), Tag("table")],
     Discriminator(lambda value: "table" if isinstance(value, dict) else "number"),
@@ -46,6 +46,25 @@ class _Strict(BaseModel):
     """Unknown keys and near-miss types are errors: nothing is ignored or converted in silence."""
 
     model_config = ConfigDict(extra="forbid", strict=True, frozen=True)
+
+
+class CountedConfig(_Strict):
+    """A pattern that must match an exact number of tensors: a guard against renamed layers.
+
+    Attributes:
+        pattern: The pattern.
+        must_match: How many parameters and buffers it has to match.
+    """
+
+    pattern: str
+    must_match: Count
+
+
+PatternConfig = Annotated[
+    Annotated[str, Tag("pattern")] | Annotated[CountedConfig, Tag("counted")],
+    Discriminator(lambda value: "counted" if isinstance(value, dict | CountedConfig) else "pattern"),
+]
+Patterns = Annotated[list[PatternConfig], BeforeValidator(_as_list)]
 
 
 class TrunkConfig(_Strict):
@@ -201,7 +220,7 @@ class TrackingConfig(_Strict):
 class ClassicConfig(_Strict):
     """The classic way to freeze: substrings of parameter names, frozen in every phase."""
 
-    NOT_TRAIN_IN_MULTI_TASK: Patterns = []
+    NOT_TRAIN_IN_MULTI_TASK: Annotated[list[str], BeforeValidator(_as_list)] = []
 
 
 class RunConfig(_Strict):
@@ -244,9 +263,10 @@ class RunConfig(_Strict):
         """An error about a value that only later turns out wrong, with the place where it was written."""
         return ConfigError([f"{self._source.where(path)}: {dotted(path)}: {message}"])
 
-    def freeze_patterns(self, phase: PhaseConfig) -> list[str]:
+    def freeze_patterns(self, phase: PhaseConfig) -> list[PatternLike]:
         """What a phase freezes: the classic list of substrings, which holds in every phase, and its own patterns."""
-        return [f"~{text}" for text in self.MODEL.NOT_TRAIN_IN_MULTI_TASK] + phase.freeze
+        own = [Counted(p.pattern, p.must_match) if isinstance(p, CountedConfig) else p for p in phase.freeze]
+        return [*(f"~{text}" for text in self.MODEL.NOT_TRAIN_IN_MULTI_TASK), *own]
 
 
 def load_config(file: Path, overrides: Sequence[str] = ()) -> RunConfig:

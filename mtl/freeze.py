@@ -17,7 +17,8 @@ from functools import partial
 from torch import Tensor, nn
 from torch.nn.modules.batchnorm import _NormBase
 
-from mtl.patterns import Partition, partition
+from mtl.moduletree import describe
+from mtl.patterns import Partition, PatternLike, partition, text_of
 
 
 class FreezeError(ValueError):
@@ -39,7 +40,7 @@ class FreezePlan:
     held_in_eval: tuple[str, ...]
 
 
-def plan_freeze(module: nn.Module, patterns: Sequence[str]) -> FreezePlan:
+def plan_freeze(module: nn.Module, patterns: Sequence[PatternLike]) -> FreezePlan:
     """Resolves patterns against a module, without touching it.
 
     Args:
@@ -52,9 +53,9 @@ def plan_freeze(module: nn.Module, patterns: Sequence[str]) -> FreezePlan:
     """
     parameters = dict(module.named_parameters(remove_duplicate=False))
     buffers = dict(module.named_buffers(remove_duplicate=False))
-    names = partition(patterns, list(parameters), list(buffers))
+    names = partition(patterns, list(parameters), list(buffers), describe(module))
     _check_aliases(parameters | buffers, {*names.frozen, *names.frozen_buffers})
-    return FreezePlan(tuple(patterns), names, tuple(_modules_to_hold(module, names)))
+    return FreezePlan(tuple(map(text_of, patterns)), names, tuple(_modules_to_hold(module, names)))
 
 
 def enforce(module: nn.Module, plan: FreezePlan) -> None:

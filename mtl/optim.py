@@ -12,7 +12,7 @@ from torch.optim import AdamW, Optimizer
 from torch.optim.lr_scheduler import LambdaLR
 
 from mtl.config import OptimConfig
-from mtl.patterns import PatternError, select
+from mtl.patterns import NO_TREE, ModuleTree, PatternError, select
 
 # One-cycle (Smith and Topin, arXiv 1708.07120): from a 25th of the peak up, then down to nothing, in cosine halves.
 _WARM_UP_SHARE, _START_FACTOR = 0.3, 0.04
@@ -23,7 +23,11 @@ class LearningRateError(ValueError):
 
 
 def rates(
-    lr: float | Mapping[str, float], trainable: list[str], every_name: list[str], balance_lr: float
+    lr: float | Mapping[str, float],
+    trainable: list[str],
+    every_name: list[str],
+    balance_lr: float,
+    tree: ModuleTree = NO_TREE,
 ) -> dict[str, float]:
     """The peak learning rate of every trainable parameter.
 
@@ -32,6 +36,7 @@ def rates(
         trainable: Names of the parameters that train.
         every_name: Names of all parameters; a pattern may match frozen ones only.
         balance_lr: Rate of the balancing method's own parameters where a table does not name them.
+        tree: The module tree that the names hang in.
 
     Raises:
         PatternError: A pattern cannot be read or matches no parameter at all.
@@ -45,7 +50,7 @@ def rates(
             raise PatternError(
                 index, f"pattern {pattern!r} takes back, but a rate cannot be taken back; give another rate"
             )
-    decided_by = select(patterns, every_name).decided_by
+    decided_by = select(patterns, every_name, tree).decided_by
     table = {name: lr[patterns[decided_by[name]]] for name in trainable if name in decided_by}
     table |= {name: balance_lr for name in trainable if name not in table and name.startswith("balance.")}
     uncovered = [name for name in trainable if name not in table]

@@ -19,7 +19,7 @@ FLOORS = [
     ["yaml_source", "patterns"],
     ["config_mistakes"],
     ["config"],
-    ["console"],
+    ["console", "moduletree"],
     ["tasks"],
     ["model", "data"],
     ["freeze", "audit", "scheduler"],

@@ -182,7 +182,6 @@ def test_taking_back_what_nothing_selected_is_an_error(patterns: list[str], inde
         (".trunk", ""),
         ("a..b", ""),
         ("trunk[", "trunk["),
-        ("a.trunk[0].b", "trunk[0]"),
         ("a**b", "a**b"),
         ("**b", "**b"),
         ("trunk.***.b", "***"),

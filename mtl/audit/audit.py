@@ -16,6 +16,7 @@ from mtl.audit.contract import Contract, Place, draw_contract, shared_memory
 from mtl.audit.fingerprint import fingerprint, root
 from mtl.audit.membership import HoldsParameters, Membership
 from mtl.audit.report import AuditError, PhaseRecord, Report, Violation
+from mtl.patterns import PatternLike
 
 Policy = Literal["raise", "warn", "collect"]
 
@@ -46,7 +47,7 @@ class GradientAudit:
     def __init__(
         self,
         model: nn.Module,
-        freeze: Sequence[str] = (),
+        freeze: Sequence[PatternLike] = (),
         optimizers: Sequence[HoldsParameters] = (),
         policy: Policy = "raise",
     ) -> None:
@@ -80,7 +81,10 @@ class GradientAudit:
 
     @contextmanager
     def phase(
-        self, name: str, freeze: Sequence[str] | None = None, optimizers: Sequence[HoldsParameters] | None = None
+        self,
+        name: str,
+        freeze: Sequence[PatternLike] | None = None,
+        optimizers: Sequence[HoldsParameters] | None = None,
     ) -> Iterator[PhaseRecord]:
         """Opens a phase: draws its contract and fingerprints it; at the end compares every byte.
 
@@ -153,7 +157,7 @@ class GradientAudit:
             found += self._look_at(watched, unlinked=True, compare=True)
         self._settle(found + self._train_mode() + self._optimizer_membership())
 
-    def _begin(self, name: str, freeze: list[str]) -> None:
+    def _begin(self, name: str, freeze: list[PatternLike]) -> None:
         self._contract = draw_contract(self._model, freeze)
         self._membership = Membership(self._contract.frozen, self._contract.free)
         self._watched = [
@@ -170,7 +174,9 @@ class GradientAudit:
         self._seen = set()
         self._free_digests = self._fingerprint_free()
         digests = {watched.place.name: watched.digest for watched in self._watched}
-        self._record = PhaseRecord(name, freeze, digests, root(digests), num_trainable=len(self._free_digests))
+        self._record = PhaseRecord(
+            name, list(self._contract.patterns), digests, root(digests), num_trainable=len(self._free_digests)
+        )
         self.report.phases.append(self._record)
 
     def _open(self) -> PhaseRecord:

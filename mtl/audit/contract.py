@@ -9,7 +9,8 @@ from typing import Literal
 import torch
 from torch import Tensor, nn
 
-from mtl.patterns import partition
+from mtl.moduletree import describe
+from mtl.patterns import PatternLike, partition, text_of
 
 TensorKind = Literal["param", "buffer", "attr"]
 
@@ -73,7 +74,7 @@ class Contract:
         return any(module._modules.get(key) is not child for module, key, child in self.links)
 
 
-def draw_contract(model: nn.Module, patterns: Sequence[str]) -> Contract:
+def draw_contract(model: nn.Module, patterns: Sequence[PatternLike]) -> Contract:
     """Resolves patterns against every tensor of a module: parameters, buffers (persistent or not), plain attributes.
 
     Raises:
@@ -85,11 +86,15 @@ def draw_contract(model: nn.Module, patterns: Sequence[str]) -> Contract:
         [place.name for place in places if place.kind == "param"],
         # A plain tensor attribute follows the rule of buffers: frozen by name, or with the parameters beside it.
         [place.name for place in places if place.kind != "param"],
+        describe(model),
     )
     names = {*split.frozen, *split.frozen_buffers}
     frozen = [place for place in places if place.name in names]
     return Contract(
-        tuple(patterns), frozen, [place for place in places if place.name not in names], list(_links(model, frozen))
+        tuple(map(text_of, patterns)),
+        frozen,
+        [place for place in places if place.name not in names],
+        list(_links(model, frozen)),
     )
 
 
