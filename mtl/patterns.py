@@ -108,7 +108,7 @@ class Partition:
 
 _SEGMENT = re.compile(r"\*\*|[\w*\-]+")
 _SLICE = re.compile(r"(?P<before>[^\[\]]*)\[(?P<slice>[^\[\]]*)\](?P<after>.*)")
-_BOUNDS = re.compile(r"-?\d+|-?\d*:-?\d*(?::(?!0+$)(?:-?\d+)?)?")
+_BOUNDS = re.compile(r"-?\d+|-?\d*:-?\d*(?::(?:-?[1-9]\d*)?)?")
 _DEPTH = re.compile(r"(?P<path>[^@]*)@(?P<end>first|last):(?P<number>\d+)(?P<percent>%?)")
 
 Matcher = Callable[[str], bool]

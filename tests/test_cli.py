@@ -85,6 +85,16 @@ BAD: dict[str, tuple[dict[str, Any], list[str], str]] = {
         [],
         r"tiny.yaml:\d+: phases.0.freeze.0: pattern 'trunk.layer9' matches nothing \(nearest: trunk.layer",
     ),
+    "too many depth groups": (
+        {"phases": [{"name": "a", "epochs": 1, "freeze": ["trunk@first:9"]}]},
+        [],
+        r"tiny.yaml:\d+: phases.0.freeze.0: pattern 'trunk@first:9' asks for 9 of the 5 depth groups of 'trunk'",
+    ),
+    "wrong count": (
+        {"phases": [{"name": "a", "epochs": 1, "freeze": [{"pattern": "heads.object", "must_match": 3}]}]},
+        [],
+        r"tiny.yaml:\d+: phases.0.freeze.0: pattern 'heads.object' must match 3 names, but matches 2",
+    ),
     "dead classic pattern": (
         {"MODEL": {"NOT_TRAIN_IN_MULTI_TASK": ["encoder"]}},
         [],

@@ -10,7 +10,7 @@ from hypothesis import strategies as st
 
 from mtl.config import RunConfig, load_config
 from mtl.optim import LearningRateError, rates
-from mtl.patterns import PatternError
+from mtl.patterns import Counted, PatternError
 from mtl.yaml_source import ConfigError, dump_yaml
 
 # Every test runs in a directory of its own (conftest), so that places read `run.yaml:3`.
@@ -509,3 +509,22 @@ def test_a_dead_pattern_in_a_table_is_an_error() -> None:
 def test_a_pattern_that_takes_back_gives_no_rate() -> None:
     with pytest.raises(ValueError, match=r"trunk\.a"):
         rates({"**": 1.0, "!trunk.a": 0.5}, NAMES, NAMES, balance_lr=9.0)
+
+
+def test_a_pattern_may_say_how_many_tensors_it_must_match() -> None:
+    config = load(with_line(8, "  - {name: warm, freeze: [trunk, {pattern: heads.depth, must_match: 2}], steps: 2}"))
+    assert config.freeze_patterns(config.phases[0]) == ["trunk", Counted("heads.depth", 2)]
+    assert load(dump(config).splitlines()).model_dump() == config.model_dump()
+    for entry, mistake in [
+        ("{pattern: trunk}", "run.yaml:8: phases.0.freeze.0.must_match: this key is required"),
+        (
+            "{patern: trunk, must_match: 1}",
+            "run.yaml:8: phases.0.freeze.0.patern: unknown key; nearest: pattern",
+        ),
+        (
+            "{pattern: trunk, must_match: 0}",
+            "run.yaml:8: phases.0.freeze.0.must_match: expected a number greater than or equal to 1, got 0",
+        ),
+        ("3", "run.yaml:8: phases.0.freeze.0: expected a valid string, got 3"),
+    ]:
+        assert mistake in mistakes(with_line(8, f"  - {{name: warm, freeze: [{entry}], steps: 2}}"))

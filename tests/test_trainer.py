@@ -217,6 +217,28 @@ def test_windows_end_with_the_epoch() -> None:
     assert [len(window) for window in windows(iter(range(7)), 3)] == [3, 3, 1]  # type: ignore[arg-type]
 
 
+def test_depth_groups_classes_and_rates_by_pattern_work_together_in_a_run(tmp_path: Path) -> None:
+    phases = [
+        {
+            "name": "a",
+            "freeze": ["trunk@first:50%", "type:BatchNorm2d", "!heads"],
+            "steps": 2,
+            "lr": {"trunk": 1e-3, "trunk@last:1": 1e-4, "re:heads.*": 1e-2},
+        }
+    ]
+    parts = tiny_parts(tmp_path, phases=phases)
+    before = tensors(parts)
+    (phase,) = parts.phases
+    assert {group["lr"] for group in phase.groups} == {1e-3, 1e-4, 1e-2}
+    outcome = train(parts, quiet=True)
+    after = tensors(parts)
+    moved = {name for name in before if not same_bits(before[name], after[name])}
+    free = {*phase.plan.names.trainable, *phase.plan.names.free_buffers}
+    assert outcome.report.ok and moved == {name for name in free if not name.startswith("normalize.")}
+    assert "trunk.layer3.0.conv1.weight" in moved and "trunk.layer3.0.bn1.weight" not in moved
+    assert "trunk.layer1.0.conv1.weight" not in moved
+
+
 def test_the_classic_list_freezes_in_every_phase_and_says_so(tmp_path: Path, caplog: pytest.LogCaptureFixture) -> None:
     caplog.set_level(logging.INFO, "mtl")
     classic = {"NOT_TRAIN_IN_MULTI_TASK": ["trunk.layer1", "heads.depth"]}
