@@ -6,23 +6,24 @@ import os
 import random
 from collections.abc import Sequence
 from dataclasses import dataclass
-from difflib import get_close_matches
 from pathlib import Path
 from typing import Any
 
 import numpy as np
 import torch
-from torch import Tensor, nn
+from torch import nn
 
 from mtl.balance import Balance, build_balance
-from mtl.config import PhaseConfig, RunConfig
-from mtl.data import BUILT_IN, Split, load_data
-from mtl.freeze import FreezeError, FreezePlan, plan_freeze, trainable_parameters
-from mtl.model import MultiTaskModel, WeightsError, start_from
+from mtl.config import PhaseConfig, RunConfig, SettingError, mistake_of
+from mtl.data import BUILT_IN, Split, load_data, num_batches
+from mtl.freeze import FreezeError, FreezePlan, fixed_parameters, plan_freeze, trainable_parameters
+from mtl.model import MultiTaskModel, start_from
 from mtl.moduletree import describe
+from mtl.nearest import hint
 from mtl.optim import LearningRateError, group_parameters, rates
-from mtl.patterns import PatternError
+from mtl.patterns import PatternError, PatternLike
 from mtl.tasks import Task, build_tasks
+from mtl.validation import Scores, validate_constant
 from mtl.yaml_source import KeyPath
 
 
@@ -32,14 +33,14 @@ class Phase:
 
     Attributes:
         config: What the user wrote.
-        plan: What it freezes.
-        parameters: What the run's optimizer trains, by name.
-        groups: Those parameters in groups, with peak learning rate and weight decay.
+        freeze: All patterns that hold: the phase's own, the classic list, and what the model itself keeps fixed.
+        plan: What they freeze.
+        groups: What the run's optimizer trains, in groups with peak learning rate and weight decay.
     """
 
     config: PhaseConfig
+    freeze: list[PatternLike]
     plan: FreezePlan
-    parameters: dict[str, nn.Parameter]
     groups: list[dict[str, Any]]
 
 
@@ -57,7 +58,7 @@ class Parts:
         phases: The phases, resolved.
         train: Training data.
         val: Validation data.
-        constants: The trivial predictor's output for each task.
+        trivial: Metrics of the trivial predictor, which gives one constant output per task.
     """
 
     config: RunConfig
@@ -69,7 +70,15 @@ class Parts:
     phases: list[Phase]
     train: Split
     val: Split
-    constants: dict[str, Tensor]
+    trivial: Scores
+
+    @property
+    def steps_per_epoch(self) -> int:
+        return -(-num_batches(self.train, self.config.data.batch_size) // self.config.optim.accumulate)
+
+    def num_steps(self, phase: Phase) -> int:
+        """A phase's length in optimizer steps."""
+        return phase.config.steps or (phase.config.epochs or 0) * self.steps_per_epoch
 
 
 def assemble(config: RunConfig, quiet: bool = False) -> Parts:
@@ -89,22 +98,22 @@ def assemble(config: RunConfig, quiet: bool = False) -> Parts:
     _check_labels(config)
     _seed_everything(config.seed)
     tasks = build_tasks(config.tasks)
-    model = _build_model(config, tasks)
+    layout = {"channels_last": torch.channels_last, "contiguous": torch.contiguous_format}[config.memory_format]
     try:
+        model = MultiTaskModel(config.trunk, tasks, config.data.image_size, layout)
         balance = build_balance(config.balance, list(tasks))
-    except ValueError as error:
-        raise config.mistake(*_split_message(error)) from error
-    root = nn.ModuleDict({**dict(model.named_children()), "balance": balance})
-    phases = [_resolve(config, index, root, balance) for index in range(len(config.phases))]
-
-    train, val = load_data(config.data, tasks, quiet)
+        root = nn.ModuleDict({**dict(model.named_children()), "balance": balance})
+        fixed = fixed_parameters(root)
+        phases = [_resolve(config, index, root, balance, fixed) for index in range(len(config.phases))]
+        train, val = load_data(config.data, tasks, quiet)
+    except SettingError as error:
+        raise mistake_of(config, error) from error
     constants = {name: task.fit(train.labels[name]) for name, task in tasks.items()}
     for name, constant in constants.items():
         start_from(model.heads[name], constant)
+    trivial = validate_constant(tasks, constants, val, config.data.batch_size)
     root.to(device)
-    if config.memory_format == "channels_last":
-        model.to(memory_format=torch.channels_last)
-    return Parts(config, device, tasks, model, balance, root, phases, train, val, constants)
+    return Parts(config, device, tasks, model, balance, root, phases, train, val, trivial)
 
 
 def check_run_dir(config: RunConfig) -> None:
@@ -139,20 +148,12 @@ def _device(config: RunConfig) -> torch.device:
 def _check_labels(config: RunConfig) -> None:
     data = BUILT_IN.get(config.data.name)
     if data is None:
-        near = get_close_matches(config.data.name, BUILT_IN, n=1)
-        raise config.mistake(
-            ("data", "name"),
-            f"no data set {config.data.name!r}; there are: {', '.join(BUILT_IN)}"
-            + (f"; nearest: {near[0]}" if near else ""),
-        )
+        there = f"there are: {', '.join(BUILT_IN)}{hint(config.data.name, BUILT_IN)}"
+        raise config.mistake(("data", "name"), f"no data set {config.data.name!r}; {there}")
     for task in config.tasks:
         if task not in data.labels:
-            near = get_close_matches(task, data.labels, n=1)
-            raise config.mistake(
-                ("tasks", task),
-                f"{config.data.name} has no labels of that name; it has: {', '.join(data.labels)}"
-                + (f"; nearest: {near[0]}" if near else ""),
-            )
+            there = f"it has: {', '.join(data.labels)}{hint(task, data.labels)}"
+            raise config.mistake(("tasks", task), f"{config.data.name} has no labels of that name; {there}")
 
 
 def _seed_everything(seed: int) -> None:
@@ -161,37 +162,24 @@ def _seed_everything(seed: int) -> None:
     torch.manual_seed(seed)
 
 
-def _build_model(config: RunConfig, tasks: dict[str, Task]) -> MultiTaskModel:
-    try:
-        return MultiTaskModel(config.trunk, tasks, config.data.image_size)
-    except (WeightsError, ValueError) as error:
-        raise config.mistake(*_split_message(error)) from error
-
-
-def _split_message(error: Exception) -> tuple[KeyPath, str]:
-    """The key and the rest of a message that starts with `some.key: `."""
-    key, _, message = str(error).partition(": ")
-    return tuple(key.split(".")), message
-
-
-def _resolve(config: RunConfig, index: int, root: nn.Module, balance: Balance) -> Phase:
+def _resolve(config: RunConfig, index: int, root: nn.Module, balance: Balance, fixed: list[str]) -> Phase:
     phase = config.phases[index]
-    classic = config.MODEL.NOT_TRAIN_IN_MULTI_TASK
+    here: KeyPath = ("phases", index)
+    freeze = [*config.freeze_patterns(phase), *fixed]
     try:
-        plan = plan_freeze(root, config.freeze_patterns(phase))
+        plan = plan_freeze(root, freeze)
     except PatternError as error:
-        in_classic = error.index < len(classic)
-        path: KeyPath = ("MODEL", "NOT_TRAIN_IN_MULTI_TASK", error.index)
-        raise config.mistake(
-            path if in_classic else ("phases", index, "freeze", error.index - len(classic)), str(error)
-        ) from error
+        behind = error.index - len(phase.freeze)
+        classic: KeyPath = ("MODEL", "NOT_TRAIN_IN_MULTI_TASK", behind)
+        raise config.mistake((*here, "freeze", error.index) if behind < 0 else classic, str(error)) from error
     except FreezeError as error:
-        raise config.mistake(("phases", index, "freeze"), str(error)) from error
-    if all(name.startswith("balance.") for name in plan.names.trainable):
-        raise config.mistake(
-            ("phases", index, "freeze"), f"phase {phase.name!r} trains nothing: every parameter is frozen"
-        )
+        raise config.mistake((*here, "freeze"), str(error)) from error
     steps_itself = {id(parameter) for group in balance.param_groups for parameter in group["params"]}
+    if steps_itself and any(name.startswith("balance.") for name in plan.names.frozen):
+        message = f"balance cannot be frozen: the method {config.balance.method!r} steps its own weights"
+        raise config.mistake((*here, "freeze"), message)
+    if all(name.startswith("balance.") for name in plan.names.trainable):
+        raise config.mistake((*here, "freeze"), f"phase {phase.name!r} trains nothing: every parameter is frozen")
     parameters = {n: p for n, p in trainable_parameters(root, plan).items() if id(p) not in steps_itself}
     lr = config.optim.lr if phase.lr is None else phase.lr
     every_name = [*plan.names.frozen, *plan.names.trainable]
@@ -199,8 +187,8 @@ def _resolve(config: RunConfig, index: int, root: nn.Module, balance: Balance) -
         lr_of = rates(lr, list(parameters), every_name, config.optim.lr, describe(root))
     except (PatternError, LearningRateError) as error:
         key = [list(lr)[error.index]] if isinstance(error, PatternError) and isinstance(lr, dict) else []
-        raise config.mistake(("phases", index, "lr", *key), str(error)) from error
-    return Phase(phase, plan, parameters, group_parameters(config.optim, parameters, lr_of))
+        raise config.mistake((*here, "lr", *key), str(error)) from error
+    return Phase(phase, freeze, plan, group_parameters(config.optim, parameters, lr_of))
 
 
 def plan_summary(phases: Sequence[Phase], root: nn.Module) -> dict[str, Any]:
@@ -239,13 +227,16 @@ def plan_summary(phases: Sequence[Phase], root: nn.Module) -> dict[str, Any]:
 
 
 def make_run_dir(config: RunConfig) -> Path:
-    """Makes the run directory.
+    """Makes the run directory and claims it: of two runs that start at once, one gets it.
 
     Raises:
-        ConfigError: It cannot be made.
+        ConfigError: It cannot be made, or another run has it.
     """
     try:
         config.run_dir.mkdir(parents=True, exist_ok=True)
+        (config.run_dir / "config.yaml").touch(exist_ok=False)
+    except FileExistsError as error:
+        raise config.mistake(("name",), f"{config.run_dir} was taken by another run just now") from error
     except OSError as error:
         raise config.mistake(("runs_dir",), f"{config.run_dir} cannot be made: {error.strerror}") from error
     return config.run_dir

@@ -7,7 +7,6 @@ from __future__ import annotations
 
 import inspect
 from collections.abc import Callable, Mapping, Sequence
-from difflib import get_close_matches
 from typing import Any
 
 import torch
@@ -15,7 +14,8 @@ from torch import Tensor, nn
 from torchjd import scalarization
 from torchjd.scalarization import Constant, Scalarizer
 
-from mtl.config import BalanceConfig
+from mtl.config import BalanceConfig, SettingError
+from mtl.nearest import hint
 
 
 def method_names() -> dict[str, str]:
@@ -27,18 +27,14 @@ def build_balance(config: BalanceConfig, tasks: Sequence[str]) -> Balance:
     """Makes the balancing method of a configuration.
 
     Raises:
-        ValueError: No such method, options that it does not take or lacks, or weights that do not name every task.
+        SettingError: No such method, options that it does not take or lacks, or weights that do not name every task.
     """
     if config.method == "fixed":
         return Balance(Constant(_fixed_weights(config.weights or {}, tasks)))
     names = method_names()
     if config.method.lower() not in names:
-        near = get_close_matches(config.method.lower(), names, n=1, cutoff=0.5)
-        raise ValueError(
-            f"balance.method: no method {config.method!r}"
-            + (f"; nearest: {near[0]}" if near else "")
-            + f"; there are: fixed, {', '.join(sorted(names))}"
-        )
+        near, there = hint(config.method.lower(), names), ", ".join(sorted(names))
+        raise SettingError("balance.method", f"no method {config.method!r}{near}; there are: fixed, {there}")
     scalarizer: type[Scalarizer] = getattr(scalarization, names[config.method.lower()])
     parameters = dict(inspect.signature(scalarizer).parameters)
     # Lists are written for tensors; learnable methods want to know how many losses there are.
@@ -49,17 +45,22 @@ def build_balance(config: BalanceConfig, tasks: Sequence[str]) -> Balance:
         return Balance(scalarizer(**options))
     except (TypeError, ValueError) as error:
         takes = ", ".join(name for name in parameters if name != "shape") or "none"
-        raise ValueError(f"balance.options: {config.method} takes the options {takes}: {error}") from error
+        raise SettingError("balance.options", f"{config.method} takes the options {takes}: {error}") from error
 
 
 def _fixed_weights(weights: Mapping[str, float], tasks: Sequence[str]) -> Tensor:
     if set(weights) != set(tasks):
-        raise ValueError(f"balance.weights: expected a weight for each of {', '.join(tasks)}, got {', '.join(weights)}")
+        raise SettingError(
+            "balance.weights", f"expected a weight for each of {', '.join(tasks)}, got {', '.join(weights)}"
+        )
     return torch.tensor([weights[task] for task in tasks])
 
 
 class Balance(nn.Module):
     """A scalarizer as the training loop uses it.
+
+    A task none of whose labels are in a batch has the loss 0 there, which a method takes for a task that is solved; if
+    labels are often missing, `fixed` weights or `mean` are the safe choice.
 
     Attributes:
         scalarizer: TorchJD's method; parameters that it learns are named `balance.scalarizer.*`.
@@ -89,7 +90,11 @@ class Balance(nn.Module):
         return total
 
     def after_step(self, losses_now: Callable[[], Tensor]) -> None:
-        """Tells the method that a step was made; one that learns from the change asks for the losses after it."""
+        """Tells the method that a step was made; one that learns from the change asks for the losses after it.
+
+        As in FAMO's own code, those come from another forward in train mode, in which BatchNorm statistics of what
+        trains move once more.
+        """
         update: Any = getattr(self.scalarizer, "update", None)
         if update is not None:
             with torch.no_grad():

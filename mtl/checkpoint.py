@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import math
 import os
 import shutil
 from collections.abc import Mapping
@@ -26,7 +27,18 @@ def write_text(file: Path, text: str) -> None:
 
 
 def write_json(file: Path, content: Mapping[str, Any]) -> None:
-    write_text(file, json.dumps(content, indent=2) + "\n")
+    write_text(file, json.dumps(without_nan(content), indent=2, allow_nan=False) + "\n")
+
+
+def without_nan(content: Any) -> Any:
+    """Plain data with null for numbers that are not finite, which JSON does not have."""
+    if isinstance(content, float):
+        return content if math.isfinite(content) else None
+    if isinstance(content, Mapping):
+        return {key: without_nan(value) for key, value in content.items()}
+    if isinstance(content, list | tuple):
+        return [without_nan(value) for value in content]
+    return content
 
 
 class Checkpoints:
@@ -66,7 +78,8 @@ class Checkpoints:
 
     def _prune(self) -> None:
         kept = {str(link.readlink()) for link in self.folder.iterdir() if link.is_symlink()}
-        for folder in self.folder.glob("step-*"):
+        # Half-written ones of a run that was killed go as well.
+        for folder in [*self.folder.glob("step-*"), *self.folder.glob(".step-*.tmp")]:
             if folder.name not in kept:
                 shutil.rmtree(folder)
 

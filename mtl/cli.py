@@ -70,14 +70,14 @@ def _train(file: Path, overrides: Sequence[str], quiet: bool) -> int:
     except AuditError as error:
         sys.stderr.write(f"audit: {error}\nSee {config.run_dir / 'audit.json'}\n")
         return VIOLATION
-    report = write_report(parts, outcome.run_dir)
     logger.info(results_table(outcome))
     logger.info(verdict(outcome))
     logger.info(
-        f"best val/score {outcome.best_score:.3f} at step {outcome.best_step}; {outcome.seconds:.0f} s of training"
+        f"best val/score {outcome.best_score:.3f} at step {outcome.best_step}; {outcome.train_s:.0f} s of training"
     )
-    files = [report.name, "checkpoints/{best,last}", "metrics.jsonl", "audit.json", "plan.json", "config.yaml"]
-    logger.info(f"{outcome.run_dir}: {', '.join(files)}")
+    # Last, since all else is on disk by now: a drawing that fails costs nothing.
+    files = [write_report(parts, outcome.run_dir).name, "checkpoints/{best,last}", "metrics.jsonl", "audit.json"]
+    logger.info(f"{outcome.run_dir}: {', '.join([*files, 'plan.json', 'config.yaml'])}")
     return DONE if outcome.report.ok else VIOLATION
 
 
@@ -97,7 +97,7 @@ def _report(run_dir: Path, picture: Path | None) -> int:
 
     try:
         # Only the architecture is needed: the weights are the run's own.
-        parts = assemble(load_config(run_dir / "config.yaml", ["trunk.weights=none"]))
+        parts = assemble(load_config(run_dir / "config.yaml", ["trunk.weights=none", "device=auto"]))
     except (ConfigError, DataError) as error:
         return _complain(error)
     sys.stdout.write(f"{write_report(parts, run_dir, picture)}\n")

@@ -30,6 +30,8 @@ from mtl.yaml_source import ConfigError, KeyPath, Source, dotted, read_source
 Positive = Annotated[float, Field(gt=0, allow_inf_nan=False)]
 NotNegative = Annotated[float, Field(ge=0, allow_inf_nan=False)]
 Count = Annotated[int, Field(ge=1)]
+# All generators take 32 bits.
+Seed = Annotated[int, Field(ge=0, lt=2**32)]
 
 
 def _as_list(value: object) -> object:
@@ -40,6 +42,19 @@ LearningRate = Annotated[
     Annotated[Positive, Tag("number")] | Annotated[dict[str, Positive], Field(min_length=1), Tag("table")],
     Discriminator(lambda value: "table" if isinstance(value, dict) else "number"),
 ]
+
+
+class SettingError(ValueError):
+    """A value that only later turns out not to work.
+
+    Attributes:
+        key: Its key, dotted.
+    """
+
+    def __init__(self, key: str, message: str) -> None:
+        super().__init__(f"{key}: {message}")
+        self.key = key
+        self.message = message
 
 
 class _Strict(BaseModel):
@@ -99,12 +114,18 @@ class DataConfig(_Strict):
     batch_size: Count = 32
     num_train: Count | None = None
     num_val: Count | None = None
-    seed: Annotated[int, Field(ge=0)] = 0
+    seed: Seed = 0
     cache_dir: str | None = None
 
 
 class SegmentationConfig(_Strict):
-    """A class per pixel."""
+    """A class per pixel.
+
+    Attributes:
+        num_classes: How many classes the labels have.
+        ignore_index: Label of pixels that do not count.
+        balance_power: Classes weigh frequency ** -balance_power in the loss; 0 weighs all pixels alike.
+    """
 
     type: Literal["segmentation"]
     num_classes: Annotated[int, Field(ge=2)]
@@ -125,7 +146,12 @@ class NormalsConfig(_Strict):
 
 
 class ClassificationConfig(_Strict):
-    """A class per image."""
+    """A class per image.
+
+    Attributes:
+        num_classes: How many classes the labels have.
+        ignore_index: Label of images that do not count.
+    """
 
     type: Literal["classification"]
     num_classes: Annotated[int, Field(ge=2)]
@@ -224,12 +250,21 @@ class ClassicConfig(_Strict):
 
 
 class RunConfig(_Strict):
-    """Everything that defines a run."""
+    """Everything that defines a run.
+
+    Attributes:
+        name: The run directory is `runs_dir`/`name`.
+        runs_dir: Where run directories go.
+        seed: Seed of initial weights and data order; the same seed gives the same bits on a CPU.
+        device: `auto` (CUDA if there is one), `cpu`, `cuda` or `cuda:N`.
+        memory_format: Layout of images and weights; measure which is faster for a trunk.
+        precision: `bf16` runs the model's forward under autocast; weights and losses stay float32.
+    """
 
     name: str = Field(pattern=r"^[\w\-][\w.\-]*$")
     runs_dir: str = "runs"
-    seed: Annotated[int, Field(ge=0)] = 0
-    device: Annotated[str, Field(pattern=r"^(auto|cpu|mps|cuda(:\d+)?)$")] = "auto"
+    seed: Seed = 0
+    device: Annotated[str, Field(pattern=r"^(auto|cpu|cuda(:\d+)?)$")] = "auto"
     memory_format: Literal["contiguous", "channels_last"] = "contiguous"
     precision: Literal["fp32", "bf16"] = "fp32"
     trunk: TrunkConfig
@@ -264,9 +299,14 @@ class RunConfig(_Strict):
         return ConfigError([f"{self._source.where(path)}: {dotted(path)}: {message}"])
 
     def freeze_patterns(self, phase: PhaseConfig) -> list[PatternLike]:
-        """What a phase freezes: the classic list of substrings, which holds in every phase, and its own patterns."""
+        """What a phase freezes: its own patterns, then the classic list, which no phase can take back."""
         own = [Counted(p.pattern, p.must_match) if isinstance(p, CountedConfig) else p for p in phase.freeze]
-        return [*(f"~{text}" for text in self.MODEL.NOT_TRAIN_IN_MULTI_TASK), *own]
+        return [*own, *(f"~{text}" for text in self.MODEL.NOT_TRAIN_IN_MULTI_TASK)]
+
+
+def mistake_of(config: RunConfig, error: SettingError) -> ConfigError:
+    """A `SettingError` with the place where the value was written."""
+    return config.mistake(tuple(error.key.split(".")), error.message)
 
 
 def load_config(file: Path, overrides: Sequence[str] = ()) -> RunConfig:

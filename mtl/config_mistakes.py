@@ -2,13 +2,13 @@
 
 from __future__ import annotations
 
-from difflib import get_close_matches
 from types import NoneType, UnionType
 from typing import Annotated, Any, Union, get_args, get_origin
 
 from pydantic import BaseModel, Tag
 from pydantic_core import ErrorDetails
 
+from mtl.nearest import hint
 from mtl.yaml_source import KeyPath, Source, dotted
 
 _SENTENCES = [
@@ -35,7 +35,7 @@ def describe(error: ErrorDetails, model: type[BaseModel], source: Source) -> str
     expected, got, near = _plain(error["msg"]), f", got {came!r}", ""
     if kind == "extra_forbidden":
         keys = list(innermost.model_fields)
-        near = _nearest(str(path[-1]), keys)
+        near = hint(str(path[-1]), keys)
         expected, got = "unknown key", "" if near else f"; the keys here are {', '.join(keys)}"
     elif kind in ("missing", "union_tag_not_found"):
         path = (*path, "type") if kind == "union_tag_not_found" else path
@@ -45,14 +45,14 @@ def describe(error: ErrorDetails, model: type[BaseModel], source: Source) -> str
             path, came = (*path, "type"), came["type"]
         listed = context.get("expected_tags") or context["expected"]
         choices = [choice.strip().strip("'") for choice in listed.replace(" or ", ", ").split(",")]
-        expected, got, near = f"expected one of {', '.join(choices)}", f", got {came!r}", _nearest(str(came), choices)
+        expected, got, near = f"expected one of {', '.join(choices)}", f", got {came!r}", hint(str(came), choices)
     elif kind in ("model_type", "model_attributes_type"):
         expected = "expected keys and values"
     elif kind == "too_short":
         expected, got = "expected at least one", ", got none"
     elif isinstance(came, dict | list):
         got = ""
-    return f"{source.where(path)}: {dotted(path)}: {expected}{got}" + (f"; nearest: {near}" if near else "")
+    return f"{source.where(path)}: {dotted(path)}: {expected}{got}{near}"
 
 
 def _plain(message: str) -> str:
@@ -61,10 +61,6 @@ def _plain(message: str) -> str:
     for theirs, ours in _SENTENCES:
         message = message.replace(theirs, ours)
     return message
-
-
-def _nearest(word: str, choices: list[str]) -> str:
-    return next(iter(get_close_matches(word, choices, n=1, cutoff=0.5)), "")
 
 
 def _resolve(location: tuple[int | str, ...], model: type[BaseModel]) -> tuple[KeyPath, type[BaseModel]]:

@@ -69,29 +69,42 @@ def enforce(module: nn.Module, plan: FreezePlan) -> None:
     for name in plan.names.frozen:
         parameters[name].requires_grad_(False)
     for name in plan.names.trainable:
-        # Whole numbers cannot be differentiated; such a parameter does not train, whatever the plan.
-        parameters[name].requires_grad_(parameters[name].is_floating_point() or parameters[name].is_complex())
+        parameters[name].requires_grad_(_is_differentiable(parameters[name]))
     for each in module.modules():
         each.__dict__.pop("train", None)
-    module.train()
     for name in plan.held_in_eval:
         held = module.get_submodule(name)
-        held.training = False
         # An attribute of the instance goes before the class's method, for `.train()` of any module around it as well.
         held.__dict__["train"] = partial(_stay_in_eval, held)
+    module.train()
 
 
 def _stay_in_eval(module: nn.Module, mode: bool = True) -> nn.Module:
-    """Stands in for `module.train`; the children are asked themselves."""
-    for child in module.children():
-        child.train(mode)
+    """Stands in for `module.train`: whatever is asked, the class's own method is told eval; some clear caches there."""
+    type(module).train(module, False)
+    # That put all children in eval mode; those that are not held get the mode that was asked for.
+    for child in module.children() if mode else ():
+        child.train()
     return module
 
 
 def trainable_parameters(module: nn.Module, plan: FreezePlan) -> dict[str, nn.Parameter]:
-    """The parameters that still train under an enforced plan, by name, each tensor once."""
+    """The parameters that still train, by name, each tensor once."""
     trainable = set(plan.names.trainable)
-    return {name: p for name, p in module.named_parameters() if name in trainable and p.requires_grad}
+    return {name: p for name, p in module.named_parameters() if name in trainable and _is_differentiable(p)}
+
+
+def _is_differentiable(parameter: nn.Parameter) -> bool:
+    """Whole numbers are not; such a parameter does not train, whatever the plan."""
+    return parameter.is_floating_point() or parameter.is_complex()
+
+
+def fixed_parameters(module: nn.Module) -> list[str]:
+    """Names of parameters that a newly made model itself keeps from training, such as a fixed position table.
+
+    `enforce` trains everything that a plan does not freeze; put these names among the patterns to keep them fixed.
+    """
+    return [name for name, p in module.named_parameters(remove_duplicate=False) if not p.requires_grad]
 
 
 def is_frozen(plan: FreezePlan, module_name: str) -> bool:

@@ -22,6 +22,8 @@ from collections.abc import Callable, Collection, Iterator, Mapping, Sequence
 from dataclasses import dataclass, field
 from difflib import get_close_matches
 
+from mtl.nearest import hint
+
 
 @dataclass(frozen=True)
 class ModuleTree:
@@ -142,9 +144,7 @@ def _type_matcher(text: str, kind: str, index: int, tree: ModuleTree) -> Matcher
     modules = {path for path, classes in tree.classes.items() if kind in classes}
     if not modules:
         known = sorted({classes[0] for classes in tree.classes.values()})
-        near = get_close_matches(kind, known, n=1, cutoff=0.5)
-        hint = f"; nearest: {near[0]}" if near else ""
-        raise PatternError(index, f"pattern {text!r} matches nothing: no module is a {kind!r}{hint}")
+        raise PatternError(index, f"pattern {text!r} matches nothing: no module is a {kind!r}{hint(kind, known)}")
     return lambda name: any(parent in modules for parent in _parents(name))
 
 

@@ -4,21 +4,19 @@ from __future__ import annotations
 
 from mtl.assembly import Parts, Phase
 from mtl.console import table
-from mtl.data import num_batches
 from mtl.trainer import Outcome
 
 
 def phases_table(parts: Parts) -> str:
     """What each phase freezes, trains, at which rate and for how long."""
     sizes = {name: parameter.numel() for name, parameter in parts.root.named_parameters()}
-    steps_per_epoch = -(-num_batches(parts.train, parts.config.data.batch_size) // parts.config.optim.accumulate)
 
     def row(phase: Phase) -> list[str]:
         frozen = sum(sizes.get(name, 0) for name in phase.plan.names.frozen)
         trained = sum(sizes.get(name, 0) for name in phase.plan.names.trainable)
         config = phase.config
         rates = sorted({group["lr"] for group in phase.groups})
-        steps = config.steps or (config.epochs or 0) * steps_per_epoch
+        steps = parts.num_steps(phase)
         epochs = f"{config.epochs} epoch{'s' if config.epochs != 1 else ''} ({steps} steps)"
         length = epochs if config.epochs else f"{steps} steps"
         patterns = ", ".join(phase.plan.patterns) or "-"

@@ -3,12 +3,12 @@
 from __future__ import annotations
 
 import json
-import math
 import os
 from collections.abc import Mapping
 from pathlib import Path
 from typing import Any
 
+from mtl.checkpoint import without_nan
 from mtl.config import TrackingConfig
 from mtl.console import logger
 
@@ -33,10 +33,8 @@ class Tracker:
 
     def log(self, row: Mapping[str, float | int | str]) -> None:
         """Logs one row; `step`, the number of steps done, must be in it and never go back."""
-        # JSON has no NaN: a metric without a value is null there.
-        plain = {k: None if isinstance(v, float) and not math.isfinite(v) else v for k, v in row.items()}
         with self._metrics.open("a", encoding="utf-8") as stream:
-            stream.write(json.dumps(plain) + "\n")
+            stream.write(json.dumps(without_nan(row), allow_nan=False) + "\n")
         if self._run is not None:
             self._guard("log", lambda: self._run.log(dict(row), step=int(row["step"])))
 

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import math
 import time
 from collections.abc import Iterator
 from dataclasses import dataclass, field
@@ -22,7 +23,7 @@ from mtl.optim import build_lr_schedule, build_optimizer
 from mtl.scheduler import PhaseChange, TaskScheduler
 from mtl.steplog import StepLog
 from mtl.tracking import Tracker
-from mtl.validation import Scores, score, validate, validate_constant
+from mtl.validation import Scores, score, validate
 from mtl.yaml_source import dump_yaml
 
 
@@ -37,7 +38,7 @@ class Outcome:
         report: The audit.
         best_score: The best `val/score`.
         best_step: The step after which it was reached.
-        seconds: Training and validation, without set-up.
+        train_s: Seconds of training and validation, without set-up.
     """
 
     run_dir: Path
@@ -46,7 +47,7 @@ class Outcome:
     report: Report = field(default_factory=Report)
     best_score: float = float("-inf")
     best_step: int = 0
-    seconds: float = 0.0
+    train_s: float = 0.0
 
 
 def train(parts: Parts, quiet: bool = False) -> Outcome:
@@ -100,12 +101,10 @@ class Trainer:
         self.autocast = torch.autocast(
             parts.device.type, torch.bfloat16, enabled=parts.config.precision == "bf16", cache_enabled=True
         )
-        self.steps_per_epoch = -(-num_batches(parts.train, self.batch_size) // parts.config.optim.accumulate)
         self.step = 0
         self.epoch = 0
         self.finished = False
-        trivial = validate_constant(parts.tasks, parts.constants, parts.val, self.batch_size)
-        self.outcome = Outcome(run_dir, trivial, report=self.audit.report)
+        self.outcome = Outcome(run_dir, parts.trivial, report=self.audit.report)
 
     @property
     def batch_size(self) -> int:
@@ -116,7 +115,7 @@ class Trainer:
         optimizer: Optimizer | None = None
         while self.scheduler.index is not None:
             optimizer = self.run_phase(self.parts.phases[self.scheduler.index], optimizer)
-        self.outcome.seconds = time.perf_counter() - started
+        self.outcome.train_s = time.perf_counter() - started
         self.finished = True
         return self.outcome
 
@@ -128,21 +127,19 @@ class Trainer:
         enforce(parts.root, phase.plan)
         # Only what trains is in the optimizer: neither decay nor momentum can reach the rest.
         optimizer = build_optimizer(phase.groups, previous)
-        lr_schedule = build_lr_schedule(self.config.optim, optimizer, self.num_steps(phase))
+        lr_schedule = build_lr_schedule(self.config.optim, optimizer, parts.num_steps(phase))
         # The audit is told the patterns, not the plan: it draws the line itself, and fingerprints what is behind it.
-        freeze = self.config.freeze_patterns(phase.config)
-        with self.audit.phase(phase.config.name, freeze=freeze, optimizers=[optimizer, parts.balance]):
+        with self.audit.phase(phase.config.name, freeze=phase.freeze, optimizers=[optimizer, parts.balance]) as record:
             # What is frozen whole need not be recorded for a backward that never comes.
             parts.model.trunk_is_frozen = is_frozen(phase.plan, "trunk")
             change = None
             while change is None:
                 change = self.run_epoch(phase, optimizer, lr_schedule)
         write_json(self.outcome.run_dir / "audit.json", self.audit.report.to_json())
+        if record.num_trained == 0:
+            logger.warning(f"{change.ended}: not one of its {record.num_trainable} trainable parameters changed")
         logger.info(f"{change.ended}: {change.reason}" + (f"; next phase: {change.entered}" if change.entered else ""))
         return optimizer
-
-    def num_steps(self, phase: Phase) -> int:
-        return phase.config.steps or (phase.config.epochs or 0) * self.steps_per_epoch
 
     def run_epoch(
         self, phase: Phase, optimizer: Optimizer, lr_schedule: torch.optim.lr_scheduler.LambdaLR
@@ -150,10 +147,10 @@ class Trainer:
         """One pass over the training data, or what the phase has left of it; then validation and a checkpoint."""
         parts, tasks = self.parts, self.parts.tasks
         batches = training_batches(parts.train, self.batch_size, self.config.seed, self.epoch)
-        total = self.steps_per_epoch * self.config.optim.accumulate * self.batch_size
+        total = num_batches(parts.train, self.batch_size) * min(self.batch_size, len(parts.train))
         self.epoch += 1
         log = StepLog(self.tracker, list(tasks), self.config.tracking.log_every_steps, phase.config.name, self.epoch)
-        change = None
+        change, num_windows = None, 0
         with progress_bar(total, f"{phase.config.name} epoch {self.epoch}", self.quiet) as bar:
             for window in windows(batches, self.config.optim.accumulate):
                 window_losses = []
@@ -171,6 +168,7 @@ class Trainer:
                 optimizer.zero_grad(set_to_none=True)
                 parts.balance.after_step(lambda batch=batch: self.losses(batch))  # type: ignore[misc]
                 self.step += 1
+                num_windows += 1
                 num_images = sum(map(len, window))
                 log.add(self.step, window_losses, max(map(float, lr)), num_images)
                 bar.update(num_images)
@@ -178,9 +176,10 @@ class Trainer:
                 change = self.scheduler.step_done()
                 if change is not None:
                     break
-            else:
-                parts.balance.after_epoch()
-                change = self.scheduler.epoch_done()
+        # A phase may end with the last step of a pass; the pass is complete all the same.
+        if num_windows == parts.steps_per_epoch:
+            parts.balance.after_epoch()
+            change = change or self.scheduler.epoch_done()
         log.flush()
         self.finish_epoch(phase, log, change)
         return change
@@ -198,7 +197,8 @@ class Trainer:
         scores = validate(parts.model, parts.tasks, parts.val, self.batch_size, parts.device, self.autocast)
         mean_skill = score(parts.tasks, scores, outcome.trivial)
         names = ["last"]
-        if mean_skill > outcome.best_score:
+        # Whatever the first score is, even NaN, some weights are kept as the best so far.
+        if outcome.best_step == 0 or mean_skill > outcome.best_score or math.isnan(outcome.best_score):
             outcome.best_score, outcome.best_step = mean_skill, self.step
             names.append("best")
         if change is not None:

@@ -78,8 +78,9 @@ def _measure(tasks: Mapping[str, Task], outputs: Iterable[tuple[Batch, dict[str,
 
 
 def score(tasks: Mapping[str, Task], scores: Scores, trivial: Scores) -> float:
-    """`val/score`: the mean over tasks of the skill of each one's main metric; NaN if a task has no labels."""
+    """`val/score`: the mean skill of the main metrics of all tasks that have labels; NaN if none has."""
     skills = [
         task.goal.skill(scores[name][task.goal.metric], trivial[name][task.goal.metric]) for name, task in tasks.items()
     ]
-    return math.fsum(skills) / len(skills)
+    known = [skill for skill in skills if not math.isnan(skill)]
+    return sum(known) / len(known) if known else math.nan

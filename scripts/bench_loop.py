@@ -76,8 +76,7 @@ def main() -> None:
             optimizer = build_optimizer(phase.groups)
             trainer = _Loop(parts, Path(folder), tracker, quiet=False)
             seconds: dict[str, list[float]] = {"hand": [], "mtl": []}
-            freeze = config.freeze_patterns(phase.config)
-            with trainer.audit.phase(phase.config.name, freeze, [optimizer, parts.balance]):
+            with trainer.audit.phase(phase.config.name, phase.freeze, [optimizer, parts.balance]):
                 for round_number in range(options.rounds + 1):
                     hand = by_hand(parts, trainer.autocast, optimizer, options.steps)
                     mtl = by_mtl(trainer, phase, optimizer, options.steps)

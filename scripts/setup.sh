@@ -19,12 +19,23 @@ fail() {
 has_modules() {
     "$1" -c 'import sys
 from importlib.util import find_spec
-sys.exit(any(find_spec(name) is None for name in sys.argv[1:]))' "${@:2}" 2>/dev/null
+sys.exit(sys.version_info < (3, 11) or any(find_spec(name) is None for name in sys.argv[1:]))' "${@:2}" 2>/dev/null
 }
 
 current_stamp() { { echo "$PROJECT" "$1"; cat "$PROJECT/setup.cfg" "$PROJECT/pyproject.toml"; } | cksum; }
 
-is_ready() { [ -x "$PROJECT/.venv/bin/python" ] && [ "$(cat "$PROJECT/.venv/.stamp-$1" 2>/dev/null)" = "$(current_stamp "$1")" ]; }
+# Whether .venv was made from the present setup.cfg with the extras asked for, and perhaps more.
+is_ready() {
+    local stamp extras
+    [ -x "$PROJECT/.venv/bin/python" ] || return
+    for stamp in "$PROJECT"/.venv/.stamp-*; do
+        extras=${stamp##*/.stamp-}
+        case ",$extras," in
+            *",$1,"*) [ "$(cat "$stamp")" = "$(current_stamp "$extras")" ] && return ;;
+        esac
+    done
+    return 1
+}
 
 find_python() {
     local candidate
@@ -38,7 +49,7 @@ find_python() {
 }
 
 install_into_venv() {
-    local base extras stamp kept=() venv="$PROJECT/.venv"
+    local base venv="$PROJECT/.venv"
     if ! compgen -G "$venv/.stamp-*" >/dev/null || ! "$venv/bin/python" -m pip --version >/dev/null 2>&1; then
         base=$(find_python) || exit 1
         "$base" -c 'import venv, ensurepip' 2>/dev/null ||
@@ -47,18 +58,11 @@ install_into_venv() {
         "$base" -m venv --clear "$venv" || fail "$base could not make $venv"
     else
         echo "Bringing $venv up to date." >&2
-        # No stamp while pip is at work; other sets of extras that were up to date still are afterwards.
-        for stamp in "$venv"/.stamp-*; do
-            extras=${stamp##*/.stamp-}
-            is_ready "$extras" && kept+=("$extras")
-            rm -f "$stamp"
-        done
+        rm -f "$venv"/.stamp-*
     fi
     "$venv/bin/python" -m pip install --quiet --disable-pip-version-check --editable "$PROJECT[$1]" >&2 ||
         fail "pip could not install the project; its lines above say why"
-    for extras in "$1" ${kept[@]+"${kept[@]}"}; do
-        current_stamp "$extras" >"$venv/.stamp-$extras"
-    done
+    current_stamp "$1" >"$venv/.stamp-$1"
 }
 
 setup_environment() {

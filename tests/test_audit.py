@@ -991,3 +991,46 @@ def test_num_trained_counts_what_really_moved() -> None:
     with audit.phase("frozen") as record:
         train(audit, model, [optimizer])
     assert (record.num_trainable, record.num_trained) == (2, 1)
+
+
+# --- tensors that come and go
+
+
+class Remembering(nn.Module):
+    """Keeps its last output, without a graph, as a frozen trunk under no_grad does."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.linear = nn.Linear(2, 2)
+        self.last = torch.zeros(1, 2)
+
+    def forward(self, x: Tensor) -> Tensor:
+        self.last = self.linear(x).detach()
+        return self.last
+
+
+def test_what_a_frozen_module_remembers_of_its_forward_is_no_violation() -> None:
+    model = nn.ModuleDict({"trunk": Remembering(), "head": nn.Linear(2, 1)})
+    freeze_by_hand(model["trunk"])
+    optimizer = SGD(model["head"].parameters(), lr=0.1)
+    audit = GradientAudit(model, ["trunk"], [optimizer])
+    for phase in ("a", "b"):
+        with audit.phase(phase):
+            for _ in range(3):
+                model["head"](model["trunk"](torch.randn(4, 2))).sum().backward()
+                audit.after_backward()
+                optimizer.step()
+                audit.after_step()
+                optimizer.zero_grad()
+    assert audit.report.ok and [phase.num_steps for phase in audit.report.phases] == [3, 3]
+
+
+def test_a_layer_hung_into_a_frozen_part_after_the_freeze_is_named() -> None:
+    model = Tiny()
+
+    def add_adapter() -> None:
+        model.trunk.adapter = nn.Linear(2, 2, bias=False)
+
+    report = run(model, after_step={2: add_adapter})
+    assert [(v.kind, v.name) for v in report.violations] == [("identity_changed", "trunk.adapter.weight")]
+    assert "was not there when the phase began" in report.violations[0].detail

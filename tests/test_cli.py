@@ -10,10 +10,10 @@ from pathlib import Path
 from typing import Any
 
 import pytest
-from runs import tiny_config
 
 from mtl import __version__
 from mtl.cli import main
+from runs import read_metrics, tiny_config
 
 
 def run(*arguments: str, **surroundings: str) -> subprocess.CompletedProcess[str]:
@@ -126,7 +126,28 @@ BAD: dict[str, tuple[dict[str, Any], list[str], str]] = {
     "labels that do not fit": (
         {},
         ["tasks.segmentation.num_classes=5"],
-        r"tasks.segmentation: the labels of scenes do not fit: expected classes 0 to 4",
+        r"tiny.yaml:\d+: tasks.segmentation: the labels of scenes do not fit: expected classes 0 to 4",
+    ),
+    "images too small for the trunk": (
+        {"trunk": {"name": "inception_v3"}, "phases": [{"name": "a", "steps": 1}]},
+        [],
+        r"tiny.yaml:\d+: trunk.name: 'inception_v3' with options {} gives no features for images of 32 x 32 pixels",
+    ),
+    "options that leave no pooled vector": (
+        {},
+        ["trunk.options={global_pool: ''}"],
+        r"command line: trunk.options: 'test_resnet' with options .* expected a pooled vector per image",
+    ),
+    "options of another input": (
+        {},
+        ["trunk.options={in_chans: 1}"],
+        r"command line: trunk.options: 'test_resnet' with options {'in_chans': 1} gives no features",
+    ),
+    "a seed that no generator takes": ({}, ["seed=20241124093000"], "command line: seed: expected a number less than"),
+    "freezing a method that steps itself": (
+        {"balance": {"method": "famo"}},
+        ["phases.0.freeze=[trunk, balance]"],
+        "command line: phases.0.freeze: balance cannot be frozen: the method 'famo' steps its own weights",
     ),
     "unknown balance": ({}, ["balance.method=uv"], "command line: balance.method: no method 'uv'; nearest: uw"),
     "no such device": ({}, ["device=cuda:9"], "command line: device: there is no device 'cuda:9' here"),
@@ -204,3 +225,14 @@ def test_the_module_and_the_command_are_the_same_program() -> None:
         subprocess.check_output([*call, "--version"], text=True) for call in ([command], [sys.executable, "-m", "mtl"])
     ]
     assert said == [f"mtl {__version__}\n"] * 2
+
+
+def test_of_two_runs_that_start_at_once_with_one_name_one_is_refused(tmp_path: Path) -> None:
+    file = tiny_config(tmp_path)
+    call = [sys.executable, "-m", "mtl", "train", str(file), "-q"]
+    processes = [subprocess.Popen(call, stderr=subprocess.PIPE, text=True) for _ in range(2)]
+    results = sorted((process.wait(timeout=120), process.communicate()[1]) for process in processes)
+    assert [code for code, _ in results] == [0, 2], results
+    assert "was taken by another run just now" in results[1][1] or "already holds a run" in results[1][1]
+    steps = [row["step"] for row in read_metrics(tmp_path / "runs/tiny") if "train/loss" in row]
+    assert steps == list(range(1, 13))

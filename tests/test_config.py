@@ -444,10 +444,10 @@ def test_a_config_written_and_read_back_is_the_same(run: dict[str, Any], lengths
 # The classic key
 
 
-def test_the_classic_substrings_freeze_in_every_phase_before_its_own_patterns() -> None:
+def test_the_classic_substrings_come_last_so_that_no_phase_takes_them_back() -> None:
     config = load([*LINES, "MODEL:", "  NOT_TRAIN_IN_MULTI_TASK: [layer1, bn.]"])
     assert [config.freeze_patterns(phase) for phase in config.phases] == [
-        ["~layer1", "~bn.", "trunk"],
+        ["trunk", "~layer1", "~bn."],
         ["~layer1", "~bn."],
     ]
 

@@ -8,7 +8,7 @@ import numpy as np
 import pytest
 import torch
 
-from mtl.config import DataConfig
+from mtl.config import DataConfig, SettingError
 from mtl.data import DataError, load_data, multifashion, scenes, training_batches, validation_batches
 from mtl.data.dataset import Split, num_batches
 from mtl.data.sprites import Sprites, load_sprites
@@ -138,7 +138,7 @@ def test_labels_that_no_task_uses_are_left_out() -> None:
 
 def test_labels_that_do_not_fit_a_task_are_an_error() -> None:
     config = DataConfig(name="scenes", image_size=16, num_train=10, num_val=10)
-    with pytest.raises(DataError, match=r"tasks\.segmentation: .*expected classes 0 to 4 \(num_classes: 5\)"):
+    with pytest.raises(SettingError, match=r"tasks\.segmentation: .*expected classes 0 to 4 \(num_classes: 5\)"):
         load_data(config, {"segmentation": Segmentation(5)}, quiet=True)
 
 

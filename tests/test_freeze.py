@@ -14,7 +14,7 @@ from torch import Tensor, nn
 from torch.nn import functional
 from torch.optim import SGD, AdamW, Optimizer
 
-from mtl.freeze import FreezeError, enforce, is_frozen, plan_freeze, trainable_parameters
+from mtl.freeze import FreezeError, enforce, fixed_parameters, is_frozen, plan_freeze, trainable_parameters
 from mtl.patterns import PatternError
 
 
@@ -573,3 +573,50 @@ def test_a_frozen_head_trains_the_same_bits_as_a_head_of_constants(
 
     assert all_bits(by_plan) == all_bits(by_hand)
     assert all_bits(by_plan)["trunk.0.weight"] != start["trunk.0.weight"]
+
+
+class Remembers(nn.Module):
+    """Drops a cache whenever its mode is set, as timm's LeViT does with its attention biases."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.weight = nn.Parameter(torch.ones(1))
+        self.cache: dict[str, Tensor] = {}
+
+    def train(self, mode: bool = True) -> Remembers:
+        super().train(mode)
+        self.cache = {}
+        return self
+
+
+def test_a_held_module_s_own_train_method_is_still_called() -> None:
+    model = nn.ModuleDict({"trunk": Remembers(), "head": nn.Linear(1, 1)})
+    enforce(model, plan_freeze(model, ["trunk"]))
+    model["trunk"].cache = {"a": torch.ones(1)}  # type: ignore[assignment]
+    model.eval()
+    assert model["trunk"].cache == {} and not model["trunk"].training  # type: ignore[comparison-overlap]
+    model["trunk"].cache = {"a": torch.ones(1)}  # type: ignore[assignment]
+    model.train()
+    assert model["trunk"].cache == {} and not model["trunk"].training and model["head"].training  # type: ignore[comparison-overlap]
+
+
+def test_a_trainable_part_inside_a_held_module_keeps_the_mode_asked_for() -> None:
+    model = nn.Sequential(nn.BatchNorm1d(2))
+    model[0].adapter = nn.Sequential(nn.Dropout(), nn.Linear(2, 2))
+    enforce(model, plan_freeze(model, ["0", "!0.adapter"]))
+    assert not model[0].training and model[0].adapter.training and model[0].adapter[0].training
+    model.eval()
+    assert not model[0].adapter.training
+    model.train()
+    assert not model[0].training and model[0].adapter[0].training
+
+
+def test_parameters_that_a_model_keeps_fixed_are_listed_and_whole_numbers_never_train() -> None:
+    model = nn.Module()
+    model.table = nn.Parameter(torch.ones(2), requires_grad=False)
+    model.count = nn.Parameter(torch.ones(2, dtype=torch.int64), requires_grad=False)
+    model.weight = nn.Parameter(torch.ones(2))
+    assert fixed_parameters(model) == ["table", "count"]
+    enforce(model, plan_freeze(model, []))
+    assert (model.table.requires_grad, model.count.requires_grad) == (True, False)
+    assert list(trainable_parameters(model, plan_freeze(model, ["table"]))) == ["weight"]

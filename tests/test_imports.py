@@ -16,14 +16,16 @@ ROOT = Path(__file__).parent.parent
 # The lowest first. A name is a module of `mtl`, or a package with all that is in it; `mtl` itself is its version only.
 FLOORS = [
     ["mtl"],
-    ["yaml_source", "patterns"],
+    ["nearest", "yaml_source"],
+    ["patterns"],
     ["config_mistakes"],
     ["config"],
     ["console", "moduletree"],
     ["tasks"],
     ["model", "data"],
     ["freeze", "audit", "scheduler"],
-    ["optim", "balance", "checkpoint", "tracking"],
+    ["optim", "balance", "checkpoint"],
+    ["tracking"],
     ["steplog", "validation"],
     ["assembly"],
     ["trainer"],

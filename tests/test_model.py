@@ -110,7 +110,7 @@ def test_reading_the_shape_leaves_the_trunk_as_it_was() -> None:
 def test_features_that_no_head_reads_are_not_computed() -> None:
     vector = MultiTaskModel(TrunkConfig(name="resnet18"), {"object": Classification(10)}, 32)
     dense = MultiTaskModel(TrunkConfig(name="tf_efficientnet_lite0"), {"depth": Depth()}, 32)
-    assert (vector.levels, vector.pooled, dense.pooled) == ([], True, False)
+    assert (vector.levels, vector.reads_pooled, dense.reads_pooled) == ([], True, False)
     ran = []
     dense.trunk.conv_head.register_forward_hook(lambda *_: ran.append("conv_head"))  # type: ignore[union-attr]
     dense(images(32))
@@ -167,3 +167,22 @@ def test_an_unknown_trunk_is_refused_with_the_nearest_names() -> None:
 def test_options_that_timm_does_not_take_are_refused() -> None:
     with pytest.raises(ValueError, match=r"timm cannot build 'resnet18' with \{'colour': 3\}.*colour"):
         build_trunk(TrunkConfig(name="resnet18", options={"colour": 3}), 32)
+
+
+@pytest.mark.parametrize("layout", [torch.contiguous_format, torch.channels_last])
+@pytest.mark.parametrize("name", ["resnet18", "tf_efficientnet_lite0"])
+def test_every_convolution_of_trunk_and_heads_computes_in_the_layout_asked_for(
+    name: str, layout: torch.memory_format
+) -> None:
+    model = MultiTaskModel(TrunkConfig(name=name), TASKS, 64, layout)
+    seen = []
+
+    def look(_module: torch.nn.Module, _inputs: object, output: torch.Tensor) -> None:
+        if min(output.shape[1:]) > 1:  # a tensor of one channel or pixel has both layouts at once
+            seen.append(output.is_contiguous(memory_format=layout))
+
+    for module in model.modules():
+        if isinstance(module, torch.nn.Conv2d):
+            module.register_forward_hook(look)
+    model(images(64, number=2))
+    assert len(seen) > 20 and all(seen)

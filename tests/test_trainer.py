@@ -12,7 +12,6 @@ import pytest
 import torch
 import wandb_file
 import yaml
-from runs import read_metrics, tiny_config, tiny_parts
 from safetensors.torch import load_file
 from torch import Tensor
 
@@ -25,6 +24,7 @@ from mtl.model import network
 from mtl.steplog import StepLog
 from mtl.tracking import Tracker
 from mtl.trainer import Outcome, Trainer, train, windows
+from runs import read_metrics, tiny_config, tiny_parts
 
 
 @pytest.fixture(scope="module")
@@ -258,6 +258,57 @@ def test_the_classic_list_freezes_in_every_phase_and_says_so(tmp_path: Path, cap
     assert [phase["frozen"]["count"] for phase in report["phases"]] == [
         sum("trunk.layer1" in n or "heads.depth" in n for n in parts.root.state_dict())
     ] * 2
+
+
+def test_what_a_model_keeps_fixed_itself_stays_fixed_and_is_proven(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    real = network.build_trunk
+
+    def with_a_fixed_table(*arguments: Any) -> Any:
+        trunk = real(*arguments)
+        trunk.register_parameter("table", torch.nn.Parameter(torch.ones(3), requires_grad=False))
+        return trunk
+
+    monkeypatch.setattr(network, "build_trunk", with_a_fixed_table)
+    outcome = train(tiny_parts(tmp_path), quiet=True)
+    assert outcome.report.ok
+    assert all("trunk.table" in phase.fingerprints for phase in outcome.report.phases)
+
+
+def test_a_pass_that_ends_with_a_phase_in_steps_is_told_to_the_balancing_method(tmp_path: Path) -> None:
+    phases = [{"name": name, "steps": 5} for name in ("a", "b", "c")]
+    parts = tiny_parts(tmp_path, balance={"method": "dwa"}, phases=phases)
+    calls = []
+    real = parts.balance.after_epoch
+    parts.balance.after_epoch = lambda: calls.append(real())  # type: ignore[method-assign]
+    train(parts, quiet=True)
+    assert len(calls) == 3
+
+
+def test_a_task_without_validation_labels_leaves_a_score_of_the_others_and_a_best_checkpoint(tmp_path: Path) -> None:
+    parts = tiny_parts(tmp_path)
+    parts.val.labels["object"].fill_(-1)
+    outcome = train(parts, quiet=True)
+    assert math.isfinite(outcome.best_score)
+    state = json.loads((outcome.run_dir / "checkpoints/best/state.json").read_text(), parse_constant=pytest.fail)
+    assert state["val/object/accuracy"] is None and state["val/score"] == outcome.best_score
+
+
+def test_without_any_validation_label_some_weights_are_still_the_best(tmp_path: Path) -> None:
+    task = {"object": {"type": "classification", "num_classes": 10}}
+    parts = tiny_parts(tmp_path, tasks=task, phases=[{"name": "a", "steps": 2}])
+    parts.val.labels["object"].fill_(-1)
+    outcome = train(parts, quiet=True)
+    assert json.loads((outcome.run_dir / "checkpoints/best/state.json").read_text())["val/score"] is None
+
+
+def test_a_phase_in_which_nothing_moved_is_warned_of(tmp_path: Path, caplog: pytest.LogCaptureFixture) -> None:
+    parts = tiny_parts(tmp_path, "optim.lr=1e-30", balance={"method": "mean"}, phases=[{"name": "a", "steps": 2}])
+    for group in parts.phases[0].groups:
+        group["lr"] = 0.0
+    train(parts, quiet=True)
+    assert any(record.message.startswith("a: not one of its") for record in caplog.records)
 
 
 def test_a_broken_freeze_stops_the_run_and_is_recorded(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:

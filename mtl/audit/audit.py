@@ -16,7 +16,7 @@ from mtl.audit.contract import Contract, Place, draw_contract, shared_memory
 from mtl.audit.fingerprint import fingerprint, root
 from mtl.audit.membership import HoldsParameters, Membership
 from mtl.audit.report import AuditError, PhaseRecord, Report, Violation
-from mtl.patterns import PatternLike
+from mtl.patterns import PatternError, PatternLike
 
 Policy = Literal["raise", "warn", "collect"]
 
@@ -41,7 +41,7 @@ class GradientAudit:
 
     Between steps it looks at cheap signs (tripwires), with no host sync on a GPU; whenever it is asked to `verify`, and
     when a phase ends, it compares the bytes of every frozen tensor. A tensor's version counter makes it look at the
-    bytes at once, but is never itself a verdict.
+    bytes at once, but is never itself a verdict. What happens between two phases is not watched.
     """
 
     def __init__(
@@ -152,7 +152,7 @@ class GradientAudit:
         Raises:
             AuditError: Under the policy `raise`, the contract is broken.
         """
-        found = []
+        found = self._newcomers()
         for watched in self._watched:
             found += self._look_at(watched, unlinked=True, compare=True)
         self._settle(found + self._train_mode() + self._optimizer_membership())
@@ -202,6 +202,9 @@ class GradientAudit:
         place, tensor = watched.place, watched.tensor
         current = place.look_from(self._model) if unlinked else place.look()
         if current is not tensor:
+            # What a module remembers of its last forward is a new tensor each time; only parameters and buffers stay.
+            if place.kind == "attr":
+                return []
             detail = "is gone" if current is None else "is another tensor than when the phase began"
             return [self._violation("identity_changed", place, causes.REPLACED, detail)]
         found = []
@@ -216,6 +219,21 @@ class GradientAudit:
                 detail = "its bytes differ from the first ones"
                 found.append(self._violation(f"{place.kind}_changed", place, cause, detail))
         return found
+
+    def _newcomers(self) -> list[Violation]:
+        """Parameters and buffers that now hang behind the line and were not there when the phase began."""
+        try:
+            now = draw_contract(self._model, self._contract.patterns)
+        except PatternError:
+            return []  # nothing of what was frozen is left; each tensor is found to be gone
+        known = {place.name for place in self._contract.frozen}
+        self._membership = Membership(self._contract.frozen, now.free)
+        detail = "was not there when the phase began"
+        return [
+            self._violation("identity_changed", place, causes.REPLACED, detail)
+            for place in now.frozen
+            if place.kind != "attr" and place.name not in known
+        ]
 
     def _train_mode(self) -> list[Violation]:
         phase = self._open()

@@ -13,7 +13,7 @@ import xxhash
 from torch import Tensor
 from tqdm import tqdm
 
-from mtl.config import DataConfig
+from mtl.config import DataConfig, SettingError
 from mtl.data import multifashion, scenes, sprites
 from mtl.data.cache import DataError, cached, default_cache_dir
 from mtl.data.dataset import Batch, Split, num_batches, training_batches, validation_batches
@@ -67,7 +67,8 @@ def load_data(config: DataConfig, tasks: Mapping[str, Task], quiet: bool = False
         The training and the validation split.
 
     Raises:
-        DataError: The data cache is damaged or cannot be written, or labels do not fit the tasks.
+        DataError: The data cache is damaged or cannot be written.
+        SettingError: The labels do not fit a task.
     """
     data = BUILT_IN[config.name]
     train = _load_split(data, config, "train", config.num_train or data.num_train, quiet)
@@ -77,7 +78,7 @@ def load_data(config: DataConfig, tasks: Mapping[str, Task], quiet: bool = False
             try:
                 task.check_labels(split.labels[name])
             except ValueError as error:
-                raise DataError(f"tasks.{name}: the labels of {config.name} do not fit: {error}") from error
+                raise SettingError(f"tasks.{name}", f"the labels of {config.name} do not fit: {error}") from error
     return train.only(tasks), val.only(tasks)
 
 

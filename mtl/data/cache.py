@@ -59,7 +59,7 @@ def _write(entry: Path, key: dict[str, Any], tensors: dict[str, Tensor]) -> None
         card = {"key": key, "checksum": _checksum(temporary / _TENSORS)}
         (temporary / _CARD).write_text(json.dumps(card, indent=2))
         temporary.rename(entry)
-    except OSError as error:
+    except (OSError, SafetensorError) as error:
         # Another process may have been first; its entry is the same.
         if not entry.exists():
             raise DataError(f"the data cache {entry} cannot be written: {error}; set data.cache_dir") from error

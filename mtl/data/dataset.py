@@ -67,7 +67,7 @@ def training_batches(split: Split, batch_size: int, seed: int, epoch: int) -> It
     """One pass in random order.
 
     The order depends on seed and epoch alone, so that a run can be taken up anywhere. A last batch that is not full is
-    left out (its images come first as often as others in other epochs): BatchNorm cannot train on one image.
+    left out, another one each time: BatchNorm cannot train on one image.
     """
     generator = torch.Generator().manual_seed(seed * 1_000_003 + epoch)
     order = torch.randperm(len(split), generator=generator)

@@ -20,7 +20,6 @@ from numpy.typing import NDArray
 from mtl.data.sprites import ALPHA, Sprites
 
 FLOOR, WALL, SPHERE, FIRST_GARMENT = 0, 1, 2, 3
-NUM_CLASSES = 13
 MAX_OBJECTS = 3
 # Scenes are drawn in blocks of this many, each with a generator of its own, so that the first n scenes of a split
 # do not depend on how many are asked for.

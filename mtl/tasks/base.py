@@ -63,8 +63,8 @@ class Task(ABC):
             label: All training labels, first axis n.
 
         Returns:
-            The constant output, "c", float32, that best predicts them with no look at the image: the bias that the
-            head starts from, and the trivial predictor that the final table compares with.
+            The constant output, "c", float32, that predicts them with no look at the image (log class frequency, mean
+            depth, mean normal): the bias that the head starts from, and the trivial predictor of the final table.
         """
 
     @abstractmethod

@@ -90,6 +90,7 @@ class NormalsMetrics(Metrics):
         a, b = functional.normalize(output.double(), dim=1), functional.normalize(label.double().nan_to_num(), dim=1)
         # atan2 keeps its precision near 0 and 180 degrees, where acos loses half the digits.
         angle = 2 * torch.atan2((a - b).norm(dim=1), (a + b).norm(dim=1)).rad2deg()
+        angle = angle.nan_to_num(nan=180.0)  # an output that is no direction is as wrong as can be
         if self.total is None or self.histogram is None:
             self.total = torch.zeros((), dtype=torch.float64, device=output.device)
             self.histogram = torch.zeros(_NUM_BINS + 2, dtype=torch.int64, device=output.device)
