@@ -12,6 +12,7 @@ from typing import Any
 import numpy as np
 import torch
 from torch import nn
+from torch.nn.modules.batchnorm import _NormBase
 
 from mtl.balance import Balance, build_balance
 from mtl.config import PhaseConfig, RunConfig, SettingError, mistake_of
@@ -112,6 +113,10 @@ def assemble(config: RunConfig, quiet: bool = False) -> Parts:
     for name, constant in constants.items():
         start_from(model.heads[name], constant)
     trivial = validate_constant(tasks, constants, val, config.data.batch_size)
+    if min(config.data.batch_size, len(train)) == 1 and any(isinstance(m, _NormBase) for m in root.modules()):
+        raise config.mistake(
+            ("data", "batch_size"), "expected batches of two images or more: BatchNorm cannot train on one"
+        )
     root.to(device)
     return Parts(config, device, tasks, model, balance, root, phases, train, val, trivial)
 
@@ -182,6 +187,9 @@ def _resolve(config: RunConfig, index: int, root: nn.Module, balance: Balance, f
         raise config.mistake((*here, "freeze"), f"phase {phase.name!r} trains nothing: every parameter is frozen")
     parameters = {n: p for n, p in trainable_parameters(root, plan).items() if id(p) not in steps_itself}
     lr = config.optim.lr if phase.lr is None else phase.lr
+    if isinstance(lr, dict) and not list(balance.parameters()):
+        # A rate for the balancing method's weights may stay when the method is changed for one that has none.
+        lr = {pattern: rate for pattern, rate in lr.items() if pattern.split(".")[0] != "balance"}
     every_name = [*plan.names.frozen, *plan.names.trainable]
     try:
         lr_of = rates(lr, list(parameters), every_name, config.optim.lr, describe(root))

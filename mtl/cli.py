@@ -70,6 +70,9 @@ def _train(file: Path, overrides: Sequence[str], quiet: bool) -> int:
     except AuditError as error:
         sys.stderr.write(f"audit: {error}\nSee {config.run_dir / 'audit.json'}\n")
         return VIOLATION
+    except FloatingPointError as error:
+        sys.stderr.write(f"error: {error}\n")
+        return FAILED
     logger.info(results_table(outcome))
     logger.info(verdict(outcome))
     logger.info(

@@ -18,7 +18,7 @@ from torch import Tensor, nn
 from torch.nn.modules.batchnorm import _NormBase
 
 from mtl.moduletree import describe
-from mtl.patterns import Partition, PatternLike, partition, text_of
+from mtl.patterns import Partition, PatternLike, as_list, partition, text_of
 
 
 class FreezeError(ValueError):
@@ -40,7 +40,7 @@ class FreezePlan:
     held_in_eval: tuple[str, ...]
 
 
-def plan_freeze(module: nn.Module, patterns: Sequence[PatternLike]) -> FreezePlan:
+def plan_freeze(module: nn.Module, patterns: PatternLike | Sequence[PatternLike]) -> FreezePlan:
     """Resolves patterns against a module, without touching it.
 
     Args:
@@ -51,6 +51,7 @@ def plan_freeze(module: nn.Module, patterns: Sequence[PatternLike]) -> FreezePla
         PatternError: A pattern cannot be read or selects nothing.
         FreezeError: The line cuts through a tensor that has several names, or through the statistics of one norm layer.
     """
+    patterns = as_list(patterns)
     parameters = dict(module.named_parameters(remove_duplicate=False))
     buffers = dict(module.named_buffers(remove_duplicate=False))
     names = partition(patterns, list(parameters), list(buffers), describe(module))

@@ -59,6 +59,11 @@ class Counted:
 PatternLike = str | Counted
 
 
+def as_list(patterns: PatternLike | Sequence[PatternLike]) -> list[PatternLike]:
+    """One pattern alone is a list of one."""
+    return [patterns] if isinstance(patterns, str | Counted) else list(patterns)
+
+
 def text_of(pattern: PatternLike) -> str:
     """A pattern as it is written."""
     return pattern.pattern if isinstance(pattern, Counted) else pattern

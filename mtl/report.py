@@ -68,7 +68,11 @@ def write_report(parts: Parts, run_dir: Path, picture: Path | None = None) -> Pa
 
 
 def _audit_html(audit: dict[str, Any]) -> str:
-    verdict = '<b class="ok">clean</b>' if audit["ok"] else '<b class="broken">violations</b>'
+    unfinished = not all(phase["completed"] for phase in audit["phases"])
+    bad = (
+        "violations" if any(phase["violations"] for phase in audit["phases"]) else "not finished" if unfinished else ""
+    )
+    verdict = f'<b class="broken">{bad}</b>' if bad else '<b class="ok">clean</b>'
     head = "<tr><th>phase<th>freeze<th>frozen tensors<th>trained tensors<th>steps<th>looks<th>violations</tr>"
     body = "".join(
         f"<tr><td>{escape(phase['name'])}<td>{escape(', '.join(phase['freeze']) or '-')}<td>{phase['frozen']['count']}"
@@ -76,13 +80,13 @@ def _audit_html(audit: dict[str, Any]) -> str:
         f"<td>{phase['checks']['tripwires'] + phase['checks']['fingerprints']:,}<td>{len(phase['violations'])}</tr>"
         for phase in audit["phases"]
     )
-    broken = "".join(
+    found = "".join(
         f"<li>{escape(v['phase'])}, step {v['step']}: <code>{escape(v['name'])}</code> {escape(v['kind'])}:"
         f" {escape(v['detail'])}; likely cause: {escape(v['cause'])}</li>"
         for phase in audit["phases"]
         for v in phase["violations"]
     )
-    return f"<h2>Audit: {verdict}</h2><table>{head}{body}</table>" + (f"<ul>{broken}</ul>" if broken else "")
+    return f"<h2>Audit: {verdict}</h2><table>{head}{body}</table>" + (f"<ul>{found}</ul>" if found else "")
 
 
 def draw_run(parts: Parts, epochs: list[dict[str, Any]]) -> Figure:

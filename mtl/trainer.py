@@ -130,6 +130,8 @@ class Trainer:
         lr_schedule = build_lr_schedule(self.config.optim, optimizer, parts.num_steps(phase))
         # The audit is told the patterns, not the plan: it draws the line itself, and fingerprints what is behind it.
         with self.audit.phase(phase.config.name, freeze=phase.freeze, optimizers=[optimizer, parts.balance]) as record:
+            # From here on the file says that this phase began, and that nothing is proven of it yet.
+            write_json(self.outcome.run_dir / "audit.json", self.audit.report.to_json())
             # What is frozen whole need not be recorded for a backward that never comes.
             parts.model.trunk_is_frozen = is_frozen(phase.plan, "trunk")
             change = None

@@ -2,18 +2,24 @@
 
 from __future__ import annotations
 
+import json
 import os
 import re
 import subprocess
 import sys
+import time
 from pathlib import Path
 from typing import Any
 
 import pytest
 
 from mtl import __version__
+from mtl.assembly import assemble
 from mtl.cli import main
+from mtl.config import load_config
 from runs import read_metrics, tiny_config
+
+ROOT = Path(__file__).parent.parent
 
 
 def run(*arguments: str, **surroundings: str) -> subprocess.CompletedProcess[str]:
@@ -143,6 +149,16 @@ BAD: dict[str, tuple[dict[str, Any], list[str], str]] = {
         ["trunk.options={in_chans: 1}"],
         r"command line: trunk.options: 'test_resnet' with options {'in_chans': 1} gives no features",
     ),
+    "a model that is no trunk": (
+        {},
+        ["trunk.options={features_only: true}"],
+        r"command line: trunk.options: 'test_resnet' with options {'features_only': True} gives no features",
+    ),
+    "batches of one image": (
+        {},
+        ["data.batch_size=1"],
+        "command line: data.batch_size: expected batches of two images",
+    ),
     "a seed that no generator takes": ({}, ["seed=20241124093000"], "command line: seed: expected a number less than"),
     "freezing a method that steps itself": (
         {"balance": {"method": "famo"}},
@@ -236,3 +252,33 @@ def test_of_two_runs_that_start_at_once_with_one_name_one_is_refused(tmp_path: P
     assert "was taken by another run just now" in results[1][1] or "already holds a run" in results[1][1]
     steps = [row["step"] for row in read_metrics(tmp_path / "runs/tiny") if "train/loss" in row]
     assert steps == list(range(1, 13))
+
+
+def test_a_loss_that_is_not_finite_is_one_line_and_exit_code_1(
+    tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    assert main(["train", str(tiny_config(tmp_path)), "-q", "phases.0.lr=1e10", "phases.0.epochs=3"]) == 1
+    (line,) = capsys.readouterr().err.splitlines()
+    assert line.startswith("error: train/loss is ") and "a lower learning rate" in line
+
+
+def test_a_run_that_is_killed_is_not_called_clean(tmp_path: Path) -> None:
+    file = tiny_config(tmp_path, phases=[{"name": "a", "freeze": ["trunk"], "epochs": 1}, {"name": "b", "epochs": 500}])
+    process = subprocess.Popen([sys.executable, "-m", "mtl", "train", str(file), "-q"])
+    deadline = time.monotonic() + 60
+    audit = tmp_path / "runs/tiny/audit.json"
+    while time.monotonic() < deadline and not (audit.exists() and '"name": "b"' in audit.read_text()):
+        time.sleep(0.02)
+    process.kill()
+    process.wait()
+    report = json.loads(audit.read_text())
+    assert report["ok"] is False
+    assert [(phase["name"], phase["completed"]) for phase in report["phases"]] == [("a", True), ("b", False)]
+    assert main(["report", str(tmp_path / "runs/tiny")]) == 0
+    assert 'Audit: <b class="broken">not finished</b>' in (tmp_path / "runs/tiny/report.html").read_text()
+
+
+def test_the_default_configuration_takes_a_method_that_learns_nothing() -> None:
+    config = load_config(ROOT / "configs/scenes.yaml", ["balance.method=mean", "data.num_train=8", "data.num_val=8"])
+    phases = assemble(config, quiet=True).phases
+    assert {group["lr"] for group in phases[0].groups} == {3e-3}

@@ -620,3 +620,8 @@ def test_parameters_that_a_model_keeps_fixed_are_listed_and_whole_numbers_never_
     enforce(model, plan_freeze(model, []))
     assert (model.table.requires_grad, model.count.requires_grad) == (True, False)
     assert list(trainable_parameters(model, plan_freeze(model, ["table"]))) == ["weight"]
+
+
+def test_one_pattern_alone_is_a_list_of_one() -> None:
+    model = nn.ModuleDict({"trunk": nn.Linear(1, 1), "head": nn.Linear(1, 1)})
+    assert plan_freeze(model, "trunk") == plan_freeze(model, ["trunk"])

@@ -16,7 +16,7 @@ from mtl.audit.contract import Contract, Place, draw_contract, shared_memory
 from mtl.audit.fingerprint import fingerprint, root
 from mtl.audit.membership import HoldsParameters, Membership
 from mtl.audit.report import AuditError, PhaseRecord, Report, Violation
-from mtl.patterns import PatternError, PatternLike
+from mtl.patterns import PatternError, PatternLike, as_list
 
 Policy = Literal["raise", "warn", "collect"]
 
@@ -47,7 +47,7 @@ class GradientAudit:
     def __init__(
         self,
         model: nn.Module,
-        freeze: Sequence[PatternLike] = (),
+        freeze: PatternLike | Sequence[PatternLike] = (),
         optimizers: Sequence[HoldsParameters] = (),
         policy: Policy = "raise",
     ) -> None:
@@ -64,7 +64,7 @@ class GradientAudit:
             raise ValueError(f"expected the policy raise, warn or collect, got {policy!r}")
         self.report = Report()
         self._model = model
-        self._freeze = list(freeze)
+        self._freeze = as_list(freeze)
         self._optimizers = list(optimizers)
         self._policy = policy
         self._record: PhaseRecord | None = None
@@ -83,7 +83,7 @@ class GradientAudit:
     def phase(
         self,
         name: str,
-        freeze: Sequence[PatternLike] | None = None,
+        freeze: PatternLike | Sequence[PatternLike] | None = None,
         optimizers: Sequence[HoldsParameters] | None = None,
     ) -> Iterator[PhaseRecord]:
         """Opens a phase: draws its contract and fingerprints it; at the end compares every byte.
@@ -102,7 +102,7 @@ class GradientAudit:
             raise RuntimeError(f"phase {self._record.name!r} is still open")
         if optimizers is not None:
             self._optimizers = list(optimizers)
-        self._begin(name, self._freeze if freeze is None else list(freeze))
+        self._begin(name, self._freeze if freeze is None else as_list(freeze))
         record = self._open()
         try:
             self._check_contract()

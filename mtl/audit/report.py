@@ -110,5 +110,6 @@ class Report:
         return not self.violations
 
     def to_json(self) -> dict[str, Any]:
-        """The content of `audit.json`."""
-        return {"ok": self.ok, "phases": [phase.to_json() for phase in self.phases]}
+        """The content of `audit.json`; what was cut short is not ok, for its end was never proven."""
+        completed = bool(self.phases) and all(phase.completed for phase in self.phases)
+        return {"ok": self.ok and completed, "phases": [phase.to_json() for phase in self.phases]}

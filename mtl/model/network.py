@@ -68,13 +68,12 @@ class MultiTaskModel(nn.Module):
         """
         super().__init__()
         trunk = build_trunk(config, image_size)
+        dense = any(task.output == "dense" for task in tasks.values())
+        self.levels, shape = _probe(trunk, dense, image_size, config)
+        self.reads_pooled = any(task.output == "vector" for task in tasks.values())
         trained_on: Any = trunk.pretrained_cfg
         self.normalize = Normalize(trained_on["mean"], trained_on["std"])
         self.trunk = trunk
-        dense = any(task.output == "dense" for task in tasks.values())
-        self.levels = pyramid_levels(trunk) if dense else []
-        self.reads_pooled = any(task.output == "vector" for task in tasks.values())
-        shape = _probe(trunk, self.levels, image_size, config)
         heads = {name: build_head(task.output, shape, task.num_outputs) for name, task in tasks.items()}
         self.heads = nn.ModuleDict(heads)
         self.memory_format = memory_format
@@ -143,9 +142,11 @@ def _create(name: str, pretrained: bool, options: dict[str, Any]) -> nn.Module:
     return trunk
 
 
-def _probe(trunk: nn.Module, levels: list[int], image_size: int, config: TrunkConfig) -> FeatureShape:
+def _probe(trunk: nn.Module, dense: bool, image_size: int, config: TrunkConfig) -> tuple[list[int], FeatureShape]:
+    """The levels that dense heads read, and the shape of all features."""
     try:
-        return feature_shape(trunk, levels, image_size)
+        levels = pyramid_levels(trunk) if dense else []
+        return levels, feature_shape(trunk, levels, image_size)
     except _TIMM_ERRORS as error:
         key = "trunk.options" if config.options else "trunk.name"
         reason = str(error).splitlines()[0] if str(error) else type(error).__name__

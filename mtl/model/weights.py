@@ -51,6 +51,10 @@ def packaged_weights() -> dict[str, Tensor]:
     return {name: tensor for old, tensor in source.items() if (name := _timm_name(old)) is not None}
 
 
+def _first_line(error: Exception) -> str:
+    return (str(error) or type(error).__name__).splitlines()[0]
+
+
 def _timm_name(name: str) -> str | None:
     """Timm's name of a packaged tensor; None for the ImageNet classifier."""
     outer = {"_conv_stem": "conv_stem", "_bn0": "bn1", "_conv_head": "conv_head", "_bn1": "bn2"}
@@ -103,7 +107,7 @@ def file_weights(path: Path) -> dict[str, Tensor]:
         else:
             content = torch.load(path, map_location="cpu", weights_only=True)
     except Exception as error:  # both libraries raise a dozen unrelated types for a file that is not theirs
-        raise WeightsError(f"{path} cannot be read as weights: {error}") from error
+        raise WeightsError(f"{path} cannot be read as weights: {_first_line(error)}") from error
     for key in ("state_dict", "model"):
         if isinstance(content, dict) and isinstance(content.get(key), dict):
             content = content[key]
