@@ -10,12 +10,12 @@ from pathlib import Path
 
 import pytest
 from PIL import Image
-from runs import tiny_parts
 from safetensors.torch import load_file
 
 from mtl.cli import main
 from mtl.report import write_report
 from mtl.trainer import train
+from runs import tiny_parts
 
 
 @pytest.fixture

@@ -9,8 +9,8 @@ import sys
 from pathlib import Path
 
 import pytest
-import wandb_file
 
+import wandb_file
 from mtl.config import TrackingConfig
 from mtl.tracking import Tracker
 

@@ -10,11 +10,11 @@ from typing import Any
 
 import pytest
 import torch
-import wandb_file
 import yaml
 from safetensors.torch import load_file
 from torch import Tensor
 
+import wandb_file
 from mtl.assembly import Parts
 from mtl.audit import AuditError
 from mtl.config import load_config
