@@ -19,6 +19,11 @@ class _BesideTheBar(logging.Handler):
         tqdm.write(self.format(record), file=sys.stdout)
 
 
+def first_line(error: Exception) -> str:
+    """What another library's error says, without the rest of its page."""
+    return (str(error) or type(error).__name__).splitlines()[0]
+
+
 def show_log(quiet: bool) -> None:
     """Shows the logger's lines on standard output; if quiet, only warnings."""
     logger.handlers = [_BesideTheBar()]

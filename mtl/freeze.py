@@ -17,7 +17,7 @@ from functools import partial
 from torch import Tensor, nn
 from torch.nn.modules.batchnorm import _NormBase
 
-from mtl.moduletree import describe
+from mtl.moduletree import describe, join
 from mtl.patterns import Partition, PatternLike, as_list, partition, text_of
 
 
@@ -140,19 +140,15 @@ def _modules_to_hold(module: nn.Module, names: Partition) -> Iterable[str]:
     paths: dict[nn.Module, list[str]] = {}
     for path, each in module.named_modules(remove_duplicate=False):
         paths.setdefault(each, []).append(path)
-        own_buffers = {_join(path, name) for name, _ in each.named_buffers(recurse=False)}
+        own_buffers = {join(path, name) for name, _ in each.named_buffers(recurse=False)}
         moved = frozen_buffers & own_buffers
         if moved and isinstance(each, _NormBase) and moved != own_buffers:
             raise FreezeError(
                 f"{', '.join(sorted(moved))} frozen, but not {', '.join(sorted(own_buffers - moved))}:"
                 " the statistics of a norm layer move together; freeze all of them or none"
             )
-        tensors = [_join(path, name) for name, _ in [*each.named_parameters(), *each.named_buffers()]]
+        tensors = [join(path, name) for name, _ in [*each.named_parameters(), *each.named_buffers()]]
         # A module without tensors, such as dropout, rests with the module around it; that one comes before it.
         inherited = path != "" and held[path.rpartition(".")[0]]
         held[path] = bool(moved) or (frozen.issuperset(tensors) if tensors else inherited)
     return [path for path in held if all(held[name] for name in paths[module.get_submodule(path)])]
-
-
-def _join(path: str, name: str) -> str:
-    return f"{path}.{name}" if path else name

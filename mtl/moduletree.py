@@ -16,7 +16,7 @@ def describe(module: nn.Module) -> ModuleTree:
     return ModuleTree(
         children={path: [name for name, _ in each.named_children()] for path, each in modules.items()},
         classes={path: [base.__name__ for base in type(each).__mro__] for path, each in modules.items()},
-        depth_groups=lambda path: [[_join(path, name) for name in group] for group in depth_groups(modules[path])],
+        depth_groups=lambda path: [[join(path, name) for name in group] for group in depth_groups(modules[path])],
     )
 
 
@@ -52,5 +52,6 @@ def _blocks(module: nn.Module) -> Iterator[str]:
             yield name
 
 
-def _join(path: str, name: str) -> str:
+def join(path: str, name: str) -> str:
+    """The full name of what hangs in the module at a path; the root's path is ""."""
     return f"{path}.{name}" if path else name

@@ -16,8 +16,8 @@ from torch import Tensor
 from mtl.assembly import Parts
 from mtl.checkpoint import load_checkpoint, write_text
 from mtl.data import Batch, validation_batches
+from mtl.model.trunk import in_eval_mode
 from mtl.tasks import Depth, Normals, Segmentation, Task
-from mtl.validation import in_eval_mode
 
 if TYPE_CHECKING:
     from matplotlib.axes import Axes

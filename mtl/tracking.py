@@ -10,7 +10,7 @@ from typing import Any
 
 from mtl.checkpoint import without_nan
 from mtl.config import TrackingConfig
-from mtl.console import logger
+from mtl.console import first_line, logger
 
 
 class Tracker:
@@ -63,10 +63,10 @@ class Tracker:
                 if mode == "offline":
                     raise
                 self._run = self._init(wandb, config, run_dir, name, run_config, "offline")
-                return f"wandb: offline, since online failed ({_first_line(error)}); wandb sync {self._folder()}"
+                return f"wandb: offline, since online failed ({first_line(error)}); wandb sync {self._folder()}"
         except Exception as error:  # noqa: BLE001 - nothing that wandb does ends a run
             self._run = None
-            return f"wandb: off, since it failed ({_first_line(error)}); the numbers are in metrics.jsonl"
+            return f"wandb: off, since it failed ({first_line(error)}); the numbers are in metrics.jsonl"
         if mode == "offline":
             return f"wandb: offline (no key, or asked for); upload later with: wandb sync {self._folder()}"
         return f"wandb: {mode}, {self._run.url or 'no address'}"
@@ -88,8 +88,4 @@ class Tracker:
             act()
         except Exception as error:  # noqa: BLE001 - nothing that wandb does ends a run
             self._run = None
-            logger.warning(f"wandb: stopped, since {what} failed ({_first_line(error)}); metrics.jsonl goes on")
-
-
-def _first_line(error: Exception) -> str:
-    return (str(error) or type(error).__name__).splitlines()[0]
+            logger.warning(f"wandb: stopped, since {what} failed ({first_line(error)}); metrics.jsonl goes on")

@@ -4,27 +4,15 @@ from __future__ import annotations
 
 import math
 from collections.abc import Iterable, Iterator, Mapping
-from contextlib import contextmanager
 
 import torch
 from torch import Tensor, nn
 
 from mtl.data import Batch, Split, validation_batches
+from mtl.model.trunk import in_eval_mode
 from mtl.tasks import Task
 
 Scores = dict[str, dict[str, float]]
-
-
-@contextmanager
-def in_eval_mode(module: nn.Module) -> Iterator[None]:
-    """Puts a module in eval mode, and afterwards every part of it back in the mode it was in."""
-    modes = {part: part.training for part in module.modules()}
-    module.eval()
-    try:
-        yield
-    finally:
-        for part, mode in modes.items():
-            part.training = mode
 
 
 def validate(

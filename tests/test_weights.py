@@ -132,4 +132,6 @@ def test_loading_never_executes_code(tmp_path: Path) -> None:
 def test_loading_leaves_a_counter_that_the_file_lacks() -> None:
     trunk = timm.create_model("resnet18", num_classes=0)
     state = {name: tensor for name, tensor in trunk.state_dict().items() if "num_batches_tracked" not in name}
+    trunk.get_buffer("bn1.num_batches_tracked").fill_(7)
     load_into(trunk, state, "the test")
+    assert trunk.get_buffer("bn1.num_batches_tracked").item() == 7

