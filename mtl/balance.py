@@ -14,8 +14,9 @@ from torch import Tensor, nn
 from torchjd import scalarization
 from torchjd.scalarization import Constant, Scalarizer
 
-from mtl.config import BalanceConfig, SettingError
+from mtl.config import SettingError
 from mtl.nearest import hint
+from mtl.optim_config import BalanceConfig
 
 
 def method_names() -> dict[str, str]:
@@ -23,14 +24,19 @@ def method_names() -> dict[str, str]:
     return {name.lower(): name for name in scalarization.__all__ if name not in ("Scalarizer", "Constant")}
 
 
-def build_balance(config: BalanceConfig, tasks: Sequence[str]) -> Balance:
+def build_balance(config: BalanceConfig, tasks: Sequence[str], every_task: Sequence[str] = ()) -> Balance:
     """Makes the balancing method of a configuration.
+
+    Args:
+        config: Which method.
+        tasks: The tasks whose losses it combines.
+        every_task: All tasks of the run, which `weights` may name as well; the same if not given.
 
     Raises:
         SettingError: No such method, options that it does not take or lacks, or weights that do not name every task.
     """
     if config.method == "fixed":
-        return Balance(Constant(_fixed_weights(config.weights or {}, tasks)))
+        return Balance(Constant(_fixed_weights(config.weights or {}, tasks, every_task or tasks)))
     names = method_names()
     if config.method.lower() not in names:
         near, there = hint(config.method.lower(), names), ", ".join(sorted(names))
@@ -48,11 +54,11 @@ def build_balance(config: BalanceConfig, tasks: Sequence[str]) -> Balance:
         raise SettingError("balance.options", f"{config.method} takes the options {takes}: {error}") from error
 
 
-def _fixed_weights(weights: Mapping[str, float], tasks: Sequence[str]) -> Tensor:
-    if set(weights) != set(tasks):
-        raise SettingError(
-            "balance.weights", f"expected a weight for each of {', '.join(tasks)}, got {', '.join(weights)}"
-        )
+def _fixed_weights(weights: Mapping[str, float], tasks: Sequence[str], every_task: Sequence[str]) -> Tensor:
+    if not set(tasks) <= set(weights) <= set(every_task):
+        extra = [name for name in weights if name not in every_task]
+        got = f"; there is no task {extra[0]!r}{hint(extra[0], every_task)}" if extra else f", got {', '.join(weights)}"
+        raise SettingError("balance.weights", f"expected a weight for each of {', '.join(tasks)}{got}")
     return torch.tensor([weights[task] for task in tasks])
 
 

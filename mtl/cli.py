@@ -3,6 +3,8 @@
 from __future__ import annotations
 
 import argparse
+import json
+import math
 import sys
 from collections.abc import Sequence
 from pathlib import Path
@@ -27,16 +29,31 @@ def main(arguments: Sequence[str] | None = None) -> int:
         "overrides", nargs="*", metavar="key=value", help="such as optim.lr=3e-4 phases.finetune.epochs=2"
     )
     train.add_argument("-q", "--quiet", action="store_true", help="show nothing but warnings and errors")
+    plan = verbs.add_parser(
+        "plan", help="what every phase freezes and costs, without training", description=_plan.__doc__
+    )
+    plan.add_argument("config", type=Path, metavar="CONFIG", help="a YAML file, such as configs/scenes.yaml")
+    plan.add_argument("overrides", nargs="*", metavar="key=value", help="as for train")
+    plan.add_argument("--params", action="store_true", help="list every parameter in every phase")
+    plan.add_argument("--json", action="store_true", help="print plain data; with --params, with all names")
+    plan.add_argument("--plot", type=Path, metavar="FILE", help="draw parameters x phases into a picture as well")
+    plan.add_argument("--world-size", type=int, metavar="N", help="processes that reduce gradients")
+    plan.add_argument(
+        "--generate", choices=("gradual", "top-down", "alternate", "one-at-a-time"), help="write phases as YAML instead"
+    )
+    plan.add_argument("--epochs", type=int, metavar="N", help="with --generate: length of each phase, 1 if not given")
     report = verbs.add_parser("report", help="write the report of a run again", description=_report.__doc__)
     report.add_argument("run_dir", type=Path, metavar="RUN_DIR", help="such as runs/scenes")
     report.add_argument("--picture", type=Path, metavar="FILE", help="put the report's picture into a PNG file as well")
     options, rest = parser.parse_known_args(arguments)
     # argparse takes key=value pairs only in one piece; those behind an option come back as the rest.
-    unknown = [argument for argument in rest if argument.startswith("-") or options.verb != "train"]
+    unknown = [argument for argument in rest if argument.startswith("-") or options.verb == "report"]
     if unknown:
         verbs.choices[options.verb].error(f"unrecognized arguments: {' '.join(unknown)}")
     if options.verb == "report":
         return _report(options.run_dir, options.picture)
+    if options.verb == "plan":
+        return _plan(options, [*options.overrides, *rest])
     return _train(options.config, [*options.overrides, *rest], options.quiet)
 
 
@@ -55,15 +72,16 @@ def _train(file: Path, overrides: Sequence[str], quiet: bool) -> int:
     from mtl.audit import AuditError
     from mtl.console import logger, show_log
     from mtl.data import DataError
+    from mtl.plan_text import short_plan
     from mtl.report import write_report
-    from mtl.summary import phases_table, results_table, verdict
+    from mtl.summary import results_table, verdict
     from mtl.trainer import train
 
     show_log(quiet)
     try:
         check_run_dir(config)
         parts = assemble(config, quiet)
-        logger.info(phases_table(parts))
+        logger.info(short_plan(parts.plan))
         outcome = train(parts, quiet)
     except (ConfigError, DataError) as error:
         return _complain(error)
@@ -75,13 +93,62 @@ def _train(file: Path, overrides: Sequence[str], quiet: bool) -> int:
         return FAILED
     logger.info(results_table(outcome))
     logger.info(verdict(outcome))
-    logger.info(
-        f"best val/score {outcome.best_score:.3f} at step {outcome.best_step}; {outcome.train_s:.0f} s of training"
-    )
+    best = "no best val/score, since it never was a number"
+    if not math.isnan(outcome.best_score):
+        best = f"best val/score {outcome.best_score:.3f} at step {outcome.best_step}"
+    logger.info(f"{best}; {outcome.train_s:.0f} s of training")
     # Last, since all else is on disk by now: a drawing that fails costs nothing.
-    files = [write_report(parts, outcome.run_dir).name, "checkpoints/{best,last}", "metrics.jsonl", "audit.json"]
+    kept = "{best,last}" if not math.isnan(outcome.best_score) else "last"
+    files = [write_report(parts, outcome.run_dir).name, f"checkpoints/{kept}", "metrics.jsonl", "audit.json"]
     logger.info(f"{outcome.run_dir}: {', '.join([*files, 'plan.json', 'config.yaml'])}")
     return DONE if outcome.report.ok else VIOLATION
+
+
+def _plan(options: argparse.Namespace, overrides: Sequence[str]) -> int:
+    """Shows what every phase of CONFIG freezes, trains and costs, without weights, data or training."""
+    from mtl.config import load_config
+    from mtl.yaml_source import ConfigError
+
+    for name in ("world_size", "epochs"):
+        if (number := getattr(options, name)) is not None and number < 1:
+            return _complain(ValueError(f"--{name.replace('_', '-')}: expected 1 or more, got {number}"))
+    others = [name for name in ("json", "params", "plot", "world_size") if getattr(options, name)]
+    if options.generate and others:
+        return _complain(ValueError(f"--generate only writes phases; leave out --{others[0].replace('_', '-')}"))
+    if options.epochs and not options.generate:
+        return _complain(ValueError("--epochs is the length of phases that --generate writes"))
+    try:
+        config = load_config(options.config, overrides)
+    except ConfigError as error:
+        return _complain(error)
+
+    from mtl.blueprint import draw_up_without_weights
+    from mtl.generate import generate_config
+    from mtl.plan import make_plan
+    from mtl.plan_picture import draw_plan
+    from mtl.plan_text import full_plan, parameter_map
+
+    try:
+        if options.generate:
+            command = ["mtl", "plan", str(options.config), *overrides, "--generate", options.generate]
+            command += ["--epochs", str(options.epochs)] if options.epochs else []
+            sys.stdout.write(generate_config(options.generate, config, command, options.epochs or 1))
+            return DONE
+        plan = make_plan(draw_up_without_weights(config), options.world_size or 1)
+    except ConfigError as error:
+        return _complain(error)
+    if options.plot is not None:
+        try:
+            draw_plan(plan, options.plot)
+        except (ValueError, OSError) as error:
+            reason = error.strerror if isinstance(error, OSError) else error
+            return _complain(ValueError(f"--plot: {options.plot} cannot be written: {reason}"))
+        sys.stderr.write(f"{options.plot}\n")
+    if options.json:
+        sys.stdout.write(json.dumps(plan.to_json(names=options.params), indent=2) + "\n")
+    else:
+        sys.stdout.write((parameter_map(plan) if options.params else full_plan(plan)) + "\n")
+    return DONE
 
 
 def _report(run_dir: Path, picture: Path | None) -> int:
@@ -89,7 +156,7 @@ def _report(run_dir: Path, picture: Path | None) -> int:
     from mtl.config import load_config
     from mtl.yaml_source import ConfigError
 
-    needed = ["config.yaml", "metrics.jsonl", "audit.json", "checkpoints/best/state.json"]
+    needed = ["config.yaml", "metrics.jsonl", "audit.json", "checkpoints/last/state.json"]
     missing = [name for name in needed if not (run_dir / name).is_file()]
     if missing:
         return _complain(ValueError(f"{run_dir} is no finished run: it lacks {', '.join(missing)}"))

@@ -6,42 +6,22 @@ Keys and types are declared as pydantic models; `yaml_source` reads the files an
 from __future__ import annotations
 
 from collections.abc import Sequence
+from functools import cached_property
 from pathlib import Path
 from typing import Annotated, Any, Literal
 
-from pydantic import (
-    BaseModel,
-    BeforeValidator,
-    ConfigDict,
-    Discriminator,
-    Field,
-    PrivateAttr,
-    Tag,
-    ValidationError,
-    field_validator,
-    model_validator,
-)
+from pydantic import BeforeValidator, Field, PrivateAttr, ValidationError, field_validator
 from pydantic_core import PydanticCustomError
 
 from mtl.config_mistakes import describe
-from mtl.patterns import Counted, PatternLike
+from mtl.config_types import Count, Patterns, Seed, Strict, one_as_list
+from mtl.names import shorten
+from mtl.optim_config import BalanceConfig, OptimConfig, word_for
+from mtl.phase_config import PhaseConfig, PhaseEntry, WrittenPhase, num_unrolled, unroll
 from mtl.yaml_source import ConfigError, KeyPath, Source, dotted, read_source
 
-Positive = Annotated[float, Field(gt=0, allow_inf_nan=False)]
-NotNegative = Annotated[float, Field(ge=0, allow_inf_nan=False)]
-Count = Annotated[int, Field(ge=1)]
-# All generators take 32 bits.
-Seed = Annotated[int, Field(ge=0, lt=2**32)]
-
-
-def _as_list(value: object) -> object:
-    return [value] if isinstance(value, str | dict) else value
-
-
-LearningRate = Annotated[
-    Annotated[Positive, Tag("number")] | Annotated[dict[str, Positive], Field(min_length=1), Tag("table")],
-    Discriminator(lambda value: "table" if isinstance(value, dict) else "number"),
-]
+# A phase costs at least an optimizer, a contract and a validation.
+_MOST_PHASES = 1000
 
 
 class SettingError(ValueError):
@@ -57,32 +37,7 @@ class SettingError(ValueError):
         self.message = message
 
 
-class _Strict(BaseModel):
-    """Unknown keys and near-miss types are errors: nothing is ignored or converted in silence."""
-
-    model_config = ConfigDict(extra="forbid", strict=True, frozen=True)
-
-
-class CountedConfig(_Strict):
-    """A pattern that must match an exact number of tensors: a guard against renamed layers.
-
-    Attributes:
-        pattern: The pattern.
-        must_match: How many parameters and buffers it has to match.
-    """
-
-    pattern: str
-    must_match: Count
-
-
-PatternConfig = Annotated[
-    Annotated[str, Tag("pattern")] | Annotated[CountedConfig, Tag("counted")],
-    Discriminator(lambda value: "counted" if isinstance(value, dict | CountedConfig) else "pattern"),
-]
-Patterns = Annotated[list[PatternConfig], BeforeValidator(_as_list)]
-
-
-class TrunkConfig(_Strict):
+class TrunkConfig(Strict):
     """The shared timm model.
 
     Attributes:
@@ -96,7 +51,7 @@ class TrunkConfig(_Strict):
     options: dict[str, Any] = {}
 
 
-class DataConfig(_Strict):
+class DataConfig(Strict):
     """The data set.
 
     Attributes:
@@ -118,7 +73,7 @@ class DataConfig(_Strict):
     cache_dir: str | None = None
 
 
-class SegmentationConfig(_Strict):
+class SegmentationConfig(Strict):
     """A class per pixel.
 
     Attributes:
@@ -133,19 +88,19 @@ class SegmentationConfig(_Strict):
     balance_power: Annotated[float, Field(ge=0, le=1)] = 0.5
 
 
-class DepthConfig(_Strict):
+class DepthConfig(Strict):
     """Metres per pixel."""
 
     type: Literal["depth"]
 
 
-class NormalsConfig(_Strict):
+class NormalsConfig(Strict):
     """A unit normal per pixel."""
 
     type: Literal["normals"]
 
 
-class ClassificationConfig(_Strict):
+class ClassificationConfig(Strict):
     """A class per image.
 
     Attributes:
@@ -163,73 +118,13 @@ TaskConfig = Annotated[
 ]
 
 
-class BalanceConfig(_Strict):
-    """How the tasks' losses become one.
-
-    Attributes:
-        method: A scalarizer of TorchJD by name, such as `uw`, `dwa`, `famo`, `mean`; or `fixed`.
-        weights: For `fixed`: the weight of every task.
-        options: Passed to the scalarizer.
-    """
-
-    method: str = "mean"
-    weights: dict[str, NotNegative] | None = None
-    options: dict[str, Any] = {}
-
-    @model_validator(mode="after")
-    def _weights_go_with_fixed(self) -> BalanceConfig:
-        if (self.method == "fixed") != (self.weights is not None):
-            raise PydanticCustomError("balance", "Input should have weights exactly if the method is 'fixed'")
-        return self
-
-
-class OptimConfig(_Strict):
-    """AdamW, shared by all phases.
-
-    Attributes:
-        lr: Peak learning rate; a phase may set its own.
-        weight_decay: Decoupled decay of weights; biases, norms and other vectors are not decayed.
-        lr_schedule: Course of the rate over one phase: `constant`, `cosine` (to 0), or `one-cycle` (up, then to 0).
-        accumulate: Batches whose gradients are averaged into one step.
-    """
-
-    lr: Positive = 1e-3
-    weight_decay: NotNegative = 0.05
-    lr_schedule: Literal["constant", "cosine", "one-cycle"] = "one-cycle"
-    accumulate: Count = 1
-
-
-class PhaseConfig(_Strict):
-    """One phase: what is frozen, how fast the rest learns, and for how long.
-
-    Attributes:
-        name: Its name in logs, plan and audit.
-        freeze: Patterns of what is frozen; none trains everything.
-        epochs: Length in passes over the training data; or
-        steps: length in optimizer steps.
-        lr: Peak rate, or pattern -> rate; the run's `optim.lr` if not given.
-    """
-
-    name: Annotated[str, Field(min_length=1)]
-    freeze: Patterns = []
-    epochs: Count | None = None
-    steps: Count | None = None
-    lr: LearningRate | None = None
-
-    @model_validator(mode="after")
-    def _has_one_length(self) -> PhaseConfig:
-        if (self.epochs is None) == (self.steps is None):
-            raise PydanticCustomError("length", "Input should have either epochs or steps")
-        return self
-
-
-class AuditConfig(_Strict):
+class AuditConfig(Strict):
     """What a violation of the contract does: `raise` stops the run, `warn` and `collect` go on."""
 
     policy: Literal["raise", "warn", "collect"] = "raise"
 
 
-class TrackingConfig(_Strict):
+class TrackingConfig(Strict):
     """wandb.
 
     Attributes:
@@ -243,13 +138,13 @@ class TrackingConfig(_Strict):
     log_every_steps: Count = 20
 
 
-class ClassicConfig(_Strict):
+class ClassicConfig(Strict):
     """The classic way to freeze: substrings of parameter names, frozen in every phase."""
 
-    NOT_TRAIN_IN_MULTI_TASK: Annotated[list[str], BeforeValidator(_as_list)] = []
+    NOT_TRAIN_IN_MULTI_TASK: Annotated[list[str], BeforeValidator(one_as_list)] = []
 
 
-class RunConfig(_Strict):
+class RunConfig(Strict):
     """Everything that defines a run.
 
     Attributes:
@@ -259,6 +154,11 @@ class RunConfig(_Strict):
         device: `auto` (CUDA if there is one), `cpu`, `cuda` or `cuda:N`.
         memory_format: Layout of images and weights; measure which is faster for a trunk.
         precision: `bf16` runs the model's forward under autocast; weights and losses stay float32.
+        freeze_always: Patterns of what is frozen in every phase; no phase can take it back.
+        phases: The phases in order; `{repeat: N, phases: [...]}` in place of one repeats some.
+        unreached: What becomes of parameters that would train, but that no active task's loss depends on: `freeze` them
+            for the phase, only `warn`, or `error`.
+        resume: A checkpoint's folder, of a run with the same model and phases, to go on from.
     """
 
     name: str = Field(pattern=r"^[\w\-][\w.\-]*$")
@@ -270,9 +170,12 @@ class RunConfig(_Strict):
     trunk: TrunkConfig
     data: DataConfig = DataConfig()
     tasks: dict[Annotated[str, Field(pattern=r"^[A-Za-z_]\w*$")], TaskConfig] = Field(min_length=1)
-    balance: BalanceConfig = BalanceConfig()
+    balance: Annotated[BalanceConfig, word_for("method")] = BalanceConfig()
     optim: OptimConfig = OptimConfig()
-    phases: list[PhaseConfig] = Field(min_length=1)
+    freeze_always: Patterns = []
+    phases: list[PhaseEntry] = Field(min_length=1)
+    unreached: Literal["freeze", "warn", "error"] = "freeze"
+    resume: str | None = None
     audit: AuditConfig = AuditConfig()
     tracking: TrackingConfig = TrackingConfig()
     MODEL: ClassicConfig = ClassicConfig()
@@ -281,12 +184,14 @@ class RunConfig(_Strict):
 
     @field_validator("phases")
     @classmethod
-    def _phases_have_own_names(cls, phases: list[PhaseConfig]) -> list[PhaseConfig]:
-        names = [phase.name for phase in phases]
-        twice = sorted({name for name in names if names.count(name) > 1})
+    def _phases_have_own_names(cls, phases: list[PhaseEntry]) -> list[PhaseEntry]:
+        if num_unrolled(phases) > _MOST_PHASES:
+            raise PydanticCustomError("phases", f"Input should have at most {_MOST_PHASES} phases, repeats written out")
+        names = [phase.name for phase in unroll(phases)]
+        twice = sorted({name for name in names if names.count(name) > 1}) if len(set(names)) < len(names) else []
         if twice:
             raise PydanticCustomError(
-                "phases", f"Input should have a name of its own for every phase, not {twice} twice"
+                "phases", f"Input should have a name of its own for every phase, not {shorten(twice, 5)} twice"
             )
         return phases
 
@@ -298,10 +203,22 @@ class RunConfig(_Strict):
         """An error about a value that only later turns out wrong, with the place where it was written."""
         return ConfigError([f"{self._source.where(path)}: {dotted(path)}: {message}"])
 
-    def freeze_patterns(self, phase: PhaseConfig) -> list[PatternLike]:
-        """What a phase freezes: its own patterns, then the classic list, which no phase can take back."""
-        own = [Counted(p.pattern, p.must_match) if isinstance(p, CountedConfig) else p for p in phase.freeze]
-        return [*own, *(f"~{text}" for text in self.MODEL.NOT_TRAIN_IN_MULTI_TASK)]
+    @cached_property
+    def written_phases(self) -> list[WrittenPhase]:
+        """The phases in the order in which they follow each other, repeats written out."""
+        return list(unroll(self.phases))
+
+    def with_changes(self, **changes: Any) -> RunConfig:
+        """The same configuration, from the same file, with other values under some keys."""
+        changed = self.model_copy(update=changes)
+        changed._source = self._source
+        return changed
+
+    def optim_of(self, phase: PhaseConfig) -> OptimConfig:
+        """How a phase steps parameters: the run's `optim` with what the phase sets itself on top."""
+        keys = ("optimizer", "lr", "layer_decay", "weight_decay", "lr_schedule")
+        own = {key: value for key in keys if (value := getattr(phase, key)) is not None}
+        return self.optim.model_copy(update=own)
 
 
 def mistake_of(config: RunConfig, error: SettingError) -> ConfigError:

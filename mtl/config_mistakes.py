@@ -2,8 +2,9 @@
 
 from __future__ import annotations
 
+from collections.abc import Mapping
 from types import NoneType, UnionType
-from typing import Annotated, Any, Union, get_args, get_origin
+from typing import Annotated, Any, Literal, Union, get_args, get_origin
 
 from pydantic import BaseModel, Tag
 from pydantic_core import ErrorDetails
@@ -38,11 +39,11 @@ def describe(error: ErrorDetails, model: type[BaseModel], source: Source) -> str
         near = hint(str(path[-1]), keys)
         expected, got = "unknown key", "" if near else f"; the keys here are {', '.join(keys)}"
     elif kind in ("missing", "union_tag_not_found"):
-        path = (*path, "type") if kind == "union_tag_not_found" else path
+        path = (*path, _tag_key(context)) if kind == "union_tag_not_found" else path
         expected, got = "this key is required", ""
     elif kind in ("union_tag_invalid", "literal_error"):
         if kind == "union_tag_invalid":
-            path, came = (*path, "type"), came["type"]
+            path, came = (*path, _tag_key(context)), came[_tag_key(context)]
         listed = context.get("expected_tags") or context["expected"]
         choices = [choice.strip().strip("'") for choice in listed.replace(" or ", ", ").split(",")]
         expected, got, near = f"expected one of {', '.join(choices)}", f", got {came!r}", hint(str(came), choices)
@@ -53,6 +54,12 @@ def describe(error: ErrorDetails, model: type[BaseModel], source: Source) -> str
     elif isinstance(came, dict | list):
         got = ""
     return f"{source.where(path)}: {dotted(path)}: {expected}{got}{near}"
+
+
+def _tag_key(context: Mapping[str, Any]) -> str:
+    """The key whose value says which of several forms a mapping has."""
+    key: str = context["discriminator"].strip("'")
+    return key
 
 
 def _plain(message: str) -> str:
@@ -75,8 +82,9 @@ def _resolve(location: tuple[int | str, ...], model: type[BaseModel]) -> tuple[K
         annotation, is_mark = _descend(annotation, key)
         if not is_mark:
             path.append(key)
-        if isinstance(annotation, type) and issubclass(annotation, BaseModel):
-            model = annotation
+        members = _members(annotation)
+        if len(members) == 1 and isinstance(members[0][0], type) and issubclass(members[0][0], BaseModel):
+            model = members[0][0]
     return tuple(path), model
 
 
@@ -100,6 +108,9 @@ def _members(annotation: Any) -> list[tuple[Any, tuple[str, ...]]]:
         tags += tuple(extra.tag for extra in extras if isinstance(extra, Tag))
     if get_origin(annotation) in (Union, UnionType):
         return [m for member in get_args(annotation) if member is not NoneType for m in _members(member)]
-    if isinstance(annotation, type) and issubclass(annotation, BaseModel) and "type" in annotation.model_fields:
-        tags += get_args(annotation.model_fields["type"].annotation)
+    if isinstance(annotation, type) and issubclass(annotation, BaseModel):
+        for key in ("type", "name"):
+            field = annotation.model_fields.get(key)
+            if field is not None and get_origin(field.annotation) is Literal:
+                tags += get_args(field.annotation)
     return [(annotation, tags)]

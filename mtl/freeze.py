@@ -10,6 +10,7 @@ all frozen is in eval mode, and stays in it through any later `.train()`: BatchN
 
 from __future__ import annotations
 
+from collections import Counter
 from collections.abc import Iterable, Sequence
 from dataclasses import dataclass
 from functools import partial
@@ -18,7 +19,9 @@ from torch import Tensor, nn
 from torch.nn.modules.batchnorm import _NormBase
 
 from mtl.moduletree import describe, join
+from mtl.names import parents
 from mtl.patterns import Partition, PatternLike, as_list, partition, text_of
+from mtl.storage import overlapping
 
 
 class FreezeError(ValueError):
@@ -49,13 +52,14 @@ def plan_freeze(module: nn.Module, patterns: PatternLike | Sequence[PatternLike]
 
     Raises:
         PatternError: A pattern cannot be read or selects nothing.
-        FreezeError: The line cuts through a tensor that has several names, or through the statistics of one norm layer.
+        FreezeError: The line cuts through a tensor that has several names, through memory that two tensors share, or
+            through the statistics of one norm layer.
     """
     patterns = as_list(patterns)
     parameters = dict(module.named_parameters(remove_duplicate=False))
     buffers = dict(module.named_buffers(remove_duplicate=False))
     names = partition(patterns, list(parameters), list(buffers), describe(module))
-    _check_aliases(parameters | buffers, {*names.frozen, *names.frozen_buffers})
+    _check_line(parameters | buffers, {*names.frozen, *names.frozen_buffers})
     return FreezePlan(tuple(map(text_of, patterns)), names, tuple(_modules_to_hold(module, names)))
 
 
@@ -116,18 +120,20 @@ def is_frozen(plan: FreezePlan, module_name: str) -> bool:
     )
 
 
-def _check_aliases(tensors: dict[str, Tensor], frozen: set[str]) -> None:
-    names_of: dict[int, list[str]] = {}
-    for name, tensor in tensors.items():
-        names_of.setdefault(id(tensor), []).append(name)
-    for names in names_of.values():
-        inside = [name for name in names if name in frozen]
-        if inside and len(inside) < len(names):
-            outside = [name for name in names if name not in frozen]
+def _check_line(tensors: dict[str, Tensor], frozen: set[str]) -> None:
+    """Raises `FreezeError` if a frozen tensor is, or lies in the memory of, one that is not frozen."""
+    inside, outside = ({n: t for n, t in tensors.items() if (n in frozen) == side} for side in (True, False))
+    for one, other in overlapping(list(inside.values()), list(outside.values())):
+        name, there = list(inside)[one], list(outside)[other]
+        if inside[name] is outside[there]:
+            others = ", ".join(each for each in outside if outside[each] is inside[name])
             raise FreezeError(
-                f"{inside[0]} is frozen, but it is the same tensor as {', '.join(outside)}, which is not;"
+                f"{name} is frozen, but it is the same tensor as {others}, which is not;"
                 " freeze all of its names or none"
             )
+        raise FreezeError(
+            f"{name} is frozen, but lies in the same memory as {there}, which is not; freeze both or neither"
+        )
 
 
 def _modules_to_hold(module: nn.Module, names: Partition) -> Iterable[str]:
@@ -135,20 +141,23 @@ def _modules_to_hold(module: nn.Module, names: Partition) -> Iterable[str]:
 
     A module with several names is held only if it is held by each of them.
     """
-    frozen, frozen_buffers = {*names.frozen, *names.frozen_buffers}, set(names.frozen_buffers)
+    num_frozen = Counter(path for name in (*names.frozen, *names.frozen_buffers) for path in parents(name))
+    num_free = Counter(path for name in (*names.trainable, *names.free_buffers) for path in parents(name))
+    frozen_buffers = set(names.frozen_buffers)
     held: dict[str, bool] = {}
-    paths: dict[nn.Module, list[str]] = {}
-    for path, each in module.named_modules(remove_duplicate=False):
-        paths.setdefault(each, []).append(path)
-        own_buffers = {join(path, name) for name, _ in each.named_buffers(recurse=False)}
+    is_held: dict[nn.Module, bool] = {}
+    modules = dict(module.named_modules(remove_duplicate=False))
+    for path, each in modules.items():
+        own_buffers = {join(path, name) for name, buffer in each._buffers.items() if buffer is not None}
         moved = frozen_buffers & own_buffers
         if moved and isinstance(each, _NormBase) and moved != own_buffers:
             raise FreezeError(
                 f"{', '.join(sorted(moved))} frozen, but not {', '.join(sorted(own_buffers - moved))}:"
                 " the statistics of a norm layer move together; freeze all of them or none"
             )
-        tensors = [join(path, name) for name, _ in [*each.named_parameters(), *each.named_buffers()]]
         # A module without tensors, such as dropout, rests with the module around it; that one comes before it.
         inherited = path != "" and held[path.rpartition(".")[0]]
-        held[path] = bool(moved) or (frozen.issuperset(tensors) if tensors else inherited)
-    return [path for path in held if all(held[name] for name in paths[module.get_submodule(path)])]
+        has_tensors = num_frozen[path] or num_free[path]
+        held[path] = bool(moved) or (not num_free[path] if has_tensors else inherited)
+        is_held[each] = is_held.get(each, True) and held[path]
+    return [path for path, each in modules.items() if is_held[each]]

@@ -1,124 +1,244 @@
-"""The optimizer of a phase, and the course of its learning rate."""
+"""A phase's optimizer: rates and decay by parameter, groups, the optimizer itself, and its moments by name."""
 
 from __future__ import annotations
 
-import math
-from collections.abc import Callable, Mapping
-from functools import partial
+import inspect
+from collections.abc import Collection, Mapping, Sequence
+from fnmatch import fnmatchcase
 from typing import Any
 
-from torch import nn
-from torch.optim import AdamW, Optimizer
-from torch.optim.lr_scheduler import LambdaLR
+import torch
+from torch import Tensor, nn
+from torch.optim import Optimizer
 
-from mtl.config import OptimConfig
+from mtl.config import SettingError
+from mtl.nearest import hint
+from mtl.optim_config import OptimizerConfig
 from mtl.patterns import NO_TREE, ModuleTree, PatternError, select
+from mtl.plugin import PluginError, find_class
 
-# One-cycle (Smith and Topin, arXiv 1708.07120): from a 25th of the peak up, then down to nothing, in cosine halves.
-_WARM_UP_SHARE, _START_FACTOR = 0.3, 0.04
-
-
-class LearningRateError(ValueError):
-    """A table of learning rates that leaves a trainable parameter without one."""
+# They do not step parameters of all shapes from one backward: LBFGS wants a closure, SparseAdam sparse gradients, Muon
+# matrices only.
+_NOT_FOR_THIS_LOOP = ("LBFGS", "SparseAdam", "Muon")
 
 
-def rates(
-    lr: float | Mapping[str, float],
-    trainable: list[str],
-    every_name: list[str],
-    balance_lr: float,
+# Options that do not change what an optimizer remembers of a parameter.
+_OF_NO_STATE = {"lr", "weight_decay", "foreach", "fused", "capturable", "differentiable", "maximize"}
+
+
+class UncoveredError(ValueError):
+    """A table that leaves a parameter without a value."""
+
+
+def by_pattern(
+    value: float | Mapping[str, float],
+    names: Sequence[str],
+    every_name: Sequence[str],
     tree: ModuleTree = NO_TREE,
+    otherwise: Mapping[str, float] | None = None,
 ) -> dict[str, float]:
-    """The peak learning rate of every trainable parameter.
+    """One number for each of some parameters.
 
     Args:
-        lr: One rate for all, or pattern -> rate; the last pattern that matches decides.
-        trainable: Names of the parameters that train.
-        every_name: Names of all parameters; a pattern may match frozen ones only.
-        balance_lr: Rate of the balancing method's own parameters where a table does not name them.
+        value: One number for all, or pattern -> number; the last pattern that matches decides.
+        names: Names of the parameters.
+        every_name: Names of all parameters; a pattern may match others only, such as frozen ones.
         tree: The module tree that the names hang in.
+        otherwise: Numbers of parameters that a table need not name.
 
     Raises:
         PatternError: A pattern cannot be read or matches no parameter at all.
-        LearningRateError: The table leaves a trainable parameter uncovered.
+        UncoveredError: The table leaves a parameter uncovered.
     """
-    if not isinstance(lr, Mapping):
-        return dict.fromkeys(trainable, lr)
-    patterns = list(lr)
+    if not isinstance(value, Mapping):
+        return dict.fromkeys(names, value)
+    patterns = list(value)
     for index, pattern in enumerate(patterns):
         if pattern.startswith("!"):
             raise PatternError(
-                index, f"pattern {pattern!r} takes back, but a rate cannot be taken back; give another rate"
+                index, f"pattern {pattern!r} takes back, but a number cannot be taken back; give another number"
             )
     decided_by = select(patterns, every_name, tree).decided_by
-    table = {name: lr[patterns[decided_by[name]]] for name in trainable if name in decided_by}
-    table |= {name: balance_lr for name in trainable if name not in table and name.startswith("balance.")}
-    uncovered = [name for name in trainable if name not in table]
+    table = {name: value[patterns[decided_by[name]]] for name in names if name in decided_by}
+    table |= {name: number for name, number in (otherwise or {}).items() if name not in table}
+    uncovered = [name for name in names if name not in table]
     if uncovered:
-        raise LearningRateError(
+        raise UncoveredError(
             f"no pattern covers {len(uncovered)} trainable parameters, such as {uncovered[0]}; add one for them"
         )
-    return table
+    return {name: table[name] for name in names}
+
+
+def layer_factors(decay: float, depth_groups: Sequence[Sequence[str]]) -> dict[str, float]:
+    """By what a rate is multiplied for each parameter of the trunk: the further from the heads, the less.
+
+    Source: BEiT (Bao et al., arXiv 2106.08254), whose code counts the heads as the layer above the last one.
+
+    Args:
+        decay: The factor from one depth group to the one below it.
+        depth_groups: The trunk's parameters from input to output.
+    """
+    num_groups = len(depth_groups)
+    return {name: decay ** (num_groups - index) for index, group in enumerate(depth_groups) for name in group}
+
+
+def is_decayed(name: str, parameter: Tensor, excepted: Collection[str]) -> bool:
+    """Whether weight decay is for this parameter: vectors and scalars (biases, norms) are not pulled towards zero.
+
+    Args:
+        name: Its full name.
+        parameter: The parameter.
+        excepted: Names, or shell patterns of names, that the model itself excepts (timm's `no_weight_decay`).
+    """
+    return parameter.ndim > 1 and not any(fnmatchcase(name, pattern) for pattern in excepted)
 
 
 def group_parameters(
-    config: OptimConfig, parameters: Mapping[str, nn.Parameter], lr_of: Mapping[str, float]
+    parameters: Mapping[str, nn.Parameter], lr_of: Mapping[str, float], decay_of: Mapping[str, float]
 ) -> list[dict[str, Any]]:
     """Parameter groups, one for each pair of learning rate and weight decay.
 
-    Vectors and scalars (biases, norms, balancing weights) are not decayed: zero is not where they should be pulled.
-
     Args:
-        config: The weight decay.
         parameters: What trains, by name.
         lr_of: The peak learning rate of each.
+        decay_of: The weight decay of each; 0 for those that are not in it.
     """
     groups: dict[tuple[float, float], list[nn.Parameter]] = {}
     for name, parameter in parameters.items():
-        decay = config.weight_decay if parameter.ndim > 1 else 0.0
-        groups.setdefault((lr_of[name], decay), []).append(parameter)
+        groups.setdefault((lr_of[name], decay_of.get(name, 0.0)), []).append(parameter)
     return [{"params": params, "lr": lr, "weight_decay": decay} for (lr, decay), params in groups.items()]
 
 
-def build_optimizer(groups: list[dict[str, Any]], previous: Optimizer | None = None) -> Optimizer:
-    """AdamW over exactly these groups.
+def optimizer_names() -> dict[str, str]:
+    """The optimizers of torch by the name that a configuration writes: `adamw` -> `AdamW`."""
+    classes = [kind for kind in vars(torch.optim).values() if isinstance(kind, type) and issubclass(kind, Optimizer)]
+    names = [kind.__name__ for kind in classes if kind is not Optimizer]
+    return {name.lower(): name for name in names if name not in _NOT_FOR_THIS_LOOP}
+
+
+def build_optimizer(config: OptimizerConfig, groups: Sequence[Mapping[str, Any]]) -> Optimizer:
+    """An optimizer over exactly these groups.
 
     Args:
-        groups: From `group_parameters`.
-        previous: The optimizer of the phase before; moments of parameters that go on training are taken over.
+        config: Which one.
+        groups: From `group_parameters`; they are not written to.
+
+    Raises:
+        SettingError: There is no such optimizer, or it does not take these options or these groups.
     """
-    # Copies: an optimizer writes the current rate into its groups.
-    optimizer = AdamW([dict(group) for group in groups], foreach=True)
-    carried = {} if previous is None else previous.state
-    for group in optimizer.param_groups:
-        for parameter in group["params"]:
-            if parameter in carried:
-                optimizer.state[parameter] = carried[parameter]
+    kind = _optimizer_class(config.name)
+    takes = inspect.signature(kind).parameters
+    closure = inspect.signature(kind.step).parameters.get("closure")
+    if closure is not None and closure.default is closure.empty:
+        raise SettingError("optimizer.name", f"{config.name} wants a closure that computes the loss again and again")
+    reserved = [key for key in ("params", "lr", "weight_decay") if key in config.options]
+    if reserved:
+        raise SettingError("optimizer.options", f"{reserved[0]!r} has a key of its own, beside optimizer")
+    takes_all = any(parameter.kind is parameter.VAR_KEYWORD for parameter in takes.values())
+    if "weight_decay" not in takes and not takes_all and any(group["weight_decay"] for group in groups):
+        raise SettingError("optimizer.name", f"{config.name} takes no weight decay; set weight_decay to 0")
+    options = dict(config.options)
+    if "foreach" in takes and not {"fused", "differentiable"} & options.keys():
+        options.setdefault("foreach", True)
+    if "lr" in takes:
+        options["lr"] = max(group["lr"] for group in groups)
+    try:
+        # Copies: an optimizer writes the current rate into its groups.
+        make: Any = kind
+        optimizer: Optimizer = make([dict(group) for group in groups], **options)
+    except (TypeError, ValueError, RuntimeError) as error:
+        known = ", ".join(key for key in takes if key not in ("params", "lr", "weight_decay"))
+        raise SettingError("optimizer.options", f"{config.name} takes the options {known}: {error}") from error
     return optimizer
 
 
-def build_lr_schedule(config: OptimConfig, optimizer: Optimizer, num_steps: int) -> LambdaLR:
-    """The learning rate's course over one phase; call its `step` after each of the optimizer's."""
-    return LambdaLR(optimizer, partial(_FACTORS[config.lr_schedule], num_steps=num_steps))
+def _optimizer_class(name: str) -> type[Optimizer]:
+    if ":" in name:
+        try:
+            found: type[Optimizer] = find_class(name, Optimizer)
+            return found
+        except PluginError as error:
+            raise SettingError("optimizer.name", str(error)) from error
+    names = optimizer_names()
+    if name.lower() not in names:
+        there = f"there are: {', '.join(sorted(names))}, or your own as package.module:Name"
+        raise SettingError("optimizer.name", f"no optimizer {name!r}{hint(name.lower(), names)}; {there}")
+    kind: type[Optimizer] = getattr(torch.optim, names[name.lower()])
+    return kind
 
 
-def _constant(step: int, num_steps: int) -> float:  # noqa: ARG001 - one signature for all
-    return 1.0
+class Moments:
+    """What optimizers remember of parameters, by the parameters' names.
+
+    Optimizers live for one phase. What one has gathered (momentum, second moments, step counts) is taken from it at the
+    phase's end and given to the next one of the same kind that holds the parameter, however many phases later: a
+    parameter that is thawed again goes on from the state in which it was frozen. Until then it rests in the host's
+    memory. Optimizers are of one kind if they are of one class and have the same options switched on, since others
+    would look for moments that are not there (momentum, amsgrad).
+    """
+
+    def __init__(self) -> None:
+        self._kept: dict[str, dict[str, dict[str, Any]]] = {}
+
+    def take(self, optimizer: Optimizer, name_of: Mapping[Tensor, str]) -> None:
+        """Takes over the state of every parameter that an optimizer holds.
+
+        Args:
+            optimizer: An optimizer that steps no more, or is given its state back.
+            name_of: The names of its parameters.
+        """
+        kept = self._kept.setdefault(_kind(optimizer), {})
+        states = {name_of[key]: state for key, state in optimizer.state.items() if key in name_of}
+        kept.update({name: dict(state) for name, state in states.items() if state})
+
+    def give(self, optimizer: Optimizer, name_of: Mapping[Tensor, str]) -> list[str]:
+        """Gives an optimizer the state of those of its parameters of which there is one; it is no longer kept here.
+
+        Returns:
+            The names of those parameters.
+        """
+        kept = self._kept.get(_kind(optimizer), {})
+        parameters = [parameter for group in optimizer.param_groups for parameter in group["params"]]
+        held = [name_of[parameter] for parameter in parameters]
+        states = {
+            number: {key: _in_layout_of(parameter, value) for key, value in kept.pop(name).items()}
+            for number, (name, parameter) in enumerate(zip(held, parameters, strict=True))
+            if name in kept
+        }
+        # torch's own way to load a state knows which parts of it belong on which device, in which type.
+        optimizer.load_state_dict({"state": states, "param_groups": optimizer.state_dict()["param_groups"]})
+        for name, state in kept.items():
+            kept[name] = {key: value.cpu() if isinstance(value, Tensor) else value for key, value in state.items()}
+        return [held[number] for number in states]
+
+    def forget(self, names: Collection[str]) -> None:
+        """Drops what is kept of these parameters."""
+        for kept in self._kept.values():
+            for name in names:
+                kept.pop(name, None)
+
+    def keep_only(self, names: Collection[str]) -> None:
+        """Drops what is kept of all other parameters."""
+        self._kept = {kind: {n: kept[n] for n in kept if n in names} for kind, kept in self._kept.items()}
+
+    def state_dict(self) -> dict[str, dict[str, dict[str, Any]]]:
+        """By the optimizer's kind, the parameter's name, and the state's key: a tensor, number or None."""
+        return {kind: {name: dict(state) for name, state in kept.items()} for kind, kept in self._kept.items()}
+
+    def load_state_dict(self, state: Mapping[str, Mapping[str, Mapping[str, Any]]]) -> None:
+        self._kept = {kind: {name: dict(each) for name, each in kept.items()} for kind, kept in state.items()}
 
 
-def _cosine(step: int, num_steps: int) -> float:
-    return _half_cosine(1.0, 0.0, step / num_steps)
+def _kind(optimizer: Optimizer) -> str:
+    options = {
+        key for key, value in optimizer.defaults.items() if value is not None and value is not False and value != 0
+    }
+    switched_on = ",".join(sorted(options - _OF_NO_STATE))
+    return f"{type(optimizer).__module__}:{type(optimizer).__qualname__}[{switched_on}]"
 
 
-def _one_cycle(step: int, num_steps: int) -> float:
-    peak = max(1, round(_WARM_UP_SHARE * num_steps))
-    if step < peak:
-        return _half_cosine(_START_FACTOR, 1.0, step / peak)
-    return _half_cosine(1.0, 0.0, (step - peak) / max(1, num_steps - peak))
-
-
-def _half_cosine(start: float, end: float, share: float) -> float:
-    return end + (start - end) * (1 + math.cos(math.pi * min(1.0, share))) / 2
-
-
-_FACTORS: dict[str, Callable[..., float]] = {"constant": _constant, "cosine": _cosine, "one-cycle": _one_cycle}
+def _in_layout_of(parameter: Tensor, value: Any) -> Any:
+    """A state tensor with the parameter's strides, for which an optimizer's fused loops ask."""
+    if not isinstance(value, Tensor) or value.shape != parameter.shape or value.stride() == parameter.stride():
+        return value
+    return torch.empty_like(parameter, dtype=value.dtype, device=value.device).copy_(value)

@@ -18,29 +18,25 @@ nothing of tensors.
 from __future__ import annotations
 
 import re
-from collections.abc import Callable, Collection, Iterator, Mapping, Sequence
-from dataclasses import dataclass, field
+from collections.abc import Collection, Sequence
+from dataclasses import dataclass
 from difflib import get_close_matches
 
-from mtl.nearest import hint
+from mtl.matching import NO_TREE, ModuleTree, PatternError, matcher
 
-
-@dataclass(frozen=True)
-class ModuleTree:
-    """What patterns need to know of a module tree beyond the names of its tensors.
-
-    Attributes:
-        children: The names of each module's child modules in order, by the module's path; the root's path is "".
-        classes: The names of each module's class and its bases, by path.
-        depth_groups: The full parameter names of a module in groups from input to output, by its path.
-    """
-
-    children: Mapping[str, Sequence[str]] = field(default_factory=dict)
-    classes: Mapping[str, Sequence[str]] = field(default_factory=dict)
-    depth_groups: Callable[[str], Sequence[Sequence[str]]] = lambda _: []
-
-
-NO_TREE = ModuleTree()
+__all__ = [
+    "NO_TREE",
+    "Counted",
+    "ModuleTree",
+    "Partition",
+    "PatternError",
+    "PatternLike",
+    "Selection",
+    "as_list",
+    "partition",
+    "select",
+    "text_of",
+]
 
 
 @dataclass(frozen=True)
@@ -67,18 +63,6 @@ def as_list(patterns: PatternLike | Sequence[PatternLike]) -> list[PatternLike]:
 def text_of(pattern: PatternLike) -> str:
     """A pattern as it is written."""
     return pattern.pattern if isinstance(pattern, Counted) else pattern
-
-
-class PatternError(ValueError):
-    """A pattern that cannot be read, or that selects nothing.
-
-    Attributes:
-        index: Its place in the list of patterns.
-    """
-
-    def __init__(self, index: int, message: str) -> None:
-        super().__init__(message)
-        self.index = index
 
 
 @dataclass(frozen=True)
@@ -113,135 +97,6 @@ class Partition:
     decided_by: dict[str, int]
 
 
-_SEGMENT = re.compile(r"\*\*|[\w*\-]+")
-_SLICE = re.compile(r"(?P<before>[^\[\]]*)\[(?P<slice>[^\[\]]*)\](?P<after>.*)")
-_BOUNDS = re.compile(r"-?\d+|-?\d*:-?\d*(?::(?:-?[1-9]\d*)?)?")
-_DEPTH = re.compile(r"(?P<path>[^@]*)@(?P<end>first|last):(?P<number>\d+)(?P<percent>%?)")
-
-Matcher = Callable[[str], bool]
-
-
-def _matcher(text: str, index: int, tree: ModuleTree) -> Matcher:
-    """What a pattern matches, whether it takes back or not."""
-    body = text.removeprefix("!")
-    if body.startswith("~"):
-        if not body[1:]:
-            raise PatternError(index, f"pattern {text!r} has no text after ~")
-        return lambda name: body[1:] in name
-    if body.startswith("re:"):
-        try:
-            expression = re.compile(body.removeprefix("re:"))
-        except re.error as error:
-            raise PatternError(index, f"pattern {text!r} is not a regular expression: {error}") from None
-        return lambda name: expression.fullmatch(name) is not None
-    if body.startswith("type:"):
-        return _type_matcher(text, body.removeprefix("type:"), index, tree)
-    if "@" in body:
-        return _depth_matcher(text, body, index, tree)
-    paths = list(_expand_slices(body, text, index, tree))
-    if not paths:
-        raise PatternError(index, f"pattern {text!r} matches nothing{_children_of(body, text, index, tree)}")
-    expressions = [_path_expression(path, text, index) for path in paths]
-    return lambda name: any(expression.match(name) for expression in expressions)
-
-
-def _type_matcher(text: str, kind: str, index: int, tree: ModuleTree) -> Matcher:
-    modules = {path for path, classes in tree.classes.items() if kind in classes}
-    if not modules:
-        known = sorted({classes[0] for classes in tree.classes.values()})
-        raise PatternError(index, f"pattern {text!r} matches nothing: no module is a {kind!r}{hint(kind, known)}")
-    return lambda name: any(parent in modules for parent in _parents(name))
-
-
-def _depth_matcher(text: str, body: str, index: int, tree: ModuleTree) -> Matcher:
-    parts = _DEPTH.fullmatch(body)
-    if parts is None:
-        raise PatternError(index, f"pattern {text!r} cannot be read: expected module@first:2, @last:1 or @first:50%")
-    paths = [path for path in _module_paths(parts["path"], text, index, tree) if tree.depth_groups(path)]
-    if not paths:
-        raise PatternError(index, f"pattern {text!r} matches nothing: no module {parts['path']!r} has parameters")
-    chosen: set[str] = set()
-    for path in paths:
-        groups, number = tree.depth_groups(path), int(parts["number"])
-        # Half a group and more counts as one, and no percentage but 0 is nothing.
-        count = max(min(number, 1), (len(groups) * number + 50) // 100) if parts["percent"] else number
-        if not 1 <= count <= len(groups) or (parts["percent"] and number > 100):
-            what = f"{number}{parts['percent']}"
-            raise PatternError(index, f"pattern {text!r} asks for {what} of the {len(groups)} depth groups of {path!r}")
-        chosen.update(
-            name for group in (groups[:count] if parts["end"] == "first" else groups[-count:]) for name in group
-        )
-    return chosen.__contains__
-
-
-def _expand_slices(body: str, text: str, index: int, tree: ModuleTree) -> Iterator[str]:
-    """The pattern without its slices: one path for each child that they choose."""
-    parts = _SLICE.fullmatch(body)
-    if parts is None:
-        yield body
-        return
-    if not _BOUNDS.fullmatch(parts["slice"]):
-        raise PatternError(index, f"pattern {text!r} cannot be read at [{parts['slice']}]: expected [2], [-1] or [0:2]")
-    numbers = [int(bound) if bound else None for bound in parts["slice"].split(":")]
-    for path in _module_paths(parts["before"], text, index, tree):
-        children = tree.children[path]
-        if len(numbers) == 1:
-            place = numbers[0] or 0
-            chosen = children[place : place + 1 or None] if -len(children) <= place < len(children) else []
-        else:
-            chosen = children[slice(*numbers)]
-        for child in chosen:
-            yield from _expand_slices(f"{path}.{child}{parts['after']}".removeprefix("."), text, index, tree)
-
-
-def _children_of(body: str, text: str, index: int, tree: ModuleTree) -> str:
-    """What a slice that chooses nothing could have chosen from."""
-    before = body.partition("[")[0]
-    paths = _module_paths(before, text, index, tree)
-    if not paths:
-        return f": there is no module {before!r}"
-    children = tree.children[paths[0]]
-    return f" ({paths[0] or 'the model'!r} has {len(children)} children: {', '.join(children[:12])})"
-
-
-def _module_paths(pattern: str, text: str, index: int, tree: ModuleTree) -> list[str]:
-    """The modules whose whole path a pattern of names and globs matches; "" is the root."""
-    if not pattern:
-        return [""]
-    expression = _path_expression(pattern, text, index)
-    return [path for path in tree.children if path and (found := expression.match(path)) and found.end() == len(path)]
-
-
-def _parents(name: str) -> Iterator[str]:
-    """The paths of all modules around a tensor, the root's too."""
-    while name:
-        name = name.rpartition(".")[0]
-        yield name
-
-
-def _path_expression(body: str, text: str, index: int) -> re.Pattern[str]:
-    """The regular expression of names joined by dots; it must match from the start of a name."""
-    segments = body.split(".")
-    for segment in segments:
-        if not _SEGMENT.fullmatch(segment) or ("**" in segment and segment != "**"):
-            raise PatternError(
-                index,
-                f"pattern {text!r} cannot be read at {segment!r}: expected names joined by dots, where * stands for any"
-                " part of one segment and ** for any number of segments; or module[0:2], module@first:2, type:Class,"
-                " re:expression, ~text; or ! before a pattern",
-            )
-    expression = ""
-    for place, segment in enumerate(segments):
-        last = place == len(segments) - 1
-        if segment == "**" and last:
-            expression = expression.removesuffix(r"\.") + (r"(?:\..*)?" if place else ".*")
-        elif segment == "**":
-            expression += r"(?:[^.]+\.)*"
-        else:
-            expression += re.escape(segment).replace(r"\*", "[^.]*") + ("" if last else r"\.")
-    return re.compile(rf"{expression}(?=\.|$)")
-
-
 def select(patterns: Sequence[PatternLike], names: Sequence[str], tree: ModuleTree = NO_TREE) -> Selection:
     """Selects names by patterns; the last pattern that matches a name decides.
 
@@ -258,7 +113,7 @@ def select(patterns: Sequence[PatternLike], names: Sequence[str], tree: ModuleTr
     decided_by: dict[str, int] = {}
     for index, entry in enumerate(patterns):
         pattern = text_of(entry)
-        matches = _matcher(pattern, index, tree)
+        matches = matcher(pattern, index, tree)
         matched = [name for name in names if matches(name)]
         if not matched:
             raise PatternError(index, f"pattern {pattern!r} matches nothing{_near_misses(pattern, names)}")

@@ -46,7 +46,9 @@ def write_report(parts: Parts, run_dir: Path, picture: Path | None = None) -> Pa
     """
     rows = [json.loads(line) for line in (run_dir / "metrics.jsonl").read_text(encoding="utf-8").splitlines()]
     audit = json.loads((run_dir / "audit.json").read_text(encoding="utf-8"))
-    state = load_checkpoint(run_dir / "checkpoints" / "best", parts.root)
+    # A run whose score never was a number has no best weights.
+    which = "best" if (run_dir / "checkpoints" / "best").exists() else "last"
+    state, _ = load_checkpoint(run_dir / "checkpoints" / which, parts.root)
     rounded = "none" if state["val/score"] is None else f"{state['val/score']:.3f}"
     figure = draw_run(parts, [row for row in rows if "val/score" in row])
     image = io.BytesIO()
@@ -58,7 +60,7 @@ def write_report(parts: Parts, run_dir: Path, picture: Path | None = None) -> Pa
     page = (
         f"<!doctype html><html lang=en><meta charset=utf-8><title>{name}</title><style>{_STYLE}</style>"
         f"<h1>{name}</h1>{_audit_html(audit)}"
-        f"<h2>Course and examples</h2><p>Validation after every epoch; predictions of the best weights (step"
+        f"<h2>Course and examples</h2><p>Validation after every epoch; predictions of the {which} weights (step"
         f" {state['step']}, val/score {rounded}).</p>"
         f'<img alt="course of validation and example predictions" src="data:image/png;base64,{encoded}">'
         f"<h2>Configuration</h2><pre>{escape((run_dir / 'config.yaml').read_text(encoding='utf-8'))}</pre></html>"

@@ -2,24 +2,29 @@
 
 from __future__ import annotations
 
+import logging
 import math
 import time
-from collections.abc import Iterator
+from collections.abc import Iterator, Sequence
 from dataclasses import dataclass, field
 from itertools import islice
 from pathlib import Path
+from typing import Any
 
 import torch
-from torch import Tensor
-from torch.optim import Optimizer
+from torch import Tensor, nn
 
-from mtl.assembly import Parts, Phase, make_run_dir, plan_summary
-from mtl.audit import GradientAudit, Report
-from mtl.checkpoint import Checkpoints, write_json, write_text
+from mtl.assembly import Parts, make_run_dir
+from mtl.audit import GradientAudit, HoldsParameters, Report
+from mtl.checkpoint import CheckpointError, write_json, write_text
 from mtl.console import logger, progress_bar
 from mtl.data import Batch, num_batches, training_batches
 from mtl.freeze import enforce, is_frozen
-from mtl.optim import build_lr_schedule, build_optimizer
+from mtl.keeper import Keeper, Resumption, Stepping, resume_from
+from mtl.lr_schedule import LrScheduleState
+from mtl.names import condense, shorten
+from mtl.phase_length import SCORE
+from mtl.phases import Phase
 from mtl.scheduler import PhaseChange, TaskScheduler
 from mtl.steplog import StepLog
 from mtl.tracking import Tracker
@@ -36,7 +41,7 @@ class Outcome:
         trivial: The trivial predictor's metrics.
         scores: Metrics at the end of each phase, by the phase's name.
         report: The audit.
-        best_score: The best `val/score`.
+        best_score: The best `val/score`; NaN if it never was a number.
         best_step: The step after which it was reached.
         train_s: Seconds of training and validation, without set-up.
     """
@@ -45,7 +50,7 @@ class Outcome:
     trivial: Scores
     scores: dict[str, Scores] = field(default_factory=dict)
     report: Report = field(default_factory=Report)
-    best_score: float = float("-inf")
+    best_score: float = math.nan
     best_step: int = 0
     train_s: float = 0.0
 
@@ -54,19 +59,27 @@ def train(parts: Parts, quiet: bool = False) -> Outcome:
     """Trains through all phases and writes the run directory.
 
     Raises:
-        ConfigError: The run directory cannot be made.
+        ConfigError: The run directory cannot be made, or there is nothing to resume from.
         AuditError: The freeze was broken, and the audit's policy is to raise; `audit.json` says how.
         FloatingPointError: A loss is not finite.
     """
+    resumption = None
+    if parts.config.resume is not None:
+        try:
+            resumption = resume_from(Path(parts.config.resume), parts)
+        except CheckpointError as error:
+            raise parts.config.mistake(("resume",), str(error)) from error
     run_dir = make_run_dir(parts.config)
     resolved = parts.config.model_dump(mode="json", exclude_none=True)
     write_text(run_dir / "config.yaml", dump_yaml(resolved))
-    write_json(run_dir / "plan.json", plan_summary(parts.phases, parts.root))
+    write_json(run_dir / "plan.json", parts.plan.to_json())
     tracker = Tracker(parts.config.tracking, run_dir, parts.config.name, resolved)
     logger.info(tracker.message)
     _announce_classic(parts)
     trainer = Trainer(parts, run_dir, tracker, quiet)
     try:
+        if resumption is not None:
+            trainer.take_up(resumption)
         return trainer.run()
     finally:
         report = trainer.audit.report
@@ -82,7 +95,7 @@ def _announce_classic(parts: Parts) -> None:
     if not substrings:
         return
     logger.info(f"use freeze for {substrings}")
-    for name in parts.phases[0].plan.names.frozen:
+    for name in parts.phases[0].freeze.plan.names.frozen:
         if any(substring in name for substring in substrings):
             logger.info(f"freezing {name}")
 
@@ -95,134 +108,178 @@ class Trainer:
         self.config = parts.config
         self.tracker = tracker
         self.quiet = quiet
-        self.scheduler = TaskScheduler(parts.config.phases)
+        self.scheduler = TaskScheduler([phase.length for phase in parts.phases])
         self.audit = GradientAudit(parts.root, policy=parts.config.audit.policy)
-        self.checkpoints = Checkpoints(run_dir / "checkpoints")
+        self.keeper = Keeper(parts, run_dir / "checkpoints")
         self.autocast = torch.autocast(
             parts.device.type, torch.bfloat16, enabled=parts.config.precision == "bf16", cache_enabled=True
         )
         self.step = 0
         self.epoch = 0
+        # Where the rate's course stood in a phase that is taken up in its middle.
+        self.resumed: LrScheduleState | None = None
+        self.clock = time.perf_counter()
         self.finished = False
         self.outcome = Outcome(run_dir, parts.trivial, report=self.audit.report)
 
-    @property
-    def batch_size(self) -> int:
-        return self.config.data.batch_size
+    def take_up(self, resumption: Resumption) -> None:
+        """Stands where another run stood; its weights are in the model already."""
+        self.step, self.epoch, self.resumed = resumption.step, resumption.epoch, resumption.lr_schedule
+        self.scheduler.load_state_dict(resumption.scheduler)
+        self.keeper.take_up(resumption)
+        phase = self.parts.phases[self.scheduler.index or 0].name
+        logger.info(f"resume: phase {phase!r} from step {self.step}, {resumption.folder}")
 
     def run(self) -> Outcome:
         started = time.perf_counter()
-        optimizer: Optimizer | None = None
         while self.scheduler.index is not None:
-            optimizer = self.run_phase(self.parts.phases[self.scheduler.index], optimizer)
+            self.run_phase(self.scheduler.index)
         self.outcome.train_s = time.perf_counter() - started
         self.finished = True
         return self.outcome
 
-    def run_phase(self, phase: Phase, previous: Optimizer | None) -> Optimizer:
+    def run_phase(self, index: int) -> None:
         """Enters a phase and trains until the scheduler ends it. The order of the entry matters: see each comment."""
-        parts = self.parts
+        parts, phase = self.parts, self.parts.phases[index]
+        resumed, self.resumed = self.resumed, None
+        self.clock = time.perf_counter()
+        if phase.restore is not None and resumed is None:
+            self.keeper.rewind(phase, *phase.restore)
         # Accumulation never crosses into a phase: windows end with the epoch or the phase, whichever comes first.
         # No gradient of the phase before, requires_grad by plan, and frozen modules in eval mode for good.
-        enforce(parts.root, phase.plan)
+        enforce(parts.root, phase.freeze.plan)
+        if phase.freeze.unreached:
+            self.tell_unreached(phase)
         # Only what trains is in the optimizer: neither decay nor momentum can reach the rest.
-        optimizer = build_optimizer(phase.groups, previous)
-        lr_schedule = build_lr_schedule(self.config.optim, optimizer, parts.num_steps(phase))
+        stepping = None if phase.config.evaluate_only else self.keeper.build_stepping(index, resumed)
+        optimizers: list[HoldsParameters] = [] if stepping is None else [stepping.optimizer, phase.balance]
         # The audit is told the patterns, not the plan: it draws the line itself, and fingerprints what is behind it.
-        with self.audit.phase(phase.config.name, freeze=phase.freeze, optimizers=[optimizer, parts.balance]) as record:
+        with self.audit.phase(phase.name, freeze=phase.freeze.patterns, optimizers=optimizers) as record:
             # From here on the file says that this phase began, and that nothing is proven of it yet.
             write_json(self.outcome.run_dir / "audit.json", self.audit.report.to_json())
             # What is frozen whole need not be recorded for a backward that never comes.
-            parts.model.trunk_is_frozen = is_frozen(phase.plan, "trunk")
+            parts.model.trunk_is_frozen = is_frozen(phase.freeze.plan, "trunk")
             change = None
             while change is None:
-                change = self.run_epoch(phase, optimizer, lr_schedule)
+                change = self.run_epoch(phase, stepping)
+        if stepping is not None:
+            self.keeper.end_phase(stepping)
         write_json(self.outcome.run_dir / "audit.json", self.audit.report.to_json())
-        if record.num_trained == 0:
+        if record.num_trained == 0 and record.num_trainable:
             logger.warning(f"{change.ended}: not one of its {record.num_trainable} trainable parameters changed")
         logger.info(f"{change.ended}: {change.reason}" + (f"; next phase: {change.entered}" if change.entered else ""))
-        return optimizer
 
-    def run_epoch(
-        self, phase: Phase, optimizer: Optimizer, lr_schedule: torch.optim.lr_scheduler.LambdaLR
-    ) -> PhaseChange | None:
+    def run_epoch(self, phase: Phase, stepping: Stepping | None) -> PhaseChange | None:
         """One pass over the training data, or what the phase has left of it; then validation and a checkpoint."""
-        parts, tasks = self.parts, self.parts.tasks
-        batches = training_batches(parts.train, self.batch_size, self.config.seed, self.epoch)
-        total = num_batches(parts.train, self.batch_size) * min(self.batch_size, len(parts.train))
+        if stepping is None:
+            log, change, is_whole = None, None, True
+        else:
+            log, change, is_whole = self.train_epoch(phase, stepping)
+        # Before anything is read off the model or kept of it, the frozen bytes are proven.
+        self.audit.verify()
+        parts = self.parts
+        with self.keeper.averaged():
+            scores = validate(parts.model, parts.tasks, parts.val, phase.batch_size, parts.device, self.autocast)
+        metrics = {f"val/{task}/{name}": value for task, values in scores.items() for name, value in values.items()}
+        metrics |= {SCORE: score(parts.tasks, scores, parts.trivial), "train/loss": log.mean_loss if log else math.nan}
+        # A phase may end with the last step of a pass; the pass is complete all the same.
+        if is_whole and stepping is not None:
+            phase.balance.after_epoch()
+            stepping.lr_schedule.epoch_done(metrics)
+        if is_whole and change is None:
+            change = self.scheduler.epoch_done(metrics)
+        if change is None:
+            change = self.scheduler.time_passed(self.seconds_since())
+        if change is not None:
+            self.outcome.scores[phase.name] = scores
+        self.keep(phase, stepping, metrics, log)
+        return change
+
+    def train_epoch(self, phase: Phase, stepping: Stepping) -> tuple[StepLog, PhaseChange | None, bool]:
+        """Steps through the training data.
+
+        Returns:
+            The steps' log, the end of the phase if a step brought it, and whether the data was gone through to its end.
+        """
+        parts, optimizer, lr_schedule = self.parts, stepping.optimizer, stepping.lr_schedule
+        batches = training_batches(parts.train, phase.batch_size, self.config.seed, self.epoch)
+        total = num_batches(parts.train, phase.batch_size) * min(phase.batch_size, len(parts.train))
+        trainable = [parameter for group in optimizer.param_groups for parameter in group["params"]]
         self.epoch += 1
-        log = StepLog(self.tracker, list(tasks), self.config.tracking.log_every_steps, phase.config.name, self.epoch)
+        log = StepLog(self.tracker, phase.tasks, self.config.tracking.log_every_steps, phase.name, self.epoch)
         change, num_windows = None, 0
-        with progress_bar(total, f"{phase.config.name} epoch {self.epoch}", self.quiet) as bar:
-            for window in windows(batches, self.config.optim.accumulate):
+        with progress_bar(total, f"{phase.name} epoch {self.epoch}", self.quiet) as bar:
+            for window in windows(batches, phase.optim.accumulate):
                 window_losses = []
                 for batch in window:
                     batch = batch.to(parts.device)
-                    losses = self.losses(batch)
-                    total_loss = parts.balance(losses)
+                    losses = self.losses(batch, phase.tasks)
+                    total_loss = phase.balance(losses)
                     (total_loss / len(window)).backward()
                     window_losses.append(torch.cat([total_loss.detach()[None], losses.detach()]))
                 self.audit.after_backward()
-                lr = lr_schedule.get_last_lr()
+                if phase.optim.clip_norm is not None:
+                    nn.utils.clip_grad_norm_(trainable, phase.optim.clip_norm)
+                lr = lr_schedule.highest
                 optimizer.step()
                 lr_schedule.step()
+                if self.keeper.ema is not None:
+                    self.keeper.ema.update()
                 self.audit.after_step()
                 optimizer.zero_grad(set_to_none=True)
-                parts.balance.after_step(lambda batch=batch: self.losses(batch))  # type: ignore[misc]
+                phase.balance.after_step(lambda batch=batch: self.losses(batch, phase.tasks))  # type: ignore[misc]
                 self.step += 1
                 num_windows += 1
                 num_images = sum(map(len, window))
-                log.add(self.step, window_losses, max(map(float, lr)), num_images)
+                log.add(self.step, window_losses, lr, num_images)
                 bar.update(num_images)
                 bar.set_postfix_str(log.latest, refresh=False)
-                change = self.scheduler.step_done()
+                change = self.scheduler.step_done() or self.scheduler.time_passed(self.seconds_since())
                 if change is not None:
                     break
-        # A phase may end with the last step of a pass; the pass is complete all the same.
-        if num_windows == parts.steps_per_epoch:
-            parts.balance.after_epoch()
-            change = change or self.scheduler.epoch_done()
         log.flush()
-        self.finish_epoch(phase, log, change)
-        return change
+        return log, change, num_windows == phase.steps_per_epoch
 
-    def losses(self, batch: Batch) -> Tensor:
-        """The losses of all tasks on a batch, "t", float32."""
+    def losses(self, batch: Batch, tasks: Sequence[str]) -> Tensor:
+        """The losses of some tasks on a batch, "t", float32."""
         with self.autocast:
-            outputs = self.parts.model(batch.images)
-        return torch.stack([task.loss(outputs[name], batch.labels[name]) for name, task in self.parts.tasks.items()])
+            outputs = self.parts.model(batch.images, tasks)
+        return torch.stack([self.parts.tasks[name].loss(outputs[name], batch.labels[name]) for name in tasks])
 
-    def finish_epoch(self, phase: Phase, log: StepLog, change: PhaseChange | None) -> None:
-        # Before anything is read off the model or kept of it, the frozen bytes are proven.
-        self.audit.verify()
-        parts, outcome = self.parts, self.outcome
-        scores = validate(parts.model, parts.tasks, parts.val, self.batch_size, parts.device, self.autocast)
-        mean_skill = score(parts.tasks, scores, outcome.trivial)
-        names = ["last"]
-        # Whatever the first score is, even NaN, some weights are kept as the best so far.
-        if outcome.best_step == 0 or mean_skill > outcome.best_score or math.isnan(outcome.best_score):
-            outcome.best_score, outcome.best_step = mean_skill, self.step
-            names.append("best")
-        if change is not None:
-            outcome.scores[phase.config.name] = scores
-        metrics = {f"val/{task}/{name}": value for task, values in scores.items() for name, value in values.items()}
-        row: dict[str, float | str] = {
-            "step": self.step,
-            "epoch": self.epoch,
-            "phase": phase.config.name,
-            "val/score": mean_skill,
-            **metrics,
-            "audit/violations": len(self.audit.report.violations),
-            "perf/images_per_s": log.images_per_s,
-        }
+    def seconds_since(self) -> float:
+        """Time since the last call, or since the phase began."""
+        before, self.clock = self.clock, time.perf_counter()
+        return self.clock - before
+
+    def keep(self, phase: Phase, stepping: Stepping | None, metrics: dict[str, float], log: StepLog | None) -> None:
+        """Logs a validation, and keeps the weights that it judged."""
+        row: dict[str, Any] = {"step": self.step, "epoch": self.epoch, "phase": phase.name}
+        row |= {name: value for name, value in metrics.items() if name.startswith("val/")}
+        row["audit/violations"] = len(self.audit.report.violations)
+        if log is not None:
+            row["perf/images_per_s"] = log.images_per_s
         self.tracker.log(row)
-        self.checkpoints.save(parts.root, {**row, "scheduler": self.scheduler.state_dict()}, names)
-        goals = "  ".join(
-            f"{name} {task.goal.metric} {scores[name][task.goal.metric]:.3f}" for name, task in parts.tasks.items()
-        )
+        # An evaluation has no weights of its own, unless it comes first.
+        if stepping is not None or self.step == 0:
+            self.keeper.save(row, metrics, self.scheduler.state_dict(), stepping)
+            self.outcome.best_score, self.outcome.best_step = self.keeper.best.score, self.keeper.best.step
+        goals = [f"{name} {task.goal.metric}" for name, task in self.parts.tasks.items()]
+        values = [metrics[f"val/{goal.replace(' ', '/')}"] for goal in goals]
         logger.info(
-            f"{phase.config.name}  epoch {self.epoch}  step {self.step}  loss {log.mean_loss:.3f}"
-            f"  val/score {mean_skill:.3f}  {goals}  {log.images_per_s:.0f} img/s"
+            f"{phase.name}  epoch {self.epoch}  step {self.step}"
+            + (f"  loss {log.mean_loss:.3f}" if log is not None else "")
+            + f"  {SCORE} {metrics[SCORE]:.3f}  "
+            + "  ".join(f"{goal} {value:.3f}" for goal, value in zip(goals, values, strict=True))
+            + (f"  {log.images_per_s:.0f} img/s" if log is not None else "")
+        )
+
+    def tell_unreached(self, phase: Phase) -> None:
+        every_name = [name for name, _ in self.parts.root.named_parameters(remove_duplicate=False)]
+        names = shorten(condense(phase.freeze.unreached, every_name), 6)
+        treated = "frozen for this phase" if self.config.unreached == "freeze" else "NOT frozen; it will not train"
+        level = logging.INFO if self.config.unreached == "freeze" else logging.WARNING
+        logger.log(
+            level, f"{phase.name}: no active task reaches {len(phase.freeze.unreached)} parameters ({names}): {treated}"
         )
 
 

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import re
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
@@ -49,7 +49,10 @@ class _Loader(yaml.SafeLoader):
 
 
 class _Dumper(yaml.SafeDumper):
-    """Writes what `_Loader` reads: text that looks like a number to it is quoted."""
+    """Writes what `_Loader` reads: text that looks like a number to it is quoted, and nothing is abbreviated."""
+
+    def ignore_aliases(self, data: Any) -> bool:  # noqa: ARG002 - PyYAML's signature
+        return True
 
 
 _NULL, _BOOL, _INT, _FLOAT, _TEXT, _LIST, _MAPPING = (
@@ -211,14 +214,16 @@ def _override(source: Source, override: str) -> None:
     path: list[int | str] = []
     *parents, last = key.split(".")
     for segment in parents:
-        step = _step(target, segment, override)
-        path.append(step)
-        if isinstance(target, dict) and step not in target:
-            target[step] = {}
-            source.places[tuple(path)] = "command line"
-        target = target[step]
-    step = _step(target, last, override)
-    path.append(step)
+        for step in _steps(target, segment, override):
+            path.append(step)
+            if isinstance(target, dict) and step not in target:
+                target[step] = {}
+                source.places[tuple(path)] = "command line"
+            target = target[step]
+    *around, step = _steps(target, last, override)
+    for each in around:
+        target = target[each]
+    path += [*around, step]
     for place in [place for place in source.places if place[: len(path)] == tuple(path)]:
         del source.places[place]
     source.places[tuple(path)] = "command line"
@@ -226,18 +231,33 @@ def _override(source: Source, override: str) -> None:
     target[step] = None if node is None else _read_node(node, tuple(path), source, lambda _: "command line")
 
 
-def _step(target: Any, segment: str, override: str) -> int | str:
-    """The key or index that a segment of an override names; an item of a list may be named by its `name`."""
+def _steps(target: Any, segment: str, override: str) -> list[int | str]:
+    """The keys and indices that a segment of an override names.
+
+    An item of a list may be named by its `name`; the items of lists inside the list's items (phases that are repeated)
+    are found by theirs as well.
+    """
     if isinstance(target, dict):
-        return segment
+        return [segment]
     if isinstance(target, list):
-        names = [item.get("name") if isinstance(item, dict) else None for item in target]
+        names = dict(_names(target, []))
         if segment in names:
-            return names.index(segment)
+            return names[segment]
         if segment.isdigit() and int(segment) < len(target):
-            return int(segment)
-        choices = ", ".join([str(name) for name in names if name] + ([f"0 to {len(target) - 1}"] if target else []))
+            return [int(segment)]
+        choices = ", ".join([*names] + ([f"0 to {len(target) - 1}"] if target else []))
         raise ConfigError(
             [f"command line: {override!r}: {segment!r} is none of {choices or 'nothing: the list is empty'}"]
         )
     raise ConfigError([f"command line: {override!r}: there is nothing below {segment!r}'s parent"])
+
+
+def _names(items: list[Any], path: list[int | str]) -> Iterator[tuple[str, list[int | str]]]:
+    """The names of a list's items, and of items of lists inside them, with the way to each."""
+    for index, item in enumerate(items):
+        if isinstance(item, dict) and isinstance(item.get("name"), str):
+            yield item["name"], [*path, index]
+        elif isinstance(item, dict):
+            for key, value in item.items():
+                if isinstance(value, list):
+                    yield from _names(value, [*path, index, key])

@@ -18,44 +18,48 @@ from pathlib import Path
 
 import torch
 
-from mtl.assembly import Parts, Phase, assemble
+from mtl.assembly import Parts, assemble
 from mtl.config import load_config
 from mtl.data import training_batches
 from mtl.freeze import enforce, is_frozen
-from mtl.optim import build_lr_schedule, build_optimizer
+from mtl.keeper import Stepping
+from mtl.lengths import PhaseLength
+from mtl.lr_schedule import LrSchedule
+from mtl.optim import build_optimizer
+from mtl.phases import Phase
 from mtl.scheduler import TaskScheduler
 from mtl.tracking import Tracker
 from mtl.trainer import Trainer
 
 
-class _Loop(Trainer):
-    """The real loop without what follows an epoch: validation and checkpoint are work of their own."""
-
-    def finish_epoch(self, *_: object) -> None:
-        pass
+def new_schedule(phase: Phase, optimizer: torch.optim.Optimizer, num_steps: int) -> LrSchedule:
+    return LrSchedule(phase.optim.lr_schedule, optimizer, num_steps, phase.steps_per_epoch)
 
 
-def by_hand(parts: Parts, autocast: torch.autocast, optimizer: torch.optim.Optimizer, num_steps: int) -> float:
+def by_hand(
+    parts: Parts, phase: Phase, autocast: torch.autocast, optimizer: torch.optim.Optimizer, num_steps: int
+) -> float:
     """Seconds a step of the loop that one would write."""
-    schedule = build_lr_schedule(parts.config.optim, optimizer, num_steps)
+    schedule = new_schedule(phase, optimizer, num_steps)
     started = time.perf_counter()
-    for batch in islice(training_batches(parts.train, parts.config.data.batch_size, 0, 0), num_steps):
+    for batch in islice(training_batches(parts.train, phase.batch_size, 0, 0), num_steps):
         with autocast:
             outputs = parts.model(batch.images)
         losses = torch.stack([task.loss(outputs[name], batch.labels[name]) for name, task in parts.tasks.items()])
-        parts.balance(losses).backward()
+        phase.balance(losses).backward()
         optimizer.step()
         schedule.step()
         optimizer.zero_grad()
     return (time.perf_counter() - started) / num_steps
 
 
-def by_mtl(trainer: _Loop, phase: Phase, optimizer: torch.optim.Optimizer, num_steps: int) -> float:
-    schedule = build_lr_schedule(trainer.config.optim, optimizer, num_steps)
-    trainer.scheduler = TaskScheduler([phase.config.model_copy(update={"epochs": None, "steps": num_steps})])
+def by_mtl(trainer: Trainer, phase: Phase, optimizer: torch.optim.Optimizer, num_steps: int) -> float:
+    """The real loop without what follows an epoch: validation and checkpoint are work of their own."""
+    stepping = Stepping(optimizer, new_schedule(phase, optimizer, num_steps))
+    trainer.scheduler = TaskScheduler([PhaseLength(phase.name, steps=num_steps)])
     trainer.epoch = 0
     started = time.perf_counter()
-    trainer.run_epoch(phase, optimizer, schedule)
+    trainer.train_epoch(phase, stepping)
     return (time.perf_counter() - started) / num_steps
 
 
@@ -71,14 +75,14 @@ def main() -> None:
         parts = assemble(config)
         tracker = Tracker(config.tracking, Path(folder), "bench", {})
         for phase in parts.phases:
-            enforce(parts.root, phase.plan)
-            parts.model.trunk_is_frozen = is_frozen(phase.plan, "trunk")
-            optimizer = build_optimizer(phase.groups)
-            trainer = _Loop(parts, Path(folder), tracker, quiet=False)
+            enforce(parts.root, phase.freeze.plan)
+            parts.model.trunk_is_frozen = is_frozen(phase.freeze.plan, "trunk")
+            optimizer = build_optimizer(phase.optim.optimizer, phase.groups)
+            trainer = Trainer(parts, Path(folder), tracker, quiet=False)
             seconds: dict[str, list[float]] = {"hand": [], "mtl": []}
-            with trainer.audit.phase(phase.config.name, phase.freeze, [optimizer, parts.balance]):
+            with trainer.audit.phase(phase.name, phase.freeze.patterns, [optimizer, phase.balance]):
                 for round_number in range(options.rounds + 1):
-                    hand = by_hand(parts, trainer.autocast, optimizer, options.steps)
+                    hand = by_hand(parts, phase, trainer.autocast, optimizer, options.steps)
                     mtl = by_mtl(trainer, phase, optimizer, options.steps)
                     if round_number:  # the first round warms up
                         seconds["hand"].append(hand)
@@ -86,7 +90,7 @@ def main() -> None:
             hand, mtl = (statistics.median(values) for values in seconds.values())
             ratio = statistics.median(m / h for h, m in zip(*seconds.values(), strict=True))
             times = f"by hand {hand * 1e3:.1f} ms, mtl {mtl * 1e3:.1f} ms a step, ratio {ratio:.3f}"
-            sys.stdout.write(f"{phase.config.name}: {times}\n")
+            sys.stdout.write(f"{phase.name}: {times}\n")
 
 
 if __name__ == "__main__":

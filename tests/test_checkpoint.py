@@ -10,7 +10,7 @@ import torch
 from safetensors.torch import load_file
 from torch import nn
 
-from mtl.checkpoint import Checkpoints, load_checkpoint, write_json, write_text
+from mtl.checkpoint import CheckpointError, Checkpoints, load_checkpoint, write_json, write_text
 
 
 class Tied(nn.Module):
@@ -26,9 +26,9 @@ class Tied(nn.Module):
 def test_a_checkpoint_comes_back_to_the_bit_with_tied_and_channels_last_tensors(tmp_path: Path) -> None:
     source = Tied().to(memory_format=torch.channels_last)  # type: ignore[call-overload]
     source.norm.running_mean.fill_(0.25)
-    Checkpoints(tmp_path).save(source, {"step": 7, "note": "x"}, ["last"])
+    Checkpoints(tmp_path).save(source, {}, {"step": 7, "note": "x"}, ["last"])
     target = Tied()
-    assert load_checkpoint(tmp_path / "last", target) == {"step": 7, "note": "x"}
+    assert load_checkpoint(tmp_path / "last", target) == ({"step": 7, "note": "x"}, {})
     for name, tensor in source.state_dict().items():
         assert torch.equal(tensor, target.state_dict()[name]), name
 
@@ -39,7 +39,7 @@ def test_last_and_best_point_to_their_steps_and_the_rest_is_removed(tmp_path: Pa
     for step, names in [(1, ["last", "best"]), (2, ["last"]), (3, ["last", "best"]), (4, ["last"])]:
         with torch.no_grad():
             model.weight.fill_(step)
-        checkpoints.save(model, {"step": step}, names)
+        checkpoints.save(model, {}, {"step": step}, names)
         for name, seen in steps.items():
             seen.append(json.loads((tmp_path / name / "state.json").read_text())["step"])
             assert load_file(tmp_path / name / "model.safetensors")["weight"].unique().tolist() == [seen[-1]]
@@ -49,23 +49,23 @@ def test_last_and_best_point_to_their_steps_and_the_rest_is_removed(tmp_path: Pa
 
 def test_a_save_that_is_cut_short_leaves_the_one_before(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     checkpoints, model = Checkpoints(tmp_path), nn.Linear(2, 2)
-    checkpoints.save(model, {"step": 1}, ["last"])
+    checkpoints.save(model, {}, {"step": 1}, ["last"])
 
     def fail(*_: object) -> None:
         raise OSError("disk full")
 
     monkeypatch.setattr("mtl.checkpoint.write_json", fail)
     with pytest.raises(OSError, match="disk full"):
-        checkpoints.save(model, {"step": 2}, ["last"])
+        checkpoints.save(model, {}, {"step": 2}, ["last"])
     monkeypatch.undo()
-    assert load_checkpoint(tmp_path / "last", nn.Linear(2, 2)) == {"step": 1}
-    checkpoints.save(model, {"step": 2}, ["last"])
-    assert load_checkpoint(tmp_path / "last", nn.Linear(2, 2)) == {"step": 2}
+    assert load_checkpoint(tmp_path / "last", nn.Linear(2, 2)) == ({"step": 1}, {})
+    checkpoints.save(model, {}, {"step": 2}, ["last"])
+    assert load_checkpoint(tmp_path / "last", nn.Linear(2, 2)) == ({"step": 2}, {})
 
 
 def test_another_model_is_refused(tmp_path: Path) -> None:
-    Checkpoints(tmp_path).save(nn.Linear(2, 2), {"step": 1}, ["last"])
-    with pytest.raises(RuntimeError, match="Missing key"):
+    Checkpoints(tmp_path).save(nn.Linear(2, 2), {}, {"step": 1}, ["last"])
+    with pytest.raises(CheckpointError, match=r"last does not fit this model: .*Missing key"):
         load_checkpoint(tmp_path / "last", Tied())
 
 

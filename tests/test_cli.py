@@ -163,7 +163,7 @@ BAD: dict[str, tuple[dict[str, Any], list[str], str]] = {
     "freezing a method that steps itself": (
         {"balance": {"method": "famo"}},
         ["phases.0.freeze=[trunk, balance]"],
-        "command line: phases.0.freeze: balance cannot be frozen: the method 'famo' steps its own weights",
+        "command line: phases.0.freeze: balance cannot be frozen, since its method steps its own weights",
     ),
     "unknown balance": ({}, ["balance.method=uv"], "command line: balance.method: no method 'uv'; nearest: uw"),
     "no such device": ({}, ["device=cuda:9"], "command line: device: there is no device 'cuda:9' here"),
@@ -171,7 +171,7 @@ BAD: dict[str, tuple[dict[str, Any], list[str], str]] = {
     "length of both kinds": (
         {"phases": [{"name": "a", "epochs": 1, "steps": 1}]},
         [],
-        r"tiny.yaml:\d+: phases.0: expected either epochs or steps",
+        r"tiny.yaml:\d+: phases.0: expected exactly one of epochs, steps, until, evaluate_only",
     ),
 }
 

@@ -1,150 +1,214 @@
-"""The optimizer of a phase: rates and groups as tables, what it holds and carries over, the rate at literal steps."""
+"""The optimizer of a phase: rates, decay and groups as tables; which there are, and that they are torch's own."""
 
 from __future__ import annotations
 
-import math
+import importlib
+import re
+import sys
+from collections import OrderedDict
+from collections.abc import Iterator, Mapping
+from itertools import pairwise
+from pathlib import Path
+from typing import Any
 
 import pytest
+import timm
 import torch
+from timm.optim import param_groups_layer_decay
 from torch import Tensor, nn
-from torch.optim import SGD, Optimizer
+from torch.optim import Optimizer
 
-from mtl.config import OptimConfig
+from mtl.config import SettingError
 from mtl.freeze import enforce, plan_freeze, trainable_parameters
-from mtl.optim import LearningRateError, build_lr_schedule, build_optimizer, group_parameters, rates
+from mtl.moduletree import depth_groups, describe
+from mtl.optim import (
+    UncoveredError,
+    build_optimizer,
+    by_pattern,
+    group_parameters,
+    is_decayed,
+    layer_factors,
+    optimizer_names,
+)
+from mtl.optim_config import OptimizerConfig
 from mtl.patterns import PatternError
-
-
-class Tiny(nn.Module):
-    """Parameters trunk.weight, trunk.bias, head.weight, head.bias."""
-
-    def __init__(self) -> None:
-        super().__init__()
-        self.trunk = nn.Linear(2, 2)
-        self.head = nn.Linear(2, 1)
-
-    def forward(self, x: Tensor) -> Tensor:
-        return self.head(self.trunk(x))
-
 
 NAMES = ["trunk.weight", "trunk.bias", "head.weight", "head.bias"]
 
 
-def optimizer_of(model: nn.Module, freeze: list[str], previous: Optimizer | None = None, lr: float = 0.1) -> Optimizer:
-    """What a phase with this freeze trains with."""
+def tiny() -> nn.Module:
+    return nn.Sequential(OrderedDict(trunk=nn.Linear(2, 2), head=nn.Linear(2, 1)))
+
+
+def groups_of(model: nn.Module, lr: float = 0.1, decay: float = 0.0) -> list[dict[str, Any]]:
+    """One group with all parameters."""
+    return [{"params": list(model.parameters()), "lr": lr, "weight_decay": decay}]
+
+
+def train(model: nn.Module, optimizer: Optimizer, num_steps: int = 1) -> None:
+    generator = torch.Generator().manual_seed(7)
+    for _ in range(num_steps):
+        optimizer.zero_grad()
+        model(torch.randn(4, 2, generator=generator)).square().sum().backward()
+        optimizer.step()
+
+
+def held(model: nn.Module, freeze: list[str]) -> list[str]:
+    """Names of the parameters in the optimizer of a phase with this freeze, one for each time that it holds them."""
     plan = plan_freeze(model, freeze)
     enforce(model, plan)
     parameters = trainable_parameters(model, plan)
-    groups = group_parameters(OptimConfig(), parameters, dict.fromkeys(parameters, lr))
-    return build_optimizer(groups, previous)
-
-
-def step(model: nn.Module, optimizer: Optimizer) -> None:
-    optimizer.zero_grad()
-    model(torch.tensor([[1.0, 2.0]])).square().sum().backward()
-    optimizer.step()
-
-
-def held(model: nn.Module, optimizer: Optimizer) -> list[str]:
-    """Names of the parameters in an optimizer, one for each time that it holds them."""
+    groups = group_parameters(parameters, dict.fromkeys(parameters, 0.1), {})
+    optimizer = build_optimizer(OptimizerConfig(), groups)
     name_of = {id(parameter): name for name, parameter in model.named_parameters()}
     return sorted(name_of[id(parameter)] for group in optimizer.param_groups for parameter in group["params"])
 
 
-def with_state(model: nn.Module, optimizer: Optimizer) -> set[str]:
-    return {name for name, parameter in model.named_parameters() if parameter in optimizer.state}
+def table_of(groups: list[dict[str, Any]], parameters: Mapping[str, Tensor]) -> list[tuple[list[str], float, float]]:
+    """Of every group the names of its parameters, its rate, its decay."""
+    name_of = {id(parameter): name for name, parameter in parameters.items()}
+    return [([name_of[id(p)] for p in group["params"]], group["lr"], group["weight_decay"]) for group in groups]
 
 
-# --- rates
+# --- numbers by pattern
 
 
 @pytest.mark.parametrize(
-    ("lr", "trainable", "expected"),
+    ("value", "names", "expected"),
     [
         (0.1, NAMES, {"trunk.weight": 0.1, "trunk.bias": 0.1, "head.weight": 0.1, "head.bias": 0.1}),
         (0.1, ["head.bias"], {"head.bias": 0.1}),
+        (0.1, [], {}),
         ({"**": 0.1, "head": 0.2}, NAMES[1:], {"trunk.bias": 0.1, "head.weight": 0.2, "head.bias": 0.2}),
         ({"head": 0.2, "**": 0.1}, NAMES[2:], {"head.weight": 0.1, "head.bias": 0.1}),
         ({"trunk": 0.1, "head": 0.2, "**.bias": 0.3}, NAMES, dict(zip(NAMES, [0.1, 0.3, 0.2, 0.3], strict=True))),
+        ({"**.bias": 0.3, "trunk": 0.1, "head": 0.2}, NAMES, dict(zip(NAMES, [0.1, 0.1, 0.2, 0.2], strict=True))),
         ({"trunk": 0.1, "head": 0.2}, ["head.bias"], {"head.bias": 0.2}),
+        ({"trunk": 0.0, "head": 0.2}, ["trunk.bias"], {"trunk.bias": 0.0}),
     ],
-    ids=["one for all", "one for few", "last decides", "last decides over all", "three patterns", "one frozen"],
+    ids=["one", "few", "none", "last", "last is all", "three", "three turned", "other frozen", "zero is a number"],
 )
-def test_the_rate_of_each_trainable_parameter_is_this_table(
-    lr: float | dict[str, float], trainable: list[str], expected: dict[str, float]
+def test_the_number_of_each_parameter_is_this_table(
+    value: float | dict[str, float], names: list[str], expected: dict[str, float]
 ) -> None:
-    assert rates(lr, trainable, NAMES, balance_lr=9.0) == expected
+    assert by_pattern(value, names, NAMES) == expected
 
 
-def test_the_balancing_methods_own_parameters_have_their_rate_unless_a_table_names_them() -> None:
+def test_patterns_that_need_the_module_tree_are_read_with_it() -> None:
+    tree = describe(tiny())
+    table = by_pattern({"type:Linear": 0.1, "@last:1": 0.2}, NAMES, NAMES, tree)
+    assert table == dict(zip(NAMES, [0.1, 0.1, 0.2, 0.2], strict=True))
+
+
+def test_otherwise_holds_for_what_a_table_does_not_name_and_adds_no_names() -> None:
     names = ["head.weight", "balance.weights"]
-    assert rates({"head": 0.1}, names, names, balance_lr=0.5) == {"head.weight": 0.1, "balance.weights": 0.5}
-    assert rates({"**": 0.1}, names, names, balance_lr=0.5) == {"head.weight": 0.1, "balance.weights": 0.1}
-    assert rates({"head": 0.1, "balance": 0.2}, names, names, balance_lr=0.5)["balance.weights"] == 0.2
+    otherwise = {"balance.weights": 0.5, "head.weight": 0.9, "trunk.weight": 0.9}
+    assert by_pattern({"head": 0.1}, names, names, otherwise=otherwise) == {"head.weight": 0.1, "balance.weights": 0.5}
+    assert by_pattern({"**": 0.1}, names, names, otherwise=otherwise) == {"head.weight": 0.1, "balance.weights": 0.1}
+    table = by_pattern({"head": 0.1, "balance": 0.2}, names, names, otherwise=otherwise)
+    assert table == {"head.weight": 0.1, "balance.weights": 0.2}
 
 
-def test_a_table_that_leaves_a_trainable_parameter_without_a_rate_is_refused() -> None:
-    with pytest.raises(LearningRateError, match=r"no pattern covers 2 trainable parameters, such as trunk\.weight;"):
-        rates({"head": 0.1}, NAMES, NAMES, balance_lr=0.5)
+def test_a_table_that_leaves_a_parameter_uncovered_is_refused_with_an_example() -> None:
+    with pytest.raises(UncoveredError, match=r"no pattern covers 2 trainable parameters, such as trunk\.weight;"):
+        by_pattern({"head": 0.1}, NAMES, NAMES)
+    with pytest.raises(UncoveredError, match=r"no pattern covers 1 trainable parameters, such as trunk\.bias;"):
+        by_pattern({"head": 0.1}, NAMES, NAMES, otherwise={"trunk.weight": 0.3})
 
 
-def test_a_rate_for_nothing_is_refused() -> None:
-    with pytest.raises(PatternError, match=r"pattern 'heads' matches nothing \(nearest: head"):
-        rates({"**": 0.1, "heads": 0.2}, NAMES, NAMES, balance_lr=0.5)
+def test_a_number_for_nothing_is_refused_and_its_place_told() -> None:
+    with pytest.raises(PatternError, match=r"pattern 'heads' matches nothing \(nearest: head") as caught:
+        by_pattern({"**": 0.1, "heads": 0.2}, NAMES, NAMES)
+    assert caught.value.index == 1
 
 
-# --- groups
+def test_a_pattern_that_takes_back_is_refused_and_its_place_told() -> None:
+    with pytest.raises(PatternError, match=r"'!head' takes back, but a number cannot be taken back") as caught:
+        by_pattern({"**": 0.1, "!head": 0.2}, NAMES, NAMES)
+    assert caught.value.index == 1
 
 
-def test_vectors_and_scalars_are_not_decayed() -> None:
-    parameters = {
-        "conv.weight": nn.Parameter(torch.ones(2, 3, 1, 1)),
-        "fc.weight": nn.Parameter(torch.ones(2, 3)),
-        "norm.weight": nn.Parameter(torch.ones(2)),
-        "fc.bias": nn.Parameter(torch.ones(1)),
-        "log_variance": nn.Parameter(torch.ones(())),
-    }
-    groups = group_parameters(OptimConfig(weight_decay=0.3), parameters, dict.fromkeys(parameters, 0.1))
-    name_of = {id(parameter): name for name, parameter in parameters.items()}
-    table = [([name_of[id(p)] for p in group["params"]], group["lr"], group["weight_decay"]) for group in groups]
-    assert table == [
-        (["conv.weight", "fc.weight"], 0.1, 0.3),
-        (["norm.weight", "fc.bias", "log_variance"], 0.1, 0.0),
-    ]
+# --- rates by depth, decay, groups
+
+
+def test_the_layer_factors_of_three_groups_are_these() -> None:
+    groups = [["stem.weight", "stem.bias"], ["block.weight"], ["norm.weight"]]
+    expected = {"stem.weight": 0.125, "stem.bias": 0.125, "block.weight": 0.25, "norm.weight": 0.5}
+    assert layer_factors(0.5, groups) == expected
+    assert layer_factors(1.0, groups) == dict.fromkeys(expected, 1.0)
+    assert layer_factors(0.5, []) == {}
+
+
+def test_layer_factors_of_a_timm_model_rise_from_input_to_output_and_cover_it() -> None:
+    model = timm.create_model("test_vit", num_classes=0)
+    groups = depth_groups(model)
+    factors = layer_factors(0.75, groups)
+    assert factors.keys() == dict(model.named_parameters()).keys()
+    by_group = [{factors[name] for name in group} for group in groups]
+    assert all(len(each) == 1 for each in by_group)
+    course = [each.pop() for each in by_group]
+    assert len(course) >= 3
+    assert all(below < above for below, above in pairwise(course))
+    assert course[-1] == 0.75
+    assert (factors["patch_embed.proj.weight"], factors["norm.weight"]) == (course[0], course[-1])
+
+
+def test_layer_factors_are_those_of_timm_one_layer_further_from_the_heads() -> None:
+    # timm's own groups of a model without a head give the topmost group 1: nothing lies above it.
+    model = timm.create_model("test_vit", num_classes=0)
+    name_of = {id(parameter): name for name, parameter in model.named_parameters()}
+    groups = param_groups_layer_decay(model, layer_decay=0.65)
+    of_timm = {name_of[id(parameter)]: group["lr_scale"] for group in groups for parameter in group["params"]}
+    factors = layer_factors(0.65, depth_groups(model))
+    assert of_timm.keys() == factors.keys()
+    assert factors == pytest.approx({name: 0.65 * scale for name, scale in of_timm.items()}, rel=1e-12)
+
+
+@pytest.mark.parametrize(
+    ("name", "shape", "excepted", "expected"),
+    [
+        ("conv.weight", (2, 3, 1, 1), [], True),
+        ("fc.weight", (2, 3), [], True),
+        ("fc.weight", (1, 1), [], True),
+        ("norm.weight", (2,), [], False),
+        ("fc.bias", (1,), [], False),
+        ("log_variance", (), [], False),
+        ("trunk.pos_embed", (1, 4, 8), ["trunk.pos_embed"], False),
+        ("trunk.pos_embed", (1, 4, 8), ["pos_embed"], True),
+        ("trunk.pos_embed_net.weight", (4, 8), ["trunk.pos_embed"], True),
+        ("trunk.blocks.1.table", (4, 8), ["other", "trunk.blocks.*.table"], False),
+        ("trunk.blocks.1.weight", (4, 8), ["other", "trunk.blocks.*.table"], True),
+        ("trunk.Table", (4, 8), ["trunk.table"], True),
+    ],
+)
+def test_what_is_decayed_is_this_table(name: str, shape: tuple[int, ...], excepted: list[str], expected: bool) -> None:
+    assert is_decayed(name, torch.zeros(shape), excepted) is expected
 
 
 def test_parameters_of_one_rate_and_decay_share_a_group() -> None:
-    model = Tiny()
-    lr_of = {"trunk.weight": 0.1, "trunk.bias": 0.1, "head.weight": 0.2, "head.bias": 0.1}
-    groups = group_parameters(OptimConfig(weight_decay=0.3), dict(model.named_parameters()), lr_of)
-    name_of = {id(parameter): name for name, parameter in model.named_parameters()}
-    table = [([name_of[id(p)] for p in group["params"]], group["lr"], group["weight_decay"]) for group in groups]
-    assert table == [
+    parameters = dict(tiny().named_parameters())
+    lr_of = {"trunk.weight": 0.1, "trunk.bias": 0.1, "head.weight": 0.2, "head.bias": 0.1, "frozen": 9.0}
+    decay_of = {"trunk.weight": 0.3, "head.weight": 0.3, "frozen": 9.0}
+    assert table_of(group_parameters(parameters, lr_of, decay_of), parameters) == [
         (["trunk.weight"], 0.1, 0.3),
         (["trunk.bias", "head.bias"], 0.1, 0.0),
         (["head.weight"], 0.2, 0.3),
     ]
+    assert group_parameters({}, lr_of, decay_of) == []
 
 
 def test_decay_pulls_weights_towards_zero_and_leaves_biases() -> None:
-    model = Tiny()
+    model = tiny()
     with torch.no_grad():
         for parameter in model.parameters():
             parameter.fill_(1.0)
+            parameter.grad = torch.zeros_like(parameter)
     parameters = dict(model.named_parameters())
-    groups = group_parameters(OptimConfig(weight_decay=0.5), parameters, dict.fromkeys(parameters, 0.1))
-    optimizer = build_optimizer(groups)
-    for parameter in model.parameters():
-        parameter.grad = torch.zeros_like(parameter)
-    optimizer.step()
+    decay_of = {name: 0.5 for name, parameter in parameters.items() if is_decayed(name, parameter, [])}
+    build_optimizer(OptimizerConfig(), group_parameters(parameters, dict.fromkeys(parameters, 0.1), decay_of)).step()
     # AdamW: w <- w (1 - lr decay); a gradient of zero adds nothing.
-    assert model.trunk.weight.detach().flatten().tolist() == pytest.approx([0.95] * 4)
-    assert model.head.weight.detach().flatten().tolist() == pytest.approx([0.95] * 2)
-    assert model.trunk.bias.tolist() == [1.0, 1.0]
-    assert model.head.bias.tolist() == [1.0]
-
-
-# --- what is held, carried
+    found = {name: parameter.unique().tolist() for name, parameter in parameters.items()}
+    assert found == dict(zip(NAMES, [pytest.approx([0.95]), [1.0], pytest.approx([0.95]), [1.0]], strict=True))
 
 
 @pytest.mark.parametrize(
@@ -157,138 +221,178 @@ def test_decay_pulls_weights_towards_zero_and_leaves_biases() -> None:
     ],
 )
 def test_the_optimizer_holds_exactly_what_trains_each_once(freeze: list[str], expected: list[str]) -> None:
-    model = Tiny()
-    assert held(model, optimizer_of(model, freeze)) == expected
+    model = tiny()
+    assert held(model, freeze) == expected
     assert sorted(name for name, parameter in model.named_parameters() if parameter.requires_grad) == expected
 
 
 def test_a_tied_tensor_is_held_once() -> None:
     model = nn.ModuleDict({"a": nn.Linear(2, 2), "b": nn.Linear(2, 2)})
     model["b"].weight = model["a"].weight
-    assert held(model, optimizer_of(model, [])) == ["a.bias", "a.weight", "b.bias"]
+    assert held(model, []) == ["a.bias", "a.weight", "b.bias"]
 
 
-def test_without_an_optimizer_before_there_is_no_state() -> None:
-    model = Tiny()
-    assert with_state(model, optimizer_of(model, [])) == set()
+# --- the optimizer itself
 
 
-def test_state_is_carried_for_what_goes_on_and_absent_for_what_is_frozen_or_thawed() -> None:
-    model = Tiny()
-    first = optimizer_of(model, ["trunk.weight"])
-    for _ in range(3):
-        step(model, first)
-    assert with_state(model, first) == {"trunk.bias", "head.weight", "head.bias"}
-    moments = {name: first.state[p]["exp_avg"].clone() for name, p in model.named_parameters() if p in first.state}
-
-    second = optimizer_of(model, ["head.bias"], first)
-    assert held(model, second) == ["head.weight", "trunk.bias", "trunk.weight"]
-    assert with_state(model, second) == {"trunk.bias", "head.weight"}
-    assert model.head.weight in first.state
-    for name in ("trunk.bias", "head.weight"):
-        state = second.state[model.get_parameter(name)]
-        assert state["step"].item() == 3
-        assert torch.equal(state["exp_avg"], moments[name])
-        assert state["exp_avg"].any()
-
-    step(model, second)
-    assert with_state(model, second) == {"trunk.weight", "trunk.bias", "head.weight"}
-    assert second.state[model.head.weight]["step"].item() == 4
-    assert second.state[model.trunk.weight]["step"].item() == 1
+@pytest.mark.parametrize("name", [*sorted(optimizer_names()), "AdamW", "SGD"])
+def test_every_optimizer_steps_to_finite_results(name: str) -> None:
+    model = tiny()
+    before = [parameter.clone() for parameter in model.parameters()]
+    optimizer = build_optimizer(OptimizerConfig(name=name), groups_of(model, lr=0.01))
+    assert type(optimizer).__name__.lower() == name.lower()
+    assert [group["lr"] for group in optimizer.param_groups] == [0.01]
+    train(model, optimizer, 3)
+    for parameter, old in zip(model.parameters(), before, strict=True):
+        assert parameter.isfinite().all()
+        assert not torch.equal(parameter, old)
 
 
-def test_a_phase_boundary_between_equal_freezes_leaves_the_course_of_training_as_it_was() -> None:
-    def train(num_steps_before: int) -> list[Tensor]:
-        torch.manual_seed(3)
-        model = Tiny()
-        optimizer = optimizer_of(model, ["trunk.bias"])
-        for _ in range(num_steps_before):
-            step(model, optimizer)
-        optimizer = optimizer_of(model, ["trunk.bias"], optimizer)
-        for _ in range(6 - num_steps_before):
-            step(model, optimizer)
-        return [parameter.detach() for parameter in model.parameters()]
+def test_the_well_known_optimizers_are_there_and_those_that_do_not_fit_the_loop_are_not() -> None:
+    names = optimizer_names()
+    assert names.items() >= {"sgd": "SGD", "adam": "Adam", "adamw": "AdamW", "rmsprop": "RMSprop"}.items()
+    assert not {"optimizer", "lbfgs", "sparseadam", "muon"} & names.keys()
 
-    for uninterrupted, interrupted in zip(train(0), train(4), strict=True):
-        assert torch.equal(uninterrupted.view(torch.int32), interrupted.view(torch.int32))
+
+@pytest.mark.parametrize(
+    ("name", "kind", "options"),
+    [
+        ("adamw", torch.optim.AdamW, {}),
+        ("adamw", torch.optim.AdamW, {"betas": (0.8, 0.99), "eps": 1e-6, "amsgrad": True}),
+        ("adam", torch.optim.Adam, {}),
+        ("sgd", torch.optim.SGD, {}),
+        ("sgd", torch.optim.SGD, {"momentum": 0.9, "nesterov": True}),
+    ],
+)
+def test_steps_equal_those_of_torchs_own_to_the_bit(name: str, kind: Any, options: dict[str, Any]) -> None:
+    ours, theirs = tiny(), tiny()
+    theirs.load_state_dict(ours.state_dict())
+    train(ours, build_optimizer(OptimizerConfig(name=name, options=options), groups_of(ours, 0.05, 0.3)), 20)
+    train(theirs, kind(theirs.parameters(), lr=0.05, weight_decay=0.3, **options), 20)
+    for one, other in zip(ours.parameters(), theirs.parameters(), strict=True):
+        assert torch.equal(one.view(torch.int32), other.view(torch.int32))
+
+
+def test_options_are_passed_on_and_every_group_keeps_its_own_rate_and_decay() -> None:
+    a, b = nn.Parameter(torch.ones(1)), nn.Parameter(torch.ones(1))
+    groups = [{"params": [a], "lr": 0.1, "weight_decay": 0.0}, {"params": [b], "lr": 0.4, "weight_decay": 0.2}]
+    config = OptimizerConfig(name="sgd", options={"momentum": 0.7, "nesterov": True})
+    found = [(g["lr"], g["weight_decay"], g["momentum"]) for g in build_optimizer(config, groups).param_groups]
+    assert found == [(0.1, 0.0, 0.7), (0.4, 0.2, 0.7)]
+
+
+@pytest.mark.parametrize(("options", "expected"), [({}, True), ({"foreach": False}, False), ({"fused": True}, None)])
+def test_tensors_are_stepped_together_unless_an_option_says_otherwise(
+    options: dict[str, Any], expected: bool | None
+) -> None:
+    optimizer = build_optimizer(OptimizerConfig(options=options), groups_of(tiny()))
+    assert optimizer.param_groups[0]["foreach"] is expected
 
 
 def test_building_and_stepping_do_not_write_into_the_groups_that_were_given() -> None:
-    model = Tiny()
-    parameters = dict(model.named_parameters())
-    config = OptimConfig(lr_schedule="cosine")
-    groups = group_parameters(config, parameters, dict.fromkeys(parameters, 0.1))
-    before = [sorted(group) for group in groups]
-    optimizer = build_optimizer(groups)
-    schedule = build_lr_schedule(config, optimizer, 4)
-    for _ in range(4):
-        step(model, optimizer)
-        schedule.step()
-    assert optimizer.param_groups[0]["lr"] == pytest.approx(0.0)
-    assert [group["lr"] for group in groups] == [0.1, 0.1]
-    assert [sorted(group) for group in groups] == before
+    model = tiny()
+    groups = groups_of(model)
+    optimizer = build_optimizer(OptimizerConfig(), groups)
+    optimizer.param_groups[0]["lr"] = 0.0
+    train(model, optimizer, 2)
+    [given] = groups
+    assert set(given) == {"params", "lr", "weight_decay"}
+    assert (given["lr"], given["weight_decay"], len(given["params"])) == (0.1, 0.0, 4)
 
 
-# --- the course of the rate
+@pytest.mark.parametrize("key", ["params", "lr", "weight_decay"])
+def test_an_option_with_a_key_of_its_own_is_refused(key: str) -> None:
+    config = OptimizerConfig(options={key: 0.1})
+    with pytest.raises(SettingError, match=f"^optimizer.options: '{key}' has a key of its own"):
+        build_optimizer(config, groups_of(tiny()))
 
 
-def factors(course: str, num_steps: int, num_more: int = 0) -> list[float]:
-    """The factor of the rate at each step from 0 to `num_steps` (the last one is never trained with) and beyond."""
-    optimizer = SGD([nn.Parameter(torch.zeros(1))], lr=1.0)
-    schedule = build_lr_schedule(OptimConfig(lr_schedule=course), optimizer, num_steps)
-    found = []
-    for _ in range(num_steps + 1 + num_more):
-        found.append(optimizer.param_groups[0]["lr"])
-        optimizer.step()
-        schedule.step()
-    return found
+@pytest.mark.parametrize("options", [{"momentumm": 0.9}, {"momentum": -1.0}, {"nesterov": True}])
+def test_wrong_options_are_refused_with_those_that_it_takes(options: dict[str, Any]) -> None:
+    with pytest.raises(SettingError, match=r"^optimizer\.options: sgd takes the options momentum, dampening, nest"):
+        build_optimizer(OptimizerConfig(name="sgd", options=options), groups_of(tiny()))
 
 
-def test_constant_stays() -> None:
-    assert factors("constant", 5) == [1.0] * 6
+def test_decay_for_an_optimizer_that_takes_none_is_refused() -> None:
+    with pytest.raises(SettingError, match=r"^optimizer\.name: rprop takes no weight decay; set weight_decay to 0"):
+        build_optimizer(OptimizerConfig(name="rprop"), groups_of(tiny(), decay=0.1))
 
 
-def test_cosine_goes_from_the_peak_to_nothing_through_these_points() -> None:
-    assert factors("cosine", 4) == pytest.approx(
-        [1.0, (1 + math.sqrt(0.5)) / 2, 0.5, (1 - math.sqrt(0.5)) / 2, 0.0], abs=1e-12
-    )
-    assert factors("cosine", 3) == pytest.approx([1.0, 0.75, 0.25, 0.0], abs=1e-12)
-    assert factors("cosine", 1)[0] == 1.0
+def test_an_unknown_optimizer_is_refused_with_the_nearest_and_all_there_are() -> None:
+    with pytest.raises(SettingError, match=r"^optimizer\.name: no optimizer 'adamv'; nearest: adam") as caught:
+        build_optimizer(OptimizerConfig(name="adamv"), groups_of(tiny()))
+    assert all(re.search(rf"\b{name}\b", caught.value.message) for name in optimizer_names())
+    assert "package.module:Name" in caught.value.message
 
 
-def test_one_cycle_climbs_from_a_twenty_fifth_to_the_peak_and_falls_to_nothing() -> None:
-    course = factors("one-cycle", 20)
-    # Up over 30 %, that is 6 steps; halfway up and down the cosine is in the middle.
-    assert course[0] == pytest.approx(0.04)
-    assert course[3] == pytest.approx((0.04 + 1.0) / 2)
-    assert course[6] == 1.0
-    assert course[13] == pytest.approx(0.5)
-    assert course[20] == pytest.approx(0.0, abs=1e-12)
-    assert course[:7] == sorted(course[:7])
-    assert course[6:] == sorted(course[6:], reverse=True)
-    assert all(0 < factor <= 1 for factor in course[:20])
+# --- one's own
 
 
-def test_one_cycle_of_one_step_trains_at_the_start_and_of_two_reaches_the_peak() -> None:
-    assert factors("one-cycle", 1)[:1] == pytest.approx([0.04])
-    assert factors("one-cycle", 2) == pytest.approx([0.04, 1.0, 0.0], abs=1e-12)
+OWN = """
+import torch
+
+class Halves(torch.optim.Optimizer):
+    def __init__(self, params, lr=1.0, share=0.5):
+        super().__init__(params, {"lr": lr, "share": share})
+
+    @torch.no_grad()
+    def step(self, closure=None):
+        for group in self.param_groups:
+            for parameter in group["params"]:
+                parameter.mul_(group["share"])
+
+class Eager(torch.optim.SGD):
+    def __init__(self, params, **options):
+        super().__init__(params, **options)
+
+class NoOptimizer:
+    pass
+"""
 
 
-@pytest.mark.parametrize("course", ["cosine", "one-cycle"])
-def test_the_rate_does_not_rise_again_after_the_end(course: str) -> None:
-    assert factors(course, 4, num_more=4)[4:] == pytest.approx([0.0] * 5, abs=1e-12)
+@pytest.fixture
+def own_module(tmp_path: Path) -> Iterator[str]:
+    """A module in the working directory."""
+    (tmp_path / "own_optimizers.py").write_text(OWN)
+    importlib.invalidate_caches()
+    yield "own_optimizers"
+    sys.modules.pop("own_optimizers", None)
 
 
-@pytest.mark.parametrize("course", ["constant", "cosine", "one-cycle"])
-@pytest.mark.parametrize("num_steps", [1, 2, 3, 7])
-def test_no_step_of_any_course_is_trained_at_a_rate_of_zero(course: str, num_steps: int) -> None:
-    assert all(0 < factor <= 1 for factor in factors(course, num_steps)[:num_steps])
-
-
-def test_every_group_follows_the_course_from_its_own_peak() -> None:
-    a, b = nn.Parameter(torch.zeros(1)), nn.Parameter(torch.zeros(1))
-    optimizer = build_optimizer([{"params": [a], "lr": 0.1}, {"params": [b], "lr": 0.4}])
-    schedule = build_lr_schedule(OptimConfig(lr_schedule="cosine"), optimizer, 2)
+@pytest.mark.parametrize(("options", "expected"), [({}, 0.5), ({"share": 0.25}, 0.25)])
+def test_an_optimizer_of_ones_own_steps(own_module: str, options: dict[str, Any], expected: float) -> None:
+    parameter = nn.Parameter(torch.ones(3))
+    groups = [{"params": [parameter], "lr": 0.3, "weight_decay": 0.0}]
+    optimizer = build_optimizer(OptimizerConfig(name=f"{own_module}:Halves", options=options), groups)
+    assert optimizer.param_groups[0]["lr"] == 0.3
     optimizer.step()
-    schedule.step()
-    assert schedule.get_last_lr() == pytest.approx([0.05, 0.2])
+    assert parameter.tolist() == [expected] * 3
+
+
+@pytest.mark.parametrize(
+    ("name", "message"),
+    [
+        ("own_optimizer:Halves", r"'own_optimizer' cannot be imported: No module named 'own_optimizer'"),
+        ("own_optimizers:Halfs", r"own_optimizers has no 'Halfs'; nearest: Halves"),
+        ("own_optimizers:NoOptimizer", r"own_optimizers:NoOptimizer is no subclass of torch\.optim\.\S*Optimizer"),
+        ("own_optimizers:torch", r"own_optimizers:torch is no subclass of"),
+    ],
+)
+def test_an_optimizer_of_ones_own_that_cannot_be_had_is_refused(own_module: str, name: str, message: str) -> None:
+    assert own_module
+    with pytest.raises(SettingError, match=f"^optimizer.name: {message}"):
+        build_optimizer(OptimizerConfig(name=name), groups_of(tiny()))
+
+
+def test_ones_own_that_takes_no_decay_or_other_options_is_refused(own_module: str) -> None:
+    name = f"{own_module}:Halves"
+    with pytest.raises(SettingError, match=r"^optimizer\.name: own_optimizers:Halves takes no weight decay"):
+        build_optimizer(OptimizerConfig(name=name), groups_of(tiny(), decay=0.1))
+    with pytest.raises(SettingError, match=r"^optimizer\.options: own_optimizers:Halves takes the options share: "):
+        build_optimizer(OptimizerConfig(name=name, options={"part": 0.1}), groups_of(tiny()))
+
+
+def test_ones_own_that_passes_all_options_on_takes_decay(own_module: str) -> None:
+    config = OptimizerConfig(name=f"{own_module}:Eager", options={"momentum": 0.9})
+    group = build_optimizer(config, groups_of(tiny(), decay=0.1)).param_groups[0]
+    assert (group["lr"], group["weight_decay"], group["momentum"]) == (0.1, 0.1, 0.9)

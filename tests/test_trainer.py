@@ -69,15 +69,15 @@ def test_frozen_tensors_keep_their_bits_and_the_others_move(tmp_path: Path) -> N
     parts = tiny_parts(tmp_path, "phases.finetune.steps=1")
     before = tensors(parts)
     trainer = Trainer(parts, tmp_path, Tracker(parts.config.tracking, tmp_path, "x", {}), quiet=True)
-    optimizer = trainer.run_phase(parts.phases[0], None)
+    trainer.run_phase(0)
     after = tensors(parts)
     frozen = {name for name in before if name.startswith(("trunk.", "normalize."))}
     moved = {name for name in before if not same_bits(before[name], after[name])}
     assert moved == {*before} - frozen, "everything but the trunk, BatchNorm statistics of heads included"
-    held = {id(parameter) for group in optimizer.param_groups for parameter in group["params"]}
-    assert held == {id(p) for name, p in parts.root.named_parameters() if not name.startswith("trunk.")}
+    (moments,) = trainer.keeper.moments.state_dict().values()
+    assert {*moments} == {name for name, _ in parts.root.named_parameters() if not name.startswith("trunk.")}
 
-    trainer.run_phase(parts.phases[1], optimizer)
+    trainer.run_phase(1)
     last = tensors(parts)
     kept = {n for n in last if n.startswith(("trunk.conv1.", "trunk.bn1.", "heads.object."))}
     assert kept and all(same_bits(last[name], after[name]) for name in kept)
@@ -87,12 +87,12 @@ def test_frozen_tensors_keep_their_bits_and_the_others_move(tmp_path: Path) -> N
 def test_moments_of_what_goes_on_training_are_carried_into_the_next_phase(tmp_path: Path) -> None:
     parts = tiny_parts(tmp_path)
     trainer = Trainer(parts, tmp_path, Tracker(parts.config.tracking, tmp_path, "x", {}), quiet=True)
-    first = trainer.run_phase(parts.phases[0], None)
-    names = {parameter: name for name, parameter in parts.root.named_parameters()}
-    steps = {names[parameter]: int(state["step"]) for parameter, state in first.state.items()}
-    assert set(steps.values()) == {5}
-    second = trainer.run_phase(parts.phases[1], first)
-    steps = {names[parameter]: int(state["step"]) for parameter, state in second.state.items()}
+    trainer.run_phase(0)
+    (moments,) = trainer.keeper.moments.state_dict().values()
+    assert {int(state["step"]) for state in moments.values()} == {5}
+    trainer.run_phase(1)
+    (moments,) = trainer.keeper.moments.state_dict().values()
+    steps = {name: int(state["step"]) for name, state in moments.items()}
     assert steps["heads.depth.out.bias"] == 5 + 7 and steps["trunk.layer1.0.conv1.weight"] == 7
     assert not any(name.startswith(("heads.object", "trunk.bn1")) for name in steps)
 
@@ -154,13 +154,13 @@ def test_the_checkpoint_is_the_model_at_the_end(finished: tuple[Parts, Outcome])
     parts, outcome = finished
     saved = load_file(outcome.run_dir / "checkpoints/last/model.safetensors")
     assert {*saved} == {*parts.root.state_dict()}
-    assert "balance.scalarizer.log_var" in saved and saved["balance.scalarizer.log_var"].any()
+    assert "balance.0.scalarizer.log_var" in saved and saved["balance.0.scalarizer.log_var"].any()
     assert all(same_bits(tensor, saved[name]) for name, tensor in parts.root.state_dict().items())
     state = json.loads((outcome.run_dir / "checkpoints/last/state.json").read_text())
     assert (state["step"], state["phase"], state["scheduler"]) == (
         12,
         "finetune",
-        {"index": 2, "epochs": 0, "steps": 0},
+        {"index": 2, "epochs": 0, "steps": 0, "seconds": 0.0, "plateaus": [], "latest": {}},
     )
 
 
@@ -200,13 +200,14 @@ def test_an_accumulated_step_has_the_mean_gradient_of_its_batches(tmp_path: Path
 
     trainer.audit.after_backward = note  # type: ignore[method-assign]
     expected = tiny_parts(tmp_path, "optim.accumulate=5", "name=other", **options)
-    enforce(expected.root, expected.phases[0].plan)
+    enforce(expected.root, expected.phases[0].freeze.plan)
     helper = Trainer(expected, tmp_path, trainer.tracker, quiet=True)
     total: Tensor = sum(  # type: ignore[assignment]
-        expected.balance(helper.losses(batch)) for batch in training_batches(expected.train, 8, 0, 0)
+        expected.phases[0].balance(helper.losses(batch, [*expected.tasks]))
+        for batch in training_batches(expected.train, 8, 0, 0)
     )
     (total / 5).backward()
-    trainer.run_phase(parts.phases[0], None)
+    trainer.run_phase(0)
     for name, parameter in expected.root.named_parameters():
         assert (parameter.grad is None) == (name not in seen), name
         if parameter.grad is not None:
@@ -233,7 +234,7 @@ def test_depth_groups_classes_and_rates_by_pattern_work_together_in_a_run(tmp_pa
     outcome = train(parts, quiet=True)
     after = tensors(parts)
     moved = {name for name in before if not same_bits(before[name], after[name])}
-    free = {*phase.plan.names.trainable, *phase.plan.names.free_buffers}
+    free = {*phase.freeze.plan.names.trainable, *phase.freeze.plan.names.free_buffers}
     assert outcome.report.ok and moved == {name for name in free if not name.startswith("normalize.")}
     assert "trunk.layer3.0.conv1.weight" in moved and "trunk.layer3.0.bn1.weight" not in moved
     assert "trunk.layer1.0.conv1.weight" not in moved
@@ -280,8 +281,9 @@ def test_a_pass_that_ends_with_a_phase_in_steps_is_told_to_the_balancing_method(
     phases = [{"name": name, "steps": 5} for name in ("a", "b", "c")]
     parts = tiny_parts(tmp_path, balance={"method": "dwa"}, phases=phases)
     calls = []
-    real = parts.balance.after_epoch
-    parts.balance.after_epoch = lambda: calls.append(real())  # type: ignore[method-assign]
+    balance = parts.phases[0].balance
+    real = balance.after_epoch
+    balance.after_epoch = lambda: calls.append(real())  # type: ignore[method-assign]
     train(parts, quiet=True)
     assert len(calls) == 3
 
@@ -295,12 +297,16 @@ def test_a_task_without_validation_labels_leaves_a_score_of_the_others_and_a_bes
     assert state["val/object/accuracy"] is None and state["val/score"] == outcome.best_score
 
 
-def test_without_any_validation_label_some_weights_are_still_the_best(tmp_path: Path) -> None:
+def test_a_score_that_is_no_number_never_counts_as_best_and_is_reported(
+    tmp_path: Path, caplog: pytest.LogCaptureFixture
+) -> None:
     task = {"object": {"type": "classification", "num_classes": 10}}
     parts = tiny_parts(tmp_path, tasks=task, phases=[{"name": "a", "steps": 2}])
     parts.val.labels["object"].fill_(-1)
     outcome = train(parts, quiet=True)
-    assert json.loads((outcome.run_dir / "checkpoints/best/state.json").read_text())["val/score"] is None
+    assert json.loads((outcome.run_dir / "checkpoints/last/state.json").read_text())["val/score"] is None
+    assert not (outcome.run_dir / "checkpoints/best").exists() and math.isnan(outcome.best_score)
+    assert "val/score is nan after step 2: it does not count as best" in caplog.messages
 
 
 def test_a_phase_in_which_nothing_moved_is_warned_of(tmp_path: Path, caplog: pytest.LogCaptureFixture) -> None:

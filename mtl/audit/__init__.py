@@ -15,6 +15,7 @@ It is given patterns, looks at tensors, and imports nothing from the code that f
 
 from mtl.audit.audit import GradientAudit
 from mtl.audit.fingerprint import fingerprint
+from mtl.audit.membership import HoldsParameters
 from mtl.audit.report import AuditError, PhaseRecord, Report, Violation
 
-__all__ = ["AuditError", "GradientAudit", "PhaseRecord", "Report", "Violation", "fingerprint"]
+__all__ = ["AuditError", "GradientAudit", "HoldsParameters", "PhaseRecord", "Report", "Violation", "fingerprint"]

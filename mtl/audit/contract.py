@@ -6,11 +6,11 @@ from collections.abc import Iterator, Sequence
 from dataclasses import dataclass
 from typing import Literal
 
-import torch
 from torch import Tensor, nn
 
 from mtl.moduletree import describe
 from mtl.patterns import PatternLike, partition, text_of
+from mtl.storage import overlapping
 
 TensorKind = Literal["param", "buffer", "attr"]
 
@@ -129,40 +129,9 @@ def _links(model: nn.Module, frozen: list[Place]) -> Iterator[tuple[nn.Module, s
 
 def shared_memory(contract: Contract) -> list[tuple[Place, Place]]:
     """Pairs of a frozen and a free place whose tensors have bytes of memory in common."""
-    sides = [(side, place) for side, places in enumerate((contract.frozen, contract.free)) for place in places]
-    spans = sorted(((*span, side, place) for side, place in sides if (span := _span(place))), key=lambda s: s[:2])
-    pairs: list[tuple[Place, Place]] = []
-    opened: list[list[tuple[int, Place]]] = [[], []]
-    for begin, end, side, place in spans:
-        other = opened[1 - side] = [entry for entry in opened[1 - side] if entry[0] > begin]
-        pairs += [(place, there) if side == 0 else (there, place) for _, there in other if _overlap(place, there)]
-        opened[side].append((end, place))
-    return pairs
-
-
-def _span(place: Place) -> tuple[int, int] | None:
-    """The addresses between which a tensor's elements lie; None if it has none."""
-    tensor = place.look()
-    if tensor is None or tensor.numel() == 0 or tensor.device.type == "meta":
-        return None
-    extent = 1 + sum((length - 1) * stride for length, stride in zip(tensor.shape, tensor.stride(), strict=True))
-    return tensor.data_ptr(), tensor.data_ptr() + int(extent) * tensor.element_size()
-
-
-def _overlap(a: Place, b: Place) -> bool:
-    """Whether two tensors whose spans meet really share bytes; columns of one matrix do not."""
-    first, second = a.look(), b.look()
-    if first is None or second is None or first.device != second.device:
-        return False
-    if first.is_contiguous() and second.is_contiguous():
-        return True
-    return bool(torch.isin(_addresses(first), _addresses(second)).any())
-
-
-def _addresses(tensor: Tensor) -> Tensor:
-    """The address of every byte of a tensor's elements."""
-    offsets = torch.zeros(1, dtype=torch.int64)
-    for length, stride in zip(tensor.shape, tensor.stride(), strict=True):
-        offsets = (offsets[:, None] + torch.arange(length) * stride).flatten()
-    size = tensor.element_size()
-    return (tensor.data_ptr() + offsets[:, None] * size + torch.arange(size)).flatten()
+    frozen, free = (
+        [(place, tensor) for place in places if (tensor := place.look()) is not None]
+        for places in (contract.frozen, contract.free)
+    )
+    pairs = overlapping([tensor for _, tensor in frozen], [tensor for _, tensor in free])
+    return [(frozen[one][0], free[other][0]) for one, other in pairs]

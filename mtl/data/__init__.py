@@ -26,6 +26,7 @@ __all__ = [
     "DataError",
     "Split",
     "load_data",
+    "num_images",
     "num_batches",
     "training_batches",
     "validation_batches",
@@ -71,8 +72,9 @@ def load_data(config: DataConfig, tasks: Mapping[str, Task], quiet: bool = False
         SettingError: The labels do not fit a task.
     """
     data = BUILT_IN[config.name]
-    train = _load_split(data, config, "train", config.num_train or data.num_train, quiet)
-    val = _load_split(data, config, "val", config.num_val or data.num_val, quiet)
+    num_train, num_val = num_images(config)
+    train = _load_split(data, config, "train", num_train, quiet)
+    val = _load_split(data, config, "val", num_val, quiet)
     for name, task in tasks.items():
         for split in (train, val):
             try:
@@ -80,6 +82,12 @@ def load_data(config: DataConfig, tasks: Mapping[str, Task], quiet: bool = False
             except ValueError as error:
                 raise SettingError(f"tasks.{name}", f"the labels of {config.name} do not fit: {error}") from error
     return train.only(tasks), val.only(tasks)
+
+
+def num_images(config: DataConfig) -> tuple[int, int]:
+    """Images in the training and the validation split, which need not be made for it."""
+    data = BUILT_IN[config.name]
+    return config.num_train or data.num_train, config.num_val or data.num_val
 
 
 def _load_split(data: BuiltIn, config: DataConfig, split: str, num: int, quiet: bool) -> Split:

@@ -1,7 +1,7 @@
 """The model: a shared timm trunk, one head per task, and where the trunk's weights come from."""
 
 from mtl.model.heads import start_from
-from mtl.model.network import MultiTaskModel
+from mtl.model.network import MultiTaskModel, build_trunk
 from mtl.model.weights import WeightsError
 
-__all__ = ["MultiTaskModel", "WeightsError", "start_from"]
+__all__ = ["MultiTaskModel", "build_trunk", "WeightsError", "start_from"]

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Mapping
+from collections.abc import Collection, Mapping
 from contextlib import nullcontext
 from pathlib import Path
 from typing import Any
@@ -14,7 +14,7 @@ from torch import Tensor, nn
 
 from mtl.config import SettingError, TrunkConfig
 from mtl.console import first_line
-from mtl.model.heads import build_head
+from mtl.model.heads import DenseHead, VectorHead, build_head
 from mtl.model.trunk import FeatureShape, feature_shape, pyramid_levels, read_features
 from mtl.model.weights import PACKAGED_TRUNK, WeightsError, file_weights, hub_or_cache, load_into, packaged_weights
 from mtl.nearest import hint
@@ -71,7 +71,6 @@ class MultiTaskModel(nn.Module):
         trunk = build_trunk(config, image_size)
         dense = any(task.output == "dense" for task in tasks.values())
         self.levels, shape = _probe(trunk, dense, image_size, config)
-        self.reads_pooled = any(task.output == "vector" for task in tasks.values())
         trained_on: Any = trunk.pretrained_cfg
         self.normalize = Normalize(trained_on["mean"], trained_on["std"])
         self.trunk = trunk
@@ -82,19 +81,23 @@ class MultiTaskModel(nn.Module):
         # Set by whoever freezes the whole trunk: it is then run without recording for a backward that never comes.
         self.trunk_is_frozen = False
 
-    def forward(self, images: Tensor) -> dict[str, Tensor]:
+    def forward(self, images: Tensor, tasks: Collection[str] | None = None) -> dict[str, Tensor]:
         """Args:
             images: "b h w c", uint8.
+            tasks: The tasks whose heads are run; all if not given.
 
         Returns:
             By task, "b c h w" from dense heads and "b c" from vector heads.
         """
+        heads = {name: head for name, head in self.heads.items() if tasks is None or name in tasks}
+        levels = self.levels if any(isinstance(head, DenseHead) for head in heads.values()) else []
+        pooled = any(isinstance(head, VectorHead) for head in heads.values())
         size = (images.shape[1], images.shape[2])
         # Convolutions compute in the layout of what they are given.
         x = self.normalize(images).contiguous(memory_format=self.memory_format)
         with torch.set_grad_enabled(torch.is_grad_enabled() and not self.trunk_is_frozen):
-            features = read_features(self.trunk, x, self.levels, self.reads_pooled)
-        return {name: head(features, size) for name, head in self.heads.items()}
+            features = read_features(self.trunk, x, levels, pooled)
+        return {name: head(features, size) for name, head in heads.items()}
 
 
 def build_trunk(config: TrunkConfig, image_size: int) -> nn.Module:

@@ -1,0 +1,160 @@
+"""From a configuration to the model of a run and its resolved phases, with no data and nothing written."""
+
+from __future__ import annotations
+
+import random
+from dataclasses import dataclass
+
+import numpy as np
+import torch
+from torch import nn
+
+from mtl.balance import build_balance
+from mtl.config import RunConfig, SettingError, mistake_of
+from mtl.data import BUILT_IN, num_images
+from mtl.freeze import fixed_parameters
+from mtl.model import MultiTaskModel, build_trunk
+from mtl.nearest import hint
+from mtl.phase_freeze import Surroundings
+from mtl.phase_length import Metrics
+from mtl.phases import Phase, active_tasks, resolve_phases
+from mtl.reach import reached_parameters
+from mtl.tasks import Task, build_tasks
+from mtl.yaml_source import ConfigError, KeyPath
+
+
+@dataclass(frozen=True)
+class Blueprint:
+    """The model of a run and its phases, without data.
+
+    Attributes:
+        config: The configuration they were made from.
+        tasks: The tasks by name.
+        model: Trunk and heads.
+        root: One module around all that has parameters, under the names that users write: trunk, heads, balance.
+        fixed: Parameters that the model itself keeps from training.
+        phases: The phases, resolved.
+    """
+
+    config: RunConfig
+    tasks: dict[str, Task]
+    model: MultiTaskModel
+    root: nn.Module
+    fixed: list[str]
+    phases: list[Phase]
+
+
+def draw_up(config: RunConfig, device: str = "cpu") -> Blueprint:
+    """Makes the model of a run and resolves its phases.
+
+    The model's initial weights follow from the run's seed; on the meta device it has none, and costs nothing.
+
+    Args:
+        config: The run.
+        device: `cpu` or `meta`.
+
+    Raises:
+        ConfigError: Anything in the configuration that turns out not to work, with the place where it was written.
+    """
+    _check_labels(config)
+    _seed_everything(config.seed)
+    tasks = build_tasks(config.tasks)
+    layout = {"channels_last": torch.channels_last, "contiguous": torch.contiguous_format}[config.memory_format]
+    trunk = config.trunk.model_copy(update={"weights": "none"}) if device == "meta" else config.trunk
+    try:
+        with torch.device(device):
+            model = MultiTaskModel(trunk, tasks, config.data.image_size, layout)
+            balances, balance_of, mistakes = _build_balances(config)
+    except SettingError as error:
+        raise mistake_of(config, error) from error
+    root = nn.ModuleDict({**dict(model.named_children()), "balance": balances})
+    reached = reached_parameters(model, config.data.image_size)
+    fixed = fixed_parameters(root)
+    num_train, _ = num_images(config.data)
+    around = Surroundings(config, root, fixed, Metrics(config, tasks), balance_of, reached, num_train)
+    return Blueprint(config, tasks, model, root, fixed, resolve_phases(around, mistakes))
+
+
+def draw_up_without_weights(config: RunConfig) -> Blueprint:
+    """As `draw_up`, on the meta device, or on the CPU for a trunk that cannot be built there.
+
+    Raises:
+        ConfigError: As `draw_up`.
+    """
+    try:
+        return draw_up(config, "meta")
+    except ConfigError:
+        # Either the configuration is wrong, which then shows again, or this trunk has to compute while it is built.
+        return draw_up(_without_weights(config))
+
+
+def build_trunk_without_weights(config: RunConfig) -> nn.Module:
+    """The trunk alone, as an architecture.
+
+    Raises:
+        ConfigError: timm knows no such model, or cannot build it.
+    """
+    trunk = _without_weights(config).trunk
+    try:
+        with torch.device("meta"):
+            return build_trunk(trunk, config.data.image_size)
+    except SettingError:
+        pass
+    try:
+        return build_trunk(trunk, config.data.image_size)
+    except SettingError as error:
+        raise mistake_of(config, error) from error
+
+
+def _without_weights(config: RunConfig) -> RunConfig:
+    return config.with_changes(trunk=config.trunk.model_copy(update={"weights": "none"}))
+
+
+def _build_balances(config: RunConfig) -> tuple[nn.ModuleList, dict[KeyPath, int], list[str]]:
+    """The balancing methods of a run, one for each method and set of active tasks, and which phase uses which.
+
+    Returns:
+        The methods, their places by the phases' key paths, and what is wrong with the phases that are left out.
+    """
+    mistakes: list[str] = []
+    balances, keys = nn.ModuleList(), list[tuple[str, tuple[str, ...]]]()
+    balance_of: dict[KeyPath, int] = {}
+    for written in config.written_phases:
+        if written.path in balance_of:
+            continue
+        own = written.config.balance
+        settings, place = (config.balance, ()) if own is None else (own, written.path)
+        unknown = [task for task in written.config.tasks or [] if task not in config.tasks]
+        for task in unknown:
+            path = (*written.path, "tasks", (written.config.tasks or []).index(task))
+            there = f"there are: {', '.join(config.tasks)}{hint(task, config.tasks)}"
+            mistakes += config.mistake(path, f"no task {task!r}; {there}").mistakes
+        if unknown:
+            continue
+        tasks = active_tasks(config, written.config)
+        key = (settings.model_dump_json(), tasks)
+        if key not in keys:
+            try:
+                balances.append(build_balance(settings, tasks, list(config.tasks)))
+            except SettingError as error:
+                raise config.mistake((*place, *error.key.split(".")), error.message) from error
+            keys.append(key)
+        balance_of[written.path] = keys.index(key)
+    return balances, balance_of, mistakes
+
+
+def _check_labels(config: RunConfig) -> None:
+    data = BUILT_IN.get(config.data.name)
+    if data is None:
+        there = f"there are: {', '.join(BUILT_IN)}{hint(config.data.name, BUILT_IN)}"
+        raise config.mistake(("data", "name"), f"no data set {config.data.name!r}; {there}")
+    for task in config.tasks:
+        if task not in data.labels:
+            there = f"it has: {', '.join(data.labels)}{hint(task, data.labels)}"
+            raise config.mistake(("tasks", task), f"{config.data.name} has no labels of that name; {there}")
+
+
+def _seed_everything(seed: int) -> None:
+    random.seed(seed)
+    np.random.seed(seed % 2**32)
+    torch.manual_seed(seed)

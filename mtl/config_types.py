@@ -1,0 +1,58 @@
+"""What the models of the configuration are made of: strict, frozen, with ranges in their types."""
+
+from __future__ import annotations
+
+from typing import Annotated
+
+from pydantic import BaseModel, BeforeValidator, ConfigDict, Discriminator, Field, Tag
+
+Positive = Annotated[float, Field(gt=0, allow_inf_nan=False)]
+NotNegative = Annotated[float, Field(ge=0, allow_inf_nan=False)]
+Finite = Annotated[float, Field(allow_inf_nan=False)]
+Count = Annotated[int, Field(ge=1)]
+# All generators take 32 bits.
+Seed = Annotated[int, Field(ge=0, lt=2**32)]
+
+
+class Strict(BaseModel):
+    """Unknown keys and near-miss types are errors: nothing is ignored or converted in silence."""
+
+    model_config = ConfigDict(extra="forbid", strict=True, frozen=True)
+
+
+def one_as_list(value: object) -> object:
+    return [value] if isinstance(value, str | dict) else value
+
+
+def _is_table(value: object) -> str:
+    return "table" if isinstance(value, dict) else "number"
+
+
+# A number for all, or pattern -> number.
+PositiveByPattern = Annotated[
+    Annotated[Positive, Tag("number")] | Annotated[dict[str, Positive], Field(min_length=1), Tag("table")],
+    Discriminator(_is_table),
+]
+NotNegativeByPattern = Annotated[
+    Annotated[NotNegative, Tag("number")] | Annotated[dict[str, NotNegative], Field(min_length=1), Tag("table")],
+    Discriminator(_is_table),
+]
+
+
+class CountedConfig(Strict):
+    """A pattern that must match an exact number of tensors: a guard against renamed layers.
+
+    Attributes:
+        pattern: The pattern.
+        must_match: How many parameters and buffers it has to match.
+    """
+
+    pattern: str
+    must_match: Count
+
+
+PatternConfig = Annotated[
+    Annotated[str, Tag("pattern")] | Annotated[CountedConfig, Tag("counted")],
+    Discriminator(lambda value: "counted" if isinstance(value, dict | CountedConfig) else "pattern"),
+]
+Patterns = Annotated[list[PatternConfig], BeforeValidator(one_as_list)]

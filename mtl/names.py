@@ -1,0 +1,40 @@
+"""Lists of full names in short."""
+
+from __future__ import annotations
+
+from collections.abc import Iterable, Iterator
+
+
+def condense(names: Iterable[str], every_name: Iterable[str]) -> list[str]:
+    """The modules and tensors that cover exactly these names: a module in place of all that hangs in it.
+
+    Where the names are those of modules, one without some of the modules in it is listed by its own name all the same.
+
+    Args:
+        names: The names to cover.
+        every_name: All names there are.
+    """
+    wanted = dict.fromkeys(names)
+    partly = {start for name in every_name if name not in wanted for start in _starts(name)}
+    return list(dict.fromkeys(next((start for start in _starts(name) if start not in partly), name) for name in wanted))
+
+
+def _starts(name: str) -> Iterator[str]:
+    """The names of the modules around a tensor from the outermost on, then its own."""
+    end = name.find(".")
+    while end != -1:
+        yield name[:end]
+        end = name.find(".", end + 1)
+    yield name
+
+
+def parents(name: str) -> Iterator[str]:
+    """The paths of all modules around a tensor, from the innermost on; the last is the root's, which is empty."""
+    while name:
+        name = name.rpartition(".")[0]
+        yield name
+
+
+def shorten(items: list[str], most: int) -> str:
+    """Some items in a line, and how many more there are."""
+    return ", ".join(items[:most]) + (f" and {len(items) - most} more" if len(items) > most else "")

@@ -1,0 +1,146 @@
+"""The configuration of what steps parameters: optimizer, rates, decay, and how the tasks' losses are balanced."""
+
+from __future__ import annotations
+
+from typing import Annotated, Any, Literal
+
+from pydantic import BeforeValidator, Field, model_validator
+from pydantic_core import PydanticCustomError
+
+from mtl.best import Direction
+from mtl.config_types import Count, NotNegative, NotNegativeByPattern, Positive, PositiveByPattern, Strict
+
+
+def word_for(key: str) -> BeforeValidator:
+    """`optimizer: sgd` is short for `optimizer: {name: sgd}`."""
+    return BeforeValidator(lambda value: {key: value} if isinstance(value, str) else value)
+
+
+class BalanceConfig(Strict):
+    """How the tasks' losses become one.
+
+    Attributes:
+        method: A scalarizer of TorchJD by name, such as `uw`, `dwa`, `famo`, `mean`; or `fixed`.
+        weights: For `fixed`: the weight of every active task.
+        options: Passed to the scalarizer.
+    """
+
+    method: str = "mean"
+    weights: dict[str, NotNegative] | None = None
+    options: dict[str, Any] = {}
+
+    @model_validator(mode="after")
+    def _weights_go_with_fixed(self) -> BalanceConfig:
+        if (self.method == "fixed") != (self.weights is not None):
+            raise PydanticCustomError("balance", "Input should have weights exactly if the method is 'fixed'")
+        return self
+
+
+class OptimizerConfig(Strict):
+    """What steps the parameters.
+
+    Attributes:
+        name: An optimizer of torch, such as `sgd`, `adam`, `adamw`; or your own, as `package.module:Name`.
+        options: Passed to it, such as `momentum`; rates and decay have keys of their own.
+    """
+
+    name: str = "adamw"
+    options: dict[str, Any] = {}
+
+
+class _Course(Strict):
+    """Attributes:
+    warmup_steps: Steps in which the rate climbs in equal parts to its peak; the rest of the course follows.
+    """
+
+    warmup_steps: Annotated[int, Field(ge=0)] = 0
+
+
+class ConstantConfig(_Course):
+    """Stays at the peak."""
+
+    name: Literal["constant"]
+
+
+class CosineConfig(_Course):
+    """Falls from the peak to 0 over the phase, along half a cosine (Loshchilov and Hutter, arXiv 1608.03983)."""
+
+    name: Literal["cosine"]
+
+
+class LinearConfig(_Course):
+    """Falls from the peak to 0 over the phase, in equal parts."""
+
+    name: Literal["linear"]
+
+
+class StepConfig(_Course):
+    """Falls by a factor every few epochs.
+
+    Attributes:
+        every_epochs: After how many epochs.
+        factor: By which the rate is multiplied.
+    """
+
+    name: Literal["step"]
+    every_epochs: Count
+    factor: Annotated[float, Field(gt=0, lt=1)] = 0.1
+
+
+class PlateauConfig(_Course):
+    """Falls by a factor when a metric has had no new best for some epochs.
+
+    Attributes:
+        metric: The metric.
+        direction: Which values are better; need not be given for `val/score` and the tasks' main metrics.
+        patience: For how many epochs in a row.
+        min_delta: By how much a value has to beat the best one.
+        factor: By which the rate is multiplied.
+    """
+
+    name: Literal["plateau"]
+    metric: str = "val/score"
+    direction: Direction | None = None
+    patience: Count = 2
+    min_delta: NotNegative = 0.0
+    factor: Annotated[float, Field(gt=0, lt=1)] = 0.1
+
+
+class OneCycleConfig(Strict):
+    """Up from a 25th of the peak over 30 % of the phase, then down to 0 (Smith and Topin, arXiv 1708.07120)."""
+
+    name: Literal["one-cycle"]
+
+
+LrScheduleConfig = Annotated[
+    ConstantConfig | CosineConfig | LinearConfig | StepConfig | PlateauConfig | OneCycleConfig,
+    Field(discriminator="name"),
+    word_for("name"),
+]
+
+
+class OptimConfig(Strict):
+    """How parameters are stepped; a phase may set its own `optimizer`, rates, decay and schedule.
+
+    Attributes:
+        optimizer: What steps them: a name, or name and options.
+        lr: Peak learning rate, or pattern -> rate.
+        layer_decay: The trunk's rates shrink by this factor from one depth group to the one below it; the topmost group
+            already has the factor once (BEiT, arXiv 2106.08254).
+        weight_decay: Decay of weights, or pattern -> decay. Biases, norms, other vectors, and what the trunk itself
+            excepts (position embeddings) are never decayed.
+        lr_schedule: Course of the rate over one phase: `constant`, `cosine`, `linear`, `step`, `plateau`, `one-cycle`.
+        clip_norm: Gradients of what trains are scaled down to this norm, taken over all of them.
+        accumulate: Batches whose gradients are averaged into one step.
+        ema_decay: If given, weights are judged and kept as exponential moving averages over the steps, each of which
+            leaves this share of the average; only what trains is averaged.
+    """
+
+    optimizer: Annotated[OptimizerConfig, word_for("name")] = OptimizerConfig()
+    lr: PositiveByPattern = 1e-3
+    layer_decay: Annotated[float, Field(gt=0, le=1)] = 1.0
+    weight_decay: NotNegativeByPattern = 0.05
+    lr_schedule: LrScheduleConfig = OneCycleConfig(name="one-cycle")
+    clip_norm: Positive | None = None
+    accumulate: Count = 1
+    ema_decay: Annotated[float, Field(gt=0, lt=1)] | None = None

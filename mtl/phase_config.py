@@ -1,0 +1,234 @@
+"""The configuration of phases: what is frozen, for how long, and how the rest is trained."""
+
+from __future__ import annotations
+
+from collections.abc import Iterator, Sequence
+from dataclasses import dataclass
+from typing import Annotated, Literal
+
+from pydantic import BeforeValidator, Discriminator, Field, Tag, model_validator
+from pydantic_core import PydanticCustomError
+
+from mtl.best import Direction
+from mtl.config_types import (
+    Count,
+    CountedConfig,
+    Finite,
+    NotNegative,
+    NotNegativeByPattern,
+    Patterns,
+    Positive,
+    PositiveByPattern,
+    Strict,
+    one_as_list,
+)
+from mtl.optim_config import BalanceConfig, LrScheduleConfig, OptimizerConfig, word_for
+from mtl.patterns import Counted, PatternLike
+from mtl.yaml_source import KeyPath
+
+# What has no meaning in a phase that trains nothing.
+_OF_TRAINING = ("freeze", "train", "tasks", "lr", "layer_decay", "optimizer", "lr_schedule", "weight_decay", "balance")
+
+
+def check_one_of(model: Strict, keys: Sequence[str]) -> None:
+    """Raises pydantic's kind of error unless exactly one of some keys has a value."""
+    given = [key for key in keys if getattr(model, key) not in (None, False)]
+    if len(given) != 1:
+        but = f", not {' and '.join(given)}" if given else ""
+        raise PydanticCustomError("one_of", f"Input should have exactly one of {', '.join(keys)}{but}")
+
+
+class UntilConfig(Strict):
+    """A condition that ends a phase: exactly one of the following.
+
+    Attributes:
+        plateau: A metric that has had no new best for `patience` epochs.
+        metric: A metric that has to be `at_least` or `at_most` some value.
+        wall_time_s: Seconds spent in the phase.
+        epochs: Epochs done in the phase; of use inside `all`.
+        steps: Steps done in the phase; likewise.
+        any: Conditions of which one has to hold.
+        all: Conditions that all have to hold at the same time.
+        patience: For `plateau`: epochs in a row.
+        min_delta: For `plateau`: by how much a value has to beat the best one.
+        direction: For `plateau`: which values are better; need not be given for `val/score` and tasks' main metrics.
+        at_least: For `metric`.
+        at_most: For `metric`.
+    """
+
+    plateau: str | None = None
+    metric: str | None = None
+    wall_time_s: Positive | None = None
+    epochs: Count | None = None
+    steps: Count | None = None
+    any: Annotated[list[UntilConfig], Field(min_length=1)] | None = None
+    all: Annotated[list[UntilConfig], Field(min_length=1)] | None = None
+    patience: Count | None = None
+    min_delta: NotNegative | None = None
+    direction: Direction | None = None
+    at_least: Finite | None = None
+    at_most: Finite | None = None
+
+    @model_validator(mode="after")
+    def _is_one_condition(self) -> UntilConfig:
+        kinds = ["plateau", "metric", "wall_time_s", "epochs", "steps", "any", "all"]
+        check_one_of(self, kinds)
+        for key in ("patience", "min_delta", "direction"):
+            if getattr(self, key) is not None and self.plateau is None:
+                raise PydanticCustomError("until", f"Input should have {key} only beside plateau")
+        marks = [key for key in ("at_least", "at_most") if getattr(self, key) is not None]
+        if self.metric is not None and len(marks) != 1:
+            raise PydanticCustomError("until", "Input should have either at_least or at_most beside metric")
+        if self.metric is None and marks:
+            raise PydanticCustomError("until", f"Input should have {marks[0]} only beside metric")
+        return self
+
+
+class RestoreConfig(Strict):
+    """Which weights a phase begins with.
+
+    Attributes:
+        which: `last`: as they are; `best`: rewound to the best epoch of the run so far, buffers too.
+        metric: For `best`: by which metric; `val/score` if not given.
+        direction: Which values are better; need not be given for `val/score` and the tasks' main metrics.
+    """
+
+    which: Literal["best", "last"]
+    metric: str | None = None
+    direction: Direction | None = None
+
+    @model_validator(mode="after")
+    def _metric_goes_with_best(self) -> RestoreConfig:
+        if self.which == "last" and not self.metric == self.direction is None:
+            raise PydanticCustomError("restore", "Input should have metric and direction only beside best")
+        return self
+
+
+class PhaseConfig(Strict):
+    """One phase.
+
+    Attributes:
+        name: Its name in logs, plan and audit.
+        freeze: Patterns of what is frozen; none trains everything.
+        train: Or patterns of what trains; everything else is frozen.
+        epochs: Length in passes over the training data; or
+        steps: length in optimizer steps; or
+        until: a condition that ends it, with a limit:
+        max_epochs: limit in epochs.
+        max_steps: limit in steps.
+        evaluate_only: Or trains nothing: validates once, and everything is frozen.
+        tasks: The tasks whose losses are active; all if not given.
+        lr: As `optim.lr`, for this phase.
+        layer_decay: As `optim.layer_decay`.
+        optimizer: As `optim.optimizer`.
+        lr_schedule: As `optim.lr_schedule`; it begins anew with every phase.
+        weight_decay: As `optim.weight_decay`.
+        balance: As the run's `balance`.
+        batch_size: As `data.batch_size`.
+        optimizer_state: `keep` continues each parameter with the moments it last had, also from before it was frozen;
+            `reset` begins without.
+        restore: Weights to begin with: `last`, `best`, or which, metric and direction.
+    """
+
+    name: Annotated[str, Field(min_length=1)]
+    freeze: Patterns | None = None
+    train: Annotated[Patterns, Field(min_length=1)] | None = None
+    epochs: Count | None = None
+    steps: Count | None = None
+    until: UntilConfig | None = None
+    max_epochs: Count | None = None
+    max_steps: Count | None = None
+    evaluate_only: bool = False
+    tasks: Annotated[list[str], Field(min_length=1), BeforeValidator(one_as_list)] | None = None
+    lr: PositiveByPattern | None = None
+    layer_decay: Annotated[float, Field(gt=0, le=1)] | None = None
+    optimizer: Annotated[OptimizerConfig, word_for("name")] | None = None
+    lr_schedule: LrScheduleConfig | None = None
+    weight_decay: NotNegativeByPattern | None = None
+    balance: Annotated[BalanceConfig, word_for("method")] | None = None
+    batch_size: Count | None = None
+    optimizer_state: Literal["keep", "reset"] = "keep"
+    restore: Annotated[RestoreConfig, word_for("which")] = RestoreConfig(which="last")
+
+    @model_validator(mode="after")
+    def _is_whole(self) -> PhaseConfig:
+        if self.freeze is not None and self.train is not None:
+            raise PydanticCustomError("freeze", "Input should have freeze or train, not both")
+        check_one_of(self, ["epochs", "steps", "until", "evaluate_only"])
+        limited = self.max_epochs is not None or self.max_steps is not None
+        if self.until is not None and not limited:
+            raise PydanticCustomError("length", "Input should have max_epochs or max_steps beside until")
+        if self.until is None and limited:
+            raise PydanticCustomError("length", "Input should have max_epochs and max_steps only beside until")
+        for key in _OF_TRAINING if self.evaluate_only else ():
+            if getattr(self, key) is not None:
+                raise PydanticCustomError(
+                    "length",
+                    f"Input should have no {key} beside evaluate_only: everything is frozen, and nothing stepped",
+                )
+        return self
+
+    @property
+    def patterns_key(self) -> str:
+        """The key that says what is frozen."""
+        return "evaluate_only" if self.evaluate_only else "train" if self.train is not None else "freeze"
+
+
+class RepeatConfig(Strict):
+    """Phases that follow each other several times.
+
+    Attributes:
+        repeat: How often.
+        phases: The phases; their names get the round's number: `heads.1`, `trunk.1`, `heads.2`, ...
+    """
+
+    repeat: Count
+    phases: Annotated[list[PhaseEntry], Field(min_length=1)]
+
+
+PhaseEntry = Annotated[
+    Annotated[PhaseConfig, Tag("phase")] | Annotated[RepeatConfig, Tag("repeat")],
+    Discriminator(lambda value: "repeat" if _is_repeat(value) else "phase"),
+]
+RepeatConfig.model_rebuild()
+
+
+def _is_repeat(value: object) -> bool:
+    return isinstance(value, RepeatConfig) or (isinstance(value, dict) and bool({"repeat", "phases"} & value.keys()))
+
+
+def patterns_of(entries: Sequence[str | CountedConfig]) -> list[PatternLike]:
+    """Patterns as they were written, as patterns."""
+    return [Counted(e.pattern, e.must_match) if isinstance(e, CountedConfig) else e for e in entries]
+
+
+@dataclass(frozen=True)
+class WrittenPhase:
+    """One phase of the run, in the order in which they follow each other.
+
+    Attributes:
+        name: Its name, with the round's number if it is repeated.
+        config: What the user wrote.
+        path: The key path under which it was written.
+    """
+
+    name: str
+    config: PhaseConfig
+    path: KeyPath
+
+
+def unroll(
+    entries: Sequence[PhaseConfig | RepeatConfig], path: KeyPath = ("phases",), rounds: str = ""
+) -> Iterator[WrittenPhase]:
+    """The phases of a run with every `repeat` written out."""
+    for index, entry in enumerate(entries):
+        if isinstance(entry, PhaseConfig):
+            yield WrittenPhase(entry.name + rounds, entry, (*path, index))
+        else:
+            for number in range(1, entry.repeat + 1):
+                yield from unroll(entry.phases, (*path, index, "phases"), f"{rounds}.{number}")
+
+
+def num_unrolled(entries: Sequence[PhaseConfig | RepeatConfig]) -> int:
+    """How many phases `unroll` gives."""
+    return sum(1 if isinstance(entry, PhaseConfig) else entry.repeat * num_unrolled(entry.phases) for entry in entries)

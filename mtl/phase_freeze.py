@@ -1,0 +1,217 @@
+"""What a phase freezes, and why: the user's patterns, what holds in every phase, and what no active task reaches."""
+
+from __future__ import annotations
+
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass
+
+from torch import nn
+
+from mtl.balance import Balance
+from mtl.config import RunConfig
+from mtl.freeze import FreezeError, FreezePlan, plan_freeze
+from mtl.moduletree import describe
+from mtl.names import condense, shorten
+from mtl.patterns import ModuleTree, PatternError, PatternLike, partition, select, text_of
+from mtl.phase_config import WrittenPhase, patterns_of
+from mtl.phase_length import Metrics
+from mtl.yaml_source import KeyPath
+
+
+@dataclass(frozen=True)
+class WrittenPattern:
+    """A pattern as a user wrote it.
+
+    Attributes:
+        key: Where: `freeze`, `train`, `freeze_always`, or `NOT_TRAIN_IN_MULTI_TASK`.
+        text: The pattern, or several that stand for one list of names.
+        places: Its places among the patterns that hold.
+    """
+
+    key: str
+    text: str
+    places: range
+
+
+@dataclass(frozen=True)
+class Surroundings:
+    """What phases are resolved against.
+
+    Attributes:
+        config: The run.
+        root: One module around all that has parameters, under the names that users write: trunk, heads, balance.
+        fixed: Parameters that the model itself keeps from training.
+        metrics: The metrics by name.
+        balance_of: The place in `root.balance` of each written phase's balancing method, by the phase's key path.
+        reached: Full names of the parameters that each task's loss depends on.
+        num_train: Images in the training data.
+    """
+
+    config: RunConfig
+    root: nn.Module
+    fixed: Sequence[str]
+    metrics: Metrics
+    balance_of: Mapping[KeyPath, int]
+    reached: Mapping[str, frozenset[str]]
+    num_train: int
+
+
+@dataclass(frozen=True)
+class PhaseFreeze:
+    """What a phase freezes.
+
+    Attributes:
+        patterns: All patterns that hold: the phase's own, those of every phase, what the model itself keeps fixed, and
+            what no active task reaches.
+        written: Those of them that a user wrote, as they were written.
+        plan: What they freeze.
+        unreached: Parameters that would train, but that no active task's loss depends on.
+    """
+
+    patterns: list[PatternLike]
+    written: tuple[WrittenPattern, ...]
+    plan: FreezePlan
+    unreached: tuple[str, ...]
+
+    @property
+    def users_patterns(self) -> list[PatternLike]:
+        """Those of the patterns that come from a user."""
+        return self.patterns[: self.written[-1].places.stop] if self.written else []
+
+
+def frozen_always(around: Surroundings) -> list[str]:
+    """The modules and tensors that every phase freezes, statistics too; patterns take back among themselves only."""
+    patterns = patterns_of(around.config.freeze_always)
+    parameters, buffers = _names_in(around.root)
+    try:
+        split = partition(patterns, parameters, buffers, describe(around.root))
+    except PatternError as error:
+        raise around.config.mistake(("freeze_always", error.index), str(error)) from error
+    return condense([*split.frozen, *split.frozen_buffers], [*parameters, *buffers])
+
+
+def _names_in(root: nn.Module) -> tuple[list[str], list[str]]:
+    """The names of all parameters and of all buffers, aliases included."""
+    return (
+        [name for name, _ in root.named_parameters(remove_duplicate=False)],
+        [name for name, _ in root.named_buffers(remove_duplicate=False)],
+    )
+
+
+class FreezeResolver:
+    """Works out what one written phase freezes; `resolve` is the way in."""
+
+    def __init__(self, around: Surroundings, written: WrittenPhase, always: list[str], tree: ModuleTree) -> None:
+        """Args:
+        around: What the phase is resolved against.
+        written: The phase.
+        always: From `frozen_always`.
+        tree: The description of `around.root`.
+        """
+        self.around = around
+        self.config = around.config
+        self.root = around.root
+        self.written = written
+        self.wrote = written.config
+        self.always = always
+        self.tree = tree
+
+    def resolve(self, tasks: Sequence[str], balance: int) -> PhaseFreeze:
+        """Resolves the freeze.
+
+        Args:
+            tasks: The tasks whose losses are active.
+            balance: The place of the balancing method in `root.balance`; the others rest.
+
+        Raises:
+            ConfigError: A pattern cannot be read or selects nothing, the line cannot be drawn there, or nothing trains.
+        """
+        own = self._own_patterns()
+        classic = [f"~{text}" for text in self.config.MODEL.NOT_TRAIN_IN_MULTI_TASK]
+        resting = [
+            name
+            for name, _ in self.root.named_parameters()
+            if name.startswith("balance.") and not name.startswith(f"balance.{balance}.")
+        ]
+        freeze = [*own, *self.always, *classic, *self.around.fixed, *resting]
+        plan = self._plan(freeze, len(own))
+        reached = frozenset().union(*(self.around.reached[task] for task in tasks))
+        unreached = tuple(n for n in plan.names.trainable if n not in reached and not n.startswith("balance."))
+        if unreached and self.config.unreached == "error":
+            self._complain_of_unreached(unreached)
+        if unreached and self.config.unreached == "freeze":
+            freeze += unreached
+            plan = self._plan(freeze, len(own))
+        self._check_that_something_trains(plan, unreached, balance)
+        return PhaseFreeze(freeze, self._as_written(len(own)), plan, unreached)
+
+    def _own_patterns(self) -> list[PatternLike]:
+        """What the phase itself freezes.
+
+        `train` becomes the modules and tensors that cover all parameters but those that it lists. Statistics go with
+        the parameters beside them, as ever, but those that it lists by name.
+        """
+        if self.wrote.evaluate_only:
+            return ["**"]
+        if self.wrote.train is None:
+            return patterns_of(self.wrote.freeze or [])
+        parameters, buffers = _names_in(self.root)
+        try:
+            listed = set(select(patterns_of(self.wrote.train), [*parameters, *buffers], self.tree).names)
+        except PatternError as error:
+            raise self.config.mistake((*self.written.path, "train", error.index), str(error)) from error
+        rest = condense([name for name in parameters if name not in listed], parameters)
+        split = partition(rest, parameters, buffers, self.tree)
+        return [*rest, *(f"!{name}" for name in split.frozen_buffers if name in listed)]
+
+    def _as_written(self, num_own: int) -> tuple[WrittenPattern, ...]:
+        key = self.wrote.patterns_key
+        written: list[WrittenPattern] = []
+        if key == "freeze":
+            texts = [text_of(pattern) for pattern in patterns_of(self.wrote.freeze or [])]
+            written = [WrittenPattern(key, text, range(n, n + 1)) for n, text in enumerate(texts)]
+        elif key == "train":
+            text = ", ".join(text_of(pattern) for pattern in patterns_of(self.wrote.train or []))
+            written = [WrittenPattern(key, text, range(num_own))]
+        behind = num_own
+        if self.always:
+            text = ", ".join(text_of(pattern) for pattern in patterns_of(self.config.freeze_always))
+            written.append(WrittenPattern("freeze_always", text, range(behind, behind + len(self.always))))
+        behind += len(self.always)
+        for number, text in enumerate(self.config.MODEL.NOT_TRAIN_IN_MULTI_TASK, behind):
+            written.append(WrittenPattern("NOT_TRAIN_IN_MULTI_TASK", text, range(number, number + 1)))
+        return tuple(written)
+
+    def _plan(self, freeze: list[PatternLike], num_own: int) -> FreezePlan:
+        key = self.wrote.patterns_key
+        try:
+            return plan_freeze(self.root, freeze)
+        except PatternError as error:
+            place: KeyPath = (*self.written.path, key, error.index)
+            if error.index >= num_own:
+                place = ("MODEL", "NOT_TRAIN_IN_MULTI_TASK", error.index - num_own - len(self.always))
+            raise self.config.mistake(place, str(error)) from error
+        except FreezeError as error:
+            raise self.config.mistake((*self.written.path, key), str(error)) from error
+
+    def _complain_of_unreached(self, names: Sequence[str]) -> None:
+        shown = shorten(condense(names, _names_in(self.root)[0]), 6)
+        message = f"phase {self.wrote.name!r} would train {len(names)} tensors that no active task reaches: {shown}"
+        raise self.config.mistake(self.written.path, f"{message}; freeze them, or set unreached to freeze")
+
+    def _check_that_something_trains(self, plan: FreezePlan, unreached: Sequence[str], balance: int) -> None:
+        key = (*self.written.path, self.wrote.patterns_key)
+        own_balance = [name for name in plan.names.frozen if name.startswith(f"balance.{balance}.")]
+        balancing: Balance = self.root.get_submodule(f"balance.{balance}")  # type: ignore[assignment]
+        if balancing.param_groups and own_balance and not self.wrote.evaluate_only:
+            raise self.config.mistake(
+                key,
+                "balance cannot be frozen, since its method steps its own weights: leave it out of freeze, or add it to"
+                " train",
+            )
+        if self.wrote.evaluate_only or any(not name.startswith("balance.") for name in plan.names.trainable):
+            return
+        why = "no active task reaches what is not frozen" if unreached else "every parameter is frozen"
+        why += " (freeze_always freezes in every phase)" if self.always and not unreached else ""
+        message = f"phase {self.wrote.name!r} trains nothing: {why}"
+        raise self.config.mistake(key, f"{message}; a phase that shall only evaluate says evaluate_only: true")

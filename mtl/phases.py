@@ -1,0 +1,200 @@
+"""From the phases that a user wrote to phases resolved against a model: what each freezes, trains, and with what."""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from dataclasses import dataclass, replace
+from typing import Any
+
+from mtl.balance import Balance
+from mtl.best import Direction
+from mtl.config import RunConfig, SettingError
+from mtl.freeze import FreezePlan, trainable_parameters
+from mtl.lengths import PhaseLength
+from mtl.moduletree import describe, join
+from mtl.optim import UncoveredError, build_optimizer, by_pattern, group_parameters, is_decayed, layer_factors
+from mtl.optim_config import OneCycleConfig, OptimConfig, PlateauConfig
+from mtl.patterns import ModuleTree, PatternError
+from mtl.phase_config import PhaseConfig, WrittenPhase
+from mtl.phase_freeze import FreezeResolver, PhaseFreeze, Surroundings, frozen_always
+from mtl.phase_length import SCORE
+from mtl.yaml_source import ConfigError, KeyPath
+
+
+@dataclass(frozen=True)
+class Phase:
+    """A phase, resolved.
+
+    Attributes:
+        name: Its name, with the round's number if it is repeated.
+        config: What the user wrote.
+        optim: How its parameters are stepped: the run's settings with the phase's own on top.
+        length: What the scheduler has to know.
+        tasks: The tasks whose losses are active.
+        balance: The balancing method, for exactly these tasks.
+        freeze: What it freezes, and why.
+        groups: What the optimizer trains, in groups with peak learning rate and weight decay.
+        batch_size: Images in one batch.
+        steps_per_epoch: Optimizer steps in one pass over the training data.
+        num_steps: Its length in optimizer steps, at most.
+        plateau_direction: Which values are better of the metric that the learning rate waits for, if it does.
+        restore: Metric and direction of the best weights that it begins with; None if it goes on from the last ones.
+    """
+
+    name: str
+    config: PhaseConfig
+    optim: OptimConfig
+    length: PhaseLength
+    tasks: tuple[str, ...]
+    balance: Balance
+    freeze: PhaseFreeze
+    groups: list[dict[str, Any]]
+    batch_size: int
+    steps_per_epoch: int
+    num_steps: int
+    plateau_direction: Direction
+    restore: tuple[str, Direction] | None
+
+
+def active_tasks(config: RunConfig, phase: PhaseConfig) -> tuple[str, ...]:
+    """The tasks whose losses are active in a phase, in the order of the configuration."""
+    return tuple(task for task in config.tasks if phase.tasks is None or task in phase.tasks)
+
+
+def resolve_phases(around: Surroundings, mistakes: Sequence[str] = ()) -> list[Phase]:
+    """Resolves all phases of a run; repeated ones share what they have in common.
+
+    Args:
+        around: What they are resolved against; phases without a balancing method are left out.
+        mistakes: What has turned out not to work so far.
+
+    Raises:
+        ConfigError: Whatever turns out not to work, that of all phases at once.
+    """
+    always = frozen_always(around)
+    resolved: dict[KeyPath, Phase] = {}
+    phases, found = [], dict.fromkeys(mistakes)
+    for written in around.config.written_phases:
+        if written.path not in around.balance_of:
+            continue
+        if written.path not in resolved:
+            try:
+                resolved[written.path] = _Resolver(around, written, always).phase()
+            except ConfigError as error:
+                # What is wrong with a setting of the whole run shows in every phase; once is enough.
+                places = {_place_of(mistake) for mistake in found}
+                found |= dict.fromkeys(mistake for mistake in error.mistakes if _place_of(mistake) not in places)
+                continue
+        phase = resolved[written.path]
+        phases.append(replace(phase, name=written.name, length=replace(phase.length, name=written.name)))
+    if found:
+        raise ConfigError(list(found))
+    return phases
+
+
+def _place_of(mistake: str) -> tuple[str, ...]:
+    """File and line, and the key."""
+    return tuple(mistake.split(": ")[:2])
+
+
+class _Resolver:
+    """Resolves one written phase."""
+
+    def __init__(self, around: Surroundings, written: WrittenPhase, always: list[str]) -> None:
+        self.around = around
+        self.config = around.config
+        self.root = around.root
+        self.written = written
+        self.wrote = written.config
+        self.always = always
+        self.tree: ModuleTree = describe(around.root)
+        self.optim = self.config.optim_of(self.wrote)
+        self.batch_size = self.wrote.batch_size or self.config.data.batch_size
+        self.steps_per_epoch = -(-max(1, around.num_train // self.batch_size) // self.optim.accumulate)
+
+    def phase(self) -> Phase:
+        tasks = active_tasks(self.config, self.wrote)
+        place = self.around.balance_of[self.written.path]
+        balance: Balance = self.root.get_submodule(f"balance.{place}")  # type: ignore[assignment]
+        freeze = FreezeResolver(self.around, self.written, self.always, self.tree).resolve(tasks, place)
+        groups = [] if self.wrote.evaluate_only else self._groups(freeze.plan, balance)
+        length = self.around.metrics.length(self.written)
+        num_steps = self._num_steps(length)
+        schedule = self.optim.lr_schedule
+        if not isinstance(schedule, OneCycleConfig) and groups and schedule.warmup_steps >= num_steps:
+            message = f"expected fewer than the phase's {num_steps} steps, got {schedule.warmup_steps}"
+            raise self._mistake_about("lr_schedule", message, "warmup_steps")
+        direction: Direction = "higher"
+        if isinstance(schedule, PlateauConfig):
+            direction = self.around.metrics.direction(schedule.metric, schedule.direction, self._path_of("lr_schedule"))
+        restore = self.wrote.restore
+        here: KeyPath = (*self.written.path, "restore")
+        return Phase(
+            self.written.name,
+            self.wrote,
+            self.optim,
+            length,
+            tasks,
+            balance,
+            freeze,
+            groups,
+            self.batch_size,
+            self.steps_per_epoch,
+            num_steps,
+            direction,
+            None
+            if restore.which == "last"
+            else (goal := restore.metric or SCORE, self.around.metrics.direction(goal, restore.direction, here)),
+        )
+
+    def _groups(self, plan: FreezePlan, balance: Balance) -> list[dict[str, Any]]:
+        steps_itself = {id(parameter) for group in balance.param_groups for parameter in group["params"]}
+        parameters = {n: p for n, p in trainable_parameters(self.root, plan).items() if id(p) not in steps_itself}
+        excepted = self._excepted_from_decay()
+        decayed = [name for name, parameter in parameters.items() if is_decayed(name, parameter, excepted)]
+        lr_of = self._by_pattern("lr", list(parameters), plan)
+        decay_of = self._by_pattern("weight_decay", decayed, plan)
+        if self.optim.layer_decay < 1:
+            factors = layer_factors(self.optim.layer_decay, self.tree.depth_groups("trunk"))
+            lr_of = {name: lr * factors.get(name, 1.0) for name, lr in lr_of.items()}
+        groups = group_parameters(parameters, lr_of, decay_of)
+        try:
+            build_optimizer(self.optim.optimizer, groups)
+        except SettingError as error:
+            raise self._mistake_about("optimizer", error.message, *error.key.split(".")[1:]) from error
+        return groups
+
+    def _by_pattern(self, key: str, names: list[str], plan: FreezePlan) -> dict[str, float]:
+        value = getattr(self.optim, key)
+        otherwise = {}
+        if isinstance(value, dict) and key == "lr":
+            default = self.config.optim.lr
+            if not list(self.root.get_submodule("balance").parameters()):
+                # A rate for the balancing method's weights may stay when the method is changed for one without any.
+                value = {pattern: rate for pattern, rate in value.items() if pattern.split(".")[0] != "balance"}
+            if isinstance(default, float):
+                otherwise = {name: default for name in names if name.startswith("balance.")}
+        every_name = [*plan.names.frozen, *plan.names.trainable]
+        try:
+            return by_pattern(value, names, every_name, self.tree, otherwise)
+        except PatternError as error:
+            raise self._mistake_about(key, str(error), list(value)[error.index]) from error
+        except UncoveredError as error:
+            raise self._mistake_about(key, str(error)) from error
+
+    def _excepted_from_decay(self) -> list[str]:
+        """What the trunk itself says should not be decayed, such as position embeddings."""
+        method: Any = getattr(self.root.get_submodule("trunk"), "no_weight_decay", None)
+        return [] if method is None else [join("trunk", name) for name in method()]
+
+    def _num_steps(self, length: PhaseLength) -> int:
+        lengths = [length.steps, length.max_steps]
+        lengths += [n and n * self.steps_per_epoch for n in (length.epochs, length.max_epochs)]
+        return min((n for n in lengths if n is not None), default=0)
+
+    def _path_of(self, key: str) -> KeyPath:
+        """Where a setting was written that a phase may take over from the run."""
+        return (*self.written.path, key) if getattr(self.wrote, key) is not None else ("optim", key)
+
+    def _mistake_about(self, key: str, message: str, *below: str) -> ConfigError:
+        return self.config.mistake((*self._path_of(key), *below), message)

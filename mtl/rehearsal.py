@@ -1,0 +1,101 @@
+"""What a step of a phase costs: rehearsed on a model without weights, counted by torch itself."""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from dataclasses import dataclass
+from math import prod
+from typing import Any
+
+import torch
+from torch import Tensor
+from torch.nn.attention import SDPBackend, sdpa_kernel
+from torch.utils.flop_counter import FlopCounterMode
+
+from mtl.blueprint import Blueprint
+from mtl.freeze import enforce, is_frozen, plan_freeze
+from mtl.optim import build_optimizer
+from mtl.phases import Phase
+
+# BatchNorm cannot train on one image.
+_NUM_IMAGES = 2
+
+
+@dataclass(frozen=True)
+class Cost:
+    """The cost of one step.
+
+    Attributes:
+        forward_flops: Floating-point operations of the forward, on one image.
+        backward_flops: Of the backward.
+        optimizer_state: Bytes that the optimizer keeps once it has stepped; None if it does not step such tensors.
+    """
+
+    forward_flops: int
+    backward_flops: int
+    optimizer_state: int | None
+
+
+def rehearse(blueprint: Blueprint, phase: Phase | None) -> Cost:
+    """Runs one step of a phase on blank images, and leaves the model with the phase's freeze enforced.
+
+    On the meta device, where the model should be, nothing is computed.
+
+    Args:
+        blueprint: A model and its phases.
+        phase: The phase; if None, nothing is frozen, all tasks are active, and nothing is stepped.
+    """
+    model, root = blueprint.model, blueprint.root
+    plan = plan_freeze(root, blueprint.fixed) if phase is None else phase.freeze.plan
+    enforce(root, plan)
+    model.trunk_is_frozen = is_frozen(plan, "trunk")
+    size = blueprint.config.data.image_size
+    device = next(model.parameters()).device
+    blank = torch.zeros(_NUM_IMAGES, size, size, 3, dtype=torch.uint8, device=device)
+    evaluates = phase is not None and phase.config.evaluate_only
+    # On a CPU, torch counts no attention that is computed in one piece.
+    with _counter() as forward, torch.set_grad_enabled(not evaluates), sdpa_kernel(SDPBackend.MATH):
+        outputs = model(blank, None if phase is None else phase.tasks)
+    with _counter() as backward:
+        if not evaluates:
+            # A frozen head on a frozen trunk has an output that no gradient leaves.
+            torch.autograd.backward([output.sum() for output in outputs.values() if output.requires_grad])
+    state = None if phase is None else 0 if evaluates else _optimizer_state(phase)
+    for parameter in root.parameters():
+        parameter.grad = None
+    return Cost(forward.get_total_flops() // _NUM_IMAGES, backward.get_total_flops() // _NUM_IMAGES, state)
+
+
+def _counter() -> FlopCounterMode:
+    return FlopCounterMode(display=False, custom_mapping={torch.ops.aten.convolution_backward: _convolution_backward})
+
+
+def _convolution_backward(
+    output_shape: Sequence[int],
+    input_shape: Sequence[int],
+    weight_shape: Sequence[int],
+    *settings: Any,
+    **_: Any,
+) -> int:
+    """The gradients of input and weight each cost as much as the forward.
+
+    torch's own formula takes a grouped convolution's weight for a full one, which makes a depthwise one dear.
+    """
+    _bias, _stride, _padding, _dilation, transposed, _output_padding, _groups, wanted = settings[:8]
+    positions = prod((input_shape if transposed else output_shape)[2:])
+    flops = 2 * output_shape[0] * positions * prod(weight_shape)
+    return flops * (int(wanted[0]) + int(wanted[1]))
+
+
+def _optimizer_state(phase: Phase) -> int | None:
+    optimizer = build_optimizer(phase.optim.optimizer, phase.groups)
+    for group in optimizer.param_groups:
+        for parameter in group["params"]:
+            parameter.grad = torch.zeros_like(parameter)
+    try:
+        optimizer.step()
+    except (RuntimeError, NotImplementedError, TypeError, ValueError):
+        # An optimizer of the user's that looks at values has none to look at here.
+        return None
+    kept = [value for state in optimizer.state.values() for value in state.values() if isinstance(value, Tensor)]
+    return sum(value.nbytes for value in kept)
