@@ -15,8 +15,8 @@ from torchjd import scalarization
 from torchjd.scalarization import Constant, Scalarizer
 
 from mtl.config import SettingError
+from mtl.config.optim import BalanceConfig
 from mtl.nearest import hint
-from mtl.optim_config import BalanceConfig
 
 
 def method_names() -> dict[str, str]:

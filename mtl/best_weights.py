@@ -7,7 +7,7 @@ from collections.abc import Iterable, Mapping
 from typing import Any
 
 from mtl.best import Best, Direction
-from mtl.phase_length import SCORE
+from mtl.phases.length import SCORE
 
 
 class BestWeights:

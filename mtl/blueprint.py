@@ -11,16 +11,16 @@ from torch import nn
 
 from mtl.balance import build_balance
 from mtl.config import RunConfig, SettingError, mistake_of
+from mtl.config.source import ConfigError, KeyPath
 from mtl.data import BUILT_IN, num_images
 from mtl.freeze import fixed_parameters
 from mtl.model import MultiTaskModel, build_trunk
 from mtl.nearest import hint
-from mtl.phase_freeze import Surroundings
-from mtl.phase_length import Metrics
 from mtl.phases import Phase, active_tasks, resolve_phases
+from mtl.phases.freeze import Surroundings
+from mtl.phases.length import Metrics
 from mtl.reach import reached_parameters
 from mtl.tasks import Task, build_tasks
-from mtl.yaml_source import ConfigError, KeyPath
 
 
 @dataclass(frozen=True)

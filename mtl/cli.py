@@ -60,7 +60,7 @@ def main(arguments: Sequence[str] | None = None) -> int:
 def _train(file: Path, overrides: Sequence[str], quiet: bool) -> int:
     """Trains through the phases of CONFIG, proves what they froze, and writes a run directory."""
     from mtl.config import load_config
-    from mtl.yaml_source import ConfigError
+    from mtl.config.source import ConfigError
 
     # The configuration is checked before torch and timm are loaded, which takes seconds.
     try:
@@ -72,7 +72,7 @@ def _train(file: Path, overrides: Sequence[str], quiet: bool) -> int:
     from mtl.audit import AuditError
     from mtl.console import logger, show_log
     from mtl.data import DataError
-    from mtl.plan_text import short_plan
+    from mtl.plan.text import short_plan
     from mtl.report import write_report
     from mtl.summary import results_table, verdict
     from mtl.trainer import train
@@ -107,7 +107,7 @@ def _train(file: Path, overrides: Sequence[str], quiet: bool) -> int:
 def _plan(options: argparse.Namespace, overrides: Sequence[str]) -> int:
     """Shows what every phase of CONFIG freezes, trains and costs, without weights, data or training."""
     from mtl.config import load_config
-    from mtl.yaml_source import ConfigError
+    from mtl.config.source import ConfigError
 
     for name in ("world_size", "epochs"):
         if (number := getattr(options, name)) is not None and number < 1:
@@ -123,10 +123,10 @@ def _plan(options: argparse.Namespace, overrides: Sequence[str]) -> int:
         return _complain(error)
 
     from mtl.blueprint import draw_up_without_weights
-    from mtl.generate import generate_config
     from mtl.plan import make_plan
-    from mtl.plan_picture import draw_plan
-    from mtl.plan_text import full_plan, parameter_map
+    from mtl.plan.generate import generate_config
+    from mtl.plan.picture import draw_plan
+    from mtl.plan.text import full_plan, parameter_map
 
     try:
         if options.generate:
@@ -154,7 +154,7 @@ def _plan(options: argparse.Namespace, overrides: Sequence[str]) -> int:
 def _report(run_dir: Path, picture: Path | None) -> int:
     """Writes RUN_DIR/report.html: what was trained, what came out, and what the audit proved."""
     from mtl.config import load_config
-    from mtl.yaml_source import ConfigError
+    from mtl.config.source import ConfigError
 
     needed = ["config.yaml", "metrics.jsonl", "audit.json", "checkpoints/last/state.json"]
     missing = [name for name in needed if not (run_dir / name).is_file()]

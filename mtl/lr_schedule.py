@@ -9,7 +9,7 @@ from typing import TypedDict
 from torch.optim import Optimizer
 
 from mtl.best import Best, BestState, Direction
-from mtl.optim_config import (
+from mtl.config.optim import (
     ConstantConfig,
     CosineConfig,
     LinearConfig,

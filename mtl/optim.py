@@ -12,8 +12,8 @@ from torch import Tensor, nn
 from torch.optim import Optimizer
 
 from mtl.config import SettingError
+from mtl.config.optim import OptimizerConfig
 from mtl.nearest import hint
-from mtl.optim_config import OptimizerConfig
 from mtl.patterns import NO_TREE, ModuleTree, PatternError, select
 from mtl.plugin import PluginError, find_class
 

@@ -17,19 +17,19 @@ from torch import Tensor, nn
 from mtl.assembly import Parts, make_run_dir
 from mtl.audit import GradientAudit, HoldsParameters, Report
 from mtl.checkpoint import CheckpointError, write_json, write_text
+from mtl.config.source import dump_yaml
 from mtl.console import logger, progress_bar
 from mtl.data import Batch, num_batches, training_batches
 from mtl.freeze import enforce, is_frozen
 from mtl.keeper import Keeper, Resumption, Stepping, resume_from
 from mtl.lr_schedule import LrScheduleState
 from mtl.names import condense, shorten
-from mtl.phase_length import SCORE
 from mtl.phases import Phase
+from mtl.phases.length import SCORE
 from mtl.scheduler import PhaseChange, TaskScheduler
 from mtl.steplog import StepLog
 from mtl.tracking import Tracker
 from mtl.validation import Scores, score, validate
-from mtl.yaml_source import dump_yaml
 
 
 @dataclass

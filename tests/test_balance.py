@@ -9,7 +9,7 @@ import torch
 from torchjd import scalarization
 
 from mtl.balance import build_balance, method_names
-from mtl.config import BalanceConfig
+from mtl.config.optim import BalanceConfig
 
 TASKS = ["a", "b", "c"]
 LOSSES = torch.tensor([1.0, 2.0, 4.0])

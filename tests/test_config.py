@@ -9,10 +9,10 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 
 from mtl.config import RunConfig, load_config
+from mtl.config.phase import patterns_of
+from mtl.config.source import ConfigError, dump_yaml
 from mtl.optim import UncoveredError, by_pattern
 from mtl.patterns import Counted, PatternError
-from mtl.phase_config import patterns_of
-from mtl.yaml_source import ConfigError, dump_yaml
 
 # Every test runs in a directory of its own (conftest), so that places read `run.yaml:3`.
 RUN = Path("run.yaml")

@@ -14,9 +14,9 @@ from mtl.assembly import assemble
 from mtl.blueprint import draw_up_without_weights
 from mtl.cli import main
 from mtl.config import load_config
-from mtl.generate import SCHEDULES
 from mtl.plan import Plan, make_plan
-from mtl.rehearsal import Cost
+from mtl.plan.generate import SCHEDULES
+from mtl.plan.rehearsal import Cost
 from mtl.trainer import train
 from runs import TINY, tiny_config
 
@@ -50,7 +50,7 @@ def generated(capsys: pytest.CaptureFixture[str], base: Path, kind: str, *argume
 def plan_of(file: Path) -> Plan:
     blueprint = draw_up_without_weights(load_config(file))
     # What a step costs has tests of its own, and would take most of the time.
-    with patch("mtl.plan.rehearse", lambda *_: Cost(1, 1, 1)):
+    with patch.multiple("mtl.plan.plan", rehearse=lambda *_: Cost(1, 1, 1), _COSTS={}):
         return make_plan(blueprint)
 
 

@@ -14,9 +14,7 @@ from torch import nn
 from torch.optim import SGD, lr_scheduler
 
 from mtl.best import Direction
-from mtl.lr_schedule import LrSchedule, factor_at
-from mtl.optim import build_optimizer
-from mtl.optim_config import (
+from mtl.config.optim import (
     ConstantConfig,
     CosineConfig,
     LinearConfig,
@@ -26,6 +24,8 @@ from mtl.optim_config import (
     PlateauConfig,
     StepConfig,
 )
+from mtl.lr_schedule import LrSchedule, factor_at
+from mtl.optim import build_optimizer
 
 CHECKED = settings(max_examples=100, deadline=None, derandomize=True)
 NAN = math.nan

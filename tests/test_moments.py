@@ -13,9 +13,9 @@ from hypothesis import strategies as st
 from torch import Tensor, nn
 from torch.optim import Optimizer
 
+from mtl.config.optim import OptimizerConfig
 from mtl.freeze import enforce, plan_freeze, trainable_parameters
 from mtl.optim import Moments, build_optimizer, group_parameters, optimizer_names
-from mtl.optim_config import OptimizerConfig
 
 NAMES = ["trunk.weight", "trunk.bias", "head.weight", "head.bias"]
 SGD = OptimizerConfig(name="sgd", options={"momentum": 0.9})

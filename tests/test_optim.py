@@ -19,6 +19,7 @@ from torch import Tensor, nn
 from torch.optim import Optimizer
 
 from mtl.config import SettingError
+from mtl.config.optim import OptimizerConfig
 from mtl.freeze import enforce, plan_freeze, trainable_parameters
 from mtl.moduletree import depth_groups, describe
 from mtl.optim import (
@@ -30,7 +31,6 @@ from mtl.optim import (
     layer_factors,
     optimizer_names,
 )
-from mtl.optim_config import OptimizerConfig
 from mtl.patterns import PatternError
 
 NAMES = ["trunk.weight", "trunk.bias", "head.weight", "head.bias"]

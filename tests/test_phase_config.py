@@ -11,8 +11,8 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 
 from mtl.config import RunConfig, load_config
-from mtl.phase_config import PhaseConfig, num_unrolled, unroll
-from mtl.yaml_source import ConfigError, dump_yaml
+from mtl.config.phase import PhaseConfig, num_unrolled, unroll
+from mtl.config.source import ConfigError, dump_yaml
 
 # Every test runs in a directory of its own (conftest), so that places read `run.yaml:5`.
 RUN = Path("run.yaml")

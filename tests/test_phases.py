@@ -14,10 +14,10 @@ from torchjd.scalarization import FAMO
 
 from mtl.blueprint import Blueprint, draw_up, draw_up_without_weights
 from mtl.config import load_config
+from mtl.config.source import ConfigError
 from mtl.moduletree import describe
 from mtl.patterns import ModuleTree, PatternError, PatternLike, select
 from mtl.phases import Phase
-from mtl.yaml_source import ConfigError
 
 RUN = Path("run.yaml")
 HEAD = [

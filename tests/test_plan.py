@@ -17,16 +17,16 @@ from torch import nn
 from mtl.assembly import Parts
 from mtl.blueprint import Blueprint, draw_up
 from mtl.config import RunConfig, load_config
+from mtl.config.source import ConfigError
 from mtl.freeze import enforce
 from mtl.moduletree import describe
 from mtl.optim import build_optimizer
 from mtl.patterns import select
-from mtl.phase_length import Metrics
 from mtl.phases import Surroundings, resolve_phases
+from mtl.phases.length import Metrics
 from mtl.plan import Claim, PhasePlan, Plan, Side, make_plan
+from mtl.plan.rehearsal import Cost
 from mtl.reach import reached_parameters
-from mtl.rehearsal import Cost
-from mtl.yaml_source import ConfigError
 from runs import TINY, tiny_config, tiny_parts
 
 DENSE = {name: TINY["tasks"][name] for name in ("depth", "normals")}
@@ -121,7 +121,7 @@ def resolver(tmp_path_factory: pytest.TempPathFactory) -> tuple[nn.Module, Resol
         around = Surroundings(config, blueprint.root, [], Metrics(config, blueprint.tasks), balance_of, reached, 40)
         drawn: Blueprint = replace(blueprint, config=config, phases=resolve_phases(around))
         # What a step costs has tests of its own, and would take most of the time.
-        with patch("mtl.plan.rehearse", lambda *_: Cost(1, 1, 1)):
+        with patch.multiple("mtl.plan.plan", rehearse=lambda *_: Cost(1, 1, 1), _COSTS={}):
             return make_plan(drawn)
 
     return blueprint.root, resolve

@@ -14,7 +14,7 @@ from torch.optim import Optimizer
 from mtl.blueprint import Blueprint, draw_up
 from mtl.config import load_config
 from mtl.plan import make_plan
-from mtl.rehearsal import Cost, rehearse
+from mtl.plan.rehearsal import Cost, rehearse
 from runs import TINY, tiny_config
 
 OBJECT = {"object": TINY["tasks"]["object"]}

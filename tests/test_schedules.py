@@ -17,10 +17,10 @@ from torch import Tensor
 import mtl.trainer
 from mtl.assembly import Parts
 from mtl.config import load_config
+from mtl.config.source import ConfigError
 from mtl.keeper import Stepping
 from mtl.tracking import Tracker
 from mtl.trainer import Outcome, Trainer, train
-from mtl.yaml_source import ConfigError
 from runs import read_metrics, tiny_config, tiny_parts
 
 ALL = ["segmentation", "depth", "normals", "object"]
@@ -93,7 +93,9 @@ def test_a_plateau_trace_over_four_phases_goes_back_to_the_best_weights_at_each_
     tmp_path: Path, monkeypatch: pytest.MonkeyPatch, caplog: pytest.LogCaptureFixture
 ) -> None:
     caplog.set_level(logging.INFO, "mtl")
-    parts = parts_with(tmp_path, PLATEAUS, data={"name": "scenes", "image_size": 32, "batch_size": 20, "num_train": 40})
+    parts = parts_with(
+        tmp_path, PLATEAUS, data={"name": "scenes", "image_size": 32, "batch_size": 20, "num_train": 40, "num_val": 20}
+    )
     # Two steps an epoch. a: best at epoch 2 (0.5), a tie is none; b: 0.4 is its own first best, 0.3 a plateau; c ends
     # with its limit; d: patience counts from 0 again.
     script = [0.3, 0.5, 0.5, 0.4, 0.4, 0.3, 0.6, 0.5, 0.55, 0.5]

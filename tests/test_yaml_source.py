@@ -10,7 +10,7 @@ import yaml
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
-from mtl.yaml_source import ConfigError, KeyPath, Source, read_source
+from mtl.config.source import ConfigError, KeyPath, Source, read_source
 
 # Every test runs in a directory of its own (conftest), so that places read `run.yaml:3`.
 RUN = Path("run.yaml")

@@ -1,6 +1,6 @@
 """The configuration of a run: what may be written, what it means, and what is said when it is wrong.
 
-Keys and types are declared as pydantic models; `yaml_source` reads the files and remembers where each value stood.
+Keys and types are declared as pydantic models; `source` reads the files and remembers where each value stood.
 """
 
 from __future__ import annotations
@@ -13,12 +13,12 @@ from typing import Annotated, Any, Literal
 from pydantic import BeforeValidator, Field, PrivateAttr, ValidationError, field_validator
 from pydantic_core import PydanticCustomError
 
-from mtl.config_mistakes import describe
-from mtl.config_types import Count, Patterns, Seed, Strict, one_as_list
+from mtl.config.mistakes import describe
+from mtl.config.optim import BalanceConfig, OptimConfig, word_for
+from mtl.config.phase import PhaseConfig, PhaseEntry, WrittenPhase, num_unrolled, unroll
+from mtl.config.source import ConfigError, KeyPath, Source, dotted, read_source
+from mtl.config.types import Count, Patterns, Seed, Strict, one_as_list
 from mtl.names import shorten
-from mtl.optim_config import BalanceConfig, OptimConfig, word_for
-from mtl.phase_config import PhaseConfig, PhaseEntry, WrittenPhase, num_unrolled, unroll
-from mtl.yaml_source import ConfigError, KeyPath, Source, dotted, read_source
 
 # A phase costs at least an optimizer, a contract and a validation.
 _MOST_PHASES = 1000

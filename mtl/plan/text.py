@@ -4,7 +4,7 @@ from __future__ import annotations
 
 from mtl.console import table
 from mtl.names import condense, shorten
-from mtl.plan import Claim, GroupPlan, PhasePlan, Plan, Side
+from mtl.plan.plan import Claim, GroupPlan, PhasePlan, Plan, Side
 
 # Phases that are shown in short.
 _MOST_PHASES = 30

@@ -6,11 +6,11 @@ from collections.abc import Mapping
 
 from mtl.best import Direction
 from mtl.config import RunConfig
+from mtl.config.phase import PhaseConfig, UntilConfig, WrittenPhase
+from mtl.config.source import KeyPath
 from mtl.lengths import AllOf, AnyOf, Condition, PhaseLength, Plateau, Reached, Spent
 from mtl.nearest import hint
-from mtl.phase_config import PhaseConfig, UntilConfig, WrittenPhase
 from mtl.tasks import Task
-from mtl.yaml_source import KeyPath
 
 SCORE = "val/score"
 

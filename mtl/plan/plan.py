@@ -10,9 +10,9 @@ from mtl.blueprint import Blueprint
 from mtl.freeze import FreezePlan
 from mtl.names import condense
 from mtl.patterns import text_of
-from mtl.phase_length import length_in_words
 from mtl.phases import Phase
-from mtl.rehearsal import Cost, rehearse
+from mtl.phases.length import length_in_words
+from mtl.plan.rehearsal import Cost, rehearse
 
 
 @dataclass(frozen=True)

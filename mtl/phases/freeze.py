@@ -9,13 +9,13 @@ from torch import nn
 
 from mtl.balance import Balance
 from mtl.config import RunConfig
+from mtl.config.phase import WrittenPhase, patterns_of
+from mtl.config.source import KeyPath
 from mtl.freeze import FreezeError, FreezePlan, plan_freeze
 from mtl.moduletree import describe
 from mtl.names import condense, shorten
 from mtl.patterns import ModuleTree, PatternError, PatternLike, partition, select, text_of
-from mtl.phase_config import WrittenPhase, patterns_of
-from mtl.phase_length import Metrics
-from mtl.yaml_source import KeyPath
+from mtl.phases.length import Metrics
 
 
 @dataclass(frozen=True)

@@ -8,7 +8,7 @@ from pydantic import BeforeValidator, Field, model_validator
 from pydantic_core import PydanticCustomError
 
 from mtl.best import Direction
-from mtl.config_types import Count, NotNegative, NotNegativeByPattern, Positive, PositiveByPattern, Strict
+from mtl.config.types import Count, NotNegative, NotNegativeByPattern, Positive, PositiveByPattern, Strict
 
 
 def word_for(key: str) -> BeforeValidator:

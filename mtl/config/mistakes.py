@@ -9,8 +9,8 @@ from typing import Annotated, Any, Literal, Union, get_args, get_origin
 from pydantic import BaseModel, Tag
 from pydantic_core import ErrorDetails
 
+from mtl.config.source import KeyPath, Source, dotted
 from mtl.nearest import hint
-from mtl.yaml_source import KeyPath, Source, dotted
 
 _SENTENCES = [
     ("Input should be greater", "expected a number greater"),

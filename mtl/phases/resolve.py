@@ -9,16 +9,16 @@ from typing import Any
 from mtl.balance import Balance
 from mtl.best import Direction
 from mtl.config import RunConfig, SettingError
+from mtl.config.optim import OneCycleConfig, OptimConfig, PlateauConfig
+from mtl.config.phase import PhaseConfig, WrittenPhase
+from mtl.config.source import ConfigError, KeyPath
 from mtl.freeze import FreezePlan, trainable_parameters
 from mtl.lengths import PhaseLength
 from mtl.moduletree import describe, join
 from mtl.optim import UncoveredError, build_optimizer, by_pattern, group_parameters, is_decayed, layer_factors
-from mtl.optim_config import OneCycleConfig, OptimConfig, PlateauConfig
 from mtl.patterns import ModuleTree, PatternError
-from mtl.phase_config import PhaseConfig, WrittenPhase
-from mtl.phase_freeze import FreezeResolver, PhaseFreeze, Surroundings, frozen_always
-from mtl.phase_length import SCORE
-from mtl.yaml_source import ConfigError, KeyPath
+from mtl.phases.freeze import FreezeResolver, PhaseFreeze, Surroundings, frozen_always
+from mtl.phases.length import SCORE
 
 
 @dataclass(frozen=True)

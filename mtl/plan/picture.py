@@ -7,7 +7,7 @@ from itertools import accumulate, pairwise
 from pathlib import Path
 from typing import TYPE_CHECKING
 
-from mtl.plan import PhasePlan, Plan
+from mtl.plan.plan import PhasePlan, Plan
 
 if TYPE_CHECKING:
     from matplotlib.axes import Axes

@@ -8,8 +8,8 @@ from typing import Any
 
 from mtl.blueprint import build_trunk_without_weights
 from mtl.config import RunConfig
+from mtl.config.source import dump_yaml
 from mtl.moduletree import depth_groups
-from mtl.yaml_source import dump_yaml
 
 PhaseDict = dict[str, Any]
 

@@ -10,7 +10,9 @@ from pydantic import BeforeValidator, Discriminator, Field, Tag, model_validator
 from pydantic_core import PydanticCustomError
 
 from mtl.best import Direction
-from mtl.config_types import (
+from mtl.config.optim import BalanceConfig, LrScheduleConfig, OptimizerConfig, word_for
+from mtl.config.source import KeyPath
+from mtl.config.types import (
     Count,
     CountedConfig,
     Finite,
@@ -22,9 +24,7 @@ from mtl.config_types import (
     Strict,
     one_as_list,
 )
-from mtl.optim_config import BalanceConfig, LrScheduleConfig, OptimizerConfig, word_for
 from mtl.patterns import Counted, PatternLike
-from mtl.yaml_source import KeyPath
 
 # What has no meaning in a phase that trains nothing.
 _OF_TRAINING = ("freeze", "train", "tasks", "lr", "layer_decay", "optimizer", "lr_schedule", "weight_decay", "balance")

@@ -1,0 +1,33 @@
+"""The configuration of a run: what may be written, what it means, and what is said when it is wrong."""
+
+from mtl.config.run import (
+    ClassificationConfig,
+    DataConfig,
+    DepthConfig,
+    NormalsConfig,
+    RunConfig,
+    SegmentationConfig,
+    SettingError,
+    TaskConfig,
+    TrackingConfig,
+    TrunkConfig,
+    load_config,
+    mistake_of,
+)
+from mtl.config.source import ConfigError
+
+__all__ = [
+    "ClassificationConfig",
+    "ConfigError",
+    "DataConfig",
+    "DepthConfig",
+    "NormalsConfig",
+    "RunConfig",
+    "SegmentationConfig",
+    "SettingError",
+    "TaskConfig",
+    "TrackingConfig",
+    "TrunkConfig",
+    "load_config",
+    "mistake_of",
+]

@@ -1,0 +1,7 @@
+"""From the phases that a user wrote to phases resolved against a model: what each freezes, trains, and with what."""
+
+from mtl.phases.freeze import Surroundings
+from mtl.phases.length import SCORE, Metrics
+from mtl.phases.resolve import Phase, active_tasks, resolve_phases
+
+__all__ = ["SCORE", "Metrics", "Phase", "Surroundings", "active_tasks", "resolve_phases"]
