@@ -112,3 +112,10 @@ class Balance(nn.Module):
         step: Any = getattr(self.scalarizer, "step", None)
         if step is not None:
             step()
+
+    def after_phase(self) -> None:
+        """Tells the method that a phase has ended: a pass that it broke off is no part of the next one (DWA)."""
+        # TorchJD has no word for it: its `reset` forgets the passes before as well.
+        dwa: Any = self.scalarizer
+        if getattr(dwa, "_loss_sum", None) is not None:
+            dwa._loss_sum, dwa._n_batches = None, 0

@@ -137,7 +137,8 @@ def _build_balances(config: RunConfig) -> tuple[nn.ModuleList, dict[KeyPath, int
             try:
                 balances.append(build_balance(settings, tasks, list(config.tasks)))
             except SettingError as error:
-                raise config.mistake((*place, *error.key.split(".")), error.message) from error
+                mistakes += config.mistake((*place, *error.key.split(".")), error.message).mistakes
+                continue
             keys.append(key)
         balance_of[written.path] = keys.index(key)
     return balances, balance_of, mistakes

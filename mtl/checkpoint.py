@@ -32,6 +32,7 @@ def write_text(file: Path, text: str) -> None:
         stream.flush()
         os.fsync(stream.fileno())
     temporary.replace(file)
+    _sync(file.parent)
 
 
 def write_json(file: Path, content: Mapping[str, Any]) -> None:
@@ -74,22 +75,31 @@ class Checkpoints:
         temporary = self.folder / f".{target.name}.tmp"
         shutil.rmtree(temporary, ignore_errors=True)
         temporary.mkdir()
-        save_model(module, str(temporary / _TENSORS))
-        tensors, numbers = _split(moments)
-        save_file(tensors, temporary / _MOMENTS)
-        write_json(temporary / _STATE, {**state, "optimizer": numbers})
+        try:
+            save_model(module, str(temporary / _TENSORS))
+            tensors, rest = _split(moments)
+            save_file(tensors, temporary / _MOMENTS)
+            write_json(temporary / _STATE, {**state, "optimizer": rest})
+        except BaseException:
+            shutil.rmtree(temporary, ignore_errors=True)
+            raise
         _sync(temporary / _TENSORS)
         _sync(temporary / _MOMENTS)
         shutil.rmtree(target, ignore_errors=True)
         temporary.rename(target)
+        _sync(self.folder)
         for name in names:
             self._link(name, target.name)
         self._prune()
 
-    def adopt(self, folder: Path, name: str) -> None:
-        """Takes a copy of another run's checkpoint under a link's name."""
+    def has(self, step: int) -> bool:
+        """Whether there is a checkpoint of a step."""
+        return (self.folder / f"step-{step:08d}").exists()
+
+    def adopt(self, folder: Path, step: int, name: str) -> None:
+        """Takes a copy of another run's checkpoint of a step under a link's name."""
         self.folder.mkdir(parents=True, exist_ok=True)
-        target = self.folder / folder.resolve().name
+        target = self.folder / f"step-{step:08d}"
         if not target.exists():
             temporary = self.folder / f".{target.name}.tmp"
             shutil.copytree(folder, temporary)
@@ -122,11 +132,15 @@ def read_state(folder: Path) -> dict[str, Any]:
     """
     missing = [name for name in (_TENSORS, _MOMENTS, _STATE) if not (folder / name).is_file()]
     if missing:
-        raise CheckpointError(f"{folder} is no checkpoint: it has no {missing[0]}")
+        inside = folder / "checkpoints" / "last"
+        instead = f"; {inside} is one" if inside.exists() else ""
+        raise CheckpointError(f"{folder} is no checkpoint: it has no {missing[0]}{instead}")
     try:
         state: dict[str, Any] = json.loads((folder / _STATE).read_text(encoding="utf-8"))
     except ValueError as error:
         raise CheckpointError(f"{folder / _STATE} is damaged: {error}") from error
+    if not isinstance(state, dict) or not isinstance(state.get("optimizer"), dict):
+        raise CheckpointError(f"{folder / _STATE} is damaged, or of another version: it says nothing of an optimizer")
     return state
 
 
@@ -145,7 +159,10 @@ def load_checkpoint(folder: Path, module: nn.Module) -> tuple[dict[str, Any], Mo
         tensors = load_file(folder / _MOMENTS)
     except (RuntimeError, SafetensorError) as error:
         raise CheckpointError(f"{folder} does not fit this model: {_cut(' '.join(str(error).split()))}") from error
-    return state, _join(tensors, state.pop("optimizer"))
+    try:
+        return state, _join(tensors, state.pop("optimizer"))
+    except (KeyError, ValueError, AttributeError) as error:
+        raise CheckpointError(f"{folder} is damaged: its optimizer's state is not whole: {error!r}") from error
 
 
 def _cut(text: str, most: int = 400) -> str:
@@ -153,24 +170,53 @@ def _cut(text: str, most: int = 400) -> str:
 
 
 def _split(moments: MomentsState) -> tuple[dict[str, Tensor], dict[str, dict[str, dict[str, Any]]]]:
-    """The tensors under names of their own, and what is not a tensor."""
+    """The tensors under names of their own, and the rest as plain data that points to them."""
     tensors: dict[str, Tensor] = {}
-    numbers: dict[str, dict[str, dict[str, Any]]] = {}
-    for kind, parameters in moments.items():
-        for name, values in parameters.items():
-            own = {key: value.contiguous() for key, value in values.items() if isinstance(value, Tensor)}
-            tensors |= {f"{kind}/{name}/{key}": value for key, value in own.items()}
-            numbers.setdefault(kind, {})[name] = {key: values[key] for key in values if key not in own}
-    return tensors, numbers
+
+    def plain(value: Any, place: str) -> Any:
+        if isinstance(value, Tensor):
+            tensors[place] = value.detach().contiguous()
+            return {"tensor": place}
+        if isinstance(value, list | tuple):
+            return [plain(each, f"{place}/{number}") for number, each in enumerate(value)]
+        if isinstance(value, dict):
+            return {"dict": {key: plain(each, f"{place}/{key}") for key, each in value.items()}}
+        if isinstance(value, float) and not math.isfinite(value):
+            return {"float": str(value)}
+        if value is None or isinstance(value, bool | int | float | str):
+            return value
+        raise TypeError(f"an optimizer remembers a {type(value).__name__} in {place}; expected tensors and plain data")
+
+    rest = {
+        kind: {
+            name: {key: plain(value, f"{kind}/{name}/{key}") for key, value in values.items()}
+            for name, values in parameters.items()
+        }
+        for kind, parameters in moments.items()
+    }
+    return tensors, rest
 
 
-def _join(tensors: Mapping[str, Tensor], numbers: dict[str, dict[str, dict[str, Any]]]) -> MomentsState:
-    for place, tensor in tensors.items():
-        kind, name, key = place.split("/")
-        numbers[kind][name][key] = tensor
-    return numbers
+def _join(tensors: Mapping[str, Tensor], rest: Mapping[str, Mapping[str, Mapping[str, Any]]]) -> MomentsState:
+    def whole(value: Any) -> Any:
+        if isinstance(value, list):
+            return [whole(each) for each in value]
+        if not isinstance(value, dict):
+            return value
+        if "tensor" in value:
+            return tensors[value["tensor"]]
+        return float(value["float"]) if "float" in value else {key: whole(each) for key, each in value["dict"].items()}
+
+    return {
+        kind: {name: {key: whole(value) for key, value in values.items()} for name, values in parameters.items()}
+        for kind, parameters in rest.items()
+    }
 
 
-def _sync(file: Path) -> None:
-    with file.open("rb") as stream:
-        os.fsync(stream.fileno())
+def _sync(path: Path) -> None:
+    """Forces a file, or what a folder lists, to disk."""
+    descriptor = os.open(path, os.O_RDONLY)
+    try:
+        os.fsync(descriptor)
+    finally:
+        os.close(descriptor)

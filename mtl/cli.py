@@ -6,7 +6,7 @@ import argparse
 import json
 import math
 import sys
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from pathlib import Path
 
 from mtl import __version__
@@ -20,6 +20,21 @@ def main(arguments: Sequence[str] | None = None) -> int:
     Returns:
         0 done; 2 the user's input is wrong; 3 the audit found a violation. Anything else is raised, which makes 1.
     """
+    parser, verbs = _parser()
+    options, rest = parser.parse_known_args(arguments)
+    # argparse takes key=value pairs only in one piece; those behind an option come back as the rest.
+    unknown = [argument for argument in rest if argument.startswith("-") or options.verb == "report"]
+    if unknown:
+        verbs[options.verb].error(f"unrecognized arguments: {' '.join(unknown)}")
+    if options.verb == "report":
+        return _report(options.run_dir, options.picture)
+    if options.verb == "plan":
+        return _plan(options, [*options.overrides, *rest])
+    return _train(options.config, [*options.overrides, *rest], options.quiet)
+
+
+def _parser() -> tuple[argparse.ArgumentParser, Mapping[str, argparse.ArgumentParser]]:
+    """The whole command line, and the part of each verb."""
     parser = argparse.ArgumentParser(prog="mtl", description="Multi-task learning with freezes that are proven.")
     parser.add_argument("--version", action="version", version=f"mtl {__version__}")
     verbs = parser.add_subparsers(dest="verb", required=True, metavar="VERB")
@@ -45,41 +60,33 @@ def main(arguments: Sequence[str] | None = None) -> int:
     report = verbs.add_parser("report", help="write the report of a run again", description=_report.__doc__)
     report.add_argument("run_dir", type=Path, metavar="RUN_DIR", help="such as runs/scenes")
     report.add_argument("--picture", type=Path, metavar="FILE", help="put the report's picture into a PNG file as well")
-    options, rest = parser.parse_known_args(arguments)
-    # argparse takes key=value pairs only in one piece; those behind an option come back as the rest.
-    unknown = [argument for argument in rest if argument.startswith("-") or options.verb == "report"]
-    if unknown:
-        verbs.choices[options.verb].error(f"unrecognized arguments: {' '.join(unknown)}")
-    if options.verb == "report":
-        return _report(options.run_dir, options.picture)
-    if options.verb == "plan":
-        return _plan(options, [*options.overrides, *rest])
-    return _train(options.config, [*options.overrides, *rest], options.quiet)
+    return parser, verbs.choices
 
 
 def _train(file: Path, overrides: Sequence[str], quiet: bool) -> int:
     """Trains through the phases of CONFIG, proves what they froze, and writes a run directory."""
     from mtl.config import load_config
     from mtl.config.source import ConfigError
+    from mtl.run_dir import check_run_dir
 
     # The configuration is checked before torch and timm are loaded, which takes seconds.
     try:
         config = load_config(file, overrides)
+        check_run_dir(config)
     except ConfigError as error:
         return _complain(error)
 
-    from mtl.assembly import assemble, check_run_dir
+    from mtl.assembly import assemble
     from mtl.audit import AuditError
     from mtl.console import logger, show_log
     from mtl.data import DataError
     from mtl.plan.text import short_plan
     from mtl.report import write_report
-    from mtl.summary import results_table, verdict
+    from mtl.summary import closing_line, results_table, verdict
     from mtl.trainer import train
 
     show_log(quiet)
     try:
-        check_run_dir(config)
         parts = assemble(config, quiet)
         logger.info(short_plan(parts.plan))
         outcome = train(parts, quiet)
@@ -91,14 +98,14 @@ def _train(file: Path, overrides: Sequence[str], quiet: bool) -> int:
     except FloatingPointError as error:
         sys.stderr.write(f"error: {error}\n")
         return FAILED
-    logger.info(results_table(outcome))
-    logger.info(verdict(outcome))
-    best = "no best val/score, since it never was a number"
-    if not math.isnan(outcome.best_score):
-        best = f"best val/score {outcome.best_score:.3f} at step {outcome.best_step}"
-    logger.info(f"{best}; {outcome.train_s:.0f} s of training")
+    except KeyboardInterrupt:
+        last = config.run_dir / "checkpoints" / "last"
+        how = f"to go on from the last epoch: name=ANOTHER resume={last}" if last.exists() else "no epoch was finished"
+        sys.stderr.write(f"\nstopped; {how}\n")
+        return FAILED
+    logger.info("\n".join([results_table(outcome), verdict(outcome), closing_line(outcome)]))
     # Last, since all else is on disk by now: a drawing that fails costs nothing.
-    kept = "{best,last}" if not math.isnan(outcome.best_score) else "last"
+    kept = "last" if math.isnan(outcome.best_score) else "{best,last}"
     files = [write_report(parts, outcome.run_dir).name, f"checkpoints/{kept}", "metrics.jsonl", "audit.json"]
     logger.info(f"{outcome.run_dir}: {', '.join([*files, 'plan.json', 'config.yaml'])}")
     return DONE if outcome.report.ok else VIOLATION
@@ -161,6 +168,9 @@ def _report(run_dir: Path, picture: Path | None) -> int:
     if missing:
         return _complain(ValueError(f"{run_dir} is no finished run: it lacks {', '.join(missing)}"))
 
+    if picture is not None and picture.suffix.lower() != ".png":
+        return _complain(ValueError(f"--picture: expected a name that ends in .png, got {picture}"))
+
     from mtl.assembly import assemble
     from mtl.data import DataError
     from mtl.report import write_report
@@ -170,7 +180,11 @@ def _report(run_dir: Path, picture: Path | None) -> int:
         parts = assemble(load_config(run_dir / "config.yaml", ["trunk.weights=none", "device=auto"]))
     except (ConfigError, DataError) as error:
         return _complain(error)
-    sys.stdout.write(f"{write_report(parts, run_dir, picture)}\n")
+    try:
+        page = write_report(parts, run_dir, picture)
+    except OSError as error:
+        return _complain(ValueError(f"{error.filename or run_dir} cannot be written: {error.strerror}"))
+    sys.stdout.write(f"{page}\n")
     return DONE
 
 

@@ -13,8 +13,8 @@ from torch.optim.swa_utils import get_ema_multi_avg_fn
 class Ema:
     """Follows the parameters of one phase.
 
-    What is frozen is no average: its bits stay those that the audit has seen. The average of a parameter that goes on
-    training goes on with it; that of one that is thawed begins with its value then.
+    What is frozen is no longer averaged: its bits stay those that the audit has seen. The average of a parameter that
+    goes on training goes on with it; that of one that is thawed begins with its value then.
     """
 
     def __init__(self, decay: float) -> None:
@@ -26,10 +26,16 @@ class Ema:
         self._averages: dict[str, Tensor] = {}
 
     def follow(self, parameters: Mapping[str, nn.Parameter]) -> None:
-        """Follows these parameters from now on, by name, and no others."""
-        before = self._averages
+        """Follows these parameters from now on, by name, and no others.
+
+        One that is followed no longer takes its average: that is what was judged, and is from now on frozen.
+        """
+        for name in self._parameters.keys() - parameters.keys():
+            with torch.no_grad():
+                self._parameters[name].copy_(self._averages[name])
+        known = self._averages
         self._parameters = dict(parameters)
-        self._averages = {name: before.get(name, p.detach().clone()) for name, p in parameters.items()}
+        self._averages = {n: known[n] if n in known else p.detach().clone() for n, p in parameters.items()}
 
     def update(self) -> None:
         """Takes note of one optimizer step."""
@@ -49,9 +55,10 @@ class Ema:
         """The averages by name; while they are swapped in, the parameters as they train."""
         return dict(self._averages)
 
-    def load(self, averages: Mapping[str, Tensor]) -> None:
-        """Takes saved averages over."""
-        self._averages = {name: average.clone() for name, average in averages.items()}
+    def load(self, parameters: Mapping[str, nn.Parameter], averages: Mapping[str, Tensor]) -> None:
+        """Follows these parameters, by name, with saved averages of them."""
+        self._parameters = dict(parameters)
+        self._averages = {name: averages[name].clone() for name in parameters}
 
     @torch.no_grad()
     def _swap(self) -> None:

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
 from contextlib import AbstractContextManager, nullcontext
 from dataclasses import dataclass
 from pathlib import Path
@@ -65,28 +65,39 @@ def resume_from(folder: Path, parts: Parts) -> Resumption:
         CheckpointError: It is no checkpoint, or one of a run with another model or other phases, or one that is over.
     """
     state, moments = load_checkpoint(folder, parts.root)
+    try:
+        return _resumption(folder, state, moments, parts)
+    except (KeyError, TypeError, AttributeError) as error:
+        raise CheckpointError(f"{folder} is damaged, or of another version: {error!r}") from error
+
+
+def _resumption(folder: Path, state: Mapping[str, Any], moments: MomentsState, parts: Parts) -> Resumption:
     names = [phase.name for phase in parts.phases]
     if state["phases"] != names:
         raise CheckpointError(
             f"{folder} is of a run with the phases {', '.join(state['phases'])}; this one has {', '.join(names)}"
         )
     scheduler = TaskScheduler([phase.length for phase in parts.phases])
+    best = BestWeights(phase.restore for phase in parts.phases)
     try:
         scheduler.load_state_dict(state["scheduler"])
+        best.load_state_dict(state["best"])
     except ValueError as error:
-        raise CheckpointError(f"{folder} stands where these phases cannot be: {error}") from error
+        done = state["scheduler"]
+        phase = names[min(done["index"], len(names) - 1)]
+        raise CheckpointError(
+            f"{folder} stands in phase {phase!r} after {done['epochs']} epochs and {done['steps']} steps;"
+            " this configuration has no such place"
+        ) from error
     if scheduler.index is None:
-        raise CheckpointError(f"{folder} is the end of its run: no phase is left")
+        raise CheckpointError(f"{folder} is the end of its run: no phase is left; one inside a phase can be taken up")
     inside = state["scheduler"]["steps"] > 0
-    return Resumption(
-        folder,
-        state["step"],
-        state["epoch"],
-        state["scheduler"],
-        state["lr_schedule"] if inside else None,
-        moments,
-        state["best"],
-    )
+    active = parts.phases[scheduler.index]
+    if inside and state["frozen"] != list(active.freeze.plan.names.frozen):
+        raise CheckpointError(f"{folder} stands inside a phase {active.name!r} that froze other parameters than here")
+    course = state["lr_schedule"]
+    lr_schedule = LrScheduleState(step=course["step"], scale=course["scale"], best=course["best"]) if inside else None
+    return Resumption(folder, state["step"], state["epoch"], state["scheduler"], lr_schedule, moments, state["best"])
 
 
 class Keeper:
@@ -120,7 +131,9 @@ class Keeper:
         if phase.config.optimizer_state == "reset" and lr_schedule_state is None:
             self.moments.forget(phase.freeze.plan.names.trainable)
         optimizer = build_optimizer(phase.optim.optimizer, phase.groups)
-        self.moments.give(optimizer, self._name_of)
+        given = self.moments.give(optimizer, self._name_of)
+        if lr_schedule_state is not None and not given:
+            logger.warning("resume: the checkpoint has no moments for this optimizer; it begins without")
         if self.ema is not None:
             held = [parameter for group in optimizer.param_groups for parameter in group["params"]]
             self.ema.follow({self._name_of[parameter]: parameter for parameter in held})
@@ -131,26 +144,26 @@ class Keeper:
             lr_schedule.load_state_dict(lr_schedule_state)
         return Stepping(optimizer, lr_schedule)
 
-    def end_phase(self, stepping: Stepping) -> None:
-        """Takes the moments from a phase's optimizer."""
-        self.moments.take(stepping.optimizer, self._name_of)
-
     def save(
         self,
         row: Mapping[str, Any],
         metrics: Mapping[str, float],
         scheduler: SchedulerState,
+        frozen: Sequence[str],
         stepping: Stepping | None,
     ) -> None:
-        """Writes a checkpoint.
+        """Writes a checkpoint; nothing if there is one of this step.
 
         Args:
             row: What was logged of the validation that judged these weights.
             metrics: Its metrics.
             scheduler: The task scheduler's state.
+            frozen: The active phase's frozen parameters.
             stepping: What steps the active phase's parameters.
         """
         step = row["step"]
+        if self._checkpoints.has(step):
+            return
         links, not_finite = self.best.see(metrics, step)
         for metric in not_finite:
             logger.warning(f"{metric} is {metrics[metric]} after step {step}: it does not count as best")
@@ -160,6 +173,7 @@ class Keeper:
             **row,
             "phases": [phase.name for phase in self._parts.phases],
             "scheduler": scheduler,
+            "frozen": list(frozen),
             "lr_schedule": None if stepping is None else stepping.lr_schedule.state_dict(),
             "best": self.best.state_dict(),
         }
@@ -179,33 +193,30 @@ class Keeper:
             logger.warning(f"{phase.name}: there are no best weights by {metric} yet; it goes on from the last ones")
             return
         state, moments = load_checkpoint(folder, self._parts.root)
-        # An evaluation judges what was judged then; training goes on from the weights as they trained.
-        self._load(moments, as_trained=not phase.config.evaluate_only)
+        self._load(moments)
         step, value = state["step"], state["best"][self.best.link(metric, direction)]["best"]["value"]
         logger.info(f"{phase.name}: back to the weights of step {step}, the best by {metric}: {value:.4g}")
 
-    def _load(self, moments: MomentsState, as_trained: bool = True) -> None:
+    def _load(self, moments: MomentsState) -> None:
         """Takes over moments, and the weights as they trained, if those in the model by now are averages."""
         live = {name: state["value"] for name, state in moments.get(_LIVE, {}).items()}
         self.moments.load_state_dict({kind: kept for kind, kept in moments.items() if kind != _LIVE})
         parameters = {name: self._parts.root.get_parameter(name) for name in live}
-        if not as_trained:
-            if self.ema is not None:
-                self.ema.follow({})
-            return
         if self.ema is not None:
-            self.ema.load({name: parameter.detach() for name, parameter in parameters.items()})
+            self.ema.load(parameters, {name: parameter.detach() for name, parameter in parameters.items()})
         with torch.no_grad():
             for name, parameter in parameters.items():
                 parameter.copy_(live[name])
 
     def take_up(self, resumption: Resumption) -> None:
-        """Goes on with another run's moments and best weights, of which it takes a copy."""
+        """Goes on with another run's moments, last and best weights, of which it takes copies."""
         self._load(resumption.moments)
+        self._checkpoints.adopt(resumption.folder, resumption.step, "last")
         for link, step in self.best.load_state_dict(resumption.best).items():
-            source = resumption.folder.resolve().parent / f"step-{step:08d}"
+            here = resumption.folder.resolve()
+            source = here if step == resumption.step else here.parent / f"step-{step:08d}"
             if source.is_dir():
-                self._checkpoints.adopt(source, link)
+                self._checkpoints.adopt(source, step, link)
             else:
                 self.best.forget(link)
                 logger.warning(f"resume: the weights of step {step}, until then the {link}, are no longer there")

@@ -38,3 +38,9 @@ def parents(name: str) -> Iterator[str]:
 def shorten(items: list[str], most: int) -> str:
     """Some items in a line, and how many more there are."""
     return ", ".join(items[:most]) + (f" and {len(items) - most} more" if len(items) > most else "")
+
+
+def count(number: float, what: str) -> str:
+    """A number of things: `1 epoch`, `1,200 steps`."""
+    written = f"{number:,}" if isinstance(number, int) else f"{number:g}"
+    return f"{written} {what}{'' if number == 1 else 's'}"

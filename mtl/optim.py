@@ -23,7 +23,14 @@ _NOT_FOR_THIS_LOOP = ("LBFGS", "SparseAdam", "Muon")
 
 
 # Options that do not change what an optimizer remembers of a parameter.
-_OF_NO_STATE = {"lr", "weight_decay", "foreach", "fused", "capturable", "differentiable", "maximize"}
+_OF_NO_STATE = {
+    *("lr", "weight_decay", "decoupled_weight_decay", "foreach", "fused", "capturable", "differentiable", "maximize"),
+    *("betas", "eps", "alpha", "dampening", "nesterov", "momentum_decay"),
+}
+
+
+# What options of a user's can make an optimizer raise.
+_THEIR_ERRORS = (TypeError, ValueError, RuntimeError, AssertionError, IndexError, KeyError, AttributeError)
 
 
 class UncoveredError(ValueError):
@@ -134,6 +141,8 @@ def build_optimizer(config: OptimizerConfig, groups: Sequence[Mapping[str, Any]]
     reserved = [key for key in ("params", "lr", "weight_decay") if key in config.options]
     if reserved:
         raise SettingError("optimizer.options", f"{reserved[0]!r} has a key of its own, beside optimizer")
+    if config.options.get("differentiable"):
+        raise SettingError("optimizer.options", "differentiable is for steps that are differentiated, not for training")
     takes_all = any(parameter.kind is parameter.VAR_KEYWORD for parameter in takes.values())
     if "weight_decay" not in takes and not takes_all and any(group["weight_decay"] for group in groups):
         raise SettingError("optimizer.name", f"{config.name} takes no weight decay; set weight_decay to 0")
@@ -146,10 +155,25 @@ def build_optimizer(config: OptimizerConfig, groups: Sequence[Mapping[str, Any]]
         # Copies: an optimizer writes the current rate into its groups.
         make: Any = kind
         optimizer: Optimizer = make([dict(group) for group in groups], **options)
-    except (TypeError, ValueError, RuntimeError) as error:
+    except _THEIR_ERRORS as error:
         known = ", ".join(key for key in takes if key not in ("params", "lr", "weight_decay"))
         raise SettingError("optimizer.options", f"{config.name} takes the options {known}: {error}") from error
     return optimizer
+
+
+def try_out(config: OptimizerConfig, device: torch.device) -> None:
+    """Steps one small matrix, since some options fail only then.
+
+    Raises:
+        SettingError: The optimizer does not step with these options on this device.
+    """
+    parameter = nn.Parameter(torch.zeros(2, 2, device=device))
+    optimizer = build_optimizer(config, [{"params": [parameter], "lr": 0.1, "weight_decay": 0.0}])
+    parameter.grad = torch.zeros_like(parameter)
+    try:
+        optimizer.step()
+    except _THEIR_ERRORS as error:
+        raise SettingError("optimizer.options", f"{config.name} cannot step on {device.type}: {error}") from error
 
 
 def _optimizer_class(name: str) -> type[Optimizer]:
@@ -207,8 +231,9 @@ class Moments:
         }
         # torch's own way to load a state knows which parts of it belong on which device, in which type.
         optimizer.load_state_dict({"state": states, "param_groups": optimizer.state_dict()["param_groups"]})
-        for name, state in kept.items():
-            kept[name] = {key: value.cpu() if isinstance(value, Tensor) else value for key, value in state.items()}
+        for resting in self._kept.values():
+            for name, state in resting.items():
+                resting[name] = {k: v.cpu() if isinstance(v, Tensor) else v for k, v in state.items()}
         return [held[number] for number in states]
 
     def forget(self, names: Collection[str]) -> None:
@@ -234,7 +259,7 @@ def _kind(optimizer: Optimizer) -> str:
         key for key, value in optimizer.defaults.items() if value is not None and value is not False and value != 0
     }
     switched_on = ",".join(sorted(options - _OF_NO_STATE))
-    return f"{type(optimizer).__module__}:{type(optimizer).__qualname__}[{switched_on}]"
+    return f"{type(optimizer).__module__}:{type(optimizer).__qualname__}" + (f"[{switched_on}]" if switched_on else "")
 
 
 def _in_layout_of(parameter: Tensor, value: Any) -> Any:

@@ -141,7 +141,9 @@ def _draw_course(axes: Axes, name: str, task: Task, epochs: list[dict[str, Any]]
     )
     axes.title.set_fontsize(9)
     axes.set_xlabel("step")
-    axes.legend(fontsize=7)
+    # More names than these would hide the curve; they are in the table above.
+    if len(phases) <= 6:
+        axes.legend(fontsize=7)
 
 
 def _predict(parts: Parts) -> tuple[Batch, dict[str, Tensor]]:

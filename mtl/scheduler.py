@@ -212,9 +212,9 @@ class TaskScheduler:
             ("step", self._steps, phase.steps, phase.max_steps),
         ):
             if length is not None and done >= length:
-                return _count(done, unit)
+                return _done(done, unit)
             if limit is not None and done >= limit:
-                return f"{_count(done, unit)}, the limit"
+                return f"{_done(done, unit)}, the limit"
         return None
 
     def _holds(self, condition: Condition) -> str | None:
@@ -223,7 +223,11 @@ class TaskScheduler:
             case Plateau():
                 num_since = self._plateaus[condition].num_since
                 held = num_since >= condition.patience
-                return f"plateau of {condition.metric} for {num_since} epoch{_s(num_since)}" if held else None
+                return (
+                    f"plateau of {condition.metric} for {num_since} epoch{'' if num_since == 1 else 's'}"
+                    if held
+                    else None
+                )
             case Reached():
                 value = self._latest[condition.metric]
                 sign = 1 if condition.direction == "higher" else -1
@@ -231,7 +235,7 @@ class TaskScheduler:
                 return f"{condition.metric} reached {value:.4g} (mark {condition.mark:g})" if held else None
             case Spent(amount, unit):
                 done = {"epochs": self._epochs, "steps": self._steps, "seconds": self._seconds}[unit]
-                return _count(done, unit.removesuffix("s")) if done >= amount else None
+                return _done(done, unit.removesuffix("s")) if done >= amount else None
             case AnyOf(conditions):
                 return next((reason for each in conditions if (reason := self._holds(each))), None)
             case AllOf(conditions):
@@ -239,10 +243,6 @@ class TaskScheduler:
                 return None if None in reasons else " and ".join(filter(None, reasons))
 
 
-def _count(number: float, unit: str) -> str:
+def _done(number: float, unit: str) -> str:
     written = f"{number:.4g}" if unit == "second" and number < 1000 else f"{number:.0f}"
-    return f"{written} {unit}{_s(number)} {'spent' if unit == 'second' else 'done'}"
-
-
-def _s(number: float) -> str:
-    return "" if number == 1 else "s"
+    return f"{written} {unit}{'' if number == 1 else 's'} {'spent' if unit == 'second' else 'done'}"

@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+import math
+
 from mtl.console import table
 from mtl.names import shorten
 from mtl.trainer import Outcome
@@ -18,7 +20,9 @@ def results_table(outcome: Outcome) -> str:
         for task, metrics in outcome.trivial.items()
         for name, value in metrics.items()
     ]
-    return table(["task", "metric", "trivial", *shown], rows, numbers_from=2)
+    text = table(["task", "metric", "trivial", *shown], rows, numbers_from=2)
+    left_out = list(outcome.scores)[:-_MOST_PHASES]
+    return text + (f"\n(left out: {', '.join(left_out)}; see metrics.jsonl)" if left_out else "")
 
 
 def verdict(outcome: Outcome) -> str:
@@ -30,3 +34,11 @@ def verdict(outcome: Outcome) -> str:
     if report.ok:
         return f"audit: clean; frozen tensors bit-identical ({frozen}), no gradients; {looks:,} checks in {steps} steps"
     return "\n".join([f"audit: {len(report.violations)} violations", *[f"  {v}" for v in report.violations[:10]]])
+
+
+def closing_line(outcome: Outcome) -> str:
+    """The best score, and how long training took."""
+    best = "no best val/score, since it never was a number"
+    if not math.isnan(outcome.best_score):
+        best = f"best val/score {outcome.best_score:.3f} at step {outcome.best_step}"
+    return f"{best}; {outcome.train_s:.0f} s of training"

@@ -14,7 +14,7 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
-from mtl.assembly import Parts, make_run_dir
+from mtl.assembly import Parts
 from mtl.audit import GradientAudit, HoldsParameters, Report
 from mtl.checkpoint import CheckpointError, write_json, write_text
 from mtl.config.source import dump_yaml
@@ -24,8 +24,10 @@ from mtl.freeze import enforce, is_frozen
 from mtl.keeper import Keeper, Resumption, Stepping, resume_from
 from mtl.lr_schedule import LrScheduleState
 from mtl.names import condense, shorten
+from mtl.patterns import text_of
 from mtl.phases import Phase
 from mtl.phases.length import SCORE
+from mtl.run_dir import make_run_dir
 from mtl.scheduler import PhaseChange, TaskScheduler
 from mtl.steplog import StepLog
 from mtl.tracking import Tracker
@@ -127,6 +129,7 @@ class Trainer:
         self.step, self.epoch, self.resumed = resumption.step, resumption.epoch, resumption.lr_schedule
         self.scheduler.load_state_dict(resumption.scheduler)
         self.keeper.take_up(resumption)
+        self.note_best()
         phase = self.parts.phases[self.scheduler.index or 0].name
         logger.info(f"resume: phase {phase!r} from step {self.step}, {resumption.folder}")
 
@@ -154,7 +157,9 @@ class Trainer:
         stepping = None if phase.config.evaluate_only else self.keeper.build_stepping(index, resumed)
         optimizers: list[HoldsParameters] = [] if stepping is None else [stepping.optimizer, phase.balance]
         # The audit is told the patterns, not the plan: it draws the line itself, and fingerprints what is behind it.
-        with self.audit.phase(phase.name, freeze=phase.freeze.patterns, optimizers=optimizers) as record:
+        # How many names they must match was the plan's affair: the audit counts plain tensor attributes as well.
+        patterns = [text_of(pattern) for pattern in phase.freeze.patterns]
+        with self.audit.phase(phase.name, freeze=patterns, optimizers=optimizers) as record:
             # From here on the file says that this phase began, and that nothing is proven of it yet.
             write_json(self.outcome.run_dir / "audit.json", self.audit.report.to_json())
             # What is frozen whole need not be recorded for a backward that never comes.
@@ -162,8 +167,7 @@ class Trainer:
             change = None
             while change is None:
                 change = self.run_epoch(phase, stepping)
-        if stepping is not None:
-            self.keeper.end_phase(stepping)
+            phase.balance.after_phase()
         write_json(self.outcome.run_dir / "audit.json", self.audit.report.to_json())
         if record.num_trained == 0 and record.num_trainable:
             logger.warning(f"{change.ended}: not one of its {record.num_trainable} trainable parameters changed")
@@ -203,7 +207,7 @@ class Trainer:
         """
         parts, optimizer, lr_schedule = self.parts, stepping.optimizer, stepping.lr_schedule
         batches = training_batches(parts.train, phase.batch_size, self.config.seed, self.epoch)
-        total = num_batches(parts.train, phase.batch_size) * min(phase.batch_size, len(parts.train))
+        total = num_batches(len(parts.train), phase.batch_size) * min(phase.batch_size, len(parts.train))
         trainable = [parameter for group in optimizer.param_groups for parameter in group["params"]]
         self.epoch += 1
         log = StepLog(self.tracker, phase.tasks, self.config.tracking.log_every_steps, phase.name, self.epoch)
@@ -261,8 +265,9 @@ class Trainer:
         self.tracker.log(row)
         # An evaluation has no weights of its own, unless it comes first.
         if stepping is not None or self.step == 0:
-            self.keeper.save(row, metrics, self.scheduler.state_dict(), stepping)
-            self.outcome.best_score, self.outcome.best_step = self.keeper.best.score, self.keeper.best.step
+            frozen = phase.freeze.plan.names.frozen
+            self.keeper.save(row, metrics, self.scheduler.state_dict(), frozen, stepping)
+            self.note_best()
         goals = [f"{name} {task.goal.metric}" for name, task in self.parts.tasks.items()]
         values = [metrics[f"val/{goal.replace(' ', '/')}"] for goal in goals]
         logger.info(
@@ -272,6 +277,9 @@ class Trainer:
             + "  ".join(f"{goal} {value:.3f}" for goal, value in zip(goals, values, strict=True))
             + (f"  {log.images_per_s:.0f} img/s" if log is not None else "")
         )
+
+    def note_best(self) -> None:
+        self.outcome.best_score, self.outcome.best_step = self.keeper.best.score, self.keeper.best.step
 
     def tell_unreached(self, phase: Phase) -> None:
         every_name = [name for name, _ in self.parts.root.named_parameters(remove_duplicate=False)]

@@ -85,3 +85,14 @@ def test_dwa_weighs_by_the_course_over_epochs() -> None:
 def test_mistakes_are_named_with_the_choices(config: BalanceConfig, message: str) -> None:
     with pytest.raises(ValueError, match=message):
         build_balance(config, TASKS)
+
+
+def test_a_pass_that_a_phase_broke_off_is_no_part_of_the_next_one() -> None:
+    broken, whole = (build_balance(BalanceConfig(method="dwa"), ["a", "b"]) for _ in range(2))
+    broken(torch.tensor([9.0, 1.0]))
+    broken.after_phase()
+    for balance in (broken, whole):
+        for losses in ([4.0, 2.0], [2.0, 2.0], [1.0, 2.0]):
+            balance(torch.tensor(losses))
+            balance.after_epoch()
+    assert torch.equal(broken(torch.tensor([1.0, 1.0])), whole(torch.tensor([1.0, 1.0])))

@@ -75,3 +75,34 @@ def test_a_text_file_is_replaced_whole(tmp_path: Path) -> None:
     write_json(file, {"new": 1})
     assert json.loads(file.read_text()) == {"new": 1}
     assert [path.name for path in tmp_path.iterdir()] == ["a.json"]
+
+
+def test_whatever_an_optimizer_remembers_of_plain_data_and_tensors_comes_back(tmp_path: Path) -> None:
+    remembered = {
+        "list": [torch.tensor([1.0, -0.0]), [torch.tensor(3), None]],
+        "dict": {"inner": torch.tensor([2.0]), "count": 3},
+        "numbers": (1, 2.5, float("inf"), True, "text"),
+        "nothing": None,
+    }
+    Checkpoints(tmp_path).save(nn.Linear(1, 1), {"own:Kind": {"weight": remembered}}, {"step": 1}, ["last"])
+    _, moments = load_checkpoint(tmp_path / "last", nn.Linear(1, 1))
+    found = moments["own:Kind"]["weight"]
+    assert torch.equal(found["list"][0], remembered["list"][0]) and found["list"][1][0].item() == 3
+    assert found["dict"] == {"inner": torch.tensor([2.0]), "count": 3} and found["nothing"] is None
+    assert found["numbers"] == [1, 2.5, float("inf"), True, "text"]
+
+
+def test_what_cannot_be_kept_is_named_and_leaves_nothing_behind(tmp_path: Path) -> None:
+    with pytest.raises(TypeError, match=r"an optimizer remembers a set in own:Kind/weight/odd"):
+        Checkpoints(tmp_path).save(nn.Linear(1, 1), {"own:Kind": {"weight": {"odd": {1}}}}, {"step": 1}, ["last"])
+    assert list(tmp_path.iterdir()) == []
+
+
+@pytest.mark.parametrize(
+    "state", ["[1]", "{}", '{"optimizer": 3}', "{", '{"optimizer": {"k": {"w": {"m": {"tensor": "x"}}}}}']
+)
+def test_a_state_that_is_none_is_refused(tmp_path: Path, state: str) -> None:
+    Checkpoints(tmp_path).save(nn.Linear(1, 1), {}, {"step": 1}, ["last"])
+    (tmp_path / "last/state.json").write_text(state)
+    with pytest.raises(CheckpointError, match="is damaged"):
+        load_checkpoint(tmp_path / "last", nn.Linear(1, 1))

@@ -56,6 +56,7 @@ def test_a_run_shows_phases_epochs_results_and_where_the_files_lie(tmp_path: Pat
     assert result.stderr == "", "no bar where there is no terminal"
 
 
+@pytest.mark.slow
 def test_quiet_says_nothing(tmp_path: Path) -> None:
     result = run("train", str(tiny_config(tmp_path)), "-q", "phases.finetune.steps=1")
     assert (result.returncode, result.stdout, result.stderr) == (0, "", "")
@@ -243,6 +244,7 @@ def test_the_module_and_the_command_are_the_same_program() -> None:
     assert said == [f"mtl {__version__}\n"] * 2
 
 
+@pytest.mark.slow
 def test_of_two_runs_that_start_at_once_with_one_name_one_is_refused(tmp_path: Path) -> None:
     file = tiny_config(tmp_path)
     call = [sys.executable, "-m", "mtl", "train", str(file), "-q"]
@@ -262,6 +264,7 @@ def test_a_loss_that_is_not_finite_is_one_line_and_exit_code_1(
     assert line.startswith("error: train/loss is ") and "a lower learning rate" in line
 
 
+@pytest.mark.slow
 def test_a_run_that_is_killed_is_not_called_clean(tmp_path: Path) -> None:
     file = tiny_config(tmp_path, phases=[{"name": "a", "freeze": ["trunk"], "epochs": 1}, {"name": "b", "epochs": 500}])
     process = subprocess.Popen([sys.executable, "-m", "mtl", "train", str(file), "-q"])

@@ -202,7 +202,7 @@ def test_a_training_pass_has_full_batches_of_distinct_images_in_an_order_of_seed
 
 
 def test_a_split_smaller_than_a_batch_is_one_batch(split: Split) -> None:
-    assert num_batches(split, 64) == 1
+    assert num_batches(len(split), 64) == 1
     assert [len(batch) for batch in training_batches(split, 64, 0, 0)] == [10]
 
 

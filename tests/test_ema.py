@@ -101,7 +101,7 @@ def test_what_goes_on_training_keeps_its_average_and_what_is_thawed_begins_with_
     assert {name: average.item() for name, average in ema.averages().items()} == {"stays": 6.0, "thawed": 4.0}
 
 
-def test_what_is_frozen_in_between_begins_again_with_its_value() -> None:
+def test_what_is_frozen_takes_its_average_and_begins_again_with_it() -> None:
     parameters = parameters_of(a=0.0, b=0.0)
     ema = Ema(0.5)
     ema.follow(parameters)
@@ -109,7 +109,7 @@ def test_what_is_frozen_in_between_begins_again_with_its_value() -> None:
     ema.update()
     ema.follow({"b": parameters["b"]})
     ema.follow(parameters)
-    assert ema.averages()["a"].item() == 8.0
+    assert parameters["a"].item() == ema.averages()["a"].item() == 4.0
 
 
 def test_swapping_in_shows_the_averages_and_swapping_out_restores_every_bit() -> None:
@@ -156,8 +156,7 @@ def test_loaded_averages_go_on_as_if_never_saved() -> None:
     saved.follow(halves)
     steps(saved, halves, [0.3])
     file = {name: average.clone() for name, average in saved.averages().items()}
-    resumed.follow(halves)
-    resumed.load(file)
+    resumed.load(halves, file)
     steps(resumed, halves, [0.7, -1.1])
     assert bits(resumed.averages()) == bits(never_saved.averages())
     assert bits(file) == bits(saved.averages()), "what was loaded is not written to"
@@ -166,8 +165,7 @@ def test_loaded_averages_go_on_as_if_never_saved() -> None:
 def test_loaded_averages_belong_to_parameters_by_name_whatever_their_order() -> None:
     parameters = parameters_of(a=0.0, b=8.0)
     ema = Ema(0.5)
-    ema.follow(parameters)
-    ema.load({"b": torch.tensor([4.0]), "a": torch.tensor([2.0])})
+    ema.load(parameters, {"b": torch.tensor([4.0]), "a": torch.tensor([2.0])})
     ema.update()
     assert {name: average.item() for name, average in ema.averages().items()} == {"a": 1.0, "b": 6.0}
 
@@ -182,6 +180,33 @@ def test_an_evaluation_goes_back_to_a_best_epoch_in_which_less_trained_than_afte
     assert outcome.best_step is not None and outcome.best_step <= 10
     rows = [row for row in read_metrics(outcome.run_dir) if "val/score" in row]
     assert rows[-1]["val/score"] == outcome.best_score
+
+
+EVALUATED = [
+    {"name": "a", "epochs": 2},
+    {"name": "e", "evaluate_only": True, "restore": "best"},
+    {"name": "b", "steps": 1, "lr": 1e-9},
+]
+
+
+def test_a_run_taken_up_before_an_evaluation_judges_the_averages_as_one_that_never_stopped(tmp_path: Path) -> None:
+    phases = [EVALUATED[0], {"name": "e", "evaluate_only": True}]
+    whole = train(tiny_parts(tmp_path, optim={"ema_decay": 0.9}, phases=phases), quiet=True)
+    source = whole.run_dir / "checkpoints/last"
+    again = tiny_parts(tmp_path, "name=again", f"resume={source}", optim={"ema_decay": 0.9}, phases=phases)
+    resumed = train(again, quiet=True)
+    assert resumed.scores["e"] == whole.scores["e"]
+    assert (resumed.best_score, resumed.best_step) == (whole.best_score, whole.best_step)
+    assert (resumed.run_dir / "checkpoints/last/model.safetensors").is_file()
+
+
+def test_training_after_an_evaluation_goes_on_from_the_weights_as_they_trained(tmp_path: Path) -> None:
+    ends = []
+    for name, phases in (("with", EVALUATED), ("without", [EVALUATED[0], {**EVALUATED[2], "restore": "best"}])):
+        parts = tiny_parts(tmp_path, f"name={name}", optim={"ema_decay": 0.5}, phases=phases)
+        assert train(parts, quiet=True).report.ok
+        ends.append(bits(dict(parts.model.heads.named_parameters())))
+    assert ends[0] == ends[1]
 
 
 def test_following_nothing_swaps_nothing() -> None:

@@ -20,7 +20,7 @@ FLOORS = [
     ["matching", "lengths", "plugin"],
     ["patterns"],
     ["config"],
-    ["console", "moduletree", "storage"],
+    ["console", "moduletree", "storage", "run_dir"],
     ["tasks"],
     ["model", "data"],
     ["freeze", "audit", "scheduler", "reach"],
@@ -129,7 +129,19 @@ def test_freeze_and_audit_never_import_each_other() -> None:
     assert "freeze" not in map(room, audit)
 
 
-PURE = ["mtl", "nearest", "names", "best", "matching", "lengths", "plugin", "patterns", "config", "scheduler"]
+PURE = [
+    "mtl",
+    "nearest",
+    "names",
+    "best",
+    "matching",
+    "lengths",
+    "plugin",
+    "patterns",
+    "config",
+    "scheduler",
+    "run_dir",
+]
 
 
 @pytest.mark.parametrize("module", [module for module in HOUSE if room(module) in PURE])

@@ -23,7 +23,7 @@ ADAM, ADAMW = OptimizerConfig(name="adam"), OptimizerConfig(name="adamw")
 EACH = pytest.mark.parametrize("config", [SGD, ADAM, ADAMW], ids=["sgd", "adam", "adamw"])
 
 # An optimizer's kind: its class, and what of its options is switched on.
-ADAMW_KIND = "torch.optim.adamw:AdamW[betas,decoupled_weight_decay,eps]"
+ADAMW_KIND = "torch.optim.adamw:AdamW"
 SGD_KIND = "torch.optim.sgd:SGD[momentum]"
 
 

@@ -30,6 +30,7 @@ from mtl.optim import (
     is_decayed,
     layer_factors,
     optimizer_names,
+    try_out,
 )
 from mtl.patterns import PatternError
 
@@ -396,3 +397,23 @@ def test_ones_own_that_passes_all_options_on_takes_decay(own_module: str) -> Non
     config = OptimizerConfig(name=f"{own_module}:Eager", options={"momentum": 0.9})
     group = build_optimizer(config, groups_of(tiny(), decay=0.1)).param_groups[0]
     assert (group["lr"], group["weight_decay"], group["momentum"]) == (0.1, 0.1, 0.9)
+
+
+@pytest.mark.parametrize(
+    ("name", "options", "message"),
+    [
+        ("adamw", {"capturable": True}, r"adamw cannot step on cpu: .*capturable"),
+        ("adafactor", {"eps": [1, 2, 3]}, r"adafactor cannot step on cpu: too many values"),
+        ("adamw", {"betas": [0.9]}, r"adamw takes the options .*: list index out of range"),
+        ("adamw", {"differentiable": True}, "differentiable is for steps that are differentiated"),
+    ],
+)
+def test_options_that_fail_only_in_a_step_are_found_by_trying(name: str, options: dict[str, Any], message: str) -> None:
+    with pytest.raises(SettingError, match=message) as caught:
+        try_out(OptimizerConfig(name=name, options=options), torch.device("cpu"))
+    assert caught.value.key == "optimizer.options"
+
+
+@pytest.mark.parametrize("name", sorted(optimizer_names()))
+def test_every_optimizer_steps_when_tried(name: str) -> None:
+    try_out(OptimizerConfig(name=name), torch.device("cpu"))

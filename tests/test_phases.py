@@ -89,7 +89,7 @@ def accepted(patterns: list[str]) -> list[str]:
     return kept
 
 
-@settings(max_examples=40, deadline=None, derandomize=True)
+@settings(max_examples=25, deadline=None, derandomize=True)
 @given(patterns=_LISTS)
 def test_train_freezes_exactly_what_its_patterns_do_not_select(patterns: list[str]) -> None:
     patterns = accepted(patterns)
@@ -120,7 +120,7 @@ def test_train_refuses_to_take_back_what_it_did_not_name_as_freeze_does(patterns
         assert mistake.startswith(f"run.yaml:6: phases.0.{key}.1: pattern {patterns[1]!r} takes nothing back")
 
 
-@settings(max_examples=40, deadline=None, derandomize=True)
+@settings(max_examples=25, deadline=None, derandomize=True)
 @given(always=_LISTS, own=_LISTS, key=st.sampled_from(["freeze", "train"]))
 def test_no_phase_takes_back_what_is_always_frozen(always: list[str], own: list[str], key: str) -> None:
     always, own = accepted(always), accepted(own)
@@ -450,3 +450,30 @@ def test_mistakes_of_several_phases_are_told_at_once_and_that_of_a_repeated_one_
 def test_unknown_tasks_are_told_together_with_the_mistakes_of_other_phases() -> None:
     found = mistakes(["name: a, epochs: 1, tasks: [zz]", "name: b, epochs: 1, freeze: zz"])
     assert [mistake.split(": ")[1] for mistake in found] == ["phases.0.tasks.0", "phases.1.freeze.0"]
+
+
+@pytest.mark.parametrize(
+    ("phase", "mistake"),
+    [
+        ("steps: 2, lr_schedule: plateau", "phases.0.lr_schedule: a plateau is judged after whole passes of"),
+        ("until: {plateau: val/score}, max_steps: 2", "phases.0.until: a metric is judged after whole passes of"),
+        ("until: {any: [{steps: 1}, {metric: val/score, at_least: 1}]}, max_steps: 2", "phases.0.until: a metric is"),
+        ("steps: 2, batch_size: 1", "phases.0.batch_size: expected batches of two images or more"),
+        (
+            "steps: 2, tasks: [object], train: heads.depth, balance: mean",
+            "phases.0.train: phase 'a' trains nothing: no active task reaches what is not frozen",
+        ),
+    ],
+)
+def test_what_could_never_happen_in_a_phase_is_refused(phase: str, mistake: str) -> None:
+    (found,) = mistakes([f"name: a, {phase}"], "unreached: warn")
+    assert found.startswith(f"run.yaml:6: {mistake}")
+
+
+def test_all_that_is_wrong_with_a_phase_is_told_at_once() -> None:
+    phase = "name: a, epochs: 1, freeze: [trnk], lr: {hds: 1.0}, weight_decay: {hds: 1.0}, restore: best"
+    found = mistakes([f"{phase}, batch_size: 1", "name: b, epochs: 1, tasks: [dept]"], "freeze_always: [zz]")
+    assert [mistake.split(": ")[1] for mistake in found] == [
+        *("phases.1.tasks.0", "freeze_always.0"),
+        *("phases.0.freeze.0", "phases.0.lr.hds", "phases.0.batch_size"),
+    ]

@@ -288,10 +288,41 @@ def test_the_plan_as_plain_data_has_the_keys_that_the_design_promises(tmp_path: 
     assert [phase["name"] for phase in plain["phases"]] == ["warm-heads", "finetune", "end"]
     for written, phase in zip(plain["phases"], plan.phases, strict=True):
         assert written["reduced_bytes"] == phase.reduced_bytes
-        assert written["memory"].keys() == {"weights", "gradients", "optimizer_state"}
+        assert written["memory"].keys() == {"weights", "gradients", "optimizer_state", "average"}
         assert [(g["lr"], g["count"]) for g in written["optimizer_groups"]] == [(g.lr, g.count) for g in phase.groups]
         for key, side in (("frozen", phase.frozen), ("trainable", phase.trainable)):
             assert (written[key]["count"], written[key]["bytes"]) == (side.count, side.bytes)
             assert written[key].get("names") == (list(side.names) if names else None)
         assert written.get("lr_of") == (phase.lr_of if names else None)
         assert all(("names" in written[key]) == names for key in ("thawed", "newly_frozen"))
+
+
+def test_an_average_and_what_no_task_reaches_are_counted_as_they_are(tmp_path: Path) -> None:
+    phases = [{"name": "a", "tasks": ["depth"], "steps": 1}]
+    plain, averaged, warned = (
+        plan_of(tmp_path, phases, **changes).phases[0]
+        for changes in ({}, {"optim": {"ema_decay": 0.9}}, {"unreached": "warn"})
+    )
+    assert (plain.memory.average, averaged.memory.average) == (0, averaged.trainable.bytes)
+    # What is not frozen but receives no gradient costs no gradient, state or traffic.
+    assert warned.trainable.bytes > plain.trainable.bytes
+    assert warned.memory == plain.memory and warned.reduced_bytes == plain.reduced_bytes == plain.trainable.bytes
+
+
+def test_a_method_that_looks_at_the_losses_again_costs_another_forward(tmp_path: Path) -> None:
+    phases = [{"name": "a", "steps": 1}]
+    once, twice = (plan_of(tmp_path, phases, balance={"method": m}).phases[0].flops for m in ("mean", "famo"))
+    assert (twice.forward, twice.backward) == (2 * once.forward, once.backward)
+
+
+def test_an_evaluation_in_between_thaws_and_freezes_nothing(tmp_path: Path) -> None:
+    frozen = {"freeze": ["trunk"], "steps": 1}
+    phases = [{"name": "a", **frozen}, {"name": "look", "evaluate_only": True}, {"name": "b", **frozen}]
+    last = plan_of(tmp_path, phases).phases[2]
+    assert (last.thawed.count, last.newly_frozen.count) == (0, 0)
+
+
+def test_train_is_told_in_the_users_words(tmp_path: Path) -> None:
+    phase = plan_of(tmp_path, [{"name": "a", "train": ["heads.depth", "balance"], "steps": 1}]).phases[0]
+    assert (phase.freeze, phase.train) == ((), ("heads.depth, balance",))
+    assert [(claim.key, claim.parameters) for claim in phase.claims] == [("train", phase.frozen.count)]

@@ -5,6 +5,7 @@ from __future__ import annotations
 import json
 import logging
 import math
+import shutil
 from collections.abc import Callable, Iterable
 from pathlib import Path
 from typing import Any
@@ -572,3 +573,37 @@ def test_the_resolved_configuration_of_every_schedule_here_loads_again(tmp_path:
     for phases in (PLATEAUS, COURSE):
         config = load_config(tiny_config(tmp_path, phases=phases))
         assert [phase.name for phase in config.written_phases] == [phase["name"] for phase in phases]
+
+
+def test_a_copy_of_a_checkpoint_that_is_its_own_best_is_taken_up_with_it(tmp_path: Path) -> None:
+    phases = [{"name": "a", "epochs": 1}, {"name": "b", "epochs": 1, "restore": "best"}]
+    first = parts_with(tmp_path, phases, "name=first")
+    with pytest.MonkeyPatch.context() as patch:
+        keep_every_checkpoint(patch)
+        source = train(first, quiet=True).run_dir / "checkpoints/step-00000005"
+    copy = tmp_path / "mine"
+    shutil.copytree(source, copy)
+    again = train(parts_with(tmp_path, phases, "name=again", f"resume={copy}"), quiet=True)
+    assert not moved(tensors(first), load_file(again.run_dir / "checkpoints/last/model.safetensors"))
+
+
+def test_a_checkpoint_inside_a_phase_is_not_taken_up_by_one_that_freezes_other_parts(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    keep_every_checkpoint(monkeypatch)
+    run_dir = train(parts_with(tmp_path, [{"name": "a", "epochs": 2}]), quiet=True).run_dir
+    other = [{"name": "a", "epochs": 2, "freeze": ["trunk"]}]
+    parts = parts_with(tmp_path, other, "name=again", f"resume={run_dir}/checkpoints/step-00000005")
+    with pytest.raises(ConfigError, match=r"stands inside a phase 'a' that froze other parameters than here"):
+        train(parts, quiet=True)
+
+
+def test_a_checkpoint_of_another_version_is_refused(tmp_path: Path) -> None:
+    run_dir = train(parts_with(tmp_path, [{"name": "a", "epochs": 1}]), quiet=True).run_dir
+    file = run_dir / "checkpoints/last/state.json"
+    state = json.loads(file.read_text())
+    for key in ("scheduler", "best", "phases", "step"):
+        file.write_text(json.dumps({k: v for k, v in state.items() if k != key}))
+        parts = parts_with(tmp_path, [{"name": "a", "epochs": 1}], "name=again", f"resume={run_dir}/checkpoints/last")
+        with pytest.raises(ConfigError, match=r"resume: .*is (damaged, or of another version|the end of its run)"):
+            train(parts, quiet=True)

@@ -154,12 +154,16 @@ class PhaseConfig(Strict):
     def _is_whole(self) -> PhaseConfig:
         if self.freeze is not None and self.train is not None:
             raise PydanticCustomError("freeze", "Input should have freeze or train, not both")
+        if self.tasks is not None and len(set(self.tasks)) < len(self.tasks):
+            raise PydanticCustomError("tasks", "Input should have no task twice")
         check_one_of(self, ["epochs", "steps", "until", "evaluate_only"])
         limited = self.max_epochs is not None or self.max_steps is not None
         if self.until is not None and not limited:
             raise PydanticCustomError("length", "Input should have max_epochs or max_steps beside until")
         if self.until is None and limited:
             raise PydanticCustomError("length", "Input should have max_epochs and max_steps only beside until")
+        if self.evaluate_only and self.optimizer_state == "reset":
+            raise PydanticCustomError("length", "Input should have no optimizer_state beside evaluate_only")
         for key in _OF_TRAINING if self.evaluate_only else ():
             if getattr(self, key) is not None:
                 raise PydanticCustomError(

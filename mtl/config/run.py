@@ -212,6 +212,7 @@ class RunConfig(Strict):
         """The same configuration, from the same file, with other values under some keys."""
         changed = self.model_copy(update=changes)
         changed._source = self._source
+        changed.__dict__.pop("written_phases", None)
         return changed
 
     def optim_of(self, phase: PhaseConfig) -> OptimConfig:

@@ -71,13 +71,13 @@ def training_batches(split: Split, batch_size: int, seed: int, epoch: int) -> It
     """
     generator = torch.Generator().manual_seed(seed * 1_000_003 + epoch)
     order = torch.randperm(len(split), generator=generator)
-    for number in range(num_batches(split, batch_size)):
+    for number in range(num_batches(len(split), batch_size)):
         yield split.batch(order[number * batch_size : (number + 1) * batch_size])
 
 
-def num_batches(split: Split, batch_size: int) -> int:
+def num_batches(num_images: int, batch_size: int) -> int:
     """Batches in one training pass: full ones only, but at least one."""
-    return max(1, len(split) // batch_size)
+    return max(1, num_images // batch_size)
 
 
 def validation_batches(split: Split, batch_size: int) -> Iterator[Batch]:

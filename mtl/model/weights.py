@@ -104,7 +104,10 @@ def file_weights(path: Path) -> dict[str, Tensor]:
         else:
             content = torch.load(path, map_location="cpu", weights_only=True)
     except Exception as error:  # both libraries raise a dozen unrelated types for a file that is not theirs
-        raise WeightsError(f"{path} cannot be read as weights: {first_line(error)}") from error
+        # torch advises to load such a file with the code in it; that advice is not passed on.
+        is_pickle = "Weights only" in str(error)
+        reason = "it is no file of tensors alone, and code in it is not run" if is_pickle else first_line(error)
+        raise WeightsError(f"{path} cannot be read as weights: {reason}") from error
     for key in ("state_dict", "model"):
         if isinstance(content, dict) and isinstance(content.get(key), dict):
             content = content[key]

@@ -73,11 +73,6 @@ class PhaseFreeze:
     plan: FreezePlan
     unreached: tuple[str, ...]
 
-    @property
-    def users_patterns(self) -> list[PatternLike]:
-        """Those of the patterns that come from a user."""
-        return self.patterns[: self.written[-1].places.stop] if self.written else []
-
 
 def frozen_always(around: Surroundings) -> list[str]:
     """The modules and tensors that every phase freezes, statistics too; patterns take back among themselves only."""
@@ -87,7 +82,12 @@ def frozen_always(around: Surroundings) -> list[str]:
         split = partition(patterns, parameters, buffers, describe(around.root))
     except PatternError as error:
         raise around.config.mistake(("freeze_always", error.index), str(error)) from error
-    return condense([*split.frozen, *split.frozen_buffers], [*parameters, *buffers])
+    always = condense([*split.frozen, *split.frozen_buffers], [*parameters, *buffers])
+    try:
+        plan_freeze(around.root, list(always))
+    except FreezeError as error:
+        raise around.config.mistake(("freeze_always",), str(error)) from error
+    return always
 
 
 def _names_in(root: nn.Module) -> tuple[list[str], list[str]]:
@@ -160,7 +160,10 @@ class FreezeResolver:
             listed = set(select(patterns_of(self.wrote.train), [*parameters, *buffers], self.tree).names)
         except PatternError as error:
             raise self.config.mistake((*self.written.path, "train", error.index), str(error)) from error
-        rest = condense([name for name in parameters if name not in listed], parameters)
+        # Statistics without any parameter beside them go with none.
+        beside = {name.rpartition(".")[0] for name in parameters}
+        alone = [name for name in buffers if name.rpartition(".")[0] not in beside]
+        rest = condense([name for name in [*parameters, *alone] if name not in listed], [*parameters, *alone])
         split = partition(rest, parameters, buffers, self.tree)
         return [*rest, *(f"!{name}" for name in split.frozen_buffers if name in listed)]
 
@@ -209,7 +212,8 @@ class FreezeResolver:
                 "balance cannot be frozen, since its method steps its own weights: leave it out of freeze, or add it to"
                 " train",
             )
-        if self.wrote.evaluate_only or any(not name.startswith("balance.") for name in plan.names.trainable):
+        training = [name for name in plan.names.trainable if name not in unreached and not name.startswith("balance.")]
+        if self.wrote.evaluate_only or training:
             return
         why = "no active task reaches what is not frozen" if unreached else "every parameter is frozen"
         why += " (freeze_always freezes in every phase)" if self.always and not unreached else ""

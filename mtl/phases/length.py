@@ -9,6 +9,7 @@ from mtl.config import RunConfig
 from mtl.config.phase import PhaseConfig, UntilConfig, WrittenPhase
 from mtl.config.source import KeyPath
 from mtl.lengths import AllOf, AnyOf, Condition, PhaseLength, Plateau, Reached, Spent
+from mtl.names import count
 from mtl.nearest import hint
 from mtl.tasks import Task
 
@@ -89,10 +90,10 @@ def length_in_words(config: PhaseConfig, num_steps: int) -> str:
     if config.evaluate_only:
         return "one evaluation"
     if config.epochs is not None:
-        return f"{_count(config.epochs, 'epoch')} ({num_steps} steps)"
+        return f"{count(config.epochs, 'epoch')} ({num_steps} steps)"
     if config.steps is not None:
-        return _count(config.steps, "step")
-    limits = [_count(n, unit) for n, unit in ((config.max_epochs, "epoch"), (config.max_steps, "step")) if n]
+        return count(config.steps, "step")
+    limits = [count(n, unit) for n, unit in ((config.max_epochs, "epoch"), (config.max_steps, "step")) if n]
     steps = f" ({num_steps} steps)" if config.max_epochs is not None else ""
     return f"until {_condition_in_words(config.until)}, at most {' or '.join(limits)}{steps}"
 
@@ -101,17 +102,13 @@ def _condition_in_words(until: UntilConfig | None) -> str:
     if until is None:
         return ""
     if until.plateau is not None:
-        return f"plateau of {until.plateau} for {_count(until.patience or 1, 'epoch')}"
+        return f"plateau of {until.plateau} for {count(until.patience or 1, 'epoch')}"
     if until.metric is not None:
         if until.at_least is not None:
             return f"{until.metric} is at least {until.at_least:g}"
         return f"{until.metric} is at most {until.at_most:g}"
     for amount, unit in ((until.wall_time_s, "second"), (until.epochs, "epoch"), (until.steps, "step")):
         if amount is not None:
-            return _count(amount, unit)
+            return count(amount, unit)
     inner = map(_condition_in_words, until.any or until.all or [])
     return f"({(' or ' if until.any is not None else ' and ').join(inner)})"
-
-
-def _count(number: float, unit: str) -> str:
-    return f"{number:g} {unit}{'' if number == 1 else 's'}"

@@ -2,9 +2,11 @@
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass, replace
-from typing import Any
+from typing import Any, TypeVar
+
+from torch.nn.modules.batchnorm import _NormBase
 
 from mtl.balance import Balance
 from mtl.best import Direction
@@ -12,8 +14,9 @@ from mtl.config import RunConfig, SettingError
 from mtl.config.optim import OneCycleConfig, OptimConfig, PlateauConfig
 from mtl.config.phase import PhaseConfig, WrittenPhase
 from mtl.config.source import ConfigError, KeyPath
+from mtl.data import num_batches
 from mtl.freeze import FreezePlan, trainable_parameters
-from mtl.lengths import PhaseLength
+from mtl.lengths import PhaseLength, Plateau, Reached, leaves_of
 from mtl.moduletree import describe, join
 from mtl.optim import UncoveredError, build_optimizer, by_pattern, group_parameters, is_decayed, layer_factors
 from mtl.patterns import ModuleTree, PatternError
@@ -71,9 +74,13 @@ def resolve_phases(around: Surroundings, mistakes: Sequence[str] = ()) -> list[P
     Raises:
         ConfigError: Whatever turns out not to work, that of all phases at once.
     """
-    always = frozen_always(around)
     resolved: dict[KeyPath, Phase] = {}
     phases, found = [], dict.fromkeys(mistakes)
+    try:
+        always = frozen_always(around)
+    except ConfigError as error:
+        found |= dict.fromkeys(error.mistakes)
+        always = []
     for written in around.config.written_phases:
         if written.path not in around.balance_of:
             continue
@@ -97,6 +104,18 @@ def _place_of(mistake: str) -> tuple[str, ...]:
     return tuple(mistake.split(": ")[:2])
 
 
+_Result = TypeVar("_Result")
+
+
+def _attempt(mistakes: list[str], part: Callable[[], _Result]) -> _Result | None:
+    """What a part of the work gives; None if it finds mistakes, which are added to the others."""
+    try:
+        return part()
+    except ConfigError as error:
+        mistakes.extend(error.mistakes)
+        return None
+
+
 class _Resolver:
     """Resolves one written phase."""
 
@@ -110,61 +129,100 @@ class _Resolver:
         self.tree: ModuleTree = describe(around.root)
         self.optim = self.config.optim_of(self.wrote)
         self.batch_size = self.wrote.batch_size or self.config.data.batch_size
-        self.steps_per_epoch = -(-max(1, around.num_train // self.batch_size) // self.optim.accumulate)
+        self.steps_per_epoch = -(-num_batches(around.num_train, self.batch_size) // self.optim.accumulate)
 
     def phase(self) -> Phase:
-        tasks = active_tasks(self.config, self.wrote)
+        """Raises `ConfigError` with all that is wrong with the phase."""
+        mistakes: list[str] = []
+
         place = self.around.balance_of[self.written.path]
         balance: Balance = self.root.get_submodule(f"balance.{place}")  # type: ignore[assignment]
-        freeze = FreezeResolver(self.around, self.written, self.always, self.tree).resolve(tasks, place)
-        groups = [] if self.wrote.evaluate_only else self._groups(freeze.plan, balance)
-        length = self.around.metrics.length(self.written)
-        num_steps = self._num_steps(length)
+        tasks = active_tasks(self.config, self.wrote)
+        resolver = FreezeResolver(self.around, self.written, self.always, self.tree)
+        freeze = _attempt(mistakes, lambda: resolver.resolve(tasks, place))
+        length = _attempt(mistakes, lambda: self.around.metrics.length(self.written))
+        plan = None if freeze is None else freeze.plan
+        groups = _attempt(mistakes, lambda: [] if self.wrote.evaluate_only else self._groups(plan, balance))
+        num_steps = self._num_steps(length) if length is not None else 0
+        direction = _attempt(mistakes, lambda: self._check_course(num_steps, length))
+        restore = _attempt(mistakes, self._restore)
+        _attempt(mistakes, self._check_batch_size)
+        if mistakes or freeze is None or length is None or groups is None or direction is None:
+            raise ConfigError(mistakes)
+        return Phase(
+            name=self.written.name,
+            config=self.wrote,
+            optim=self.optim,
+            length=length,
+            tasks=tasks,
+            balance=balance,
+            freeze=freeze,
+            groups=groups,
+            batch_size=self.batch_size,
+            steps_per_epoch=self.steps_per_epoch,
+            num_steps=num_steps,
+            plateau_direction=direction,
+            restore=restore,
+        )
+
+    def _check_course(self, num_steps: int, length: PhaseLength | None) -> Direction:
+        """Checks that the rate's schedule and the phase's length go together.
+
+        Returns:
+            Which values are better of the metric that the rate waits for.
+        """
         schedule = self.optim.lr_schedule
-        if not isinstance(schedule, OneCycleConfig) and groups and schedule.warmup_steps >= num_steps:
-            message = f"expected fewer than the phase's {num_steps} steps, got {schedule.warmup_steps}"
-            raise self._mistake_about("lr_schedule", message, "warmup_steps")
         direction: Direction = "higher"
         if isinstance(schedule, PlateauConfig):
             direction = self.around.metrics.direction(schedule.metric, schedule.direction, self._path_of("lr_schedule"))
-        restore = self.wrote.restore
-        here: KeyPath = (*self.written.path, "restore")
-        return Phase(
-            self.written.name,
-            self.wrote,
-            self.optim,
-            length,
-            tasks,
-            balance,
-            freeze,
-            groups,
-            self.batch_size,
-            self.steps_per_epoch,
-            num_steps,
-            direction,
-            None
-            if restore.which == "last"
-            else (goal := restore.metric or SCORE, self.around.metrics.direction(goal, restore.direction, here)),
-        )
+        if length is None or self.wrote.evaluate_only:
+            return direction
+        if not isinstance(schedule, OneCycleConfig) and schedule.warmup_steps >= num_steps:
+            message = f"expected fewer than the phase's {num_steps} steps, got {schedule.warmup_steps}"
+            raise self._mistake_about("lr_schedule", message, "warmup_steps")
+        never = f"is judged after whole passes of {self.steps_per_epoch} steps, but the phase has {num_steps} steps"
+        if isinstance(schedule, PlateauConfig) and num_steps < self.steps_per_epoch:
+            raise self._mistake_about("lr_schedule", f"a plateau {never}")
+        if num_steps < self.steps_per_epoch and any(isinstance(c, Plateau | Reached) for c in leaves_of(length.until)):
+            raise self.config.mistake((*self.written.path, "until"), f"a metric {never}")
+        return direction
 
-    def _groups(self, plan: FreezePlan, balance: Balance) -> list[dict[str, Any]]:
+    def _restore(self) -> tuple[str, Direction] | None:
+        restore = self.wrote.restore
+        if restore.which == "last":
+            return None
+        metric, here = restore.metric or SCORE, (*self.written.path, "restore")
+        return metric, self.around.metrics.direction(metric, restore.direction, here)
+
+    def _check_batch_size(self) -> None:
+        one = min(self.batch_size, self.around.num_train) == 1 and not self.wrote.evaluate_only
+        if one and any(isinstance(module, _NormBase) for module in self.root.modules()):
+            own = self.wrote.batch_size is not None
+            place: KeyPath = (*self.written.path, "batch_size") if own else ("data", "batch_size")
+            place = place if self.batch_size == 1 else ("data", "num_train")
+            raise self.config.mistake(place, "expected batches of two images or more: BatchNorm cannot train on one")
+
+    def _groups(self, plan: FreezePlan | None, balance: Balance) -> list[dict[str, Any]]:
+        """The optimizer's groups; without a plan, their settings are only checked."""
         steps_itself = {id(parameter) for group in balance.param_groups for parameter in group["params"]}
-        parameters = {n: p for n, p in trainable_parameters(self.root, plan).items() if id(p) not in steps_itself}
+        trainable = {} if plan is None else trainable_parameters(self.root, plan)
+        parameters = {n: p for n, p in trainable.items() if id(p) not in steps_itself}
         excepted = self._excepted_from_decay()
         decayed = [name for name, parameter in parameters.items() if is_decayed(name, parameter, excepted)]
-        lr_of = self._by_pattern("lr", list(parameters), plan)
-        decay_of = self._by_pattern("weight_decay", decayed, plan)
+        lr_of = self._by_pattern("lr", list(parameters))
+        decay_of = self._by_pattern("weight_decay", decayed)
         if self.optim.layer_decay < 1:
             factors = layer_factors(self.optim.layer_decay, self.tree.depth_groups("trunk"))
             lr_of = {name: lr * factors.get(name, 1.0) for name, lr in lr_of.items()}
         groups = group_parameters(parameters, lr_of, decay_of)
         try:
-            build_optimizer(self.optim.optimizer, groups)
+            if groups:
+                build_optimizer(self.optim.optimizer, groups)
         except SettingError as error:
             raise self._mistake_about("optimizer", error.message, *error.key.split(".")[1:]) from error
         return groups
 
-    def _by_pattern(self, key: str, names: list[str], plan: FreezePlan) -> dict[str, float]:
+    def _by_pattern(self, key: str, names: list[str]) -> dict[str, float]:
         value = getattr(self.optim, key)
         otherwise = {}
         if isinstance(value, dict) and key == "lr":
@@ -174,7 +232,7 @@ class _Resolver:
                 value = {pattern: rate for pattern, rate in value.items() if pattern.split(".")[0] != "balance"}
             if isinstance(default, float):
                 otherwise = {name: default for name in names if name.startswith("balance.")}
-        every_name = [*plan.names.frozen, *plan.names.trainable]
+        every_name = [name for name, _ in self.root.named_parameters(remove_duplicate=False)]
         try:
             return by_pattern(value, names, every_name, self.tree, otherwise)
         except PatternError as error:

@@ -7,7 +7,8 @@ from itertools import accumulate, pairwise
 from pathlib import Path
 from typing import TYPE_CHECKING
 
-from mtl.plan.plan import PhasePlan, Plan
+from mtl.names import count
+from mtl.plan.records import PhasePlan, Plan
 
 if TYPE_CHECKING:
     from matplotlib.axes import Axes
@@ -40,8 +41,13 @@ def draw_plan(plan: Plan, file: Path) -> None:
     edges = _edges(plan)
     _draw_cells(axes, plan, edges)
     starts = list(accumulate((number for _, number in modules), initial=0))
-    axes.set_yticks([start + number / 2 for start, (_, number) in zip(starts, modules, strict=False)])
-    axes.set_yticklabels([name for name, _ in modules], fontsize=7)
+    # A label needs an eighth of an inch; those that would overprint the one above are left out.
+    room = len(plan.parameters) / (8 * (figure.get_figheight() - 2))
+    places = [(start + number / 2, name) for start, (name, number) in zip(starts, modules, strict=False)]
+    shown = [places[0]]
+    shown += [place for before, place in pairwise(places) if place[0] - before[0] >= room]
+    axes.set_yticks([place for place, _ in shown])
+    axes.set_yticklabels([name for _, name in shown], fontsize=7)
     for start in starts:
         axes.axhline(start, color="white", linewidth=0.8)
     for edge in edges:
@@ -49,7 +55,7 @@ def draw_plan(plan: Plan, file: Path) -> None:
     centres = [(left + right) / 2 for left, right in pairwise(edges)]
     axes.set_xticks(centres)
     turned = 60 if min(right - left for left, right in pairwise(edges)) < edges[-1] / 8 else 0
-    labels = [f"{phase.name}, {phase.length}" if turned else f"{phase.name}\n{phase.length}" for phase in plan.phases]
+    labels = [f"{phase.name}{', ' if turned else chr(10)}{_length(phase)}" for phase in plan.phases]
     axes.set_xticklabels(labels, rotation=turned, ha="right" if turned else "center", fontsize=7)
     axes.set(xlim=(0, edges[-1]), ylim=(len(plan.parameters), 0))
     axes.set_title(f"{plan.trunk}: what each phase trains", fontsize=10)
@@ -76,6 +82,12 @@ def _draw_cells(axes: Axes, plan: Plan, edges: list[float]) -> None:
 
 def _used(plan: Plan) -> set[str]:
     return {color for phase in plan.phases for color in _column(phase, plan.parameters)}
+
+
+def _length(phase: PhasePlan) -> str:
+    if phase.optimizer is None:
+        return "evaluation"
+    return f"{'at most ' if phase.length.startswith('until') else ''}{count(phase.num_steps, 'step')}"
 
 
 def _column(phase: PhasePlan, names: Sequence[str]) -> list[str]:

@@ -13,6 +13,7 @@ from torch.nn.attention import SDPBackend, sdpa_kernel
 from torch.utils.flop_counter import FlopCounterMode
 
 from mtl.blueprint import Blueprint
+from mtl.console import first_line
 from mtl.freeze import enforce, is_frozen, plan_freeze
 from mtl.optim import build_optimizer
 from mtl.phases import Phase
@@ -55,12 +56,19 @@ def rehearse(blueprint: Blueprint, phase: Phase | None) -> Cost:
     evaluates = phase is not None and phase.config.evaluate_only
     # On a CPU, torch counts no attention that is computed in one piece.
     with _counter() as forward, torch.set_grad_enabled(not evaluates), sdpa_kernel(SDPBackend.MATH):
-        outputs = model(blank, None if phase is None else phase.tasks)
+        try:
+            outputs = model(blank, None if phase is None else phase.tasks)
+        except (RuntimeError, ValueError, AssertionError, IndexError, TypeError) as error:
+            # It was run in eval mode before: this is what its options do in training.
+            key = ("trunk", "options") if blueprint.config.trunk.options else ("trunk", "name")
+            raise blueprint.config.mistake(
+                key, f"the model cannot be run in train mode: {first_line(error)}"
+            ) from error
     with _counter() as backward:
         if not evaluates:
             # A frozen head on a frozen trunk has an output that no gradient leaves.
             torch.autograd.backward([output.sum() for output in outputs.values() if output.requires_grad])
-    state = None if phase is None else 0 if evaluates else _optimizer_state(phase)
+    state = None if phase is None else 0 if evaluates else _optimizer_state(blueprint, phase)
     for parameter in root.parameters():
         parameter.grad = None
     return Cost(forward.get_total_flops() // _NUM_IMAGES, backward.get_total_flops() // _NUM_IMAGES, state)
@@ -87,15 +95,15 @@ def _convolution_backward(
     return flops * (int(wanted[0]) + int(wanted[1]))
 
 
-def _optimizer_state(phase: Phase) -> int | None:
+def _optimizer_state(blueprint: Blueprint, phase: Phase) -> int | None:
     optimizer = build_optimizer(phase.optim.optimizer, phase.groups)
+    unreached = {id(blueprint.root.get_parameter(name)) for name in phase.freeze.unreached}
     for group in optimizer.param_groups:
         for parameter in group["params"]:
-            parameter.grad = torch.zeros_like(parameter)
+            parameter.grad = None if id(parameter) in unreached else torch.zeros_like(parameter)
     try:
         optimizer.step()
-    except (RuntimeError, NotImplementedError, TypeError, ValueError):
-        # An optimizer of the user's that looks at values has none to look at here.
+    except Exception:  # noqa: BLE001 - an optimizer that looks at values has none to look at here, whatever it raises
         return None
     kept = [value for state in optimizer.state.values() for value in state.values() if isinstance(value, Tensor)]
     return sum(value.nbytes for value in kept)

@@ -3,12 +3,14 @@
 from __future__ import annotations
 
 from mtl.console import table
-from mtl.names import condense, shorten
-from mtl.plan.plan import Claim, GroupPlan, PhasePlan, Plan, Side
+from mtl.names import condense, count, shorten
+from mtl.plan.records import Claim, GroupPlan, PhasePlan, Plan, Side
 
 # Phases that are shown in short.
 _MOST_PHASES = 30
 _MOST_GROUPS = 12
+# Letters of a length in the short table.
+_WIDEST = 60
 
 
 def short_plan(plan: Plan) -> str:
@@ -20,7 +22,7 @@ def short_plan(plan: Plan) -> str:
             f"{phase.frozen.parameters:,}",
             f"{phase.trainable.parameters:,}",
             _rates(phase),
-            phase.length,
+            phase.length if len(phase.length) <= _WIDEST else f"{phase.length[:_WIDEST]}...",
         ]
         for phase in plan.phases[:_MOST_PHASES]
     ]
@@ -61,12 +63,14 @@ def _rates(phase: PhasePlan) -> str:
 
 
 def _paragraph(plan: Plan, phase: PhasePlan) -> str:
-    with_buffers = f", with {_count(phase.frozen_buffers, 'buffer')}" if phase.frozen_buffers else ""
+    with_buffers = f", with {count(phase.frozen_buffers, 'buffer')}" if phase.frozen_buffers else ""
     lines = [("frozen", _side(phase.frozen, with_buffers)), ("trained", _side(phase.trainable))]
     lines += [(claim.key, _claim(claim)) for claim in phase.claims]
     if phase.unreached:
         names = shorten(condense(phase.unreached, plan.parameters), 8)
-        lines += [("unreached", f"{_count(len(phase.unreached), 'tensor')} that no active task reaches: {names}")]
+        lines += [("unreached", f"{count(len(phase.unreached), 'tensor')} that no active task reaches: {names}")]
+    if phase.restore is not None:
+        lines += [("begins with", f"the best weights so far by {phase.restore}")]
     lines += [("in eval mode", shorten(list(phase.held_in_eval), 8) or "-"), ("tasks", ", ".join(phase.tasks))]
     lines += _training(phase, plan.world_size) if phase.optimizer is not None else []
     if phase is not plan.phases[0]:
@@ -80,11 +84,15 @@ def _training(phase: PhasePlan, world_size: int) -> list[tuple[str, str]]:
     """What steps the parameters, and what a step costs."""
     memory = phase.memory
     state = "unknown until it steps" if memory.optimizer_state is None else size(memory.optimizer_state)
+    kept = f"weights {size(memory.weights)}, gradients {size(memory.gradients)}, optimizer state {state}"
+    average = f", moving average {size(memory.average)}" if memory.average else ""
     lines = [(str(phase.optimizer), _group(group)) for group in phase.groups[:_MOST_GROUPS]]
     if len(phase.groups) > _MOST_GROUPS:
         lines += [("", f"and {len(phase.groups) - _MOST_GROUPS} more groups")]
     lines += [
-        ("memory", f"weights {size(memory.weights)}, gradients {size(memory.gradients)}, optimizer state {state}"),
+        ("schedule", phase.lr_schedule + ("; moments begin anew" if phase.optimizer_state == "reset" else "")),
+        ("balance", phase.balance),
+        ("memory", kept + average),
         ("an image", _operations(phase)),
     ]
     reduced = f"{size(phase.reduced_bytes)} of gradients a step"
@@ -94,7 +102,7 @@ def _training(phase: PhasePlan, world_size: int) -> list[tuple[str, str]]:
 
 
 def _group(group: GroupPlan) -> str:
-    numbers = f"{_count(group.count, 'tensor')}, {_count(group.parameters, 'parameter')}"
+    numbers = f"{count(group.count, 'tensor')}, {count(group.parameters, 'parameter')}"
     return f"lr {group.lr:.3g}, decay {group.weight_decay:g}: {numbers}"
 
 
@@ -112,13 +120,15 @@ def _side(side: Side, more: str = "") -> str:
     if not side.count:
         return "nothing"
     modules = shorten(list(side.modules), 8)
-    numbers = f"{_count(side.count, 'tensor')}, {_count(side.parameters, 'parameter')}, {size(side.bytes)}"
+    numbers = f"{count(side.count, 'tensor')}, {count(side.parameters, 'parameter')}, {size(side.bytes)}"
     return f"{numbers}{more}: {modules}"
 
 
 def _claim(claim: Claim) -> str:
+    if claim.key == "train":
+        return f"{claim.pattern}  (the other {count(claim.parameters, 'tensor')} are frozen)"
     decided = [(claim.parameters, "tensor"), (claim.buffers if not claim.parameters else 0, "buffer")]
-    numbers = ", ".join(_count(number, what) for number, what in decided if number)
+    numbers = ", ".join(count(number, what) for number, what in decided if number)
     return f"{claim.pattern}  decides {numbers or 'nothing: later patterns decide all that it matches'}"
 
 
@@ -128,7 +138,3 @@ def size(number: int) -> str:
         if number >= factor:
             return f"{number / factor:.3g} {unit}" if number < 1000 * factor else f"{number / factor:,.0f} {unit}"
     return f"{number} B"
-
-
-def _count(number: int, what: str) -> str:
-    return f"{number:,} {what}{'' if number == 1 else 's'}"
