@@ -5,6 +5,7 @@ from __future__ import annotations
 import json
 import os
 import re
+import signal
 import subprocess
 import sys
 import time
@@ -279,6 +280,32 @@ def test_a_run_that_is_killed_is_not_called_clean(tmp_path: Path) -> None:
     assert [(phase["name"], phase["completed"]) for phase in report["phases"]] == [("a", True), ("b", False)]
     assert main(["report", str(tmp_path / "runs/tiny")]) == 0
     assert 'Audit: <b class="broken">not finished</b>' in (tmp_path / "runs/tiny/report.html").read_text()
+
+
+@pytest.mark.slow
+def test_a_run_that_is_interrupted_says_how_to_go_on(tmp_path: Path) -> None:
+    file = tiny_config(tmp_path, phases=[{"name": "a", "epochs": 500}])
+    command = [sys.executable, "-m", "mtl", "train", str(file), "-q"]
+    process = subprocess.Popen(command, stderr=subprocess.PIPE, text=True)
+    deadline = time.monotonic() + 60
+    last = tmp_path / "runs/tiny/checkpoints/last"
+    while time.monotonic() < deadline and not last.exists():
+        time.sleep(0.02)
+    process.send_signal(signal.SIGINT)
+    _, said = process.communicate(timeout=60)
+    assert process.returncode == 1
+    assert said.strip() == f"stopped; to go on from the last epoch: name=ANOTHER resume={last}"
+
+
+def test_a_picture_that_cannot_be_written_is_exit_code_2(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    file = tiny_config(tmp_path, phases=[{"name": "a", "steps": 1}])
+    assert main(["train", str(file), "-q"]) == 0
+    for picture, message in [
+        ("nodir/x.png", "nodir/x.png cannot be written: No such file or directory"),
+        ("x.pdf", "--picture: expected a name that ends in .png, got x.pdf"),
+    ]:
+        assert main(["report", str(tmp_path / "runs/tiny"), "--picture", picture]) == 2
+        assert capsys.readouterr().err == f"error: {message}\n"
 
 
 def test_the_default_configuration_takes_a_method_that_learns_nothing() -> None:
