@@ -14,6 +14,8 @@ from safetensors import SafetensorError
 from safetensors.torch import load_file, load_model, save_file, save_model
 from torch import Tensor, nn
 
+from mtl.audit.fingerprint import fingerprint, root
+
 _TENSORS, _MOMENTS, _STATE = "model.safetensors", "optimizer.safetensors", "state.json"
 
 # What optimizers remember: by class, by parameter, by key.
@@ -79,7 +81,9 @@ class Checkpoints:
             save_model(module, str(temporary / _TENSORS))
             tensors, rest = _split(moments)
             save_file(tensors, temporary / _MOMENTS)
-            write_json(temporary / _STATE, {**state, "optimizer": rest})
+            # Of the files as they lie there now, so that each proves that it is whole, and that they belong together.
+            digests = {"model": _digest(temporary / _TENSORS), "optimizer": _digest(temporary / _MOMENTS)}
+            write_json(temporary / _STATE, {**state, "optimizer": rest, "digests": digests})
         except BaseException:
             shutil.rmtree(temporary, ignore_errors=True)
             raise
@@ -139,8 +143,9 @@ def read_state(folder: Path) -> dict[str, Any]:
         state: dict[str, Any] = json.loads((folder / _STATE).read_text(encoding="utf-8"))
     except ValueError as error:
         raise CheckpointError(f"{folder / _STATE} is damaged: {error}") from error
-    if not isinstance(state, dict) or not isinstance(state.get("optimizer"), dict):
-        raise CheckpointError(f"{folder / _STATE} is damaged, or of another version: it says nothing of an optimizer")
+    for key in ("optimizer", "digests"):
+        if not isinstance(state, dict) or not isinstance(state.get(key), dict):
+            raise CheckpointError(f"{folder / _STATE} is damaged, or of another version: it says nothing of {key!r}")
     return state
 
 
@@ -154,15 +159,31 @@ def load_checkpoint(folder: Path, module: nn.Module) -> tuple[dict[str, Any], Mo
         CheckpointError: The folder is no checkpoint, or its tensors do not fit the module.
     """
     state = read_state(folder)
+    for part, file in (("model", _TENSORS), ("optimizer", _MOMENTS)):
+        if state["digests"].get(part) != _digest(folder / file):
+            raise CheckpointError(f"{folder / file} is damaged, or of another step: it is not what was written")
     try:
         load_model(module, folder / _TENSORS)
         tensors = load_file(folder / _MOMENTS)
     except (RuntimeError, SafetensorError) as error:
         raise CheckpointError(f"{folder} does not fit this model: {_cut(' '.join(str(error).split()))}") from error
+    del state["digests"]
     try:
         return state, _join(tensors, state.pop("optimizer"))
     except (KeyError, ValueError, AttributeError) as error:
         raise CheckpointError(f"{folder} is damaged: its optimizer's state is not whole: {error!r}") from error
+
+
+def _digest(file: Path) -> str:
+    """One digest of all tensors of a file and their names.
+
+    Raises:
+        CheckpointError: It is truncated, or no such file.
+    """
+    try:
+        return root({name: fingerprint(tensor) for name, tensor in load_file(file).items()})
+    except SafetensorError as error:
+        raise CheckpointError(f"{file} is damaged: {error}") from error
 
 
 def _cut(text: str, most: int = 400) -> str:

@@ -23,11 +23,13 @@ def main(arguments: Sequence[str] | None = None) -> int:
     parser, verbs = _parser()
     options, rest = parser.parse_known_args(arguments)
     # argparse takes key=value pairs only in one piece; those behind an option come back as the rest.
-    unknown = [argument for argument in rest if argument.startswith("-") or options.verb == "report"]
+    unknown = [argument for argument in rest if argument.startswith("-") or options.verb in ("report", "audit")]
     if unknown:
         verbs[options.verb].error(f"unrecognized arguments: {' '.join(unknown)}")
     if options.verb == "report":
         return _report(options.run_dir, options.picture)
+    if options.verb == "audit":
+        return _audit(options.paths, options.freeze, options.json)
     if options.verb == "plan":
         return _plan(options, [*options.overrides, *rest])
     return _train(options.config, [*options.overrides, *rest], options.quiet)
@@ -57,6 +59,12 @@ def _parser() -> tuple[argparse.ArgumentParser, Mapping[str, argparse.ArgumentPa
         "--generate", choices=("gradual", "top-down", "alternate", "one-at-a-time"), help="write phases as YAML instead"
     )
     plan.add_argument("--epochs", type=int, metavar="N", help="with --generate: length of each phase, 1 if not given")
+    audit = verbs.add_parser("audit", help="prove a run, or compare two checkpoints", description=_audit.__doc__)
+    audit.add_argument("paths", type=Path, nargs="+", metavar="PATH", help="a run directory, or two checkpoints")
+    audit.add_argument(
+        "--freeze", nargs="+", metavar="PATTERN", help="what has to be the same; everything if not given"
+    )
+    audit.add_argument("--json", action="store_true", help="print plain data")
     report = verbs.add_parser("report", help="write the report of a run again", description=_report.__doc__)
     report.add_argument("run_dir", type=Path, metavar="RUN_DIR", help="such as runs/scenes")
     report.add_argument("--picture", type=Path, metavar="FILE", help="put the report's picture into a PNG file as well")
@@ -156,6 +164,39 @@ def _plan(options: argparse.Namespace, overrides: Sequence[str]) -> int:
     else:
         sys.stdout.write((parameter_map(plan) if options.params else full_plan(plan)) + "\n")
     return DONE
+
+
+def _audit(paths: Sequence[Path], freeze: Sequence[str] | None, as_json: bool) -> int:
+    """Proves a finished run again from its own files, or tells which tensors of two checkpoints differ in a bit."""
+    if len(paths) > 2 or (len(paths) == 1 and freeze):
+        return _complain(ValueError("expected a run directory alone, or two checkpoints and --freeze PATTERN ..."))
+
+    from mtl.audit.cold import audit_run
+    from mtl.audit.compare import compare
+    from mtl.audit.files import UnreadableError, read_tensors
+    from mtl.patterns import PatternError
+
+    try:
+        if len(paths) == 1:
+            run = audit_run(paths[0])
+            found, content = list(run.findings), run.to_json()
+            said = (
+                f"{run.num_tensors} frozen tensors in {run.num_checkpoints} checkpoints have the bytes of their phase"
+            )
+        else:
+            pair = compare(read_tensors(paths[0]), read_tensors(paths[1]), freeze or ["**"])
+            found, content = list(map(str, pair.differences)), pair.to_json()
+            said = f"{pair.num_identical} tensors are the same to the bit"
+    except PatternError as error:
+        return _complain(ValueError(f"{error}; a checkpoint has names, but no positions, depth groups or classes"))
+    except UnreadableError as error:
+        return _complain(error)
+    if as_json:
+        sys.stdout.write(json.dumps(content, indent=2) + "\n")
+    else:
+        verdict = f"{len(found)} not as frozen" if found else "clean"
+        sys.stdout.write("\n".join([*(f"  {line}" for line in found), f"audit: {verdict}; {said}"]) + "\n")
+    return VIOLATION if found else DONE
 
 
 def _report(run_dir: Path, picture: Path | None) -> int:

@@ -1,0 +1,246 @@
+"""The cold audit: runs proven again from their files, and any two checkpoints compared."""
+
+from __future__ import annotations
+
+import json
+import shutil
+from pathlib import Path
+from typing import Any
+
+import pytest
+import torch
+from hypothesis import given, settings
+from hypothesis import strategies as st
+from safetensors.torch import load_file, save_file
+from torch import Tensor, nn
+
+from mtl.audit.cold import audit_run
+from mtl.audit.compare import compare
+from mtl.audit.files import UnreadableError, read_tensors
+from mtl.cli import main
+from mtl.trainer import train
+from runs import tiny_parts
+
+
+@pytest.fixture(scope="module")
+def finished(tmp_path_factory: pytest.TempPathFactory, cache_dir: Path) -> Path:
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setenv("MTL_CACHE_DIR", str(cache_dir))
+        patch.setattr("mtl.checkpoint.Checkpoints._prune", lambda _: None)
+        folder = tmp_path_factory.mktemp("cold")
+        return train(tiny_parts(folder, optim={"ema_decay": 0.5}), quiet=True).run_dir
+
+
+@pytest.fixture
+def run_dir(finished: Path, tmp_path: Path) -> Path:
+    return Path(shutil.copytree(finished, tmp_path / "run", symlinks=True))
+
+
+def flip(file: Path, name: str) -> None:
+    """Turns over one bit of one element of one tensor, and leaves the file a good one."""
+    tensors = load_file(file)
+    tensors[name].view(-1)[:1].view(torch.uint8)[0] ^= 1
+    save_file(tensors, file)
+
+
+# --- a run
+
+
+def test_a_clean_run_is_proven_again_checkpoint_by_checkpoint(
+    run_dir: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    result = audit_run(run_dir)
+    frozen = [phase["frozen"]["fingerprints"] for phase in json.loads((run_dir / "audit.json").read_text())["phases"]]
+    kept = load_file(run_dir / "checkpoints/last/model.safetensors")
+    per_phase = [sum(name in kept for name in each) for each in frozen]
+    assert result.ok and result.num_checkpoints == 3
+    assert result.num_tensors == per_phase[0] + 2 * per_phase[1] > 0
+    assert main(["audit", str(run_dir)]) == 0
+    assert capsys.readouterr().out.startswith("audit: clean; ")
+
+
+def test_one_bit_of_a_frozen_tensor_is_found_and_named(run_dir: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    flip(run_dir / "checkpoints/step-00000005/model.safetensors", "trunk.layer1.0.conv1.weight")
+    assert main(["audit", str(run_dir)]) == 3
+    said = capsys.readouterr().out
+    assert "step-00000005: trunk.layer1.0.conv1.weight was frozen in phase 'warm-heads', and is not the same" in said
+    assert "step-00000005/model.safetensors: holds other tensors than were written at this step" in said
+
+
+def test_one_bit_of_a_tensor_that_trained_is_found(run_dir: Path) -> None:
+    flip(run_dir / "checkpoints/last/model.safetensors", "heads.depth.out.bias")
+    (finding,) = audit_run(run_dir).findings
+    assert finding.endswith("step-00000012/model.safetensors: holds other tensors than were written at this step")
+
+
+def test_a_file_of_another_step_is_found(run_dir: Path) -> None:
+    files = [run_dir / f"checkpoints/step-000000{step}/model.safetensors" for step in ("10", "12")]
+    shutil.copy(files[0], files[1])
+    assert [finding.split(": ")[0] for finding in audit_run(run_dir).findings] == [str(files[1])]
+
+
+def test_a_truncated_file_is_named(run_dir: Path) -> None:
+    file = run_dir / "checkpoints/step-00000010/model.safetensors"
+    file.write_bytes(file.read_bytes()[:-7])
+    (finding,) = audit_run(run_dir).findings
+    assert finding.startswith(f"{file}: cannot be read")
+
+
+def test_an_edited_audit_is_found(run_dir: Path) -> None:
+    file = run_dir / "audit.json"
+    audit = json.loads(file.read_text())
+    audit["phases"][0]["frozen"]["fingerprints"]["trunk.bn1.weight"] = "0" * 32
+    file.write_text(json.dumps(audit))
+    findings = audit_run(run_dir).findings
+    assert "audit.json: the fingerprints of phase 'warm-heads' are not those of its root" in findings
+
+
+def test_a_run_that_was_cut_short_is_not_clean(run_dir: Path) -> None:
+    file = run_dir / "audit.json"
+    file.write_text(json.dumps({**json.loads(file.read_text()), "ok": False}))
+    assert audit_run(run_dir).findings == ["audit.json: the run was not clean, or it was cut short"]
+
+
+@pytest.mark.parametrize("name", ["audit.json", "checkpoints"])
+def test_what_is_no_run_is_exit_code_2(run_dir: Path, name: str, capsys: pytest.CaptureFixture[str]) -> None:
+    path = run_dir / name
+    path.unlink() if path.is_file() else shutil.rmtree(path)
+    assert main(["audit", str(run_dir)]) == 2
+    assert capsys.readouterr().err.startswith("error: ")
+
+
+# --- two checkpoints
+
+
+BEFORE = {
+    "trunk.conv.weight": torch.tensor([[1.0, -0.0], [float("nan"), 2.0]]),
+    "trunk.steps": torch.tensor(3),
+    "heads.out.bias": torch.tensor([1.0, 2.0, 3.0, 4.0]),
+}
+
+
+def test_differences_are_named_with_their_size_and_share() -> None:
+    after = {name: tensor.clone() for name, tensor in BEFORE.items()}
+    after["heads.out.bias"] += torch.tensor([0.0, 0.5, 0.0, 0.0])
+    result = compare(BEFORE, after)
+    (difference,) = result.differences
+    assert (result.num_identical, difference.name, difference.kind) == (2, "heads.out.bias", "value")
+    assert (difference.max_abs, difference.share) == (0.5, 0.25)
+    assert compare(BEFORE, after, ["trunk"]).ok
+
+
+@pytest.mark.parametrize(
+    ("name", "value", "kind", "share"),
+    [
+        ("trunk.conv.weight", torch.tensor([[1.0, 0.0], [float("nan"), 2.0]]), "value", 0.25),  # the sign of zero
+        ("trunk.conv.weight", torch.tensor([[-0.0, 1.0], [float("nan"), 2.0]]), "value", 0.5),  # a permutation
+        ("trunk.steps", torch.tensor(4), "value", 1.0),
+        ("trunk.steps", torch.tensor(3, dtype=torch.int32), "dtype", None),
+        ("heads.out.bias", torch.tensor([[1.0, 2.0, 3.0, 4.0]]), "shape", None),
+        ("heads.out.bias", None, "missing", None),
+        ("heads.new", torch.zeros(1), "new", None),
+    ],
+)
+def test_whatever_is_not_the_same_to_the_bit_is_found(name: str, value: Tensor, kind: str, share: float | None) -> None:
+    after = {key: tensor for key, tensor in {**BEFORE, name: value}.items() if tensor is not None}
+    (difference,) = compare(BEFORE, after).differences
+    assert (difference.name, difference.kind, difference.share) == (name, kind, share)
+
+
+@settings(max_examples=60, deadline=None)
+@given(
+    values=st.lists(st.floats(width=32), min_size=1, max_size=9),
+    place=st.integers(0, 8),
+    bit=st.integers(0, 31),
+)
+def test_any_turned_bit_is_found_and_nothing_else_is(values: list[float], place: int, bit: int) -> None:
+    before = torch.tensor(values)
+    after = before.clone()
+    assert compare({"w": before}, {"w": after}).ok
+    after.view(torch.int32)[place % len(values)] ^= torch.tensor(
+        1 << bit if bit < 31 else -(1 << 31), dtype=torch.int32
+    )
+    (difference,) = compare({"w": before}, {"w": after}).differences
+    assert difference.share == 1 / len(values)
+
+
+def files(folder: Path, tensors: dict[str, Tensor]) -> dict[str, Path]:
+    """The same tensors as everyone saves them."""
+    made = {name: folder / name for name in ("a.safetensors", "b.pth", "c.pt", "d.pth", "e.pth")}
+    save_file(tensors, made["a.safetensors"])
+    torch.save(tensors, made["b.pth"])
+    torch.save({"epoch": 3, "state_dict": {f"module.{name}": t for name, t in tensors.items()}}, made["c.pt"])
+    torch.save({"model": {f"_orig_mod.{name}": t for name, t in tensors.items()}, "lr": 0.1}, made["d.pth"])
+    torch.save({name.replace("trunk.", "trunk._fsdp_wrapped_module."): t for name, t in tensors.items()}, made["e.pth"])
+    (folder / "run").mkdir()
+    save_file(tensors, folder / "run/model.safetensors")
+    return {**made, "folder": folder / "run"}
+
+
+def test_every_usual_form_of_checkpoint_is_read_and_names_lose_the_prefixes_of_wrappers(tmp_path: Path) -> None:
+    forms = files(tmp_path, BEFORE)
+    for form, path in forms.items():
+        assert compare(BEFORE, read_tensors(path)).ok, form
+    assert main(["audit", str(forms["c.pt"]), str(forms["folder"])]) == 0
+
+
+@pytest.mark.parametrize(
+    ("name", "content", "message"),
+    [
+        ("no.pth", None, "no such checkpoint"),
+        ("bad.pth", b"nonsense", "a.*cannot be read|holds more than tensors"),
+        ("bad.safetensors", b"nonsense", "cannot be read"),
+        ("code.pth", nn.Linear(1, 1), "holds more than tensors and plain data; code in it is not run"),
+        ("empty.pth", {"epoch": 3}, "holds no tensors by name"),
+        ("list.pth", [torch.zeros(1)], "holds no tensors by name"),
+        ("twice.pth", {"module.w": torch.zeros(1), "w": torch.ones(1)}, "two tensors are named w"),
+    ],
+)
+def test_a_file_that_is_none_is_exit_code_2(
+    tmp_path: Path, capsys: pytest.CaptureFixture[str], name: str, content: Any, message: str
+) -> None:
+    good = files(tmp_path, BEFORE)["b.pth"]
+    path = tmp_path / name
+    if isinstance(content, bytes):
+        path.write_bytes(content)
+    elif content is not None:
+        torch.save(content, path)
+    with pytest.raises(UnreadableError, match=message):
+        read_tensors(path)
+    assert main(["audit", str(good), str(path)]) == 2
+    said = capsys.readouterr()
+    assert said.out == "" and len(said.err.splitlines()) == 1
+
+
+def test_the_command_says_what_differs_and_ends_with_3(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    one, other = tmp_path / "one.safetensors", tmp_path / "other.pth"
+    save_file(BEFORE, one)
+    torch.save({**BEFORE, "heads.out.bias": torch.zeros(4)}, other)
+    assert main(["audit", str(one), str(other), "--freeze", "trunk"]) == 0
+    assert main(["audit", str(one), str(other), "--freeze", "trunk", "heads"]) == 3
+    out = capsys.readouterr().out
+    assert "  heads.out.bias: changed by up to 4, in 100.0% of its elements\naudit: 1 not as frozen; 2 tensors" in out
+    assert main(["audit", str(one), str(other), "--json"]) == 3
+    plain = json.loads(capsys.readouterr().out)
+    assert (plain["ok"], plain["identical"], [entry["name"] for entry in plain["changed"]]) == (
+        False,
+        2,
+        ["heads.out.bias"],
+    )
+
+
+@pytest.mark.parametrize(
+    ("arguments", "message"),
+    [
+        (["--freeze", "trnk"], "pattern 'trnk' matches nothing (nearest: trunk"),
+        (["--freeze", "type:Conv2d"], "but no positions, depth groups or classes"),
+        (["third.pth"], "expected a run directory alone, or two checkpoints"),
+    ],
+)
+def test_a_mistake_of_the_command_is_exit_code_2(
+    tmp_path: Path, capsys: pytest.CaptureFixture[str], arguments: list[str], message: str
+) -> None:
+    file = tmp_path / "one.safetensors"
+    save_file(BEFORE, file)
+    assert main(["audit", str(file), str(file), *arguments]) == 2
+    assert message in capsys.readouterr().err
