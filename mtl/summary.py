@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import math
 
+from mtl.audit.report import grouped
 from mtl.console import table
 from mtl.names import shorten
 from mtl.trainer import Outcome
@@ -33,7 +34,8 @@ def verdict(outcome: Outcome) -> str:
     frozen = shorten([f"{phase.name}: {len(phase.fingerprints)}" for phase in report.phases], _MOST_PHASES)
     if report.ok:
         return f"audit: clean; frozen tensors bit-identical ({frozen}), no gradients; {looks:,} checks in {steps} steps"
-    return "\n".join([f"audit: {len(report.violations)} violations", *[f"  {v}" for v in report.violations[:10]]])
+    lines = grouped(report.violations)[:10]
+    return "\n".join([f"audit: {len(report.violations)} violations", *(f"  {line}" for line in lines)])
 
 
 def closing_line(outcome: Outcome) -> str:

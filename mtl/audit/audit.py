@@ -5,35 +5,21 @@ from __future__ import annotations
 import warnings
 from collections.abc import Iterator, Sequence
 from contextlib import contextmanager
-from dataclasses import dataclass
-from typing import Literal
+from typing import Literal, get_args
 
-from torch import Tensor, nn
+from torch import nn
 from torch.nn.modules.batchnorm import _NormBase
+from torch.optim import Optimizer
 
 from mtl.audit import causes
 from mtl.audit.contract import Contract, Place, draw_contract, shared_memory
 from mtl.audit.fingerprint import fingerprint, root
 from mtl.audit.membership import HoldsParameters, Membership
 from mtl.audit.report import AuditError, PhaseRecord, Report, Violation
+from mtl.audit.watched import Watched
 from mtl.patterns import PatternError, PatternLike, as_list
 
-Policy = Literal["raise", "warn", "collect"]
-
-
-@dataclass
-class _Watched:
-    """A frozen tensor as it was when the phase began."""
-
-    place: Place
-    tensor: Tensor
-    address: int
-    version: int
-    digest: str
-
-    def shows_a_sign(self) -> bool:
-        """Whether it may have been written to: a reason to look at its bytes, not a verdict."""
-        return self.tensor.data_ptr() != self.address or _version(self.tensor) != self.version
+Policy = Literal["raise", "warn", "collect", "restore"]
 
 
 class GradientAudit:
@@ -55,13 +41,14 @@ class GradientAudit:
             model: The module whose tensors are watched.
             freeze: Patterns (see `mtl.patterns`) of what must not move; `phase` may name others.
             optimizers: Every optimizer that steps parameters of the model.
-            policy: What a violation does: raise `AuditError`, warn and go on, or only collect.
+            policy: What a violation does: raise `AuditError`, warn and go on, only collect, or restore: put the frozen
+                bits, flags and modes back and go on, for which a copy of every frozen tensor is kept.
 
         Raises:
             ValueError: The policy is none of these.
         """
-        if policy not in ("raise", "warn", "collect"):
-            raise ValueError(f"expected the policy raise, warn or collect, got {policy!r}")
+        if policy not in get_args(Policy):
+            raise ValueError(f"expected the policy raise, warn, collect or restore, got {policy!r}")
         self.report = Report()
         self._model = model
         self._freeze = as_list(freeze)
@@ -70,7 +57,7 @@ class GradientAudit:
         self._record: PhaseRecord | None = None
         self._contract = Contract((), [], [], [])
         self._membership = Membership([], [])
-        self._watched: list[_Watched] = []
+        self._watched: list[Watched] = []
         self._free_digests: dict[str, str] = {}
         self._frozen_norms: list[tuple[str, nn.Module]] = []
         self._seen: set[tuple[str, str]] = set()
@@ -78,6 +65,25 @@ class GradientAudit:
     def watch(self, optimizer: HoldsParameters) -> None:
         """Adds an optimizer that was built after the audit."""
         self._optimizers.append(optimizer)
+
+    def attach(self, *optimizers: Optimizer) -> None:
+        """Looks at every step of these optimizers by itself: a loop then needs nothing of the audit but `phase`.
+
+        The first optimizer's steps are the ones that are counted. Steps outside a phase are not looked at.
+        """
+        for number, optimizer in enumerate(optimizers):
+            self.watch(optimizer)
+            optimizer.register_step_pre_hook(self._before_step)
+            if number == 0:
+                optimizer.register_step_post_hook(self._behind_step)
+
+    def _before_step(self, *_: object) -> None:
+        if self._record is not None:
+            self.after_backward()
+
+    def _behind_step(self, *_: object) -> None:
+        if self._record is not None:
+            self.after_step()
 
     @contextmanager
     def phase(
@@ -161,7 +167,7 @@ class GradientAudit:
         self._contract = draw_contract(self._model, freeze)
         self._membership = Membership(self._contract.frozen, self._contract.free)
         self._watched = [
-            _Watched(place, tensor, tensor.data_ptr(), _version(tensor), fingerprint(tensor))
+            Watched(place, tensor, keep=self._policy == "restore")
             for place in self._contract.frozen
             if (tensor := place.look()) is not None
         ]
@@ -197,7 +203,7 @@ class GradientAudit:
                 found.append(self._violation("grad_present", watched.place, causes.STALE_GRADIENT, detail))
         self._settle(found + self._optimizer_membership())
 
-    def _look_at(self, watched: _Watched, unlinked: bool, compare: bool) -> list[Violation]:
+    def _look_at(self, watched: Watched, unlinked: bool, compare: bool) -> list[Violation]:
         """One frozen tensor: is it still there, does it ask for no gradient, does it have the bytes it began with."""
         place, tensor = watched.place, watched.tensor
         current = place.look_from(self._model) if unlinked else place.look()
@@ -212,8 +218,7 @@ class GradientAudit:
             found.append(self._violation("requires_grad", place, causes.STILL_REQUIRED, "requires a gradient"))
         if compare:
             self._open().num_fingerprint_checks += 1
-            watched.address, watched.version = tensor.data_ptr(), _version(tensor)
-            if fingerprint(tensor) != watched.digest:
+            if watched.has_changed():
                 groups = [group for optimizer in self._optimizers for group in optimizer.param_groups]
                 cause = causes.of_change(place, tensor, groups)
                 detail = "its bytes differ from the first ones"
@@ -266,6 +271,8 @@ class GradientAudit:
 
     def _settle(self, found: list[Violation]) -> None:
         """Records what has not been recorded in this phase, and does what the policy says."""
+        if found and self._policy == "restore":
+            self._restore()
         new = [violation for violation in found if (violation.kind, violation.name) not in self._seen]
         if not new:
             return
@@ -277,7 +284,9 @@ class GradientAudit:
             for violation in new:
                 warnings.warn(str(violation), stacklevel=3)
 
-
-def _version(tensor: Tensor) -> int:
-    """How often a tensor has been written to, as far as torch counts; tensors of inference mode are not counted."""
-    return 0 if tensor.is_inference() else tensor._version
+    def _restore(self) -> None:
+        """Puts back what can be put back: bits, flags and modes; a tensor that was replaced is only reported."""
+        for watched in self._watched:
+            watched.put_back()
+        for _, norm in self._frozen_norms:
+            norm.eval()

@@ -2,9 +2,11 @@
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Iterable, Sequence
 from dataclasses import asdict, dataclass, field
 from typing import Any
+
+from mtl.names import shorten
 
 
 @dataclass(frozen=True)
@@ -33,13 +35,28 @@ class Violation:
         return f"{place}: {self.kind}: {self.detail}; likely cause: {self.cause}"
 
 
+def grouped(violations: Iterable[Violation]) -> list[str]:
+    """One line for all violations that have phase, step, kind, detail and cause in common: 62 tensors, one line."""
+    groups: dict[tuple[str, int, str, str, str], list[Violation]] = {}
+    for violation in violations:
+        key = (violation.phase, violation.step, violation.kind, violation.detail, violation.cause)
+        groups.setdefault(key, []).append(violation)
+    lines = []
+    for (phase, step, kind, detail, cause), group in groups.items():
+        names = shorten([violation.name for violation in group], 3)
+        who = names if len(group) == 1 else f"{len(group)} tensors ({names})"
+        lines.append(f"phase {phase!r}, step {step}, {who}: {kind}: {detail}; likely cause: {cause}")
+    return lines
+
+
 class AuditError(RuntimeError):
     """Raised under the policy `raise`; carries every violation found at that moment."""
 
     def __init__(self, violations: Sequence[Violation]) -> None:
-        shown = [str(violation) for violation in violations[:5]]
-        if len(violations) > 5:
-            shown.append(f"and {len(violations) - 5} more of the same moment")
+        lines = grouped(violations)
+        shown = lines[:5]
+        if len(lines) > 5:
+            shown.append(f"and {len(lines) - 5} more kinds at the same moment")
         super().__init__("the freeze was broken:\n  " + "\n  ".join(shown))
         self.violations = list(violations)
 

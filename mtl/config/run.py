@@ -119,9 +119,9 @@ TaskConfig = Annotated[
 
 
 class AuditConfig(Strict):
-    """What a violation of the contract does: `raise` stops the run, `warn` and `collect` go on."""
+    """What a violation of the contract does: `raise` stops the run, `warn` and `collect` go on, `restore` mends it."""
 
-    policy: Literal["raise", "warn", "collect"] = "raise"
+    policy: Literal["raise", "warn", "collect", "restore"] = "raise"
 
 
 class TrackingConfig(Strict):
