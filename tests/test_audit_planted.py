@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Callable
+from typing import Any
 
 import pytest
 import torch
@@ -536,3 +537,52 @@ def test_a_layer_hung_into_a_frozen_part_after_the_freeze_is_named() -> None:
     report = run(model, after_step={2: add_adapter})
     assert [(v.kind, v.name) for v in report.violations] == [("identity_changed", "trunk.adapter.weight")]
     assert "was not there when the phase began" in report.violations[0].detail
+
+
+class Hiding(nn.Module):
+    """A trunk that keeps experts where torch does not see them, under a head."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.trunk = nn.Linear(2, 2)
+        self.trunk.experts = [nn.Linear(2, 2), {"norm": nn.BatchNorm1d(2)}]  # type: ignore[assignment]
+        self.head = nn.Linear(2, 1)
+        self.teacher = [nn.Linear(2, 1)]
+        freeze_by_hand(self.trunk)
+
+    def forward(self, x: Tensor) -> Tensor:
+        experts: Any = self.trunk.experts
+        return self.head(experts[1]["norm"](experts[0](self.trunk(x))))
+
+
+def test_modules_in_lists_and_dictionaries_are_held_to_the_contract_by_name() -> None:
+    model = Hiding()
+    report = run(model, num_steps=1)
+    kinds = {(violation.kind, violation.name) for violation in report.violations}
+    assert {
+        ("requires_grad", "trunk.experts.0.weight"),
+        ("grad_present", "trunk.experts.0.bias"),
+        ("train_mode", "trunk.experts.1.norm"),
+        ("buffer_changed", "trunk.experts.1.norm.running_mean"),
+    } <= kinds
+    assert not any("teacher" in name for _, name in kinds), "a teacher may be hidden on purpose"
+
+
+def test_hidden_modules_that_are_really_frozen_are_silent_and_a_written_bit_is_found() -> None:
+    model = Hiding()
+    experts: Any = model.trunk.experts
+    for expert in (experts[0], experts[1]["norm"]):
+        freeze_by_hand(expert)
+    clean = run(model)
+    silent(clean, 3)
+    assert len(clean.phases[0].fingerprints) == 2 + 2 + 5
+    report = run(model, after_step={2: lambda: write_numpy_alias(experts[0].weight)})
+    assert [(v.kind, v.name) for v in report.violations] == [("param_changed", "trunk.experts.0.weight")]
+
+
+def test_a_registered_module_that_is_listed_as_well_is_not_named_twice() -> None:
+    model = Tiny()
+    model.layers = [model.trunk, model.head]  # type: ignore[assignment]
+    clean = run(model)
+    silent(clean, 3)
+    assert {*clean.phases[0].fingerprints} == {"trunk.weight"}

@@ -8,7 +8,7 @@ from typing import Literal
 
 from torch import Tensor, nn
 
-from mtl.moduletree import describe
+from mtl.moduletree import describe, join
 from mtl.patterns import PatternLike, partition, text_of
 from mtl.storage import overlapping
 
@@ -24,12 +24,14 @@ class Place:
         kind: Parameter, buffer, or plain attribute.
         owner: The module it hangs in.
         key: Its name there.
+        hidden: Whether its module is kept in a Python list or dictionary, where torch does not see it.
     """
 
     name: str
     kind: TensorKind
     owner: nn.Module
     key: str
+    hidden: bool = False
 
     @property
     def module_name(self) -> str:
@@ -41,6 +43,8 @@ class Place:
 
     def look_from(self, root: nn.Module) -> Tensor | None:
         """The same by way of the whole path from the root, which sees modules that were swapped since."""
+        if self.hidden:
+            return self.look()
         try:
             return self._look_in(root.get_submodule(self.module_name))
         except AttributeError:
@@ -77,6 +81,9 @@ class Contract:
 def draw_contract(model: nn.Module, patterns: Sequence[PatternLike]) -> Contract:
     """Resolves patterns against every tensor of a module: parameters, buffers (persistent or not), plain attributes.
 
+    Modules in Python lists and dictionaries are named as if these were modules, `trunk.experts.0.weight`. What of them
+    is frozen is held to the contract; what is not is left alone, since a teacher may be hidden there on purpose.
+
     Raises:
         PatternError: A pattern cannot be read or selects nothing.
     """
@@ -93,25 +100,50 @@ def draw_contract(model: nn.Module, patterns: Sequence[PatternLike]) -> Contract
     return Contract(
         tuple(map(text_of, patterns)),
         frozen,
-        [place for place in places if place.name not in names],
-        list(_links(model, frozen)),
+        [place for place in places if place.name not in names and not place.hidden],
+        list(_links(model, [place for place in frozen if not place.hidden])),
     )
 
 
 def _places(model: nn.Module) -> Iterator[Place]:
     """Every name of every tensor; a module reached by two paths gives its tensors twice."""
-    for path, module in model.named_modules(remove_duplicate=False):
-        start = f"{path}." if path else ""
-        for key, parameter in module._parameters.items():
-            if parameter is not None:
-                yield Place(start + key, "param", module, key)
-        for key, buffer in module._buffers.items():
-            if buffer is not None:
-                yield Place(start + key, "buffer", module, key)
+    seen = set(model.modules())
+    waiting = [(path, module, False) for path, module in model.named_modules(remove_duplicate=False)]
+    # What is found on the way is put at the end, and looked at in turn.
+    for path, module, hidden in waiting:
+        yield from _places_in(path, module, hidden)
         for key, value in vars(module).items():
-            # What a forward left behind with its graph, such as an attention map, is a result and not state.
-            if isinstance(value, Tensor) and value.grad_fn is None:
-                yield Place(start + key, "attr", module, key)
+            # torch's own dictionaries begin with an underscore; what is in them is known.
+            for inner, found in _modules_in(value) if not key.startswith("_") else ():
+                for name, each in found.named_modules():
+                    if each not in seen:
+                        seen.add(each)
+                        inside = f"{key}.{inner}.{name}" if name else f"{key}.{inner}"
+                        waiting.append((join(path, inside), each, True))
+
+
+def _places_in(path: str, module: nn.Module, hidden: bool) -> Iterator[Place]:
+    for key, parameter in module._parameters.items():
+        if parameter is not None:
+            yield Place(join(path, key), "param", module, key, hidden)
+    for key, buffer in module._buffers.items():
+        if buffer is not None:
+            yield Place(join(path, key), "buffer", module, key, hidden)
+    for key, value in vars(module).items():
+        # What a forward left behind with its graph, such as an attention map, is a result and not state.
+        if isinstance(value, Tensor) and value.grad_fn is None:
+            yield Place(join(path, key), "attr", module, key, hidden)
+
+
+def _modules_in(value: object, depth: int = 3) -> Iterator[tuple[str, nn.Module]]:
+    """Modules in a list, tuple or dictionary, and in those inside it, each with the way to it."""
+    if not isinstance(value, list | tuple | dict) or not depth:
+        return
+    for key, inner in value.items() if isinstance(value, dict) else enumerate(value):
+        if isinstance(inner, nn.Module):
+            yield str(key), inner
+        else:
+            yield from ((f"{key}.{way}", module) for way, module in _modules_in(inner, depth - 1))
 
 
 def _links(model: nn.Module, frozen: list[Place]) -> Iterator[tuple[nn.Module, str, nn.Module]]:
