@@ -18,7 +18,7 @@ from functools import partial
 from torch import Tensor, nn
 from torch.nn.modules.batchnorm import _NormBase
 
-from mtl.moduletree import describe, join
+from mtl.moduletree import describe, join, unwrap
 from mtl.names import parents
 from mtl.patterns import Partition, PatternLike, as_list, partition, text_of
 from mtl.storage import overlapping
@@ -47,7 +47,7 @@ def plan_freeze(module: nn.Module, patterns: PatternLike | Sequence[PatternLike]
     """Resolves patterns against a module, without touching it.
 
     Args:
-        module: Any module.
+        module: Any module; of a wrapper (DDP, torch.compile), the module inside it is meant.
         patterns: What to freeze (see `mtl.patterns`); none freezes nothing.
 
     Raises:
@@ -55,6 +55,7 @@ def plan_freeze(module: nn.Module, patterns: PatternLike | Sequence[PatternLike]
         FreezeError: The line cuts through a tensor that has several names, through memory that two tensors share, or
             through the statistics of one norm layer.
     """
+    module = unwrap(module)
     patterns = as_list(patterns)
     parameters = dict(module.named_parameters(remove_duplicate=False))
     buffers = dict(module.named_buffers(remove_duplicate=False))
@@ -68,6 +69,7 @@ def enforce(module: nn.Module, plan: FreezePlan) -> None:
 
     Replaces whatever plan was enforced before. All other modules are put in train mode.
     """
+    wrapper, module = module, unwrap(module)
     parameters = dict(module.named_parameters(remove_duplicate=False))
     for parameter in parameters.values():
         parameter.grad = None
@@ -81,7 +83,7 @@ def enforce(module: nn.Module, plan: FreezePlan) -> None:
         held = module.get_submodule(name)
         # An attribute of the instance goes before the class's method, for `.train()` of any module around it as well.
         held.__dict__["train"] = partial(_stay_in_eval, held)
-    module.train()
+    wrapper.train()
 
 
 def _stay_in_eval(module: nn.Module, mode: bool = True) -> nn.Module:
@@ -96,7 +98,7 @@ def _stay_in_eval(module: nn.Module, mode: bool = True) -> nn.Module:
 def trainable_parameters(module: nn.Module, plan: FreezePlan) -> dict[str, nn.Parameter]:
     """The parameters that still train, by name, each tensor once."""
     trainable = set(plan.names.trainable)
-    return {name: p for name, p in module.named_parameters() if name in trainable and _is_differentiable(p)}
+    return {name: p for name, p in unwrap(module).named_parameters() if name in trainable and _is_differentiable(p)}
 
 
 def _is_differentiable(parameter: nn.Parameter) -> bool:

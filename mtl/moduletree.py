@@ -10,6 +10,17 @@ from torch import nn
 from mtl.patterns import ModuleTree
 
 
+def unwrap(module: nn.Module) -> nn.Module:
+    """The module inside DataParallel, DistributedDataParallel and torch.compile, whose names are the ones meant."""
+    while True:
+        if isinstance(module, nn.DataParallel | nn.parallel.DistributedDataParallel):
+            module = module.module
+        elif isinstance(inner := module._modules.get("_orig_mod"), nn.Module) and len(module._modules) == 1:
+            module = inner
+        else:
+            return module
+
+
 def describe(module: nn.Module) -> ModuleTree:
     """The description of a module and all below it; depth groups are worked out only if a pattern asks for them."""
     modules = dict(module.named_modules(remove_duplicate=False))

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+from collections.abc import Callable, Iterator
 
 import pytest
 import torch
@@ -23,6 +24,7 @@ from audit_loops import (
     write_smallest_bit,
 )
 from mtl.audit import AuditError, GradientAudit, PhaseRecord, fingerprint
+from mtl.freeze import enforce, plan_freeze, trainable_parameters
 from mtl.patterns import PatternError
 
 # --- policies
@@ -350,3 +352,43 @@ def test_num_trained_counts_what_really_moved() -> None:
     with audit.phase("frozen") as record:
         train(audit, model, [optimizer])
     assert (record.num_trainable, record.num_trained) == (2, 1)
+
+
+# --- wrapped
+
+
+def wrappers() -> list[tuple[str, Callable[[nn.Module], nn.Module]]]:
+    return [
+        ("DataParallel", nn.DataParallel),
+        ("DDP", nn.parallel.DistributedDataParallel),
+        ("torch.compile", lambda model: torch.compile(model, backend="eager")),
+        ("both", lambda model: torch.compile(nn.parallel.DistributedDataParallel(model), backend="eager")),
+    ]
+
+
+@pytest.fixture
+def one_process() -> Iterator[None]:
+    torch.distributed.init_process_group("gloo", store=torch.distributed.HashStore(), rank=0, world_size=1)
+    yield
+    torch.distributed.destroy_process_group()
+
+
+@pytest.mark.parametrize(("name", "wrap"), wrappers(), ids=[name for name, _ in wrappers()])
+@pytest.mark.usefixtures("one_process")
+def test_a_wrapped_model_is_frozen_and_audited_under_its_own_names(
+    name: str, wrap: Callable[[nn.Module], nn.Module]
+) -> None:
+    model = Tiny()
+    wrapped = wrap(model)
+    plan = plan_freeze(wrapped, ["trunk"])
+    enforce(wrapped, plan)
+    parameters = trainable_parameters(wrapped, plan)
+    assert plan.names.frozen == ("trunk.weight",) and {*parameters} == {"head.weight", "head.bias"}, name
+    optimizer = SGD(parameters.values(), lr=0.1)
+    audit = GradientAudit(wrapped, ["trunk"], [optimizer], policy="collect")
+    with audit.phase("clean"):
+        train(audit, model, [optimizer])
+    assert audit.report.ok and {*audit.report.phases[0].fingerprints} == {"trunk.weight"}
+    with audit.phase("broken"):
+        train(audit, model, [optimizer], after_step={1: lambda: write_in_place(model.trunk.weight)})
+    assert [(v.kind, v.name) for v in audit.report.violations] == [("param_changed", "trunk.weight")]

@@ -17,6 +17,7 @@ from mtl.audit.fingerprint import fingerprint, root
 from mtl.audit.membership import HoldsParameters, Membership
 from mtl.audit.report import AuditError, PhaseRecord, Report, Violation
 from mtl.audit.watched import Watched
+from mtl.moduletree import unwrap
 from mtl.patterns import PatternError, PatternLike, as_list
 
 Policy = Literal["raise", "warn", "collect", "restore"]
@@ -38,7 +39,7 @@ class GradientAudit:
         policy: Policy = "raise",
     ) -> None:
         """Args:
-            model: The module whose tensors are watched.
+            model: The module whose tensors are watched; of a wrapper (DDP, torch.compile), the module inside it.
             freeze: Patterns (see `mtl.patterns`) of what must not move; `phase` may name others.
             optimizers: Every optimizer that steps parameters of the model.
             policy: What a violation does: raise `AuditError`, warn and go on, only collect, or restore: put the frozen
@@ -50,7 +51,7 @@ class GradientAudit:
         if policy not in get_args(Policy):
             raise ValueError(f"expected the policy raise, warn, collect or restore, got {policy!r}")
         self.report = Report()
-        self._model = model
+        self._model = unwrap(model)
         self._freeze = as_list(freeze)
         self._optimizers = list(optimizers)
         self._policy = policy
