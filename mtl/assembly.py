@@ -64,14 +64,16 @@ def assemble(config: RunConfig, quiet: bool = False) -> Parts:
 
 
 def _try_out_optimizers(blueprint: Blueprint, device: torch.device) -> None:
-    for phase, written in zip(blueprint.phases, blueprint.config.written_phases, strict=True):
-        if phase.config.evaluate_only:
+    config, tried = blueprint.config, set[str]()
+    for phase, written in zip(blueprint.phases, config.written_phases, strict=True):
+        optimizer = phase.optim.optimizer
+        if phase.config.evaluate_only or optimizer.model_dump_json() in tried:
             continue
+        tried.add(optimizer.model_dump_json())
         try:
-            try_out(phase.optim.optimizer, device)
+            try_out(optimizer, device)
         except SettingError as error:
-            own = (*written.path, "optimizer") if phase.config.optimizer is not None else ("optim", "optimizer")
-            raise blueprint.config.mistake((*own, "options"), error.message) from error
+            raise config.mistake((*config.path_of(written, "optimizer"), "options"), error.message) from error
 
 
 def _device(config: RunConfig) -> torch.device:

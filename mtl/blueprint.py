@@ -3,7 +3,9 @@
 from __future__ import annotations
 
 import random
+from collections.abc import Callable
 from dataclasses import dataclass
+from typing import TypeVar
 
 import numpy as np
 import torch
@@ -21,6 +23,8 @@ from mtl.phases.freeze import Surroundings
 from mtl.phases.length import Metrics
 from mtl.reach import reached_parameters
 from mtl.tasks import Task, build_tasks
+
+_Made = TypeVar("_Made")
 
 
 @dataclass(frozen=True)
@@ -60,7 +64,7 @@ def draw_up(config: RunConfig, device: str = "cpu") -> Blueprint:
     _seed_everything(config.seed)
     tasks = build_tasks(config.tasks)
     layout = {"channels_last": torch.channels_last, "contiguous": torch.contiguous_format}[config.memory_format]
-    trunk = config.trunk.model_copy(update={"weights": "none"}) if device == "meta" else config.trunk
+    trunk = (_without_weights(config) if device == "meta" else config).trunk
     try:
         with torch.device(device):
             model = MultiTaskModel(trunk, tasks, config.data.image_size, layout)
@@ -81,11 +85,8 @@ def draw_up_without_weights(config: RunConfig) -> Blueprint:
     Raises:
         ConfigError: As `draw_up`.
     """
-    try:
-        return draw_up(config, "meta")
-    except ConfigError:
-        # Either the configuration is wrong, which then shows again, or this trunk has to compute while it is built.
-        return draw_up(_without_weights(config))
+    without = _without_weights(config)
+    return _on_meta_or_cpu(lambda device: draw_up(without, device))
 
 
 def build_trunk_without_weights(config: RunConfig) -> nn.Module:
@@ -94,16 +95,23 @@ def build_trunk_without_weights(config: RunConfig) -> nn.Module:
     Raises:
         ConfigError: timm knows no such model, or cannot build it.
     """
-    trunk = _without_weights(config).trunk
+
+    def build(device: str) -> nn.Module:
+        try:
+            with torch.device(device):
+                return build_trunk(_without_weights(config).trunk, config.data.image_size)
+        except SettingError as error:
+            raise mistake_of(config, error) from error
+
+    return _on_meta_or_cpu(build)
+
+
+def _on_meta_or_cpu(make: Callable[[str], _Made]) -> _Made:
     try:
-        with torch.device("meta"):
-            return build_trunk(trunk, config.data.image_size)
-    except SettingError:
-        pass
-    try:
-        return build_trunk(trunk, config.data.image_size)
-    except SettingError as error:
-        raise mistake_of(config, error) from error
+        return make("meta")
+    except ConfigError:
+        # Either the configuration is wrong, which then shows again, or this trunk has to compute while it is built.
+        return make("cpu")
 
 
 def _without_weights(config: RunConfig) -> RunConfig:

@@ -82,7 +82,8 @@ class Checkpoints:
             tensors, rest = _split(moments)
             save_file(tensors, temporary / _MOMENTS)
             # Of the files as they lie there now, so that each proves that it is whole, and that they belong together.
-            digests = {"model": _digest(temporary / _TENSORS), "optimizer": _digest(temporary / _MOMENTS)}
+            files = {"model": temporary / _TENSORS, "optimizer": temporary / _MOMENTS}
+            digests = {part: _digest(_load_tensors(file)) for part, file in files.items()}
             write_json(temporary / _STATE, {**state, "optimizer": rest, "digests": digests})
         except BaseException:
             shutil.rmtree(temporary, ignore_errors=True)
@@ -159,29 +160,31 @@ def load_checkpoint(folder: Path, module: nn.Module) -> tuple[dict[str, Any], Mo
         CheckpointError: The folder is no checkpoint, or its tensors do not fit the module.
     """
     state = read_state(folder)
+    tensors = {}
     for part, file in (("model", _TENSORS), ("optimizer", _MOMENTS)):
-        if state["digests"].get(part) != _digest(folder / file):
+        tensors[part] = _load_tensors(folder / file)
+        if state["digests"].get(part) != _digest(tensors[part]):
             raise CheckpointError(f"{folder / file} is damaged, or of another step: it is not what was written")
     try:
         load_model(module, folder / _TENSORS)
-        tensors = load_file(folder / _MOMENTS)
     except (RuntimeError, SafetensorError) as error:
         raise CheckpointError(f"{folder} does not fit this model: {_cut(' '.join(str(error).split()))}") from error
     del state["digests"]
     try:
-        return state, _join(tensors, state.pop("optimizer"))
+        return state, _join(tensors["optimizer"], state.pop("optimizer"))
     except (KeyError, ValueError, AttributeError) as error:
         raise CheckpointError(f"{folder} is damaged: its optimizer's state is not whole: {error!r}") from error
 
 
-def _digest(file: Path) -> str:
-    """One digest of all tensors of a file and their names.
+def _digest(tensors: Mapping[str, Tensor]) -> str:
+    """One digest of all tensors of a file and their names."""
+    return root({name: fingerprint(tensor) for name, tensor in tensors.items()})
 
-    Raises:
-        CheckpointError: It is truncated, or no such file.
-    """
+
+def _load_tensors(file: Path) -> dict[str, Tensor]:
+    """Raises `CheckpointError` if the file is truncated, or no such file."""
     try:
-        return root({name: fingerprint(tensor) for name, tensor in load_file(file).items()})
+        return load_file(file)
     except SafetensorError as error:
         raise CheckpointError(f"{file} is damaged: {error}") from error
 

@@ -19,7 +19,7 @@ from mtl.checkpoint import CheckpointError, Checkpoints, MomentsState, load_chec
 from mtl.console import logger
 from mtl.ema import Ema
 from mtl.lr_schedule import LrSchedule, LrScheduleState
-from mtl.optim import Moments, build_optimizer
+from mtl.optim import Moments, build_optimizer, held_by
 from mtl.phases import Phase
 from mtl.scheduler import SchedulerState, TaskScheduler
 
@@ -135,8 +135,7 @@ class Keeper:
         if lr_schedule_state is not None and not given:
             logger.warning("resume: the checkpoint has no moments for this optimizer; it begins without")
         if self.ema is not None:
-            held = [parameter for group in optimizer.param_groups for parameter in group["params"]]
-            self.ema.follow({self._name_of[parameter]: parameter for parameter in held})
+            self.ema.follow({self._name_of[parameter]: parameter for parameter in held_by(optimizer)})
         lr_schedule = LrSchedule(
             phase.optim.lr_schedule, optimizer, phase.num_steps, phase.steps_per_epoch, phase.plateau_direction
         )

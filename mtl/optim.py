@@ -191,6 +191,11 @@ def _optimizer_class(name: str) -> type[Optimizer]:
     return kind
 
 
+def held_by(optimizer: Optimizer) -> list[nn.Parameter]:
+    """The parameters that an optimizer steps, in its order."""
+    return [parameter for group in optimizer.param_groups for parameter in group["params"]]
+
+
 class Moments:
     """What optimizers remember of parameters, by the parameters' names.
 
@@ -222,7 +227,7 @@ class Moments:
             The names of those parameters.
         """
         kept = self._kept.get(_kind(optimizer), {})
-        parameters = [parameter for group in optimizer.param_groups for parameter in group["params"]]
+        parameters = held_by(optimizer)
         held = [name_of[parameter] for parameter in parameters]
         states = {
             number: {key: _in_layout_of(parameter, value) for key, value in kept.pop(name).items()}

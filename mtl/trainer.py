@@ -24,6 +24,7 @@ from mtl.freeze import enforce, is_frozen
 from mtl.keeper import Keeper, Resumption, Stepping, resume_from
 from mtl.lr_schedule import LrScheduleState
 from mtl.names import condense, shorten
+from mtl.optim import held_by
 from mtl.patterns import text_of
 from mtl.phases import Phase
 from mtl.phases.length import SCORE
@@ -208,7 +209,7 @@ class Trainer:
         parts, optimizer, lr_schedule = self.parts, stepping.optimizer, stepping.lr_schedule
         batches = training_batches(parts.train, phase.batch_size, self.config.seed, self.epoch)
         total = num_batches(len(parts.train), phase.batch_size) * min(phase.batch_size, len(parts.train))
-        trainable = [parameter for group in optimizer.param_groups for parameter in group["params"]]
+        trainable = held_by(optimizer)
         self.epoch += 1
         log = StepLog(self.tracker, phase.tasks, self.config.tracking.log_every_steps, phase.name, self.epoch)
         change, num_windows = None, 0

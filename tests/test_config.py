@@ -8,14 +8,13 @@ import yaml
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
+from config_file import RUN, load, mistakes
 from mtl.config import RunConfig, load_config
 from mtl.config.phase import patterns_of
 from mtl.config.source import ConfigError, dump_yaml
 from mtl.optim import UncoveredError, by_pattern
 from mtl.patterns import Counted, PatternError
 
-# Every test runs in a directory of its own (conftest), so that places read `run.yaml:3`.
-RUN = Path("run.yaml")
 CONFIGS = sorted((Path(__file__).parent.parent / "configs").glob("*.yaml"))
 
 LINES = """\
@@ -29,17 +28,6 @@ phases:
   - {name: warm, freeze: [trunk], steps: 2}
   - {name: tune, epochs: 3, lr: {trunk: 1e-4, heads: 1e-3}}
 """.splitlines()
-
-
-def load(lines: list[str], *overrides: str) -> RunConfig:
-    RUN.write_text("\n".join(lines) + "\n")
-    return load_config(RUN, overrides)
-
-
-def mistakes(lines: list[str], *overrides: str) -> list[str]:
-    with pytest.raises(ConfigError) as caught:
-        load(lines, *overrides)
-    return caught.value.mistakes
 
 
 def with_line(number: int, text: str) -> list[str]:

@@ -21,6 +21,7 @@ FLOORS = [
     ["patterns"],
     ["config"],
     ["console", "moduletree", "storage", "run_dir"],
+    ["tensor_file"],
     ["tasks"],
     ["model", "data"],
     ["freeze", "audit", "scheduler", "reach"],

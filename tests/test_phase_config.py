@@ -3,19 +3,17 @@
 from __future__ import annotations
 
 import json
-from pathlib import Path
 from typing import Any
 
 import pytest
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
+from config_file import RUN, load, mistakes
 from mtl.config import RunConfig, load_config
 from mtl.config.phase import PhaseConfig, num_unrolled, unroll
-from mtl.config.source import ConfigError, dump_yaml
+from mtl.config.source import dump_yaml
 
-# Every test runs in a directory of its own (conftest), so that places read `run.yaml:5`.
-RUN = Path("run.yaml")
 HEAD = ["name: r", "trunk: {name: resnet18}", "tasks: {depth: {type: depth}}", "phases:"]
 PHASE_KEYS = (
     "name, freeze, train, epochs, steps, until, max_epochs, max_steps, evaluate_only, tasks, lr, layer_decay,"
@@ -23,17 +21,6 @@ PHASE_KEYS = (
 )
 
 _ONE_OF = ": expected exactly one of epochs, steps, until, evaluate_only"
-
-
-def load(lines: list[str], *overrides: str) -> RunConfig:
-    RUN.write_text("\n".join(lines) + "\n")
-    return load_config(RUN, overrides)
-
-
-def mistakes(lines: list[str], *overrides: str) -> list[str]:
-    with pytest.raises(ConfigError) as caught:
-        load(lines, *overrides)
-    return caught.value.mistakes
 
 
 def phase_of(keys: str) -> PhaseConfig:

@@ -9,6 +9,7 @@ from typing import Literal
 from torch import Tensor, nn
 
 from mtl.moduletree import describe, join
+from mtl.names import parents
 from mtl.patterns import PatternLike, partition, text_of
 from mtl.storage import overlapping
 
@@ -147,12 +148,7 @@ def _modules_in(value: object, depth: int = 3) -> Iterator[tuple[str, nn.Module]
 
 
 def _links(model: nn.Module, frozen: list[Place]) -> Iterator[tuple[nn.Module, str, nn.Module]]:
-    on_the_way = {""}
-    for place in frozen:
-        path = place.module_name
-        while path not in on_the_way:
-            on_the_way.add(path)
-            path = path.rpartition(".")[0]
+    on_the_way = {path for place in frozen for path in parents(place.name)}
     modules = dict(model.named_modules(remove_duplicate=False))
     for path in on_the_way - {""}:
         parent, _, key = path.rpartition(".")

@@ -7,8 +7,9 @@ from collections.abc import Iterator, Mapping
 from pathlib import Path
 from typing import Any
 
-import torch
 from torch import Tensor
+
+from mtl.tensor_file import TensorFileError, read_tensor_file
 
 # What wrappers put before names (DataParallel and the like), or anywhere in them (torch.compile, FSDP, checkpointing).
 _WRAPPERS = re.compile(r"^(?:module\.)+|(?:_orig_mod|_fsdp_wrapped_module|_checkpoint_wrapped_module)\.")
@@ -35,8 +36,12 @@ def read_tensors(path: Path) -> dict[str, Tensor]:
     if not file.is_file():
         there = " (a folder without model.safetensors)" if path.is_dir() else ""
         raise UnreadableError(f"{path}: no such checkpoint{there}")
+    try:
+        content = read_tensor_file(file)
+    except TensorFileError as error:
+        raise UnreadableError(f"{file}: cannot be read: {error}") from error
     tensors: dict[str, Tensor] = {}
-    for name, tensor in _named(_read(file)):
+    for name, tensor in _named(content):
         plain = _WRAPPERS.sub("", _WRAPPERS.sub("", name))
         if plain in tensors:
             raise UnreadableError(f"{file}: two tensors are named {plain} without the prefixes of wrappers")
@@ -44,19 +49,6 @@ def read_tensors(path: Path) -> dict[str, Tensor]:
     if not tensors:
         raise UnreadableError(f"{file}: holds no tensors by name")
     return tensors
-
-
-def _read(file: Path) -> Any:
-    try:
-        if file.suffix == ".safetensors":
-            from safetensors.torch import load_file
-
-            return load_file(file)
-        return torch.load(file, map_location="cpu", weights_only=True)
-    except Exception as error:  # both libraries raise a dozen unrelated types for a file that is damaged or not theirs
-        if "Weights only" in str(error):
-            raise UnreadableError(f"{file}: holds more than tensors and plain data; code in it is not run") from error
-        raise UnreadableError(f"{file}: cannot be read: {' '.join(str(error).split())[:200]}") from error
 
 
 def _named(content: Any) -> Iterator[tuple[str, Tensor]]:

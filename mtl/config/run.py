@@ -208,6 +208,10 @@ class RunConfig(Strict):
         """The phases in the order in which they follow each other, repeats written out."""
         return list(unroll(self.phases))
 
+    def path_of(self, written: WrittenPhase, key: str) -> KeyPath:
+        """Where a setting of `optim` was written that holds in a phase: there, or in the phase itself."""
+        return (*written.path, key) if getattr(written.config, key) is not None else ("optim", key)
+
     def with_changes(self, **changes: Any) -> RunConfig:
         """The same configuration, from the same file, with other values under some keys."""
         changed = self.model_copy(update=changes)

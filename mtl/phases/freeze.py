@@ -4,6 +4,7 @@ from __future__ import annotations
 
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
+from functools import cached_property
 
 from torch import nn
 
@@ -55,6 +56,11 @@ class Surroundings:
     reached: Mapping[str, frozenset[str]]
     num_train: int
 
+    @cached_property
+    def tree(self) -> ModuleTree:
+        """The description of `root`."""
+        return describe(self.root)
+
 
 @dataclass(frozen=True)
 class PhaseFreeze:
@@ -79,7 +85,7 @@ def frozen_always(around: Surroundings) -> list[str]:
     patterns = patterns_of(around.config.freeze_always)
     parameters, buffers = _names_in(around.root)
     try:
-        split = partition(patterns, parameters, buffers, describe(around.root))
+        split = partition(patterns, parameters, buffers, around.tree)
     except PatternError as error:
         raise around.config.mistake(("freeze_always", error.index), str(error)) from error
     always = condense([*split.frozen, *split.frozen_buffers], [*parameters, *buffers])
@@ -101,12 +107,11 @@ def _names_in(root: nn.Module) -> tuple[list[str], list[str]]:
 class FreezeResolver:
     """Works out what one written phase freezes; `resolve` is the way in."""
 
-    def __init__(self, around: Surroundings, written: WrittenPhase, always: list[str], tree: ModuleTree) -> None:
+    def __init__(self, around: Surroundings, written: WrittenPhase, always: list[str]) -> None:
         """Args:
         around: What the phase is resolved against.
         written: The phase.
         always: From `frozen_always`.
-        tree: The description of `around.root`.
         """
         self.around = around
         self.config = around.config
@@ -114,7 +119,7 @@ class FreezeResolver:
         self.written = written
         self.wrote = written.config
         self.always = always
-        self.tree = tree
+        self.tree = around.tree
 
     def resolve(self, tasks: Sequence[str], balance: int) -> PhaseFreeze:
         """Resolves the freeze.

@@ -17,9 +17,9 @@ from mtl.config.source import ConfigError, KeyPath
 from mtl.data import num_batches
 from mtl.freeze import FreezePlan, trainable_parameters
 from mtl.lengths import PhaseLength, Plateau, Reached, leaves_of
-from mtl.moduletree import describe, join
+from mtl.moduletree import join
 from mtl.optim import UncoveredError, build_optimizer, by_pattern, group_parameters, is_decayed, layer_factors
-from mtl.patterns import ModuleTree, PatternError
+from mtl.patterns import PatternError
 from mtl.phases.freeze import FreezeResolver, PhaseFreeze, Surroundings, frozen_always
 from mtl.phases.length import SCORE
 
@@ -126,7 +126,7 @@ class _Resolver:
         self.written = written
         self.wrote = written.config
         self.always = always
-        self.tree: ModuleTree = describe(around.root)
+        self.tree = around.tree
         self.optim = self.config.optim_of(self.wrote)
         self.batch_size = self.wrote.batch_size or self.config.data.batch_size
         self.steps_per_epoch = -(-num_batches(around.num_train, self.batch_size) // self.optim.accumulate)
@@ -138,7 +138,7 @@ class _Resolver:
         place = self.around.balance_of[self.written.path]
         balance: Balance = self.root.get_submodule(f"balance.{place}")  # type: ignore[assignment]
         tasks = active_tasks(self.config, self.wrote)
-        resolver = FreezeResolver(self.around, self.written, self.always, self.tree)
+        resolver = FreezeResolver(self.around, self.written, self.always)
         freeze = _attempt(mistakes, lambda: resolver.resolve(tasks, place))
         length = _attempt(mistakes, lambda: self.around.metrics.length(self.written))
         plan = None if freeze is None else freeze.plan
@@ -174,7 +174,9 @@ class _Resolver:
         schedule = self.optim.lr_schedule
         direction: Direction = "higher"
         if isinstance(schedule, PlateauConfig):
-            direction = self.around.metrics.direction(schedule.metric, schedule.direction, self._path_of("lr_schedule"))
+            direction = self.around.metrics.direction(
+                schedule.metric, schedule.direction, self.config.path_of(self.written, "lr_schedule")
+            )
         if length is None or self.wrote.evaluate_only:
             return direction
         if not isinstance(schedule, OneCycleConfig) and schedule.warmup_steps >= num_steps:
@@ -250,9 +252,5 @@ class _Resolver:
         lengths += [n and n * self.steps_per_epoch for n in (length.epochs, length.max_epochs)]
         return min((n for n in lengths if n is not None), default=0)
 
-    def _path_of(self, key: str) -> KeyPath:
-        """Where a setting was written that a phase may take over from the run."""
-        return (*self.written.path, key) if getattr(self.wrote, key) is not None else ("optim", key)
-
     def _mistake_about(self, key: str, message: str, *below: str) -> ConfigError:
-        return self.config.mistake((*self._path_of(key), *below), message)
+        return self.config.mistake((*self.config.path_of(self.written, key), *below), message)

@@ -15,7 +15,7 @@ from torch.utils.flop_counter import FlopCounterMode
 from mtl.blueprint import Blueprint
 from mtl.console import first_line
 from mtl.freeze import enforce, is_frozen, plan_freeze
-from mtl.optim import build_optimizer
+from mtl.optim import build_optimizer, held_by
 from mtl.phases import Phase
 
 # BatchNorm cannot train on one image.
@@ -98,9 +98,8 @@ def _convolution_backward(
 def _optimizer_state(blueprint: Blueprint, phase: Phase) -> int | None:
     optimizer = build_optimizer(phase.optim.optimizer, phase.groups)
     unreached = {id(blueprint.root.get_parameter(name)) for name in phase.freeze.unreached}
-    for group in optimizer.param_groups:
-        for parameter in group["params"]:
-            parameter.grad = None if id(parameter) in unreached else torch.zeros_like(parameter)
+    for parameter in held_by(optimizer):
+        parameter.grad = None if id(parameter) in unreached else torch.zeros_like(parameter)
     try:
         optimizer.step()
     except Exception:  # noqa: BLE001 - an optimizer that looks at values has none to look at here, whatever it raises
