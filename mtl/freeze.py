@@ -18,7 +18,7 @@ from functools import partial
 from torch import Tensor, nn
 from torch.nn.modules.batchnorm import _NormBase
 
-from mtl.moduletree import describe, join, unwrap
+from mtl.moduletree import describe, join, named_buffers, named_modules, named_parameters
 from mtl.names import parents
 from mtl.patterns import Partition, PatternLike, as_list, partition, text_of
 from mtl.storage import overlapping
@@ -55,10 +55,8 @@ def plan_freeze(module: nn.Module, patterns: PatternLike | Sequence[PatternLike]
         FreezeError: The line cuts through a tensor that has several names, through memory that two tensors share, or
             through the statistics of one norm layer.
     """
-    module = unwrap(module)
     patterns = as_list(patterns)
-    parameters = dict(module.named_parameters(remove_duplicate=False))
-    buffers = dict(module.named_buffers(remove_duplicate=False))
+    parameters, buffers = named_parameters(module), named_buffers(module)
     names = partition(patterns, list(parameters), list(buffers), describe(module))
     _check_line(parameters | buffers, {*names.frozen, *names.frozen_buffers})
     return FreezePlan(tuple(map(text_of, patterns)), names, tuple(_modules_to_hold(module, names)))
@@ -69,8 +67,7 @@ def enforce(module: nn.Module, plan: FreezePlan) -> None:
 
     Replaces whatever plan was enforced before. All other modules are put in train mode.
     """
-    wrapper, module = module, unwrap(module)
-    parameters = dict(module.named_parameters(remove_duplicate=False))
+    modules, parameters = dict(named_modules(module)), named_parameters(module)
     for parameter in parameters.values():
         parameter.grad = None
     for name in plan.names.frozen:
@@ -80,10 +77,10 @@ def enforce(module: nn.Module, plan: FreezePlan) -> None:
     for each in module.modules():
         each.__dict__.pop("train", None)
     for name in plan.held_in_eval:
-        held = module.get_submodule(name)
+        held = modules[name]
         # An attribute of the instance goes before the class's method, for `.train()` of any module around it as well.
         held.__dict__["train"] = partial(_stay_in_eval, held)
-    wrapper.train()
+    module.train()
 
 
 def _stay_in_eval(module: nn.Module, mode: bool = True) -> nn.Module:
@@ -98,7 +95,11 @@ def _stay_in_eval(module: nn.Module, mode: bool = True) -> nn.Module:
 def trainable_parameters(module: nn.Module, plan: FreezePlan) -> dict[str, nn.Parameter]:
     """The parameters that still train, by name, each tensor once."""
     trainable = set(plan.names.trainable)
-    return {name: p for name, p in unwrap(module).named_parameters() if name in trainable and _is_differentiable(p)}
+    first_name: dict[nn.Parameter, str] = {}
+    for name, parameter in named_parameters(module).items():
+        if name in trainable and _is_differentiable(parameter):
+            first_name.setdefault(parameter, name)
+    return {name: parameter for parameter, name in first_name.items()}
 
 
 def _is_differentiable(parameter: nn.Parameter) -> bool:
@@ -148,7 +149,7 @@ def _modules_to_hold(module: nn.Module, names: Partition) -> Iterable[str]:
     frozen_buffers = set(names.frozen_buffers)
     held: dict[str, bool] = {}
     is_held: dict[nn.Module, bool] = {}
-    modules = dict(module.named_modules(remove_duplicate=False))
+    modules = dict(named_modules(module))
     for path, each in modules.items():
         own_buffers = {join(path, name) for name, buffer in each._buffers.items() if buffer is not None}
         moved = frozen_buffers & own_buffers

@@ -2,28 +2,69 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterator
+from collections.abc import Iterator, Mapping
 from typing import Any
 
-from torch import nn
+from torch import Tensor, nn
+from torch.optim.swa_utils import AveragedModel
 
 from mtl.patterns import ModuleTree
 
+# Wrappers whose inner module hangs in them as `module`, and the names under which others keep theirs: torch.compile,
+# FSDP and activation checkpointing.
+_WRAPPERS = (nn.DataParallel, nn.parallel.DistributedDataParallel, AveragedModel)
+_INNER = {"_orig_mod", "_fsdp_wrapped_module", "_checkpoint_wrapped_module"}
+
 
 def unwrap(module: nn.Module) -> nn.Module:
-    """The module inside DataParallel, DistributedDataParallel and torch.compile, whose names are the ones meant."""
-    while True:
-        if isinstance(module, nn.DataParallel | nn.parallel.DistributedDataParallel):
-            module = module.module
-        elif isinstance(inner := module._modules.get("_orig_mod"), nn.Module) and len(module._modules) == 1:
-            module = inner
-        else:
-            return module
+    """The module inside wrappers (DDP, FSDP, torch.compile and the like), whose names are the ones meant."""
+    return list(_layers(module))[-1]
+
+
+def _layers(module: nn.Module) -> Iterator[nn.Module]:
+    """A wrapper, what is inside it, and so on."""
+    yield module
+    children = list(module.named_children())
+    if len(children) == 1 and (isinstance(module, _WRAPPERS) or children[0][0] in _INNER):
+        yield from _layers(children[0][1])
+
+
+def named_modules(module: nn.Module, path: str = "") -> Iterator[tuple[str, nn.Module]]:
+    """Every module by every path; a wrapper has the path of what is inside it, and comes before it."""
+    for layer in _layers(module):
+        yield path, layer
+    for key, child in layer._modules.items():
+        if child is not None:
+            yield from named_modules(child, join(path, key))
+
+
+def named_parameters(module: nn.Module) -> dict[str, nn.Parameter]:
+    """Every name of every parameter, without the names of wrappers."""
+    return {
+        join(path, key): parameter
+        for path, each in named_modules(module)
+        for key, parameter in each._parameters.items()
+        if parameter is not None
+    }
+
+
+def named_buffers(module: nn.Module) -> dict[str, Tensor]:
+    """Every name of every buffer, without the names of wrappers."""
+    return {
+        join(path, key): buffer
+        for path, each in named_modules(module)
+        for key, buffer in each._buffers.items()
+        if buffer is not None
+    }
 
 
 def describe(module: nn.Module) -> ModuleTree:
-    """The description of a module and all below it; depth groups are worked out only if a pattern asks for them."""
-    modules = dict(module.named_modules(remove_duplicate=False))
+    """The description of a module and all below it."""
+    return describe_modules(dict(named_modules(module)))
+
+
+def describe_modules(modules: Mapping[str, nn.Module]) -> ModuleTree:
+    """The description of modules by path; depth groups are worked out only if a pattern asks for them."""
     return ModuleTree(
         children={path: [name for name, _ in each.named_children()] for path, each in modules.items()},
         classes={path: [base.__name__ for base in type(each).__mro__] for path, each in modules.items()},

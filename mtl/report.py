@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import base64
-import io
 import json
 from html import escape
 from pathlib import Path
@@ -16,7 +15,10 @@ from torch import Tensor
 from mtl.assembly import Parts
 from mtl.checkpoint import load_checkpoint, write_text
 from mtl.data import Batch, validation_batches
+from mtl.gradient_picture import draw_gradients, png_of
+from mtl.gradients import GradientAnalysis
 from mtl.model.trunk import in_eval_mode
+from mtl.names import count
 from mtl.tasks import Depth, Normals, Segmentation, Task
 
 if TYPE_CHECKING:
@@ -51,18 +53,17 @@ def write_report(parts: Parts, run_dir: Path, picture: Path | None = None) -> Pa
     state, _ = load_checkpoint(run_dir / "checkpoints" / which, parts.root)
     rounded = "none" if state["val/score"] is None else f"{state['val/score']:.3f}"
     figure = draw_run(parts, [row for row in rows if "val/score" in row])
-    image = io.BytesIO()
-    figure.savefig(image, format="png", dpi=110)
+    image = png_of(figure)
     if picture is not None:
-        picture.write_bytes(image.getvalue())
-    encoded = base64.b64encode(image.getvalue()).decode()
+        picture.write_bytes(image)
     name = escape(parts.config.name)
     page = (
         f"<!doctype html><html lang=en><meta charset=utf-8><title>{name}</title><style>{_STYLE}</style>"
         f"<h1>{name}</h1>{_audit_html(audit)}"
         f"<h2>Course and examples</h2><p>Validation after every epoch; predictions of the {which} weights (step"
         f" {state['step']}, val/score {rounded}).</p>"
-        f'<img alt="course of validation and example predictions" src="data:image/png;base64,{encoded}">'
+        f"{_img(image, 'course of validation and example predictions')}"
+        f"{_gradients_html([row for row in rows if 'grad/unreached' in row])}"
         f"<h2>Configuration</h2><pre>{escape((run_dir / 'config.yaml').read_text(encoding='utf-8'))}</pre></html>"
     )
     write_text(run_dir / "report.html", page)
@@ -89,6 +90,38 @@ def _audit_html(audit: dict[str, Any]) -> str:
         for v in phase["violations"]
     )
     return f"<h2>Audit: {verdict}</h2><table>{head}{body}</table>" + (f"<ul>{found}</ul>" if found else "")
+
+
+def _img(png: bytes, alt: str) -> str:
+    return f'<img alt="{escape(alt)}" src="data:image/png;base64,{base64.b64encode(png).decode()}">'
+
+
+def _gradients_html(rows: list[dict[str, Any]]) -> str:
+    """The last analysis of every phase that has one; nothing if none has."""
+    if not rows:
+        return ""
+    last = {row["phase"]: row for row in rows}
+    return (
+        "<h2>Gradients</h2><p>Each task's gradient on the trunk's depth groups that train, on one batch. Two tasks are"
+        " in conflict if the cosine of their gradients is below 0, and their magnitude similarity is 2|a||b| / (|a|² +"
+        " |b|²), 1 for gradients of one length (Yu et al. 2020, arXiv 2001.06782, Definitions 1 and 2).</p>"
+        + "".join(_analysis_html(phase, row) for phase, row in last.items())
+    )
+
+
+def _analysis_html(phase: str, row: dict[str, Any]) -> str:
+    analysis = GradientAnalysis.from_row(row)
+    title = f"{phase}, step {row['step']}"
+    unreached = row["grad/unreached"]
+    note = f"<p>No task reaches {count(unreached, 'depth group')} that would train.</p>" if unreached else ""
+    head = "<tr><th>task<th>task<th>cosine<th>magnitude similarity<th>conflict</tr>"
+    body = "".join(
+        f"<tr><td>{escape(pair.tasks[0])}<td>{escape(pair.tasks[1])}<td>{pair.cosine:.3f}"
+        f"<td>{pair.magnitude_similarity:.3f}<td>{'yes' if pair.conflicts else 'no'}</tr>"
+        for pair in analysis.pairs
+    )
+    pairs = f"<table>{head}{body}</table>" if body else ""
+    return f"<h3>{escape(title)}</h3>{_img(png_of(draw_gradients(analysis)), f'gradients of {title}')}{note}{pairs}"
 
 
 def draw_run(parts: Parts, epochs: list[dict[str, Any]]) -> Figure:

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import math
 import time
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 
 import torch
 from torch import Tensor
@@ -70,6 +70,11 @@ class StepLog:
         self._num_images += self._pending_images
         self.latest = " ".join(f"{name} {value:.3f}" for name, value in zip(self._short, values[-1], strict=True))
         self._pending, self._pending_images, self._since = [], 0, now
+
+    def add_row(self, step: int, numbers: Mapping[str, float]) -> None:
+        """Logs other numbers of a step that is still to be added, behind the steps before it: no step goes back."""
+        self.flush()
+        self._tracker.log({"step": step, **self._common, **numbers})
 
     @property
     def mean_loss(self) -> float:

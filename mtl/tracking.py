@@ -2,15 +2,20 @@
 
 from __future__ import annotations
 
+import io
 import json
 import os
-from collections.abc import Mapping
+from collections.abc import Callable, Iterable, Mapping, Sequence
 from pathlib import Path
 from typing import Any
+
+from PIL import Image
 
 from mtl.checkpoint import without_nan
 from mtl.config import TrackingConfig
 from mtl.console import first_line, logger
+
+Rows = Iterable[Sequence[float | str | None]]
 
 
 class Tracker:
@@ -38,6 +43,26 @@ class Tracker:
         if self._run is not None:
             self._guard("log", lambda: self._run.log(dict(row), step=int(row["step"])))
 
+    def log_table(self, name: str, columns: Sequence[str], rows: Rows, step: int) -> None:
+        """Shows a table in wandb, if that runs; `step` must not go back behind that of the last row."""
+        if self._run is not None:
+            self._guard(
+                name, lambda: self._run.log({name: _wandb().Table(list(columns), [*map(list, rows)])}, step=step)
+            )
+
+    def log_picture(self, name: str, draw: Callable[[], bytes], step: int) -> None:
+        """Shows a picture in wandb, if that runs.
+
+        Args:
+            name: Under which name.
+            draw: Makes the picture, a PNG file's content; called only if it is shown.
+            step: Must not go back behind that of the last row.
+        """
+        if self._run is None:
+            return
+        image = Image.open(io.BytesIO(draw()))
+        self._guard(name, lambda: self._run.log({name: _wandb().Image(image)}, step=step))
+
     def finish(self, summary: Mapping[str, float | str | bool], failed: bool) -> None:
         """Ends tracking; `summary` is what wandb shows for the whole run."""
         if self._run is not None:
@@ -53,8 +78,7 @@ class Tracker:
         os.environ.setdefault("WANDB_ERROR_REPORTING", "false")
         os.environ.setdefault("WANDB_SILENT", "true")
         try:
-            import wandb
-
+            wandb = _wandb()
             if not mode:
                 mode = "online" if wandb.login(prompt=False, verify=False) else "offline"
             try:
@@ -89,3 +113,9 @@ class Tracker:
         except Exception as error:  # noqa: BLE001 - nothing that wandb does ends a run
             self._run = None
             logger.warning(f"wandb: stopped, since {what} failed ({first_line(error)}); metrics.jsonl goes on")
+
+
+def _wandb() -> Any:
+    import wandb  # late: it takes seconds, and no run needs it
+
+    return wandb

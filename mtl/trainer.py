@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import logging
 import math
 import time
 from collections.abc import Iterator, Sequence
@@ -14,6 +13,7 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
+from mtl.announce import announce_classic, tell_unreached
 from mtl.assembly import Parts
 from mtl.audit import GradientAudit, HoldsParameters, Report
 from mtl.checkpoint import CheckpointError, write_json, write_text
@@ -21,9 +21,9 @@ from mtl.config.source import dump_yaml
 from mtl.console import logger, progress_bar
 from mtl.data import Batch, num_batches, training_batches
 from mtl.freeze import enforce, is_frozen
+from mtl.gradientlog import GradientLog
 from mtl.keeper import Keeper, Resumption, Stepping, resume_from
 from mtl.lr_schedule import LrScheduleState
-from mtl.names import condense, shorten
 from mtl.optim import held_by
 from mtl.patterns import text_of
 from mtl.phases import Phase
@@ -78,7 +78,7 @@ def train(parts: Parts, quiet: bool = False) -> Outcome:
     write_json(run_dir / "plan.json", parts.plan.to_json())
     tracker = Tracker(parts.config.tracking, run_dir, parts.config.name, resolved)
     logger.info(tracker.message)
-    _announce_classic(parts)
+    announce_classic(parts)
     trainer = Trainer(parts, run_dir, tracker, quiet)
     try:
         if resumption is not None:
@@ -92,17 +92,6 @@ def train(parts: Parts, quiet: bool = False) -> Outcome:
         )
 
 
-def _announce_classic(parts: Parts) -> None:
-    """Says what the classic list of substrings freezes, in the words in which it has always been said."""
-    substrings = parts.config.MODEL.NOT_TRAIN_IN_MULTI_TASK
-    if not substrings:
-        return
-    logger.info(f"use freeze for {substrings}")
-    for name in parts.phases[0].freeze.plan.names.frozen:
-        if any(substring in name for substring in substrings):
-            logger.info(f"freezing {name}")
-
-
 class Trainer:
     """One run. `run` is the way in; everything else is called from there."""
 
@@ -113,6 +102,7 @@ class Trainer:
         self.quiet = quiet
         self.scheduler = TaskScheduler([phase.length for phase in parts.phases])
         self.audit = GradientAudit(parts.root, policy=parts.config.audit.policy)
+        self.gradients = GradientLog(tracker, parts.model.trunk, parts.config.audit.gradients_every_steps)
         self.keeper = Keeper(parts, run_dir / "checkpoints")
         self.autocast = torch.autocast(
             parts.device.type, torch.bfloat16, enabled=parts.config.precision == "bf16", cache_enabled=True
@@ -153,25 +143,26 @@ class Trainer:
         # No gradient of the phase before, requires_grad by plan, and frozen modules in eval mode for good.
         enforce(parts.root, phase.freeze.plan)
         if phase.freeze.unreached:
-            self.tell_unreached(phase)
+            tell_unreached(parts, phase)
         # Only what trains is in the optimizer: neither decay nor momentum can reach the rest.
         stepping = None if phase.config.evaluate_only else self.keeper.build_stepping(index, resumed)
         optimizers: list[HoldsParameters] = [] if stepping is None else [stepping.optimizer, phase.balance]
         # The audit is told the patterns, not the plan: it draws the line itself, and fingerprints what is behind it.
         # How many names they must match was the plan's affair: the audit counts plain tensor attributes as well.
         patterns = [text_of(pattern) for pattern in phase.freeze.patterns]
-        with self.audit.phase(phase.name, freeze=patterns, optimizers=optimizers) as record:
+        # What no active task reaches is frozen, unless the user lets it be: then it is not asked to train.
+        idle = () if self.config.unreached == "freeze" else phase.freeze.unreached
+        with self.audit.phase(phase.name, freeze=patterns, optimizers=optimizers, idle=idle):
             # From here on the file says that this phase began, and that nothing is proven of it yet.
             write_json(self.outcome.run_dir / "audit.json", self.audit.report.to_json())
             # What is frozen whole need not be recorded for a backward that never comes.
             parts.model.trunk_is_frozen = is_frozen(phase.freeze.plan, "trunk")
+            self.gradients.enter(phase.name, phase.tasks, self.step + 1 - self.scheduler.state_dict()["steps"])
             change = None
             while change is None:
                 change = self.run_epoch(phase, stepping)
             phase.balance.after_phase()
         write_json(self.outcome.run_dir / "audit.json", self.audit.report.to_json())
-        if record.num_trained == 0 and record.num_trainable:
-            logger.warning(f"{change.ended}: not one of its {record.num_trainable} trainable parameters changed")
         logger.info(f"{change.ended}: {change.reason}" + (f"; next phase: {change.entered}" if change.entered else ""))
 
     def run_epoch(self, phase: Phase, stepping: Stepping | None) -> PhaseChange | None:
@@ -218,7 +209,9 @@ class Trainer:
                 window_losses = []
                 for batch in window:
                     batch = batch.to(parts.device)
-                    losses = self.losses(batch, phase.tasks)
+                    each = self.each_loss(batch, phase.tasks)
+                    self.gradients.before_backward(each, self.step + 1, log)
+                    losses = torch.stack(each)
                     total_loss = phase.balance(losses)
                     (total_loss / len(window)).backward()
                     window_losses.append(torch.cat([total_loss.detach()[None], losses.detach()]))
@@ -247,9 +240,13 @@ class Trainer:
 
     def losses(self, batch: Batch, tasks: Sequence[str]) -> Tensor:
         """The losses of some tasks on a batch, "t", float32."""
+        return torch.stack(self.each_loss(batch, tasks))
+
+    def each_loss(self, batch: Batch, tasks: Sequence[str]) -> list[Tensor]:
+        """The same losses apart, scalars, whose graphs part at the heads."""
         with self.autocast:
             outputs = self.parts.model(batch.images, tasks)
-        return torch.stack([self.parts.tasks[name].loss(outputs[name], batch.labels[name]) for name in tasks])
+        return [self.parts.tasks[name].loss(outputs[name], batch.labels[name]) for name in tasks]
 
     def seconds_since(self) -> float:
         """Time since the last call, or since the phase began."""
@@ -281,15 +278,6 @@ class Trainer:
 
     def note_best(self) -> None:
         self.outcome.best_score, self.outcome.best_step = self.keeper.best.score, self.keeper.best.step
-
-    def tell_unreached(self, phase: Phase) -> None:
-        every_name = [name for name, _ in self.parts.root.named_parameters(remove_duplicate=False)]
-        names = shorten(condense(phase.freeze.unreached, every_name), 6)
-        treated = "frozen for this phase" if self.config.unreached == "freeze" else "NOT frozen; it will not train"
-        level = logging.INFO if self.config.unreached == "freeze" else logging.WARNING
-        logger.log(
-            level, f"{phase.name}: no active task reaches {len(phase.freeze.unreached)} parameters ({names}): {treated}"
-        )
 
 
 def windows(batches: Iterator[Batch], size: int) -> Iterator[list[Batch]]:

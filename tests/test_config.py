@@ -86,7 +86,7 @@ def test_the_config_that_the_scripts_train_is_in_the_repository() -> None:
             "MODEL: {NOT_TRAIN: [a]}",
             "run.yaml:10: MODEL.NOT_TRAIN: unknown key; nearest: NOT_TRAIN_IN_MULTI_TASK",
         ),
-        (10, "audit: {x: 1}", "run.yaml:10: audit.x: unknown key; the keys here are policy"),
+        (10, "audit: {x: 1}", "run.yaml:10: audit.x: unknown key; the keys here are policy, gradients_every_steps"),
         # missing keys have the place of what is around them
         (1, "seed: 0", "run.yaml:1: name: this key is required"),
         (2, "trunk: {weights: none}", "run.yaml:2: trunk.name: this key is required"),
@@ -194,6 +194,18 @@ def test_a_mistake_is_named_with_place_key_and_what_was_expected(line: int, text
         (5, "  4d: {type: depth}", "run.yaml:5: tasks.4d: ", ", got '4d'"),
         (5, "  depth: 3", "run.yaml:5: tasks.depth: expected keys and values", ", got 3"),
         (2, "trunk: resnet18", "run.yaml:2: trunk: expected keys and values", ", got 'resnet18'"),
+        (
+            10,
+            "audit: {gradients_every_steps: -1}",
+            "run.yaml:10: audit.gradients_every_steps: expected a number greater than or equal to 0",
+            ", got -1",
+        ),
+        (
+            10,
+            "audit: {gradients_every_steps: often}",
+            "run.yaml:10: audit.gradients_every_steps: expected a valid integer",
+            ", got 'often'",
+        ),
         (10, "audit:", "run.yaml:10: audit: expected keys and values", ", got None"),
     ],
 )

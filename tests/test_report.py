@@ -6,6 +6,7 @@ import base64
 import io
 import re
 import shutil
+from itertools import combinations
 from pathlib import Path
 
 import pytest
@@ -36,6 +37,12 @@ def test_the_report_shows_verdict_phases_picture_and_configuration(
     assert "<td>finetune<td>trunk.conv1, trunk.bn1, heads.object<td>" in page
     assert "name: test_resnet" in page
     assert "http" not in page, "nothing is loaded from elsewhere"
+    assert "<h3>finetune, step 6</h3>" in page and "arXiv 2001.06782" in page
+    assert "<h3>warm-heads" not in page, "of a frozen trunk there is nothing to say"
+    assert page.count('alt="gradients of finetune, step 6"') == 1
+    pairs = re.findall(r"<tr><td>(\w+)<td>(\w+)<td>(-?[\d.]+)<td>[\d.]+<td>(yes|no)</tr>", page)
+    assert [pair[:2] for pair in pairs] == [*combinations(("segmentation", "depth", "normals", "object"), 2)]
+    assert all((float(cosine) < 0) == (conflict == "yes") for *_, cosine, conflict in pairs)
     embedded = base64.b64decode(re.search(r"base64,([^\"]+)", page)[1])  # type: ignore[index]
     assert embedded == picture.read_bytes()
     image = Image.open(io.BytesIO(embedded))
@@ -56,6 +63,11 @@ def test_violations_are_listed_and_names_are_escaped(tmp_path: Path) -> None:
     page = write_report(parts, outcome.run_dir).read_text()
     assert 'Audit: <b class="broken">violations</b>' in page
     assert "<code>trunk.conv1.0.weight</code> param_changed: its bytes differ" in page
+
+
+def test_a_run_without_gradient_analysis_has_no_such_section(tmp_path: Path) -> None:
+    parts = tiny_parts(tmp_path, "audit.gradients_every_steps=0", phases=[{"name": "a", "steps": 1}])
+    assert "Gradients" not in write_report(parts, train(parts, quiet=True).run_dir).read_text()
 
 
 @pytest.mark.parametrize("lacking", ["config.yaml", "audit.json", "checkpoints"])

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import io
 import json
 import os
 import subprocess
@@ -9,6 +10,7 @@ import sys
 from pathlib import Path
 
 import pytest
+from PIL import Image
 
 import wandb_file
 from mtl.config import TrackingConfig
@@ -33,6 +35,32 @@ def test_an_offline_run_holds_configuration_rows_and_summary(tmp_path: Path) -> 
     config = wandb_file.config(file)
     assert (config["seed"], config["trunk"]) == (3, {"name": "resnet18"})
     assert wandb_file.summary(file)["audit/ok"] is True
+
+
+def test_a_table_and_a_picture_are_in_wandb_at_their_step_and_only_there(tmp_path: Path) -> None:
+    tracker = Tracker(TrackingConfig(), tmp_path, "name", {})
+    file = io.BytesIO()
+    Image.new("RGB", (3, 2)).save(file, format="png")
+    tracker.log(ROWS[0])
+    tracker.log_table("a/table", ["x", "y"], [("p", 1.5), ("q", None), ("r", float("nan"))], step=1)
+    tracker.log_picture("a/picture", file.getvalue, step=1)
+    tracker.log(ROWS[1])
+    tracker.finish({}, failed=False)
+    first, second = wandb_file.history(wandb_file.offline_file(tmp_path))
+    assert (first["a/table/nrows"], first["a/picture/width"], first["train/loss"]) == (3, 3, 2.5)
+    assert not any(key.startswith("a/") for key in second)
+    (folder,) = tmp_path.glob("wandb/offline-run-*/files")
+    assert json.loads((folder / first["a/table/path"]).read_text())["data"][:2] == [["p", 1.5], ["q", None]]
+    assert (folder / first["a/picture/path"]).is_file()
+    assert len((tmp_path / "metrics.jsonl").read_text().splitlines()) == 2
+
+
+def test_without_wandb_no_picture_is_drawn(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setenv("WANDB_MODE", "disabled")
+    tracker = Tracker(TrackingConfig(), tmp_path, "name", {})
+    tracker.log_table("table", ["x"], [[1.0]], step=1)
+    tracker.log_picture("picture", lambda: pytest.fail("drawn"), step=1)
+    assert not [*tmp_path.iterdir()]
 
 
 def test_metrics_jsonl_has_one_object_a_line_and_null_for_what_is_not_a_number(tmp_path: Path) -> None:

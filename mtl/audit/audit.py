@@ -2,33 +2,33 @@
 
 from __future__ import annotations
 
+import sys
 import warnings
-from collections.abc import Iterator, Sequence
+from collections.abc import Iterator, Mapping, Sequence
 from contextlib import contextmanager
-from typing import Literal, get_args
+from functools import partial
+from typing import Any, Literal, get_args
 
 from torch import nn
-from torch.nn.modules.batchnorm import _NormBase
 from torch.optim import Optimizer
+from torch.utils.hooks import RemovableHandle
 
-from mtl.audit import causes
-from mtl.audit.contract import Contract, Place, draw_contract, shared_memory
-from mtl.audit.fingerprint import fingerprint, root
-from mtl.audit.membership import HoldsParameters, Membership
+from mtl.audit.contract import Subject
+from mtl.audit.membership import HoldsParameters, tells_of_steps
+from mtl.audit.phasewatch import PhaseWatch
 from mtl.audit.report import AuditError, PhaseRecord, Report, Violation
-from mtl.audit.watched import Watched
-from mtl.moduletree import unwrap
-from mtl.patterns import PatternError, PatternLike, as_list
+from mtl.patterns import PatternLike, as_list
 
 Policy = Literal["raise", "warn", "collect", "restore"]
 
 
 class GradientAudit:
-    """Proves that frozen tensors stay bit-identical and receive no gradient.
+    """Proves that frozen tensors stay bit-identical and receive no gradient, and that all others train.
 
-    Between steps it looks at cheap signs (tripwires), with no host sync on a GPU; whenever it is asked to `verify`, and
-    when a phase ends, it compares the bytes of every frozen tensor. A tensor's version counter makes it look at the
-    bytes at once, but is never itself a verdict. What happens between two phases is not watched.
+    Between steps it looks at cheap signs (tripwires), at the bytes of small buffers, and at those of some parameters in
+    turn, with no host sync on a GPU; whenever it is asked to `verify`, and when a phase ends, it compares the bytes of
+    every frozen tensor. A tensor's version counter makes it look at the bytes, but is never itself a verdict. What
+    happens between two phases is not watched. It keeps a copy of every frozen tensor on the host.
     """
 
     def __init__(
@@ -37,35 +37,40 @@ class GradientAudit:
         freeze: PatternLike | Sequence[PatternLike] = (),
         optimizers: Sequence[HoldsParameters] = (),
         policy: Policy = "raise",
+        also: Mapping[str, nn.Module] | None = None,
+        ema: nn.Module | None = None,
     ) -> None:
         """Args:
             model: The module whose tensors are watched; of a wrapper (DDP, torch.compile), the module inside it.
-            freeze: Patterns (see `mtl.patterns`) of what must not move; `phase` may name others.
-            optimizers: Every optimizer that steps parameters of the model.
+            freeze: Patterns (see `mtl.patterns`) of what must not move; `phase` may name others. Rows of a tensor are
+                `head.weight[0:10]`.
+            optimizers: Every optimizer that steps parameters of the model; with none, it is not asked what trains.
             policy: What a violation does: raise `AuditError`, warn and go on, only collect, or restore: put the frozen
-                bits, flags and modes back and go on, for which a copy of every frozen tensor is kept.
+                bits, flags and modes back and go on.
+            also: Modules beside the model that take part in training, such as losses that learn; the names of their
+                tensors begin with the names given here.
+            ema: An averaged copy of the model: what is frozen in the model must keep its bits there as well (`ema.*`).
 
         Raises:
             ValueError: The policy is none of these.
+            TypeError: What is given as optimizers is no list of such.
         """
         if policy not in get_args(Policy):
             raise ValueError(f"expected the policy raise, warn, collect or restore, got {policy!r}")
         self.report = Report()
-        self._model = unwrap(model)
+        self._subject = Subject(model, dict(also or {}), ema)
         self._freeze = as_list(freeze)
-        self._optimizers = list(optimizers)
+        self._optimizers = _checked(optimizers)
         self._policy = policy
-        self._record: PhaseRecord | None = None
-        self._contract = Contract((), [], [], [])
-        self._membership = Membership([], [])
-        self._watched: list[Watched] = []
-        self._free_digests: dict[str, str] = {}
-        self._frozen_norms: list[tuple[str, nn.Module]] = []
+        self._open: PhaseWatch | None = None
         self._seen: set[tuple[str, str]] = set()
+        self._handles: list[RemovableHandle] = []
 
     def watch(self, optimizer: HoldsParameters) -> None:
         """Adds an optimizer that was built after the audit."""
-        self._optimizers.append(optimizer)
+        self._optimizers += _checked([optimizer])
+        if self._open is not None:
+            self._listen(optimizer)
 
     def attach(self, *optimizers: Optimizer) -> None:
         """Looks at every step of these optimizers by itself: a loop then needs nothing of the audit but `phase`.
@@ -74,17 +79,9 @@ class GradientAudit:
         """
         for number, optimizer in enumerate(optimizers):
             self.watch(optimizer)
-            optimizer.register_step_pre_hook(self._before_step)
+            optimizer.register_step_pre_hook(lambda *_: self.after_backward() if self._open is not None else None)
             if number == 0:
-                optimizer.register_step_post_hook(self._behind_step)
-
-    def _before_step(self, *_: object) -> None:
-        if self._record is not None:
-            self.after_backward()
-
-    def _behind_step(self, *_: object) -> None:
-        if self._record is not None:
-            self.after_step()
+                optimizer.register_step_post_hook(lambda *_: self.after_step() if self._open is not None else None)
 
     @contextmanager
     def phase(
@@ -92,33 +89,75 @@ class GradientAudit:
         name: str,
         freeze: PatternLike | Sequence[PatternLike] | None = None,
         optimizers: Sequence[HoldsParameters] | None = None,
+        idle: PatternLike | Sequence[PatternLike] = (),
     ) -> Iterator[PhaseRecord]:
-        """Opens a phase: draws its contract and fingerprints it; at the end compares every byte.
+        """A phase as a `with` block; an exception inside it leaves it unproven.
+
+        Args, Raises: as for `begin` and `end`.
+        """
+        record = self.begin(name, freeze, optimizers, idle)
+        try:
+            yield record
+            self.end()
+        finally:
+            self.abandon()
+
+    def begin(
+        self,
+        name: str,
+        freeze: PatternLike | Sequence[PatternLike] | None = None,
+        optimizers: Sequence[HoldsParameters] | None = None,
+        idle: PatternLike | Sequence[PatternLike] = (),
+    ) -> PhaseRecord:
+        """Opens a phase: draws its contract and takes the fingerprints.
 
         Args:
             name: The phase's name in the report.
             freeze: Patterns of this phase, if they are others than the audit's.
             optimizers: Optimizers of this phase, if they are others than before; they stay for later phases.
+            idle: Patterns of what is not frozen, and may stay as it is all the same.
 
         Raises:
             PatternError: A pattern cannot be read or selects nothing.
-            AuditError: Under the policy `raise`, the contract is broken, at the beginning or at the end.
+            ValueError: A frozen tensor has no bytes that can be read, or the average has nothing of what is frozen.
+            AuditError: Under the policy `raise`, the contract is broken already.
             RuntimeError: Another phase is open.
         """
-        if self._record is not None:
-            raise RuntimeError(f"phase {self._record.name!r} is still open")
+        if self._open is not None:
+            raise RuntimeError(f"phase {self._open.record.name!r} is still open")
         if optimizers is not None:
-            self._optimizers = list(optimizers)
-        self._begin(name, self._freeze if freeze is None else as_list(freeze))
-        record = self._open()
+            self._optimizers = _checked(optimizers)
+        patterns = self._freeze if freeze is None else as_list(freeze)
+        self._open = watch = PhaseWatch(name, self._subject, patterns, as_list(idle), self._optimizers)
+        self._seen = set()
+        self.report.phases.append(watch.record)
         try:
-            self._check_contract()
-            yield record
-            self.verify()
-            record.num_trained = self._count_trained()
-            record.completed = True
+            for optimizer in self._optimizers:
+                self._listen(optimizer)
+            self._settle(watch.at_begin())
+        except BaseException:
+            self.abandon()
+            raise
+        return watch.record
+
+    def end(self) -> None:
+        """Closes the phase: compares every byte, and asks whether what was meant to train did.
+
+        Raises:
+            AuditError: Under the policy `raise`, the contract is broken.
+        """
+        watch = self._watch()
+        try:
+            self._settle(watch.at_end())
+            watch.record.completed = True
         finally:
-            self._record = None
+            self.abandon()
+
+    def abandon(self) -> None:
+        """Closes the phase, if one is open, with nothing proven: its record is not completed."""
+        for handle in self._handles:
+            handle.remove()
+        self._handles, self._open = [], None
 
     def after_backward(self) -> None:
         """Call between `backward()` and `step()`: no frozen tensor may have a gradient.
@@ -126,13 +165,7 @@ class GradientAudit:
         Raises:
             AuditError: Under the policy `raise`, the contract is broken.
         """
-        record, found = self._open(), []
-        record.num_tripwire_checks += len(self._watched) + len(self._frozen_norms)
-        for watched in self._watched:
-            if watched.tensor.grad is not None:
-                cause = causes.LATE_FREEZE if watched.tensor.requires_grad else causes.STALE_GRADIENT
-                found.append(self._violation("grad_present", watched.place, cause, "has a gradient"))
-        self._settle(found + self._train_mode())
+        self._settle(self._watch().after_backward())
 
     def after_step(self) -> None:
         """Call after `step()`: counts the step, and looks at every frozen tensor's flags, identity and version.
@@ -140,16 +173,7 @@ class GradientAudit:
         Raises:
             AuditError: Under the policy `raise`, the contract is broken.
         """
-        record, found = self._open(), []
-        record.num_steps += 1
-        record.num_tripwire_checks += len(self._watched) + len(self._frozen_norms)
-        unlinked = self._contract.is_unlinked()
-        suspects = {id(watched.place.owner) for watched in self._watched if watched.shows_a_sign()}
-        for watched in self._watched:
-            # A sign on one tensor puts all of its module under suspicion: BatchNorm's statistics move without a sign,
-            # its counter does not.
-            found += self._look_at(watched, unlinked, compare=id(watched.place.owner) in suspects)
-        self._settle(found + self._train_mode() + self._optimizer_membership())
+        self._settle(self._watch().after_step())
 
     def verify(self) -> None:
         """Compares the bytes of every frozen tensor with those it began with, whatever the signs say.
@@ -159,135 +183,49 @@ class GradientAudit:
         Raises:
             AuditError: Under the policy `raise`, the contract is broken.
         """
-        found = self._newcomers()
-        for watched in self._watched:
-            found += self._look_at(watched, unlinked=True, compare=True)
-        self._settle(found + self._train_mode() + self._optimizer_membership())
+        self._settle(self._watch().verify())
 
-    def _begin(self, name: str, freeze: list[PatternLike]) -> None:
-        self._contract = draw_contract(self._model, freeze)
-        self._membership = Membership(self._contract.frozen, self._contract.free)
-        self._watched = [
-            Watched(place, tensor, keep=self._policy == "restore")
-            for place in self._contract.frozen
-            if (tensor := place.look()) is not None
-        ]
-        norms = {
-            id(place.owner): (place.module_name, place.owner)
-            for place in self._contract.frozen
-            if place.kind == "buffer" and isinstance(place.owner, _NormBase)
-        }
-        self._frozen_norms = list(norms.values())
-        self._seen = set()
-        self._free_digests = self._fingerprint_free()
-        digests = {watched.place.name: watched.digest for watched in self._watched}
-        self._record = PhaseRecord(
-            name, list(self._contract.patterns), digests, root(digests), num_trainable=len(self._free_digests)
-        )
-        self.report.phases.append(self._record)
+    def _listen(self, optimizer: HoldsParameters) -> None:
+        """Has an optimizer tell of its steps, while the phase is open."""
+        watch = self._watch()
+        if tells_of_steps(optimizer):
+            self._handles.append(optimizer.register_step_post_hook(partial(_note_step, watch)))
 
-    def _open(self) -> PhaseRecord:
-        if self._record is None:
+    def _watch(self) -> PhaseWatch:
+        if self._open is None:
             raise RuntimeError("no phase is open: the audit works inside `with audit.phase(name):`")
-        return self._record
-
-    def _check_contract(self) -> None:
-        """What can be wrong before the first step."""
-        found = []
-        for frozen, free in shared_memory(self._contract):
-            detail = f"lies in the same memory as {free.name}, which is not frozen"
-            found.append(self._violation("shared_storage", frozen, causes.SHARED, detail))
-        for watched in self._watched:
-            found += self._look_at(watched, unlinked=False, compare=False)
-            if watched.tensor.grad is not None:
-                detail = "has a gradient before the first step"
-                found.append(self._violation("grad_present", watched.place, causes.STALE_GRADIENT, detail))
-        self._settle(found + self._optimizer_membership())
-
-    def _look_at(self, watched: Watched, unlinked: bool, compare: bool) -> list[Violation]:
-        """One frozen tensor: is it still there, does it ask for no gradient, does it have the bytes it began with."""
-        place, tensor = watched.place, watched.tensor
-        current = place.look_from(self._model) if unlinked else place.look()
-        if current is not tensor:
-            # What a module remembers of its last forward is a new tensor each time; only parameters and buffers stay.
-            if place.kind == "attr":
-                return []
-            detail = "is gone" if current is None else "is another tensor than when the phase began"
-            return [self._violation("identity_changed", place, causes.REPLACED, detail)]
-        found = []
-        if tensor.requires_grad:
-            found.append(self._violation("requires_grad", place, causes.STILL_REQUIRED, "requires a gradient"))
-        if compare:
-            self._open().num_fingerprint_checks += 1
-            if watched.has_changed():
-                groups = [group for optimizer in self._optimizers for group in optimizer.param_groups]
-                cause = causes.of_change(place, tensor, groups)
-                detail = "its bytes differ from the first ones"
-                found.append(self._violation(f"{place.kind}_changed", place, cause, detail))
-        return found
-
-    def _newcomers(self) -> list[Violation]:
-        """Parameters and buffers that now hang behind the line and were not there when the phase began."""
-        try:
-            now = draw_contract(self._model, self._contract.patterns)
-        except PatternError:
-            return []  # nothing of what was frozen is left; each tensor is found to be gone
-        known = {place.name for place in self._contract.frozen}
-        self._membership = Membership(self._contract.frozen, now.free)
-        detail = "was not there when the phase began"
-        return [
-            self._violation("identity_changed", place, causes.REPLACED, detail)
-            for place in now.frozen
-            if place.kind != "attr" and place.name not in known
-        ]
-
-    def _train_mode(self) -> list[Violation]:
-        phase = self._open()
-        training = [(name, type(norm).__name__) for name, norm in self._frozen_norms if norm.training]
-        return [
-            Violation("train_mode", name, phase.name, phase.num_steps, causes.TRAIN_MODE, f"{kind} is in train mode")
-            for name, kind in training
-        ]
-
-    def _optimizer_membership(self) -> list[Violation]:
-        explained = {
-            "in_optimizer": (causes.EARLY_OPTIMIZER, "is held by an optimizer, whose decay or momentum could move it"),
-            "not_in_optimizer": (causes.LATE_THAW, "is not frozen and requires a gradient, but no optimizer holds it"),
-        }
-        breaches = self._membership.look(self._optimizers)
-        return [self._violation(kind, place, *explained[kind]) for kind, place in breaches]
-
-    def _fingerprint_free(self) -> dict[str, str]:
-        """Fingerprints of the parameters outside the contract."""
-        free = [place for place in self._contract.free if place.kind == "param"]
-        return {place.name: fingerprint(tensor) for place in free if (tensor := place.look()) is not None}
-
-    def _count_trained(self) -> int:
-        now = self._fingerprint_free()
-        return sum(now.get(name) != digest for name, digest in self._free_digests.items())
-
-    def _violation(self, kind: str, place: Place, cause: str, detail: str) -> Violation:
-        phase = self._open()
-        return Violation(kind, place.name, phase.name, phase.num_steps, cause, detail)
+        return self._open
 
     def _settle(self, found: list[Violation]) -> None:
         """Records what has not been recorded in this phase, and does what the policy says."""
+        watch = self._watch()
         if found and self._policy == "restore":
-            self._restore()
+            watch.put_back()
         new = [violation for violation in found if (violation.kind, violation.name) not in self._seen]
         if not new:
             return
         self._seen |= {(violation.kind, violation.name) for violation in new}
-        self._open().violations.extend(new)
+        watch.record.violations.extend(new)
         if self._policy == "raise":
             raise AuditError(new)
         if self._policy == "warn":
             for violation in new:
-                warnings.warn(str(violation), stacklevel=3)
+                warnings.warn(str(violation), stacklevel=_depth_of_the_caller())
 
-    def _restore(self) -> None:
-        """Puts back what can be put back: bits, flags and modes; a tensor that was replaced is only reported."""
-        for watched in self._watched:
-            watched.put_back()
-        for _, norm in self._frozen_norms:
-            norm.eval()
+
+def _checked(optimizers: Sequence[HoldsParameters]) -> list[HoldsParameters]:
+    if hasattr(optimizers, "param_groups") or not all(hasattr(each, "param_groups") for each in optimizers):
+        raise TypeError(f"expected a list of optimizers, each with param_groups, got {optimizers!r}")
+    return list(optimizers)
+
+
+def _note_step(watch: PhaseWatch, optimizer: Optimizer, *_: Any) -> None:
+    watch.note_step(optimizer)
+
+
+def _depth_of_the_caller() -> int:
+    """How many calls lie between a warning and the code that is not the audit's."""
+    depth, frame = 1, sys._getframe(1)
+    while frame.f_back is not None and frame.f_globals["__name__"] in (__name__, "contextlib"):
+        depth, frame = depth + 1, frame.f_back
+    return depth

@@ -2,38 +2,112 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterable
+from collections.abc import Iterable, Sequence
+from difflib import SequenceMatcher
 from typing import Any
 
-from torch import Tensor
+import torch
+from torch import Tensor, nn
 from torch.nn.modules.batchnorm import _NormBase
 
-from mtl.audit.contract import Place
+from mtl.audit.difference import bits_of
+from mtl.audit.places import Place
+from mtl.audit.watched import Watched
 
 STALE_GRADIENT = "a gradient left from before the freeze; set grad = None when freezing"
 LATE_FREEZE = "it required a gradient when the loss was computed; enforce the freeze before the forward"
 STILL_REQUIRED = "requires_grad was not switched off, or was switched on again after the freeze"
-REPLACED = "the module or tensor was replaced after the freeze"
+REPLACED = "the module or tensor was replaced after the freeze; replace before, and build the optimizer anew"
 TRAIN_MODE = "a .train() after the freeze; keep the frozen module in eval mode"
 EARLY_OPTIMIZER = "the optimizer was built before the freeze; build it from what trains only"
 LATE_THAW = "thawed after the optimizer was built; rebuild the optimizer when a phase begins"
 SHARED = "a tied or viewed tensor; freeze both names or neither"
+TWICE = "two param groups or optimizers step it; give each parameter to one"
+HIDDEN = (
+    "its module is in a Python list or dictionary, where parameters() does not look; use nn.ModuleList or ModuleDict"
+)
+PLAIN_TENSOR = "a plain tensor is no parameter, so that parameters() left it out; wrap it in nn.Parameter"
+NOT_THAWED = "requires_grad was left off; switch it on when the phase begins, or name it in freeze"
+ZERO_GRADIENT = (
+    "its path to the loss is multiplied by zero (a dead layer, a mask, a loss weight of 0); or name it in freeze"
+)
+NO_GRADIENT = "no loss depends on it (not called, detached, under no_grad, a task left out); or name it in freeze"
+NEVER_STEPPED = (
+    "step() of its optimizer was not called while the gradient was there (forgotten, skipped by a grad scaler, or after"
+    " zero_grad()); call backward, step, zero_grad in this order"
+)
+ZERO_RATE = "its param group has the learning rate 0; give it one, or name it in freeze"
+TOO_SMALL = (
+    "its updates are smaller than its type can hold, or something writes it back; raise the rate, or use float32"
+)
 
 _FROM_WHAT_TRAINS = "build the optimizer from what trains only"
+_FLAG = "requires_grad"
 
 
-def of_change(place: Place, tensor: Tensor, param_groups: Iterable[dict[str, Any]]) -> str:
-    """Why a frozen tensor's bytes may have changed."""
+def of_flag(tensor: Tensor, modules: Iterable[nn.Module]) -> str | None:
+    """Why a flag that was meant to be set is not: it was written where torch does not read it.
+
+    Args:
+        tensor: The parameter.
+        modules: The modules around it, the innermost first.
+    """
+    for module in modules:
+        if _FLAG in vars(module):
+            kind = type(module).__name__
+            return (
+                f"`{_FLAG} = ...` was set on a {kind}, where it means nothing; call requires_grad_(...) on the module"
+            )
+    for holder in (tensor, *modules):
+        for key in vars(holder):
+            if key != _FLAG and SequenceMatcher(None, key, _FLAG).ratio() > 0.85:
+                return f"`{key} = ...` was set, which torch does not know; the name is {_FLAG}"
+    return None
+
+
+def of_replacement(place: Place) -> str:
+    """Why a tensor no longer hangs in its place."""
+    owner, key = place.owner, place.key
+    if key in getattr(owner, "parametrizations", {}):
+        return f"a parametrization of {key} was registered after the freeze; register it before"
+    for suffix, what in (("_orig", "pruning"), ("_g", "weight norm"), ("_v", "weight norm")):
+        if f"{key}{suffix}" in owner._parameters:
+            return f"{what} was put on {key} after the freeze; do it before"
+    if key in owner._parameters:
+        return (
+            "it was registered anew after the freeze (load_state_dict(assign=True), a new nn.Parameter); do it before"
+        )
+    return REPLACED
+
+
+def of_change(watched: Watched, content: Tensor, groups: Sequence[dict[str, Any]]) -> str:
+    """Why a frozen tensor's bytes may have changed.
+
+    Args:
+        watched: The tensor.
+        content: Its bytes now, on the host.
+        groups: The param groups of all watched optimizers.
+    """
+    place, tensor = watched.place, watched.tensor
     owner = type(place.owner).__name__
+    if place.is_copy:
+        return "the average is not exact for what is frozen; average what trains only, or by lerp"
     if place.kind == "attr":
         return f"code of {owner} writes to this attribute; take it out of the freeze if it is meant to change"
+    if place.kind == "buffer" and isinstance(place.owner, _NormBase) and not place.owner.training:
+        return (
+            f"{owner} is in eval mode now: it was in train mode for a while, or code writes to its statistics"
+            " (load_state_dict, DDP); keep the frozen module in eval mode throughout"
+        )
     if place.kind == "buffer" and isinstance(place.owner, _NormBase):
         return f"{owner} was run in train mode, which updates its statistics; keep the frozen module in eval mode"
     if place.kind == "buffer":
         return f"the forward of {owner} or other code writes to this buffer; keep the frozen module in eval mode"
-    group = next((group for group in param_groups if any(p is tensor for p in group["params"])), None)
+    group = next((group for group in groups if any(p is tensor for p in group["params"])), None)
     if group is None:
-        return "written outside the optimizers (load_state_dict, re-initialisation, .data, an optimizer not watched)"
+        return _of_a_write(watched, content)
+    if place.rows is not None:
+        return "the optimizer moves these rows with the others; mask their gradient, without decay and momentum on them"
     if tensor.grad is not None and bool(tensor.grad.any()):
         return f"an optimizer stepped it with a gradient; set grad = None when freezing, and {_FROM_WHAT_TRAINS}"
     if group.get("weight_decay"):
@@ -41,3 +115,64 @@ def of_change(place: Place, tensor: Tensor, param_groups: Iterable[dict[str, Any
     if group.get("momentum") or group.get("betas"):
         return f"momentum moves a parameter whose gradient is zero; {_FROM_WHAT_TRAINS}"
     return f"an optimizer holds it and stepped; {_FROM_WHAT_TRAINS}"
+
+
+def _of_a_write(watched: Watched, content: Tensor) -> str:
+    """What wrote to a tensor that no watched optimizer holds, read off the bytes and the signs."""
+    before = watched.original
+    if before.shape != content.shape or before.dtype != content.dtype:
+        return "its shape or type was changed (.data, .half(), .to()) after the freeze; convert before"
+    if (narrow := _narrower(before, content)) is not None:
+        return f"it went through {narrow} and back (.half() or .bfloat16(), then .float()); leave frozen weights alone"
+    if bool(content.isnan().any()) and not bool(before.isnan().any()):
+        return "not-a-number was written outside the watched optimizers; look for the overflow, or the code that writes"
+    if torch.equal(_wide(before), _wide(content)):
+        return "only the sign of zeros changed, as by a multiplication or a conversion; do not write to frozen weights"
+    if torch.equal(_sorted(before), _sorted(content)):
+        return "its elements were permuted in place; permute before the freeze"
+    if (factor := _common_factor(before, content)) is not None:
+        return (
+            f"every element was multiplied by {factor:.6g}, as weight decay does; an optimizer that is not watched, or"
+            f" code, scales it: {_FROM_WHAT_TRAINS}"
+        )
+    if watched.was_moved():
+        return "its data was replaced (.data = ..., .to(), .half()) outside the optimizers; do it before the freeze"
+    if not watched.was_written():
+        return (
+            "written past torch's count (.data, a numpy alias, a fused optimizer not watched); write before the freeze"
+        )
+    return (
+        "written outside the watched optimizers (load_state_dict, re-initialisation, copy_, an optimizer not watched);"
+        " do it before the freeze, or watch the optimizer"
+    )
+
+
+def _narrower(before: Tensor, content: Tensor) -> str | None:
+    for narrow in (torch.float16, torch.bfloat16):
+        if before.dtype in (torch.float32, torch.float64):
+            there_and_back = before.to(narrow).to(before.dtype)
+            if torch.equal(bits_of(there_and_back), bits_of(content)):
+                return str(narrow).removeprefix("torch.")
+    return None
+
+
+def _wide(tensor: Tensor) -> Tensor:
+    return tensor.to(torch.complex128) if tensor.is_complex() else tensor.double()
+
+
+def _sorted(tensor: Tensor) -> Tensor:
+    return bits_of(tensor).sort().values
+
+
+def _common_factor(before: Tensor, content: Tensor) -> float | None:
+    """The factor between 0.5 and 1 that takes all elements of one tensor to the other's, up to rounding."""
+    if not before.is_floating_point() or before.numel() < 4:
+        return None
+    old, new = before.double().flatten(), content.double().flatten()
+    there = old != 0
+    if not bool(there.any()) or not bool(new.isfinite().all()):
+        return None
+    factor = float((new[there] / old[there]).median())
+    rounding = 4 * torch.finfo(before.dtype).eps
+    is_common = bool(((new - factor * old).abs() <= rounding * old.abs()).all())
+    return factor if is_common and 0.5 < factor < 1 else None

@@ -2,15 +2,15 @@
 
 from __future__ import annotations
 
-import math
 from collections.abc import Mapping, Sequence
 from dataclasses import asdict, dataclass
 from typing import Any, Literal
 
-import torch
 from torch import Tensor
 
+from mtl.audit.difference import size_of_change
 from mtl.audit.fingerprint import fingerprint
+from mtl.audit.rows import rows_in_words, split_rows
 from mtl.patterns import PatternLike, select
 
 Kind = Literal["value", "shape", "dtype", "missing", "new"]
@@ -76,9 +76,19 @@ def compare(
         PatternError: A pattern cannot be read, or selects nothing.
     """
     names = list(dict.fromkeys([*first, *second]))
-    chosen = select(freeze, names).names
-    found = [difference for name in chosen if (difference := _difference(name, first.get(name), second.get(name)))]
-    return Comparison(len(chosen) - len(found), tuple(found))
+    lengths = {name: min(_length(tensors.get(name)) for tensors in (first, second)) for name in names}
+    whole, rows = split_rows(freeze, lengths)
+    chosen = dict.fromkeys(select(whole, names).names)
+    pairs = [(name, first.get(name), second.get(name)) for name in chosen]
+    for name, parts in rows.items():
+        if name not in chosen:
+            pairs += [(rows_in_words(name, part), first[name][part], second[name][part]) for part in parts]
+    found = [difference for pair in pairs if (difference := _difference(*pair))]
+    return Comparison(len(pairs) - len(found), tuple(found))
+
+
+def _length(tensor: Tensor | None) -> int:
+    return len(tensor) if tensor is not None and tensor.ndim else 0
 
 
 def _difference(name: str, before: Tensor | None, after: Tensor | None) -> Difference | None:
@@ -90,9 +100,5 @@ def _difference(name: str, before: Tensor | None, after: Tensor | None) -> Diffe
         return Difference(name, "dtype")
     if fingerprint(before) == fingerprint(after):
         return None
-    bits_before, bits_after = (tensor.contiguous().reshape(-1).view(torch.uint8) for tensor in (before, after))
-    differ = (bits_before != bits_after).view(-1, before.element_size()).any(dim=1)
-    wide = torch.complex128 if before.is_complex() else torch.float64
-    delta = (after.reshape(-1)[differ].to(wide) - before.reshape(-1)[differ].to(wide)).abs()
-    max_abs = math.nan if bool(delta.isnan().any()) else delta.max().item()
-    return Difference(name, "value", max_abs, differ.double().mean().item())
+    size = size_of_change(before, after)
+    return Difference(name, "value", size.max_abs, size.share)

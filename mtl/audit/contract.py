@@ -1,61 +1,42 @@
-"""The contract of one phase: the tensors that must not move, each by the place where it hangs in the module tree."""
+"""The contract of one phase: the tensors that must not move, and all others, each by the place where it hangs."""
 
 from __future__ import annotations
 
-from collections.abc import Iterator, Sequence
-from dataclasses import dataclass
-from typing import Literal
+from collections.abc import Iterator, Mapping, Sequence
+from dataclasses import dataclass, replace
 
-from torch import Tensor, nn
+from torch import nn
 
-from mtl.moduletree import describe, join
+from mtl.audit.places import Module, Place, every_module, is_readable, places_in
+from mtl.audit.rows import rows_in_words, split_rows
+from mtl.moduletree import describe_modules
 from mtl.names import parents
-from mtl.patterns import PatternLike, partition, text_of
+from mtl.patterns import PatternLike, partition
 from mtl.storage import overlapping
-
-TensorKind = Literal["param", "buffer", "attr"]
 
 
 @dataclass(frozen=True)
-class Place:
-    """One name of one tensor.
+class Subject:
+    """What a contract is about.
 
     Attributes:
-        name: Full name.
-        kind: Parameter, buffer, or plain attribute.
-        owner: The module it hangs in.
-        key: Its name there.
-        hidden: Whether its module is kept in a Python list or dictionary, where torch does not see it.
+        model: The model.
+        also: Modules beside it that take part in training, such as losses that learn, by the names put before theirs.
+        ema: An averaged copy of the model, whose frozen tensors must not move either; named `ema.*`.
     """
 
-    name: str
-    kind: TensorKind
-    owner: nn.Module
-    key: str
-    hidden: bool = False
+    model: nn.Module
+    also: Mapping[str, nn.Module]
+    ema: nn.Module | None
 
-    @property
-    def module_name(self) -> str:
-        return self.name.rpartition(".")[0]
-
-    def look(self) -> Tensor | None:
-        """The tensor that hangs here now; None if there is none any more."""
-        return self._look_in(self.owner)
-
-    def look_from(self, root: nn.Module) -> Tensor | None:
-        """The same by way of the whole path from the root, which sees modules that were swapped since."""
-        if self.hidden:
-            return self.look()
-        try:
-            return self._look_in(root.get_submodule(self.module_name))
-        except AttributeError:
-            return None
-
-    def _look_in(self, owner: nn.Module) -> Tensor | None:
-        if self.kind == "param":
-            return owner._parameters.get(self.key)
-        found = owner._buffers.get(self.key) if self.kind == "buffer" else vars(owner).get(self.key)
-        return found if isinstance(found, Tensor) else None
+    def modules(self) -> list[Module]:
+        """Every module of the model and those beside it, by every path."""
+        found = every_module(self.model)
+        for name, module in self.also.items():
+            # A loss that holds the model itself adds nothing to it.
+            known = {each for _, each, _ in found}
+            found += [entry for entry in every_module(module, name) if entry[1] not in known]
+        return found
 
 
 @dataclass(frozen=True)
@@ -64,102 +45,109 @@ class Contract:
 
     Attributes:
         patterns: The patterns it was drawn from.
-        frozen: Every name of every frozen tensor.
-        free: Every name of every other tensor.
-        links: The ways from the root to frozen tensors: (module, name of its child, the child).
+        frozen: Every name of every frozen tensor, rows of tensors, and what an average has of them.
+        free: Every name of every other tensor; one of which only rows are frozen is free as well.
+        modules: Modules by path.
+        links: The ways to frozen tensors: (module, name of its child, the child).
     """
 
-    patterns: tuple[str, ...]
+    patterns: tuple[PatternLike, ...]
     frozen: list[Place]
     free: list[Place]
+    modules: dict[str, nn.Module]
     links: list[tuple[nn.Module, str, nn.Module]]
 
     def is_unlinked(self) -> bool:
         """Whether a module on the way to a frozen tensor is no longer the one it was."""
         return any(module._modules.get(key) is not child for module, key, child in self.links)
 
+    def around(self, place: Place) -> list[nn.Module]:
+        """The modules that a tensor hangs in, the innermost first."""
+        return [self.modules[path] for path in parents(f"{place.module_name}.{place.key}") if path in self.modules]
 
-def draw_contract(model: nn.Module, patterns: Sequence[PatternLike]) -> Contract:
-    """Resolves patterns against every tensor of a module: parameters, buffers (persistent or not), plain attributes.
 
-    Modules in Python lists and dictionaries are named as if these were modules, `trunk.experts.0.weight`. What of them
-    is frozen is held to the contract; what is not is left alone, since a teacher may be hidden there on purpose.
+def draw_contract(subject: Subject, patterns: Sequence[PatternLike]) -> Contract:
+    """Resolves patterns against every tensor: parameters, buffers (persistent or not), plain attributes.
+
+    What hangs in Python lists and dictionaries is held to the contract too, if it is frozen.
 
     Raises:
         PatternError: A pattern cannot be read or selects nothing.
+        ValueError: A frozen tensor cannot be read, or the average has none of what is frozen.
     """
-    places = list(_places(model))
+    modules = subject.modules()
+    by_path = {path: module for path, module, _ in modules}
+    places = list(places_in(modules))
+    lengths = {place.name: _length(place) for place in places}
+    whole, rows = split_rows(patterns, lengths)
     split = partition(
-        patterns,
+        whole,
         [place.name for place in places if place.kind == "param"],
         # A plain tensor attribute follows the rule of buffers: frozen by name, or with the parameters beside it.
         [place.name for place in places if place.kind != "param"],
-        describe(model),
+        describe_modules(by_path),
     )
     names = {*split.frozen, *split.frozen_buffers}
     frozen = [place for place in places if place.name in names]
-    return Contract(
-        tuple(map(text_of, patterns)),
-        frozen,
-        [place for place in places if place.name not in names and not place.hidden],
-        list(_links(model, [place for place in frozen if not place.hidden])),
-    )
+    free = [place for place in places if place.name not in names]
+    sliced = [
+        replace(place, name=rows_in_words(place.name, part), rows=part)
+        for place in free
+        for part in rows.get(place.name, ())
+    ]
+    for place in frozen:
+        if (tensor := place.look()) is not None and not is_readable(tensor):
+            raise ValueError(
+                f"{place.name} is frozen, but its bytes cannot be read (sparse, quantised, nested, meta, not yet made);"
+                f" take it back with !{place.name}"
+            )
+    copied = list(_copies(subject.ema, names)) if subject.ema is not None else []
+    links = list(_links(by_path, [place for place in frozen if not place.hidden]))
+    return Contract(tuple(patterns), [*frozen, *sliced, *copied], free, by_path, links)
 
 
-def _places(model: nn.Module) -> Iterator[Place]:
-    """Every name of every tensor; a module reached by two paths gives its tensors twice."""
-    seen = set(model.modules())
-    waiting = [(path, module, False) for path, module in model.named_modules(remove_duplicate=False)]
-    # What is found on the way is put at the end, and looked at in turn.
-    for path, module, hidden in waiting:
-        yield from _places_in(path, module, hidden)
-        for key, value in vars(module).items():
-            # torch's own dictionaries begin with an underscore; what is in them is known.
-            for inner, found in _modules_in(value) if not key.startswith("_") else ():
-                for name, each in found.named_modules():
-                    if each not in seen:
-                        seen.add(each)
-                        inside = f"{key}.{inner}.{name}" if name else f"{key}.{inner}"
-                        waiting.append((join(path, inside), each, True))
+def _copies(ema: nn.Module, frozen: set[str]) -> Iterator[Place]:
+    """What an average has of the frozen tensors.
+
+    Raises:
+        ValueError: It has none of them.
+    """
+    children = list(ema.named_children())
+    # Classes of many libraries keep the averaged model as their only child.
+    inner = children[0][1] if len(children) == 1 and children[0][0] == "module" else ema
+    copies = [place for place in places_in(every_module(inner)) if place.name in frozen]
+    if frozen and not copies:
+        raise ValueError("the average given as ema has no tensor under the name of any frozen one")
+    yield from (replace(place, name=f"ema.{place.name}", is_copy=True) for place in copies)
 
 
-def _places_in(path: str, module: nn.Module, hidden: bool) -> Iterator[Place]:
-    for key, parameter in module._parameters.items():
-        if parameter is not None:
-            yield Place(join(path, key), "param", module, key, hidden)
-    for key, buffer in module._buffers.items():
-        if buffer is not None:
-            yield Place(join(path, key), "buffer", module, key, hidden)
-    for key, value in vars(module).items():
-        # What a forward left behind with its graph, such as an attention map, is a result and not state.
-        if isinstance(value, Tensor) and value.grad_fn is None:
-            yield Place(join(path, key), "attr", module, key, hidden)
+def _length(place: Place) -> int:
+    tensor = place.look()
+    return tensor.shape[0] if tensor is not None and is_readable(tensor) and tensor.ndim else 0
 
 
-def _modules_in(value: object, depth: int = 3) -> Iterator[tuple[str, nn.Module]]:
-    """Modules in a list, tuple or dictionary, and in those inside it, each with the way to it."""
-    if not isinstance(value, list | tuple | dict) or not depth:
-        return
-    for key, inner in value.items() if isinstance(value, dict) else enumerate(value):
-        if isinstance(inner, nn.Module):
-            yield str(key), inner
-        else:
-            yield from ((f"{key}.{way}", module) for way, module in _modules_in(inner, depth - 1))
-
-
-def _links(model: nn.Module, frozen: list[Place]) -> Iterator[tuple[nn.Module, str, nn.Module]]:
+def _links(modules: dict[str, nn.Module], frozen: list[Place]) -> Iterator[tuple[nn.Module, str, nn.Module]]:
     on_the_way = {path for place in frozen for path in parents(place.name)}
-    modules = dict(model.named_modules(remove_duplicate=False))
     for path in on_the_way - {""}:
         parent, _, key = path.rpartition(".")
-        yield modules[parent], key, modules[path]
+        # Inside a wrapper, the child is not there under its own name.
+        if parent in modules and path in modules and modules[parent]._modules.get(key) is modules[path]:
+            yield modules[parent], key, modules[path]
 
 
 def shared_memory(contract: Contract) -> list[tuple[Place, Place]]:
-    """Pairs of a frozen and a free place whose tensors have bytes of memory in common."""
+    """Pairs of a frozen and a free place that have bytes in common, of which at least one is a parameter.
+
+    Buffers may be shared and only read, such as a table of positions; one that moves is found by its bytes.
+    """
     frozen, free = (
-        [(place, tensor) for place in places if (tensor := place.look()) is not None]
-        for places in (contract.frozen, contract.free)
+        [
+            (place, tensor)
+            for place in places
+            if place.rows is None and (tensor := place.look()) is not None and is_readable(tensor)
+        ]
+        for places in (contract.frozen, [place for place in contract.free if not place.hidden])
     )
     pairs = overlapping([tensor for _, tensor in frozen], [tensor for _, tensor in free])
-    return [(frozen[one][0], free[other][0]) for one, other in pairs]
+    found = [(frozen[one][0], free[other][0]) for one, other in pairs]
+    return [pair for pair in found if "param" in (pair[0].kind, pair[1].kind)]

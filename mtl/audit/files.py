@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import json
 import re
 from collections.abc import Iterator, Mapping
 from pathlib import Path
@@ -9,12 +10,22 @@ from typing import Any
 
 from torch import Tensor
 
+from mtl.audit.dcp import METADATA, file_inside, read_dcp
 from mtl.tensor_file import TensorFileError, read_tensor_file
 
 # What wrappers put before names (DataParallel and the like), or anywhere in them (torch.compile, FSDP, checkpointing).
 _WRAPPERS = re.compile(r"^(?:module\.)+|(?:_orig_mod|_fsdp_wrapped_module|_checkpoint_wrapped_module)\.")
 # Under these keys, training scripts put the weights beside other things.
 _WEIGHTS = ("state_dict", "model", "model_state_dict", "module")
+# What a folder may hold, the first that there is: whole, in shards with an index, or in chunks.
+_INDEX = ".index.json"
+_IN_FOLDERS = (
+    "model.safetensors",
+    f"model.safetensors{_INDEX}",
+    METADATA,
+    "pytorch_model.bin",
+    f"pytorch_model.bin{_INDEX}",
+)
 
 
 class UnreadableError(ValueError):
@@ -26,18 +37,16 @@ def read_tensors(path: Path) -> dict[str, Tensor]:
 
     Args:
         path: A `.safetensors` file; a file of `torch.save`, read with `weights_only`; or a folder with one
-            `model.safetensors`, as a run of `mtl` writes it.
+            `model.safetensors`, as a run of `mtl` writes it, with shards and their index, as Hugging Face writes
+            them, or with the chunks of `torch.distributed.checkpoint`.
 
     Raises:
         UnreadableError: There is no such file, it is damaged, holds code, or holds no tensors by name; or two of its
             names are one without the prefixes.
     """
-    file = path / "model.safetensors" if path.is_dir() else path
-    if not file.is_file():
-        there = " (a folder without model.safetensors)" if path.is_dir() else ""
-        raise UnreadableError(f"{path}: no such checkpoint{there}")
+    file = _main_file(path)
     try:
-        content = read_tensor_file(file)
+        content = _content(file)
     except TensorFileError as error:
         raise UnreadableError(f"{file}: cannot be read: {error}") from error
     tensors: dict[str, Tensor] = {}
@@ -48,6 +57,48 @@ def read_tensors(path: Path) -> dict[str, Tensor]:
         tensors[plain] = tensor
     if not tensors:
         raise UnreadableError(f"{file}: holds no tensors by name")
+    return tensors
+
+
+def _main_file(path: Path) -> Path:
+    """The file to begin with."""
+    if not path.is_dir():
+        if not path.is_file():
+            raise UnreadableError(f"{path}: no such checkpoint")
+        return path
+    found = next((path / name for name in _IN_FOLDERS if (path / name).is_file()), None)
+    if found is None:
+        raise UnreadableError(f"{path}: no such checkpoint (a folder with none of {', '.join(_IN_FOLDERS)})")
+    return found
+
+
+def _content(file: Path) -> Any:
+    if file.name == METADATA:
+        return read_dcp(file.parent, _WEIGHTS)
+    return _read_shards(file) if file.name.endswith(_INDEX) else read_tensor_file(file)
+
+
+def _read_shards(index: Path) -> dict[str, Tensor]:
+    """The tensors of all files that an index names; each file has to hold those that the index says, and no others."""
+    try:
+        placed = json.loads(index.read_text(encoding="utf-8"))["weight_map"].items()
+    except (OSError, ValueError, LookupError, TypeError, AttributeError, RecursionError) as error:
+        raise TensorFileError("it is no index with a weight_map") from error
+    expected: dict[Path, set[str]] = {}
+    for name, shard in placed:
+        expected.setdefault(file_inside(index.parent, shard), set()).add(name)
+    tensors: dict[str, Tensor] = {}
+    for file, names in expected.items():
+        try:
+            content = read_tensor_file(file)
+        except TensorFileError as error:
+            raise TensorFileError(f"{file.name}: {error}") from error
+        if not isinstance(content, Mapping):
+            raise TensorFileError(f"{file.name}: holds no tensors by name")
+        held = {str(name): value for name, value in content.items() if isinstance(value, Tensor)}
+        for name in sorted(names ^ held.keys()):
+            raise TensorFileError(f"{file.name}: {'lacks' if name in names else 'holds, and the index not,'} {name}")
+        tensors |= held
     return tensors
 
 

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import math
 from collections.abc import Iterable, Sequence
 from dataclasses import asdict, dataclass, field
 from typing import Any
@@ -15,12 +16,16 @@ class Violation:
 
     Attributes:
         kind: `param_changed`, `buffer_changed`, `attr_changed`, `grad_present`, `requires_grad`, `in_optimizer`,
-            `not_in_optimizer`, `identity_changed`, `train_mode`, or `shared_storage`.
+            `not_in_optimizer`, `in_several_groups`, `identity_changed`, `train_mode`, `shared_storage`,
+            `never_trained`, or `never_received_grad`.
         name: The tensor's full name; for `train_mode`, the module's.
         phase: The phase in which it was found.
         step: Steps done in the phase when it was found.
         cause: What most likely did it.
         detail: What was seen.
+        since: The last step after which it was known to be right; it happened between then and `step`.
+        max_abs: Of changed bytes, the largest difference of two elements; NaN if one is not a number.
+        share: Of changed bytes, the share of elements whose bits differ.
     """
 
     kind: str
@@ -29,10 +34,12 @@ class Violation:
     step: int
     cause: str
     detail: str
+    since: int
+    max_abs: float | None = None
+    share: float | None = None
 
     def __str__(self) -> str:
-        place = f"phase {self.phase!r}, step {self.step}, {self.name}"
-        return f"{place}: {self.kind}: {self.detail}; likely cause: {self.cause}"
+        return grouped([self])[0]
 
 
 def grouped(violations: Iterable[Violation]) -> list[str]:
@@ -45,8 +52,20 @@ def grouped(violations: Iterable[Violation]) -> list[str]:
     for (phase, step, kind, detail, cause), group in groups.items():
         names = shorten([violation.name for violation in group], 3)
         who = names if len(group) == 1 else f"{len(group)} tensors ({names})"
-        lines.append(f"phase {phase!r}, step {step}, {who}: {kind}: {detail}; likely cause: {cause}")
+        since = min(violation.since for violation in group)
+        # What is seen at once happened in that step; bytes may have changed in any step since they were last read.
+        when = f"step {step}" if since >= step - 1 else f"steps {since + 1} to {step}"
+        lines.append(f"phase {phase!r}, {when}, {who}: {kind}: {detail}{_size(group)}; likely cause: {cause}")
     return lines
+
+
+def _size(group: Sequence[Violation]) -> str:
+    """The largest change of a group, in words."""
+    sizes = [(v.max_abs, v.share) for v in group if v.max_abs is not None and v.share is not None]
+    if not sizes:
+        return ""
+    largest = max(sizes, key=lambda size: math.inf if math.isnan(size[0]) else size[0])[0]
+    return f" (by up to {largest:.3g}, in {max(share for _, share in sizes):.1%} of the elements)"
 
 
 class AuditError(RuntimeError):

@@ -2,54 +2,87 @@
 
 from __future__ import annotations
 
+from typing import Any
+
 import torch
 from torch import Tensor
 
-from mtl.audit.contract import Place
 from mtl.audit.fingerprint import fingerprint
+from mtl.audit.places import Place
 
 
 class Watched:
-    """A frozen tensor as it was when the phase began.
+    """A frozen tensor, or rows of one, as it was when the phase began.
 
     Attributes:
         place: Where it hangs.
-        tensor: The tensor itself.
-        digest: Its fingerprint then.
+        tensor: The whole tensor itself.
+        original: A copy of what is frozen of it, on the host.
+        digest: The fingerprint of that.
+        proven_at: The last step after which its bytes were found to be the first ones.
     """
 
-    def __init__(self, place: Place, tensor: Tensor, keep: bool) -> None:
-        """Args:
-        place: Where it hangs.
-        tensor: The tensor.
-        keep: Whether to keep a copy, from which it can be put back.
-        """
+    def __init__(self, place: Place, tensor: Tensor) -> None:
         self.place = place
         self.tensor = tensor
-        self.digest = fingerprint(tensor)
-        self._original = tensor.detach().clone() if keep else None
-        self._address, self._version = tensor.data_ptr(), _version(tensor)
+        self.original = self.part().detach().to("cpu", copy=True)
+        self.digest = fingerprint(self.original)
+        self.proven_at = 0
+        self.note_signs()
+
+    def part(self) -> Tensor:
+        """What is frozen of it; of a tensor that is spread over processes (FSDP), what is here."""
+        here = local(self.tensor)
+        return here if self.place.rows is None else here[self.place.rows]
+
+    def is_viewable(self) -> bool:
+        """Whether its bytes can be read without bringing them in order first."""
+        part = self.part()
+        return part.is_contiguous() and not part.is_conj() and not part.is_neg() and part.numel() > 0
+
+    def note_signs(self) -> None:
+        """Takes the present address and version for those of the first bytes."""
+        self._address, self._version = self.tensor.data_ptr(), _version(self.tensor)
 
     def shows_a_sign(self) -> bool:
         """Whether it may have been written to: a reason to look at its bytes, not a verdict."""
-        return self.tensor.data_ptr() != self._address or _version(self.tensor) != self._version
+        return self.was_moved() or self.was_written()
 
-    def has_changed(self) -> bool:
-        """Compares its bytes with those it began with."""
-        self._address, self._version = self.tensor.data_ptr(), _version(self.tensor)
-        return fingerprint(self.tensor) != self.digest
+    def was_moved(self) -> bool:
+        """Whether it lies elsewhere in memory than when the signs were noted."""
+        return self.tensor.data_ptr() != self._address
+
+    def was_written(self) -> bool:
+        """Whether torch has counted a write since the signs were noted."""
+        return _version(self.tensor) != self._version
+
+    def is_original(self, content: Tensor, step: int) -> bool:
+        """Compares bytes that were read after a step with the first ones."""
+        if fingerprint(content) != self.digest:
+            return False
+        self.proven_at = max(self.proven_at, step)
+        return True
 
     def put_back(self) -> None:
-        """Gives it the bits it began with, and no gradient."""
-        if self._original is None:
-            return
-        if self.tensor.is_leaf and self.tensor.requires_grad:
-            self.tensor.requires_grad_(False)
-        self.tensor.grad = None
-        if fingerprint(self.tensor) != self.digest:
-            with torch.no_grad():
-                self.tensor.copy_(self._original)
-        self._address, self._version = self.tensor.data_ptr(), _version(self.tensor)
+        """Gives it the bits it began with; what is frozen whole also gets no gradient."""
+        if self.place.is_held_whole:
+            if self.tensor.is_leaf and self.tensor.requires_grad:
+                self.tensor.requires_grad_(False)
+            self.tensor.grad = None
+        part = self.part()
+        # What was made by expand() has several elements in one place, and cannot be written to.
+        is_expanded = any(size > 1 and not stride for size, stride in zip(part.shape, part.stride(), strict=True))
+        if part.shape == self.original.shape and not is_expanded and fingerprint(part) != self.digest:
+            with torch.inference_mode(part.is_inference()), torch.no_grad():
+                part.copy_(self.original)
+        self.note_signs()
+
+
+def local(tensor: Tensor) -> Tensor:
+    """What this process holds of a tensor."""
+    spread: Any = tensor
+    whole: Tensor = spread.to_local() if hasattr(tensor, "to_local") else tensor
+    return whole
 
 
 def _version(tensor: Tensor) -> int:

@@ -119,9 +119,17 @@ TaskConfig = Annotated[
 
 
 class AuditConfig(Strict):
-    """What a violation of the contract does: `raise` stops the run, `warn` and `collect` go on, `restore` mends it."""
+    """What is looked at beyond the losses.
+
+    Attributes:
+        policy: What a violation of the contract does: `raise` stops the run, `warn` and `collect` go on, `restore`
+            mends it.
+        gradients_every_steps: The tasks' gradients on the trunk are compared on the first step of each phase and on
+            every such step after it; 0 for never. Costs a backward per task.
+    """
 
     policy: Literal["raise", "warn", "collect", "restore"] = "raise"
+    gradients_every_steps: Annotated[int, Field(ge=0)] = 500
 
 
 class TrackingConfig(Strict):

@@ -1,0 +1,33 @@
+"""What is said of the freezes of a run besides its numbers."""
+
+from __future__ import annotations
+
+import logging
+
+from mtl.assembly import Parts
+from mtl.console import logger
+from mtl.names import condense, shorten
+from mtl.phases import Phase
+
+
+def announce_classic(parts: Parts) -> None:
+    """Says what the classic list of substrings freezes, in the words in which it has always been said."""
+    substrings = parts.config.MODEL.NOT_TRAIN_IN_MULTI_TASK
+    if not substrings:
+        return
+    logger.info(f"use freeze for {substrings}")
+    for name in parts.phases[0].freeze.plan.names.frozen:
+        if any(substring in name for substring in substrings):
+            logger.info(f"freezing {name}")
+
+
+def tell_unreached(parts: Parts, phase: Phase) -> None:
+    """Says which parameters would train in a phase, but get no gradient, and what becomes of them."""
+    every_name = [name for name, _ in parts.root.named_parameters(remove_duplicate=False)]
+    names = shorten(condense(phase.freeze.unreached, every_name), 6)
+    is_frozen = parts.config.unreached == "freeze"
+    treated = "frozen for this phase" if is_frozen else "NOT frozen; it will not train"
+    level = logging.INFO if is_frozen else logging.WARNING
+    logger.log(
+        level, f"{phase.name}: no active task reaches {len(phase.freeze.unreached)} parameters ({names}): {treated}"
+    )

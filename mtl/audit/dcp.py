@@ -1,0 +1,277 @@
+"""Tensors out of a folder of `torch.distributed.checkpoint`; nothing in it is ever run.
+
+A pickle, `.metadata`, says which slice of which file holds which box of which tensor. It is read with stand-ins that
+only keep what was stored: no class that it names is called, neither torch's own nor anyone's.
+"""
+
+from __future__ import annotations
+
+import io
+import math
+import pickle
+from collections.abc import Iterable, Mapping, Sequence
+from dataclasses import dataclass, replace
+from pathlib import Path, PurePath, PurePosixPath, PureWindowsPath
+from typing import Any
+
+import torch
+from torch import Tensor
+from torch.nn import Parameter
+
+from mtl.console import first_line
+from mtl.tensor_file import TensorFileError
+
+METADATA = ".metadata"
+
+_PATHS = ("Path", "PosixPath", "WindowsPath", "PurePath", "PurePosixPath", "PureWindowsPath")
+_OF_METADATA = (
+    "Metadata",
+    "TensorStorageMetadata",
+    "BytesStorageMetadata",
+    "ChunkStorageMetadata",
+    "TensorProperties",
+    "MetadataIndex",
+    "StorageMeta",
+    "_MEM_FORMAT_ENCODING",
+)
+# What `.metadata` may name, besides types of elements and torch.Size.
+_KNOWN = (
+    *(f"torch.distributed.checkpoint.metadata.{name}" for name in _OF_METADATA),
+    "torch.distributed.checkpoint.filesystem._StorageInfo",
+    # Where earlier versions of torch had them.
+    "torch.distributed._shard.sharded_tensor.metadata.TensorProperties",
+    "torch.distributed._shard.sharded_tensor.metadata.MEM_FORMAT_ENCODING",
+    "torch.serialization._get_layout",
+    # Where the checkpoint was written, as a path; Python 3.13 has moved the classes.
+    *(f"{module}.{name}" for module in ("pathlib", "pathlib._local") for name in _PATHS),
+    # Python 3.11.2, for one, writes a member of an enum as a call of this; the stand-in looks nothing up.
+    "builtins.getattr",
+)
+
+
+class _Stored:
+    """Stands in for what the pickle calls: keeps the arguments and the attributes."""
+
+    def __init__(self, *arguments: object) -> None:
+        self.arguments = arguments
+
+    def __setstate__(self, state: object) -> None:
+        vars(self).update(state if isinstance(state, dict) else {"state": state})
+
+
+_STAND_INS = {name: type(name.rpartition(".")[2], (_Stored,), {}) for name in _KNOWN}
+
+
+class _Unpickler(pickle.Unpickler):
+    def find_class(self, module: str, name: str) -> Any:
+        if stand_in := _STAND_INS.get(f"{module}.{name}"):
+            return stand_in
+        # Not by getattr, for which torch imports some of its parts.
+        found = vars(torch).get(name) if module == "torch" else None
+        if found is torch.Size or isinstance(found, torch.dtype):
+            return found
+        raise TensorFileError(f"it names {module}.{name}, which the metadata of a checkpoint does not need; not run")
+
+
+@dataclass(frozen=True)
+class _Slice:
+    """Where one box of a tensor is: `length` bytes from `start` in a file."""
+
+    file: Path
+    start: int
+    length: int
+
+
+@dataclass(frozen=True)
+class _Entry:
+    """A tensor as the metadata describes it; `slices` has None for a box of no elements."""
+
+    path: tuple[str, ...]
+    dtype: torch.dtype
+    shape: torch.Size
+    boxes: tuple[tuple[torch.Size, torch.Size], ...]
+    slices: tuple[_Slice | None, ...]
+
+
+def read_dcp(folder: Path, weights: Sequence[str]) -> dict[str, Tensor]:
+    """The whole tensors of a distributed checkpoint, each put together from its chunks.
+
+    Args:
+        folder: A folder with `.metadata`.
+        weights: Keys of the state under which the weights may be: those under the first that there is are read,
+            without it, and all other tensors are left out. Without such a key, all are read.
+
+    Raises:
+        TensorFileError: A file is missing, damaged, or holds code; the chunks of a tensor leave a gap or overlap; or a
+            slice is compressed, or outside the folder.
+    """
+    metadata = _unpickled(folder / METADATA)
+    try:
+        entries = _entries(folder, metadata)
+    except TensorFileError:
+        raise
+    except (LookupError, TypeError, ValueError, AttributeError, ArithmeticError, RuntimeError) as error:
+        raise TensorFileError(f"it is not the metadata of a distributed checkpoint: {first_line(error)}") from error
+    tensors: dict[str, Tensor] = {}
+    for entry in _chosen(entries, weights):
+        name = ".".join(entry.path)
+        if name in tensors:
+            raise TensorFileError(f"two tensors are named {name}")
+        tensors[name] = _read(name, entry)
+    return tensors
+
+
+def _chosen(entries: Sequence[_Entry], weights: Sequence[str]) -> list[_Entry]:
+    """The entries under the first key of `weights` that there is, without it; all, if there is none.
+
+    The key may itself be under one key that all share: `{"app": {"model": ..., "optim": ...}}`, as torch teaches it.
+    """
+    inner = [replace(entry, path=entry.path[1:]) for entry in entries if len(entry.path) > 1]
+    outer = [entry.path[0] for entry in entries if len(entry.path) > 1]
+    for key in weights:
+        if key in outer:
+            return [entry for entry, first in zip(inner, outer, strict=True) if first == key]
+    is_under_one = len({entry.path[0] for entry in entries}) == 1
+    if is_under_one and any(len(entry.path) > 1 and entry.path[0] in weights for entry in inner):
+        return _chosen(inner, weights)
+    return list(entries)
+
+
+def file_inside(folder: Path, name: object) -> Path:
+    """The file of a folder that an index names; it may be a link, as in the cache of Hugging Face.
+
+    Raises:
+        TensorFileError: The name leads out of the folder, or there is no such file.
+    """
+    if not isinstance(name, str):
+        raise TensorFileError(f"it names {name!r} as a file")
+    # The file may have been written on the other system.
+    for form in (PurePosixPath(name), PureWindowsPath(name)):
+        if form.anchor or ".." in form.parts:
+            raise TensorFileError(f"it names {name}, which is outside the folder; not read")
+    file = folder / PurePath(name)
+    if not file.is_file():
+        raise TensorFileError(f"it names {name}, which is missing")
+    return file
+
+
+def assemble(
+    shape: Sequence[int], dtype: torch.dtype, chunks: Iterable[tuple[Sequence[int], Sequence[int], Tensor | None]]
+) -> Tensor:
+    """One tensor from its chunks, which have to cover it exactly.
+
+    Args:
+        shape: Of the whole.
+        dtype: Of the whole.
+        chunks: Offsets, sizes and elements of each; a chunk of no elements may have None.
+
+    Raises:
+        TensorFileError: A chunk reaches out of the tensor, two overlap, or there is a gap.
+    """
+    boxes = list(chunks)
+    for offsets, sizes, _ in boxes:
+        fits = len(offsets) == len(sizes) == len(shape)
+        if not fits or any(o < 0 or s < 0 or o + s > whole for o, s, whole in zip(offsets, sizes, shape, strict=True)):
+            raise TensorFileError(f"a chunk at {list(offsets)} of sizes {list(sizes)} is not inside {list(shape)}")
+    # Compared before any memory is taken: a shape is only a claim until there are chunks that fill it.
+    held, needed = sum(math.prod(sizes) for _, sizes, _ in boxes), math.prod(shape)
+    if held != needed:
+        raise TensorFileError(
+            f"its chunks {'leave a gap' if held < needed else 'overlap'}: {held} of {needed} elements"
+        )
+    whole, covered = torch.empty(tuple(shape), dtype=dtype), torch.zeros(tuple(shape), dtype=torch.bool)
+    for offsets, sizes, chunk in boxes:
+        if chunk is None:
+            continue
+        box = tuple(slice(o, o + s) for o, s in zip(offsets, sizes, strict=True))
+        if bool(covered[box].any()):
+            raise TensorFileError(f"its chunks overlap at {list(offsets)}, and leave a gap elsewhere")
+        whole[box], covered[box] = chunk, True
+    return whole
+
+
+def _unpickled(file: Path) -> Any:
+    try:
+        with file.open("rb") as stream:
+            return _Unpickler(stream).load()
+    except TensorFileError:
+        raise
+    except Exception as error:  # a damaged pickle raises nearly anything
+        raise TensorFileError(f"it is no pickle of metadata: {first_line(error)}") from error
+
+
+def _entries(folder: Path, metadata: Any) -> list[_Entry]:
+    """The tensors that the metadata names; every file that it names is looked at, whoever needs it."""
+    content = vars(metadata)
+    slices: dict[tuple[str, torch.Size | None], _Slice] = {}
+    for index, info in content["storage_data"].items():
+        place = vars(index)
+        # Others than tensors have no offset.
+        offset = place.get("offset")
+        slices[place["fqn"], None if offset is None else torch.Size(offset)] = _slice(folder, vars(info))
+    # How torch has flattened a nested state; without this, nothing was flattened, and a dot is part of a name.
+    paths = content.get("planner_data") or {}
+    return [
+        _entry(name, paths.get(name, (name,)), vars(stored), slices)
+        for name, stored in content["state_dict_metadata"].items()
+        if type(stored) is not _STAND_INS["torch.distributed.checkpoint.metadata.BytesStorageMetadata"]
+    ]
+
+
+def _entry(
+    name: str,
+    path: Sequence[object],
+    stored: Mapping[str, Any],
+    slices: Mapping[tuple[str, torch.Size | None], _Slice],
+) -> _Entry:
+    dtype, shape = vars(stored["properties"])["state"][0], torch.Size(stored["size"])
+    if not isinstance(name, str) or not isinstance(path, tuple) or not path or not isinstance(dtype, torch.dtype):
+        raise TypeError(f"{name!r} is not described as a tensor")
+    boxes = tuple((torch.Size(vars(chunk)["offsets"]), torch.Size(vars(chunk)["sizes"])) for chunk in stored["chunks"])
+    for offsets, sizes in boxes:
+        if math.prod(sizes) and (name, offsets) not in slices:
+            raise TensorFileError(f"{name}: its chunk at {list(offsets)} is in no file")
+    # A process whose share of a tensor is empty writes nothing, and several such shares have one offset.
+    found = tuple(slices[name, offsets] if math.prod(sizes) else None for offsets, sizes in boxes)
+    return _Entry(tuple(map(str, path)), dtype, shape, boxes, found)
+
+
+def _slice(folder: Path, info: Mapping[str, Any]) -> _Slice:
+    if info.get("transform_descriptors"):
+        raise TensorFileError(f"its files are written with {info['transform_descriptors']}, which is not undone here")
+    name, start, length = info["relative_path"], info["offset"], info["length"]
+    file = file_inside(folder, name)
+    if not (isinstance(start, int) and isinstance(length, int) and start >= 0 and length >= 0):
+        raise TypeError(f"a slice of {name} has no place")
+    if start + length > file.stat().st_size:
+        raise TensorFileError(f"{name} ends before byte {start + length}: it was cut short")
+    return _Slice(file, start, length)
+
+
+def _read(name: str, entry: _Entry) -> Tensor:
+    try:
+        loaded = [None if place is None else _load(place) for place in entry.slices]
+        for (offsets, sizes), chunk in zip(entry.boxes, loaded, strict=True):
+            if chunk is not None and (chunk.shape != sizes or chunk.dtype != entry.dtype):
+                raise TensorFileError(f"its chunk at {list(offsets)} has another shape or type than the metadata says")
+        return assemble(entry.shape, entry.dtype, [(*b, chunk) for b, chunk in zip(entry.boxes, loaded, strict=True)])
+    except TensorFileError as error:
+        raise TensorFileError(f"{name}: {error}") from error
+    except (RuntimeError, MemoryError) as error:  # a shape or type that torch cannot make
+        raise TensorFileError(f"{name}: {first_line(error)}") from error
+
+
+def _load(place: _Slice) -> Tensor:
+    try:
+        with place.file.open("rb") as stream:
+            stream.seek(place.start)
+            content = torch.load(io.BytesIO(stream.read(place.length)), map_location="cpu", weights_only=True)
+    except Exception as error:  # torch raises a dozen unrelated types for what is not its own
+        is_pickle = "Weights only" in str(error)
+        reason = "holds more than tensors and plain data; code in it is not run" if is_pickle else first_line(error)
+        raise TensorFileError(f"{place.file.name}: {reason}") from error
+    # Parameters are tensors too; a class with behaviour of its own is not.
+    if type(content) not in (Tensor, Parameter) or content.layout != torch.strided or content.device.type != "cpu":
+        raise TensorFileError(f"{place.file.name}: holds something else than a plain tensor")
+    plain: Tensor = content.detach()
+    return plain

@@ -1,0 +1,119 @@
+"""The audit as a callback of the Hugging Face Trainer: `Trainer(..., callbacks=[AuditCallback(freeze=["trunk"])])`."""
+
+# The Trainer's hooks give what not every hook needs.
+# ruff: noqa: ARG002
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from contextlib import ExitStack
+from typing import Any
+
+from accelerate.optimizer import AcceleratedOptimizer
+from transformers import TrainerCallback, TrainerControl, TrainerState, TrainingArguments
+
+from mtl.audit.audit import GradientAudit, Policy
+from mtl.audit.report import Report
+from mtl.patterns import PatternLike
+
+
+class AuditCallback(TrainerCallback):
+    """Audits every `train` as one phase.
+
+    The Trainer calls `model.train()` before every batch, which wakes a frozen BatchNorm unless the model's own `train`
+    puts it back to eval.
+
+    Every byte is compared before and after an evaluation, before and after a checkpoint is written, and at the end.
+    There is no hook right before a checkpoint: it is seen coming by `control.should_save` at the end of a step or an
+    epoch. One that a later callback asks for, or that waits for its evaluation (`save_strategy="best"`), is compared
+    before that evaluation, if it has one, and once it is written.
+
+    The Trainer tells its callbacks nothing of an exception. The phase then stays open, which proves nothing, so that
+    its record says `completed: false`; the next `train` closes it so.
+
+    Attributes:
+        report: What was found, a phase for each `train`.
+    """
+
+    def __init__(
+        self, freeze: PatternLike | Sequence[PatternLike], policy: Policy = "raise", phase: str = "fit"
+    ) -> None:
+        """Args:
+        freeze: Patterns of what must not move.
+        policy: What a violation does, as of `GradientAudit`. Under `raise` the `AuditError` comes out of `train`.
+        phase: The phase's name in the report.
+        """
+        self.report = Report()
+        self._freeze = freeze
+        self._policy = policy
+        self._phase = phase
+        self._audit: GradientAudit | None = None
+        self._opened = ExitStack()
+
+    def on_train_begin(
+        self, args: TrainingArguments, state: TrainerState, control: TrainerControl, **kwargs: Any
+    ) -> None:
+        self._abandon()
+        audit = GradientAudit(kwargs["model"], self._freeze, [innermost(kwargs["optimizer"])], self._policy)
+        try:
+            self._opened.enter_context(audit.phase(self._phase))
+        finally:
+            # Also if the contract is already broken: the report then tells of it.
+            self.report.phases += audit.report.phases
+        self._audit = audit
+
+    def on_pre_optimizer_step(
+        self, args: TrainingArguments, state: TrainerState, control: TrainerControl, **kwargs: Any
+    ) -> None:
+        # After backward, accumulation and clipping.
+        if self._audit is not None:
+            self._audit.after_backward()
+
+    def on_optimizer_step(
+        self, args: TrainingArguments, state: TrainerState, control: TrainerControl, **kwargs: Any
+    ) -> None:
+        # Called for a step that the gradient scaler skipped, too.
+        if self._audit is not None and not getattr(kwargs["optimizer"], "step_was_skipped", False):
+            self._audit.after_step()
+
+    def on_step_end(self, args: TrainingArguments, state: TrainerState, control: TrainerControl, **kwargs: Any) -> None:
+        self._verify_before(control)
+
+    def on_epoch_end(
+        self, args: TrainingArguments, state: TrainerState, control: TrainerControl, **kwargs: Any
+    ) -> None:
+        self._verify_before(control)
+
+    def on_evaluate(self, args: TrainingArguments, state: TrainerState, control: TrainerControl, **kwargs: Any) -> None:
+        self._verify()
+
+    def on_save(self, args: TrainingArguments, state: TrainerState, control: TrainerControl, **kwargs: Any) -> None:
+        self._verify()
+
+    def on_train_end(
+        self, args: TrainingArguments, state: TrainerState, control: TrainerControl, **kwargs: Any
+    ) -> None:
+        self._audit = None
+        self._opened.close()
+
+    def _verify_before(self, control: TrainerControl) -> None:
+        # The Trainer's own callback, which sets these, comes before any of the user's.
+        if control.should_evaluate or control.should_save:
+            self._verify()
+
+    def _verify(self) -> None:
+        if self._audit is not None:
+            self._audit.verify()
+
+    def _abandon(self) -> None:
+        """Closes what an interrupted training left open; the exception keeps the phase from proving its end."""
+        self._audit = None
+        error = RuntimeError("the training before this one did not come to its end")
+        self._opened.__exit__(type(error), error, None)
+
+
+def innermost(optimizer: Any) -> Any:
+    """The torch optimizer inside what accelerate makes of it."""
+    while isinstance(optimizer, AcceleratedOptimizer):
+        optimizer = optimizer.optimizer
+    return optimizer

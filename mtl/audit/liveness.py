@@ -1,0 +1,250 @@
+"""Liveness: what was meant to train received a gradient, was stepped, and changed.
+
+One step proves nothing: a rate may be warming up from zero, a layer may begin at zero and hide the gradient of what is
+below it, a task may not have been drawn. The window is therefore the whole phase, and it is judged at its end.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Iterator, Sequence
+from dataclasses import dataclass, field
+
+import torch
+from torch import Tensor
+from torch.optim import Optimizer
+
+from mtl.audit import causes
+from mtl.audit.contract import Contract
+from mtl.audit.fingerprint import fingerprint
+from mtl.audit.membership import HoldsParameters, param_groups, tells_of_steps
+from mtl.audit.places import Place, is_readable
+from mtl.audit.readings import Reading
+from mtl.audit.watched import local
+from mtl.moduletree import describe_modules
+from mtl.patterns import PatternLike, select
+
+# After so many steps a phase can be judged: a warm-up from zero is over.
+FEW = 3
+# So many if no gradient came, or only zeros: layers that begin at zero have moved by then; with two tasks drawn at
+# random, one is left out so often once in 32 runs.
+SOME = 6
+# So many if chance is at work (parameters got their first gradient late), or changes too small to be seen.
+MANY = 50
+# And, if it is, so many times the step at which the last parameter got its first gradient.
+TIMES = 4
+
+
+@dataclass
+class _Trainee:
+    """A parameter that is meant to train.
+
+    Attributes:
+        place: Where it hangs.
+        tensor: The parameter.
+        digest: Its fingerprint when the phase began.
+        asked: Whether it has required a gradient at any look.
+        had_gradient: Whether it has had one, were it all zeros.
+        had_signal: Whether it has had one that was not all zeros.
+    """
+
+    place: Place
+    tensor: Tensor
+    digest: str
+    asked: bool = False
+    had_gradient: bool = False
+    had_signal: bool = False
+
+    @property
+    def is_stray(self) -> bool:
+        """Whether it is a plain tensor, or in a Python list: it may be meant to train, or to be left alone."""
+        return self.place.hidden or self.place.kind == "attr"
+
+
+@dataclass(frozen=True)
+class Finding:
+    """What is wrong with one parameter, in the terms of a violation."""
+
+    kind: str
+    place: Place
+    cause: str
+    detail: str
+
+
+@dataclass
+class _Seen:
+    """What was seen of the optimizers: groups with a rate above zero, and optimizers that have stepped, by identity."""
+
+    moving_groups: set[int] = field(default_factory=set)
+    stepped: set[int] = field(default_factory=set)
+    last_first_signal: int = 0
+
+
+class Liveness:
+    """Follows the parameters that no pattern freezes through one phase."""
+
+    def __init__(self, contract: Contract, idle: Sequence[PatternLike]) -> None:
+        """Args:
+        contract: The phase's contract.
+        idle: Patterns of parameters that may stay as they are.
+        """
+        names = [place.name for place in contract.free]
+        rest = set(select(idle, names, describe_modules(contract.modules)).names) if idle else set()
+        frozen = {
+            id(tensor) for place in contract.frozen if place.rows is None and (tensor := place.look()) is not None
+        }
+        trainees: dict[int, _Trainee] = {}
+        for place in contract.free:
+            tensor = place.look()
+            if tensor is None or id(tensor) in frozen or place.name in rest or not _can_train(place, tensor):
+                continue
+            trainees.setdefault(id(tensor), _Trainee(place, tensor, fingerprint(local(tensor))))
+        self._trainees = list(trainees.values())
+        self._waiting = list(self._trainees)
+        self._contract = contract
+        self._seen = _Seen()
+        self._asked: list[tuple[list[_Trainee], Reading, int]] = []
+
+    @property
+    def num_trainable(self) -> int:
+        return sum(not trainee.is_stray for trainee in self._trainees)
+
+    def num_trained(self) -> int:
+        """How many have other bytes than when the phase began."""
+        return sum(self._has_changed(trainee) for trainee in self._trainees if not trainee.is_stray)
+
+    def look_at_gradients(self, step: int) -> None:
+        """Looks for a first gradient at those that have had none; costs nothing once all have had one.
+
+        Args:
+            step: The step that the gradients are for.
+        """
+        if not self._waiting:
+            return
+        groups: dict[tuple[torch.device, torch.dtype], list[_Trainee]] = {}
+        for trainee in self._waiting:
+            trainee.asked |= trainee.tensor.requires_grad
+            if (gradient := trainee.tensor.grad) is not None:
+                trainee.had_gradient = True
+                groups.setdefault((gradient.device, gradient.dtype), []).append(trainee)
+        for group in groups.values():
+            largest = torch.stack([_largest(trainee.tensor.grad) for trainee in group])
+            self._asked.append((group, Reading(largest), step))
+        self._take_in(wait=False)
+
+    def look_at_rates(self, optimizers: Sequence[HoldsParameters]) -> None:
+        """Notes which groups have a rate above zero."""
+        for group in param_groups(optimizers):
+            if id(group) not in self._seen.moving_groups and _is_above_zero(group.get("lr")):
+                self._seen.moving_groups.add(id(group))
+
+    def note_step(self, optimizer: Optimizer) -> None:
+        """Notes that an optimizer has stepped."""
+        self._seen.stepped.add(id(optimizer))
+
+    def judge(self, num_steps: int, optimizers: Sequence[HoldsParameters]) -> Iterator[Finding]:
+        """What did not train in a phase that is over, and why."""
+        self._take_in(wait=True)
+        if not optimizers or not num_steps:
+            return
+        changed = {id(trainee.tensor) for trainee in self._trainees if self._has_changed(trainee)}
+        held = {id(p) for group in param_groups(optimizers) for p in group["params"]}
+        dead = [t for t in self._trainees if not (t.had_signal and id(t.tensor) in changed)]
+        owners = {id(trainee.place.owner) for trainee in dead if not _is_bias(trainee.place)}
+        for trainee in self._trainees:
+            has_changed = id(trainee.tensor) in changed
+            if trainee.place.look() is not trainee.tensor or (has_changed and (trainee.had_signal or trainee.is_stray)):
+                continue
+            if trainee.is_stray:
+                if trainee.had_gradient and id(trainee.tensor) not in held:
+                    cause = causes.HIDDEN if trainee.place.hidden else causes.PLAIN_TENSOR
+                    yield Finding("not_in_optimizer", trainee.place, cause, "received a gradient, but nothing steps it")
+            elif not has_changed and not (trainee.asked or trainee.tensor.requires_grad):
+                modules = self._contract.around(trainee.place)
+                cause = causes.of_flag(trainee.tensor, modules) or causes.NOT_THAWED
+                yield Finding("never_trained", trainee.place, cause, "requires no gradient, though nothing freezes it")
+            elif id(trainee.tensor) in held:
+                # In front of a norm layer or a softmax, a bias has no effect: its gradient is rounding, or zero. The
+                # weight beside it lives.
+                is_excused = _is_bias(trainee.place) and id(trainee.place.owner) not in owners
+                yield from self._judge_held(trainee, has_changed, is_excused, num_steps, optimizers)
+
+    def _judge_held(
+        self,
+        trainee: _Trainee,
+        has_changed: bool,
+        is_excused: bool,
+        num_steps: int,
+        optimizers: Sequence[HoldsParameters],
+    ) -> Iterator[Finding]:
+        """What is wrong with a parameter that an optimizer holds, and that got no gradient, or stayed as it was."""
+        late = self._seen.last_first_signal
+        place, patience = trainee.place, SOME if late <= 3 else max(MANY, TIMES * late)
+        if not trainee.had_gradient:
+            # What moves without one is stepped elsewhere: inside the backward, or by a method of its own.
+            if not has_changed and num_steps >= patience:
+                yield Finding("never_received_grad", place, causes.NO_GRADIENT, "had no gradient after any backward")
+            return
+        holders = [o for o in optimizers if any(p is trainee.tensor for g in o.param_groups for p in g["params"])]
+        groups = [g for g in param_groups(holders) if any(p is trainee.tensor for p in g["params"])]
+        stepped = any(not tells_of_steps(o) or id(o) in self._seen.stepped for o in holders)
+        moving = any(id(group) in self._seen.moving_groups for group in groups)
+        if num_steps < FEW:
+            return
+        if not has_changed and not stepped:
+            yield Finding("never_trained", place, causes.NEVER_STEPPED, "received gradients, but was never stepped")
+        elif not has_changed and not moving:
+            yield Finding("never_trained", place, causes.ZERO_RATE, "its learning rate was 0 at every step")
+        elif is_excused:
+            return
+        elif not trainee.had_signal and num_steps >= patience:
+            detail = "its gradient was zero at every step"
+            detail += ", and only decay or momentum moved it" if has_changed else ""
+            yield Finding("never_received_grad", place, causes.ZERO_GRADIENT, detail)
+        elif not has_changed and num_steps >= MANY:
+            yield Finding("never_trained", place, causes.TOO_SMALL, "received gradients, but kept every bit")
+
+    def _take_in(self, wait: bool) -> None:
+        asked, self._asked = self._asked, []
+        for group, reading, step in asked:
+            largest = reading.get(wait)
+            if largest is None:
+                self._asked.append((group, reading, step))
+                continue
+            for trainee, is_there in zip(group, (largest != 0).tolist(), strict=True):
+                if is_there and not trainee.had_signal:
+                    trainee.had_signal = True
+                    self._seen.last_first_signal = max(self._seen.last_first_signal, step)
+        self._waiting = [trainee for trainee in self._waiting if not trainee.had_signal]
+
+    @staticmethod
+    def _has_changed(trainee: _Trainee) -> bool:
+        return fingerprint(local(trainee.tensor)) != trainee.digest
+
+
+def _is_bias(place: Place) -> bool:
+    return "bias" in place.key
+
+
+def _can_train(place: Place, tensor: Tensor) -> bool:
+    """Whether a tensor may be meant to train; whole numbers are not, and plain tensors only if they say so."""
+    if not is_readable(tensor) or not tensor.numel() or not (tensor.is_floating_point() or tensor.is_complex()):
+        return False
+    if place.kind == "param" and not place.hidden:
+        return True
+    return place.kind != "buffer" and tensor.requires_grad and tensor.is_leaf
+
+
+def _largest(gradient: Tensor | None) -> Tensor:
+    """The largest element of a gradient, without a sign; not a number is not zero."""
+    assert gradient is not None
+    here = local(gradient)
+    if here.is_sparse:
+        here = here.coalesce().values()
+    return here.detach().abs().amax() if here.numel() else here.new_zeros(()).abs()
+
+
+def _is_above_zero(rate: object) -> bool:
+    """Whether a rate moves anything; one on a device is not read, and an optimizer without one has its own."""
+    if isinstance(rate, Tensor) and rate.device.type != "cpu":
+        return True
+    return rate is None or bool(rate != 0)

@@ -1,0 +1,252 @@
+"""What is looked at during one phase: each method looks, and says what it found."""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+
+from torch import Tensor
+from torch.nn.modules.batchnorm import _NormBase
+from torch.optim import Optimizer
+
+from mtl.audit import causes
+from mtl.audit.contract import Contract, Subject, draw_contract, shared_memory
+from mtl.audit.difference import size_of_change
+from mtl.audit.fingerprint import root
+from mtl.audit.liveness import Liveness
+from mtl.audit.membership import HoldsParameters, Membership, param_groups
+from mtl.audit.places import Place
+from mtl.audit.readings import Rotation
+from mtl.audit.report import PhaseRecord, Violation
+from mtl.audit.watched import Watched
+from mtl.patterns import PatternError, PatternLike, text_of
+
+_MEMBERSHIP = {
+    "in_optimizer": (causes.EARLY_OPTIMIZER, "is held by an optimizer, whose decay or momentum could move it"),
+    "not_in_optimizer": (causes.LATE_THAW, "is not frozen and requires a gradient, but no optimizer holds it"),
+    "in_several_groups": (causes.TWICE, "is held by more than one param group"),
+}
+
+
+class PhaseWatch:
+    """The contract of one phase, and how everything was when it began.
+
+    Attributes:
+        record: What was checked, and with what result.
+    """
+
+    def __init__(
+        self,
+        name: str,
+        subject: Subject,
+        patterns: Sequence[PatternLike],
+        idle: Sequence[PatternLike],
+        optimizers: Sequence[HoldsParameters],
+    ) -> None:
+        """Args: as `GradientAudit.phase` has them.
+
+        Raises:
+            PatternError: A pattern cannot be read or selects nothing.
+        """
+        self._subject = subject
+        self._optimizers = optimizers
+        self._contract = draw_contract(subject, patterns)
+        self._membership = Membership(self._contract)
+        self._watched = [
+            Watched(place, tensor) for place in self._contract.frozen if (tensor := place.look()) is not None
+        ]
+        self._whole = [watched for watched in self._watched if watched.place.is_held_whole]
+        self._rotation = Rotation(self._watched)
+        self._liveness = Liveness(self._contract, idle)
+        norms = {
+            id(watched.place.owner): (watched.place.module_name, watched.place.owner)
+            for watched in self._whole
+            if watched.place.kind == "buffer" and isinstance(watched.place.owner, _NormBase)
+        }
+        self._frozen_norms = list(norms.values())
+        digests = {watched.place.name: watched.digest for watched in self._watched}
+        self.record = PhaseRecord(
+            name, [text_of(p) for p in patterns], digests, root(digests), num_trainable=self._liveness.num_trainable
+        )
+
+    def note_step(self, optimizer: Optimizer) -> None:
+        """Takes note of a step of one optimizer, right behind it."""
+        if any(p.grad is not None for group in optimizer.param_groups for p in group["params"]):
+            self._liveness.note_step(optimizer)
+
+    def at_begin(self) -> list[Violation]:
+        """What can be wrong before the first step."""
+        found = []
+        for frozen, free in shared_memory(self._contract):
+            detail = f"lies in the same memory as {free.name}, which is not frozen"
+            found.append(self._violation("shared_storage", frozen, causes.SHARED, detail))
+        for watched in self._whole:
+            if watched.tensor.requires_grad:
+                found.append(self._still_required(watched))
+            if watched.tensor.grad is not None:
+                detail = "has a gradient before the first step"
+                found.append(self._violation("grad_present", watched.place, causes.STALE_GRADIENT, detail))
+        return found + self._optimizer_membership()
+
+    def after_backward(self) -> list[Violation]:
+        """Gradients, and modes."""
+        self.record.num_tripwire_checks += len(self._whole) + len(self._frozen_norms)
+        self._liveness.look_at_gradients(self.record.num_steps + 1)
+        self._liveness.look_at_rates(self._optimizers)
+        return self._gradients() + self._train_mode()
+
+    def after_step(self) -> list[Violation]:
+        """Counts the step; flags, identities, signs, and what the rotation has read."""
+        record = self.record
+        record.num_steps += 1
+        record.num_tripwire_checks += len(self._watched) + len(self._frozen_norms)
+        # Whoever does not call after_backward (closures) has the gradients here.
+        self._liveness.look_at_gradients(record.num_steps)
+        self._liveness.look_at_rates(self._optimizers)
+        found = self._gradients()
+        if self._contract.is_unlinked():
+            found += self._replaced()
+        suspects = set()
+        for watched in self._whole:
+            if watched.place.look() is not watched.tensor:
+                found += self._another(watched, watched.place)
+                continue
+            if watched.tensor.requires_grad:
+                found.append(self._still_required(watched))
+            if watched.shows_a_sign():
+                # BatchNorm's statistics move without a sign, its counter does not: the whole module is suspected.
+                suspects.add(id(watched.place.owner))
+        moved = False
+        for watched in self._watched if suspects else ():
+            if id(watched.place.owner) in suspects:
+                moved |= watched.was_moved()
+                self._rotation.ask(watched, record.num_steps)
+        self._rotation.turn(record.num_steps)
+        found += self._changes(wait=False)
+        if moved:
+            self._rotation = Rotation(self._watched)
+        return found + self._train_mode() + self._optimizer_membership()
+
+    def verify(self) -> list[Violation]:
+        """Every byte of every frozen tensor, whatever the signs say."""
+        found = self._replaced()
+        for watched in self._watched:
+            self._rotation.ask(watched, self.record.num_steps)
+        return found + self._changes(wait=True) + self._train_mode() + self._optimizer_membership()
+
+    def at_end(self) -> list[Violation]:
+        """Every byte once more, and whether what was meant to train did."""
+        found = self.verify()
+        self.record.num_trained = self._liveness.num_trained()
+        for finding in self._liveness.judge(self.record.num_steps, self._optimizers):
+            found.append(self._violation(finding.kind, finding.place, finding.cause, finding.detail, since=0))
+        return found
+
+    def put_back(self) -> None:
+        """Puts back what can be put back: bits, flags and modes; a tensor that was replaced is only reported."""
+        for watched in self._watched:
+            watched.put_back()
+        for _, norm in self._frozen_norms:
+            norm.eval()
+        self._rotation = Rotation(self._watched)
+
+    def _gradients(self) -> list[Violation]:
+        found = []
+        for watched in self._whole:
+            if watched.tensor.grad is not None:
+                cause = causes.LATE_FREEZE if watched.tensor.requires_grad else causes.STALE_GRADIENT
+                found.append(self._violation("grad_present", watched.place, cause, "has a gradient"))
+        return found
+
+    def _still_required(self, watched: Watched) -> Violation:
+        cause = causes.of_flag(watched.tensor, self._contract.around(watched.place)) or causes.STILL_REQUIRED
+        return self._violation("requires_grad", watched.place, cause, "requires a gradient")
+
+    def _changes(self, wait: bool) -> list[Violation]:
+        """Compares the bytes that have come with the first ones."""
+        found = []
+        for watched, content, step in self._rotation.arrived(wait):
+            self.record.num_fingerprint_checks += 1
+            if watched.is_original(content, step):
+                # A sign that proved harmless is none the next time.
+                watched.note_signs()
+            elif watched.place.look() is watched.tensor:
+                found.append(self._changed(watched, content))
+                watched.note_signs()
+        return found
+
+    def _changed(self, watched: Watched, content: Tensor) -> Violation:
+        cause = causes.of_change(watched, content, param_groups(self._optimizers))
+        size = None
+        if content.shape == watched.original.shape and content.dtype == watched.original.dtype:
+            size = size_of_change(watched.original, content)
+        return self._violation(
+            f"{watched.place.kind}_changed",
+            watched.place,
+            cause,
+            "its bytes differ from the first ones",
+            since=watched.proven_at,
+            max_abs=None if size is None else size.max_abs,
+            share=None if size is None else size.share,
+        )
+
+    def _replaced(self) -> list[Violation]:
+        """Tensors that hang behind the line by now, and did not when the phase began; and those that are gone."""
+        try:
+            now = draw_contract(self._subject, self._contract.patterns)
+        except PatternError:
+            now = Contract((), [], [], {}, [])  # nothing of what was frozen is left; each tensor is found to be gone
+        else:
+            self._membership = Membership(now)
+        there = {place.name: place for place in now.frozen}
+        known = {place.name for place in self._contract.frozen}
+        found = []
+        for watched in self._watched:
+            found += self._another(watched, there.get(watched.place.name))
+        detail = "was not there when the phase began"
+        newcomers = [place for place in now.frozen if place.kind != "attr" and place.name not in known]
+        return found + [self._violation("identity_changed", p, causes.REPLACED, detail) for p in newcomers]
+
+    def _another(self, watched: Watched, place: Place | None) -> list[Violation]:
+        """Whether another tensor hangs by now where a frozen one hung; `place` is what has its name now."""
+        current = None if place is None else place.look()
+        # What a module remembers of its last forward is a new tensor each time; only parameters and buffers stay.
+        if current is watched.tensor or watched.place.kind == "attr":
+            return []
+        detail = "is gone" if current is None else "is another tensor than when the phase began"
+        is_same_module = place is None or place.owner is watched.place.owner
+        cause = causes.of_replacement(watched.place) if is_same_module else causes.REPLACED
+        return [self._violation("identity_changed", watched.place, cause, detail)]
+
+    def _train_mode(self) -> list[Violation]:
+        record = self.record
+        return [
+            Violation(
+                "train_mode",
+                name,
+                record.name,
+                record.num_steps,
+                causes.TRAIN_MODE,
+                f"{type(norm).__name__} is in train mode",
+                record.num_steps,
+            )
+            for name, norm in self._frozen_norms
+            if norm.training
+        ]
+
+    def _optimizer_membership(self) -> list[Violation]:
+        breaches = self._membership.look(self._optimizers)
+        return [self._violation(kind, place, *_MEMBERSHIP[kind]) for kind, place in breaches]
+
+    def _violation(
+        self,
+        kind: str,
+        place: Place,
+        cause: str,
+        detail: str,
+        since: int | None = None,
+        max_abs: float | None = None,
+        share: float | None = None,
+    ) -> Violation:
+        step = self.record.num_steps
+        since = step if since is None else since
+        return Violation(kind, place.name, self.record.name, step, cause, detail, since, max_abs, share)

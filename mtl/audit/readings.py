@@ -1,0 +1,117 @@
+"""Reading bytes between steps without waiting for a device."""
+
+from __future__ import annotations
+
+from collections.abc import Iterator, Sequence
+
+import torch
+from torch import Tensor
+
+from mtl.audit.fingerprint import fingerprint
+from mtl.audit.watched import Watched
+
+# Parameters are read in turn, this many bytes a step on average: some hundredths of a millisecond on a CPU.
+BYTES_A_STEP = 256 * 1024
+# Buffers up to this size are read at every step.
+SMALL = 64 * 1024
+
+
+class Reading:
+    """A tensor's content on its way to the host; there at once if the tensor is on the CPU."""
+
+    def __init__(self, tensor: Tensor) -> None:
+        self._host = tensor.detach().to("cpu", non_blocking=True)
+        self._arrival: torch.Event | None = None
+        if tensor.device.type != "cpu":
+            self._arrival = torch.Event(tensor.device)
+            self._arrival.record()
+
+    def get(self, wait: bool) -> Tensor | None:
+        """The content; None if it is not there yet and is not to be waited for."""
+        if self._arrival is not None and not self._arrival.query():
+            if not wait:
+                return None
+            self._arrival.synchronize()
+        return self._host
+
+
+class Rotation:
+    """Reads the small buffers of a contract at every step, and parameters in turn, a few bytes a step."""
+
+    def __init__(self, watched: Sequence[Watched]) -> None:
+        is_small = [each.place.kind != "param" and _num_bytes(each) <= SMALL for each in watched]
+        small = [each for each, yes in zip(watched, is_small, strict=True) if yes and each.is_viewable()]
+        self._in_turn = [each for each in watched if each not in small and each.place.kind != "attr"]
+        self._bundles = [_Bundle(group) for group in _by_device(small)]
+        self._next, self._credit = 0, 0
+        self._asked: dict[tuple[int, Watched], Reading] = {}
+
+    def turn(self, step: int) -> None:
+        """Asks for what is to be read after this step."""
+        for bundle in self._bundles:
+            bundle.ask(step)
+        # A tensor of more bytes than a step may read waits until enough steps have saved for it.
+        self._credit = min(self._credit + BYTES_A_STEP, max(map(_num_bytes, self._in_turn), default=0) + BYTES_A_STEP)
+        for _ in self._in_turn:
+            watched = self._in_turn[self._next]
+            if _num_bytes(watched) > self._credit:
+                break
+            self._credit -= _num_bytes(watched)
+            self._next = (self._next + 1) % len(self._in_turn)
+            self.ask(watched, step)
+
+    def ask(self, watched: Watched, step: int) -> None:
+        """Asks for one tensor's bytes."""
+        if (step, watched) not in self._asked:
+            self._asked[step, watched] = Reading(watched.part())
+
+    def arrived(self, wait: bool = False) -> Iterator[tuple[Watched, Tensor, int]]:
+        """Tensors whose bytes have come, each with the step after which they were asked for."""
+        for bundle in self._bundles:
+            for step in bundle.differences(wait):
+                for watched in bundle.members:
+                    self.ask(watched, step)
+        asked, self._asked = self._asked, {}
+        for (step, watched), reading in asked.items():
+            content = reading.get(wait)
+            if content is None:
+                self._asked[step, watched] = reading
+            else:
+                yield watched, content, step
+
+
+class _Bundle:
+    """Small tensors of one device, read as one."""
+
+    def __init__(self, members: Sequence[Watched]) -> None:
+        self.members = members
+        self._views = [each.part().detach().reshape(-1).view(torch.uint8) for each in members]
+        self._first = fingerprint(torch.cat(self._views))
+        self._asked: list[tuple[Reading, int]] = []
+
+    def ask(self, step: int) -> None:
+        self._asked.append((Reading(torch.cat(self._views)), step))
+
+    def differences(self, wait: bool) -> Iterator[int]:
+        """The steps after which something was not as at first."""
+        asked, self._asked = self._asked, []
+        for reading, step in asked:
+            content = reading.get(wait)
+            if content is None:
+                self._asked.append((reading, step))
+            elif fingerprint(content) != self._first:
+                yield step
+            else:
+                for watched in self.members:
+                    watched.proven_at = max(watched.proven_at, step)
+
+
+def _by_device(watched: Sequence[Watched]) -> list[list[Watched]]:
+    groups: dict[torch.device, list[Watched]] = {}
+    for each in watched:
+        groups.setdefault(each.part().device, []).append(each)
+    return list(groups.values())
+
+
+def _num_bytes(watched: Watched) -> int:
+    return watched.original.numel() * watched.original.element_size()
