@@ -63,7 +63,7 @@ def write_report(parts: Parts, run_dir: Path, picture: Path | None = None) -> Pa
         f"<h2>Course and examples</h2><p>Validation after every epoch; predictions of the {which} weights (step"
         f" {state['step']}, val/score {rounded}).</p>"
         f"{_img(image, 'course of validation and example predictions')}"
-        f"{_gradients_html([row for row in rows if 'grad/unreached' in row])}"
+        f"{gradients_html([row for row in rows if 'grad/unreached' in row])}"
         f"<h2>Configuration</h2><pre>{escape((run_dir / 'config.yaml').read_text(encoding='utf-8'))}</pre></html>"
     )
     write_text(run_dir / "report.html", page)
@@ -96,7 +96,7 @@ def _img(png: bytes, alt: str) -> str:
     return f'<img alt="{escape(alt)}" src="data:image/png;base64,{base64.b64encode(png).decode()}">'
 
 
-def _gradients_html(rows: list[dict[str, Any]]) -> str:
+def gradients_html(rows: list[dict[str, Any]]) -> str:
     """The last analysis of every phase that has one; nothing if none has."""
     if not rows:
         return ""

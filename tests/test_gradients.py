@@ -248,7 +248,7 @@ def test_a_run_is_analysed_at_its_cadence_and_ends_with_the_same_bits_as_one_wit
         {"name": "all", "steps": 7},
         {"name": "depth", "tasks": ["depth"], "steps": 1},
     ]
-    common = ("optim.accumulate=2", "data.num_train=32")
+    common = ("optim.accumulate=2", "data.num_train=32", "data.num_val=8")
     watched = tiny_parts(tmp_path, "name=on", "audit.gradients_every_steps=3", *common, phases=phases)
     report = train(watched, quiet=True).report
     # Two steps an epoch, each of two batches; of the frozen trunk there is nothing to say.

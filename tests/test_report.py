@@ -14,7 +14,7 @@ from PIL import Image
 from safetensors.torch import load_file
 
 from mtl.cli import main
-from mtl.report import write_report
+from mtl.report import gradients_html, write_report
 from mtl.trainer import train
 from runs import tiny_parts
 
@@ -65,9 +65,16 @@ def test_violations_are_listed_and_names_are_escaped(tmp_path: Path) -> None:
     assert "<code>trunk.conv1.0.weight</code> param_changed: its bytes differ" in page
 
 
-def test_a_run_without_gradient_analysis_has_no_such_section(tmp_path: Path) -> None:
-    parts = tiny_parts(tmp_path, "audit.gradients_every_steps=0", phases=[{"name": "a", "steps": 1}])
-    assert "Gradients" not in write_report(parts, train(parts, quiet=True).run_dir).read_text()
+def test_without_gradient_analysis_there_is_no_such_section() -> None:
+    assert gradients_html([]) == ""
+
+
+def test_the_last_analysis_of_each_phase_is_shown_with_what_no_task_reaches() -> None:
+    row = {"grad/norm/a": 1.0, "grad/norm/a/00 w": 1.0, "grad/unreached": 2}
+    page = gradients_html([{"phase": phase, "step": step, **row} for phase, step in [("<p>", 1), ("<p>", 4), ("q", 5)]])
+    assert re.findall("<h3>(.*?)</h3>", page) == ["&lt;p&gt;, step 4", "q, step 5"]
+    assert page.count("No task reaches 2 depth groups that would train.") == 2
+    assert "<table>" not in page, "one task has no pairs"
 
 
 @pytest.mark.parametrize("lacking", ["config.yaml", "audit.json", "checkpoints"])

@@ -6,7 +6,6 @@
 from __future__ import annotations
 
 from collections.abc import Sequence
-from contextlib import ExitStack
 from typing import Any
 
 from accelerate.optimizer import AcceleratedOptimizer
@@ -48,15 +47,17 @@ class AuditCallback(TrainerCallback):
         self._policy = policy
         self._phase = phase
         self._audit: GradientAudit | None = None
-        self._opened = ExitStack()
 
     def on_train_begin(
         self, args: TrainingArguments, state: TrainerState, control: TrainerControl, **kwargs: Any
     ) -> None:
-        self._abandon()
+        # An exception in the training before this one, of which nobody told us, has left its phase open.
+        if self._audit is not None:
+            self._audit.abandon()
+            self._audit = None
         audit = GradientAudit(kwargs["model"], self._freeze, [innermost(kwargs["optimizer"])], self._policy)
         try:
-            self._opened.enter_context(audit.phase(self._phase))
+            audit.begin(self._phase)
         finally:
             # Also if the contract is already broken: the report then tells of it.
             self.report.phases += audit.report.phases
@@ -93,8 +94,9 @@ class AuditCallback(TrainerCallback):
     def on_train_end(
         self, args: TrainingArguments, state: TrainerState, control: TrainerControl, **kwargs: Any
     ) -> None:
-        self._audit = None
-        self._opened.close()
+        audit, self._audit = self._audit, None
+        if audit is not None:
+            audit.end()
 
     def _verify_before(self, control: TrainerControl) -> None:
         # The Trainer's own callback, which sets these, comes before any of the user's.
@@ -104,12 +106,6 @@ class AuditCallback(TrainerCallback):
     def _verify(self) -> None:
         if self._audit is not None:
             self._audit.verify()
-
-    def _abandon(self) -> None:
-        """Closes what an interrupted training left open; the exception keeps the phase from proving its end."""
-        self._audit = None
-        error = RuntimeError("the training before this one did not come to its end")
-        self._opened.__exit__(type(error), error, None)
 
 
 def innermost(optimizer: Any) -> Any:

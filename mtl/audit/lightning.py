@@ -10,11 +10,11 @@ of each other with classes of their own, so import the Trainer from the one that
 from __future__ import annotations
 
 from collections.abc import Sequence
-from contextlib import ExitStack
 from importlib.util import find_spec
 from typing import TYPE_CHECKING, Any
 
 from torch.optim import Optimizer
+from torch.utils.hooks import RemovableHandle
 
 from mtl.audit.audit import GradientAudit, Policy
 from mtl.audit.report import Report
@@ -54,19 +54,18 @@ class AuditCallback(Callback):
         self._policy = policy
         self._phase = phase
         self._audit: GradientAudit | None = None
-        self._opened = ExitStack()
+        self._handles: list[RemovableHandle] = []
 
     def on_train_start(self, trainer: Trainer, pl_module: LightningModule) -> None:
         audit = GradientAudit(pl_module, self._freeze, trainer.optimizers, self._policy)
         try:
-            self._opened.enter_context(audit.phase(self._phase))
+            audit.begin(self._phase)
         finally:
             # Also if the contract is already broken: the report then tells of it.
             self.report.phases += audit.report.phases
         self._audit = audit
-        for optimizer in trainer.optimizers:
-            # Batches do not count: accumulation ends most of them without a step, and a gradient scaler skips some.
-            self._opened.callback(optimizer.register_step_post_hook(self._after_step).remove)
+        # Batches do not count: accumulation ends most of them without a step, and a gradient scaler skips some.
+        self._handles = [each.register_step_post_hook(self._after_step) for each in trainer.optimizers]
 
     def on_before_optimizer_step(self, trainer: Trainer, pl_module: LightningModule, optimizer: Optimizer) -> None:
         # After backward, accumulation and unscaling, before clipping; under manual optimization as well.
@@ -83,12 +82,20 @@ class AuditCallback(Callback):
             self._audit.verify()
 
     def on_train_end(self, trainer: Trainer, pl_module: LightningModule) -> None:
-        self._audit = None
-        self._opened.close()
+        if (audit := self._close()) is not None:
+            audit.end()
 
     def on_exception(self, trainer: Trainer, pl_module: LightningModule, exception: BaseException) -> None:
-        self._audit = None
-        self._opened.__exit__(type(exception), exception, exception.__traceback__)
+        if (audit := self._close()) is not None:
+            audit.abandon()
+
+    def _close(self) -> GradientAudit | None:
+        """Looks at nothing from now on; the audit that was open is the caller's to end."""
+        audit, self._audit = self._audit, None
+        for handle in self._handles:
+            handle.remove()
+        self._handles = []
+        return audit
 
     def _after_step(self, *_: object) -> None:
         if self._audit is not None:
