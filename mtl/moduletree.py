@@ -8,12 +8,11 @@ from typing import Any
 from torch import Tensor, nn
 from torch.optim.swa_utils import AveragedModel
 
+from mtl.names import INNER_NAMES
 from mtl.patterns import ModuleTree
 
-# Wrappers whose inner module hangs in them as `module`, and the names under which others keep theirs: torch.compile,
-# FSDP and activation checkpointing.
+# Wrappers whose inner module hangs in them as `module`; others have names of their own for it.
 _WRAPPERS = (nn.DataParallel, nn.parallel.DistributedDataParallel, AveragedModel)
-_INNER = {"_orig_mod", "_fsdp_wrapped_module", "_checkpoint_wrapped_module"}
 
 
 def unwrap(module: nn.Module) -> nn.Module:
@@ -25,7 +24,7 @@ def _layers(module: nn.Module) -> Iterator[nn.Module]:
     """A wrapper, what is inside it, and so on."""
     yield module
     children = list(module.named_children())
-    if len(children) == 1 and (isinstance(module, _WRAPPERS) or children[0][0] in _INNER):
+    if len(children) == 1 and (isinstance(module, _WRAPPERS) or children[0][0] in INNER_NAMES):
         yield from _layers(children[0][1])
 
 

@@ -28,6 +28,10 @@ def _starts(name: str) -> Iterator[str]:
     yield name
 
 
+# Under these names torch.compile, FSDP and activation checkpointing keep the module that they wrap.
+INNER_NAMES = ("_orig_mod", "_fsdp_wrapped_module", "_checkpoint_wrapped_module")
+
+
 def parents(name: str) -> Iterator[str]:
     """The paths of all modules around a tensor, from the innermost on; the last is the root's, which is empty."""
     while name:

@@ -10,7 +10,7 @@ from torch import Tensor
 
 from mtl.audit.difference import size_of_change
 from mtl.audit.fingerprint import fingerprint
-from mtl.audit.rows import rows_in_words, split_rows
+from mtl.audit.rows import num_rows, rows_in_words, split_rows
 from mtl.patterns import PatternLike, select
 
 Kind = Literal["value", "shape", "dtype", "missing", "new"]
@@ -76,7 +76,7 @@ def compare(
         PatternError: A pattern cannot be read, or selects nothing.
     """
     names = list(dict.fromkeys([*first, *second]))
-    lengths = {name: min(_length(tensors.get(name)) for tensors in (first, second)) for name in names}
+    lengths = {name: min(num_rows(tensors.get(name)) for tensors in (first, second)) for name in names}
     whole, rows = split_rows(freeze, lengths)
     chosen = dict.fromkeys(select(whole, names).names)
     pairs = [(name, first.get(name), second.get(name)) for name in chosen]
@@ -85,10 +85,6 @@ def compare(
             pairs += [(rows_in_words(name, part), first[name][part], second[name][part]) for part in parts]
     found = [difference for pair in pairs if (difference := _difference(*pair))]
     return Comparison(len(pairs) - len(found), tuple(found))
-
-
-def _length(tensor: Tensor | None) -> int:
-    return len(tensor) if tensor is not None and tensor.ndim else 0
 
 
 def _difference(name: str, before: Tensor | None, after: Tensor | None) -> Difference | None:

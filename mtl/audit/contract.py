@@ -8,7 +8,7 @@ from dataclasses import dataclass, replace
 from torch import nn
 
 from mtl.audit.places import Module, Place, every_module, is_readable, places_in
-from mtl.audit.rows import rows_in_words, split_rows
+from mtl.audit.rows import num_rows, rows_in_words, split_rows
 from mtl.moduletree import describe_modules
 from mtl.names import parents
 from mtl.patterns import PatternLike, partition
@@ -78,7 +78,7 @@ def draw_contract(subject: Subject, patterns: Sequence[PatternLike]) -> Contract
     modules = subject.modules()
     by_path = {path: module for path, module, _ in modules}
     places = list(places_in(modules))
-    lengths = {place.name: _length(place) for place in places}
+    lengths = {place.name: num_rows(place.look()) for place in places}
     whole, rows = split_rows(patterns, lengths)
     split = partition(
         whole,
@@ -119,11 +119,6 @@ def _copies(ema: nn.Module, frozen: set[str]) -> Iterator[Place]:
     if frozen and not copies:
         raise ValueError("the average given as ema has no tensor under the name of any frozen one")
     yield from (replace(place, name=f"ema.{place.name}", is_copy=True) for place in copies)
-
-
-def _length(place: Place) -> int:
-    tensor = place.look()
-    return tensor.shape[0] if tensor is not None and is_readable(tensor) and tensor.ndim else 0
 
 
 def _links(modules: dict[str, nn.Module], frozen: list[Place]) -> Iterator[tuple[nn.Module, str, nn.Module]]:

@@ -11,10 +11,11 @@ from typing import Any
 from torch import Tensor
 
 from mtl.audit.dcp import METADATA, file_inside, read_dcp
+from mtl.names import INNER_NAMES
 from mtl.tensor_file import TensorFileError, read_tensor_file
 
 # What wrappers put before names (DataParallel and the like), or anywhere in them (torch.compile, FSDP, checkpointing).
-_WRAPPERS = re.compile(r"^(?:module\.)+|(?:_orig_mod|_fsdp_wrapped_module|_checkpoint_wrapped_module)\.")
+_WRAPPERS = re.compile(rf"^(?:module\.)+|(?:{'|'.join(INNER_NAMES)})\.")
 # Under these keys, training scripts put the weights beside other things.
 _WEIGHTS = ("state_dict", "model", "model_state_dict", "module")
 # What a folder may hold, the first that there is: whole, in shards with an index, or in chunks.

@@ -11,8 +11,8 @@ from typing import Any
 from accelerate.optimizer import AcceleratedOptimizer
 from transformers import TrainerCallback, TrainerControl, TrainerState, TrainingArguments
 
-from mtl.audit.audit import GradientAudit, Policy
-from mtl.audit.report import Report
+from mtl.audit.audit import Policy
+from mtl.audit.fit import FitAudit
 from mtl.patterns import PatternLike
 
 
@@ -42,40 +42,27 @@ class AuditCallback(TrainerCallback):
         policy: What a violation does, as of `GradientAudit`. Under `raise` the `AuditError` comes out of `train`.
         phase: The phase's name in the report.
         """
-        self.report = Report()
-        self._freeze = freeze
-        self._policy = policy
-        self._phase = phase
-        self._audit: GradientAudit | None = None
+        self._fit = FitAudit(freeze, policy, phase)
+        self.report = self._fit.report
 
     def on_train_begin(
         self, args: TrainingArguments, state: TrainerState, control: TrainerControl, **kwargs: Any
     ) -> None:
-        # An exception in the training before this one, of which nobody told us, has left its phase open.
-        if self._audit is not None:
-            self._audit.abandon()
-            self._audit = None
-        audit = GradientAudit(kwargs["model"], self._freeze, [innermost(kwargs["optimizer"])], self._policy)
-        try:
-            audit.begin(self._phase)
-        finally:
-            # Also if the contract is already broken: the report then tells of it.
-            self.report.phases += audit.report.phases
-        self._audit = audit
+        # Nobody tells of an exception in the training before this one: `begin` closes what it left open.
+        self._fit.begin(kwargs["model"], [innermost(kwargs["optimizer"])])
 
     def on_pre_optimizer_step(
         self, args: TrainingArguments, state: TrainerState, control: TrainerControl, **kwargs: Any
     ) -> None:
         # After backward, accumulation and clipping.
-        if self._audit is not None:
-            self._audit.after_backward()
+        self._fit.after_backward()
 
     def on_optimizer_step(
         self, args: TrainingArguments, state: TrainerState, control: TrainerControl, **kwargs: Any
     ) -> None:
         # Called for a step that the gradient scaler skipped, too.
-        if self._audit is not None and not getattr(kwargs["optimizer"], "step_was_skipped", False):
-            self._audit.after_step()
+        if not getattr(kwargs["optimizer"], "step_was_skipped", False):
+            self._fit.after_step()
 
     def on_step_end(self, args: TrainingArguments, state: TrainerState, control: TrainerControl, **kwargs: Any) -> None:
         self._verify_before(control)
@@ -86,26 +73,20 @@ class AuditCallback(TrainerCallback):
         self._verify_before(control)
 
     def on_evaluate(self, args: TrainingArguments, state: TrainerState, control: TrainerControl, **kwargs: Any) -> None:
-        self._verify()
+        self._fit.verify()
 
     def on_save(self, args: TrainingArguments, state: TrainerState, control: TrainerControl, **kwargs: Any) -> None:
-        self._verify()
+        self._fit.verify()
 
     def on_train_end(
         self, args: TrainingArguments, state: TrainerState, control: TrainerControl, **kwargs: Any
     ) -> None:
-        audit, self._audit = self._audit, None
-        if audit is not None:
-            audit.end()
+        self._fit.end()
 
     def _verify_before(self, control: TrainerControl) -> None:
         # The Trainer's own callback, which sets these, comes before any of the user's.
         if control.should_evaluate or control.should_save:
-            self._verify()
-
-    def _verify(self) -> None:
-        if self._audit is not None:
-            self._audit.verify()
+            self._fit.verify()
 
 
 def innermost(optimizer: Any) -> Any:

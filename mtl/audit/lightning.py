@@ -16,8 +16,8 @@ from typing import TYPE_CHECKING, Any
 from torch.optim import Optimizer
 from torch.utils.hooks import RemovableHandle
 
-from mtl.audit.audit import GradientAudit, Policy
-from mtl.audit.report import Report
+from mtl.audit.audit import Policy
+from mtl.audit.fit import FitAudit
 from mtl.patterns import PatternLike
 
 if TYPE_CHECKING or find_spec("lightning"):
@@ -49,54 +49,38 @@ class AuditCallback(Callback):
         policy: What a violation does, as of `GradientAudit`. Under `raise` the `AuditError` comes out of `fit`.
         phase: The phase's name in the report.
         """
-        self.report = Report()
-        self._freeze = freeze
-        self._policy = policy
-        self._phase = phase
-        self._audit: GradientAudit | None = None
+        self._fit = FitAudit(freeze, policy, phase)
+        self.report = self._fit.report
         self._handles: list[RemovableHandle] = []
 
     def on_train_start(self, trainer: Trainer, pl_module: LightningModule) -> None:
-        audit = GradientAudit(pl_module, self._freeze, trainer.optimizers, self._policy)
-        try:
-            audit.begin(self._phase)
-        finally:
-            # Also if the contract is already broken: the report then tells of it.
-            self.report.phases += audit.report.phases
-        self._audit = audit
+        self._fit.begin(pl_module, trainer.optimizers)
         # Batches do not count: accumulation ends most of them without a step, and a gradient scaler skips some.
         self._handles = [each.register_step_post_hook(self._after_step) for each in trainer.optimizers]
 
     def on_before_optimizer_step(self, trainer: Trainer, pl_module: LightningModule, optimizer: Optimizer) -> None:
         # After backward, accumulation and unscaling, before clipping; under manual optimization as well.
-        if self._audit is not None:
-            self._audit.after_backward()
+        self._fit.after_backward()
 
     def on_validation_start(self, trainer: Trainer, pl_module: LightningModule) -> None:
         # The sanity check and `trainer.validate` come when no phase is open.
-        if self._audit is not None:
-            self._audit.verify()
+        self._fit.verify()
 
     def on_save_checkpoint(self, trainer: Trainer, pl_module: LightningModule, checkpoint: dict[str, Any]) -> None:
-        if self._audit is not None:
-            self._audit.verify()
+        self._fit.verify()
 
     def on_train_end(self, trainer: Trainer, pl_module: LightningModule) -> None:
-        if (audit := self._close()) is not None:
-            audit.end()
+        self._unhook()
+        self._fit.end()
 
     def on_exception(self, trainer: Trainer, pl_module: LightningModule, exception: BaseException) -> None:
-        if (audit := self._close()) is not None:
-            audit.abandon()
+        self._unhook()
+        self._fit.abandon()
 
-    def _close(self) -> GradientAudit | None:
-        """Looks at nothing from now on; the audit that was open is the caller's to end."""
-        audit, self._audit = self._audit, None
+    def _unhook(self) -> None:
         for handle in self._handles:
             handle.remove()
         self._handles = []
-        return audit
 
     def _after_step(self, *_: object) -> None:
-        if self._audit is not None:
-            self._audit.after_step()
+        self._fit.after_step()

@@ -108,9 +108,13 @@ class Liveness:
     def num_trainable(self) -> int:
         return sum(not trainee.is_stray for trainee in self._trainees)
 
-    def num_trained(self) -> int:
-        """How many have other bytes than when the phase began."""
-        return sum(self._has_changed(trainee) for trainee in self._trainees if not trainee.is_stray)
+    def changed(self) -> set[int]:
+        """The identities of those with other bytes than when the phase began."""
+        return {id(each.tensor) for each in self._trainees if fingerprint(local(each.tensor)) != each.digest}
+
+    def num_trained(self, changed: set[int]) -> int:
+        """How many of `changed` are parameters that were to train."""
+        return sum(id(trainee.tensor) in changed for trainee in self._trainees if not trainee.is_stray)
 
     def look_at_gradients(self, step: int) -> None:
         """Looks for a first gradient at those that have had none; costs nothing once all have had one.
@@ -141,12 +145,11 @@ class Liveness:
         """Notes that an optimizer has stepped."""
         self._seen.stepped.add(id(optimizer))
 
-    def judge(self, num_steps: int, optimizers: Sequence[HoldsParameters]) -> Iterator[Finding]:
-        """What did not train in a phase that is over, and why."""
+    def judge(self, changed: set[int], num_steps: int, optimizers: Sequence[HoldsParameters]) -> Iterator[Finding]:
+        """What did not train in a phase that is over, and why; `changed` is what has other bytes by now."""
         self._take_in(wait=True)
         if not optimizers or not num_steps:
             return
-        changed = {id(trainee.tensor) for trainee in self._trainees if self._has_changed(trainee)}
         held = {id(p) for group in param_groups(optimizers) for p in group["params"]}
         dead = [t for t in self._trainees if not (t.had_signal and id(t.tensor) in changed)]
         owners = {id(trainee.place.owner) for trainee in dead if not _is_bias(trainee.place)}
@@ -215,10 +218,6 @@ class Liveness:
                     trainee.had_signal = True
                     self._seen.last_first_signal = max(self._seen.last_first_signal, step)
         self._waiting = [trainee for trainee in self._waiting if not trainee.had_signal]
-
-    @staticmethod
-    def _has_changed(trainee: _Trainee) -> bool:
-        return fingerprint(local(trainee.tensor)) != trainee.digest
 
 
 def _is_bias(place: Place) -> bool:

@@ -136,8 +136,9 @@ class PhaseWatch:
     def at_end(self) -> list[Violation]:
         """Every byte once more, and whether what was meant to train did."""
         found = self.verify()
-        self.record.num_trained = self._liveness.num_trained()
-        for finding in self._liveness.judge(self.record.num_steps, self._optimizers):
+        changed = self._liveness.changed()
+        self.record.num_trained = self._liveness.num_trained(changed)
+        for finding in self._liveness.judge(changed, self.record.num_steps, self._optimizers):
             found.append(self._violation(finding.kind, finding.place, finding.cause, finding.detail, since=0))
         return found
 

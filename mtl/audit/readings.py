@@ -39,10 +39,11 @@ class Rotation:
     """Reads the small buffers of a contract at every step, and parameters in turn, a few bytes a step."""
 
     def __init__(self, watched: Sequence[Watched]) -> None:
-        is_small = [each.place.kind != "param" and _num_bytes(each) <= SMALL for each in watched]
-        small = [each for each, yes in zip(watched, is_small, strict=True) if yes and each.is_viewable()]
-        self._in_turn = [each for each in watched if each not in small and each.place.kind != "attr"]
-        self._bundles = [_Bundle(group) for group in _by_device(small)]
+        small = {each for each in watched if _is_small(each)}
+        in_turn = [each for each in watched if each not in small and each.place.kind != "attr"]
+        self._in_turn = [(each, _num_bytes(each)) for each in in_turn]
+        self._most_credit = max((size for _, size in self._in_turn), default=0) + BYTES_A_STEP
+        self._bundles = [_Bundle(group) for group in _by_device([each for each in watched if each in small])]
         self._next, self._credit = 0, 0
         self._asked: dict[tuple[int, Watched], Reading] = {}
 
@@ -51,12 +52,12 @@ class Rotation:
         for bundle in self._bundles:
             bundle.ask(step)
         # A tensor of more bytes than a step may read waits until enough steps have saved for it.
-        self._credit = min(self._credit + BYTES_A_STEP, max(map(_num_bytes, self._in_turn), default=0) + BYTES_A_STEP)
+        self._credit = min(self._credit + BYTES_A_STEP, self._most_credit)
         for _ in self._in_turn:
-            watched = self._in_turn[self._next]
-            if _num_bytes(watched) > self._credit:
+            watched, size = self._in_turn[self._next]
+            if size > self._credit:
                 break
-            self._credit -= _num_bytes(watched)
+            self._credit -= size
             self._next = (self._next + 1) % len(self._in_turn)
             self.ask(watched, step)
 
@@ -111,6 +112,11 @@ def _by_device(watched: Sequence[Watched]) -> list[list[Watched]]:
     for each in watched:
         groups.setdefault(each.part().device, []).append(each)
     return list(groups.values())
+
+
+def _is_small(watched: Watched) -> bool:
+    """Whether it is read at every step."""
+    return watched.place.kind != "param" and _num_bytes(watched) <= SMALL and watched.is_viewable()
 
 
 def _num_bytes(watched: Watched) -> int:

@@ -5,6 +5,9 @@ from __future__ import annotations
 import re
 from collections.abc import Mapping, Sequence
 
+from torch import Tensor
+
+from mtl.audit.places import is_readable
 from mtl.patterns import PatternError, PatternLike, select, text_of
 
 _ROWS = re.compile(r"(?P<body>[^!~].*)\[(?P<rows>-?\d+|-?\d*:-?\d*)\]")
@@ -44,6 +47,11 @@ def split_rows(
                 )
             rows.setdefault(name, []).append(chosen)
     return others, rows
+
+
+def num_rows(tensor: Tensor | None) -> int:
+    """The length of a tensor's first axis; 0 if there is none."""
+    return tensor.shape[0] if tensor is not None and is_readable(tensor) and tensor.ndim else 0
 
 
 def rows_in_words(name: str, rows: slice) -> str:
