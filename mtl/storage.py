@@ -1,8 +1,9 @@
-"""Which tensors lie in the same memory: views, tied tensors, two arrays over one buffer."""
+"""Where tensors lie: views, tied tensors, two arrays over one buffer; what is spread over processes."""
 
 from __future__ import annotations
 
 from collections.abc import Sequence
+from typing import Any
 
 import torch
 from torch import Tensor
@@ -11,11 +12,19 @@ from torch import Tensor
 _Span = tuple[str, int, int, int]
 
 
+def local(tensor: Tensor) -> Tensor:
+    """What this process holds of a tensor; all of it, but where it is spread over processes (FSDP)."""
+    spread: Any = tensor
+    here: Tensor = spread.to_local() if hasattr(tensor, "to_local") else tensor
+    return here
+
+
 def overlapping(first: Sequence[Tensor], second: Sequence[Tensor]) -> list[tuple[int, int]]:
     """Pairs of a tensor of the first list and one of the second that have bytes in common, by their places.
 
     Tensors on the meta device, which have no addresses, are compared by their place in a common storage.
     """
+    first, second = [local(tensor) for tensor in first], [local(tensor) for tensor in second]
     sides = [
         (side, place, tensor) for side, tensors in enumerate((first, second)) for place, tensor in enumerate(tensors)
     ]

@@ -1,4 +1,7 @@
-"""What the audit costs: the median step of a plain loop with it and without, interleaved in one process.
+"""What the audit costs in a plain loop: steps with it and without, in turn, in one process.
+
+"on / off" is the median over pairs of neighbouring steps, with the spread of that median (1.25 median absolute
+deviations / sqrt(pairs)); "inside" is the time spent in the audit's own calls, as a share of the median step without.
 
 python scripts/bench_audit.py            # resnet18 at 64 px, batch 64, and vit_tiny at 224 px, batch 16
 python scripts/bench_audit.py --rounds 40
@@ -27,17 +30,24 @@ def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("--rounds", type=int, default=20, help="steps with and steps without, in turn")
     rounds = parser.parse_args().rounds
-    sys.stdout.write(f"{'setting':32}{'freeze':20}{'off, ms':>10}{'on, ms':>10}{'on / off':>10}{'copies, MB':>12}\n")
+    columns = f"{'off, ms':>10}{'on / off':>10}{'spread':>8}{'inside':>9}{'copies, MB':>12}"
+    sys.stdout.write(f"{'setting':32}{'freeze':20}{columns}\n")
     for name, size, batch in SETTINGS:
         for what, patterns in FREEZES.items():
-            off, on, copies = measure(name, size, batch, patterns, rounds)
+            off, on, inside, copies = measure(name, size, batch, patterns, rounds)
+            ratios = [with_it / without for with_it, without in zip(on, off, strict=True)]
+            ratio, step = median(ratios), median(off)
+            spread = 1.25 * 1.48 * median(abs(each - ratio) for each in ratios) / len(ratios) ** 0.5
             sys.stdout.write(
-                f"{f'{name} {size} px {batch}':32}{what:20}{off:10.1f}{on:10.1f}{on / off:10.3f}{copies:12.1f}\n"
+                f"{f'{name} {size} px {batch}':32}{what:20}{step:10.1f}{ratio:10.3f}{spread:8.3f}"
+                f"{median(inside) / step:9.2%}{copies:12.1f}\n"
             )
 
 
-def measure(name: str, size: int, batch: int, patterns: list[str], rounds: int) -> tuple[float, float, float]:
-    """Median milliseconds of a step without and with the audit, and the megabytes of its copies."""
+def measure(
+    name: str, size: int, batch: int, patterns: list[str], rounds: int
+) -> tuple[list[float], list[float], list[float], float]:
+    """Milliseconds of each step without and with the audit, of its own calls, and the megabytes of its copies."""
     torch.manual_seed(0)
     trunk = timm.create_model(name, num_classes=0)
     model = nn.ModuleDict({"trunk": trunk, "head": nn.Linear(trunk.num_features, 10)})
@@ -47,23 +57,29 @@ def measure(name: str, size: int, batch: int, patterns: list[str], rounds: int) 
     x, y = torch.randn(batch, 3, size, size), torch.randint(10, (batch,))
     audit = GradientAudit(model, patterns, [optimizer])
     times: dict[bool, list[float]] = {True: [], False: []}
+    inside: list[float] = []
     with audit.phase("frozen") as record:
         # The first steps of both kinds warm up; the audit's first one also sees every gradient for the first time.
         for number in range(2 * rounds + 4):
             is_on = number % 2 == 0
             started = time.perf_counter()
             nn.functional.cross_entropy(model["head"](trunk(x)), y).backward()
+            marks = [time.perf_counter()]
             if is_on:
                 audit.after_backward()
+            marks.append(time.perf_counter())
             optimizer.step()
+            marks.append(time.perf_counter())
             if is_on:
                 audit.after_step()
+            marks.append(time.perf_counter())
             optimizer.zero_grad()
             if number >= 4:
                 times[is_on].append(1e3 * (time.perf_counter() - started))
+                inside += [1e3 * (marks[1] - marks[0] + marks[3] - marks[2])] if is_on else []
         tensors = model.state_dict()
         copies = sum(tensors[each].numel() * tensors[each].element_size() for each in record.fingerprints) / 1e6
-    return median(times[False]), median(times[True]), copies
+    return times[False], times[True], inside, copies
 
 
 if __name__ == "__main__":

@@ -10,7 +10,7 @@ import copy
 import warnings
 from collections.abc import Callable, Iterator, Sequence
 from contextlib import contextmanager
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
 from functools import partial
 from typing import Any
 
@@ -1179,11 +1179,42 @@ def runs_a_copy() -> Scene:
     return plain(model, loss=lambda _: distance(other(X)))
 
 
+def stopped(stop: Callable[[nn.Module], object], **rest: Any) -> Scene:
+    model = uneven()
+    return plain(model, num_steps=80, after=at(12, lambda: stop(model)), **rest)
+
+
+@fault("liveness", "requires_grad is switched off in mid-phase", ("stopped_training", "head.bias"))
+def switched_off() -> Scene:
+    return stopped(lambda model: model.head.bias.requires_grad_(False))
+
+
+@fault("liveness", "requires_grad is switched off, gradients are zeroed", ("stopped_training", "head.bias"))
+def switched_off_and_zeroed() -> Scene:
+    scene = stopped(lambda model: model.head.bias.requires_grad_(False))
+    return replace(scene, clear=lambda _: scene.optimizers[0].zero_grad(set_to_none=False))
+
+
+@fault(
+    "liveness", "a head is left out from some step on", *each("stopped_training", ("heads.b.weight", "heads.b.bias"))
+)
+def left_out_later() -> Scene:
+    model = TwoHeads()
+    tasks = ("a", "b")
+    loss = lambda step: sum(distance(model.task(name, X)) for name in (tasks if step < 12 else tasks[:1]))  # noqa: E731
+    return Scene(model, [SGD(model.heads.parameters(), lr=0.05)], num_steps=80, loss=loss)
+
+
+@fault("liveness", "a head's weight is a new parameter", ("not_in_optimizer", "head.weight"))
+def new_head_weight() -> Scene:
+    model = uneven()
+    return plain(model, after=at(4, lambda: setattr(model.head, "weight", nn.Parameter(torch.ones(1, 2)))))
+
+
 @fault(
     "liveness",
     "attach(): the first of two optimizers is never stepped",
     *each("never_trained", ("heads.a.weight", "heads.a.bias")),
-    gap="attach() counts the first optimizer's steps alone; with none of them nothing is judged",
 )
 def first_never_stepped() -> Scene:
     model = TwoHeads()
@@ -1195,7 +1226,6 @@ def first_never_stepped() -> Scene:
     "liveness",
     "attach(): no optimizer is ever stepped",
     *each("never_trained", HEAD),
-    gap="attach() sees no step, and a phase of no steps is proven",
 )
 def attached_and_never_stepped() -> Scene:
     return plain(uneven(), update=nothing, attach=True)
@@ -1699,6 +1729,27 @@ def prompt() -> Scene:
     return plain(model, freeze=("trunk", "head"), loss=lambda _: distance(model(X + model.prompt)))
 
 
+@correct("liveness", "two heads take turns in asking for a gradient")
+def taking_turns() -> Scene:
+    model = TwoHeads()
+
+    def turn(step: int) -> None:
+        for number, head in enumerate(model.heads.values()):
+            head.requires_grad_(step % 2 == number)
+
+    loss = lambda _: distance(model(X))  # noqa: E731
+    return Scene(model, [SGD(model.heads.parameters(), lr=0.05)], num_steps=80, before=turn, loss=loss)
+
+
+@correct("liveness", "a head that is trained at every tenth step, up to the end")
+def rarely_trained() -> Scene:
+    model = TwoHeads()
+    loss = lambda step: sum(  # noqa: E731
+        distance(model.task(name, X)) for name in (("a", "b") if step % 10 == 1 else ("a",))
+    )
+    return Scene(model, [SGD(model.heads.parameters(), lr=0.05)], num_steps=180, loss=loss)
+
+
 @correct("structure", "complex weights")
 def complex_weights() -> Scene:
     model = nn.Sequential()
@@ -1707,18 +1758,20 @@ def complex_weights() -> Scene:
     return plain(model, loss=lambda _: distance(model(X.to(torch.complex64)).abs()))
 
 
-@correct(
-    "structure",
-    "a sparse matrix as a frozen buffer",
-    gap="the bytes of sparse tensors cannot be read: refused with a message",
-)
+@fault("structure", "a sparse frozen buffer is written", ("buffer_changed", "trunk.neighbours"))
+def written_sparse_buffer() -> Scene:
+    scene = sparse_buffer()
+    return replace(scene, after=at(3, lambda: scene.model.trunk.neighbours.mul_(2)))
+
+
+@correct("structure", "a sparse matrix as a frozen buffer")
 def sparse_buffer() -> Scene:
     model = uneven()
     model.trunk.register_buffer("neighbours", torch.eye(3).to_sparse())
     return plain(model, loss=lambda _: distance(torch.sparse.mm(model.trunk.neighbours, model(X))))
 
 
-@correct("structure", "a lazy head", gap="a parameter without a shape cannot be looked at", ignore="Lazy modules")
+@correct("structure", "a lazy head", ignore="Lazy modules")
 def lazy_head() -> Scene:
     model = nn.Sequential()
     model.trunk, model.head = nn.Linear(2, 2), nn.LazyLinear(1)

@@ -17,13 +17,14 @@ from audit_loops import (
     found,
     freeze_by_hand,
     run,
+    silent,
     train,
     trainable,
     write_in_place,
     write_numpy_alias,
     write_smallest_bit,
 )
-from mtl.audit import AuditError, GradientAudit, PhaseRecord, fingerprint
+from mtl.audit import AuditError, GradientAudit, PhaseRecord, attach, fingerprint
 from mtl.freeze import enforce, plan_freeze, trainable_parameters
 from mtl.patterns import PatternError
 
@@ -243,6 +244,29 @@ def test_an_attached_audit_names_a_gradient_before_the_optimizer_can_use_it() ->
         model.trunk.weight.grad = torch.ones(2, 2)
         optimizer.step()
     assert ("grad_present", "trunk.weight", "frozen", 0) in found(audit.report)
+
+
+def test_attach_audits_a_loop_that_knows_nothing_of_it_and_leaves_no_hook() -> None:
+    model = Tiny()
+    optimizer = SGD(trainable(model), lr=0.1)
+    audit = attach(model, optimizer, freeze=["trunk"], phase="theirs")
+    for _ in range(7):
+        (model(X) - 1).square().mean().backward()
+        optimizer.step()
+        optimizer.zero_grad()
+    audit.end()
+    silent(audit.report, num_steps=7)
+    assert [phase.name for phase in audit.report.phases] == ["theirs"]
+    assert not optimizer._optimizer_step_pre_hooks
+    assert not optimizer._optimizer_step_post_hooks
+
+
+def test_a_phase_that_was_ended_by_hand_inside_its_block_is_proven() -> None:
+    model = Tiny()
+    audit = GradientAudit(model, ["trunk"])
+    with audit.phase("by hand"):
+        audit.end()
+    assert [phase.completed for phase in audit.report.phases] == [True]
 
 
 # --- phases, report

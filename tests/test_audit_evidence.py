@@ -265,3 +265,101 @@ def test_no_step_waits_for_the_device() -> None:
             torch.cuda.set_sync_debug_mode("default")
             optimizer.zero_grad()
     assert audit.report.ok
+
+
+# --- who did it
+
+
+def causes_of(model: nn.Module, optimizers: list[SGD], freeze: tuple[str, ...] = ("trunk",), **faults: object) -> str:
+    audit = GradientAudit(model, freeze, optimizers, policy="collect")
+    with audit.phase("frozen"):
+        train(audit, model, optimizers, num_steps=4, **faults)  # type: ignore[arg-type]
+    return " | ".join(f"{violation.kind}: {violation.cause}" for violation in audit.report.violations)
+
+
+def test_a_write_to_a_parameter_that_the_optimizer_skips_is_not_blamed_on_it() -> None:
+    model = Tiny()
+    optimizer = SGD(model.parameters(), lr=0.1, weight_decay=0.1, momentum=0.9)
+    told = causes_of(model, [optimizer], after_step={2: lambda: model.trunk.weight.data.fill_(3)})
+    assert "in_optimizer: the optimizer was built before the freeze" in told
+    assert "param_changed: written past torch's count" in told
+    assert "decay" not in told
+
+
+def test_a_parameter_that_enters_an_optimizer_in_mid_phase_is_told_from_one_that_was_in_it() -> None:
+    model = Tiny()
+    optimizer = SGD(model.head.parameters(), lr=0.1)
+    told = causes_of(
+        model, [optimizer], after_step={2: lambda: optimizer.add_param_group({"params": [model.trunk.weight]})}
+    )
+    assert told.startswith("in_optimizer: an optimizer was given it after the phase began")
+
+
+def test_a_head_that_was_put_there_later_is_named_at_once_and_as_such() -> None:
+    model = Tiny()
+    optimizer = SGD(trainable(model), lr=0.1)
+    audit = GradientAudit(model, ["trunk"], [optimizer], policy="collect")
+    with audit.phase("frozen"):
+        train(audit, model, [optimizer], 4, after_step={2: lambda: setattr(model, "head", nn.Linear(2, 1))})
+    assert {(v.kind, v.step) for v in audit.report.violations} == {("not_in_optimizer", 2)}
+    assert "it was put there after the optimizer was built" in audit.report.violations[0].cause
+
+
+def test_an_average_that_follows_a_written_weight_is_not_blamed() -> None:
+    model, average = Tiny(), Tiny()
+    optimizer = SGD(trainable(model), lr=0.1)
+    audit = GradientAudit(model, ["trunk"], [optimizer], policy="collect", ema=average)
+
+    def write() -> None:
+        model.trunk.weight.data.fill_(3)
+        average.trunk.weight.data.fill_(2)
+
+    with audit.phase("frozen"):
+        train(audit, model, [optimizer], 4, after_step={2: write})
+    told = {violation.name: violation.cause for violation in audit.report.violations}
+    assert "it follows the tensor that it averages" in told["ema.trunk.weight"]
+    assert "written past torch's count" in told["trunk.weight"]
+
+
+def test_rows_that_code_writes_are_not_blamed_on_the_optimizer() -> None:
+    model = nn.Sequential()
+    model.head = nn.Linear(2, 2)
+    model.head.weight.register_hook(lambda gradient: gradient * torch.tensor([[0.0], [1.0]]))
+    told = causes_of(
+        model,
+        [SGD(model.parameters(), lr=0.1)],
+        ("head.weight[0:1]",),
+        after_step={2: lambda: model.head.weight.data[0].fill_(3)},
+    )
+    assert "code writes to these rows" in told
+
+
+@pytest.mark.parametrize("written", ["head.weight[0:10]", "head.weight[-5:]"])
+def test_rows_past_the_end_are_refused(written: str) -> None:
+    audit = GradientAudit(Tiny(), [written])
+    with pytest.raises(PatternError, match=r"goes past the end: head\.weight has 1 rows"):
+        audit.begin("frozen")
+
+
+def test_a_name_that_the_model_has_is_no_name_for_a_module_beside_it() -> None:
+    model = Tiny()
+    audit = GradientAudit(model, ["trunk"], also={"head": nn.Linear(2, 2)})
+    with pytest.raises(ValueError, match="something called 'head' already"):
+        audit.begin("frozen")
+
+
+@pytest.mark.parametrize("change", [Tensor.double, lambda data: data[:1]])
+def test_restore_undoes_another_type_and_another_shape(change: Callable[[Tensor], Tensor]) -> None:
+    model = Tiny()
+    before = model.trunk.weight.detach().clone()
+    optimizer = SGD(trainable(model), lr=0.1)
+    audit = GradientAudit(model, ["trunk"], [optimizer], policy="restore")
+
+    def write() -> None:
+        model.trunk.weight.data = change(model.trunk.weight.data)
+
+    with audit.phase("frozen"):
+        train(audit, model, [optimizer], 4, after_step={2: write})
+    assert [violation.kind for violation in audit.report.violations] == ["param_changed"]
+    assert model.trunk.weight.dtype == torch.float32
+    assert torch.equal(model.trunk.weight, before)

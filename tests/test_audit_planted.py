@@ -342,7 +342,7 @@ def test_a_gradient_that_was_set_by_hand_is_named() -> None:
 
     report = run(model, before_forward={3: plant})
     assert found(report) == [("grad_present", "trunk.weight", "frozen", 2)]
-    assert "a gradient left from before the freeze" in only(report).cause
+    assert "code gave it one" in only(report).cause
     assert only(report).detail == "has a gradient"
 
 

@@ -13,9 +13,18 @@ It is given patterns, looks at tensors, and imports nothing from the code that f
     assert audit.report.ok
 """
 
-from mtl.audit.audit import GradientAudit
+from mtl.audit.audit import GradientAudit, attach
 from mtl.audit.fingerprint import fingerprint
 from mtl.audit.membership import HoldsParameters
 from mtl.audit.report import AuditError, PhaseRecord, Report, Violation
 
-__all__ = ["AuditError", "GradientAudit", "HoldsParameters", "PhaseRecord", "Report", "Violation", "fingerprint"]
+__all__ = [
+    "AuditError",
+    "GradientAudit",
+    "HoldsParameters",
+    "PhaseRecord",
+    "Report",
+    "Violation",
+    "attach",
+    "fingerprint",
+]

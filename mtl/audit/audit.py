@@ -10,6 +10,7 @@ from functools import partial
 from typing import Any, Literal, get_args
 
 from torch import nn
+from torch.autograd.graph import register_multi_grad_hook
 from torch.optim import Optimizer
 from torch.utils.hooks import RemovableHandle
 
@@ -65,6 +66,7 @@ class GradientAudit:
         self._open: PhaseWatch | None = None
         self._seen: set[tuple[str, str]] = set()
         self._handles: list[RemovableHandle] = []
+        self._attached: list[Optimizer] = []
 
     def watch(self, optimizer: HoldsParameters) -> None:
         """Adds an optimizer that was built after the audit."""
@@ -75,13 +77,12 @@ class GradientAudit:
     def attach(self, *optimizers: Optimizer) -> None:
         """Looks at every step of these optimizers by itself: a loop then needs nothing of the audit but `phase`.
 
-        The first optimizer's steps are the ones that are counted. Steps outside a phase are not looked at.
+        Optimizers that step in turn share the count: its steps are those of the one that has stepped most often. While
+        no phase is open nothing is looked at, and no hook is left on the optimizers.
         """
-        for number, optimizer in enumerate(optimizers):
+        self._attached += optimizers
+        for optimizer in optimizers:
             self.watch(optimizer)
-            optimizer.register_step_pre_hook(lambda *_: self.after_backward() if self._open is not None else None)
-            if number == 0:
-                optimizer.register_step_post_hook(lambda *_: self.after_step() if self._open is not None else None)
 
     @contextmanager
     def phase(
@@ -96,11 +97,14 @@ class GradientAudit:
         Args, Raises: as for `begin` and `end`.
         """
         record = self.begin(name, freeze, optimizers, idle)
+        watch = self._open
         try:
             yield record
-            self.end()
+            if self._open is watch:  # not ended by hand
+                self.end()
         finally:
-            self.abandon()
+            if self._open is watch:
+                self.abandon()
 
     def begin(
         self,
@@ -119,7 +123,8 @@ class GradientAudit:
 
         Raises:
             PatternError: A pattern cannot be read or selects nothing.
-            ValueError: A frozen tensor has no bytes that can be read, or the average has nothing of what is frozen.
+            ValueError: A frozen tensor has no bytes that can be read, the average has nothing of what is frozen, or a
+                name in `also` is taken.
             AuditError: Under the policy `raise`, the contract is broken already.
             RuntimeError: Another phase is open.
         """
@@ -134,6 +139,9 @@ class GradientAudit:
         try:
             for optimizer in self._optimizers:
                 self._listen(optimizer)
+            # A loop that never steps is seen by its backwards alone.
+            if self._attached and (trained := watch.trained()):
+                self._handles.append(register_multi_grad_hook(trained, lambda _: watch.note_backward(), mode="any"))
             self._settle(watch.at_begin())
         except BaseException:
             self.abandon()
@@ -187,9 +195,17 @@ class GradientAudit:
 
     def _listen(self, optimizer: HoldsParameters) -> None:
         """Has an optimizer tell of its steps, while the phase is open."""
-        watch = self._watch()
-        if tells_of_steps(optimizer):
-            self._handles.append(optimizer.register_step_post_hook(partial(_note_step, watch)))
+        if not tells_of_steps(optimizer):
+            return
+        is_attached = any(each is optimizer for each in self._attached)
+        if is_attached:
+            self._handles.append(optimizer.register_step_pre_hook(lambda *_: self.after_backward()))
+        self._handles.append(optimizer.register_step_post_hook(partial(self._note_step, is_attached)))
+
+    def _note_step(self, is_attached: bool, optimizer: Optimizer, *_: Any) -> None:
+        is_new = self._watch().note_step(optimizer)
+        if is_attached:
+            self._settle(self._watch().after_step(is_new))
 
     def _watch(self) -> PhaseWatch:
         if self._open is None:
@@ -213,14 +229,30 @@ class GradientAudit:
                 warnings.warn(str(violation), stacklevel=_depth_of_the_caller())
 
 
+def attach(
+    model: nn.Module,
+    *optimizers: Optimizer,
+    freeze: PatternLike | Sequence[PatternLike],
+    policy: Policy = "raise",
+    phase: str = "training",
+) -> GradientAudit:
+    """Audits a loop without an edit of it: looks at every step of these optimizers from now on.
+
+    Returns:
+        The audit, with an open phase: its `end()` compares every byte, and asks whether all that was to train did.
+
+    Raises: as for `GradientAudit` and `begin`.
+    """
+    audit = GradientAudit(model, freeze, policy=policy)
+    audit.attach(*optimizers)
+    audit.begin(phase)
+    return audit
+
+
 def _checked(optimizers: Sequence[HoldsParameters]) -> list[HoldsParameters]:
     if hasattr(optimizers, "param_groups") or not all(hasattr(each, "param_groups") for each in optimizers):
         raise TypeError(f"expected a list of optimizers, each with param_groups, got {optimizers!r}")
     return list(optimizers)
-
-
-def _note_step(watch: PhaseWatch, optimizer: Optimizer, *_: Any) -> None:
-    watch.note_step(optimizer)
 
 
 def _depth_of_the_caller() -> int:

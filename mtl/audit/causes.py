@@ -11,16 +11,28 @@ from torch import Tensor, nn
 from torch.nn.modules.batchnorm import _NormBase
 
 from mtl.audit.difference import bits_of
-from mtl.audit.places import Place
+from mtl.audit.places import Place, is_sparse
 from mtl.audit.watched import Watched
+from mtl.storage import local
 
 STALE_GRADIENT = "a gradient left from before the freeze; set grad = None when freezing"
+GRADIENT_BY_HAND = (
+    "code gave it one (.grad = ..., jac_to_grad, requires_grad on for a while); leave it None on what is frozen"
+)
 LATE_FREEZE = "it required a gradient when the loss was computed; enforce the freeze before the forward"
 STILL_REQUIRED = "requires_grad was not switched off, or was switched on again after the freeze"
 REPLACED = "the module or tensor was replaced after the freeze; replace before, and build the optimizer anew"
 TRAIN_MODE = "a .train() after the freeze; keep the frozen module in eval mode"
 EARLY_OPTIMIZER = "the optimizer was built before the freeze; build it from what trains only"
+ADDED_LATER = (
+    "an optimizer was given it after the phase began (add_param_group, or one built from all parameters);"
+    " build it from what trains only"
+)
 LATE_THAW = "thawed after the optimizer was built; rebuild the optimizer when a phase begins"
+TRAINED_REPLACED = (
+    "it was put there after the optimizer was built (a swapped module, a new nn.Parameter, assign=True); build the"
+    " optimizer anew"
+)
 SHARED = "a tied or viewed tensor; freeze both names or neither"
 TWICE = "two param groups or optimizers step it; give each parameter to one"
 HIDDEN = (
@@ -35,6 +47,11 @@ NO_GRADIENT = "no loss depends on it (not called, detached, under no_grad, a tas
 NEVER_STEPPED = (
     "step() of its optimizer was not called while the gradient was there (forgotten, skipped by a grad scaler, or after"
     " zero_grad()); call backward, step, zero_grad in this order"
+)
+SWITCHED_OFF = "requires_grad was switched off in mid-phase; end the phase there, and name it in the next one's freeze"
+CUT_OFF = (
+    "no loss depends on it any more (detached, under no_grad, a task left out); end the phase there, and name it in the"
+    " next one's freeze"
 )
 ZERO_RATE = "its param group has the learning rate 0; give it one, or name it in freeze"
 TOO_SMALL = (
@@ -80,6 +97,13 @@ def of_replacement(place: Place) -> str:
     return REPLACED
 
 
+def of_copy(follows: bool) -> str:
+    """Why the average of a frozen tensor may have changed; `follows` if the tensor itself has."""
+    if follows:
+        return "it follows the tensor that it averages, which has changed itself; mend that"
+    return "the average is not exact for what is frozen; average what trains only, or by lerp"
+
+
 def of_change(watched: Watched, content: Tensor, groups: Sequence[dict[str, Any]]) -> str:
     """Why a frozen tensor's bytes may have changed.
 
@@ -90,8 +114,6 @@ def of_change(watched: Watched, content: Tensor, groups: Sequence[dict[str, Any]
     """
     place, tensor = watched.place, watched.tensor
     owner = type(place.owner).__name__
-    if place.is_copy:
-        return "the average is not exact for what is frozen; average what trains only, or by lerp"
     if place.kind == "attr":
         return f"code of {owner} writes to this attribute; take it out of the freeze if it is meant to change"
     if place.kind == "buffer" and isinstance(place.owner, _NormBase) and not place.owner.training:
@@ -104,9 +126,14 @@ def of_change(watched: Watched, content: Tensor, groups: Sequence[dict[str, Any]
     if place.kind == "buffer":
         return f"the forward of {owner} or other code writes to this buffer; keep the frozen module in eval mode"
     group = next((group for group in groups if any(p is tensor for p in group["params"])), None)
-    if group is None:
+    # An optimizer leaves alone what has no gradient.
+    if group is None or (place.rows is None and not watched.had_gradient):
         return _of_a_write(watched, content)
     if place.rows is not None:
+        gradient = None if tensor.grad is None else local(tensor.grad)
+        is_still = gradient is not None and not gradient.is_sparse and not bool(gradient[place.rows].any())
+        if is_still and not any(group.get(key) for key in ("weight_decay", "momentum", "betas")):
+            return "their gradient is zero, and the optimizer has neither decay nor momentum: code writes to these rows"
         return "the optimizer moves these rows with the others; mask their gradient, without decay and momentum on them"
     if tensor.grad is not None and bool(tensor.grad.any()):
         return f"an optimizer stepped it with a gradient; set grad = None when freezing, and {_FROM_WHAT_TRAINS}"
@@ -120,6 +147,8 @@ def of_change(watched: Watched, content: Tensor, groups: Sequence[dict[str, Any]
 def _of_a_write(watched: Watched, content: Tensor) -> str:
     """What wrote to a tensor that no watched optimizer holds, read off the bytes and the signs."""
     before = watched.original
+    if is_sparse(watched.tensor):
+        return "its elements were written, or others added; leave frozen tensors alone"
     if before.shape != content.shape or before.dtype != content.dtype:
         return "its shape or type was changed (.data, .half(), .to()) after the freeze; convert before"
     if (narrow := _narrower(before, content)) is not None:

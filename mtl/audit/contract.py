@@ -7,7 +7,7 @@ from dataclasses import dataclass, replace
 
 from torch import nn
 
-from mtl.audit.places import Module, Place, every_module, is_readable, places_in
+from mtl.audit.places import Module, Place, every_module, is_readable, is_sparse, places_in
 from mtl.audit.rows import num_rows, rows_in_words, split_rows
 from mtl.moduletree import describe_modules
 from mtl.names import parents
@@ -30,9 +30,15 @@ class Subject:
     ema: nn.Module | None
 
     def modules(self) -> list[Module]:
-        """Every module of the model and those beside it, by every path."""
+        """Every module of the model and those beside it, by every path.
+
+        Raises:
+            ValueError: A module beside the model is to be called as something inside it is.
+        """
         found = every_module(self.model)
         for name, module in self.also.items():
+            if any(path.split(".")[0] == name for path, _, _ in found) or hasattr(self.model, name):
+                raise ValueError(f"also: the model has something called {name!r} already; choose another name")
             # A loss that holds the model itself adds nothing to it.
             known = {each for _, each, _ in found}
             found += [entry for entry in every_module(module, name) if entry[1] not in known]
@@ -48,7 +54,7 @@ class Contract:
         frozen: Every name of every frozen tensor, rows of tensors, and what an average has of them.
         free: Every name of every other tensor; one of which only rows are frozen is free as well.
         modules: Modules by path.
-        links: The ways to frozen tensors: (module, name of its child, the child).
+        links: The ways to all tensors that torch knows: (module, name of its child, the child).
     """
 
     patterns: tuple[PatternLike, ...]
@@ -58,7 +64,7 @@ class Contract:
     links: list[tuple[nn.Module, str, nn.Module]]
 
     def is_unlinked(self) -> bool:
-        """Whether a module on the way to a frozen tensor is no longer the one it was."""
+        """Whether a module on the way to a tensor is no longer the one it was."""
         return any(module._modules.get(key) is not child for module, key, child in self.links)
 
     def around(self, place: Place) -> list[nn.Module]:
@@ -98,11 +104,11 @@ def draw_contract(subject: Subject, patterns: Sequence[PatternLike]) -> Contract
     for place in frozen:
         if (tensor := place.look()) is not None and not is_readable(tensor):
             raise ValueError(
-                f"{place.name} is frozen, but its bytes cannot be read (sparse, quantised, nested, meta, not yet made);"
+                f"{place.name} is frozen, but its bytes cannot be read (quantised, nested, meta, not yet made);"
                 f" take it back with !{place.name}"
             )
     copied = list(_copies(subject.ema, names)) if subject.ema is not None else []
-    links = list(_links(by_path, [place for place in frozen if not place.hidden]))
+    links = list(_links(by_path, [place for place in places if not place.hidden]))
     return Contract(tuple(patterns), [*frozen, *sliced, *copied], free, by_path, links)
 
 
@@ -121,8 +127,8 @@ def _copies(ema: nn.Module, frozen: set[str]) -> Iterator[Place]:
     yield from (replace(place, name=f"ema.{place.name}", is_copy=True) for place in copies)
 
 
-def _links(modules: dict[str, nn.Module], frozen: list[Place]) -> Iterator[tuple[nn.Module, str, nn.Module]]:
-    on_the_way = {path for place in frozen for path in parents(place.name)}
+def _links(modules: dict[str, nn.Module], places: list[Place]) -> Iterator[tuple[nn.Module, str, nn.Module]]:
+    on_the_way = {path for place in places for path in parents(place.name)}
     for path in on_the_way - {""}:
         parent, _, key = path.rpartition(".")
         # Inside a wrapper, the child is not there under its own name.
@@ -139,7 +145,10 @@ def shared_memory(contract: Contract) -> list[tuple[Place, Place]]:
         [
             (place, tensor)
             for place in places
-            if place.rows is None and (tensor := place.look()) is not None and is_readable(tensor)
+            if place.rows is None
+            and (tensor := place.look()) is not None
+            and is_readable(tensor)
+            and not is_sparse(tensor)
         ]
         for places in (contract.frozen, [place for place in contract.free if not place.hidden])
     )

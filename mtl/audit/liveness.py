@@ -6,6 +6,7 @@ below it, a task may not have been drawn. The window is therefore the whole phas
 
 from __future__ import annotations
 
+from collections import Counter
 from collections.abc import Iterator, Sequence
 from dataclasses import dataclass, field
 
@@ -17,11 +18,11 @@ from mtl.audit import causes
 from mtl.audit.contract import Contract
 from mtl.audit.fingerprint import fingerprint
 from mtl.audit.membership import HoldsParameters, param_groups, tells_of_steps
-from mtl.audit.places import Place, is_readable
+from mtl.audit.places import Place, is_readable, is_sparse, is_unmade
 from mtl.audit.readings import Reading
-from mtl.audit.watched import local
 from mtl.moduletree import describe_modules
 from mtl.patterns import PatternLike, select
+from mtl.storage import local
 
 # After so many steps a phase can be judged: a warm-up from zero is over.
 FEW = 3
@@ -30,6 +31,8 @@ FEW = 3
 SOME = 6
 # So many if chance is at work (parameters got their first gradient late), or changes too small to be seen.
 MANY = 50
+# What has had so many gradients, and then none for MANY steps and TIMES its longest wait, has stopped.
+ENOUGH = 10
 # And, if it is, so many times the step at which the last parameter got its first gradient.
 TIMES = 4
 
@@ -45,6 +48,9 @@ class _Trainee:
         asked: Whether it has required a gradient at any look.
         had_gradient: Whether it has had one, were it all zeros.
         had_signal: Whether it has had one that was not all zeros.
+        num_gradients: Steps in which it asked for a gradient and had one.
+        last_gradient: The last of them.
+        longest_wait: The most steps between two of them, or before the first.
     """
 
     place: Place
@@ -53,6 +59,20 @@ class _Trainee:
     asked: bool = False
     had_gradient: bool = False
     had_signal: bool = False
+    num_gradients: int = 0
+    last_gradient: int = 0
+    longest_wait: int = 0
+
+    def note_gradient(self, step: int) -> None:
+        """Notes that it had a gradient in a step; the same step may be noted again."""
+        if step > self.last_gradient:
+            self.longest_wait = max(self.longest_wait, step - self.last_gradient)
+            self.num_gradients, self.last_gradient = self.num_gradients + 1, step
+
+    def has_stopped(self, num_steps: int) -> bool:
+        """Whether it trained for a while, and has had no gradient for much longer than ever before."""
+        silent = num_steps - self.last_gradient
+        return self.num_gradients >= ENOUGH and silent >= max(MANY, TIMES * self.longest_wait)
 
     @property
     def is_stray(self) -> bool:
@@ -72,10 +92,10 @@ class Finding:
 
 @dataclass
 class _Seen:
-    """What was seen of the optimizers: groups with a rate above zero, and optimizers that have stepped, by identity."""
+    """What was seen of the optimizers: groups with a rate above zero, and each one's steps, by identity."""
 
     moving_groups: set[int] = field(default_factory=set)
-    stepped: set[int] = field(default_factory=set)
+    stepped: Counter[int] = field(default_factory=Counter)
     last_first_signal: int = 0
 
 
@@ -97,12 +117,22 @@ class Liveness:
             tensor = place.look()
             if tensor is None or id(tensor) in frozen or place.name in rest or not _can_train(place, tensor):
                 continue
-            trainees.setdefault(id(tensor), _Trainee(place, tensor, fingerprint(local(tensor))))
+            trainees.setdefault(id(tensor), _Trainee(place, tensor, _digest(tensor)))
         self._trainees = list(trainees.values())
         self._waiting = list(self._trainees)
         self._contract = contract
         self._seen = _Seen()
         self._asked: list[tuple[list[_Trainee], Reading, int]] = []
+        self.num_backwards = 0
+
+    @property
+    def num_noted(self) -> int:
+        """The steps of the optimizer that has stepped most often."""
+        return max(self._seen.stepped.values(), default=0)
+
+    def asking(self) -> list[Tensor]:
+        """What asks for a gradient now."""
+        return [trainee.tensor for trainee in self._trainees if trainee.tensor.requires_grad and trainee.tensor.is_leaf]
 
     @property
     def num_trainable(self) -> int:
@@ -110,18 +140,21 @@ class Liveness:
 
     def changed(self) -> set[int]:
         """The identities of those with other bytes than when the phase began."""
-        return {id(each.tensor) for each in self._trainees if fingerprint(local(each.tensor)) != each.digest}
+        return {id(each.tensor) for each in self._trainees if _digest(each.tensor) != each.digest}
 
     def num_trained(self, changed: set[int]) -> int:
         """How many of `changed` are parameters that were to train."""
         return sum(id(trainee.tensor) in changed for trainee in self._trainees if not trainee.is_stray)
 
     def look_at_gradients(self, step: int) -> None:
-        """Looks for a first gradient at those that have had none; costs nothing once all have had one.
+        """Looks who has a gradient, and into the gradients of those that have had none but zeros so far.
 
         Args:
             step: The step that the gradients are for.
         """
+        for trainee in self._trainees:
+            if trainee.tensor.grad is not None and trainee.tensor.requires_grad:
+                trainee.note_gradient(step)
         if not self._waiting:
             return
         groups: dict[tuple[torch.device, torch.dtype], list[_Trainee]] = {}
@@ -143,18 +176,27 @@ class Liveness:
 
     def note_step(self, optimizer: Optimizer) -> None:
         """Notes that an optimizer has stepped."""
-        self._seen.stepped.add(id(optimizer))
+        self._seen.stepped[id(optimizer)] += 1
 
     def judge(self, changed: set[int], num_steps: int, optimizers: Sequence[HoldsParameters]) -> Iterator[Finding]:
         """What did not train in a phase that is over, and why; `changed` is what has other bytes by now."""
         self._take_in(wait=True)
-        if not optimizers or not num_steps:
+        num_steps = max(num_steps, self.num_noted)
+        if not optimizers:
+            return
+        if not num_steps:
+            yield from self._judge_without_steps(changed, optimizers)
             return
         held = {id(p) for group in param_groups(optimizers) for p in group["params"]}
         dead = [t for t in self._trainees if not (t.had_signal and id(t.tensor) in changed)]
         owners = {id(trainee.place.owner) for trainee in dead if not _is_bias(trainee.place)}
         for trainee in self._trainees:
             has_changed = id(trainee.tensor) in changed
+            if trainee.has_stopped(num_steps) and trainee.place.look() is trainee.tensor and not trainee.is_stray:
+                cause = causes.CUT_OFF if trainee.tensor.requires_grad else causes.SWITCHED_OFF
+                detail = f"had its last gradient in step {trainee.last_gradient} of {num_steps}"
+                yield Finding("stopped_training", trainee.place, cause, detail)
+                continue
             if trainee.place.look() is not trainee.tensor or (has_changed and (trainee.had_signal or trainee.is_stray)):
                 continue
             if trainee.is_stray:
@@ -170,6 +212,14 @@ class Liveness:
                 # weight beside it lives.
                 is_excused = _is_bias(trainee.place) and id(trainee.place.owner) not in owners
                 yield from self._judge_held(trainee, has_changed, is_excused, num_steps, optimizers)
+
+    def _judge_without_steps(self, changed: set[int], optimizers: Sequence[HoldsParameters]) -> Iterator[Finding]:
+        """What was to train in a phase in which there were backwards, but no step."""
+        held = {id(p) for group in param_groups(optimizers) for p in group["params"]}
+        for trainee in self._trainees if self.num_backwards >= FEW else ():
+            if id(trainee.tensor) in held - changed:
+                detail = f"was never stepped in {self.num_backwards} backwards"
+                yield Finding("never_trained", trainee.place, causes.NEVER_STEPPED, detail)
 
     def _judge_held(
         self,
@@ -220,13 +270,21 @@ class Liveness:
         self._waiting = [trainee for trainee in self._waiting if not trainee.had_signal]
 
 
+def _digest(tensor: Tensor) -> str:
+    return "" if is_unmade(tensor) else fingerprint(local(tensor))
+
+
 def _is_bias(place: Place) -> bool:
     return "bias" in place.key
 
 
 def _can_train(place: Place, tensor: Tensor) -> bool:
     """Whether a tensor may be meant to train; whole numbers are not, and plain tensors only if they say so."""
-    if not is_readable(tensor) or not tensor.numel() or not (tensor.is_floating_point() or tensor.is_complex()):
+    if is_unmade(tensor):
+        return place.kind == "param"
+    if not is_readable(tensor) or is_sparse(tensor) or not local(tensor).numel():
+        return False
+    if not (tensor.is_floating_point() or tensor.is_complex()):
         return False
     if place.kind == "param" and not place.hidden:
         return True

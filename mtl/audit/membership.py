@@ -6,6 +6,7 @@ from collections import Counter
 from collections.abc import Iterator, Sequence
 from typing import Any, Protocol, TypeGuard
 
+from torch import Tensor
 from torch.optim import Optimizer
 
 from mtl.audit.contract import Contract
@@ -38,6 +39,15 @@ class Membership:
         free = [place for place in contract.free if place.kind == "param" and not place.hidden]
         self._free = [(place, tensor) for place in free if (tensor := place.look()) is not None]
         self._seen: tuple[list[int], list[bool]] | None = None
+
+    @property
+    def free(self) -> dict[str, Tensor]:
+        """The parameters that are not frozen, by every name."""
+        return {place.name: tensor for place, tensor in self._free}
+
+    def is_outdated(self) -> bool:
+        """Whether another tensor hangs by now where a parameter hung."""
+        return any(place.look() is not tensor for place, tensor in self._free)
 
     def look(self, optimizers: Sequence[HoldsParameters]) -> Iterator[tuple[str, Place]]:
         """Yields the kind of each violation with its place; nothing if nothing has changed since the last look."""

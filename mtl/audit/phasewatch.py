@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Sequence
+from dataclasses import replace
 
 from torch import Tensor
 from torch.nn.modules.batchnorm import _NormBase
@@ -11,19 +12,19 @@ from torch.optim import Optimizer
 from mtl.audit import causes
 from mtl.audit.contract import Contract, Subject, draw_contract, shared_memory
 from mtl.audit.difference import size_of_change
-from mtl.audit.fingerprint import root
+from mtl.audit.fingerprint import fingerprint, root
 from mtl.audit.liveness import Liveness
 from mtl.audit.membership import HoldsParameters, Membership, param_groups
-from mtl.audit.places import Place
+from mtl.audit.places import Place, is_sparse
 from mtl.audit.readings import Rotation
 from mtl.audit.report import PhaseRecord, Violation
 from mtl.audit.watched import Watched
 from mtl.patterns import PatternError, PatternLike, text_of
 
 _MEMBERSHIP = {
-    "in_optimizer": (causes.EARLY_OPTIMIZER, "is held by an optimizer, whose decay or momentum could move it"),
-    "not_in_optimizer": (causes.LATE_THAW, "is not frozen and requires a gradient, but no optimizer holds it"),
-    "in_several_groups": (causes.TWICE, "is held by more than one param group"),
+    "in_optimizer": "is held by an optimizer, whose decay or momentum could move it",
+    "not_in_optimizer": "is not frozen and requires a gradient, but no optimizer holds it",
+    "in_several_groups": "is held by more than one param group",
 }
 
 
@@ -51,6 +52,8 @@ class PhaseWatch:
         self._optimizers = optimizers
         self._contract = draw_contract(subject, patterns)
         self._membership = Membership(self._contract)
+        self._free_at_first = self._membership.free
+        self._has_begun = False
         self._watched = [
             Watched(place, tensor) for place in self._contract.frozen if (tensor := place.look()) is not None
         ]
@@ -68,10 +71,25 @@ class PhaseWatch:
             name, [text_of(p) for p in patterns], digests, root(digests), num_trainable=self._liveness.num_trainable
         )
 
-    def note_step(self, optimizer: Optimizer) -> None:
-        """Takes note of a step of one optimizer, right behind it."""
+    def note_step(self, optimizer: Optimizer) -> bool:
+        """Takes note of a step of one optimizer, right behind it.
+
+        Returns:
+            Whether it is one that no other optimizer has done yet: several of them may share the steps of a loop.
+        """
         if any(p.grad is not None for group in optimizer.param_groups for p in group["params"]):
             self._liveness.note_step(optimizer)
+            self._liveness.look_at_gradients(self._liveness.num_noted)
+            self._liveness.look_at_rates([optimizer])
+        return self._liveness.num_noted > self.record.num_steps
+
+    def note_backward(self) -> None:
+        """Takes note of a backward that reached something which trains."""
+        self._liveness.num_backwards += 1
+
+    def trained(self) -> list[Tensor]:
+        """What is meant to train and asks for a gradient."""
+        return self._liveness.asking()
 
     def at_begin(self) -> list[Violation]:
         """What can be wrong before the first step."""
@@ -85,7 +103,10 @@ class PhaseWatch:
             if watched.tensor.grad is not None:
                 detail = "has a gradient before the first step"
                 found.append(self._violation("grad_present", watched.place, causes.STALE_GRADIENT, detail))
-        return found + self._optimizer_membership()
+                watched.had_gradient = True
+        found += self._optimizer_membership()
+        self._has_begun = True
+        return found
 
     def after_backward(self) -> list[Violation]:
         """Gradients, and modes."""
@@ -94,16 +115,16 @@ class PhaseWatch:
         self._liveness.look_at_rates(self._optimizers)
         return self._gradients() + self._train_mode()
 
-    def after_step(self) -> list[Violation]:
-        """Counts the step; flags, identities, signs, and what the rotation has read."""
+    def after_step(self, is_new: bool = True) -> list[Violation]:
+        """Counts the step, if it is a new one; flags, identities, signs, and what the rotation has read."""
         record = self.record
-        record.num_steps += 1
+        record.num_steps += is_new
         record.num_tripwire_checks += len(self._watched) + len(self._frozen_norms)
         # Whoever does not call after_backward (closures) has the gradients here.
         self._liveness.look_at_gradients(record.num_steps)
         self._liveness.look_at_rates(self._optimizers)
         found = self._gradients()
-        if self._contract.is_unlinked():
+        if self._contract.is_unlinked() or self._membership.is_outdated():
             found += self._replaced()
         suspects = set()
         for watched in self._whole:
@@ -144,8 +165,11 @@ class PhaseWatch:
 
     def put_back(self) -> None:
         """Puts back what can be put back: bits, flags and modes; a tensor that was replaced is only reported."""
+        tied = {id(tensor) for tensor in self._membership.free.values()}
         for watched in self._watched:
-            watched.put_back()
+            # What is frozen under one name and free under another has no bits that are right.
+            if id(watched.tensor) not in tied or watched.place.rows is not None:
+                watched.put_back()
         for _, norm in self._frozen_norms:
             norm.eval()
         self._rotation = Rotation(self._watched)
@@ -154,8 +178,11 @@ class PhaseWatch:
         found = []
         for watched in self._whole:
             if watched.tensor.grad is not None:
-                cause = causes.LATE_FREEZE if watched.tensor.requires_grad else causes.STALE_GRADIENT
+                cause = causes.STALE_GRADIENT if watched.had_gradient else causes.GRADIENT_BY_HAND
+                if watched.tensor.requires_grad:
+                    cause = causes.LATE_FREEZE
                 found.append(self._violation("grad_present", watched.place, cause, "has a gradient"))
+                watched.had_gradient = True
         return found
 
     def _still_required(self, watched: Watched) -> Violation:
@@ -176,9 +203,13 @@ class PhaseWatch:
         return found
 
     def _changed(self, watched: Watched, content: Tensor) -> Violation:
-        cause = causes.of_change(watched, content, param_groups(self._optimizers))
+        if watched.place.is_copy:
+            cause = causes.of_copy(self._has_changed(watched.place.name.removeprefix("ema.")))
+        else:
+            cause = causes.of_change(watched, content, param_groups(self._optimizers))
         size = None
-        if content.shape == watched.original.shape and content.dtype == watched.original.dtype:
+        is_alike = content.shape == watched.original.shape and not is_sparse(watched.tensor)
+        if is_alike and content.dtype == watched.original.dtype:
             size = size_of_change(watched.original, content)
         return self._violation(
             f"{watched.place.kind}_changed",
@@ -190,6 +221,12 @@ class PhaseWatch:
             share=None if size is None else size.share,
         )
 
+    def _has_changed(self, name: str) -> bool:
+        """Whether a frozen tensor of this name has other bytes than at first."""
+        return any(
+            watched.place.name == name and fingerprint(watched.part()) != watched.digest for watched in self._watched
+        )
+
     def _replaced(self) -> list[Violation]:
         """Tensors that hang behind the line by now, and did not when the phase began; and those that are gone."""
         try:
@@ -198,6 +235,7 @@ class PhaseWatch:
             now = Contract((), [], [], {}, [])  # nothing of what was frozen is left; each tensor is found to be gone
         else:
             self._membership = Membership(now)
+            self._contract = replace(self._contract, links=now.links)
         there = {place.name: place for place in now.frozen}
         known = {place.name for place in self._contract.frozen}
         found = []
@@ -236,7 +274,16 @@ class PhaseWatch:
 
     def _optimizer_membership(self) -> list[Violation]:
         breaches = self._membership.look(self._optimizers)
-        return [self._violation(kind, place, *_MEMBERSHIP[kind]) for kind, place in breaches]
+        return [self._violation(kind, place, self._why(kind, place), _MEMBERSHIP[kind]) for kind, place in breaches]
+
+    def _why(self, kind: str, place: Place) -> str:
+        """The cause of a breach of membership."""
+        if kind == "in_optimizer":
+            return causes.ADDED_LATER if self._has_begun else causes.EARLY_OPTIMIZER
+        if kind == "in_several_groups":
+            return causes.TWICE
+        is_first = self._free_at_first.get(place.name) is place.look()
+        return causes.LATE_THAW if is_first else causes.TRAINED_REPLACED
 
     def _violation(
         self,

@@ -68,14 +68,18 @@ def _step_into(holder: object, key: str) -> object:
 
 
 def is_readable(tensor: Tensor) -> bool:
-    """Whether a tensor has bytes that can be compared: it is dense, and there."""
-    return not (
-        isinstance(tensor, UninitializedParameter | UninitializedBuffer)
-        or tensor.is_nested
-        or tensor.layout != torch.strided
-        or tensor.is_quantized
-        or tensor.is_meta
-    )
+    """Whether a tensor has bytes that can be compared: it is there, and dense or sparse."""
+    return not (is_unmade(tensor) or tensor.is_nested or tensor.is_quantized or tensor.is_meta)
+
+
+def is_unmade(tensor: Tensor) -> bool:
+    """Whether a lazy module has yet to make it."""
+    return isinstance(tensor, UninitializedParameter | UninitializedBuffer)
+
+
+def is_sparse(tensor: Tensor) -> bool:
+    """Whether a tensor keeps the elements that are not zero only, in any of torch's layouts."""
+    return tensor.layout != torch.strided
 
 
 # A path, the module there, and whether it is hidden from torch.

@@ -17,7 +17,7 @@ class Violation:
     Attributes:
         kind: `param_changed`, `buffer_changed`, `attr_changed`, `grad_present`, `requires_grad`, `in_optimizer`,
             `not_in_optimizer`, `in_several_groups`, `identity_changed`, `train_mode`, `shared_storage`,
-            `never_trained`, or `never_received_grad`.
+            `never_trained`, `never_received_grad`, or `stopped_training`.
         name: The tensor's full name; for `train_mode`, the module's.
         phase: The phase in which it was found.
         step: Steps done in the phase when it was found.

@@ -41,10 +41,12 @@ def split_rows(
             continue
         for name in named:
             chosen = _as_slice(written["rows"])
-            if not range(lengths[name])[chosen]:
-                raise PatternError(
-                    index, f"pattern {text_of(pattern)!r} selects no rows: {name} has {lengths[name]} of them"
-                )
+            length = lengths[name]
+            if not range(length)[chosen]:
+                raise PatternError(index, f"pattern {text_of(pattern)!r} selects no rows: {name} has {length} of them")
+            # Python cuts such a slice; in a contract it is a mistake.
+            if any(bound is not None and not -length <= bound <= length for bound in (chosen.start, chosen.stop)):
+                raise PatternError(index, f"pattern {text_of(pattern)!r} goes past the end: {name} has {length} rows")
             rows.setdefault(name, []).append(chosen)
     return others, rows
 

@@ -2,13 +2,12 @@
 
 from __future__ import annotations
 
-from typing import Any
-
 import torch
 from torch import Tensor
 
 from mtl.audit.fingerprint import fingerprint
-from mtl.audit.places import Place
+from mtl.audit.places import Place, is_sparse
+from mtl.storage import local
 
 
 class Watched:
@@ -20,6 +19,7 @@ class Watched:
         original: A copy of what is frozen of it, on the host.
         digest: The fingerprint of that.
         proven_at: The last step after which its bytes were found to be the first ones.
+        had_gradient: Whether it has had a gradient at any look.
     """
 
     def __init__(self, place: Place, tensor: Tensor) -> None:
@@ -28,21 +28,30 @@ class Watched:
         self.original = self.part().detach().to("cpu", copy=True)
         self.digest = fingerprint(self.original)
         self.proven_at = 0
+        self.had_gradient = False
         self.note_signs()
 
     def part(self) -> Tensor:
         """What is frozen of it; of a tensor that is spread over processes (FSDP), what is here."""
         here = local(self.tensor)
+        if is_sparse(here):
+            return _packed(here)
         return here if self.place.rows is None else here[self.place.rows]
 
     def is_viewable(self) -> bool:
         """Whether its bytes can be read without bringing them in order first."""
         part = self.part()
-        return part.is_contiguous() and not part.is_conj() and not part.is_neg() and part.numel() > 0
+        return (
+            not is_sparse(self.tensor)
+            and part.is_contiguous()
+            and not part.is_conj()
+            and not part.is_neg()
+            and part.numel() > 0
+        )
 
     def note_signs(self) -> None:
         """Takes the present address and version for those of the first bytes."""
-        self._address, self._version = self.tensor.data_ptr(), _version(self.tensor)
+        self._address, self._version = _address(self.tensor), _version(self.tensor)
 
     def shows_a_sign(self) -> bool:
         """Whether it may have been written to: a reason to look at its bytes, not a verdict."""
@@ -50,7 +59,7 @@ class Watched:
 
     def was_moved(self) -> bool:
         """Whether it lies elsewhere in memory than when the signs were noted."""
-        return self.tensor.data_ptr() != self._address
+        return _address(self.tensor) != self._address
 
     def was_written(self) -> bool:
         """Whether torch has counted a write since the signs were noted."""
@@ -70,19 +79,36 @@ class Watched:
                 self.tensor.requires_grad_(False)
             self.tensor.grad = None
         part = self.part()
-        # What was made by expand() has several elements in one place, and cannot be written to.
-        is_expanded = any(size > 1 and not stride for size, stride in zip(part.shape, part.stride(), strict=True))
-        if part.shape == self.original.shape and not is_expanded and fingerprint(part) != self.digest:
+        if part.shape != self.original.shape or part.dtype != self.original.dtype:
+            # Another shape or type came by `.data`, and goes by it.
+            if self.place.rows is None and part is self.tensor:
+                self.tensor.data = self.original.to(self.tensor.device, copy=True)
+        elif not is_sparse(self.tensor) and not _is_expanded(part) and fingerprint(part) != self.digest:
             with torch.inference_mode(part.is_inference()), torch.no_grad():
                 part.copy_(self.original)
         self.note_signs()
 
 
-def local(tensor: Tensor) -> Tensor:
-    """What this process holds of a tensor."""
-    spread: Any = tensor
-    whole: Tensor = spread.to_local() if hasattr(tensor, "to_local") else tensor
-    return whole
+def _packed(tensor: Tensor) -> Tensor:
+    """The bytes of a sparse tensor: where its elements are, and what they are."""
+    if tensor.layout == torch.sparse_coo:
+        whole = tensor.detach().coalesce()
+        parts = [whole.indices(), whole.values()]
+    elif tensor.layout in (torch.sparse_csr, torch.sparse_bsr):
+        parts = [tensor.crow_indices(), tensor.col_indices(), tensor.values()]
+    else:
+        parts = [tensor.ccol_indices(), tensor.row_indices(), tensor.values()]
+    return torch.cat([part.detach().contiguous().reshape(-1).view(torch.uint8) for part in parts])
+
+
+def _address(tensor: Tensor) -> int:
+    """Where a tensor lies; a sparse one lies in several places."""
+    return 0 if is_sparse(tensor) else local(tensor).data_ptr()
+
+
+def _is_expanded(tensor: Tensor) -> bool:
+    """Whether several elements lie in one place, as `expand()` makes them: it cannot be written to."""
+    return any(size > 1 and not stride for size, stride in zip(tensor.shape, tensor.stride(), strict=True))
 
 
 def _version(tensor: Tensor) -> int:
