@@ -297,6 +297,7 @@ def test_a_run_that_is_interrupted_says_how_to_go_on(tmp_path: Path) -> None:
     assert said.strip() == f"stopped; to go on from the last epoch: name=ANOTHER resume={last}"
 
 
+@pytest.mark.slow
 def test_a_picture_that_cannot_be_written_is_exit_code_2(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
     file = tiny_config(tmp_path, phases=[{"name": "a", "steps": 1}])
     assert main(["train", str(file), "-q"]) == 0
@@ -308,6 +309,7 @@ def test_a_picture_that_cannot_be_written_is_exit_code_2(tmp_path: Path, capsys:
         assert capsys.readouterr().err == f"error: {message}\n"
 
 
+@pytest.mark.slow
 def test_the_default_configuration_takes_a_method_that_learns_nothing() -> None:
     config = load_config(ROOT / "configs/scenes.yaml", ["balance.method=mean", "data.num_train=8", "data.num_val=8"])
     phases = assemble(config, quiet=True).phases

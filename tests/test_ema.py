@@ -200,6 +200,7 @@ def test_a_run_taken_up_before_an_evaluation_judges_the_averages_as_one_that_nev
     assert (resumed.run_dir / "checkpoints/last/model.safetensors").is_file()
 
 
+@pytest.mark.slow
 def test_training_after_an_evaluation_goes_on_from_the_weights_as_they_trained(tmp_path: Path) -> None:
     ends = []
     for name, phases in (("with", EVALUATED), ("without", [EVALUATED[0], {**EVALUATED[2], "restore": "best"}])):

@@ -49,6 +49,7 @@ def test_the_report_shows_verdict_phases_picture_and_configuration(
     assert image.size[0] > 1000 and len(image.convert("L").histogram()) == 256
 
 
+@pytest.mark.slow
 def test_violations_are_listed_and_names_are_escaped(tmp_path: Path) -> None:
     parts = tiny_parts(tmp_path, "audit.policy=collect")
     stem = parts.model.trunk.get_parameter("conv1.0.weight")

@@ -90,6 +90,7 @@ PLATEAUS = [
 ]
 
 
+@pytest.mark.slow
 def test_a_plateau_trace_over_four_phases_goes_back_to_the_best_weights_at_each_transition(
     tmp_path: Path, monkeypatch: pytest.MonkeyPatch, caplog: pytest.LogCaptureFixture
 ) -> None:
@@ -200,6 +201,7 @@ def keep_every_checkpoint(monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr("mtl.checkpoint.Checkpoints._prune", lambda _: None)
 
 
+@pytest.mark.slow
 def test_a_run_taken_up_from_any_checkpoint_in_any_phase_ends_with_the_bits_of_one_that_never_stopped(
     tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
