@@ -123,6 +123,12 @@ def is_frozen(plan: FreezePlan, module_name: str) -> bool:
     )
 
 
+def is_still(plan: FreezePlan, module_name: str) -> bool:
+    """Whether nothing in a module moves: every parameter and every buffer of it is frozen."""
+    start = f"{module_name}."
+    return is_frozen(plan, module_name) and not any(name.startswith(start) for name in plan.names.free_buffers)
+
+
 def _check_line(tensors: dict[str, Tensor], frozen: set[str]) -> None:
     """Raises `FreezeError` if a frozen tensor is, or lies in the memory of, one that is not frozen."""
     inside, outside = ({n: t for n, t in tensors.items() if (n in frozen) == side} for side in (True, False))

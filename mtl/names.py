@@ -48,3 +48,11 @@ def count(number: float, what: str) -> str:
     """A number of things: `1 epoch`, `1,200 steps`."""
     written = f"{number:,}" if isinstance(number, int) else f"{number:g}"
     return f"{written} {what}{'' if number == 1 else 's'}"
+
+
+def in_bytes(number: int) -> str:
+    """Bytes in the unit that fits, of powers of a thousand."""
+    for unit, factor in (("GB", 10**9), ("MB", 10**6), ("kB", 10**3)):
+        if number >= factor:
+            return f"{number / factor:.3g} {unit}" if number < 1000 * factor else f"{number / factor:,.0f} {unit}"
+    return f"{number} B"

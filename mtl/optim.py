@@ -147,8 +147,10 @@ def build_optimizer(config: OptimizerConfig, groups: Sequence[Mapping[str, Any]]
     if "weight_decay" not in takes and not takes_all and any(group["weight_decay"] for group in groups):
         raise SettingError("optimizer.name", f"{config.name} takes no weight decay; set weight_decay to 0")
     options = dict(config.options)
-    if "foreach" in takes and not {"fused", "differentiable"} & options.keys():
-        options.setdefault("foreach", True)
+    if not {"fused", "foreach", "capturable", "differentiable"} & options.keys():
+        # In one kernel where there is one for these devices, else over lists of tensors.
+        fast = "fused" if "fused" in takes and _can_be_fused(kind, groups) else "foreach"
+        options |= {fast: True} if fast in takes else {}
     if "lr" in takes:
         options["lr"] = max(group["lr"] for group in groups)
     try:
@@ -159,6 +161,18 @@ def build_optimizer(config: OptimizerConfig, groups: Sequence[Mapping[str, Any]]
         known = ", ".join(key for key in takes if key not in ("params", "lr", "weight_decay"))
         raise SettingError("optimizer.options", f"{config.name} takes the options {known}: {error}") from error
     return optimizer
+
+
+def _can_be_fused(kind: type[Optimizer], groups: Sequence[Mapping[str, Any]]) -> bool:
+    """Whether torch has one kernel for all of an optimizer's step on these parameters."""
+    parameters = [parameter for group in groups for parameter in group["params"]]
+    if not all(parameter.device.type in ("cpu", "cuda") and parameter.is_floating_point() for parameter in parameters):
+        return False
+    try:
+        kind([nn.Parameter(parameters[0].new_zeros(1))], lr=1.0, fused=True)  # type: ignore[call-arg]
+    except _THEIR_ERRORS:
+        return False
+    return True
 
 
 def try_out(config: OptimizerConfig, device: torch.device) -> None:

@@ -20,7 +20,8 @@ from mtl.checkpoint import CheckpointError, write_json, write_text
 from mtl.config.source import dump_yaml
 from mtl.console import logger, progress_bar
 from mtl.data import Batch, num_batches, training_batches
-from mtl.freeze import enforce, is_frozen
+from mtl.features import FeatureSource
+from mtl.freeze import enforce, is_frozen, is_still
 from mtl.gradientlog import GradientLog
 from mtl.keeper import Keeper, Resumption, Stepping, resume_from
 from mtl.lr_schedule import LrScheduleState
@@ -107,6 +108,9 @@ class Trainer:
         self.autocast = torch.autocast(
             parts.device.type, torch.bfloat16, enabled=parts.config.precision == "bf16", cache_enabled=True
         )
+        self.features = FeatureSource(parts, self.autocast, quiet)
+        # What tasks of which nothing trains scored at their one validation in the phase.
+        self.still_scores: Scores = {}
         self.step = 0
         self.epoch = 0
         # Where the rate's course stood in a phase that is taken up in its middle.
@@ -152,21 +156,29 @@ class Trainer:
         patterns = [text_of(pattern) for pattern in phase.freeze.patterns]
         # What no active task reaches is frozen, unless the user lets it be: then it is not asked to train.
         idle = () if self.config.unreached == "freeze" else phase.freeze.unreached
-        with self.audit.phase(phase.name, freeze=patterns, optimizers=optimizers, idle=idle):
+        with self.audit.phase(phase.name, freeze=patterns, optimizers=optimizers, idle=idle) as record:
             # From here on the file says that this phase began, and that nothing is proven of it yet.
             write_json(self.outcome.run_dir / "audit.json", self.audit.report.to_json())
             # What is frozen whole need not be recorded for a backward that never comes.
             parts.model.trunk_is_frozen = is_frozen(phase.freeze.plan, "trunk")
-            self.gradients.enter(phase.name, phase.tasks, self.step + 1 - self.scheduler.state_dict()["steps"])
+            # What is frozen from the first layer on is computed once for each image, as long as the audit stands for it.
+            done = self.scheduler.state_dict()["steps"]
+            self.features.enter(index, record, lambda: self.audit.holds, done)
+            self.still_scores = {}
+            self.gradients.enter(phase.name, phase.tasks, self.step + 1 - done)
             change = None
             while change is None:
                 change = self.run_epoch(phase, stepping)
             phase.balance.after_phase()
+            self.features.leave()
         write_json(self.outcome.run_dir / "audit.json", self.audit.report.to_json())
         logger.info(f"{change.ended}: {change.reason}" + (f"; next phase: {change.entered}" if change.entered else ""))
 
     def run_epoch(self, phase: Phase, stepping: Stepping | None) -> PhaseChange | None:
         """One pass over the training data, or what the phase has left of it; then validation and a checkpoint."""
+        if self.features.keeps:
+            # Before anything kept is read.
+            self.audit.verify()
         if stepping is None:
             log, change, is_whole = None, None, True
         else:
@@ -175,7 +187,7 @@ class Trainer:
         self.audit.verify()
         parts = self.parts
         with self.keeper.averaged():
-            scores = validate(parts.model, parts.tasks, parts.val, phase.batch_size, parts.device, self.autocast)
+            scores = self.validate(phase)
         metrics = {f"val/{task}/{name}": value for task, values in scores.items() for name, value in values.items()}
         metrics |= {SCORE: score(parts.tasks, scores, parts.trivial), "train/loss": log.mean_loss if log else math.nan}
         # A phase may end with the last step of a pass; the pass is complete all the same.
@@ -238,6 +250,18 @@ class Trainer:
         log.flush()
         return log, change, num_windows == phase.steps_per_epoch
 
+    def validate(self, phase: Phase) -> Scores:
+        """Metrics of all tasks; those of which nothing trains are measured once in a phase."""
+        if not self.audit.holds:
+            self.still_scores.clear()
+        parts, still = self.parts, self.still_scores
+        tasks = {name: task for name, task in parts.tasks.items() if name not in still}
+        fresh = validate(parts.model, tasks, parts.val, phase.batch_size, parts.device, self.autocast, self.features)
+        plan = phase.freeze.plan
+        if is_still(plan, "trunk"):
+            still |= {name: each for name, each in fresh.items() if is_still(plan, f"heads.{name}")}
+        return {name: (fresh | still)[name] for name in parts.tasks}
+
     def losses(self, batch: Batch, tasks: Sequence[str]) -> Tensor:
         """The losses of some tasks on a batch, "t", float32."""
         return torch.stack(self.each_loss(batch, tasks))
@@ -245,7 +269,7 @@ class Trainer:
     def each_loss(self, batch: Batch, tasks: Sequence[str]) -> list[Tensor]:
         """The same losses apart, scalars, whose graphs part at the heads."""
         with self.autocast:
-            outputs = self.parts.model(batch.images, tasks)
+            outputs = self.parts.model.decode(self.features(batch, tasks), batch.size, tasks)
         return [self.parts.tasks[name].loss(outputs[name], batch.labels[name]) for name in tasks]
 
     def seconds_since(self) -> float:

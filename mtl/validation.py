@@ -3,33 +3,45 @@
 from __future__ import annotations
 
 import math
-from collections.abc import Iterable, Iterator, Mapping
+from collections.abc import Callable, Collection, Iterable, Iterator, Mapping
 
 import torch
-from torch import Tensor, nn
+from torch import Tensor
 
 from mtl.data import Batch, Split, validation_batches
-from mtl.model.trunk import in_eval_mode
+from mtl.model import MultiTaskModel
+from mtl.model.trunk import Features, in_eval_mode
 from mtl.tasks import Task
 
 Scores = dict[str, dict[str, float]]
 
 
 def validate(
-    model: nn.Module,
+    model: MultiTaskModel,
     tasks: Mapping[str, Task],
     split: Split,
     batch_size: int,
     device: torch.device,
     autocast: torch.autocast,
+    encode: Callable[[Batch, Collection[str]], Features],
 ) -> Scores:
-    """Metrics of every task over a split, by task and name."""
+    """Metrics of some tasks over a split, by task and name.
+
+    Args:
+        model: The model.
+        tasks: The tasks that are measured.
+        split: The images and labels.
+        batch_size: Images in one batch.
+        device: Where the model computes.
+        autocast: The types in which it does.
+        encode: Gives what the heads of these tasks read of the trunk.
+    """
 
     def outputs() -> Iterator[tuple[Batch, dict[str, Tensor]]]:
         for batch in validation_batches(split, batch_size):
             batch = batch.to(device)
             with autocast:
-                predicted = model(batch.images)
+                predicted = model.decode(encode(batch, tasks), batch.size, tasks)
             yield batch, predicted
 
     with in_eval_mode(model), torch.inference_mode():
@@ -43,7 +55,7 @@ def validate_constant(
 
     def outputs() -> Iterator[tuple[Batch, dict[str, Tensor]]]:
         for batch in validation_batches(split, batch_size):
-            size = batch.images.shape[1:3]
+            size = batch.size
             yield (
                 batch,
                 {

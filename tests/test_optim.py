@@ -269,7 +269,7 @@ def test_steps_equal_those_of_torchs_own_to_the_bit(name: str, kind: Any, option
     ours, theirs = tiny(), tiny()
     theirs.load_state_dict(ours.state_dict())
     train(ours, build_optimizer(OptimizerConfig(name=name, options=options), groups_of(ours, 0.05, 0.3)), 20)
-    train(theirs, kind(theirs.parameters(), lr=0.05, weight_decay=0.3, **options), 20)
+    train(theirs, kind(theirs.parameters(), lr=0.05, weight_decay=0.3, fused=True, **options), 20)
     for one, other in zip(ours.parameters(), theirs.parameters(), strict=True):
         assert torch.equal(one.view(torch.int32), other.view(torch.int32))
 
@@ -282,12 +282,20 @@ def test_options_are_passed_on_and_every_group_keeps_its_own_rate_and_decay() ->
     assert found == [(0.1, 0.0, 0.7), (0.4, 0.2, 0.7)]
 
 
-@pytest.mark.parametrize(("options", "expected"), [({}, True), ({"foreach": False}, False), ({"fused": True}, None)])
-def test_tensors_are_stepped_together_unless_an_option_says_otherwise(
-    options: dict[str, Any], expected: bool | None
+@pytest.mark.parametrize(
+    ("name", "options", "fused", "foreach"),
+    [
+        ("adamw", {}, True, None),
+        ("adamw", {"foreach": False}, None, False),
+        ("adamw", {"fused": False}, False, None),
+        ("rmsprop", {}, None, True),
+    ],
+)
+def test_tensors_are_stepped_in_one_kernel_or_together_unless_an_option_says_otherwise(
+    name: str, options: dict[str, Any], fused: bool | None, foreach: bool | None
 ) -> None:
-    optimizer = build_optimizer(OptimizerConfig(options=options), groups_of(tiny()))
-    assert optimizer.param_groups[0]["foreach"] is expected
+    group = build_optimizer(OptimizerConfig(name=name, options=options), groups_of(tiny())).param_groups[0]
+    assert (group.get("fused"), group["foreach"]) == (fused, foreach)
 
 
 def test_building_and_stepping_do_not_write_into_the_groups_that_were_given() -> None:

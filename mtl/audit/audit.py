@@ -183,6 +183,11 @@ class GradientAudit:
         """
         self._settle(self._watch().after_step())
 
+    @property
+    def holds(self) -> bool:
+        """Whether a phase is open, and nothing was found in it so far."""
+        return self._open is not None and self._open.record.ok
+
     def verify(self) -> None:
         """Compares the bytes of every frozen tensor with those it began with, whatever the signs say.
 

@@ -46,15 +46,17 @@ class Place:
 
     def look(self) -> Tensor | None:
         """The tensor that hangs here now; None if there is none any more."""
+        key = self.key
+        # No `get`: the dictionaries of a TorchScript module have none. This is called for every tensor in every step.
+        if self.kind == "param" and "." not in key:
+            parameters = self.owner._parameters
+            return parameters[key] if key in parameters else None  # noqa: SIM401
+        if self.kind == "buffer":
+            buffers = self.owner._buffers
+            return buffers[key] if key in buffers else None  # noqa: SIM401
         found: object = vars(self.owner)
-        # No `get`: the dictionaries of a TorchScript module have none.
-        if self.kind == "param" and "." not in self.key:
-            found = self.owner._parameters[self.key] if self.key in self.owner._parameters else None  # noqa: SIM401
-        elif self.kind == "buffer":
-            found = self.owner._buffers[self.key] if self.key in self.owner._buffers else None  # noqa: SIM401
-        else:
-            for step in self.key.split("."):
-                found = _step_into(found, step)
+        for step in key.split("."):
+            found = _step_into(found, step)
         return found if isinstance(found, Tensor) else None
 
 

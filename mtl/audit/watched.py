@@ -29,6 +29,9 @@ class Watched:
         self.digest = fingerprint(self.original)
         self.proven_at = 0
         self.had_gradient = False
+        # Asked once: these are looked at in every step. Tensors of inference mode are not counted.
+        self._has_address = not is_sparse(tensor) and local(tensor) is tensor
+        self._is_counted = not tensor.is_inference()
         self.note_signs()
 
     def part(self) -> Tensor:
@@ -51,19 +54,32 @@ class Watched:
 
     def note_signs(self) -> None:
         """Takes the present address and version for those of the first bytes."""
-        self._address, self._version = _address(self.tensor), _version(self.tensor)
+        self._address, self._version = self._address_now(), self._version_now()
 
     def shows_a_sign(self) -> bool:
         """Whether it may have been written to: a reason to look at its bytes, not a verdict."""
+        tensor = self.tensor
+        if self._has_address and self._is_counted:
+            return tensor.data_ptr() != self._address or tensor._version != self._version
         return self.was_moved() or self.was_written()
 
     def was_moved(self) -> bool:
         """Whether it lies elsewhere in memory than when the signs were noted."""
-        return _address(self.tensor) != self._address
+        return self._address_now() != self._address
 
     def was_written(self) -> bool:
         """Whether torch has counted a write since the signs were noted."""
-        return _version(self.tensor) != self._version
+        return self._version_now() != self._version
+
+    def _address_now(self) -> int:
+        """Where it lies; a sparse tensor lies in several places."""
+        if self._has_address:
+            return self.tensor.data_ptr()
+        return 0 if is_sparse(self.tensor) else local(self.tensor).data_ptr()
+
+    def _version_now(self) -> int:
+        """How often it has been written to, as far as torch counts."""
+        return self.tensor._version if self._is_counted else 0
 
     def is_original(self, content: Tensor, step: int) -> bool:
         """Compares bytes that were read after a step with the first ones."""
@@ -101,16 +117,6 @@ def _packed(tensor: Tensor) -> Tensor:
     return torch.cat([part.detach().contiguous().reshape(-1).view(torch.uint8) for part in parts])
 
 
-def _address(tensor: Tensor) -> int:
-    """Where a tensor lies; a sparse one lies in several places."""
-    return 0 if is_sparse(tensor) else local(tensor).data_ptr()
-
-
 def _is_expanded(tensor: Tensor) -> bool:
     """Whether several elements lie in one place, as `expand()` makes them: it cannot be written to."""
     return any(size > 1 and not stride for size, stride in zip(tensor.shape, tensor.stride(), strict=True))
-
-
-def _version(tensor: Tensor) -> int:
-    """How often a tensor has been written to, as far as torch counts; tensors of inference mode are not counted."""
-    return 0 if tensor.is_inference() else tensor._version

@@ -10,6 +10,7 @@ from pydantic import BeforeValidator, Discriminator, Field, Tag, model_validator
 from pydantic_core import PydanticCustomError
 
 from mtl.best import Direction
+from mtl.config.cache import CacheMode
 from mtl.config.optim import BalanceConfig, LrScheduleConfig, OptimizerConfig, word_for
 from mtl.config.source import KeyPath
 from mtl.config.types import (
@@ -125,6 +126,7 @@ class PhaseConfig(Strict):
         weight_decay: As `optim.weight_decay`.
         balance: As the run's `balance`.
         batch_size: As `data.batch_size`.
+        cache: As `cache.mode`.
         optimizer_state: `keep` continues each parameter with the moments it last had, also from before it was frozen;
             `reset` begins without.
         restore: Weights to begin with: `last`, `best`, or which, metric and direction.
@@ -147,6 +149,7 @@ class PhaseConfig(Strict):
     weight_decay: NotNegativeByPattern | None = None
     balance: Annotated[BalanceConfig, word_for("method")] | None = None
     batch_size: Count | None = None
+    cache: CacheMode | None = None
     optimizer_state: Literal["keep", "reset"] = "keep"
     restore: Annotated[RestoreConfig, word_for("which")] = RestoreConfig(which="last")
 

@@ -13,6 +13,7 @@ from typing import Annotated, Any, Literal
 from pydantic import BeforeValidator, Field, PrivateAttr, ValidationError, field_validator
 from pydantic_core import PydanticCustomError
 
+from mtl.config.cache import CacheConfig, cache_word
 from mtl.config.mistakes import describe
 from mtl.config.optim import BalanceConfig, OptimConfig, word_for
 from mtl.config.phase import PhaseConfig, PhaseEntry, WrittenPhase, num_unrolled, unroll
@@ -161,6 +162,7 @@ class RunConfig(Strict):
         seed: Seed of initial weights and data order; the same seed gives the same bits on a CPU.
         device: `auto` (CUDA if there is one), `cpu`, `cuda` or `cuda:N`.
         memory_format: Layout of images and weights; measure which is faster for a trunk.
+        cache: What is kept of a frozen trunk, so that it is computed once.
         precision: `bf16` runs the model's forward under autocast; weights and losses stay float32.
         freeze_always: Patterns of what is frozen in every phase; no phase can take it back.
         phases: The phases in order; `{repeat: N, phases: [...]}` in place of one repeats some.
@@ -175,6 +177,7 @@ class RunConfig(Strict):
     device: Annotated[str, Field(pattern=r"^(auto|cpu|cuda(:\d+)?)$")] = "auto"
     memory_format: Literal["contiguous", "channels_last"] = "contiguous"
     precision: Literal["fp32", "bf16"] = "fp32"
+    cache: Annotated[CacheConfig, BeforeValidator(cache_word)] = CacheConfig()
     trunk: TrunkConfig
     data: DataConfig = DataConfig()
     tasks: dict[Annotated[str, Field(pattern=r"^[A-Za-z_]\w*$")], TaskConfig] = Field(min_length=1)

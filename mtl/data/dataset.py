@@ -4,6 +4,7 @@ from __future__ import annotations
 
 from collections.abc import Collection, Iterator
 from dataclasses import dataclass
+from functools import cached_property
 
 import torch
 from torch import Tensor
@@ -14,24 +15,33 @@ class Batch:
     """Some images and their labels.
 
     Attributes:
-        images: "b h w c", uint8.
+        split: Where they come from.
+        indices: "b", int64, on the CPU: the images' places there.
         labels: By task; class labels int64, others float32.
-        indices: "b", int64, the images' places in their split.
+        device: Where labels are, and images will be.
     """
 
-    images: Tensor
-    labels: dict[str, Tensor]
+    split: Split
     indices: Tensor
+    labels: dict[str, Tensor]
+    device: torch.device
 
     def __len__(self) -> int:
-        return len(self.images)
+        return len(self.indices)
+
+    @property
+    def size(self) -> tuple[int, int]:
+        """Height and width in pixels."""
+        return self.split.images.shape[1], self.split.images.shape[2]
+
+    @cached_property
+    def images(self) -> Tensor:
+        """Of shape "b h w c", uint8; read when first asked for, since kept features make them needless."""
+        return _moved(self.split.images[self.indices], self.device)
 
     def to(self, device: torch.device) -> Batch:
-        return Batch(
-            self.images.to(device, non_blocking=True),
-            {name: label.to(device, non_blocking=True) for name, label in self.labels.items()},
-            self.indices,
-        )
+        labels = {name: _moved(label, device) for name, label in self.labels.items()}
+        return Batch(self.split, self.indices, labels, device)
 
 
 @dataclass(frozen=True)
@@ -57,10 +67,18 @@ class Split:
         """The images at these places, with labels in the types that losses take."""
         labels = {name: label[indices] for name, label in self.labels.items()}
         return Batch(
-            self.images[indices],
-            {name: label.float() if label.is_floating_point() else label.long() for name, label in labels.items()},
+            self,
             indices,
+            {name: label.float() if label.is_floating_point() else label.long() for name, label in labels.items()},
+            torch.device("cpu"),
         )
+
+
+def _moved(tensor: Tensor, device: torch.device) -> Tensor:
+    """A tensor of the host on its way to a device, without waiting for it."""
+    if device.type == "cuda" and not tensor.is_cuda:
+        tensor = tensor.pin_memory()
+    return tensor.to(device, non_blocking=True)
 
 
 def training_batches(split: Split, batch_size: int, seed: int, epoch: int) -> Iterator[Batch]:

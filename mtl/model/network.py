@@ -15,7 +15,7 @@ from torch import Tensor, nn
 from mtl.config import SettingError, TrunkConfig
 from mtl.console import first_line
 from mtl.model.heads import DenseHead, VectorHead, build_head
-from mtl.model.trunk import FeatureShape, feature_shape, pyramid_levels, read_features
+from mtl.model.trunk import Features, FeatureShape, feature_shape, pyramid_levels, read_features
 from mtl.model.weights import PACKAGED_TRUNK, WeightsError, file_weights, hub_or_cache, load_into, packaged_weights
 from mtl.nearest import hint
 from mtl.tasks.base import Task
@@ -89,15 +89,44 @@ class MultiTaskModel(nn.Module):
         Returns:
             By task, "b c h w" from dense heads and "b c" from vector heads.
         """
-        heads = {name: head for name, head in self.heads.items() if tasks is None or name in tasks}
-        levels = self.levels if any(isinstance(head, DenseHead) for head in heads.values()) else []
-        pooled = any(isinstance(head, VectorHead) for head in heads.values())
-        size = (images.shape[1], images.shape[2])
-        # Convolutions compute in the layout of what they are given.
-        x = self.normalize(images).contiguous(memory_format=self.memory_format)
+        return self.decode(self.encode(images, tasks), (images.shape[1], images.shape[2]), tasks)
+
+    def encode(self, images: Tensor, tasks: Collection[str] | None = None) -> Features:
+        """What the heads of some tasks read of the trunk.
+
+        Args: as for `forward`.
+        """
         with torch.set_grad_enabled(torch.is_grad_enabled() and not self.trunk_is_frozen):
-            features = read_features(self.trunk, x, levels, pooled)
-        return {name: head(features, size) for name, head in heads.items()}
+            return self.read(self.prepare(images), tasks)
+
+    def prepare(self, images: Tensor) -> Tensor:
+        """What the trunk is given: "b 3 h w"; convolutions compute in the layout of what they are given."""
+        prepared: Tensor = self.normalize(images).contiguous(memory_format=self.memory_format)
+        return prepared
+
+    def read(self, prepared: Tensor, tasks: Collection[str] | None = None) -> Features:
+        """`encode` behind `prepare`."""
+        heads = self._heads_of(tasks).values()
+        levels = self.levels if any(isinstance(head, DenseHead) for head in heads) else []
+        return read_features(self.trunk, prepared, levels, any(isinstance(head, VectorHead) for head in heads))
+
+    def decode(
+        self, features: Features, size: tuple[int, int], tasks: Collection[str] | None = None
+    ) -> dict[str, Tensor]:
+        """The heads' outputs.
+
+        Args:
+            features: At least what these heads read.
+            size: Height and width of the images, in pixels.
+            tasks: As for `forward`.
+
+        Returns:
+            As `forward`.
+        """
+        return {name: head(features, size) for name, head in self._heads_of(tasks).items()}
+
+    def _heads_of(self, tasks: Collection[str] | None) -> dict[str, nn.Module]:
+        return {name: head for name, head in self.heads.items() if tasks is None or name in tasks}
 
 
 def build_trunk(config: TrunkConfig, image_size: int) -> nn.Module:

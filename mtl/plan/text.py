@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from mtl.console import table
-from mtl.names import condense, count, shorten
+from mtl.names import condense, count, in_bytes, shorten
 from mtl.plan.records import Claim, GroupPlan, PhasePlan, Plan, Side
 
 # Phases that are shown in short.
@@ -83,9 +83,9 @@ def _paragraph(plan: Plan, phase: PhasePlan) -> str:
 def _training(phase: PhasePlan, world_size: int) -> list[tuple[str, str]]:
     """What steps the parameters, and what a step costs."""
     memory = phase.memory
-    state = "unknown until it steps" if memory.optimizer_state is None else size(memory.optimizer_state)
-    kept = f"weights {size(memory.weights)}, gradients {size(memory.gradients)}, optimizer state {state}"
-    average = f", moving average {size(memory.average)}" if memory.average else ""
+    state = "unknown until it steps" if memory.optimizer_state is None else in_bytes(memory.optimizer_state)
+    kept = f"weights {in_bytes(memory.weights)}, gradients {in_bytes(memory.gradients)}, optimizer state {state}"
+    average = f", moving average {in_bytes(memory.average)}" if memory.average else ""
     lines = [(str(phase.optimizer), _group(group)) for group in phase.groups[:_MOST_GROUPS]]
     if len(phase.groups) > _MOST_GROUPS:
         lines += [("", f"and {len(phase.groups) - _MOST_GROUPS} more groups")]
@@ -95,9 +95,9 @@ def _training(phase: PhasePlan, world_size: int) -> list[tuple[str, str]]:
         ("memory", kept + average),
         ("an image", _operations(phase)),
     ]
-    reduced = f"{size(phase.reduced_bytes)} of gradients a step"
+    reduced = f"{in_bytes(phase.reduced_bytes)} of gradients a step"
     if world_size > 1:
-        reduced += f"; among {world_size} processes each sends {size(phase.sent_bytes)} in a ring"
+        reduced += f"; among {world_size} processes each sends {in_bytes(phase.sent_bytes)} in a ring"
     return [*lines, ("all-reduce", reduced)]
 
 
@@ -120,7 +120,7 @@ def _side(side: Side, more: str = "") -> str:
     if not side.count:
         return "nothing"
     modules = shorten(list(side.modules), 8)
-    numbers = f"{count(side.count, 'tensor')}, {count(side.parameters, 'parameter')}, {size(side.bytes)}"
+    numbers = f"{count(side.count, 'tensor')}, {count(side.parameters, 'parameter')}, {in_bytes(side.bytes)}"
     return f"{numbers}{more}: {modules}"
 
 
@@ -130,11 +130,3 @@ def _claim(claim: Claim) -> str:
     decided = [(claim.parameters, "tensor"), (claim.buffers if not claim.parameters else 0, "buffer")]
     numbers = ", ".join(count(number, what) for number, what in decided if number)
     return f"{claim.pattern}  decides {numbers or 'nothing: later patterns decide all that it matches'}"
-
-
-def size(number: int) -> str:
-    """Bytes in the unit that fits, of powers of a thousand."""
-    for unit, factor in (("GB", 10**9), ("MB", 10**6), ("kB", 10**3)):
-        if number >= factor:
-            return f"{number / factor:.3g} {unit}" if number < 1000 * factor else f"{number / factor:,.0f} {unit}"
-    return f"{number} B"

@@ -1,0 +1,286 @@
+"""The dividend: what a phase freezes in the trunk is computed once for each image, and read from then on."""
+
+from __future__ import annotations
+
+import json
+import math
+import time
+from collections.abc import Callable, Collection, Sequence
+from pathlib import Path
+from typing import Any
+
+import timm
+import torch
+from torch import Tensor
+
+from mtl.assembly import Parts
+from mtl.audit import PhaseRecord, fingerprint
+from mtl.audit.fingerprint import root
+from mtl.console import logger, progress_bar
+from mtl.data import Batch, Split
+from mtl.data.cache import default_cache_dir
+from mtl.featurestore import DiskStore, FeatureStore, Field, RamStore
+from mtl.model.prefix import Prefix, PrefixError
+from mtl.model.trunk import Features
+from mtl.names import count, in_bytes
+from mtl.phases import Phase
+
+# What reading is taken to cost, bytes a second, where it is not worth a measurement.
+_READ_RATE = {"ram": 2e9, "disk": 5e8}
+# By how much of the largest one kept features may differ from computed ones: in another batch, a kernel may add up in
+# another order; narrower types round.
+_TOLERANCE = {"float32": 1e-4, "bfloat16": 2e-2, "float16": 2e-3}
+_MODES_IN_WORDS = {"ram": "in memory", "disk": "on disk"}
+
+
+class _NotKept(Exception):  # noqa: N818
+    """Why nothing is kept in a phase."""
+
+
+def num_passes(phases: Sequence[Phase], steps_done: int) -> float:
+    """Passes over the training data that the first of some phases, and those after it, make with one frozen trunk.
+
+    Args:
+        phases: A phase and all later ones.
+        steps_done: Steps that the first one has taken already.
+    """
+    passes = -steps_done / phases[0].steps_per_epoch
+    frozen = _frozen_in_trunk(phases[0])
+    for phase in phases:
+        if _frozen_in_trunk(phase) != frozen:
+            break
+        passes += 0 if phase.config.evaluate_only else phase.num_steps / phase.steps_per_epoch
+    return passes
+
+
+def _frozen_in_trunk(phase: Phase) -> set[str]:
+    return {name for name in phase.freeze.plan.names.frozen if name.startswith("trunk.")}
+
+
+class FeatureSource:
+    """Where the features of each phase come from: computed, or kept.
+
+    Kept ones are served only as long as the audit holds the contract under which they were computed.
+    """
+
+    def __init__(self, parts: Parts, autocast: torch.autocast, quiet: bool) -> None:
+        self._parts = parts
+        self._model = parts.model
+        self._settings = parts.config.cache
+        self._autocast = autocast
+        self._quiet = quiet
+        self._holds: Callable[[], bool] = lambda: False
+        self._batch_size = parts.config.data.batch_size
+        self._prefix: Prefix | None = None
+        # Of the phase, by the identity of the split.
+        self._stores: dict[int, FeatureStore] = {}
+        self._filled: set[int] = set()
+        self._digests: dict[int, str] = {}
+        # Of this phase and earlier ones, by key, the one used last at the end.
+        self._in_ram: dict[str, RamStore] = {}
+
+    @property
+    def keeps(self) -> bool:
+        """Whether the phase's activations are kept."""
+        return self._prefix is not None
+
+    def enter(self, index: int, record: PhaseRecord, holds: Callable[[], bool], steps_done: int) -> None:
+        """Decides for a phase whether and where to keep activations, and says so.
+
+        Args:
+            index: The place of the phase, whose freeze is in force.
+            record: The audit's, with the fingerprints of what is frozen.
+            holds: Whether the audit has found nothing wrong so far.
+            steps_done: Steps that the phase has taken already.
+        """
+        phase = self._parts.phases[index]
+        self.leave()
+        self._batch_size, self._holds = phase.batch_size, holds
+        mode = phase.config.cache or self._settings.mode
+        if mode == "off":
+            return
+        passes = num_passes(self._parts.phases[index:], steps_done)
+        try:
+            if mode == "auto" and passes <= 1 and not self._in_ram:
+                raise _NotKept("what is frozen here is needed for no more than one pass over the data")
+            with self._autocast:
+                prefix, seconds = self._record()
+            key = self._key(prefix, record)
+            chosen = self._choose(prefix, mode, passes, seconds, key)
+            self._open(prefix, chosen, key)
+        except (_NotKept, PrefixError) as reason:
+            self.leave()
+            logger.info(f"features: not kept: {reason}")
+            return
+        self._prefix = prefix
+        what = f"the first {count(len(prefix.modules), 'module')} of the trunk" if prefix.modules else "the trunk"
+        size = in_bytes(self._bytes(prefix))
+        logger.info(
+            f"features: {what} computed once, in {1e3 * seconds:.1f} ms a batch, and kept"
+            f" {_MODES_IN_WORDS[chosen]}: {size} for {len(self._parts.train) + len(self._parts.val)} images"
+        )
+
+    def leave(self) -> None:
+        """Ends a phase: nothing is served until the next one is entered."""
+        for store in self._stores.values():
+            if isinstance(store, DiskStore):
+                store.close()
+        self._prefix, self._stores, self._filled = None, {}, set()
+
+    def __call__(self, batch: Batch, tasks: Collection[str] | None = None) -> Features:
+        """What the heads of some tasks read for a batch, and maybe more.
+
+        Args:
+            batch: Of the training or the validation split.
+            tasks: The tasks; all if not given.
+        """
+        if self._prefix is not None and not self._holds():
+            logger.warning("features: no longer kept, since the audit found the contract broken")
+            self.leave()
+            self._in_ram.clear()
+        if self._prefix is None:
+            return self._model.encode(batch.images, tasks)
+        store = self._stores[id(batch.split)]
+        kept = store.read(batch.indices)
+        if kept is None and id(batch.split) not in self._filled:
+            self._filled.add(id(batch.split))
+            self._fill(batch.split, store, self._prefix)
+            kept = store.read(batch.indices)
+        if kept is None:  # the disk is full, or what was there is damaged; the store has said so
+            features, kept = self._prefix.run(self._model.prepare(batch.images))
+            store.write(batch.indices, kept)
+            return features
+        return self._prefix.replay(self._as_computed(kept, self._prefix))
+
+    def _record(self) -> tuple[Prefix, float]:
+        """Finds what can be kept, and how long it takes to compute for a batch, in seconds.
+
+        Raises:
+            PrefixError: Nothing can be kept.
+            _NotKept: The trunk gives other features when it is cut.
+        """
+        images = self._images(self._parts.train, torch.arange(min(self._batch_size, len(self._parts.train))))
+        prefix = Prefix.record(self._model.trunk, self._model.read, images)
+        if not prefix.agrees(images):
+            raise _NotKept("a pass over the kept part and one over the whole trunk differ")
+        seconds = []
+        for _ in range(2):
+            started = time.perf_counter()
+            prefix.compute(images)
+            if images.is_cuda:
+                torch.cuda.synchronize(images.device)
+            seconds.append(time.perf_counter() - started)
+        return prefix, min(seconds)
+
+    def _choose(self, prefix: Prefix, mode: str, passes: float, seconds: float, key: dict[str, Any]) -> str:
+        """`ram` or `disk`.
+
+        Raises:
+            _NotKept: Neither, and why.
+        """
+        size, settings = self._bytes(prefix), self._settings
+        place = mode if mode != "auto" else "ram" if size <= 1e9 * settings.ram_gb else "disk"
+        limit = 1e9 * (settings.ram_gb if place == "ram" else settings.disk_gb)
+        if size > limit:
+            raise _NotKept(f"{in_bytes(size)} are more than cache.{place}_gb allows ({in_bytes(int(limit))})")
+        if mode == "auto" and not self._is_there(key):
+            read = prefix.bytes_per_image * self._batch_size / _READ_RATE[place]
+            if seconds + passes * read > 0.95 * passes * seconds:
+                raise _NotKept(
+                    f"it would save too little: {1e3 * seconds:.1f} ms to compute a batch, some {1e3 * read:.1f} ms to"
+                    f" read {in_bytes(prefix.bytes_per_image * self._batch_size)}, in {passes:.3g} passes over the data"
+                )
+        return place
+
+    def _is_there(self, key: dict[str, Any]) -> bool:
+        """Whether an earlier phase has left the training split's activations in memory."""
+        return json.dumps(self._key_of(self._parts.train, key)) in self._in_ram
+
+    def _key_of(self, split: Split, key: dict[str, Any]) -> dict[str, Any]:
+        """The key with the images, by their bytes."""
+        name = id(split)
+        if name not in self._digests:
+            self._digests[name] = fingerprint(split.images)
+        return {**key, "images": self._digests[name]}
+
+    def _open(self, prefix: Prefix, place: str, key: dict[str, Any]) -> None:
+        """Opens the stores of both splits, empty or as they were left."""
+        kind = getattr(torch, self._settings.dtype)
+        fields = [
+            Field(shape, kind if dtype.is_floating_point else dtype)
+            for shape, dtype in zip(prefix.shapes, prefix.dtypes, strict=True)
+        ]
+        for split in (self._parts.train, self._parts.val):
+            own = self._key_of(split, key)
+            if place == "disk":
+                self._stores[id(split)] = DiskStore(
+                    self._folder(), own, len(split), fields, int(1e9 * self._settings.disk_gb)
+                )
+                continue
+            name = json.dumps(own)
+            store = self._in_ram.pop(name, None) or RamStore(len(split), fields)
+            self._in_ram[name] = store
+            self._stores[id(split)] = store
+        self._forget_old()
+
+    def _forget_old(self) -> None:
+        """Drops stores of earlier phases, those used longest ago first, until the rest is within the budget."""
+        while sum(store.nbytes for store in self._in_ram.values()) > 1e9 * self._settings.ram_gb:
+            oldest = next(iter(self._in_ram))
+            if self._in_ram[oldest] in self._stores.values():
+                return
+            del self._in_ram[oldest]
+
+    def _fill(self, split: Split, store: FeatureStore, prefix: Prefix) -> None:
+        """Computes what is kept of every image of a split; every batch is full, as those are that it stands for."""
+        size = min(self._batch_size, len(split))
+        with (
+            progress_bar(len(split), "computing features", self._quiet) as bar,
+            # What was made in inference mode could not be used in training.
+            torch.inference_mode(mode=False),
+            torch.no_grad(),
+        ):
+            for start in range(0, len(split), size):
+                stop = min(start + size, len(split))
+                indices = torch.arange(stop - size, stop)
+                store.write(indices, prefix.compute(self._images(split, indices)))
+                bar.update(stop - start)
+
+    def _images(self, split: Split, indices: Tensor) -> Tensor:
+        return self._model.prepare(split.batch(indices).to(self._parts.device).images)
+
+    def _as_computed(self, kept: list[Tensor], prefix: Prefix) -> list[Tensor]:
+        """Kept tensors on the device and in the types in which they were computed."""
+        return [
+            tensor.to(self._parts.device, dtype, non_blocking=True)
+            for tensor, dtype in zip(kept, prefix.dtypes, strict=True)
+        ]
+
+    def _bytes(self, prefix: Prefix) -> int:
+        """Size of what is kept of all images."""
+        narrow = getattr(torch, self._settings.dtype).itemsize
+        sizes = zip(prefix.shapes, prefix.dtypes, strict=True)
+        per_image = sum(math.prod(shape) * (narrow if d.is_floating_point else d.itemsize) for shape, d in sizes)
+        return per_image * (len(self._parts.train) + len(self._parts.val))
+
+    def _key(self, prefix: Prefix, record: PhaseRecord) -> dict[str, Any]:
+        """All that kept activations depend on, but the images."""
+        config, model = self._parts.config, self._model
+        frozen = {name: digest for name, digest in record.fingerprints.items() if name.startswith("trunk.")}
+        return {
+            "frozen": root(frozen),
+            "trunk": config.trunk.model_dump(exclude={"weights"}),
+            "modules": prefix.modules,
+            "kept": [[list(shape), str(dtype)] for shape, dtype in zip(prefix.shapes, prefix.dtypes, strict=True)],
+            "levels": model.levels,
+            "normalize": [fingerprint(buffer) for buffer in model.normalize.buffers()],
+            "computed": [self._parts.device.type, config.precision, config.memory_format, self._batch_size],
+            "stored": self._settings.dtype,
+            "versions": [torch.__version__, timm.__version__],
+        }
+
+    def _folder(self) -> Path:
+        settings, data = self._settings, self._parts.config.data
+        if settings.dir is not None:
+            return Path(settings.dir).expanduser()
+        return (Path(data.cache_dir).expanduser() if data.cache_dir else default_cache_dir()) / "features"
