@@ -41,8 +41,8 @@ class Layout:
 
     @property
     def nbytes(self) -> int:
-        """Of the rows and their checksums."""
-        return self.num_rows * (self.row_bytes + 8)
+        """Of all files of the entry."""
+        return self.num_rows * (self.row_bytes + 8) + len(self.card("0" * 32).encode())
 
     @property
     def digest(self) -> str:

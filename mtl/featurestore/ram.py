@@ -27,7 +27,7 @@ class RamStore(FeatureStore):
 
     def has(self, indices: Tensor) -> bool:
         wanted = self._checked(indices)
-        return not self._is_closed and bool(self._present[wanted].all())
+        return bool(self._memory) and bool(self._present[wanted].all())
 
     def read(self, indices: Tensor) -> list[Tensor] | None:
         wanted = self._checked(indices)
