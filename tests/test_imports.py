@@ -21,7 +21,7 @@ FLOORS = [
     ["patterns"],
     ["config"],
     ["console", "moduletree", "storage", "run_dir"],
-    ["tensor_file"],
+    ["tensor_file", "featurestore"],
     ["tasks"],
     ["model", "data"],
     ["freeze", "audit", "scheduler", "reach", "gradients"],

@@ -1,0 +1,190 @@
+"""What every store of features can do, and what one of its rows is."""
+
+from __future__ import annotations
+
+from abc import ABC, abstractmethod
+from collections.abc import Sequence
+from dataclasses import dataclass
+from types import TracebackType
+from typing import Self
+
+import numpy as np
+import torch
+from numpy.typing import NDArray
+from torch import Tensor
+
+Bytes = NDArray[np.uint8]
+Indices = NDArray[np.int64]
+
+_FLOATS = (torch.float32, torch.float16, torch.bfloat16, torch.float64)
+_OTHERS = (torch.uint8, torch.int8, torch.int16, torch.int32, torch.int64, torch.bool)
+
+
+class StoreError(ValueError):
+    """A store, or rows of it, asked for in a way that cannot be."""
+
+
+@dataclass(frozen=True)
+class Field:
+    """One tensor of the features of one image: its shape without the batch, and the dtype it is kept in."""
+
+    shape: tuple[int, ...]
+    dtype: torch.dtype
+
+    def __post_init__(self) -> None:
+        object.__setattr__(self, "shape", tuple(self.shape))
+        if not all(isinstance(length, int) and length > 0 for length in self.shape):
+            raise StoreError(f"a field's shape: expected lengths of 1 and more, got {self.shape}")
+        if self.dtype not in _FLOATS + _OTHERS:
+            expected = ", ".join(map(str, _FLOATS + _OTHERS))
+            raise StoreError(f"a field's dtype: expected one of {expected}, got {self.dtype}")
+
+    @property
+    def num_bytes(self) -> int:
+        """Of one image."""
+        return int(np.prod(self.shape, dtype=np.int64)) * self.dtype.itemsize
+
+
+class FeatureStore(ABC):
+    """Rows of features by image index.
+
+    Every method may be called from several threads at once. A row that is there stays as it is: writing it again
+    changes nothing, so that no reader meets a row that is half old and half new.
+    """
+
+    def __init__(self, num_rows: int, fields: Sequence[Field]) -> None:
+        """A store without rows.
+
+        Args:
+            num_rows: How many images there are; indices are 0 to num_rows - 1.
+            fields: The tensors of one image.
+
+        Raises:
+            StoreError: There are no rows or no fields.
+        """
+        if num_rows < 1:
+            raise StoreError(f"num_rows: expected 1 or more, got {num_rows}")
+        if not fields:
+            raise StoreError("fields: expected one or more, got none")
+        self.num_rows = num_rows
+        self.fields = tuple(fields)
+
+    @property
+    def row_bytes(self) -> int:
+        """Bytes of the features of one image."""
+        return sum(field.num_bytes for field in self.fields)
+
+    @property
+    def nbytes(self) -> int:
+        """Bytes of all rows, when they are there."""
+        return self.num_rows * self.row_bytes
+
+    @property
+    @abstractmethod
+    def num_present(self) -> int:
+        """How many rows are there."""
+
+    @property
+    def is_complete(self) -> bool:
+        """All rows are there."""
+        return self.num_present == self.num_rows
+
+    @abstractmethod
+    def has(self, indices: Tensor) -> bool:
+        """Whether all of these rows are there. It looks at no row, so `read` may still find one damaged.
+
+        Args:
+            indices: "b", integers, in any order, repeated or not.
+
+        Raises:
+            StoreError: They are not such indices.
+        """
+
+    @abstractmethod
+    def read(self, indices: Tensor) -> list[Tensor] | None:
+        """Reads rows.
+
+        Args:
+            indices: "b", integers, in any order, repeated or not.
+
+        Returns:
+            For every field "b ...", in its dtype, on the CPU, bit for bit what was written; fresh memory, which
+            training may use even if it is read in inference mode. None if a row is not there or is damaged: compute
+            the features.
+
+        Raises:
+            StoreError: They are not such indices.
+        """
+
+    @abstractmethod
+    def write(self, indices: Tensor, tensors: Sequence[Tensor]) -> None:
+        """Writes rows; those that are there already are left as they are.
+
+        Args:
+            indices: "b", integers, in any order, repeated or not.
+            tensors: For every field "b ...", on any device and in any memory layout. Another float dtype than the
+                field's is converted.
+
+        Raises:
+            StoreError: They are not such indices, or the tensors do not fit the fields.
+        """
+
+    @abstractmethod
+    def close(self) -> None:
+        """Lets go of everything; a store that is closed has no rows and takes none. May be called again."""
+
+    def __enter__(self) -> Self:
+        return self
+
+    def __exit__(self, kind: type[BaseException] | None, error: BaseException | None, at: TracebackType | None) -> None:
+        self.close()
+
+    def _checked(self, indices: Tensor) -> Indices:
+        if indices.ndim != 1 or indices.is_floating_point() or indices.dtype is torch.bool:
+            got = f"{tuple(indices.shape)} {indices.dtype}"
+            raise StoreError(f"indices: expected integers in one dimension, got {got}")
+        wanted: Indices = indices.detach().cpu().numpy().astype(np.int64)
+        outside = wanted[(wanted < 0) | (wanted >= self.num_rows)]
+        if len(outside):
+            raise StoreError(f"indices: expected 0 to {self.num_rows - 1}, got {outside[0]}")
+        return wanted
+
+    def _check_fit(self, tensors: Sequence[Tensor], length: int) -> None:
+        if len(tensors) != len(self.fields):
+            raise StoreError(f"tensors: expected {len(self.fields)}, one for every field, got {len(tensors)}")
+        for number, (tensor, field) in enumerate(zip(tensors, self.fields, strict=True)):
+            is_convertible = tensor.dtype == field.dtype or {tensor.dtype, field.dtype} <= set(_FLOATS)
+            if tuple(tensor.shape) != (length, *field.shape) or not is_convertible:
+                expected, got = f"{(length, *field.shape)} {field.dtype}", f"{tuple(tensor.shape)} {tensor.dtype}"
+                raise StoreError(f"tensor {number}: expected {expected}, got {got}")
+
+    def _to_bytes(self, tensors: Sequence[Tensor], places: Indices) -> list[Bytes]:
+        """For every field "b bytes" of some places of a batch."""
+        parts = []
+        for tensor, field in zip(tensors, self.fields, strict=True):
+            chosen = tensor.detach()
+            if len(places) < len(chosen):
+                chosen = chosen[torch.from_numpy(places).to(chosen.device)]
+            # The device converts, so that less is copied from it.
+            parts.append(_bytes_of(chosen.to(field.dtype).contiguous().cpu(), field))
+        return parts
+
+    def _new_batch(self, length: int) -> tuple[list[Tensor], list[Bytes]]:
+        """Tensors to be filled, and their bytes: for every field "b bytes"."""
+        # A tensor made in inference mode could not be saved for backward later.
+        with torch.inference_mode(False):
+            batch = [torch.empty(length, *field.shape, dtype=field.dtype) for field in self.fields]
+            return batch, [_bytes_of(tensor, field) for tensor, field in zip(batch, self.fields, strict=True)]
+
+
+def _bytes_of(tensor: Tensor, field: Field) -> Bytes:
+    """The memory of a contiguous tensor "b ..." on the CPU as "b bytes"."""
+    memory: Bytes = tensor.view(torch.uint8).reshape(len(tensor), field.num_bytes).numpy()
+    return memory
+
+
+def new_places(wanted: Indices, present: NDArray[np.bool_]) -> Indices:
+    """The places in a batch of the rows that are not there yet, each row once."""
+    _, first = np.unique(wanted, return_index=True)
+    places: Indices = np.sort(first[~present[wanted[first]]]).astype(np.int64)
+    return places

@@ -1,0 +1,433 @@
+"""Features on disk: damage, killed writers, full disks, several processes, the folder's limit, memory."""
+
+from __future__ import annotations
+
+import contextlib
+import json
+import logging
+import os
+import resource
+import shutil
+import subprocess
+import sys
+import tempfile
+import threading
+import time
+from collections.abc import Callable, Iterator
+from pathlib import Path
+from typing import Any
+
+import pytest
+import torch
+
+from featurestore_rows import BIG, FIELDS, fill, filled, open_store, rows, same_bits
+from mtl.featurestore import DiskStore
+
+ROOT = Path(__file__).parent.parent
+ALL = torch.arange(8)
+
+
+def warnings_of(caplog: pytest.LogCaptureFixture) -> list[str]:
+    return [record.getMessage() for record in caplog.records if record.levelno >= logging.WARNING]
+
+
+def processes(verb: str, *arguments: list[str]) -> list[Any]:
+    """What processes of featurestore_rows.py say that run at the same time."""
+    command = [sys.executable, str(ROOT / "tests" / "featurestore_rows.py"), verb]
+    environment = {**os.environ, "PYTHONPATH": str(ROOT), "OMP_NUM_THREADS": "1"}
+    running = [
+        subprocess.Popen([*command, *each], stdout=subprocess.PIPE, text=True, env=environment) for each in arguments
+    ]
+    said = [process.communicate(timeout=120)[0] for process in running]
+    assert [process.returncode for process in running] == [0] * len(running)
+    return [json.loads(text) for text in said]
+
+
+def inside(folder: Path) -> list[str]:
+    return sorted(path.name for path in folder.iterdir() if path.name != ".lock")
+
+
+# Runs that share features
+
+
+def test_the_next_store_of_the_same_key_reads_them_and_others_do_not(tmp_path: Path) -> None:
+    filled(tmp_path).close()
+    with open_store(tmp_path) as again:
+        assert again.is_complete
+        assert same_bits(again.read(ALL), rows(ALL, FIELDS))
+    for other in (open_store(tmp_path, key="l"), open_store(tmp_path, 9), open_store(tmp_path, fields=FIELDS[:1])):
+        assert other.num_present == 0
+        other.close()
+
+
+def test_the_card_says_what_the_features_are_of(tmp_path: Path) -> None:
+    with filled(tmp_path) as store:
+        card = json.loads((store.path / "card.json").read_text())
+    assert card["key"] == {"name": "k"}
+    assert card["num_rows"] == 8
+    assert card["fields"][0] == {"shape": [3, 2], "dtype": "torch.bfloat16"}
+
+
+def test_rows_have_no_final_name_before_the_last_one_and_go_when_it_is_closed(tmp_path: Path) -> None:
+    store = open_store(tmp_path)
+    store.write(ALL[:7], rows(ALL[:7], FIELDS))
+    assert same_bits(store.read(ALL[:7]), rows(ALL[:7], FIELDS))
+    assert not store.path.exists()
+    with open_store(tmp_path) as other:
+        assert other.num_present == 0
+    assert len(inside(tmp_path)) == 1  # the other store saw that its owner lives
+    store.close()
+    assert inside(tmp_path) == []
+
+
+def test_the_second_one_to_fill_takes_what_the_first_one_finished(tmp_path: Path) -> None:
+    first, second, third = (open_store(tmp_path) for _ in range(3))
+    for store in (second, third):
+        store.write(ALL[:7], rows(ALL[:7], FIELDS))
+    fill(first)
+    second.write(ALL[:1], rows(ALL[:1], FIELDS))  # sees it before its own last row
+    third.write(ALL[7:], rows(ALL[7:], FIELDS))
+    for store in (first, second, third):
+        assert same_bits(store.read(ALL), rows(ALL, FIELDS))
+        assert inside(tmp_path)[-1] == store.path.name
+        store.close()
+    assert inside(tmp_path) == [first.path.name]
+
+
+def test_two_processes_that_fill_the_same_key_leave_one_entry(tmp_path: Path) -> None:
+    said = processes("fill_with_others", [str(tmp_path), "1"], [str(tmp_path), "2"])
+    assert said == [{"wrong": 0, "whole": True, "right": True, "off": False}] * 2
+    assert len(inside(tmp_path / "store")) == 1
+
+
+# Killed writers
+
+
+def test_a_writer_killed_at_any_file_operation_leaves_nothing_that_is_wrong(tmp_path: Path) -> None:
+    ((*killed, last),) = processes("kill_at_every_file_operation", [str(tmp_path)])
+    assert last == ["survived", "empty", "whole"]
+    assert len(killed) > 20
+    assert {how for how, *_ in killed} == {"killed"}
+    # The other entry, which has to make room, is there whole or not at all, and so is the new one; both at some time.
+    assert {(old, new) for _, old, new in killed} == {("whole", "empty"), ("empty", "empty"), ("empty", "whole")}
+
+
+@pytest.mark.slow
+def test_a_writer_killed_at_random_leaves_nothing_that_is_wrong(tmp_path: Path) -> None:
+    (found,) = processes("kill_at_random", [str(tmp_path), "60"])
+    assert {what for _, what in found} == {"empty", "whole"}
+
+
+def test_what_is_not_of_a_store_is_left_alone(tmp_path: Path) -> None:
+    for name in ("notes.txt", "folder/file", ".hidden/file", "0123/file"):
+        (tmp_path / name).parent.mkdir(exist_ok=True)
+        (tmp_path / name).touch()
+    before = set(inside(tmp_path))
+    with filled(tmp_path, max_bytes=1000) as store:
+        assert set(inside(tmp_path)) == {*before, store.path.name}
+
+
+# Damage
+
+
+def check_found_and_mended(folder: Path, caplog: pytest.LogCaptureFixture) -> None:
+    """A damaged entry is never served, is spoken of once, goes, and is filled again."""
+    caplog.clear()
+    with open_store(folder) as store:
+        assert [store.read(row) for row in ALL.split(1)].count(None) > 0
+        assert store.num_present == 0
+        assert not store.path.exists()
+        (warning,) = warnings_of(caplog)
+        assert f"features {store.path} are damaged (" in warning
+        assert "); they are removed and computed again" in warning
+        fill(store)
+        assert same_bits(store.read(ALL), rows(ALL, FIELDS))
+    with open_store(folder) as store:
+        assert same_bits(store.read(ALL), rows(ALL, FIELDS))
+    assert len(warnings_of(caplog)) == 1
+
+
+@pytest.mark.parametrize("name", ["rows.bin", "sums.bin", "card.json"])
+def test_every_flipped_byte_is_found(tmp_path: Path, name: str) -> None:
+    filled(tmp_path / "sound").close()
+    (entry,) = (tmp_path / "sound").glob("*/card.json")
+    content = (entry.parent / name).read_bytes()
+    folder = tmp_path / "store"
+    shutil.copytree(tmp_path / "sound", folder)
+    for place in range(len(content)):
+        if not (folder / entry.parent.name).exists():
+            shutil.copytree(entry.parent, folder / entry.parent.name)
+        flipped = bytes([content[place] ^ (1 << place % 8)])
+        (folder / entry.parent.name / name).write_bytes(content[:place] + flipped + content[place + 1 :])
+        with open_store(folder) as store:
+            read = [store.read(row) for row in ALL.split(1)]
+            assert all(
+                got is None or same_bits(got, rows(row, FIELDS)) for got, row in zip(read, ALL.split(1), strict=True)
+            )
+            assert None in read
+            assert not store.path.exists()
+
+
+FAULTS: dict[str, Callable[[Path], object]] = {
+    "rows cut": lambda entry: os.truncate(entry / "rows.bin", 20),
+    "no rows": lambda entry: os.truncate(entry / "rows.bin", 0),
+    "rows longer": lambda entry: os.truncate(entry / "rows.bin", 1000),
+    "checksums cut": lambda entry: os.truncate(entry / "sums.bin", 63),
+    "card cut": lambda entry: os.truncate(entry / "card.json", 50),
+    "card is no JSON": lambda entry: (entry / "card.json").write_text("{"),
+    "card is no text": lambda entry: (entry / "card.json").write_bytes(b"\xff\xfe"),
+    "card is a folder": lambda entry: ((entry / "card.json").unlink(), (entry / "card.json").mkdir()),
+    "card of another": lambda entry: shutil.copy(other(entry) / "card.json", entry),
+    "rows of another": lambda entry: shutil.copy(other(entry) / "rows.bin", entry),
+    "checksums of another": lambda entry: shutil.copy(other(entry) / "sums.bin", entry),
+    "all of another": lambda entry: [shutil.copy(file, entry) for file in other(entry).iterdir()],
+    "two rows exchanged": lambda entry: exchange_rows(entry / "rows.bin"),
+    **{
+        f"{name} missing": lambda entry, name=name: (entry / name).unlink()
+        for name in ("rows.bin", "sums.bin", "card.json", "lock")
+    },
+}
+
+
+def other(entry: Path) -> Path:
+    return next(path for path in entry.parent.iterdir() if path.is_dir() and path != entry)
+
+
+def exchange_rows(file: Path) -> None:
+    content = file.read_bytes()
+    file.write_bytes(content[16:32] + content[:16] + content[32:])
+
+
+@pytest.mark.parametrize("fault", FAULTS)
+def test_damage_is_found_and_mended(tmp_path: Path, fault: str, caplog: pytest.LogCaptureFixture) -> None:
+    filled(tmp_path, "other").close()
+    entry = filled(tmp_path)
+    entry.close()
+    FAULTS[fault](entry.path)
+    check_found_and_mended(tmp_path, caplog)
+
+
+@pytest.mark.parametrize("is_whole", [True, False])
+def test_damage_while_it_is_open_is_found_once_by_many_threads(
+    tmp_path: Path, is_whole: bool, caplog: pytest.LogCaptureFixture
+) -> None:
+    store = filled(tmp_path) if is_whole else open_store(tmp_path)
+    store.write(ALL[:6], rows(ALL[:6], FIELDS))
+    (file,) = tmp_path.rglob("rows.bin")
+    with file.open("r+b") as stream:
+        stream.seek(17)
+        stream.write(bytes([stream.read(1)[0] ^ 255]))
+    content = file.read_bytes()
+    file.write_bytes(content[:17] + bytes([content[17] ^ 1]) + content[18:])
+    found: list[Any] = []
+    threads = [threading.Thread(target=lambda: found.append(store.read(ALL[:6]))) for _ in range(4)]
+    for thread in threads:
+        thread.start()
+    for thread in threads:
+        thread.join()
+    assert found == [None] * 4
+    assert len(warnings_of(caplog)) == 1
+    assert inside(tmp_path) == []
+    fill(store)
+    assert same_bits(store.read(ALL), rows(ALL, FIELDS))
+    store.close()
+
+
+def test_damage_does_not_remove_what_another_process_made_anew(tmp_path: Path) -> None:
+    first, second = filled(tmp_path), open_store(tmp_path)
+    exchange_rows(first.path / "rows.bin")
+    assert first.read(ALL) is None
+    fill(first)
+    assert second.read(ALL) is None  # it has the damaged one open
+    assert first.path.exists()
+    second.write(ALL[:1], rows(ALL[:1], FIELDS))
+    assert same_bits(second.read(ALL), rows(ALL, FIELDS))
+    first.close()
+    second.close()
+
+
+def test_a_store_damaged_again_and_again_is_off(tmp_path: Path, caplog: pytest.LogCaptureFixture) -> None:
+    with filled(tmp_path) as store:
+        for _ in range(2):
+            exchange_rows(store.path / "rows.bin")
+            assert store.read(ALL) is None
+            fill(store)
+        assert store.is_off
+        assert "are not kept" in warnings_of(caplog)[-1]
+        assert "damaged again" in warnings_of(caplog)[-1]
+    assert inside(tmp_path) == []
+
+
+# Disks that take nothing
+
+
+def check_is_off(store: DiskStore, reason: str, caplog: pytest.LogCaptureFixture) -> None:
+    assert store.is_off
+    assert not store.has(ALL[:1])
+    assert store.read(ALL[:1]) is None
+    store.write(ALL[:1], rows(ALL[:1], list(store.fields)))
+    assert not store.has(ALL[:1])
+    store.close()
+    (warning,) = warnings_of(caplog)
+    assert warning.startswith(f"features are not kept in {store.path.parent}: ")
+    assert reason in warning
+    assert warning.endswith("; they are computed every time")
+
+
+@pytest.fixture
+def small_disk(tmp_path: Path) -> Iterator[Path]:
+    """A disk of 2 MB."""
+    place = tmp_path / "disk"
+    place.mkdir()
+    mount = ["mount", "-t", "tmpfs", "-o", "size=2m", "tmpfs", str(place)]
+    if os.geteuid() or not shutil.which("mount") or subprocess.run(mount, capture_output=True).returncode:
+        pytest.skip("needs the right to mount a disk")
+    yield place
+    subprocess.run(["umount", "-l", str(place)], check=True)
+
+
+@pytest.mark.parametrize("free_rows", [0, 3, 31])
+def test_a_disk_that_becomes_full_turns_it_off(
+    small_disk: Path, free_rows: int, caplog: pytest.LogCaptureFixture
+) -> None:
+    store = open_store(small_disk / "store", 32, BIG)
+    one = torch.tensor([0])
+    store.write(one, rows(one, BIG))
+    free = shutil.disk_usage(small_disk).free
+    (small_disk / "else").write_bytes(bytes(free - free_rows * store.row_bytes))
+    for row in torch.arange(1, 32).split(1):
+        store.write(row, rows(row, BIG))
+    assert inside(small_disk / "store") == []
+    check_is_off(store, "No space left on device", caplog)
+
+
+def test_a_disk_with_too_little_room_is_not_begun(small_disk: Path, caplog: pytest.LogCaptureFixture) -> None:
+    store = open_store(small_disk / "store", 32, BIG, spare_bytes=1 << 20)
+    assert store.is_off
+    fill(store)
+    assert inside(small_disk / "store") == []
+    check_is_off(store, "bytes and 1,048,576 to be left free; the disk has 2,0", caplog)
+
+
+def test_what_others_will_still_write_is_not_free(small_disk: Path, caplog: pytest.LogCaptureFixture) -> None:
+    one = torch.tensor([0])
+    with open_store(small_disk / "store", 24, BIG) as first:
+        first.write(one, rows(one, BIG))
+        assert not warnings_of(caplog)
+        check_is_off(open_store(small_disk / "store", 24, BIG, "l"), "the disk has", caplog)
+
+
+def test_a_file_that_may_not_grow_turns_it_off(tmp_path: Path, caplog: pytest.LogCaptureFixture) -> None:
+    store = open_store(tmp_path, 8, BIG)
+    store.write(ALL[:2], rows(ALL[:2], BIG))
+    content = rows(ALL, BIG)
+    soft, hard = resource.getrlimit(resource.RLIMIT_FSIZE)
+    # The limit is met in the middle of a row.
+    resource.setrlimit(resource.RLIMIT_FSIZE, (int(4.5 * store.row_bytes), hard))
+    try:
+        for row in ALL.split(1):
+            store.write(row, [tensor[row] for tensor in content])
+            assert store.has(row) == (row < 4)
+            assert row >= 4 or store.has(ALL[:2])
+    finally:
+        resource.setrlimit(resource.RLIMIT_FSIZE, (soft, hard))
+    assert inside(tmp_path) == []
+    check_is_off(store, "File too large", caplog)
+
+
+@contextlib.contextmanager
+def read_only(folder: Path) -> Iterator[None]:
+    """The folder cannot be written by this process, which is nobody if it is root."""
+    mode, user = folder.stat().st_mode, os.geteuid()
+    folder.chmod(0o555)
+    if user == 0:
+        os.seteuid(65534)
+    try:
+        yield
+    finally:
+        os.seteuid(user)
+        folder.chmod(mode)
+
+
+def test_a_folder_that_can_only_be_read_serves_what_it_has(caplog: pytest.LogCaptureFixture) -> None:
+    with tempfile.TemporaryDirectory() as name:
+        folder = Path(name)
+        filled(folder).close()
+        with read_only(folder):
+            with open_store(folder) as store:
+                assert same_bits(store.read(ALL), rows(ALL, FIELDS))
+            assert not warnings_of(caplog)
+            store = open_store(folder, key="l")
+            fill(store)
+            check_is_off(store, "Permission denied", caplog)
+
+
+def test_a_folder_that_cannot_be_made_turns_it_off(tmp_path: Path, caplog: pytest.LogCaptureFixture) -> None:
+    (tmp_path / "file").touch()
+    check_is_off(open_store(tmp_path / "file" / "store"), "Not a directory", caplog)
+
+
+def test_a_folder_that_disappears_turns_it_off(tmp_path: Path, caplog: pytest.LogCaptureFixture) -> None:
+    store = open_store(tmp_path / "store")
+    store.write(ALL[:7], rows(ALL[:7], FIELDS))
+    shutil.rmtree(tmp_path / "store")
+    store.write(ALL[7:], rows(ALL[7:], FIELDS))
+    check_is_off(store, "No such file or directory", caplog)
+
+
+# The folder's limit
+
+
+def test_what_was_used_longest_ago_makes_room(tmp_path: Path, caplog: pytest.LogCaptureFixture) -> None:
+    caplog.set_level(logging.INFO)
+    paths = {}
+    for key in "abc":
+        store = filled(tmp_path, key)
+        paths[key] = store.path
+        store.close()
+        time.sleep(0.02)  # the file system's clock
+    open_store(tmp_path, key="a").close()  # used again
+    most = int(3.5 * sum(file.stat().st_size for file in paths["a"].iterdir()))
+    time.sleep(0.02)
+    with open_store(tmp_path, key="d", max_bytes=most) as store:
+        assert all(path.exists() for path in paths.values())  # nothing goes before something comes
+        fill(store, "d")
+        assert [key for key, path in paths.items() if path.exists()] == ["a", "c"]
+        assert f"features {paths['b']} are removed to make room" in caplog.text
+    assert not warnings_of(caplog)
+
+
+def test_what_is_open_is_never_removed(tmp_path: Path, caplog: pytest.LogCaptureFixture) -> None:
+    oldest = filled(tmp_path, "a")
+    time.sleep(0.02)
+    filled(tmp_path, "b").close()
+    most = int(2.5 * sum(file.stat().st_size for file in oldest.path.iterdir()))
+    with filled(tmp_path, "c", max_bytes=most) as newest:
+        assert set(inside(tmp_path)) == {oldest.path.name, newest.path.name}
+        assert not warnings_of(caplog)
+        check_is_off(open_store(tmp_path, key="d", max_bytes=most), "allowed, ", caplog)
+    assert same_bits(oldest.read(ALL), rows(ALL, FIELDS, "a"))
+    oldest.close()
+
+
+def test_features_beyond_the_limit_are_refused_before_anything_is_written(
+    tmp_path: Path, caplog: pytest.LogCaptureFixture
+) -> None:
+    filled(tmp_path, "a").close()
+    store = open_store(tmp_path, 100, max_bytes=2000)
+    fill(store)
+    assert len(inside(tmp_path)) == 1
+    check_is_off(store, "bytes and at most 2,000 are allowed", caplog)
+
+
+# Memory
+
+
+@pytest.mark.slow
+@pytest.mark.skipif(not Path("/proc/self/statm").exists(), reason="the resident set is read from /proc")
+def test_resident_memory_does_not_grow_with_the_file(tmp_path: Path) -> None:
+    (said,) = processes("measure_memory", [str(tmp_path)])
+    assert said["bytes"] >= 400e6
+    assert said["mapped"] > 0.9 * said["bytes"]  # the meter works
+    assert said["written"] < 40e6
+    assert said["read"] < 40e6
