@@ -97,8 +97,13 @@ class _Cutter:
             opened |= wrong
         self._open_what_costs_memory(opened)
         skipped, kept, readers = self._skipped(opened), *self._needed(opened)
-        last = max(trace.calls[self._maker(skipped)[value]].end for value in kept)
+        if not kept:
+            raise PrefixError("the features are made of nothing that could be kept")
+        made_in = self._maker(skipped)
+        last = max(trace.calls[made_in[value]].end for value in kept)
         first_live = min(number for number, live in enumerate(self.is_live) if live)
+        if not any(any(True for _ in trace.calls[call].module.parameters()) for call in skipped):
+            raise PrefixError(_no_prefix(readers[0]))
         changed = {trace.values[value].storage for step in self._visible(skipped) for value in step.changed}
         return Cut(skipped, kept, self.shapes, changed, readers, last <= first_live, False)
 
@@ -207,7 +212,7 @@ class _Cutter:
             elif value in made_by:
                 todo += [(source, reader) for source in made_by[value].inputs]
             elif value == 0:
-                raise PrefixError(f"{reader or 'a feature'} needs the images, and no frozen module lies before it")
+                raise PrefixError(_no_prefix(reader))
             else:
                 raise PrefixError(f"{reader or 'a feature'} needs a tensor that is changed in place under another name")
         return sorted(kept), list(readers)
@@ -247,6 +252,10 @@ class _Cutter:
 
     def _bytes(self, opened: set[int]) -> int:
         return num_bytes(self.trace, self._needed(opened)[0])
+
+
+def _no_prefix(reader: str) -> str:
+    return f"{reader or 'a feature'} needs the images, and no frozen module lies before it"
 
 
 def num_bytes(trace: Trace, values: Iterable[int]) -> int:

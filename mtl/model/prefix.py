@@ -19,7 +19,7 @@ from typing import Any
 
 import torch
 from torch import Tensor, nn
-from torch.utils._pytree import tree_leaves, tree_unflatten
+from torch.utils._pytree import tree_leaves
 
 from mtl.model.cut import Cut, PrefixError, find_cut
 from mtl.model.standin import Skip, hollow_tensor, kept_tensor, skips
@@ -32,6 +32,8 @@ Read = Callable[[Tensor], Features]
 Forward = Callable[..., Any]
 # Two passes of these sizes tell what grows with the batch: no two sizes of a tensor are both by chance.
 _FEW, _FEWER = 3, 2
+# What a model's own code can raise when it is given tensors without numbers.
+_ERRORS = (RuntimeError, ValueError, TypeError, IndexError, KeyError, AttributeError, AssertionError, ArithmeticError)
 
 
 class _Complete(BaseException):
@@ -83,7 +85,7 @@ class Prefix:
         prefix = cls(trunk, read, trace, find_cut(trace, record_trace(trunk, read, few[:_FEWER])))
         try:
             same = prefix.agrees(few)
-        except RuntimeError as error:
+        except _ERRORS as error:
             raise PrefixError(f"the trunk does not run without its frozen modules: {error}") from error
         if not same:
             raise PrefixError("without its frozen modules the trunk does not give the same features")
@@ -156,8 +158,7 @@ class Prefix:
 
         def fill(skip: Skip, forward: Forward, args: Any, kwargs: Any) -> Any:
             del forward, args, kwargs
-            leaves = [slot.fill(tensors, batch, device) for slot in skip.slots]
-            return tree_unflatten(leaves, skip.spec)
+            return skip.output(tensors, batch, device)
 
         with self._in_place_of_modules(fill):
             return self._read(self._images.make(batch, device))
@@ -202,10 +203,16 @@ class Prefix:
         """Has `stand_in` called in place of the `forward` of every module call that a replay skips."""
         inside = False
 
-        def swapped(forward: Forward, skips: Iterator[Skip | None]) -> Forward:
+        def swapped(name: str, forward: Forward, skips: Iterator[Skip | None]) -> Forward:
             def call(*args: Any, **kwargs: Any) -> Any:
                 nonlocal inside
-                skip = None if inside else next(skips)
+                if inside:
+                    return forward(*args, **kwargs)
+                try:
+                    skip = next(skips)
+                except StopIteration:
+                    message = f"the trunk calls {name} more often than when its prefix was recorded"
+                    raise PrefixError(message) from None
                 if skip is None:
                     return forward(*args, **kwargs)
                 inside = True
@@ -220,7 +227,7 @@ class Prefix:
         try:
             for module, skips in self._plan.items():
                 # An attribute of the instance goes before the class's method.
-                module.__dict__["forward"] = swapped(module.forward, iter(skips))
+                module.__dict__["forward"] = swapped(type(module).__name__, module.forward, iter(skips))
             yield
         finally:
             for module, own in before.items():

@@ -9,7 +9,7 @@ from typing import Any
 
 import torch
 from torch import Tensor, nn
-from torch.utils._pytree import TreeSpec
+from torch.utils._pytree import TreeSpec, tree_unflatten
 
 from mtl.model.cut import Cut, Size
 from mtl.model.trace import Call, Trace
@@ -80,6 +80,10 @@ class Skip:
 
     slots: list[Slot]
     spec: TreeSpec
+
+    def output(self, kept: Sequence[Tensor], batch: int, device: torch.device) -> Any:
+        """What the call returns in a replay of `batch` images."""
+        return tree_unflatten([slot.fill(kept, batch, device) for slot in self.slots], self.spec)
 
 
 def skips(trace: Trace, cut: Cut) -> dict[nn.Module, list[Skip | None]]:
