@@ -212,8 +212,11 @@ def test_a_prefix_serves_validation_too() -> None:
 
 def test_one_image_is_enough_to_record() -> None:
     trunk, read = small_resnet(".conv1", ".bn1", ".layer1", ".layer2")
-    prefix = Prefix.record(trunk, read, pictures(1))
-    assert_same(prefix, trunk, read, pictures(4))
+    trunk.to(memory_format=torch.channels_last)  # type: ignore[call-overload]
+    images = pictures(4).contiguous(memory_format=torch.channels_last)
+    prefix = Prefix.record(trunk, read, images[:1])
+    for number in (4, 1):
+        assert_same(prefix, trunk.eval() if number == 1 else trunk, read, images[:number])
 
 
 # Trunks by hand
@@ -404,6 +407,25 @@ def test_a_wrong_replay_is_refused_and_not_used(also_seen: bool, message: str) -
     # In place of numbers that are missing stands NaN, so this cannot go unseen.
     with pytest.raises(PrefixError, match=message):
         Prefix.record(trunk, trunk.read, pictures(2, 8))
+
+
+@pytest.mark.parametrize("num_frozen", [2, 3])
+def test_a_frozen_part_that_mixes_the_images_of_a_batch_is_refused(num_frozen: int) -> None:
+    class Mixing(nn.Conv2d):
+        def forward(self, x: Tensor) -> Tensor:
+            return super().forward(x - 0.1 * x.mean(0))
+
+    trunk, read = by_hand(conv(), Mixing(3, 3, 3), conv(), train_from=num_frozen)
+    for number in (1, 4):
+        with pytest.raises(PrefixError, match="mixes the images of a batch"):
+            Prefix.record(trunk, read, pictures(number, 8))
+
+
+def test_a_compiled_module_is_refused() -> None:
+    trunk, read = by_hand(conv(), conv(), train_from=1)
+    trunk[0].compile()
+    with pytest.raises(PrefixError, match="compiled"):
+        Prefix.record(trunk, read, pictures(2, 8))
 
 
 def test_modules_without_parameters_are_no_prefix() -> None:

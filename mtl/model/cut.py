@@ -10,7 +10,9 @@ from __future__ import annotations
 from collections.abc import Iterable
 from dataclasses import dataclass
 
-from mtl.model.trace import Call, Step, Trace
+import torch
+
+from mtl.model.trace import Call, Step, Trace, Value
 
 _CONSTANT, _STILL, _LIVE = 0, 1, 2
 
@@ -64,10 +66,10 @@ def find_cut(trace: Trace, other: Trace) -> Cut:
 
     Args:
         trace: A pass.
-        other: A pass with another number of images, which tells how shapes grow with the batch.
+        other: A pass of fewer of these images, which tells how shapes grow with the batch.
 
     Raises:
-        PrefixError: Nothing can be kept, or the two passes differ in more than shapes.
+        PrefixError: Nothing can be kept, or the two passes differ in more than the number of images.
     """
     return _Cutter(trace, other).cut()
 
@@ -81,6 +83,7 @@ class _Cutter:
         self.is_live = self._follow_forward()
         self.noisy = {0}.union(*(self._around(step.call) for step in self._live_steps()))
         self.shapes: dict[int, tuple[Size, ...]] = {}
+        self.twins: dict[int, Value] = {}
         self._size_value(0, 0, other)
         pairs = enumerate(zip(trace.calls, other.calls, strict=True))
         self.sized = {number for number, (call, twin) in pairs if self._size(call, twin, other)}
@@ -91,6 +94,7 @@ class _Cutter:
         if all(self.state[value] == _STILL for value in trace.results):
             if not all(map(self._is_batch_first, trace.results)):
                 raise PrefixError("the features are not batch first")
+            self._check_each_image_alone(trace.results)
             return Cut([], list(dict.fromkeys(trace.results)), self.shapes, set(), [], True, True)
         opened: set[int] = set()
         while wrong := self._not_to_skip(opened):
@@ -99,6 +103,7 @@ class _Cutter:
         skipped, kept, readers = self._skipped(opened), *self._needed(opened)
         if not kept:
             raise PrefixError("the features are made of nothing that could be kept")
+        self._check_each_image_alone(kept)
         made_in = self._maker(skipped)
         last = max(trace.calls[made_in[value]].end for value in kept)
         first_live = min(number for number, live in enumerate(self.is_live) if live)
@@ -157,7 +162,7 @@ class _Cutter:
             if per_image and (size % num_a or size // num_a * num_b != twin):
                 return False
             sizes.append(Size(size // num_a, True) if per_image else Size(size))
-        self.shapes[one] = tuple(sizes)
+        self.shapes[one], self.twins[one] = tuple(sizes), other.values[two]
         return a.ndim == b.ndim and a.dtype == b.dtype
 
     def _size_results(self, other: Trace) -> None:
@@ -237,6 +242,19 @@ class _Cutter:
     def _is_batch_first(self, value: int) -> bool:
         first, *others = self.shapes[value] or (Size(1),)
         return first == Size(1, True) and not any(size.per_image for size in others)
+
+    def _check_each_image_alone(self, kept: Iterable[int]) -> None:
+        """Raises `PrefixError` if what is kept of an image is another in another batch.
+
+        Kernels for other batch sizes round in other ways, most of all with TF32 or half precision.
+        """
+        for value, twin in ((self.trace.values[number], self.twins[number]) for number in kept):
+            if value.tensor._version != value.version or not value.tensor.is_floating_point():
+                continue  # its numbers have changed since
+            two = twin.tensor.detach().double()
+            one = value.tensor.detach()[: len(two)].double()
+            if (one - two).norm() > (0.01 if value.tensor.dtype.itemsize > 2 else 0.05) * two.norm():
+                raise PrefixError("what is frozen mixes the images of a batch, so nothing can be kept per image")
 
     def _open_what_costs_memory(self, opened: set[int]) -> None:
         """Runs a cheap call, one without a matrix of weights, if less has to be kept then."""

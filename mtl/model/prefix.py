@@ -80,7 +80,10 @@ class Prefix:
         Raises:
             PrefixError: Nothing can be kept, or what is kept does not give the same features.
         """
-        few = (images if len(images) >= _FEW else torch.cat([images] * _FEW))[:_FEW]
+        if any(_is_compiled(module) for module in trunk.modules()):
+            raise PrefixError("a compiled module does not show what it computes from what")
+        # Of a single image three different ones are made.
+        few = (images if len(images) >= _FEW else torch.cat([images, images.flip(-1), images.flip(-2)]))[:_FEW]
         trace = record_trace(trunk, read, few)
         prefix = cls(trunk, read, trace, find_cut(trace, record_trace(trunk, read, few[:_FEWER])))
         try:
@@ -169,15 +172,15 @@ class Prefix:
         Args:
             images: "b 3 h w".
         """
-        with untouched(self._trunk, images.device):
+        with untouched(self._trunk, images.device), torch.enable_grad():
             plain = self._read(images)
-        with untouched(self._trunk, images.device):
+        with untouched(self._trunk, images.device), torch.enable_grad():
             ran, kept = self.run(images)
         # In the layout of rows that were stored.
         kept = [tensor.clone(memory_format=torch.contiguous_format) for tensor in kept]
         with untouched(self._trunk, images.device):
             computed = self.compute(images)
-        with untouched(self._trunk, images.device):
+        with untouched(self._trunk, images.device), torch.enable_grad():
             replayed = self.replay(kept)
         pairs = [(tensors_of(plain), tensors_of(ran)), (tensors_of(plain), tensors_of(replayed)), (kept, computed)]
         return all(len(one) == len(two) and all(map(_same_bits, one, two)) for one, two in pairs)
@@ -234,6 +237,11 @@ class Prefix:
                 module.__dict__.pop("forward", None)
                 if own is not None:
                     module.__dict__["forward"] = own
+
+
+def _is_compiled(module: nn.Module) -> bool:
+    compiled = getattr(module, "_compiled_call_impl", None) is not None or "_orig_mod" in module._modules
+    return compiled or isinstance(module, torch.jit.ScriptModule)
 
 
 def _same_bits(one: Tensor, two: Tensor) -> bool:
