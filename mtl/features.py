@@ -222,6 +222,8 @@ class FeatureSource:
             self._in_ram[name] = store
             self._stores[id(split)] = store
         self._forget_old()
+        if any(isinstance(store, DiskStore) and store.is_off for store in self._stores.values()):
+            raise _NotKept("there is no room for it on disk")
 
     def _forget_old(self) -> None:
         """Drops stores of earlier phases, those used longest ago first, until the rest is within the budget."""
@@ -244,6 +246,8 @@ class FeatureSource:
                 stop = min(start + size, len(split))
                 indices = torch.arange(stop - size, stop)
                 store.write(indices, prefix.compute(self._images(split, indices)))
+                if isinstance(store, DiskStore) and store.is_off:
+                    return
                 bar.update(stop - start)
 
     def _images(self, split: Split, indices: Tensor) -> Tensor:

@@ -161,7 +161,7 @@ class Trainer:
             write_json(self.outcome.run_dir / "audit.json", self.audit.report.to_json())
             # What is frozen whole need not be recorded for a backward that never comes.
             parts.model.trunk_is_frozen = is_frozen(phase.freeze.plan, "trunk")
-            # What is frozen from the first layer on is computed once for each image, as long as the audit stands for it.
+            # What is frozen from the first layer on is computed once for each image, while the audit stands for it.
             done = self.scheduler.state_dict()["steps"]
             self.features.enter(index, record, lambda: self.audit.holds, done)
             self.still_scores = {}

@@ -30,7 +30,7 @@ FLOORS = [
     ["blueprint", "best_weights"],
     ["plan", "tracking", "validation"],
     ["steplog", "assembly"],
-    ["keeper", "gradientlog", "announce"],
+    ["keeper", "gradientlog", "announce", "features"],
     ["trainer"],
     ["summary", "report"],
     ["cli"],
