@@ -7,7 +7,7 @@ import logging
 from mtl.assembly import Parts
 from mtl.console import logger
 from mtl.names import condense, shorten
-from mtl.phases import Phase
+from mtl.phases import Phase, active_tasks
 
 
 def announce_classic(parts: Parts) -> None:
@@ -19,6 +19,13 @@ def announce_classic(parts: Parts) -> None:
     for name in parts.phases[0].freeze.plan.names.frozen:
         if any(substring in name for substring in substrings):
             logger.info(f"freezing {name}")
+
+
+def tell_idle_tasks(parts: Parts, phase: Phase) -> None:
+    """Says which of a phase's tasks have no loss in it, since all that it would train is frozen."""
+    idle = [task for task in active_tasks(parts.config, phase.config) if task not in phase.tasks]
+    if idle:
+        logger.info(f"{phase.name}: no losses of {', '.join(idle)}: everything that they would train is frozen")
 
 
 def tell_unreached(parts: Parts, phase: Phase) -> None:

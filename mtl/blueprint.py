@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import random
-from collections.abc import Callable
+from collections.abc import Callable, Mapping
 from dataclasses import dataclass
 from typing import TypeVar
 
@@ -18,7 +18,7 @@ from mtl.data import BUILT_IN, num_images
 from mtl.freeze import fixed_parameters
 from mtl.model import MultiTaskModel, build_trunk
 from mtl.nearest import hint
-from mtl.phases import Phase, active_tasks, resolve_phases
+from mtl.phases import Phase, live_tasks, resolve_phases
 from mtl.phases.freeze import Surroundings
 from mtl.phases.length import Metrics
 from mtl.reach import reached_parameters
@@ -68,14 +68,15 @@ def draw_up(config: RunConfig, device: str = "cpu") -> Blueprint:
     try:
         with torch.device(device):
             model = MultiTaskModel(trunk, tasks, config.data.image_size, layout)
-            balances, balance_of, mistakes = _build_balances(config)
+            reached = reached_parameters(model, config.data.image_size)
+            tasks_of, mistakes = _tasks_of_phases(config, model, reached)
+            balances, balance_of = _build_balances(config, tasks_of, mistakes)
     except SettingError as error:
         raise mistake_of(config, error) from error
     root = nn.ModuleDict({**dict(model.named_children()), "balance": balances})
-    reached = reached_parameters(model, config.data.image_size)
     fixed = fixed_parameters(root)
     num_train, _ = num_images(config.data)
-    around = Surroundings(config, root, fixed, Metrics(config, tasks), balance_of, reached, num_train)
+    around = Surroundings(config, root, fixed, Metrics(config, tasks), balance_of, tasks_of, reached, num_train)
     return Blueprint(config, tasks, model, root, fixed, resolve_phases(around, mistakes))
 
 
@@ -118,28 +119,45 @@ def _without_weights(config: RunConfig) -> RunConfig:
     return config.with_changes(trunk=config.trunk.model_copy(update={"weights": "none"}))
 
 
-def _build_balances(config: RunConfig) -> tuple[nn.ModuleList, dict[KeyPath, int], list[str]]:
-    """The balancing methods of a run, one for each method and set of active tasks, and which phase uses which.
-
-    Returns:
-        The methods, their places by the phases' key paths, and what is wrong with the phases that are left out.
-    """
+def _tasks_of_phases(
+    config: RunConfig, model: MultiTaskModel, reached: Mapping[str, frozenset[str]]
+) -> tuple[dict[KeyPath, tuple[str, ...]], list[str]]:
+    """The tasks whose losses are computed in each written phase, and what is wrong with phases that are left out."""
     mistakes: list[str] = []
-    balances, keys = nn.ModuleList(), list[tuple[str, tuple[str, ...]]]()
-    balance_of: dict[KeyPath, int] = {}
+    tasks_of: dict[KeyPath, tuple[str, ...]] = {}
     for written in config.written_phases:
-        if written.path in balance_of:
+        if written.path in tasks_of:
             continue
-        own = written.config.balance
-        settings, place = (config.balance, ()) if own is None else (own, written.path)
         unknown = [task for task in written.config.tasks or [] if task not in config.tasks]
         for task in unknown:
             path = (*written.path, "tasks", (written.config.tasks or []).index(task))
             there = f"there are: {', '.join(config.tasks)}{hint(task, config.tasks)}"
             mistakes += config.mistake(path, f"no task {task!r}; {there}").mistakes
-        if unknown:
+        if not unknown:
+            tasks_of[written.path] = live_tasks(config, written.config, model, reached)
+    return tasks_of, list(dict.fromkeys(mistakes))
+
+
+def _build_balances(
+    config: RunConfig, tasks_of: Mapping[KeyPath, tuple[str, ...]], mistakes: list[str]
+) -> tuple[nn.ModuleList, dict[KeyPath, int]]:
+    """The balancing methods of a run, one for each method and set of tasks, and which phase uses which.
+
+    Args:
+        config: The run.
+        tasks_of: The tasks of the phases that are not left out.
+        mistakes: What is wrong with others is added here.
+
+    Returns:
+        The methods, and their places by the phases' key paths.
+    """
+    balances, keys = nn.ModuleList(), list[tuple[str, tuple[str, ...]]]()
+    balance_of: dict[KeyPath, int] = {}
+    for written in config.written_phases:
+        if written.path in balance_of or written.path not in tasks_of:
             continue
-        tasks = active_tasks(config, written.config)
+        own, tasks = written.config.balance, tasks_of[written.path]
+        settings, place = (config.balance, ()) if own is None else (own, written.path)
         key = (settings.model_dump_json(), tasks)
         if key not in keys:
             try:
@@ -149,7 +167,7 @@ def _build_balances(config: RunConfig) -> tuple[nn.ModuleList, dict[KeyPath, int
                 continue
             keys.append(key)
         balance_of[written.path] = keys.index(key)
-    return balances, balance_of, mistakes
+    return balances, balance_of
 
 
 def _check_labels(config: RunConfig) -> None:

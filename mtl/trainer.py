@@ -13,7 +13,7 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
-from mtl.announce import announce_classic, tell_unreached
+from mtl.announce import announce_classic, tell_idle_tasks, tell_unreached
 from mtl.assembly import Parts
 from mtl.audit import GradientAudit, HoldsParameters, Report
 from mtl.checkpoint import CheckpointError, write_json, write_text
@@ -146,6 +146,7 @@ class Trainer:
         # Accumulation never crosses into a phase: windows end with the epoch or the phase, whichever comes first.
         # No gradient of the phase before, requires_grad by plan, and frozen modules in eval mode for good.
         enforce(parts.root, phase.freeze.plan)
+        tell_idle_tasks(parts, phase)
         if phase.freeze.unreached:
             tell_unreached(parts, phase)
         # Only what trains is in the optimizer: neither decay nor momentum can reach the rest.

@@ -17,7 +17,8 @@ from mtl.config.source import dump_yaml
 HEAD = ["name: r", "trunk: {name: resnet18}", "tasks: {depth: {type: depth}}", "phases:"]
 PHASE_KEYS = (
     "name, freeze, train, epochs, steps, until, max_epochs, max_steps, evaluate_only, tasks, lr, layer_decay,"
-    " optimizer, lr_schedule, weight_decay, balance, batch_size, optimizer_state, restore"
+    " optimizer, lr_schedule, weight_decay, balance, batch_size, cache, optimizer_state,"
+    " restore"
 )
 
 _ONE_OF = ": expected exactly one of epochs, steps, until, evaluate_only"

@@ -118,7 +118,8 @@ def resolver(tmp_path_factory: pytest.TempPathFactory) -> tuple[nn.Module, Resol
         raw = TINY | {"phases": [{"name": f"p{n}", "freeze": freeze, "steps": 1} for n, freeze in enumerate(freezes)]}
         config = RunConfig.model_validate(raw)
         balance_of = {("phases", index): 0 for index in range(len(freezes))}
-        around = Surroundings(config, blueprint.root, [], Metrics(config, blueprint.tasks), balance_of, reached, 40)
+        metrics, tasks_of = Metrics(config, blueprint.tasks), dict.fromkeys(balance_of, tuple(config.tasks))
+        around = Surroundings(config, blueprint.root, [], metrics, balance_of, tasks_of, reached, 40)
         drawn: Blueprint = replace(blueprint, config=config, phases=resolve_phases(around))
         # What a step costs has tests of its own, and would take most of the time.
         with patch.multiple("mtl.plan.plan", rehearse=lambda *_: Cost(1, 1, 1), _COSTS={}):

@@ -2,6 +2,7 @@
 
 from mtl.phases.freeze import Surroundings
 from mtl.phases.length import SCORE, Metrics
-from mtl.phases.resolve import Phase, active_tasks, resolve_phases
+from mtl.phases.live import active_tasks, live_tasks
+from mtl.phases.resolve import Phase, resolve_phases
 
-__all__ = ["SCORE", "Metrics", "Phase", "Surroundings", "active_tasks", "resolve_phases"]
+__all__ = ["SCORE", "Metrics", "Phase", "Surroundings", "active_tasks", "live_tasks", "resolve_phases"]

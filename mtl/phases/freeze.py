@@ -44,6 +44,7 @@ class Surroundings:
         fixed: Parameters that the model itself keeps from training.
         metrics: The metrics by name.
         balance_of: The place in `root.balance` of each written phase's balancing method, by the phase's key path.
+        tasks_of: The tasks whose losses are computed in each written phase, by the phase's key path.
         reached: Full names of the parameters that each task's loss depends on.
         num_train: Images in the training data.
     """
@@ -53,6 +54,7 @@ class Surroundings:
     fixed: Sequence[str]
     metrics: Metrics
     balance_of: Mapping[KeyPath, int]
+    tasks_of: Mapping[KeyPath, tuple[str, ...]]
     reached: Mapping[str, frozenset[str]]
     num_train: int
 

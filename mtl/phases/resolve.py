@@ -10,7 +10,7 @@ from torch.nn.modules.batchnorm import _NormBase
 
 from mtl.balance import Balance
 from mtl.best import Direction
-from mtl.config import RunConfig, SettingError
+from mtl.config import SettingError
 from mtl.config.optim import OneCycleConfig, OptimConfig, PlateauConfig
 from mtl.config.phase import PhaseConfig, WrittenPhase
 from mtl.config.source import ConfigError, KeyPath
@@ -33,7 +33,7 @@ class Phase:
         config: What the user wrote.
         optim: How its parameters are stepped: the run's settings with the phase's own on top.
         length: What the scheduler has to know.
-        tasks: The tasks whose losses are active.
+        tasks: The tasks whose losses are active, and train something.
         balance: The balancing method, for exactly these tasks.
         freeze: What it freezes, and why.
         groups: What the optimizer trains, in groups with peak learning rate and weight decay.
@@ -57,11 +57,6 @@ class Phase:
     num_steps: int
     plateau_direction: Direction
     restore: tuple[str, Direction] | None
-
-
-def active_tasks(config: RunConfig, phase: PhaseConfig) -> tuple[str, ...]:
-    """The tasks whose losses are active in a phase, in the order of the configuration."""
-    return tuple(task for task in config.tasks if phase.tasks is None or task in phase.tasks)
 
 
 def resolve_phases(around: Surroundings, mistakes: Sequence[str] = ()) -> list[Phase]:
@@ -137,7 +132,7 @@ class _Resolver:
 
         place = self.around.balance_of[self.written.path]
         balance: Balance = self.root.get_submodule(f"balance.{place}")  # type: ignore[assignment]
-        tasks = active_tasks(self.config, self.wrote)
+        tasks = self.around.tasks_of[self.written.path]
         resolver = FreezeResolver(self.around, self.written, self.always)
         freeze = _attempt(mistakes, lambda: resolver.resolve(tasks, place))
         length = _attempt(mistakes, lambda: self.around.metrics.length(self.written))
