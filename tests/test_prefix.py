@@ -459,6 +459,44 @@ def test_kept_tensors_of_another_shape_or_type_are_named() -> None:
         prefix.replay([torch.zeros(2, 3, 8, 8, dtype=torch.float64)])
 
 
+def test_a_single_wrong_bit_and_a_changed_freeze_are_no_agreement(monkeypatch: pytest.MonkeyPatch) -> None:
+    trunk, read = small_resnet(".conv1", ".bn1", ".layer1", ".layer2")
+    prefix, images = Prefix.record(trunk, read, pictures(2)), pictures(2)
+    assert prefix.agrees(images)
+    for method in ("replay", "run", "compute"):
+        with monkeypatch.context() as patch:
+            patch.setattr(prefix, method, partial(_with_a_wrong_bit, getattr(prefix, method)))
+            assert not prefix.agrees(images), method
+    assert prefix.agrees(images)
+    frozen(trunk, ".conv1", ".bn1", ".layer1")
+    assert not prefix.agrees(images)
+
+
+def _with_a_wrong_bit(method: Callable[[Any], Any], given: Any) -> Any:
+    result = method(given)
+    features = result[0] if isinstance(result, tuple) else result
+    tensors = tensors_of(features) if isinstance(features, Features) else features
+    tensors[-1].data.view(torch.int32).view(-1)[-1] ^= 1
+    return result
+
+
+@pytest.mark.gpu
+def test_on_a_gpu_nothing_waits_for_it() -> None:
+    trunk, read = small_resnet(".conv1", ".bn1", ".layer1", ".layer2")
+    trunk.cuda()
+    images = pictures(4).cuda()
+    with torch.backends.cudnn.flags(deterministic=True, benchmark=False):
+        prefix = Prefix.record(trunk, read, images)
+        assert prefix.agrees(images)
+        torch.cuda.set_sync_debug_mode("error")
+        try:
+            features, kept = prefix.run(images)
+            replayed = prefix.replay(prefix.compute(images))
+        finally:
+            torch.cuda.set_sync_debug_mode("default")
+    assert all(tensor.is_cuda for tensor in [*kept, *tensors_of(features), *tensors_of(replayed)])
+
+
 # No trace
 
 
@@ -531,8 +569,15 @@ ARCHITECTURES = [
     *((name, 240 if name.endswith("240") else 224, {}) for name in LARGE.split()),
     *OTHERS,
 ]
-# Architectures whose first half cannot be kept, and why.
-REFUSED: dict[str, str] = {}
+# Freezes of which nothing can be kept, and the module that trains first.
+REFUSED = [
+    ("resnet18", 64, ["type:BatchNorm2d"], "conv1"),
+    ("resnet18", 64, [".layer1", ".layer2"], "conv1"),
+    ("convnext_atto", 64, ["@last:50%"], r"stem\.0"),
+    ("densenet121", 64, ["**.bias"], r"features\.conv0"),
+    ("vit_tiny_patch16_224", 224, [".blocks"], r"patch_embed\.proj"),
+    ("swin_tiny_patch4_window7_224", 224, [".layers"], r"patch_embed\.proj"),
+]
 
 
 @pytest.mark.slow
@@ -545,13 +590,21 @@ def test_half_of_an_architecture_is_kept_to_the_bit(name: str, size: int, option
             read(pictures(2, size))
     except (AttributeError, RuntimeError):  # no intermediate features
         read = partial(read_features, trunk, levels=[], pooled=True)
-    if name in REFUSED:
-        with pytest.raises(PrefixError, match=REFUSED[name]):
-            Prefix.record(trunk, read, pictures(4, size))
-        return
     with unchanged_but_caches(trunk):
         prefix = check(trunk, read, size)
     assert prefix.modules
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize("name, size, patterns, first", REFUSED)
+def test_a_freeze_that_starts_later_is_refused(name: str, size: int, patterns: list[str], first: str) -> None:
+    trunk = timm.create_model(name, pretrained=False, num_classes=0)
+    model = nn.Module()
+    model.trunk = trunk
+    enforce(model, plan_freeze(model, [f"trunk{p}" if p[0] in ".@" else p for p in patterns]))
+    read = partial(read_features, trunk, levels=pyramid_levels(trunk), pooled=True)
+    with pytest.raises(PrefixError, match=f"^{first} needs the images, and no frozen module lies before it"):
+        Prefix.record(trunk, read, pictures(2, size))
 
 
 @contextmanager

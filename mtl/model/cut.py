@@ -10,8 +10,6 @@ from __future__ import annotations
 from collections.abc import Iterable
 from dataclasses import dataclass
 
-import torch
-
 from mtl.model.trace import Call, Step, Trace, Value
 
 _CONSTANT, _STILL, _LIVE = 0, 1, 2

@@ -61,6 +61,7 @@ class Prefix:
         # With nothing that trains, the features themselves are kept; this is their place among the kept.
         self._results = [cut.kept.index(value) for value in trace.results] if cut.all_still else None
         self._has_pooled = trace.has_pooled
+        self._trained = _trained(trunk)
         self.shapes = [kept.shape for kept in self._kept]
         self.dtypes = [kept.dtype for kept in self._kept]
         self.bytes_per_image = sum(math.prod(kept.shape) * kept.dtype.itemsize for kept in self._kept)
@@ -169,9 +170,13 @@ class Prefix:
     def agrees(self, images: Tensor) -> bool:
         """Whether `run`, `compute` and `replay` give the bits of a plain pass, which it runs; leaves no trace.
 
+        Never so if other parameters train than when the prefix was recorded: gradients would be missing.
+
         Args:
             images: "b 3 h w".
         """
+        if _trained(self._trunk) != self._trained:
+            return False
         with untouched(self._trunk, images.device), torch.enable_grad():
             plain = self._read(images)
         with untouched(self._trunk, images.device), torch.enable_grad():
@@ -237,6 +242,10 @@ class Prefix:
                 module.__dict__.pop("forward", None)
                 if own is not None:
                     module.__dict__["forward"] = own
+
+
+def _trained(trunk: nn.Module) -> set[str]:
+    return {name for name, parameter in trunk.named_parameters() if parameter.requires_grad}
 
 
 def _is_compiled(module: nn.Module) -> bool:
