@@ -136,8 +136,6 @@ class Prefix:
                     features = self._read(images)
             except _Complete:
                 pass
-        if not self._is_first:
-            torch.clear_autocast_cache()  # weights cast without gradient would be used again
         return self._in_order(kept, features)
 
     def replay(self, kept: Sequence[Tensor]) -> Features:
@@ -177,17 +175,20 @@ class Prefix:
         """
         if _trained(self._trunk) != self._trained:
             return False
+        # Detached at once: three passes' activations need not be in memory together.
         with untouched(self._trunk, images.device), torch.enable_grad():
-            plain = self._read(images)
+            plain = [tensor.detach() for tensor in tensors_of(self._read(images))]
         with untouched(self._trunk, images.device), torch.enable_grad():
-            ran, kept = self.run(images)
+            features, kept = self.run(images)
+            ran = [tensor.detach() for tensor in tensors_of(features)]
+            del features
         # In the layout of rows that were stored.
         kept = [tensor.clone(memory_format=torch.contiguous_format) for tensor in kept]
+        with untouched(self._trunk, images.device), torch.enable_grad():
+            replayed = [tensor.detach() for tensor in tensors_of(self.replay(kept))]
         with untouched(self._trunk, images.device):
             computed = self.compute(images)
-        with untouched(self._trunk, images.device), torch.enable_grad():
-            replayed = self.replay(kept)
-        pairs = [(tensors_of(plain), tensors_of(ran)), (tensors_of(plain), tensors_of(replayed)), (kept, computed)]
+        pairs = [(plain, ran), (plain, replayed), (kept, computed)]
         return all(len(one) == len(two) and all(map(_same_bits, one, two)) for one, two in pairs)
 
     def _capture(self, kept: dict[int, Tensor], skip: Skip, forward: Forward, args: Any, kwargs: Any) -> Any:
