@@ -10,6 +10,8 @@ from typing import Any
 import pytest
 import timm
 import torch
+from hypothesis import assume, given, settings
+from hypothesis import strategies as st
 from torch import Tensor, nn
 from torch.nn import functional
 from torch.utils.checkpoint import checkpoint
@@ -365,6 +367,74 @@ def test_computing_does_not_move_statistics_of_a_part_that_trains_earlier() -> N
     before = state_of(trunk)
     prefix.compute(pictures(3, 8))
     assert state_of(trunk) == before
+
+
+class Program(nn.Module):
+    """A trunk that does what it is told: each line takes earlier tensors and makes one more, or changes one."""
+
+    def __init__(self, lines: list[tuple[str, int, int]], frozen_modules: list[bool]) -> None:
+        super().__init__()
+        self.convs = nn.ModuleList(conv() for _ in frozen_modules)
+        self.norm, self.act, self.pair = nn.BatchNorm2d(3), nn.ReLU(inplace=True), Pair()
+        for module, is_frozen in zip(self.convs, frozen_modules, strict=True):
+            module.requires_grad_(not is_frozen).train(not is_frozen)
+        self.norm.requires_grad_(not frozen_modules[0]).train(not frozen_modules[0])
+        self.lines = lines
+
+    def read(self, images: Tensor) -> Features:
+        made = [self.convs[0](images)]
+        for kind, one, two in self.lines:
+            a, b = made[one % len(made)], made[two % len(made)]
+            match kind:
+                case "conv":
+                    made.append(self.convs[two % len(self.convs)](a))
+                case "add":
+                    made.append(a + b)
+                case "add in place":
+                    # A copy, or autograd objects to some programs.
+                    c = a.clone()
+                    c += b
+                    made.append(c)
+                case "act in place":
+                    made.append(self.act(a + 0 if a.requires_grad else a))
+                case "norm":
+                    made.append(self.norm(a))
+                case "pair":
+                    made.extend(self.pair(a, other=b)[0])
+                case "view":
+                    made.append(a.view(-1, 3, 4, 16).transpose(2, 3).reshape(a.shape))
+                case "drop":
+                    made.append(functional.dropout(a, 0.5, self.training))
+        return Features(made[-2:], made[-1].mean((2, 3)))
+
+
+class Pair(nn.Module):
+    """No parameters; two outputs in a list, and a number."""
+
+    def forward(self, x: Tensor, *, other: Tensor) -> tuple[list[Tensor], int]:
+        return [x * 2, other.sigmoid()], 2
+
+
+KINDS = ["conv", "add", "add in place", "act in place", "norm", "pair", "view", "drop"]
+LINES = st.lists(st.tuples(st.sampled_from(KINDS), st.integers(0, 9), st.integers(0, 9)), min_size=1, max_size=8)
+
+
+@settings(max_examples=60, deadline=None, derandomize=True)
+@given(LINES, st.lists(st.booleans(), min_size=2, max_size=4))
+def test_any_program_is_kept_to_the_bit_or_refused(lines: list[tuple[str, int, int]], is_frozen: list[bool]) -> None:
+    trunk = Program(lines, [True, *is_frozen])
+    try:
+        outcome(trunk, lambda: trunk.read(pictures(3, 8)))
+    except RuntimeError:  # changed in place what a backward needs: no program to begin with
+        assume(False)
+    before = state_of(trunk)
+    try:
+        prefix = Prefix.record(trunk, trunk.read, pictures(3, 8))
+    except PrefixError:
+        prefix = None
+    assert state_of(trunk) == before
+    if prefix is not None:
+        assert_same(prefix, trunk, trunk.read, pictures(4, 8))
 
 
 # Refusals
