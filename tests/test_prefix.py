@@ -10,6 +10,8 @@ from typing import Any
 import pytest
 import timm
 import torch
+from hypothesis import assume, given, settings
+from hypothesis import strategies as st
 from torch import Tensor, nn
 from torch.nn import functional
 from torch.utils.checkpoint import checkpoint
@@ -367,6 +369,74 @@ def test_computing_does_not_move_statistics_of_a_part_that_trains_earlier() -> N
     assert state_of(trunk) == before
 
 
+class Program(nn.Module):
+    """A trunk that does what it is told: each line takes earlier tensors and makes one more, or changes one."""
+
+    def __init__(self, lines: list[tuple[str, int, int]], frozen_modules: list[bool]) -> None:
+        super().__init__()
+        self.convs = nn.ModuleList(conv() for _ in frozen_modules)
+        self.norm, self.act, self.pair = nn.BatchNorm2d(3), nn.ReLU(inplace=True), Pair()
+        for module, is_frozen in zip(self.convs, frozen_modules, strict=True):
+            module.requires_grad_(not is_frozen).train(not is_frozen)
+        self.norm.requires_grad_(not frozen_modules[0]).train(not frozen_modules[0])
+        self.lines = lines
+
+    def read(self, images: Tensor) -> Features:
+        made = [self.convs[0](images)]
+        for kind, one, two in self.lines:
+            a, b = made[one % len(made)], made[two % len(made)]
+            match kind:
+                case "conv":
+                    made.append(self.convs[two % len(self.convs)](a))
+                case "add":
+                    made.append(a + b)
+                case "add in place":
+                    # A copy, or autograd objects to some programs.
+                    c = a.clone()
+                    c += b
+                    made.append(c)
+                case "act in place":
+                    made.append(self.act(a + 0 if a.requires_grad else a))
+                case "norm":
+                    made.append(self.norm(a))
+                case "pair":
+                    made.extend(self.pair(a, other=b)[0])
+                case "view":
+                    made.append(a.view(-1, 3, 4, 16).transpose(2, 3).reshape(a.shape))
+                case "drop":
+                    made.append(functional.dropout(a, 0.5, self.training))
+        return Features(made[-2:], made[-1].mean((2, 3)))
+
+
+class Pair(nn.Module):
+    """No parameters; two outputs in a list, and a number."""
+
+    def forward(self, x: Tensor, *, other: Tensor) -> tuple[list[Tensor], int]:
+        return [x * 2, other.sigmoid()], 2
+
+
+KINDS = ["conv", "add", "add in place", "act in place", "norm", "pair", "view", "drop"]
+LINES = st.lists(st.tuples(st.sampled_from(KINDS), st.integers(0, 9), st.integers(0, 9)), min_size=1, max_size=8)
+
+
+@settings(max_examples=60, deadline=None, derandomize=True)
+@given(LINES, st.lists(st.booleans(), min_size=2, max_size=4))
+def test_any_program_is_kept_to_the_bit_or_refused(lines: list[tuple[str, int, int]], is_frozen: list[bool]) -> None:
+    trunk = Program(lines, [True, *is_frozen])
+    try:
+        outcome(trunk, lambda: trunk.read(pictures(3, 8)))
+    except RuntimeError:  # changed in place what a backward needs: no program to begin with
+        assume(False)
+    before = state_of(trunk)
+    try:
+        prefix = Prefix.record(trunk, trunk.read, pictures(3, 8))
+    except PrefixError:
+        prefix = None
+    assert state_of(trunk) == before
+    if prefix is not None:
+        assert_same(prefix, trunk, trunk.read, pictures(4, 8))
+
+
 # Refusals
 
 
@@ -459,6 +529,44 @@ def test_kept_tensors_of_another_shape_or_type_are_named() -> None:
         prefix.replay([torch.zeros(2, 3, 8, 8, dtype=torch.float64)])
 
 
+def test_a_single_wrong_bit_and_a_changed_freeze_are_no_agreement(monkeypatch: pytest.MonkeyPatch) -> None:
+    trunk, read = small_resnet(".conv1", ".bn1", ".layer1", ".layer2")
+    prefix, images = Prefix.record(trunk, read, pictures(2)), pictures(2)
+    assert prefix.agrees(images)
+    for method in ("replay", "run", "compute"):
+        with monkeypatch.context() as patch:
+            patch.setattr(prefix, method, partial(_with_a_wrong_bit, getattr(prefix, method)))
+            assert not prefix.agrees(images), method
+    assert prefix.agrees(images)
+    frozen(trunk, ".conv1", ".bn1", ".layer1")
+    assert not prefix.agrees(images)
+
+
+def _with_a_wrong_bit(method: Callable[[Any], Any], given: Any) -> Any:
+    result = method(given)
+    features = result[0] if isinstance(result, tuple) else result
+    tensors = tensors_of(features) if isinstance(features, Features) else features
+    tensors[-1].data.view(torch.int32).view(-1)[-1] ^= 1
+    return result
+
+
+@pytest.mark.gpu
+def test_on_a_gpu_nothing_waits_for_it() -> None:
+    trunk, read = small_resnet(".conv1", ".bn1", ".layer1", ".layer2")
+    trunk.cuda()
+    images = pictures(4).cuda()
+    with torch.backends.cudnn.flags(deterministic=True, benchmark=False):
+        prefix = Prefix.record(trunk, read, images)
+        assert prefix.agrees(images)
+        torch.cuda.set_sync_debug_mode("error")
+        try:
+            features, kept = prefix.run(images)
+            replayed = prefix.replay(prefix.compute(images))
+        finally:
+            torch.cuda.set_sync_debug_mode("default")
+    assert all(tensor.is_cuda for tensor in [*kept, *tensors_of(features), *tensors_of(replayed)])
+
+
 # No trace
 
 
@@ -531,8 +639,15 @@ ARCHITECTURES = [
     *((name, 240 if name.endswith("240") else 224, {}) for name in LARGE.split()),
     *OTHERS,
 ]
-# Architectures whose first half cannot be kept, and why.
-REFUSED: dict[str, str] = {}
+# Freezes of which nothing can be kept, and the module that trains first.
+REFUSED = [
+    ("resnet18", 64, ["type:BatchNorm2d"], "conv1"),
+    ("resnet18", 64, [".layer1", ".layer2"], "conv1"),
+    ("convnext_atto", 64, ["@last:50%"], r"stem\.0"),
+    ("densenet121", 64, ["**.bias"], r"features\.conv0"),
+    ("vit_tiny_patch16_224", 224, [".blocks"], r"patch_embed\.proj"),
+    ("swin_tiny_patch4_window7_224", 224, [".layers"], r"patch_embed\.proj"),
+]
 
 
 @pytest.mark.slow
@@ -545,13 +660,21 @@ def test_half_of_an_architecture_is_kept_to_the_bit(name: str, size: int, option
             read(pictures(2, size))
     except (AttributeError, RuntimeError):  # no intermediate features
         read = partial(read_features, trunk, levels=[], pooled=True)
-    if name in REFUSED:
-        with pytest.raises(PrefixError, match=REFUSED[name]):
-            Prefix.record(trunk, read, pictures(4, size))
-        return
     with unchanged_but_caches(trunk):
         prefix = check(trunk, read, size)
     assert prefix.modules
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize("name, size, patterns, first", REFUSED)
+def test_a_freeze_that_starts_later_is_refused(name: str, size: int, patterns: list[str], first: str) -> None:
+    trunk = timm.create_model(name, pretrained=False, num_classes=0)
+    model = nn.Module()
+    model.trunk = trunk
+    enforce(model, plan_freeze(model, [f"trunk{p}" if p[0] in ".@" else p for p in patterns]))
+    read = partial(read_features, trunk, levels=pyramid_levels(trunk), pooled=True)
+    with pytest.raises(PrefixError, match=f"^{first} needs the images, and no frozen module lies before it"):
+        Prefix.record(trunk, read, pictures(2, size))
 
 
 @contextmanager

@@ -61,6 +61,7 @@ class Prefix:
         # With nothing that trains, the features themselves are kept; this is their place among the kept.
         self._results = [cut.kept.index(value) for value in trace.results] if cut.all_still else None
         self._has_pooled = trace.has_pooled
+        self._trained = _trained(trunk)
         self.shapes = [kept.shape for kept in self._kept]
         self.dtypes = [kept.dtype for kept in self._kept]
         self.bytes_per_image = sum(math.prod(kept.shape) * kept.dtype.itemsize for kept in self._kept)
@@ -135,8 +136,6 @@ class Prefix:
                     features = self._read(images)
             except _Complete:
                 pass
-        if not self._is_first:
-            torch.clear_autocast_cache()  # weights cast without gradient would be used again
         return self._in_order(kept, features)
 
     def replay(self, kept: Sequence[Tensor]) -> Features:
@@ -169,20 +168,27 @@ class Prefix:
     def agrees(self, images: Tensor) -> bool:
         """Whether `run`, `compute` and `replay` give the bits of a plain pass, which it runs; leaves no trace.
 
+        Never so if other parameters train than when the prefix was recorded: gradients would be missing.
+
         Args:
             images: "b 3 h w".
         """
+        if _trained(self._trunk) != self._trained:
+            return False
+        # Detached at once: three passes' activations need not be in memory together.
         with untouched(self._trunk, images.device), torch.enable_grad():
-            plain = self._read(images)
+            plain = [tensor.detach() for tensor in tensors_of(self._read(images))]
         with untouched(self._trunk, images.device), torch.enable_grad():
-            ran, kept = self.run(images)
+            features, kept = self.run(images)
+            ran = [tensor.detach() for tensor in tensors_of(features)]
+            del features
         # In the layout of rows that were stored.
         kept = [tensor.clone(memory_format=torch.contiguous_format) for tensor in kept]
+        with untouched(self._trunk, images.device), torch.enable_grad():
+            replayed = [tensor.detach() for tensor in tensors_of(self.replay(kept))]
         with untouched(self._trunk, images.device):
             computed = self.compute(images)
-        with untouched(self._trunk, images.device), torch.enable_grad():
-            replayed = self.replay(kept)
-        pairs = [(tensors_of(plain), tensors_of(ran)), (tensors_of(plain), tensors_of(replayed)), (kept, computed)]
+        pairs = [(plain, ran), (plain, replayed), (kept, computed)]
         return all(len(one) == len(two) and all(map(_same_bits, one, two)) for one, two in pairs)
 
     def _capture(self, kept: dict[int, Tensor], skip: Skip, forward: Forward, args: Any, kwargs: Any) -> Any:
@@ -237,6 +243,10 @@ class Prefix:
                 module.__dict__.pop("forward", None)
                 if own is not None:
                     module.__dict__["forward"] = own
+
+
+def _trained(trunk: nn.Module) -> set[str]:
+    return {name for name, parameter in trunk.named_parameters() if parameter.requires_grad}
 
 
 def _is_compiled(module: nn.Module) -> bool:

@@ -160,6 +160,8 @@ def untouched(trunk: nn.Module, device: torch.device) -> Iterator[None]:
         finally:
             for module, name, buffer in buffers:
                 module._buffers[name] = buffer
+            # Autocast keeps the weights that it cast; those cast without gradient would be used with gradient.
+            torch.clear_autocast_cache()
 
 
 class _Recorder(TorchFunctionMode):
