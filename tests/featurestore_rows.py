@@ -2,7 +2,9 @@
 
 from __future__ import annotations
 
+import io
 import json
+import logging
 import mmap
 import os
 import random
@@ -79,7 +81,11 @@ def _run_child(work: Callable[[], None], delay_s: float | None = None) -> bool:
 
 def _look(folder: Path, key: str, num_rows: int, fields: list[Field]) -> str:
     """Opens what a killed process left behind: what the store is then, or what is wrong."""
+    said = io.StringIO()
+    logging.basicConfig(stream=said, level=logging.WARNING, force=True)
     with open_store(folder, num_rows, fields, key) as store:
+        if said.getvalue():
+            return said.getvalue()
         if left := [path.name for path in folder.iterdir() if path.name.count(".") > 1]:
             return f"left behind: {left}"
         if not store.is_complete:

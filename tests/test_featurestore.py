@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import sys
 import tempfile
 import threading
 from collections.abc import Callable
@@ -170,6 +171,15 @@ def test_memory_is_taken_at_the_first_write() -> None:
 
 
 def test_threads_that_read_while_rows_are_written_meet_no_half_row(make: Make) -> None:
+    interval = sys.getswitchinterval()
+    sys.setswitchinterval(1e-5)
+    try:
+        _read_while_rows_are_written(make)
+    finally:
+        sys.setswitchinterval(interval)
+
+
+def _read_while_rows_are_written(make: Make) -> None:
     num_rows = 200
     store, content = make(num_rows, BIG), rows(torch.arange(num_rows), BIG)
     bad, good, stop = [], [], threading.Event()

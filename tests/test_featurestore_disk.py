@@ -13,15 +13,17 @@ import sys
 import tempfile
 import threading
 import time
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterator, Sequence
 from pathlib import Path
 from typing import Any
 
+import numpy as np
 import pytest
 import torch
 
 from featurestore_rows import BIG, FIELDS, fill, filled, open_store, rows, same_bits
 from mtl.featurestore import DiskStore
+from mtl.featurestore.entry import _all_bytes
 
 ROOT = Path(__file__).parent.parent
 ALL = torch.arange(8)
@@ -98,6 +100,47 @@ def test_two_processes_that_fill_the_same_key_leave_one_entry(tmp_path: Path) ->
     said = processes("fill_with_others", [str(tmp_path), "1"], [str(tmp_path), "2"])
     assert said == [{"wrong": 0, "whole": True, "right": True, "off": False}] * 2
     assert len(inside(tmp_path / "store")) == 1
+
+
+def test_everything_is_forced_to_disk_before_it_has_its_final_name(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    forced: list[int] = []
+    at_rename: list[bool] = []
+    fsync, rename = os.fsync, os.rename
+
+    def record_fsync(descriptor: int) -> None:
+        fsync(descriptor)
+        forced.append(os.fstat(descriptor).st_ino)
+
+    def record_rename(source: Path, target: Path) -> None:
+        names = (".", "rows.bin", "sums.bin", "card.json")
+        at_rename.append({(Path(source) / name).stat().st_ino for name in names} <= set(forced))
+        rename(source, target)
+
+    monkeypatch.setattr(os, "fsync", record_fsync)
+    monkeypatch.setattr(os, "rename", record_rename)
+    with filled(tmp_path):
+        assert at_rename == [True]
+        assert forced[-1] == tmp_path.stat().st_ino
+
+
+@pytest.mark.parametrize("most", [1, 3, 4, 7, 100])
+def test_a_call_that_moves_less_than_it_should_is_continued(most: int) -> None:
+    source = np.arange(12, dtype=np.uint8)
+    target = np.zeros(12, dtype=np.uint8)
+
+    def move(_: int, buffers: Sequence[memoryview], at: int) -> int:
+        moved = source[at : at + most]
+        for place, value in enumerate(moved):
+            left = [*buffers]
+            while place >= len(left[0]):
+                place -= len(left.pop(0))
+            left[0][place] = value
+        return len(moved)
+
+    assert _all_bytes(move, 0, [target[:4], target[4:5], target[5:]], 0) == 12
+    assert target.tolist() == source.tolist()
 
 
 # Killed writers
@@ -209,22 +252,28 @@ def test_damage_is_found_and_mended(tmp_path: Path, fault: str, caplog: pytest.L
 
 @pytest.mark.parametrize("is_whole", [True, False])
 def test_damage_while_it_is_open_is_found_once_by_many_threads(
-    tmp_path: Path, is_whole: bool, caplog: pytest.LogCaptureFixture
+    tmp_path: Path, is_whole: bool, caplog: pytest.LogCaptureFixture, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     store = filled(tmp_path) if is_whole else open_store(tmp_path)
     store.write(ALL[:6], rows(ALL[:6], FIELDS))
     (file,) = tmp_path.rglob("rows.bin")
-    with file.open("r+b") as stream:
-        stream.seek(17)
-        stream.write(bytes([stream.read(1)[0] ^ 255]))
     content = file.read_bytes()
     file.write_bytes(content[:17] + bytes([content[17] ^ 1]) + content[18:])
+    # Every thread has the entry before one of them reads.
+    barrier, new_batch = threading.Barrier(4), store._new_batch
+
+    def wait(length: int) -> Any:
+        barrier.wait()
+        return new_batch(length)
+
+    monkeypatch.setattr(store, "_new_batch", wait)
     found: list[Any] = []
     threads = [threading.Thread(target=lambda: found.append(store.read(ALL[:6]))) for _ in range(4)]
     for thread in threads:
         thread.start()
     for thread in threads:
         thread.join()
+    monkeypatch.undo()
     assert found == [None] * 4
     assert len(warnings_of(caplog)) == 1
     assert inside(tmp_path) == []
@@ -317,20 +366,33 @@ def test_what_others_will_still_write_is_not_free(small_disk: Path, caplog: pyte
         check_is_off(open_store(small_disk / "store", 24, BIG, "l"), "the disk has", caplog)
 
 
-def test_a_file_that_may_not_grow_turns_it_off(tmp_path: Path, caplog: pytest.LogCaptureFixture) -> None:
-    store = open_store(tmp_path, 8, BIG)
-    store.write(ALL[:2], rows(ALL[:2], BIG))
-    content = rows(ALL, BIG)
+@contextlib.contextmanager
+def longest_file(num_bytes: int) -> Iterator[None]:
     soft, hard = resource.getrlimit(resource.RLIMIT_FSIZE)
-    # The limit is met in the middle of a row.
-    resource.setrlimit(resource.RLIMIT_FSIZE, (int(4.5 * store.row_bytes), hard))
+    resource.setrlimit(resource.RLIMIT_FSIZE, (num_bytes, hard))
     try:
+        yield
+    finally:
+        resource.setrlimit(resource.RLIMIT_FSIZE, (soft, hard))
+
+
+def test_a_file_that_may_not_grow_turns_it_off(tmp_path: Path, caplog: pytest.LogCaptureFixture) -> None:
+    store, content = open_store(tmp_path, 8, BIG), rows(ALL, BIG)
+    store.write(ALL[:2], rows(ALL[:2], BIG))
+    with longest_file(int(4.5 * store.row_bytes)):  # it is met in the middle of a row
         for row in ALL.split(1):
             store.write(row, [tensor[row] for tensor in content])
             assert store.has(row) == (row < 4)
-            assert row >= 4 or store.has(ALL[:2])
-    finally:
-        resource.setrlimit(resource.RLIMIT_FSIZE, (soft, hard))
+    assert inside(tmp_path) == []
+    check_is_off(store, "File too large", caplog)
+
+
+def test_a_file_that_may_not_be_as_long_as_all_rows_is_not_begun(
+    tmp_path: Path, caplog: pytest.LogCaptureFixture
+) -> None:
+    store = open_store(tmp_path)
+    with longest_file(64):
+        store.write(ALL[:1], rows(ALL[:1], FIELDS))
     assert inside(tmp_path) == []
     check_is_off(store, "File too large", caplog)
 
@@ -362,6 +424,16 @@ def test_a_folder_that_can_only_be_read_serves_what_it_has(caplog: pytest.LogCap
             check_is_off(store, "Permission denied", caplog)
 
 
+def test_features_that_another_user_keeps_to_himself_are_left_alone(caplog: pytest.LogCaptureFixture) -> None:
+    with tempfile.TemporaryDirectory() as name:
+        folder = Path(name)
+        with filled(folder) as store:
+            (store.path / "rows.bin").chmod(0)
+        with read_only(folder):
+            check_is_off(open_store(folder), "Permission denied", caplog)
+        assert len(inside(folder)) == 1
+
+
 def test_a_folder_that_cannot_be_made_turns_it_off(tmp_path: Path, caplog: pytest.LogCaptureFixture) -> None:
     (tmp_path / "file").touch()
     check_is_off(open_store(tmp_path / "file" / "store"), "Not a directory", caplog)
@@ -378,27 +450,44 @@ def test_a_folder_that_disappears_turns_it_off(tmp_path: Path, caplog: pytest.Lo
 # The folder's limit
 
 
-def test_what_was_used_longest_ago_makes_room(tmp_path: Path, caplog: pytest.LogCaptureFixture) -> None:
+def a_bit_later(store: DiskStore) -> DiskStore:
+    """Later by the file system's clock."""
+    time.sleep(0.02)
+    return store
+
+
+@pytest.mark.parametrize("order", ["ab", "ba"])
+@pytest.mark.parametrize("when", ["written", "opened", "closed"])
+def test_what_was_used_longest_ago_makes_room(
+    tmp_path: Path, order: str, when: str, caplog: pytest.LogCaptureFixture
+) -> None:
     caplog.set_level(logging.INFO)
     paths = {}
-    for key in "abc":
-        store = filled(tmp_path, key)
-        paths[key] = store.path
-        store.close()
-        time.sleep(0.02)  # the file system's clock
-    open_store(tmp_path, key="a").close()  # used again
-    most = int(3.5 * sum(file.stat().st_size for file in paths["a"].iterdir()))
-    time.sleep(0.02)
-    with open_store(tmp_path, key="d", max_bytes=most) as store:
+    # Nothing is closed that is not said to be: as if its process had died.
+    for key in order if when == "written" else order[::-1]:
+        paths[key] = a_bit_later(filled(tmp_path, key)).path
+    if when == "opened":
+        for key in order:
+            a_bit_later(open_store(tmp_path, key=key))
+    if when == "closed":
+        stores = {key: open_store(tmp_path, key=key) for key in order[::-1]}
+        for key in order:
+            a_bit_later(stores[key]).close()
+    most = int(2.5 * sum(file.stat().st_size for file in paths["a"].iterdir()))
+    with open_store(tmp_path, key="c", max_bytes=most) as third:
         assert all(path.exists() for path in paths.values())  # nothing goes before something comes
-        fill(store, "d")
-        assert [key for key, path in paths.items() if path.exists()] == ["a", "c"]
-        assert f"features {paths['b']} are removed to make room" in caplog.text
+        fill(third, "c")
+        assert [key for key in order if paths[key].exists()] == [order[1]]
+    assert f"features {paths[order[0]]} are removed to make room" in caplog.text
     assert not warnings_of(caplog)
 
 
-def test_what_is_open_is_never_removed(tmp_path: Path, caplog: pytest.LogCaptureFixture) -> None:
+@pytest.mark.parametrize("is_opened", [True, False])
+def test_what_is_open_is_never_removed(tmp_path: Path, is_opened: bool, caplog: pytest.LogCaptureFixture) -> None:
     oldest = filled(tmp_path, "a")
+    if is_opened:
+        oldest.close()
+        oldest = open_store(tmp_path, key="a")
     time.sleep(0.02)
     filled(tmp_path, "b").close()
     most = int(2.5 * sum(file.stat().st_size for file in oldest.path.iterdir()))

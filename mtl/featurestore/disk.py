@@ -45,7 +45,7 @@ class DiskStore(FeatureStore):
             num_rows: How many images there are.
             fields: The tensors of one image.
             max_bytes: The most that the folder may hold: what was not used for longest is removed, never what is in
-                use. None for no limit.
+                use. None for no limit; then something is removed only if the disk has too little room.
             spare_bytes: What has to be free on the disk besides, before filling begins.
 
         Raises:

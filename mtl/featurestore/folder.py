@@ -114,9 +114,8 @@ class StoreFolder:
         unfinished = {path: _sizes(path) for path in self._matching(_TEMPORARY)}
         total = sum(length for length, _ in [*entries.values(), *unfinished.values()])
         # What others have begun and not yet written is not free.
-        free = shutil.disk_usage(self.path).free - sum(
-            max(0, length - on_disk) for length, on_disk in unfinished.values()
-        )
+        promised = sum(max(0, length - on_disk) for length, on_disk in unfinished.values())
+        free = shutil.disk_usage(self.path).free - promised
         victims = []
         for path in sorted(entries, key=_last_use):
             if (self._max_bytes is None or total + nbytes <= self._max_bytes) and free >= nbytes + self._spare_bytes:
