@@ -23,9 +23,13 @@ def main(arguments: Sequence[str] | None = None) -> int:
     parser, verbs = _parser()
     options, rest = parser.parse_known_args(arguments)
     # argparse takes key=value pairs only in one piece; those behind an option come back as the rest.
-    unknown = [argument for argument in rest if argument.startswith("-") or options.verb in ("report", "audit")]
+    unknown = [
+        argument for argument in rest if argument.startswith("-") or options.verb in ("report", "audit", "bench")
+    ]
     if unknown:
         verbs[options.verb].error(f"unrecognized arguments: {' '.join(unknown)}")
+    if options.verb == "bench":
+        return _bench(options.quick, options.json, options.plot)
     if options.verb == "report":
         return _report(options.run_dir, options.picture)
     if options.verb == "audit":
@@ -65,6 +69,10 @@ def _parser() -> tuple[argparse.ArgumentParser, Mapping[str, argparse.ArgumentPa
         "--freeze", nargs="+", metavar="PATTERN", help="what has to be the same; everything if not given"
     )
     audit.add_argument("--json", action="store_true", help="print plain data")
+    bench = verbs.add_parser("bench", help="what a freeze pays, measured here", description=_bench.__doc__)
+    bench.add_argument("--quick", action="store_true", help="fewer settings and rounds, under three minutes")
+    bench.add_argument("--json", action="store_true", help="print plain data")
+    bench.add_argument("--plot", type=Path, metavar="FILE", help="draw the times into a picture as well")
     report = verbs.add_parser("report", help="write the report of a run again", description=_report.__doc__)
     report.add_argument("run_dir", type=Path, metavar="RUN_DIR", help="such as runs/scenes")
     report.add_argument("--picture", type=Path, metavar="FILE", help="put the report's picture into a PNG file as well")
@@ -197,6 +205,24 @@ def _audit(paths: Sequence[Path], freeze: Sequence[str] | None, as_json: bool) -
         verdict = f"{len(found)} not as frozen" if found else "clean"
         sys.stdout.write("\n".join([*(f"  {line}" for line in found), f"audit: {verdict}; {said}"]) + "\n")
     return VIOLATION if found else DONE
+
+
+def _bench(quick: bool, as_json: bool, plot: Path | None) -> int:
+    """Times epochs of three loops in turn: the naive one, mtl's, and one on features extracted by hand."""
+    if plot is not None and (plot.suffix.lower() not in (".png", ".pdf", ".svg") or not plot.parent.is_dir()):
+        return _complain(ValueError(f"--plot: expected a .png, .pdf or .svg in a folder that is there, got {plot}"))
+
+    from mtl.bench import bench, draw, in_words, to_json
+
+    rows = bench(quick, lambda line: sys.stderr.write(f"{line}\n") and None)
+    sys.stdout.write((json.dumps(to_json(rows), indent=2) if as_json else in_words(rows)) + "\n")
+    if plot is not None:
+        try:
+            draw(rows).savefig(plot)
+        except OSError as error:
+            return _complain(ValueError(f"--plot: {plot} cannot be written: {error.strerror}"))
+        sys.stderr.write(f"{plot}\n")
+    return DONE
 
 
 def _report(run_dir: Path, picture: Path | None) -> int:

@@ -32,7 +32,7 @@ FLOORS = [
     ["steplog", "assembly"],
     ["keeper", "gradientlog", "announce", "features"],
     ["trainer"],
-    ["summary", "report"],
+    ["summary", "report", "bench"],
     ["cli"],
     ["__main__"],
 ]
