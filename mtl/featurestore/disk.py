@@ -64,14 +64,7 @@ class DiskStore(FeatureStore):
         self._num_damages = 0
         self._entry: Entry | None = None
         self.is_off = False
-        try:
-            with self._folder.locked():
-                self._folder.sweep()
-                self._entry = self._folder.open(self._layout)
-                if self._entry is None:
-                    self._folder.make_room(self._layout.nbytes, dry=True)
-        except (OSError, NoRoom) as error:
-            self._turn_off(error)
+        self._open()
 
     @property
     def num_present(self) -> int:
@@ -117,6 +110,16 @@ class DiskStore(FeatureStore):
             if entry is not None and self._owner == os.getpid():
                 entry.touch()
                 _remove_unfinished(entry)
+
+    def _open(self) -> None:
+        try:
+            with self._folder.locked():
+                self._folder.sweep()
+                self._entry = self._folder.open(self._layout)
+                if self._entry is None:
+                    self._folder.make_room(self._layout.nbytes, dry=True)
+        except (OSError, NoRoom) as error:
+            self._turn_off(error)
 
     def _entry_to_fill(self) -> Entry:
         """The entry that rows go to; a whole one if another process has finished it meanwhile."""
