@@ -53,7 +53,11 @@ _LINEAR = {side: {"type": "classification", "num_classes": 10} for side in ("lef
 
 @dataclass(frozen=True)
 class Setting:
-    """A trunk with heads, at one size of images and batches."""
+    """A trunk with heads, at one size of images and batches.
+
+    Attributes:
+        num_images: Images in an epoch; four times as many where only the heads train, since such an epoch is short.
+    """
 
     trunk: str
     image_size: int
@@ -78,11 +82,20 @@ class Setting:
             "nothing_frozen": [],
         }
 
-    def config(self, folder: Path) -> RunConfig:
+    def config(self, folder: Path, phase: str) -> RunConfig:
         phases = [{"name": name, "freeze": freeze, "epochs": _EPOCHS} for name, freeze in self.phases.items()]
         data = {"name": "scenes" if self.dense else "multifashion", "image_size": self.image_size}
-        data |= {"batch_size": self.batch_size, "num_train": self.num_images, "num_val": self.batch_size}
-        content = {"name": "bench", "runs_dir": str(folder), "tracking": {"mode": "disabled"}, "data": data}
+        data |= {
+            "batch_size": self.batch_size,
+            "num_train": (4 if phase == "trunk_frozen" else 1) * self.num_images,
+            "num_val": self.batch_size,
+        }
+        content: dict[str, Any] = {
+            "name": "bench",
+            "runs_dir": str(folder),
+            "tracking": {"mode": "disabled"},
+            "data": data,
+        }
         content |= {"trunk": {"name": self.trunk}, "memory_format": self.memory_format, "phases": phases}
         return RunConfig.model_validate(content | {"tasks": _DENSE if self.dense else _LINEAR})
 
@@ -198,7 +211,7 @@ def draw(rows: list[Row]) -> Figure:
 
 
 def _measure(setting: Setting, phase: str, folder: Path, rounds: int) -> Row:
-    parts = assemble(setting.config(folder), quiet=True)
+    parts = assemble(setting.config(folder, phase), quiet=True)
     index = list(setting.phases).index(phase)
     contenders: dict[str, Callable[[], None]] = {}
     peaks, first = {}, {}
@@ -253,6 +266,7 @@ def _mtl(parts: Parts, index: int, folder: Path) -> Iterator[tuple[Callable[[], 
             nonlocal is_entered
             if not is_entered:
                 trainer.features.enter(index, record, lambda: trainer.audit.holds, 0)
+                trainer.audit.look_every(20 if trainer.features.trunk_rests else 1)
                 is_entered = True
             if trainer.features.keeps:
                 trainer.audit.verify()
@@ -282,7 +296,7 @@ def _limit(parts: Parts, index: int) -> Callable[[], None]:
         return _plain_loop(parts, index, model, lambda batch: model(batch.images))
     _freeze_as_tutorials_do(model, phase.freeze.plan.names.frozen)
     _rest(model)
-    batches = [parts.train.batch(each).to(parts.device) for each in torch.arange(len(parts.train)).split(64)]
+    batches = [parts.train.batch(each).to(parts.device) for each in torch.split(torch.arange(len(parts.train)), 64)]
     prefix = Prefix.record(model.trunk, model.read, model.prepare(batches[0].images))
     by_batch = [prefix.compute(model.prepare(batch.images)) for batch in batches]
     extracted = [torch.cat(field) for field in zip(*by_batch, strict=True)]

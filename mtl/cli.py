@@ -214,7 +214,10 @@ def _bench(quick: bool, as_json: bool, plot: Path | None) -> int:
 
     from mtl.bench import bench, draw, in_words, to_json
 
-    rows = bench(quick, lambda line: sys.stderr.write(f"{line}\n") and None)
+    def tell(line: str) -> None:
+        sys.stderr.write(f"{line}\n")
+
+    rows = bench(quick, tell)
     sys.stdout.write((json.dumps(to_json(rows), indent=2) if as_json else in_words(rows)) + "\n")
     if plot is not None:
         try:

@@ -84,6 +84,11 @@ class FeatureSource:
         """Whether the phase's activations are kept."""
         return self._prefix is not None
 
+    @property
+    def trunk_rests(self) -> bool:
+        """Whether the trunk is not run at all."""
+        return self._prefix is not None and not self._prefix.modules
+
     def enter(self, index: int, record: PhaseRecord, holds: Callable[[], bool], steps_done: int) -> None:
         """Decides for a phase whether and where to keep activations, and says so.
 

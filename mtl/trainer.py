@@ -35,6 +35,9 @@ from mtl.steplog import StepLog
 from mtl.tracking import Tracker
 from mtl.validation import Scores, score, validate
 
+# Between steps, the audit looks so often at a trunk that is not run: a step takes less than a look at all of it.
+_EVERY_RESTING = 20
+
 
 @dataclass
 class Outcome:
@@ -165,6 +168,7 @@ class Trainer:
             # What is frozen from the first layer on is computed once for each image, while the audit stands for it.
             done = self.scheduler.state_dict()["steps"]
             self.features.enter(index, record, lambda: self.audit.holds, done)
+            self.audit.look_every(_EVERY_RESTING if self.features.trunk_rests else 1)
             self.still_scores = {}
             self.gradients.enter(phase.name, phase.tasks, self.step + 1 - done)
             change = None

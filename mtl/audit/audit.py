@@ -183,6 +183,13 @@ class GradientAudit:
         """
         self._settle(self._watch().after_step())
 
+    def look_every(self, steps: int) -> None:
+        """From now on in this phase, looks between steps at every so many only, if the frozen part is not run at all.
+
+        Its bytes are compared whenever `verify` is called and when the phase ends, as ever.
+        """
+        self._watch().every = steps
+
     @property
     def holds(self) -> bool:
         """Whether a phase is open, and nothing was found in it so far."""
