@@ -2,16 +2,18 @@
 
 from __future__ import annotations
 
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 
 import torch
 
 from mtl.blueprint import Blueprint, draw_up, draw_up_without_weights
 from mtl.config import RunConfig, SettingError, mistake_of
+from mtl.console import logger
 from mtl.data import Split, load_data
 from mtl.model import start_from
 from mtl.optim import try_out
 from mtl.plan import Plan, make_plan
+from mtl.trial import choose
 from mtl.validation import Scores, validate_constant
 
 
@@ -60,6 +62,12 @@ def assemble(config: RunConfig, quiet: bool = False) -> Parts:
     trivial = validate_constant(tasks, constants, val, config.data.batch_size)
     _try_out_optimizers(blueprint, device)
     blueprint.root.to(device)
+    choice = choose(blueprint, train.batch(torch.arange(min(config.data.batch_size, len(train)))).to(device), device)
+    if choice.why:
+        logger.info(choice.why)
+    blueprint = replace(
+        blueprint, config=config.with_changes(memory_format=choice.memory_format, precision=choice.precision)
+    )
     return Parts(**vars(blueprint), device=device, train=train, val=val, trivial=trivial, plan=plan)
 
 

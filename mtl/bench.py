@@ -269,17 +269,18 @@ def _mtl(parts: Parts, index: int, folder: Path) -> Iterator[tuple[Callable[[], 
                 trainer.audit.look_every(20 if trainer.features.trunk_rests else 1)
                 is_entered = True
             if trainer.features.keeps:
-                trainer.audit.verify()
+                trainer.audit.verify(bytes_only=True)
             trainer.train_epoch(phase, stepping)
+            trainer.audit.verify()
 
         yield epoch, spent
         trainer.features.leave()
 
 
-def _timed(call: Callable[[], None], spent: list[float]) -> Callable[[], None]:
-    def timed() -> None:
+def _timed(call: Callable[..., None], spent: list[float]) -> Callable[..., None]:
+    def timed(**options: bool) -> None:
         started = time.perf_counter()
-        call()
+        call(**options)
         spent.append(time.perf_counter() - started)
 
     return timed

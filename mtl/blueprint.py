@@ -17,6 +17,7 @@ from mtl.config.source import ConfigError, KeyPath
 from mtl.data import BUILT_IN, num_images
 from mtl.freeze import fixed_parameters
 from mtl.model import MultiTaskModel, build_trunk
+from mtl.model.network import MEMORY_FORMATS
 from mtl.nearest import hint
 from mtl.phases import Phase, live_tasks, resolve_phases
 from mtl.phases.freeze import Surroundings
@@ -63,7 +64,8 @@ def draw_up(config: RunConfig, device: str = "cpu") -> Blueprint:
     _check_labels(config)
     _seed_everything(config.seed)
     tasks = build_tasks(config.tasks)
-    layout = {"channels_last": torch.channels_last, "contiguous": torch.contiguous_format}[config.memory_format]
+    # Where it is to be found out, a run begins with the first one.
+    layout = MEMORY_FORMATS["contiguous" if config.memory_format == "auto" else config.memory_format]
     trunk = (_without_weights(config) if device == "meta" else config).trunk
     try:
         with torch.device(device):

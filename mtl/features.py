@@ -21,6 +21,7 @@ from mtl.data import Batch, Split
 from mtl.data.cache import default_cache_dir
 from mtl.featurestore import DiskStore, FeatureStore, Field, RamStore
 from mtl.model.prefix import Prefix, PrefixError
+from mtl.model.trace import tensors_of, untouched
 from mtl.model.trunk import Features
 from mtl.names import count, in_bytes
 from mtl.phases import Phase
@@ -145,17 +146,17 @@ class FeatureSource:
             self._in_ram.clear()
         if self._prefix is None:
             return self._model.encode(batch.images, tasks)
-        store = self._stores[id(batch.split)]
+        store, prefix = self._stores[id(batch.split)], self._prefix
         kept = store.read(batch.indices)
         if kept is None and id(batch.split) not in self._filled:
             self._filled.add(id(batch.split))
-            self._fill(batch.split, store, self._prefix)
+            self._fill(batch.split, store, prefix)
             kept = store.read(batch.indices)
         if kept is None:  # the disk is full, or what was there is damaged; the store has said so
-            features, kept = self._prefix.run(self._model.prepare(batch.images))
-            store.write(batch.indices, kept)
+            features, kept = prefix.run(self._model.prepare(batch.images))
+            store.write(batch.indices, self._as_stored(kept, prefix))
             return features
-        return self._prefix.replay(self._as_computed(kept, self._prefix))
+        return prefix.replay(self._as_computed(kept, prefix))
 
     def _record(self) -> tuple[Prefix, float]:
         """Finds what can be kept, and how long it takes to compute for a batch, in seconds.
@@ -165,17 +166,22 @@ class FeatureSource:
             _NotKept: The trunk gives other features when it is cut.
         """
         images = self._images(self._parts.train, torch.arange(min(self._batch_size, len(self._parts.train))))
-        prefix = Prefix.record(self._model.trunk, self._model.read, images)
-        if not prefix.agrees(images):
-            raise _NotKept("a pass over the kept part and one over the whole trunk differ")
-        seconds = []
-        for _ in range(2):
+        trunk = self._model.trunk
+        prefix = Prefix.record(trunk, self._model.read, images)
+        with torch.no_grad():
+            # A whole batch, as they are going to be; this also warms up what is timed next.
+            with untouched(trunk, images.device):
+                plain = self._model.read(images)
             started = time.perf_counter()
-            prefix.compute(images)
+            kept = prefix.compute(images)
             if images.is_cuda:
                 torch.cuda.synchronize(images.device)
-            seconds.append(time.perf_counter() - started)
-        return prefix, min(seconds)
+            seconds = time.perf_counter() - started
+            with untouched(trunk, images.device):
+                replayed = prefix.replay(kept)
+        if not all(map(torch.equal, tensors_of(plain), tensors_of(replayed))):
+            raise _NotKept("the trunk gives other features without its frozen modules")
+        return prefix, seconds
 
     def _choose(self, prefix: Prefix, mode: str, passes: float, seconds: float, key: dict[str, Any]) -> str:
         """`ram` or `disk`.
@@ -212,8 +218,8 @@ class FeatureSource:
         """Opens the stores of both splits, empty or as they were left."""
         kind = getattr(torch, self._settings.dtype)
         fields = [
-            Field(shape, kind if dtype.is_floating_point else dtype)
-            for shape, dtype in zip(prefix.shapes, prefix.dtypes, strict=True)
+            Field(tuple(shape[axis - 1] for axis in order[1:]), kind if dtype.is_floating_point else dtype)
+            for shape, dtype, order in zip(prefix.shapes, prefix.dtypes, self._orders(prefix), strict=True)
         ]
         for split in (self._parts.train, self._parts.val):
             own = self._key_of(split, key)
@@ -250,7 +256,7 @@ class FeatureSource:
             for start in range(0, len(split), size):
                 stop = min(start + size, len(split))
                 indices = torch.arange(stop - size, stop)
-                store.write(indices, prefix.compute(self._images(split, indices)))
+                store.write(indices, self._as_stored(prefix.compute(self._images(split, indices)), prefix))
                 if isinstance(store, DiskStore) and store.is_off:
                     return
                 bar.update(stop - start)
@@ -258,12 +264,21 @@ class FeatureSource:
     def _images(self, split: Split, indices: Tensor) -> Tensor:
         return self._model.prepare(split.batch(indices).to(self._parts.device).images)
 
+    @staticmethod
+    def _orders(prefix: Prefix) -> list[tuple[int, ...]]:
+        """The order of each kept tensor's dimensions in the store: that in memory, so that no batch is rearranged."""
+        return [order if order[0] == 0 else tuple(range(len(order))) for order in prefix.orders]
+
+    def _as_stored(self, kept: list[Tensor], prefix: Prefix) -> list[Tensor]:
+        return [tensor.permute(order) for tensor, order in zip(kept, self._orders(prefix), strict=True)]
+
     def _as_computed(self, kept: list[Tensor], prefix: Prefix) -> list[Tensor]:
-        """Kept tensors on the device and in the types in which they were computed."""
-        return [
-            tensor.to(self._parts.device, dtype, non_blocking=True)
-            for tensor, dtype in zip(kept, prefix.dtypes, strict=True)
-        ]
+        """Kept tensors on the device, and in the types and the layout in which they were computed."""
+        computed = []
+        for tensor, dtype, order in zip(kept, prefix.dtypes, self._orders(prefix), strict=True):
+            back = sorted(range(len(order)), key=order.__getitem__)
+            computed.append(tensor.to(self._parts.device, dtype, non_blocking=True).permute(back))
+        return computed
 
     def _bytes(self, prefix: Prefix) -> int:
         """Size of what is kept of all images."""

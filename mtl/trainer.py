@@ -12,6 +12,7 @@ from typing import Any
 
 import torch
 from torch import Tensor, nn
+from torch.amp import GradScaler
 
 from mtl.announce import announce_classic, tell_idle_tasks, tell_unreached
 from mtl.assembly import Parts
@@ -33,6 +34,7 @@ from mtl.run_dir import make_run_dir
 from mtl.scheduler import PhaseChange, TaskScheduler
 from mtl.steplog import StepLog
 from mtl.tracking import Tracker
+from mtl.trial import autocast_for
 from mtl.validation import Scores, score, validate
 
 # Between steps, the audit looks so often at a trunk that is not run: a step takes less than a look at all of it.
@@ -108,9 +110,9 @@ class Trainer:
         self.audit = GradientAudit(parts.root, policy=parts.config.audit.policy)
         self.gradients = GradientLog(tracker, parts.model.trunk, parts.config.audit.gradients_every_steps)
         self.keeper = Keeper(parts, run_dir / "checkpoints")
-        self.autocast = torch.autocast(
-            parts.device.type, torch.bfloat16, enabled=parts.config.precision == "bf16", cache_enabled=True
-        )
+        self.autocast = autocast_for(parts.config.precision, parts.device)
+        # Small gradients of fp16 would be zero: losses are multiplied, and what overflows is not stepped.
+        self.scaler = GradScaler(parts.device.type, enabled=parts.config.precision == "fp16")
         self.features = FeatureSource(parts, self.autocast, quiet)
         # What tasks of which nothing trains scored at their one validation in the phase.
         self.still_scores: Scores = {}
@@ -165,6 +167,8 @@ class Trainer:
             write_json(self.outcome.run_dir / "audit.json", self.audit.report.to_json())
             # What is frozen whole need not be recorded for a backward that never comes.
             parts.model.trunk_is_frozen = is_frozen(phase.freeze.plan, "trunk")
+            if self.config.compile:
+                parts.model.compile_anew()
             # What is frozen from the first layer on is computed once for each image, while the audit stands for it.
             done = self.scheduler.state_dict()["steps"]
             self.features.enter(index, record, lambda: self.audit.holds, done)
@@ -182,8 +186,8 @@ class Trainer:
     def run_epoch(self, phase: Phase, stepping: Stepping | None) -> PhaseChange | None:
         """One pass over the training data, or what the phase has left of it; then validation and a checkpoint."""
         if self.features.keeps:
-            # Before anything kept is read.
-            self.audit.verify()
+            # Before anything kept is read; the whole audit was at the end of the last epoch.
+            self.audit.verify(bytes_only=True)
         if stepping is None:
             log, change, is_whole = None, None, True
         else:
@@ -230,13 +234,15 @@ class Trainer:
                     self.gradients.before_backward(each, self.step + 1, log)
                     losses = torch.stack(each)
                     total_loss = phase.balance(losses)
-                    (total_loss / len(window)).backward()
+                    self.scaler.scale(total_loss / len(window)).backward()
                     window_losses.append(torch.cat([total_loss.detach()[None], losses.detach()]))
+                self.scaler.unscale_(optimizer)
                 self.audit.after_backward()
                 if phase.optim.clip_norm is not None:
                     nn.utils.clip_grad_norm_(trainable, phase.optim.clip_norm)
                 lr = lr_schedule.highest
-                optimizer.step()
+                self.scaler.step(optimizer)
+                self.scaler.update()
                 lr_schedule.step()
                 if self.keeper.ema is not None:
                     self.keeper.ema.update()

@@ -141,8 +141,8 @@ def test_the_config_that_the_scripts_train_is_in_the_repository() -> None:
             "run.yaml:10: optim.lr_schedule.name: expected one of constant, cosine, linear, step, plateau, one-cycle,"
             " got 'cosin'; nearest: cosine",
         ),
-        (10, "precision: x", "run.yaml:10: precision: expected one of fp32, bf16, got 'x'"),
-        (10, "precision: 16", "run.yaml:10: precision: expected one of fp32, bf16, got 16; nearest: bf16"),
+        (10, "precision: x", "run.yaml:10: precision: expected one of fp32, bf16, fp16, auto, got 'x'"),
+        (10, "precision: 16", "run.yaml:10: precision: expected one of fp32, bf16, fp16, auto, got 16; nearest: fp16"),
         # what two keys say together
         (8, "  - {name: warm}", "run.yaml:8: phases.0: expected exactly one of epochs, steps, until, evaluate_only"),
         (

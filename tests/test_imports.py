@@ -28,7 +28,7 @@ FLOORS = [
     ["optim", "lr_schedule", "balance", "checkpoint", "ema", "gradient_picture"],
     ["phases"],
     ["blueprint", "best_weights"],
-    ["plan", "tracking", "validation"],
+    ["plan", "tracking", "validation", "trial"],
     ["steplog", "assembly"],
     ["keeper", "gradientlog", "announce", "features"],
     ["trainer"],

@@ -8,6 +8,7 @@ import torch
 
 from mtl.config import TrunkConfig
 from mtl.model import MultiTaskModel, start_from
+from mtl.model.heads import enlarge
 from mtl.model.network import Normalize, build_trunk
 from mtl.model.trunk import feature_shape, pyramid_levels, read_features
 from mtl.tasks import Classification, Depth, Normals, Segmentation, Task
@@ -186,3 +187,19 @@ def test_every_convolution_of_trunk_and_heads_computes_in_the_layout_asked_for(
             module.register_forward_hook(look)
     model(images(64, number=2))
     assert len(seen) > 20 and all(seen)
+
+
+@pytest.mark.parametrize(
+    ("old", "new"), [((4, 4), (16, 16)), ((3, 7), (5, 64)), ((1, 1), (9, 2)), ((8, 8), (8, 8)), ((9, 5), (4, 3))]
+)
+def test_maps_are_enlarged_as_torch_does_it(old: tuple[int, int], new: tuple[int, int]) -> None:
+    ours = torch.randn(2, 3, *old, dtype=torch.float64, requires_grad=True)
+    theirs = ours.detach().clone().requires_grad_()
+    expected = torch.nn.functional.interpolate(theirs, size=new, mode="bilinear", align_corners=False)
+    found = enlarge(ours, new)
+    weights = torch.randn_like(expected)
+    (found * weights).sum().backward()
+    (expected * weights).sum().backward()
+    # The matrix is computed in float32.
+    torch.testing.assert_close(found, expected, rtol=0, atol=1e-6)
+    torch.testing.assert_close(ours.grad, theirs.grad, rtol=0, atol=1e-5)

@@ -375,13 +375,6 @@ def test_a_loss_that_is_not_finite_stops_the_run_with_task_and_step(tmp_path: Pa
         train(parts, quiet=True)
 
 
-def test_bf16_trains_and_keeps_weights_in_fp32(tmp_path: Path) -> None:
-    parts = tiny_parts(tmp_path, "precision=bf16")
-    outcome = train(parts, quiet=True)
-    assert outcome.report.ok and math.isfinite(outcome.best_score)
-    assert {parameter.dtype for parameter in parts.root.parameters()} == {torch.float32}
-
-
 def test_multifashion_trains(tmp_path: Path) -> None:
     parts = tiny_parts(
         tmp_path,

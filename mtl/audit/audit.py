@@ -195,15 +195,18 @@ class GradientAudit:
         """Whether a phase is open, and nothing was found in it so far."""
         return self._open is not None and self._open.record.ok
 
-    def verify(self) -> None:
+    def verify(self, bytes_only: bool = False) -> None:
         """Compares the bytes of every frozen tensor with those it began with, whatever the signs say.
 
         Called when a phase ends; call it before a checkpoint and a validation as well.
 
+        Args:
+            bytes_only: Whether not to look for modules and tensors that were added or replaced, too.
+
         Raises:
             AuditError: Under the policy `raise`, the contract is broken.
         """
-        self._settle(self._watch().verify())
+        self._settle(self._watch().verify(bytes_only))
 
     def _listen(self, optimizer: HoldsParameters) -> None:
         """Has an optimizer tell of its steps, while the phase is open."""

@@ -161,9 +161,11 @@ class RunConfig(Strict):
         runs_dir: Where run directories go.
         seed: Seed of initial weights and data order; the same seed gives the same bits on a CPU.
         device: `auto` (CUDA if there is one), `cpu`, `cuda` or `cuda:N`.
-        memory_format: Layout of images and weights; measure which is faster for a trunk.
+        memory_format: Layout of images and weights; `auto` tries both for some steps and takes the faster one.
         cache: What is kept of a frozen trunk, so that it is computed once.
-        precision: `bf16` runs the model's forward under autocast; weights and losses stay float32.
+        precision: `bf16` and `fp16` run the model's forward under autocast; weights and losses stay float32, and a
+            scaler guards the gradients of `fp16`. `auto` tries them, as it does layouts.
+        compile: Whether torch.compile makes kernels of trunk and heads, anew in every phase.
         freeze_always: Patterns of what is frozen in every phase; no phase can take it back.
         phases: The phases in order; `{repeat: N, phases: [...]}` in place of one repeats some.
         unreached: What becomes of parameters that would train, but that no active task's loss depends on: `freeze` them
@@ -175,8 +177,9 @@ class RunConfig(Strict):
     runs_dir: str = "runs"
     seed: Seed = 0
     device: Annotated[str, Field(pattern=r"^(auto|cpu|cuda(:\d+)?)$")] = "auto"
-    memory_format: Literal["contiguous", "channels_last"] = "contiguous"
-    precision: Literal["fp32", "bf16"] = "fp32"
+    memory_format: Literal["contiguous", "channels_last", "auto"] = "contiguous"
+    precision: Literal["fp32", "bf16", "fp16", "auto"] = "fp32"
+    compile: bool = False
     cache: Annotated[CacheConfig, BeforeValidator(cache_word)] = CacheConfig()
     trunk: TrunkConfig
     data: DataConfig = DataConfig()

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from functools import lru_cache
 from typing import Literal
 
 import torch
@@ -45,7 +46,35 @@ class DenseHead(nn.Module):
         for level in reversed(levels[:-1]):
             merged = level + functional.interpolate(merged, size=level.shape[-2:], mode="nearest")
         output: Tensor = self.out(self.smooth(merged))
-        return functional.interpolate(output, size=size, mode="bilinear", align_corners=False)
+        return enlarge(output, size)
+
+
+def enlarge(maps: Tensor, size: tuple[int, int]) -> Tensor:
+    """Bilinear interpolation, as `functional.interpolate(mode="bilinear")` does it.
+
+    It is linear in rows and in columns: two products with small matrices. Forward and backward take a third of the time
+    on a CPU.
+
+    Args:
+        maps: "b c h w", floats.
+        size: Height and width of the result.
+    """
+    if torch.compiler.is_compiling():  # which makes a kernel of its own, and sees no cached matrices
+        return functional.interpolate(maps, size=size, mode="bilinear", align_corners=False)
+    rows, columns = (
+        _weights(old, new, maps.device, maps.dtype) for old, new in zip(maps.shape[-2:], size, strict=True)
+    )
+    return rows @ maps.contiguous() @ columns.T
+
+
+@lru_cache(maxsize=64)
+def _weights(old: int, new: int, device: torch.device, dtype: torch.dtype) -> Tensor:
+    """The matrix "new old" that interpolates a line of pixels."""
+    # Not in inference mode, if that is on now: training is going to use it too.
+    with torch.inference_mode(mode=False), torch.no_grad():
+        every_pixel = torch.eye(old, device=device)[None]
+        line = functional.interpolate(every_pixel, size=new, mode="linear", align_corners=False)
+        return line[0].T.to(dtype).contiguous()
 
 
 class VectorHead(nn.Module):

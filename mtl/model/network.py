@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Collection, Mapping
+from collections.abc import Callable, Collection, Mapping
 from contextlib import nullcontext
 from pathlib import Path
 from typing import Any
@@ -19,6 +19,8 @@ from mtl.model.trunk import Features, FeatureShape, feature_shape, pyramid_level
 from mtl.model.weights import PACKAGED_TRUNK, WeightsError, file_weights, hub_or_cache, load_into, packaged_weights
 from mtl.nearest import hint
 from mtl.tasks.base import Task
+
+MEMORY_FORMATS = {"contiguous": torch.contiguous_format, "channels_last": torch.channels_last}
 
 
 class Normalize(nn.Module):
@@ -78,6 +80,8 @@ class MultiTaskModel(nn.Module):
         self.heads = nn.ModuleDict(heads)
         self.memory_format = memory_format
         self.to(memory_format=memory_format)
+        # What torch.compile has made of methods, by their names.
+        self._compiled: dict[str, Callable[..., Any]] = {}
         # Set by whoever freezes the whole trunk: it is then run without recording for a backward that never comes.
         self.trunk_is_frozen = False
 
@@ -91,13 +95,19 @@ class MultiTaskModel(nn.Module):
         """
         return self.decode(self.encode(images, tasks), (images.shape[1], images.shape[2]), tasks)
 
+    def compile_anew(self) -> None:
+        """Has trunk and heads compiled when they are next run; what was compiled for another freeze is forgotten."""
+        torch.compiler.reset()
+        self._compiled = {"read": torch.compile(self.read), "decode": torch.compile(self._decode)}
+
     def encode(self, images: Tensor, tasks: Collection[str] | None = None) -> Features:
         """What the heads of some tasks read of the trunk.
 
         Args: as for `forward`.
         """
         with torch.set_grad_enabled(torch.is_grad_enabled() and not self.trunk_is_frozen):
-            return self.read(self.prepare(images), tasks)
+            features: Features = self._compiled.get("read", self.read)(self.prepare(images), tasks)
+            return features
 
     def prepare(self, images: Tensor) -> Tensor:
         """What the trunk is given: "b 3 h w"; convolutions compute in the layout of what they are given."""
@@ -123,6 +133,10 @@ class MultiTaskModel(nn.Module):
         Returns:
             As `forward`.
         """
+        outputs: dict[str, Tensor] = self._compiled.get("decode", self._decode)(features, size, tasks)
+        return outputs
+
+    def _decode(self, features: Features, size: tuple[int, int], tasks: Collection[str] | None) -> dict[str, Tensor]:
         return {name: head(features, size) for name, head in self._heads_of(tasks).items()}
 
     def _heads_of(self, tasks: Collection[str] | None) -> dict[str, nn.Module]:

@@ -46,6 +46,7 @@ class Prefix:
     Attributes:
         shapes: Shape of each kept tensor for one image.
         dtypes: Type of each kept tensor.
+        orders: Of each kept tensor, the dimensions, batch included, from the widest stride to the narrowest.
         bytes_per_image: Size of all kept tensors for one image.
         modules: Names of the modules that a replay skips; empty if it skips the whole trunk.
         readers: Names of the modules in which kept tensors meet what trains; empty if nothing trains.
@@ -64,6 +65,7 @@ class Prefix:
         self._trained = _trained(trunk)
         self.shapes = [kept.shape for kept in self._kept]
         self.dtypes = [kept.dtype for kept in self._kept]
+        self.orders = [kept.order for kept in self._kept]
         self.bytes_per_image = sum(math.prod(kept.shape) * kept.dtype.itemsize for kept in self._kept)
         self.modules = tuple(dict.fromkeys(trace.calls[call].name for call in cut.skipped))
         self.readers = tuple(cut.readers)
