@@ -3,11 +3,15 @@
 from __future__ import annotations
 
 import logging
+from collections.abc import Mapping
+from typing import Any
 
 from mtl.assembly import Parts
 from mtl.console import logger
 from mtl.names import condense, shorten
 from mtl.phases import Phase, active_tasks
+from mtl.phases.length import SCORE
+from mtl.steplog import StepLog
 
 
 def announce_classic(parts: Parts) -> None:
@@ -26,6 +30,25 @@ def tell_idle_tasks(parts: Parts, phase: Phase) -> None:
     idle = [task for task in active_tasks(parts.config, phase.config) if task not in phase.tasks]
     if idle:
         logger.info(f"{phase.name}: no losses of {', '.join(idle)}: everything that they would train is frozen")
+
+
+def tell_epoch(parts: Parts, row: Mapping[str, Any], log: StepLog | None) -> None:
+    """One line for a validation.
+
+    Args:
+        parts: The run.
+        row: What is logged of it.
+        log: The steps before it, if there were any.
+    """
+    goals = [f"{name} {task.goal.metric}" for name, task in parts.tasks.items()]
+    values = [row[f"val/{goal.replace(' ', '/')}"] for goal in goals]
+    logger.info(
+        f"{row['phase']}  epoch {row['epoch']}  step {row['step']}"
+        + (f"  loss {log.mean_loss:.3f}" if log is not None else "")
+        + f"  {SCORE} {row[SCORE]:.3f}  "
+        + "  ".join(f"{goal} {value:.3f}" for goal, value in zip(goals, values, strict=True))
+        + (f"  {log.images_per_s:.0f} img/s" if log is not None else "")
+    )
 
 
 def tell_unreached(parts: Parts, phase: Phase) -> None:

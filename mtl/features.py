@@ -5,7 +5,7 @@ from __future__ import annotations
 import json
 import math
 import time
-from collections.abc import Callable, Collection, Sequence
+from collections.abc import Callable, Collection
 from pathlib import Path
 from typing import Any
 
@@ -24,7 +24,7 @@ from mtl.model.prefix import Prefix, PrefixError
 from mtl.model.trace import tensors_of, untouched
 from mtl.model.trunk import Features
 from mtl.names import count, in_bytes
-from mtl.phases import Phase
+from mtl.phases import num_passes
 
 # What reading is taken to cost, bytes a second, where it is not worth a measurement.
 _READ_RATE = {"ram": 2e9, "disk": 5e8}
@@ -36,26 +36,6 @@ _MODES_IN_WORDS = {"ram": "in memory", "disk": "on disk"}
 
 class _NotKept(Exception):  # noqa: N818
     """Why nothing is kept in a phase."""
-
-
-def num_passes(phases: Sequence[Phase], steps_done: int) -> float:
-    """Passes over the training data that the first of some phases, and those after it, make with one frozen trunk.
-
-    Args:
-        phases: A phase and all later ones.
-        steps_done: Steps that the first one has taken already.
-    """
-    passes = -steps_done / phases[0].steps_per_epoch
-    frozen = _frozen_in_trunk(phases[0])
-    for phase in phases:
-        if _frozen_in_trunk(phase) != frozen:
-            break
-        passes += 0 if phase.config.evaluate_only else phase.num_steps / phase.steps_per_epoch
-    return passes
-
-
-def _frozen_in_trunk(phase: Phase) -> set[str]:
-    return {name for name in phase.freeze.plan.names.frozen if name.startswith("trunk.")}
 
 
 class FeatureSource:

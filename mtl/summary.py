@@ -7,7 +7,7 @@ import math
 from mtl.audit.report import grouped
 from mtl.console import table
 from mtl.names import shorten
-from mtl.trainer import Outcome
+from mtl.outcome import Outcome
 
 # As many columns as a terminal has room for.
 _MOST_PHASES = 6

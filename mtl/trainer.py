@@ -5,7 +5,6 @@ from __future__ import annotations
 import math
 import time
 from collections.abc import Iterator, Sequence
-from dataclasses import dataclass, field
 from itertools import islice
 from pathlib import Path
 from typing import Any
@@ -14,9 +13,9 @@ import torch
 from torch import Tensor, nn
 from torch.amp import GradScaler
 
-from mtl.announce import announce_classic, tell_idle_tasks, tell_unreached
+from mtl.announce import announce_classic, tell_epoch, tell_idle_tasks, tell_unreached
 from mtl.assembly import Parts
-from mtl.audit import GradientAudit, HoldsParameters, Report
+from mtl.audit import GradientAudit, HoldsParameters
 from mtl.checkpoint import CheckpointError, write_json, write_text
 from mtl.config.source import dump_yaml
 from mtl.console import logger, progress_bar
@@ -27,6 +26,7 @@ from mtl.gradientlog import GradientLog
 from mtl.keeper import Keeper, Resumption, Stepping, resume_from
 from mtl.lr_schedule import LrScheduleState
 from mtl.optim import held_by
+from mtl.outcome import Outcome
 from mtl.patterns import text_of
 from mtl.phases import Phase
 from mtl.phases.length import SCORE
@@ -39,29 +39,6 @@ from mtl.validation import Scores, score, validate
 
 # Between steps, the audit looks so often at a trunk that is not run: a step takes less than a look at all of it.
 _EVERY_RESTING = 20
-
-
-@dataclass
-class Outcome:
-    """What a run came to.
-
-    Attributes:
-        run_dir: Where its files lie.
-        trivial: The trivial predictor's metrics.
-        scores: Metrics at the end of each phase, by the phase's name.
-        report: The audit.
-        best_score: The best `val/score`; NaN if it never was a number.
-        best_step: The step after which it was reached.
-        train_s: Seconds of training and validation, without set-up.
-    """
-
-    run_dir: Path
-    trivial: Scores
-    scores: dict[str, Scores] = field(default_factory=dict)
-    report: Report = field(default_factory=Report)
-    best_score: float = math.nan
-    best_step: int = 0
-    train_s: float = 0.0
 
 
 def train(parts: Parts, quiet: bool = False) -> Outcome:
@@ -301,15 +278,7 @@ class Trainer:
             frozen = phase.freeze.plan.names.frozen
             self.keeper.save(row, metrics, self.scheduler.state_dict(), frozen, stepping)
             self.note_best()
-        goals = [f"{name} {task.goal.metric}" for name, task in self.parts.tasks.items()]
-        values = [metrics[f"val/{goal.replace(' ', '/')}"] for goal in goals]
-        logger.info(
-            f"{phase.name}  epoch {self.epoch}  step {self.step}"
-            + (f"  loss {log.mean_loss:.3f}" if log is not None else "")
-            + f"  {SCORE} {metrics[SCORE]:.3f}  "
-            + "  ".join(f"{goal} {value:.3f}" for goal, value in zip(goals, values, strict=True))
-            + (f"  {log.images_per_s:.0f} img/s" if log is not None else "")
-        )
+        tell_epoch(self.parts, row, log)
 
     def note_best(self) -> None:
         self.outcome.best_score, self.outcome.best_step = self.keeper.best.score, self.keeper.best.step

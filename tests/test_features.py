@@ -15,7 +15,7 @@ from torch import Tensor, nn
 
 from mtl.assembly import Parts
 from mtl.audit import AuditError
-from mtl.features import num_passes
+from mtl.phases import num_passes
 from mtl.tracking import Tracker
 from mtl.trainer import Trainer, train
 from runs import read_metrics, tiny_parts

@@ -29,7 +29,7 @@ FLOORS = [
     ["phases"],
     ["blueprint", "best_weights"],
     ["plan", "tracking", "validation", "trial"],
-    ["steplog", "assembly"],
+    ["steplog", "assembly", "outcome"],
     ["keeper", "gradientlog", "announce", "features"],
     ["trainer"],
     ["summary", "report", "bench"],

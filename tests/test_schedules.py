@@ -20,8 +20,9 @@ from mtl.assembly import Parts
 from mtl.config import load_config
 from mtl.config.source import ConfigError
 from mtl.keeper import Stepping
+from mtl.outcome import Outcome
 from mtl.tracking import Tracker
-from mtl.trainer import Outcome, Trainer, train
+from mtl.trainer import Trainer, train
 from runs import read_metrics, tiny_config, tiny_parts
 
 ALL = ["segmentation", "depth", "normals", "object"]

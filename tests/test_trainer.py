@@ -21,9 +21,10 @@ from mtl.config import load_config
 from mtl.data import training_batches
 from mtl.freeze import enforce
 from mtl.model import network
+from mtl.outcome import Outcome
 from mtl.steplog import StepLog
 from mtl.tracking import Tracker
-from mtl.trainer import Outcome, Trainer, train, windows
+from mtl.trainer import Trainer, train, windows
 from runs import read_metrics, tiny_config, tiny_parts
 
 

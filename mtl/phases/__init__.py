@@ -3,6 +3,7 @@
 from mtl.phases.freeze import Surroundings
 from mtl.phases.length import SCORE, Metrics
 from mtl.phases.live import active_tasks, live_tasks
+from mtl.phases.passes import num_passes
 from mtl.phases.resolve import Phase, resolve_phases
 
-__all__ = ["SCORE", "Metrics", "Phase", "Surroundings", "active_tasks", "live_tasks", "resolve_phases"]
+__all__ = ["SCORE", "Metrics", "Phase", "Surroundings", "active_tasks", "live_tasks", "num_passes", "resolve_phases"]

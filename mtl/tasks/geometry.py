@@ -78,6 +78,15 @@ class Depth(Task):
             raise ValueError(f'expected floats of shape "n 1 h w", got {label.dtype} of shape {tuple(label.shape)}')
 
 
+def _directions(vectors: Tensor) -> Tensor:
+    """Vectors "b 3 h w" at length 1, those of no length as they are.
+
+    As `functional.normalize` does it, whose norm over a dimension that is not the last one in memory takes 60 times as
+    long on a CPU.
+    """
+    return vectors * vectors.square().sum(dim=1, keepdim=True).clamp_min(1e-24).rsqrt()
+
+
 class NormalsMetrics(Metrics):
     """Sum and histogram of the angle between predicted and true normals, over labelled pixels."""
 
@@ -87,9 +96,9 @@ class NormalsMetrics(Metrics):
 
     def update(self, output: Tensor, label: Tensor) -> None:
         mask = _labelled_normals(label)
-        a, b = functional.normalize(output.double(), dim=1), functional.normalize(label.double().nan_to_num(), dim=1)
+        a, b = _directions(output.double()), _directions(label.double().nan_to_num())
         # atan2 keeps its precision near 0 and 180 degrees, where acos loses half the digits.
-        angle = 2 * torch.atan2((a - b).norm(dim=1), (a + b).norm(dim=1)).rad2deg()
+        angle = 2 * torch.atan2((a - b).square().sum(1).sqrt(), (a + b).square().sum(1).sqrt()).rad2deg()
         angle = angle.nan_to_num(nan=180.0)  # an output that is no direction is as wrong as can be
         if self.total is None or self.histogram is None:
             self.total = torch.zeros((), dtype=torch.float64, device=output.device)
@@ -134,7 +143,7 @@ class Normals(Task):
         """
         mask = _labelled_normals(label)
         truth = label.float().nan_to_num()
-        square = (functional.normalize(output.float(), dim=1) - truth).square().sum(dim=1)
+        square = (_directions(output.float()) - truth).square().sum(dim=1)
         return masked_mean((square + 1e-6).sqrt(), mask)
 
     def metrics(self) -> NormalsMetrics:

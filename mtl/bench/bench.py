@@ -10,13 +10,9 @@ For each setting and kind of phase three loops train the same model on the same 
 
 from __future__ import annotations
 
-import copy
-import ctypes
-import sys
 import tempfile
 import time
-from collections.abc import Callable, Iterable, Iterator
-from contextlib import contextmanager
+from collections.abc import Callable, Iterable
 from dataclasses import asdict, dataclass
 from pathlib import Path
 from statistics import median
@@ -24,21 +20,13 @@ from typing import Any
 
 import torch
 from matplotlib.figure import Figure
-from torch import Tensor, nn
-from torch.optim import AdamW
 
-from mtl.assembly import Parts, assemble
+from mtl.assembly import assemble
+from mtl.bench.loops import limit_loop, mtl_loop, naive_loop
+from mtl.bench.memory import peak_growth
 from mtl.config import RunConfig
 from mtl.console import table
-from mtl.data import Batch, training_batches
-from mtl.freeze import enforce, is_frozen
-from mtl.keeper import Stepping
-from mtl.model import MultiTaskModel
-from mtl.model.prefix import Prefix
-from mtl.model.trunk import Features
 from mtl.names import in_bytes
-from mtl.tracking import Tracker
-from mtl.trainer import Trainer
 
 # Long enough that the phase decides to keep what it can.
 _EPOCHS = 20
@@ -216,14 +204,14 @@ def _measure(setting: Setting, phase: str, folder: Path, rounds: int) -> Row:
     contenders: dict[str, Callable[[], None]] = {}
     peaks, first = {}, {}
     seconds: dict[str, list[float]] = {"naive": [], "mtl": [], "limit": []}
-    with _mtl(parts, index, folder) as (mtl, audit_seconds):
+    with mtl_loop(parts, index, folder) as (mtl, audit_seconds):
         makers: dict[str, Callable[[], Callable[[], None]]] = {
-            "naive": lambda: _naive(parts, index),
+            "naive": lambda: naive_loop(parts, index),
             "mtl": lambda: mtl,
-            "limit": lambda: _limit(parts, index),
+            "limit": lambda: limit_loop(parts, index),
         }
         for name, make in makers.items():
-            with _peak(parts.device) as peak:
+            with peak_growth(parts.device) as peak:
                 contenders[name] = make()
                 first[name] = _time(contenders[name], parts.device)
             peaks[name] = peak[0]
@@ -243,136 +231,3 @@ def _time(epoch: Callable[[], None], device: torch.device) -> float:
     if device.type == "cuda":
         torch.cuda.synchronize(device)
     return time.perf_counter() - started
-
-
-@contextmanager
-def _mtl(parts: Parts, index: int, folder: Path) -> Iterator[tuple[Callable[[], None], list[float]]]:
-    """An epoch of the real loop, without the validation and the checkpoint that follow one."""
-    phase = parts.phases[index]
-    trainer = Trainer(parts, folder, Tracker(parts.config.tracking, folder, "bench", {}), quiet=True)
-    spent: list[float] = []
-    audit: Any = trainer.audit
-    for name in ("after_backward", "after_step", "verify"):
-        setattr(audit, name, _timed(getattr(audit, name), spent))
-    enforce(parts.root, phase.freeze.plan)
-    stepping: Stepping = trainer.keeper.build_stepping(index)
-    patterns = list(phase.freeze.patterns)
-    with trainer.audit.phase(phase.name, patterns, [stepping.optimizer, phase.balance]) as record:
-        parts.model.trunk_is_frozen = is_frozen(phase.freeze.plan, "trunk")
-        trainer.gradients.enter(phase.name, phase.tasks, 1)
-        is_entered = False
-
-        def epoch() -> None:
-            nonlocal is_entered
-            if not is_entered:
-                trainer.features.enter(index, record, lambda: trainer.audit.holds, 0)
-                trainer.audit.look_every(20 if trainer.features.trunk_rests else 1)
-                is_entered = True
-            if trainer.features.keeps:
-                trainer.audit.verify(bytes_only=True)
-            trainer.train_epoch(phase, stepping)
-            trainer.audit.verify()
-
-        yield epoch, spent
-        trainer.features.leave()
-
-
-def _timed(call: Callable[..., None], spent: list[float]) -> Callable[..., None]:
-    def timed(**options: bool) -> None:
-        started = time.perf_counter()
-        call(**options)
-        spent.append(time.perf_counter() - started)
-
-    return timed
-
-
-def _naive(parts: Parts, index: int) -> Callable[[], None]:
-    model = copy.deepcopy(parts.model)
-    return _plain_loop(parts, index, model, lambda batch: model(batch.images))
-
-
-def _limit(parts: Parts, index: int) -> Callable[[], None]:
-    phase, model = parts.phases[index], copy.deepcopy(parts.model)
-    if not any(name.startswith("trunk.") for name in phase.freeze.plan.names.frozen):
-        return _plain_loop(parts, index, model, lambda batch: model(batch.images))
-    _freeze_as_tutorials_do(model, phase.freeze.plan.names.frozen)
-    _rest(model)
-    batches = [parts.train.batch(each).to(parts.device) for each in torch.split(torch.arange(len(parts.train)), 64)]
-    prefix = Prefix.record(model.trunk, model.read, model.prepare(batches[0].images))
-    by_batch = [prefix.compute(model.prepare(batch.images)) for batch in batches]
-    extracted = [torch.cat(field) for field in zip(*by_batch, strict=True)]
-
-    def outputs(batch: Batch) -> dict[str, Tensor]:
-        indices = batch.indices.to(parts.device)
-        features: Features = prefix.replay([field.index_select(0, indices) for field in extracted])
-        return model.decode(features, batch.size)
-
-    return _plain_loop(parts, index, model, outputs)
-
-
-def _plain_loop(
-    parts: Parts, index: int, model: MultiTaskModel, outputs: Callable[[Batch], dict[str, Tensor]]
-) -> Callable[[], None]:
-    phase = parts.phases[index]
-    balance = copy.deepcopy(phase.balance)
-    _freeze_as_tutorials_do(model, phase.freeze.plan.names.frozen)
-    _rest(model)
-    parameters = [p for p in [*model.parameters(), *balance.parameters()] if p.requires_grad]
-    optimizer = AdamW(parameters, lr=1e-3, fused=True)
-    epochs = 0
-
-    def epoch() -> None:
-        nonlocal epochs
-        epochs += 1
-        for batch in training_batches(parts.train, phase.batch_size, 0, epochs):
-            batch = batch.to(parts.device)
-            predicted = outputs(batch)
-            losses = torch.stack([task.loss(predicted[name], batch.labels[name]) for name, task in parts.tasks.items()])
-            balance(losses).backward()
-            optimizer.step()
-            optimizer.zero_grad()
-
-    return epoch
-
-
-def _freeze_as_tutorials_do(model: nn.Module, frozen: Iterable[str]) -> None:
-    names = set(frozen)
-    for name, parameter in model.named_parameters():
-        parameter.requires_grad = name not in names
-
-
-def _rest(model: nn.Module) -> None:
-    """Puts modules of frozen parameters in eval mode, since the loops shall all compute the same."""
-    model.trunk_is_frozen = False  # type: ignore[assignment]
-    for module in model.modules():
-        module.__dict__.pop("train", None)
-    model.train()
-    for module in model.modules():
-        own = list(module.parameters(recurse=False))
-        if own and not any(parameter.requires_grad for parameter in own):
-            module.eval()
-
-
-@contextmanager
-def _peak(device: torch.device) -> Iterator[list[int]]:
-    """How far the memory grows at most inside: of the device, or of the process."""
-    found = [0]
-    if device.type == "cuda":
-        torch.cuda.reset_peak_memory_stats(device)
-        before = torch.cuda.memory_allocated(device)
-        yield found
-        found[0] = torch.cuda.max_memory_allocated(device) - before
-    elif sys.platform == "linux":
-        # Freed memory goes back to the system first, and 5 makes the present size the highest so far (proc(5)).
-        ctypes.CDLL(None).malloc_trim(0)
-        Path("/proc/self/clear_refs").write_text("5")
-        before = _status("VmRSS")
-        yield found
-        found[0] = max(0, _status("VmHWM") - before)
-    else:
-        yield found
-
-
-def _status(key: str) -> int:
-    line = next(line for line in Path("/proc/self/status").read_text().splitlines() if line.startswith(f"{key}:"))
-    return 1024 * int(line.split()[1])
