@@ -196,7 +196,8 @@ class Trainer:
             The steps' log, the end of the phase if a step brought it, and whether the data was gone through to its end.
         """
         parts, optimizer, lr_schedule = self.parts, stepping.optimizer, stepping.lr_schedule
-        batches = training_batches(parts.train, phase.batch_size, self.config.seed, self.epoch)
+        view = self.features.view(self.epoch)
+        batches = training_batches(parts.train, phase.batch_size, self.config.seed, self.epoch, view)
         total = num_batches(len(parts.train), phase.batch_size) * min(phase.batch_size, len(parts.train))
         trainable = held_by(optimizer)
         self.epoch += 1

@@ -1,6 +1,7 @@
 """The configuration of a run: what may be written, what it means, and what is said when it is wrong."""
 
 from mtl.config.run import (
+    AugmentConfig,
     ClassificationConfig,
     DataConfig,
     DepthConfig,
@@ -17,6 +18,7 @@ from mtl.config.run import (
 from mtl.config.source import ConfigError
 
 __all__ = [
+    "AugmentConfig",
     "ClassificationConfig",
     "ConfigError",
     "DataConfig",

@@ -6,7 +6,7 @@ from typing import Annotated, Any, Literal
 
 from pydantic import BeforeValidator
 
-from mtl.config.types import Positive, Strict
+from mtl.config.types import Count, Positive, Strict
 
 
 def _off(value: Any) -> Any:
@@ -23,6 +23,8 @@ class CacheConfig(Strict):
     Attributes:
         mode: `ram`, `disk`, `off`, or `auto`: where they fit, if it saves time.
         dtype: The type in which they are kept; `float32` keeps what was computed to the bit, the others halve it.
+        views: For images that are augmented: so many views of each are kept and taken in turn, in place of a new one
+            in every epoch.
         ram_gb: Memory that all kept activations of the run may take, in 10^9 bytes.
         disk_gb: Room that the kept activations of all runs may take on disk.
         dir: Where they are kept on disk; `features` in the data cache's folder if not given.
@@ -30,6 +32,7 @@ class CacheConfig(Strict):
 
     mode: CacheMode = "auto"
     dtype: Literal["float32", "bfloat16", "float16"] = "float32"
+    views: Count | None = None
     ram_gb: Positive = 4.0
     disk_gb: Positive = 20.0
     dir: str | None = None

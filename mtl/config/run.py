@@ -52,6 +52,18 @@ class TrunkConfig(Strict):
     options: dict[str, Any] = {}
 
 
+class AugmentConfig(Strict):
+    """Random changes of training images, drawn anew in every epoch, that leave all labels as they are.
+
+    Attributes:
+        brightness: Values are multiplied by 1 plus or minus up to this.
+        contrast: Distances from an image's mean are, likewise.
+    """
+
+    brightness: Annotated[float, Field(ge=0, lt=1)] = 0.0
+    contrast: Annotated[float, Field(ge=0, lt=1)] = 0.0
+
+
 class DataConfig(Strict):
     """The data set.
 
@@ -61,6 +73,7 @@ class DataConfig(Strict):
         batch_size: Images in one batch.
         num_train: Number of training images.
         num_val: Number of validation images.
+        augment: Random changes of training images; none if not given.
         seed: Seed of generated data; the run's `seed` does not change it, so that seeds can be compared.
         cache_dir: Where generated data is kept; MTL_CACHE_DIR, else the user's cache directory.
     """
@@ -70,6 +83,7 @@ class DataConfig(Strict):
     batch_size: Count = 32
     num_train: Count | None = None
     num_val: Count | None = None
+    augment: AugmentConfig | None = None
     seed: Seed = 0
     cache_dir: str | None = None
 

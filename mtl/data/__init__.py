@@ -15,6 +15,7 @@ from tqdm import tqdm
 
 from mtl.config import DataConfig, SettingError
 from mtl.data import multifashion, scenes, sprites
+from mtl.data.augment import View, draw_view
 from mtl.data.cache import DataError, cached, default_cache_dir
 from mtl.data.dataset import Batch, Split, num_batches, training_batches, validation_batches
 from mtl.data.sprites import load_sprites
@@ -25,6 +26,8 @@ __all__ = [
     "Batch",
     "DataError",
     "Split",
+    "View",
+    "draw_view",
     "load_data",
     "num_images",
     "num_batches",

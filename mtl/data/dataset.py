@@ -9,6 +9,8 @@ from functools import cached_property
 import torch
 from torch import Tensor
 
+from mtl.data.augment import View
+
 
 @dataclass(frozen=True)
 class Batch:
@@ -19,12 +21,14 @@ class Batch:
         indices: "b", int64, on the CPU: the images' places there.
         labels: By task; class labels int64, others float32.
         device: Where labels are, and images will be.
+        view: How the images are seen; as they are if not given.
     """
 
     split: Split
     indices: Tensor
     labels: dict[str, Tensor]
     device: torch.device
+    view: View | None = None
 
     def __len__(self) -> int:
         return len(self.indices)
@@ -37,11 +41,12 @@ class Batch:
     @cached_property
     def images(self) -> Tensor:
         """Of shape "b h w c", uint8; read when first asked for, since kept features make them needless."""
-        return _moved(self.split.images[self.indices], self.device)
+        images = _moved(self.split.images[self.indices], self.device)
+        return images if self.view is None else self.view.of(images, self.indices)
 
     def to(self, device: torch.device) -> Batch:
         labels = {name: _moved(label, device) for name, label in self.labels.items()}
-        return Batch(self.split, self.indices, labels, device)
+        return Batch(self.split, self.indices, labels, device, self.view)
 
 
 @dataclass(frozen=True)
@@ -63,14 +68,15 @@ class Split:
         """The same images with these labels."""
         return Split(self.images, {name: self.labels[name] for name in names})
 
-    def batch(self, indices: Tensor) -> Batch:
-        """The images at these places, with labels in the types that losses take."""
+    def batch(self, indices: Tensor, view: View | None = None) -> Batch:
+        """The images at these places, in a view of them, with labels in the types that losses take."""
         labels = {name: label[indices] for name, label in self.labels.items()}
         return Batch(
             self,
             indices,
             {name: label.float() if label.is_floating_point() else label.long() for name, label in labels.items()},
             torch.device("cpu"),
+            view,
         )
 
 
@@ -81,7 +87,7 @@ def _moved(tensor: Tensor, device: torch.device) -> Tensor:
     return tensor.to(device, non_blocking=True)
 
 
-def training_batches(split: Split, batch_size: int, seed: int, epoch: int) -> Iterator[Batch]:
+def training_batches(split: Split, batch_size: int, seed: int, epoch: int, view: View | None = None) -> Iterator[Batch]:
     """One pass in random order.
 
     The order depends on seed and epoch alone, so that a run can be taken up anywhere. A last batch that is not full is
@@ -90,7 +96,7 @@ def training_batches(split: Split, batch_size: int, seed: int, epoch: int) -> It
     generator = torch.Generator().manual_seed(seed * 1_000_003 + epoch)
     order = torch.randperm(len(split), generator=generator)
     for number in range(num_batches(len(split), batch_size)):
-        yield split.batch(order[number * batch_size : (number + 1) * batch_size])
+        yield split.batch(order[number * batch_size : (number + 1) * batch_size], view)
 
 
 def num_batches(num_images: int, batch_size: int) -> int:

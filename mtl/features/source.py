@@ -9,16 +9,15 @@ from collections.abc import Callable, Collection
 from pathlib import Path
 from typing import Any
 
-import timm
 import torch
 from torch import Tensor
 
 from mtl.assembly import Parts
 from mtl.audit import PhaseRecord, fingerprint
-from mtl.audit.fingerprint import root
 from mtl.console import logger, progress_bar
-from mtl.data import Batch, Split
+from mtl.data import Batch, Split, View, draw_view
 from mtl.data.cache import default_cache_dir
+from mtl.features.key import feature_key
 from mtl.featurestore import DiskStore, FeatureStore, Field, RamStore
 from mtl.model.prefix import Prefix, PrefixError
 from mtl.model.trace import tensors_of, untouched
@@ -55,7 +54,8 @@ class FeatureSource:
         self._prefix: Prefix | None = None
         # Of the phase, by the identity of the split.
         self._stores: dict[int, FeatureStore] = {}
-        self._filled: set[int] = set()
+        # Splits by identity, and views.
+        self._filled: set[tuple[int, int]] = set()
         self._digests: dict[int, str] = {}
         # Of this phase and earlier ones, by key, the one used last at the end.
         self._in_ram: dict[str, RamStore] = {}
@@ -64,6 +64,18 @@ class FeatureSource:
     def keeps(self) -> bool:
         """Whether the phase's activations are kept."""
         return self._prefix is not None
+
+    def view(self, epoch: int) -> View | None:
+        """How the training images are seen in an epoch of the run, counted from 0."""
+        config = self._parts.config
+        if config.data.augment is None:
+            return None
+        number = epoch if self._settings.views is None else epoch % self._settings.views
+        return draw_view(config.data.augment, config.seed, number, len(self._parts.train))
+
+    @property
+    def _num_views(self) -> int:
+        return self._settings.views or 1 if self._parts.config.data.augment is not None else 1
 
     @property
     def trunk_rests(self) -> bool:
@@ -85,13 +97,16 @@ class FeatureSource:
         mode = phase.config.cache or self._settings.mode
         if mode == "off":
             return
-        passes = num_passes(self._parts.phases[index:], steps_done)
+        # Each view of an image is another image.
+        passes = num_passes(self._parts.phases[index:], steps_done) / self._num_views
         try:
+            if self._parts.config.data.augment is not None and self._settings.views is None:
+                raise _NotKept("every epoch sees the images augmented anew; cache.views would keep some views of each")
             if mode == "auto" and passes <= 1 and not self._in_ram:
                 raise _NotKept("what is frozen here is needed for no more than one pass over the data")
             with self._autocast:
                 prefix, seconds = self._record()
-            key = self._key(prefix, record)
+            key = feature_key(self._parts, prefix, record, self._num_views, phase.batch_size)
             chosen = self._choose(prefix, mode, passes, seconds, key)
             self._open(prefix, chosen, key)
         except (_NotKept, PrefixError) as reason:
@@ -127,14 +142,16 @@ class FeatureSource:
         if self._prefix is None:
             return self._model.encode(batch.images, tasks)
         store, prefix = self._stores[id(batch.split)], self._prefix
-        kept = store.read(batch.indices)
-        if kept is None and id(batch.split) not in self._filled:
-            self._filled.add(id(batch.split))
-            self._fill(batch.split, store, prefix)
-            kept = store.read(batch.indices)
+        number = 0 if batch.view is None else batch.view.number
+        rows = batch.indices + number * len(batch.split)
+        kept = store.read(rows)
+        if kept is None and (id(batch.split), number) not in self._filled:
+            self._filled.add((id(batch.split), number))
+            self._fill(batch.split, batch.view, store, prefix)
+            kept = store.read(rows)
         if kept is None:  # the disk is full, or what was there is damaged; the store has said so
             features, kept = prefix.run(self._model.prepare(batch.images))
-            store.write(batch.indices, self._as_stored(kept, prefix))
+            store.write(rows, self._as_stored(kept, prefix))
             return features
         return prefix.replay(self._as_computed(kept, prefix))
 
@@ -202,14 +219,16 @@ class FeatureSource:
             for shape, dtype, order in zip(prefix.shapes, prefix.dtypes, self._orders(prefix), strict=True)
         ]
         for split in (self._parts.train, self._parts.val):
-            own = self._key_of(split, key)
+            own, num_rows = self._key_of(split, key), len(split)
+            if split is self._parts.train:
+                num_rows *= self._num_views
             if place == "disk":
                 self._stores[id(split)] = DiskStore(
-                    self._folder(), own, len(split), fields, int(1e9 * self._settings.disk_gb)
+                    self._folder(), own, num_rows, fields, int(1e9 * self._settings.disk_gb)
                 )
                 continue
             name = json.dumps(own)
-            store = self._in_ram.pop(name, None) or RamStore(len(split), fields)
+            store = self._in_ram.pop(name, None) or RamStore(num_rows, fields)
             self._in_ram[name] = store
             self._stores[id(split)] = store
         self._forget_old()
@@ -224,9 +243,10 @@ class FeatureSource:
                 return
             del self._in_ram[oldest]
 
-    def _fill(self, split: Split, store: FeatureStore, prefix: Prefix) -> None:
+    def _fill(self, split: Split, view: View | None, store: FeatureStore, prefix: Prefix) -> None:
         """Computes what is kept of every image of a split; every batch is full, as those are that it stands for."""
         size = min(self._batch_size, len(split))
+        first = 0 if view is None else view.number * len(split)
         with (
             progress_bar(len(split), "computing features", self._quiet) as bar,
             # What was made in inference mode could not be used in training.
@@ -236,13 +256,14 @@ class FeatureSource:
             for start in range(0, len(split), size):
                 stop = min(start + size, len(split))
                 indices = torch.arange(stop - size, stop)
-                store.write(indices, self._as_stored(prefix.compute(self._images(split, indices)), prefix))
+                computed = prefix.compute(self._images(split, indices, view))
+                store.write(first + indices, self._as_stored(computed, prefix))
                 if isinstance(store, DiskStore) and store.is_off:
                     return
                 bar.update(stop - start)
 
-    def _images(self, split: Split, indices: Tensor) -> Tensor:
-        return self._model.prepare(split.batch(indices).to(self._parts.device).images)
+    def _images(self, split: Split, indices: Tensor, view: View | None = None) -> Tensor:
+        return self._model.prepare(split.batch(indices, view).to(self._parts.device).images)
 
     @staticmethod
     def _orders(prefix: Prefix) -> list[tuple[int, ...]]:
@@ -265,23 +286,7 @@ class FeatureSource:
         narrow = getattr(torch, self._settings.dtype).itemsize
         sizes = zip(prefix.shapes, prefix.dtypes, strict=True)
         per_image = sum(math.prod(shape) * (narrow if d.is_floating_point else d.itemsize) for shape, d in sizes)
-        return per_image * (len(self._parts.train) + len(self._parts.val))
-
-    def _key(self, prefix: Prefix, record: PhaseRecord) -> dict[str, Any]:
-        """All that kept activations depend on, but the images."""
-        config, model = self._parts.config, self._model
-        frozen = {name: digest for name, digest in record.fingerprints.items() if name.startswith("trunk.")}
-        return {
-            "frozen": root(frozen),
-            "trunk": config.trunk.model_dump(exclude={"weights"}),
-            "modules": prefix.modules,
-            "kept": [[list(shape), str(dtype)] for shape, dtype in zip(prefix.shapes, prefix.dtypes, strict=True)],
-            "levels": model.levels,
-            "normalize": [fingerprint(buffer) for buffer in model.normalize.buffers()],
-            "computed": [self._parts.device.type, config.precision, config.memory_format, self._batch_size],
-            "stored": self._settings.dtype,
-            "versions": [torch.__version__, timm.__version__],
-        }
+        return per_image * (self._num_views * len(self._parts.train) + len(self._parts.val))
 
     def _folder(self) -> Path:
         settings, data = self._settings, self._parts.config.data
