@@ -157,7 +157,7 @@ def _plan(options: argparse.Namespace, overrides: Sequence[str]) -> int:
             command += ["--epochs", str(options.epochs)] if options.epochs else []
             sys.stdout.write(generate_config(options.generate, config, command, options.epochs or 1))
             return DONE
-        plan = make_plan(draw_up_without_weights(config), options.world_size or 1)
+        plan = make_plan(draw_up_without_weights(config), options.world_size or 1, with_forecast=True)
     except ConfigError as error:
         return _complain(error)
     if options.plot is not None:

@@ -103,7 +103,7 @@ def test_plain_data_parses_and_is_that_of_the_plan(
 ) -> None:
     file = small_config(tmp_path)
     plain = json.loads(said_by(capsys, file, "--json", "--world-size", "4", *(["--params"] if params else [])))
-    plan = make_plan(draw_up(load_config(file), "meta"), world_size=4)
+    plan = make_plan(draw_up(load_config(file), "meta"), world_size=4, with_forecast=True)
     assert plain == json.loads(json.dumps(plan.to_json(names=params)))
     assert (plain["trunk"], plain["world_size"]) == ("test_resnet", 4)
     assert ("names" in plain["phases"][0]["frozen"]) == params

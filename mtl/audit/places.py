@@ -84,6 +84,8 @@ def is_sparse(tensor: Tensor) -> bool:
     return tensor.layout != torch.strided
 
 
+# What Python keeps several things in.
+_HOLDERS = (list, tuple, dict)
 # A path, the module there, and whether it is hidden from torch.
 Module = tuple[str, nn.Module, bool]
 
@@ -98,7 +100,7 @@ def every_module(root: nn.Module, prefix: str = "") -> list[Module]:
     # What is found on the way is put at the end, and looked at in turn.
     for path, module, _ in found:
         for key, value in vars(module).items():
-            for way, hidden in _inside(key, value):
+            for way, hidden in _inside(key, value) if isinstance(value, _HOLDERS) else ():
                 for inner, each in named_modules(hidden) if isinstance(hidden, nn.Module) else ():
                     if each not in seen:
                         seen.add(each)
@@ -113,7 +115,7 @@ def _inside(key: str, value: object) -> Iterator[tuple[str, nn.Module | Tensor]]
 
 
 def _search(value: object, depth: int) -> Iterator[tuple[str, nn.Module | Tensor]]:
-    if not isinstance(value, list | tuple | dict) or not depth:
+    if not isinstance(value, _HOLDERS) or not depth:
         return
     for key, inner in value.items() if isinstance(value, dict) else enumerate(value):
         if isinstance(inner, nn.Module | Tensor):
@@ -135,7 +137,7 @@ def places_in(modules: list[Module]) -> Iterator[Place]:
             # What a forward left behind with its graph, such as an attention map, is a result and not state.
             if isinstance(value, Tensor) and value.grad_fn is None:
                 yield Place(join(path, key), "attr", module, key, path, hidden)
-            for way, found in _inside(key, value):
+            for way, found in _inside(key, value) if isinstance(value, _HOLDERS) else ():
                 if isinstance(found, Tensor) and found.grad_fn is None:
                     kind: TensorKind = "param" if isinstance(found, nn.Parameter) else "attr"
                     yield Place(join(path, f"{key}.{way}"), kind, module, f"{key}.{way}", path, True)

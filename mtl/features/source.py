@@ -27,9 +27,6 @@ from mtl.phases import num_passes
 
 # What reading is taken to cost, bytes a second, where it is not worth a measurement.
 _READ_RATE = {"ram": 2e9, "disk": 5e8}
-# By how much of the largest one kept features may differ from computed ones: in another batch, a kernel may add up in
-# another order; narrower types round.
-_TOLERANCE = {"float32": 1e-4, "bfloat16": 2e-2, "float16": 2e-3}
 _MODES_IN_WORDS = {"ram": "in memory", "disk": "on disk"}
 
 

@@ -247,8 +247,9 @@ class _Cutter:
         Kernels for other batch sizes round in other ways, most of all with TF32 or half precision.
         """
         for value, twin in ((self.trace.values[number], self.twins[number]) for number in kept):
-            if value.tensor._version != value.version or not value.tensor.is_floating_point():
-                continue  # its numbers have changed since
+            tensor = value.tensor
+            if tensor._version != value.version or not tensor.is_floating_point() or tensor.is_meta:
+                continue  # its numbers have changed since, or it has none
             two = twin.tensor.detach().double()
             one = value.tensor.detach()[: len(two)].double()
             if (one - two).norm() > (0.01 if value.tensor.dtype.itemsize > 2 else 0.05) * two.norm():

@@ -97,6 +97,15 @@ class Prefix:
             raise PrefixError("without its frozen modules the trunk does not give the same features")
         return prefix
 
+    @classmethod
+    def forecast(cls, trunk: nn.Module, read: Read, images: Tensor) -> Prefix:
+        """What `record` would find, as far as shapes tell: nothing is computed and compared. Of use on the meta device.
+
+        Args, Raises: as for `record`, with three images.
+        """
+        trace = record_trace(trunk, read, images)
+        return cls(trunk, read, trace, find_cut(trace, record_trace(trunk, read, images[:_FEWER])))
+
     def run(self, images: Tensor) -> tuple[Features, list[Tensor]]:
         """A plain pass.
 

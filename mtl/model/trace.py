@@ -151,8 +151,8 @@ def untouched(trunk: nn.Module, device: torch.device) -> Iterator[None]:
     """Lets passes run that leave no trace: on copies of the buffers, and with random numbers as if nothing had run."""
     buffers = [(module, name, b) for module in trunk.modules() for name, b in module._buffers.items() if b is not None]
     copies = {id(buffer): buffer.clone() for _, _, buffer in buffers}
-    devices = [] if device.type == "cpu" else [device]
-    with torch.random.fork_rng(devices=devices, device_type="cuda" if device.type == "cpu" else device.type):
+    devices = [] if device.type in ("cpu", "meta") else [device]
+    with torch.random.fork_rng(devices=devices, device_type=device.type if devices else "cuda"):
         try:
             for module, name, buffer in buffers:
                 module._buffers[name] = copies[id(buffer)]
@@ -251,7 +251,9 @@ class _Recorder(TorchFunctionMode):
                 self._step(call.inputs, unseen, [], any(t.requires_grad for t in tensors), False)
             before, now = self._buffers.pop(), [b for b in module._buffers.values() if b is not None]
             call.mixes_images |= module.training and not (
-                len(before) == len(now) and all(torch.equal(a, b) for a, b in zip(before, now, strict=True))
+                len(before) == len(now)
+                # Without numbers, on the meta device, nothing is known to have changed.
+                and all(a.is_meta or torch.equal(a, b) for a, b in zip(before, now, strict=True))
             )
         call.is_tensor = [isinstance(leaf, Tensor) for leaf in leaves]
         call.leaves = [self.see(leaf) if isinstance(leaf, Tensor) else leaf for leaf in leaves]
@@ -260,7 +262,7 @@ class _Recorder(TorchFunctionMode):
 
     def _random_state(self) -> list[Tensor]:
         states = [torch.get_rng_state()]
-        if self._device.type != "cpu":
+        if self._device.type not in ("cpu", "meta"):
             states.append(torch.get_device_module(self._device).get_rng_state(self._device))
         return states
 

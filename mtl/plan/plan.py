@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Sequence
+from dataclasses import replace
 from typing import Any
 
 from mtl.blueprint import Blueprint
@@ -10,11 +11,12 @@ from mtl.freeze import FreezePlan
 from mtl.names import condense
 from mtl.phases import Phase
 from mtl.phases.length import length_in_words
+from mtl.plan.forecast import forecast
 from mtl.plan.records import Claim, FlopsPlan, GroupPlan, MemoryPlan, PhasePlan, Plan, Side
 from mtl.plan.rehearsal import Cost, rehearse
 
 
-def make_plan(blueprint: Blueprint, world_size: int = 1) -> Plan:
+def make_plan(blueprint: Blueprint, world_size: int = 1, with_forecast: bool = False) -> Plan:
     """Finds out what every phase freezes, trains and costs.
 
     The blueprint's model is used for a rehearsal of every phase: it is to be one without weights.
@@ -22,9 +24,13 @@ def make_plan(blueprint: Blueprint, world_size: int = 1) -> Plan:
     Args:
         blueprint: A run's model and phases.
         world_size: Processes among which gradients are reduced.
+        with_forecast: Whether to tell what each phase could keep of the trunk, too.
     """
     planner = _Planner(blueprint, world_size)
-    return Plan(blueprint.config.trunk.name, world_size, tuple(planner.parameters), tuple(planner.phases()))
+    phases = planner.phases()
+    if with_forecast:
+        phases = [replace(phase, kept=forecast(blueprint, index)) for index, phase in enumerate(phases)]
+    return Plan(blueprint.config.trunk.name, world_size, tuple(planner.parameters), tuple(phases))
 
 
 # What has been rehearsed in this process: phases that freeze and train the same parts of the same model cost the same.

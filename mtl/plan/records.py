@@ -93,6 +93,23 @@ class FlopsPlan:
 
 
 @dataclass(frozen=True)
+class KeptPlan:
+    """What of the trunk is computed once for each image.
+
+    Attributes:
+        modules: How many modules at the trunk's beginning; 0 for the whole trunk.
+        bytes_per_image: What is kept of an image.
+        bytes: What is kept of all images.
+        why_not: Why nothing is kept; empty if something is.
+    """
+
+    modules: int = 0
+    bytes_per_image: int = 0
+    bytes: int = 0
+    why_not: str = ""
+
+
+@dataclass(frozen=True)
 class PhasePlan:
     """One phase.
 
@@ -123,6 +140,7 @@ class PhasePlan:
         thawed: What trains and was frozen in the phase before.
         newly_frozen: What is frozen and trained in the phase before.
         lr_of: The peak rate of every parameter in an optimizer group, by name.
+        kept: What of the trunk need be computed only once; None if that was not asked for.
     """
 
     name: str
@@ -151,6 +169,7 @@ class PhasePlan:
     thawed: Side
     newly_frozen: Side
     lr_of: dict[str, float]
+    kept: KeptPlan | None = None
 
     def to_json(self, names: bool) -> dict[str, Any]:
         plain = asdict(self)

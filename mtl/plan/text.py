@@ -4,7 +4,7 @@ from __future__ import annotations
 
 from mtl.console import table
 from mtl.names import condense, count, in_bytes, shorten
-from mtl.plan.records import Claim, GroupPlan, PhasePlan, Plan, Side
+from mtl.plan.records import Claim, GroupPlan, KeptPlan, PhasePlan, Plan, Side
 
 # Phases that are shown in short.
 _MOST_PHASES = 30
@@ -71,6 +71,8 @@ def _paragraph(plan: Plan, phase: PhasePlan) -> str:
         lines += [("unreached", f"{count(len(phase.unreached), 'tensor')} that no active task reaches: {names}")]
     if phase.restore is not None:
         lines += [("begins with", f"the best weights so far by {phase.restore}")]
+    if phase.kept is not None:
+        lines += [("computed once", _kept(phase.kept))]
     lines += [("in eval mode", shorten(list(phase.held_in_eval), 8) or "-"), ("tasks", ", ".join(phase.tasks))]
     lines += _training(phase, plan.world_size) if phase.optimizer is not None else []
     if phase is not plan.phases[0]:
@@ -78,6 +80,13 @@ def _paragraph(plan: Plan, phase: PhasePlan) -> str:
     head = f"{phase.name}: {phase.length}, batches of {phase.batch_size}"
     width = max(len(title) for title, _ in lines)
     return "\n".join([head, *(f"  {title:<{width}}  {text}".rstrip() for title, text in lines)])
+
+
+def _kept(kept: KeptPlan) -> str:
+    if kept.why_not:
+        return f"nothing: {kept.why_not}"
+    what = f"the first {count(kept.modules, 'module')} of the trunk" if kept.modules else "the trunk"
+    return f"{what}; kept: {in_bytes(kept.bytes_per_image)} an image, {in_bytes(kept.bytes)} in all, if that pays"
 
 
 def _training(phase: PhasePlan, world_size: int) -> list[tuple[str, str]]:
