@@ -310,3 +310,39 @@ def test_views_take_turns_and_without_a_number_every_epoch_has_its_own(tmp_path:
     assert parts.val.batch(torch.arange(4)).view is None
     free = trainer_of(tiny_parts(tmp_path, data=AUGMENTED), tmp_path / "free").features
     assert [view and view.number for view in map(free.view, range(4))] == [0, 1, 2, 3]
+
+
+def test_the_last_batch_of_validation_is_computed_at_its_own_size(tmp_path: Path) -> None:
+    data = {"name": "scenes", "image_size": 32, "batch_size": 8, "num_train": 8, "num_val": 9}
+    kept = outcome(tmp_path / "kept", "cache.mode=ram", data=data, phases=PHASES[:1])
+    computed = outcome(tmp_path / "computed", "cache.mode=off", data=data, phases=PHASES[:1])
+    assert kept[0] == computed[0]
+
+
+@pytest.mark.parametrize("options", [{"drop_rate": 0.2}, {}])
+def test_a_phase_of_some_tasks_draws_and_counts_what_it_would_without(options: dict[str, Any], tmp_path: Path) -> None:
+    trunk = {"name": "test_efficientnet", "options": options}
+    phases = [{**PHASES[1], "tasks": ["depth"], "epochs": 2}, {**PHASES[1], "name": "all", "epochs": 2}]
+    changes = {"trunk": trunk, "phases": phases, "unreached": "warn"}
+    kept = outcome(tmp_path / "kept", "cache.mode=ram", **changes)
+    computed = outcome(tmp_path / "computed", "cache.mode=off", **changes)
+    assert kept[0] == computed[0]
+    assert_same_bits(kept[1], computed[1])
+
+
+def test_averages_that_are_judged_are_not_kept_under_the_name_of_the_weights(tmp_path: Path) -> None:
+    phases = [{"name": "p", "epochs": 1}, {"name": "ev", "evaluate_only": True}]
+    settings = ("cache.mode=disk", f"cache.dir={tmp_path / 'features'}")
+    outcome(tmp_path / "one", *settings, "optim.ema_decay=0.9", phases=phases)
+    kept = outcome(tmp_path / "kept", *settings, phases=phases)
+    computed = outcome(tmp_path / "computed", "cache.mode=off", phases=phases)
+    assert kept[0] == computed[0]
+
+
+def test_where_an_image_s_place_counts_the_run_says_so(tmp_path: Path, caplog: pytest.LogCaptureFixture) -> None:
+    caplog.set_level(logging.INFO, "mtl")
+    parts = tiny_parts(tmp_path, "cache.mode=ram", phases=PHASES[:1])
+    # As a kernel would that treats the end of a tensor in its own way.
+    parts.model.trunk.conv1.register_forward_hook(lambda _m, _a, output: torch.cat([output[:-1], output[-1:] * 1.0001]))
+    train(parts, quiet=True)
+    assert any("equal up to rounding" in message for message in caplog.messages)

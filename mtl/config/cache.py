@@ -4,7 +4,7 @@ from __future__ import annotations
 
 from typing import Annotated, Any, Literal
 
-from pydantic import BeforeValidator
+from pydantic import BeforeValidator, Field
 
 from mtl.config.types import Count, Positive, Strict
 
@@ -35,7 +35,7 @@ class CacheConfig(Strict):
     views: Count | None = None
     ram_gb: Positive = 4.0
     disk_gb: Positive = 20.0
-    dir: str | None = None
+    dir: Annotated[str, Field(min_length=1)] | None = None
 
 
 def cache_word(value: Any) -> Any:

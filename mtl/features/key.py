@@ -35,5 +35,7 @@ def feature_key(parts: Parts, prefix: Prefix, record: PhaseRecord, num_views: in
         "computed": [parts.device.type, config.precision, config.memory_format, batch_size],
         "stored": config.cache.dtype,
         "views": None if augment is None else [augment.model_dump(), config.seed, num_views],
+        # On a CPU, kernels and their sums depend on these.
+        "kernels": [torch.get_num_threads(), torch.backends.cpu.get_cpu_capability()],
         "versions": [torch.__version__, timm.__version__],
     }

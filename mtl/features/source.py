@@ -4,7 +4,6 @@ from __future__ import annotations
 
 import json
 import math
-import time
 from collections.abc import Callable, Collection
 from pathlib import Path
 from typing import Any
@@ -18,20 +17,15 @@ from mtl.console import logger, progress_bar
 from mtl.data import Batch, Split, View, draw_view
 from mtl.data.cache import default_cache_dir
 from mtl.features.key import feature_key
+from mtl.features.survey import NotKept, survey
 from mtl.featurestore import DiskStore, FeatureStore, Field, RamStore
 from mtl.model.prefix import Prefix, PrefixError
-from mtl.model.trace import tensors_of, untouched
 from mtl.model.trunk import Features
 from mtl.names import count, in_bytes
 from mtl.phases import num_passes
 
 # What reading is taken to cost, bytes a second, where it is not worth a measurement.
 _READ_RATE = {"ram": 2e9, "disk": 5e8}
-_MODES_IN_WORDS = {"ram": "in memory", "disk": "on disk"}
-
-
-class _NotKept(Exception):  # noqa: N818
-    """Why nothing is kept in a phase."""
 
 
 class FeatureSource:
@@ -98,24 +92,31 @@ class FeatureSource:
         passes = num_passes(self._parts.phases[index:], steps_done) / self._num_views
         try:
             if self._parts.config.data.augment is not None and self._settings.views is None:
-                raise _NotKept("every epoch sees the images augmented anew; cache.views would keep some views of each")
+                raise NotKept("every epoch sees the images augmented anew; cache.views would keep some views of each")
+            if phase.config.evaluate_only and self._parts.config.optim.ema_decay is not None:
+                raise NotKept("an evaluation judges averages, of which there are no fingerprints")
             if mode == "auto" and passes <= 1 and not self._in_ram:
-                raise _NotKept("what is frozen here is needed for no more than one pass over the data")
+                raise NotKept("what is frozen here is needed for no more than one pass over the data")
             with self._autocast:
-                prefix, seconds = self._record()
+                first = torch.arange(min(phase.batch_size, len(self._parts.train)))
+                prefix, seconds, is_exact = survey(self._model, self._images(self._parts.train, first))
+                if prefix.modules and self._model.reads(phase.tasks) != self._model.reads(None):
+                    # The rest of the trunk would be run in training for what only validation reads.
+                    raise NotKept("the phase's tasks read other features of the trunk than all tasks do")
             key = feature_key(self._parts, prefix, record, self._num_views, phase.batch_size)
             chosen = self._choose(prefix, mode, passes, seconds, key)
             self._open(prefix, chosen, key)
-        except (_NotKept, PrefixError) as reason:
+        except (NotKept, PrefixError) as reason:
             self.leave()
             logger.info(f"features: not kept: {reason}")
             return
         self._prefix = prefix
         what = f"the first {count(len(prefix.modules), 'module')} of the trunk" if prefix.modules else "the trunk"
-        size = in_bytes(self._bytes(prefix))
+        size, num_images = in_bytes(self._bytes(prefix)), len(self._parts.train) + len(self._parts.val)
         logger.info(
             f"features: {what} computed once, in {1e3 * seconds:.1f} ms a batch, and kept"
-            f" {_MODES_IN_WORDS[chosen]}: {size} for {len(self._parts.train) + len(self._parts.val)} images"
+            f" {'in memory' if chosen == 'ram' else 'on disk'}: {size} for {num_images} images"
+            + ("" if is_exact else "; equal up to rounding, since here it depends on an image's place in its batch")
         )
 
     def leave(self) -> None:
@@ -152,53 +153,28 @@ class FeatureSource:
             return features
         return prefix.replay(self._as_computed(kept, prefix))
 
-    def _record(self) -> tuple[Prefix, float]:
-        """Finds what can be kept, and how long it takes to compute for a batch, in seconds.
-
-        Raises:
-            PrefixError: Nothing can be kept.
-            _NotKept: The trunk gives other features when it is cut.
-        """
-        images = self._images(self._parts.train, torch.arange(min(self._batch_size, len(self._parts.train))))
-        trunk = self._model.trunk
-        prefix = Prefix.record(trunk, self._model.read, images)
-        with torch.no_grad():
-            # A whole batch, as they are going to be; this also warms up what is timed next.
-            with untouched(trunk, images.device):
-                plain = self._model.read(images)
-            started = time.perf_counter()
-            kept = prefix.compute(images)
-            if images.is_cuda:
-                torch.cuda.synchronize(images.device)
-            seconds = time.perf_counter() - started
-            with untouched(trunk, images.device):
-                replayed = prefix.replay(kept)
-        if not all(map(torch.equal, tensors_of(plain), tensors_of(replayed))):
-            raise _NotKept("the trunk gives other features without its frozen modules")
-        return prefix, seconds
-
     def _choose(self, prefix: Prefix, mode: str, passes: float, seconds: float, key: dict[str, Any]) -> str:
         """`ram` or `disk`.
 
         Raises:
-            _NotKept: Neither, and why.
+            NotKept: Neither, and why.
         """
         size, settings = self._bytes(prefix), self._settings
         place = mode if mode != "auto" else "ram" if size <= 1e9 * settings.ram_gb else "disk"
         limit = 1e9 * (settings.ram_gb if place == "ram" else settings.disk_gb)
         if size > limit:
-            raise _NotKept(f"{in_bytes(size)} are more than cache.{place}_gb allows ({in_bytes(int(limit))})")
+            raise NotKept(f"{in_bytes(size)} are more than cache.{place}_gb allows ({in_bytes(int(limit))})")
         if mode == "auto" and not self._is_there(key):
             read = prefix.bytes_per_image * self._batch_size / _READ_RATE[place]
             if seconds + passes * read > 0.95 * passes * seconds:
-                raise _NotKept(
+                raise NotKept(
                     f"it would save too little: {1e3 * seconds:.1f} ms to compute a batch, some {1e3 * read:.1f} ms to"
                     f" read {in_bytes(prefix.bytes_per_image * self._batch_size)}, in {passes:.3g} passes over the data"
                 )
         return place
 
     def _is_there(self, key: dict[str, Any]) -> bool:
-        """Whether an earlier phase has left the training split's activations in memory."""
+        """Whether an earlier phase has left those of the training split in memory."""
         return json.dumps(self._key_of(self._parts.train, key)) in self._in_ram
 
     def _key_of(self, split: Split, key: dict[str, Any]) -> dict[str, Any]:
@@ -230,7 +206,7 @@ class FeatureSource:
             self._stores[id(split)] = store
         self._forget_old()
         if any(isinstance(store, DiskStore) and store.is_off for store in self._stores.values()):
-            raise _NotKept("there is no room for it on disk")
+            raise NotKept("it cannot be on disk, as said above")
 
     def _forget_old(self) -> None:
         """Drops stores of earlier phases, those used longest ago first, until the rest is within the budget."""
@@ -241,7 +217,10 @@ class FeatureSource:
             del self._in_ram[oldest]
 
     def _fill(self, split: Split, view: View | None, store: FeatureStore, prefix: Prefix) -> None:
-        """Computes what is kept of every image of a split; every batch is full, as those are that it stands for."""
+        """Computes what is kept of every image of a split, in batches of the sizes that they stand for.
+
+        Those of training are all full; the last one of validation is as large as it is.
+        """
         size = min(self._batch_size, len(split))
         first = 0 if view is None else view.number * len(split)
         with (
@@ -252,7 +231,7 @@ class FeatureSource:
         ):
             for start in range(0, len(split), size):
                 stop = min(start + size, len(split))
-                indices = torch.arange(stop - size, stop)
+                indices = torch.arange(stop - size if split is self._parts.train else start, stop)
                 computed = prefix.compute(self._images(split, indices, view))
                 store.write(first + indices, self._as_stored(computed, prefix))
                 if isinstance(store, DiskStore) and store.is_off:
@@ -287,6 +266,5 @@ class FeatureSource:
 
     def _folder(self) -> Path:
         settings, data = self._settings, self._parts.config.data
-        if settings.dir is not None:
-            return Path(settings.dir).expanduser()
-        return (Path(data.cache_dir).expanduser() if data.cache_dir else default_cache_dir()) / "features"
+        own = Path(data.cache_dir) if data.cache_dir else default_cache_dir()
+        return Path(settings.dir or own / "features").expanduser()

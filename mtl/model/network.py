@@ -116,9 +116,13 @@ class MultiTaskModel(nn.Module):
 
     def read(self, prepared: Tensor, tasks: Collection[str] | None = None) -> Features:
         """`encode` behind `prepare`."""
+        dense, pooled = self.reads(tasks)
+        return read_features(self.trunk, prepared, self.levels if dense else [], pooled)
+
+    def reads(self, tasks: Collection[str] | None) -> tuple[bool, bool]:
+        """Whether the heads of some tasks read the trunk's pyramid, and its pooled vector."""
         heads = self._heads_of(tasks).values()
-        levels = self.levels if any(isinstance(head, DenseHead) for head in heads) else []
-        return read_features(self.trunk, prepared, levels, any(isinstance(head, VectorHead) for head in heads))
+        return any(isinstance(head, DenseHead) for head in heads), any(isinstance(head, VectorHead) for head in heads)
 
     def decode(
         self, features: Features, size: tuple[int, int], tasks: Collection[str] | None = None
