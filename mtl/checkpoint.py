@@ -15,6 +15,7 @@ from safetensors.torch import load_file, load_model, save_file, save_model
 from torch import Tensor, nn
 
 from mtl.audit.fingerprint import fingerprint, root
+from mtl.disk import sync
 
 _TENSORS, _MOMENTS, _STATE = "model.safetensors", "optimizer.safetensors", "state.json"
 
@@ -34,7 +35,7 @@ def write_text(file: Path, text: str) -> None:
         stream.flush()
         os.fsync(stream.fileno())
     temporary.replace(file)
-    _sync(file.parent)
+    sync(file.parent)
 
 
 def write_json(file: Path, content: Mapping[str, Any]) -> None:
@@ -88,11 +89,11 @@ class Checkpoints:
         except BaseException:
             shutil.rmtree(temporary, ignore_errors=True)
             raise
-        _sync(temporary / _TENSORS)
-        _sync(temporary / _MOMENTS)
+        sync(temporary / _TENSORS)
+        sync(temporary / _MOMENTS)
         shutil.rmtree(target, ignore_errors=True)
         temporary.rename(target)
-        _sync(self.folder)
+        sync(self.folder)
         for name in names:
             self._link(name, target.name)
         self._prune()
@@ -235,12 +236,3 @@ def _join(tensors: Mapping[str, Tensor], rest: Mapping[str, Mapping[str, Mapping
         kind: {name: {key: whole(value) for key, value in values.items()} for name, values in parameters.items()}
         for kind, parameters in rest.items()
     }
-
-
-def _sync(path: Path) -> None:
-    """Forces a file, or what a folder lists, to disk."""
-    descriptor = os.open(path, os.O_RDONLY)
-    try:
-        os.fsync(descriptor)
-    finally:
-        os.close(descriptor)

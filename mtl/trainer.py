@@ -15,7 +15,7 @@ from torch.amp import GradScaler
 
 from mtl.announce import announce_classic, tell_epoch, tell_idle_tasks, tell_unreached
 from mtl.assembly import Parts
-from mtl.audit import GradientAudit, HoldsParameters
+from mtl.audit import GradientAudit, HoldsParameters, PhaseRecord
 from mtl.checkpoint import CheckpointError, write_json, write_text
 from mtl.config.source import dump_yaml
 from mtl.console import logger, progress_bar
@@ -148,8 +148,7 @@ class Trainer:
                 parts.model.compile_anew()
             # What is frozen from the first layer on is computed once for each image, while the audit stands for it.
             done = self.scheduler.state_dict()["steps"]
-            self.features.enter(index, record, lambda: self.audit.holds, done)
-            self.audit.look_every(_EVERY_RESTING if self.features.trunk_rests else 1)
+            self.keep_features(index, record, done)
             self.still_scores = {}
             self.gradients.enter(phase.name, phase.tasks, self.step + 1 - done)
             change = None
@@ -159,6 +158,11 @@ class Trainer:
             self.features.leave()
         write_json(self.outcome.run_dir / "audit.json", self.audit.report.to_json())
         logger.info(f"{change.ended}: {change.reason}" + (f"; next phase: {change.entered}" if change.entered else ""))
+
+    def keep_features(self, index: int, record: PhaseRecord, steps_done: int) -> None:
+        """Decides what a phase, whose audit has begun, need not compute again."""
+        self.features.enter(index, record, lambda: self.audit.holds, steps_done)
+        self.audit.look_every(_EVERY_RESTING if self.features.trunk_rests else 1)
 
     def run_epoch(self, phase: Phase, stepping: Stepping | None) -> PhaseChange | None:
         """One pass over the training data, or what the phase has left of it; then validation and a checkpoint."""

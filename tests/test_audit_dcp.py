@@ -4,10 +4,7 @@ from __future__ import annotations
 
 import io
 import json
-import os
 import pickle
-import subprocess
-import sys
 import warnings
 from collections.abc import Callable, Iterator
 from dataclasses import replace
@@ -28,6 +25,7 @@ from mtl.audit.dcp import assemble
 from mtl.audit.files import UnreadableError, read_tensors
 from mtl.cli import main
 from mtl.tensor_file import TensorFileError
+from processes import run_in_two_processes
 
 TENSORS = {
     "trunk.conv.weight": torch.tensor([[1.0, -0.0], [float("nan"), 2.0]]),
@@ -407,16 +405,7 @@ os._exit(0)
 
 @pytest.mark.slow
 def test_two_processes_of_fsdp_write_what_the_audit_reads(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
-    script = tmp_path / "fsdp.py"
-    script.write_text(FSDP)
-    launch = ["-m", "torch.distributed.run", "--nproc-per-node=2", "--rdzv-backend=c10d", "--rdzv-endpoint=127.0.0.1:0"]
-    subprocess.run(
-        [sys.executable, *launch, str(script), str(tmp_path)],
-        check=True,
-        timeout=240,
-        capture_output=True,
-        env={**os.environ, "OMP_NUM_THREADS": "1", "GLOO_SOCKET_IFNAME": "lo"},
-    )
+    run_in_two_processes(FSDP, tmp_path)
     content = pickle.loads((tmp_path / "before/.metadata").read_bytes())
     assert len(content.state_dict_metadata["model.0.weight"].chunks) == 2
     before, after = (str(tmp_path / name) for name in ("before", "after"))

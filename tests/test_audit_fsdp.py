@@ -3,12 +3,11 @@
 from __future__ import annotations
 
 import json
-import os
-import subprocess
-import sys
 from pathlib import Path
 
 import pytest
+
+from processes import run_in_two_processes
 
 SCRIPT = """
 import json, os, sys, torch
@@ -60,16 +59,7 @@ os._exit(0)
 
 @pytest.mark.slow
 def test_each_process_audits_its_own_shards(tmp_path: Path) -> None:
-    script = tmp_path / "fsdp.py"
-    script.write_text(SCRIPT)
-    launch = ["-m", "torch.distributed.run", "--nproc-per-node=2", "--rdzv-backend=c10d", "--rdzv-endpoint=127.0.0.1:0"]
-    subprocess.run(
-        [sys.executable, *launch, str(script), str(tmp_path)],
-        check=True,
-        timeout=240,
-        capture_output=True,
-        env={**os.environ, "OMP_NUM_THREADS": "1", "GLOO_SOCKET_IFNAME": "lo"},
-    )
+    run_in_two_processes(SCRIPT, tmp_path)
     first, second = (json.loads((tmp_path / f"{rank}.json").read_text()) for rank in (0, 1))
     # Six parameters and three statistics are frozen; the second process has nothing of the head with one row.
     assert first["nothing"] == [True, 9, 4, []]

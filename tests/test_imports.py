@@ -20,7 +20,7 @@ FLOORS = [
     ["matching", "lengths", "plugin"],
     ["patterns"],
     ["config"],
-    ["console", "moduletree", "storage", "run_dir"],
+    ["console", "moduletree", "storage", "run_dir", "disk"],
     ["tensor_file", "featurestore"],
     ["tasks"],
     ["model", "data"],

@@ -44,8 +44,7 @@ def mtl_loop(parts: Parts, index: int, folder: Path) -> Iterator[tuple[Callable[
         def epoch() -> None:
             nonlocal is_entered
             if not is_entered:
-                trainer.features.enter(index, record, lambda: trainer.audit.holds, 0)
-                trainer.audit.look_every(20 if trainer.features.trunk_rests else 1)
+                trainer.keep_features(index, record, 0)
                 is_entered = True
             if trainer.features.keeps:
                 trainer.audit.verify(bytes_only=True)

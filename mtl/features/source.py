@@ -22,7 +22,7 @@ from mtl.featurestore import DiskStore, FeatureStore, Field, RamStore
 from mtl.model.prefix import Prefix, PrefixError
 from mtl.model.trunk import Features
 from mtl.names import count, in_bytes
-from mtl.phases import num_passes
+from mtl.phases import num_passes, num_views, why_not_kept
 
 # What reading is taken to cost, bytes a second, where it is not worth a measurement.
 _READ_RATE = {"ram": 2e9, "disk": 5e8}
@@ -38,6 +38,7 @@ class FeatureSource:
         self._parts = parts
         self._model = parts.model
         self._settings = parts.config.cache
+        self._num_views = num_views(parts.config)
         self._autocast = autocast
         self._quiet = quiet
         self._holds: Callable[[], bool] = lambda: False
@@ -65,10 +66,6 @@ class FeatureSource:
         return draw_view(config.data.augment, config.seed, number, len(self._parts.train))
 
     @property
-    def _num_views(self) -> int:
-        return self._settings.views or 1 if self._parts.config.data.augment is not None else 1
-
-    @property
     def trunk_rests(self) -> bool:
         """Whether the trunk is not run at all."""
         return self._prefix is not None and not self._prefix.modules
@@ -91,18 +88,15 @@ class FeatureSource:
         # Each view of an image is another image.
         passes = num_passes(self._parts.phases[index:], steps_done) / self._num_views
         try:
-            if self._parts.config.data.augment is not None and self._settings.views is None:
-                raise NotKept("every epoch sees the images augmented anew; cache.views would keep some views of each")
-            if phase.config.evaluate_only and self._parts.config.optim.ema_decay is not None:
-                raise NotKept("an evaluation judges averages, of which there are no fingerprints")
-            if mode == "auto" and passes <= 1 and not self._in_ram:
-                raise NotKept("what is frozen here is needed for no more than one pass over the data")
+            # What an earlier phase has left in memory may be of use for a single pass.
+            why_not = why_not_kept(self._parts.config, phase, math.inf if self._in_ram else passes)
+            if why_not:
+                raise NotKept(why_not)
             with self._autocast:
                 first = torch.arange(min(phase.batch_size, len(self._parts.train)))
                 prefix, seconds, is_exact = survey(self._model, self._images(self._parts.train, first))
-                if prefix.modules and self._model.reads(phase.tasks) != self._model.reads(None):
-                    # The rest of the trunk would be run in training for what only validation reads.
-                    raise NotKept("the phase's tasks read other features of the trunk than all tasks do")
+                if why_not := self._model.why_not_cut(prefix, phase.tasks):
+                    raise NotKept(why_not)
             key = feature_key(self._parts, prefix, record, self._num_views, phase.batch_size)
             chosen = self._choose(prefix, mode, passes, seconds, key)
             self._open(prefix, chosen, key)
@@ -205,7 +199,7 @@ class FeatureSource:
             self._in_ram[name] = store
             self._stores[id(split)] = store
         self._forget_old()
-        if any(isinstance(store, DiskStore) and store.is_off for store in self._stores.values()):
+        if any(store.is_off for store in self._stores.values()):
             raise NotKept("it cannot be on disk, as said above")
 
     def _forget_old(self) -> None:
@@ -234,7 +228,7 @@ class FeatureSource:
                 indices = torch.arange(stop - size if split is self._parts.train else start, stop)
                 computed = prefix.compute(self._images(split, indices, view))
                 store.write(first + indices, self._as_stored(computed, prefix))
-                if isinstance(store, DiskStore) and store.is_off:
+                if store.is_off:
                     return
                 bar.update(stop - start)
 
@@ -259,10 +253,8 @@ class FeatureSource:
 
     def _bytes(self, prefix: Prefix) -> int:
         """Size of what is kept of all images."""
-        narrow = getattr(torch, self._settings.dtype).itemsize
-        sizes = zip(prefix.shapes, prefix.dtypes, strict=True)
-        per_image = sum(math.prod(shape) * (narrow if d.is_floating_point else d.itemsize) for shape, d in sizes)
-        return per_image * (self._num_views * len(self._parts.train) + len(self._parts.val))
+        num_images = self._num_views * len(self._parts.train) + len(self._parts.val)
+        return num_images * prefix.bytes_in(getattr(torch, self._settings.dtype))
 
     def _folder(self) -> Path:
         settings, data = self._settings, self._parts.config.data

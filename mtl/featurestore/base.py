@@ -68,6 +68,8 @@ class FeatureStore(ABC):
             raise StoreError("fields: expected one or more, got none")
         self.num_rows = num_rows
         self.fields = tuple(fields)
+        # Whether it has no rows and takes none any more.
+        self.is_off = False
 
     @property
     def row_bytes(self) -> int:

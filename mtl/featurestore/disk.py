@@ -63,7 +63,6 @@ class DiskStore(FeatureStore):
         self._owner = os.getpid()
         self._num_damages = 0
         self._entry: Entry | None = None
-        self.is_off = False
         self._open()
 
     @property

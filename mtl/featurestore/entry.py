@@ -17,6 +17,7 @@ import numpy as np
 import xxhash
 from numpy.typing import NDArray
 
+from mtl.disk import sync
 from mtl.featurestore.base import Bytes, Field, Indices
 
 ROWS, SUMS, CARD, LOCK = "rows.bin", "sums.bin", "card.json", "lock"
@@ -209,15 +210,6 @@ def write_synced(file: Path, content: bytes) -> None:
         stream.write(content)
         stream.flush()
         os.fsync(stream.fileno())
-
-
-def sync(path: Path) -> None:
-    """Forces what a directory lists to disk."""
-    descriptor = os.open(path, os.O_RDONLY)
-    try:
-        os.fsync(descriptor)
-    finally:
-        os.close(descriptor)
 
 
 def _close(*descriptors: int) -> None:

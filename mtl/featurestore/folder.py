@@ -13,7 +13,8 @@ from collections.abc import Iterator
 from pathlib import Path
 
 from mtl.console import logger
-from mtl.featurestore.entry import LOCK, DamagedEntry, Entry, Layout, sync
+from mtl.disk import sync
+from mtl.featurestore.entry import LOCK, DamagedEntry, Entry, Layout
 
 _ENTRY = re.compile(r"[0-9a-f]{32}")
 _TEMPORARY = re.compile(r"\.[0-9a-f]{32}\.[0-9a-f]{8}")

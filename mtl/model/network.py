@@ -15,6 +15,7 @@ from torch import Tensor, nn
 from mtl.config import SettingError, TrunkConfig
 from mtl.console import first_line
 from mtl.model.heads import DenseHead, VectorHead, build_head
+from mtl.model.prefix import Prefix
 from mtl.model.trunk import Features, FeatureShape, feature_shape, pyramid_levels, read_features
 from mtl.model.weights import PACKAGED_TRUNK, WeightsError, file_weights, hub_or_cache, load_into, packaged_weights
 from mtl.nearest import hint
@@ -123,6 +124,13 @@ class MultiTaskModel(nn.Module):
         """Whether the heads of some tasks read the trunk's pyramid, and its pooled vector."""
         heads = self._heads_of(tasks).values()
         return any(isinstance(head, DenseHead) for head in heads), any(isinstance(head, VectorHead) for head in heads)
+
+    def why_not_cut(self, prefix: Prefix, tasks: Collection[str]) -> str:
+        """Why a phase of some tasks cannot run only what lies behind a prefix for all tasks; empty if it can."""
+        if prefix.modules and self.reads(tasks) != self.reads(None):
+            # The rest of the trunk would be run in training for what only validation reads.
+            return "the phase's tasks read other features of the trunk than all tasks do"
+        return ""
 
     def decode(
         self, features: Features, size: tuple[int, int], tasks: Collection[str] | None = None

@@ -106,6 +106,13 @@ class Prefix:
         trace = record_trace(trunk, read, images)
         return cls(trunk, read, trace, find_cut(trace, record_trace(trunk, read, images[:_FEWER])))
 
+    def bytes_in(self, dtype: torch.dtype) -> int:
+        """Size of all kept tensors for one image, if floats are kept in this type."""
+        return sum(
+            math.prod(shape) * (dtype if own.is_floating_point else own).itemsize
+            for shape, own in zip(self.shapes, self.dtypes, strict=True)
+        )
+
     def run(self, images: Tensor) -> tuple[Features, list[Tensor]]:
         """A plain pass.
 

@@ -1,9 +1,10 @@
-"""How often a frozen trunk is needed."""
+"""How often a frozen trunk is needed, and whether a phase may keep what it computes."""
 
 from __future__ import annotations
 
 from collections.abc import Sequence
 
+from mtl.config import RunConfig
 from mtl.phases.resolve import Phase
 
 
@@ -21,6 +22,31 @@ def num_passes(phases: Sequence[Phase], steps_done: int) -> float:
             break
         passes += 0 if phase.config.evaluate_only else phase.num_steps / phase.steps_per_epoch
     return passes
+
+
+def num_views(config: RunConfig) -> int:
+    """How many views of each training image are kept."""
+    return config.cache.views or 1 if config.data.augment is not None else 1
+
+
+def why_not_kept(config: RunConfig, phase: Phase, passes: float) -> str:
+    """Why a phase keeps nothing of the trunk, as far as the configuration tells; empty if it may.
+
+    Args:
+        config: The run.
+        phase: A phase of it.
+        passes: How often what is kept would be needed.
+    """
+    mode = phase.config.cache or config.cache.mode
+    if mode == "off":
+        return "cache is off"
+    if config.data.augment is not None and config.cache.views is None:
+        return "every epoch sees the images augmented anew; cache.views would keep some views of each"
+    if phase.config.evaluate_only and config.optim.ema_decay is not None:
+        return "an evaluation judges averages, of which there are no fingerprints"
+    if mode == "auto" and passes <= 1:
+        return "what is frozen here is needed for no more than one pass over the data"
+    return ""
 
 
 def _frozen_in_trunk(phase: Phase) -> set[str]:
