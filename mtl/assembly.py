@@ -10,10 +10,12 @@ from mtl.blueprint import Blueprint, draw_up, draw_up_without_weights
 from mtl.config import RunConfig, SettingError, mistake_of
 from mtl.console import logger
 from mtl.data import Split, load_data
+from mtl.distributed import ALONE, World, WorldError
+from mtl.freeze import trained_statistics
 from mtl.model import start_from
 from mtl.optim import try_out
 from mtl.plan import Plan, make_plan
-from mtl.trial import choose
+from mtl.trial import choose, lay_out
 from mtl.validation import Scores, validate_constant
 
 
@@ -36,38 +38,51 @@ class Parts(Blueprint):
     plan: Plan
 
 
-def assemble(config: RunConfig, quiet: bool = False) -> Parts:
+def assemble(config: RunConfig, quiet: bool = False, world: World = ALONE) -> Parts:
     """Makes the parts of a run. Generated data may be put in the data cache; nothing else is written.
 
     Args:
         config: The run.
         quiet: Whether to show no progress bar while data is made.
+        world: The processes that train together, which have not met yet.
 
     Raises:
         ConfigError: Anything in the configuration that turns out not to work, with the place where it was written.
         DataError: The data cannot be had.
     """
-    device = _device(config)
+    excepted = _check_spread(config, world)
+    device = _device(config, world)
+    world.start(device, config.distributed.timeout_s)
     # Without weights first: what is wrong with the configuration is found before any are loaded.
     plan = make_plan(draw_up_without_weights(config))
     blueprint = draw_up(config)
     tasks = blueprint.tasks
     try:
-        train, val = load_data(config.data, tasks, quiet)
+        # Data that has to be made is made once.
+        with world.first_one_first():
+            train, val = load_data(config.data, tasks, quiet)
     except SettingError as error:
         raise mistake_of(config, error) from error
+    if train.num_skipped:
+        # An epoch has fewer steps than were planned.
+        plan = make_plan(draw_up_without_weights(config, len(train)))
+        blueprint = draw_up(config, num_train=len(train))
+        tasks = blueprint.tasks
     constants = {name: task.fit(train.labels[name]) for name, task in tasks.items()}
     for name, constant in constants.items():
         start_from(blueprint.model.heads[name], constant)
     trivial = validate_constant(tasks, constants, val, config.data.batch_size)
     _try_out_optimizers(blueprint, device)
     blueprint.root.to(device)
-    choice = choose(blueprint, train.batch(torch.arange(min(config.data.batch_size, len(train)))).to(device), device)
+    _check_processes(blueprint, world)
+    batch = train.batch(torch.arange(min(config.data.batch_size, len(train)))).to(device)
+    choice = choose(blueprint, batch, device, excepted)
     if choice.why:
         logger.info(choice.why)
-    blueprint = replace(
-        blueprint, config=config.with_changes(memory_format=choice.memory_format, precision=choice.precision)
-    )
+    # What is fastest may be found out otherwise in another process.
+    layout, precision = world.same_from_rank_0([choice.memory_format, choice.precision])
+    lay_out(blueprint, layout)
+    blueprint = replace(blueprint, config=config.with_changes(memory_format=layout, precision=precision))
     return Parts(**vars(blueprint), device=device, train=train, val=val, trivial=trivial, plan=plan)
 
 
@@ -84,7 +99,54 @@ def _try_out_optimizers(blueprint: Blueprint, device: torch.device) -> None:
             raise config.mistake((*config.path_of(written, "optimizer"), "options"), error.message) from error
 
 
-def _device(config: RunConfig) -> torch.device:
+def _check_processes(blueprint: Blueprint, world: World) -> None:
+    """Raises `ConfigError` if the run cannot be shared by so many processes."""
+    config = blueprint.config
+    if world.is_alone:
+        return
+    for phase, written in zip(blueprint.phases, config.written_phases, strict=True):
+        own = written.config.batch_size is not None
+        place = (*written.path, "batch_size") if own else ("data", "batch_size")
+        trains_norms = bool(trained_statistics(blueprint.root, phase.freeze.plan)) and not phase.config.evaluate_only
+        least = world.size * (2 if trains_norms else 1)
+        if phase.batch_size < least:
+            why = ", two each, since BatchNorm cannot train on one" if trains_norms else ""
+            raise config.mistake(
+                place,
+                f"expected batches of {least} images or more for {world.size} processes{why}, got {phase.batch_size}",
+            )
+        if phase.freeze.unreached and config.unreached != "freeze":
+            raise config.mistake(
+                ("unreached",), "several processes wait for the gradients of all that trains; expected freeze"
+            )
+
+
+def _check_spread(config: RunConfig, world: World) -> tuple[str, ...]:
+    """What `auto` must not take where the model is spread over processes (fsdp2); nothing if it is not.
+
+    Raises:
+        ConfigError: The configuration asks for something that FSDP does not go with here.
+    """
+    if world.is_alone or config.distributed.strategy != "fsdp2":
+        return ()
+    for key, got, expected, why in (
+        ("memory_format", config.memory_format, "contiguous", "it spreads contiguous tensors only"),
+        ("precision", config.precision, "fp32 or bf16", "losses are not scaled for spread gradients"),
+        ("compile", config.compile, "false", "compiled code does not gather what is spread"),
+    ):
+        if got in ("channels_last", "fp16", True):
+            raise config.mistake((key,), f"with distributed.strategy=fsdp2 {why}; expected {expected}, got {got}")
+    return ("channels_last", "fp16")
+
+
+def _device(config: RunConfig, world: World) -> torch.device:
+    if not world.is_alone and config.device.startswith("cuda:"):
+        raise config.mistake(("device",), f"each process has a GPU of its own; expected cuda, got {config.device}")
+    if not world.is_alone and config.device != "cpu" and torch.cuda.is_available():
+        try:
+            return world.gpu()
+        except WorldError as error:
+            raise config.mistake(("device",), str(error)) from error
     if config.device == "auto":
         return torch.device("cuda" if torch.cuda.is_available() else "cpu")
     device = torch.device(config.device)

@@ -11,12 +11,16 @@ from typing import Any
 
 import torch
 from torch import Tensor, nn
+from torch.optim import Optimizer
 from torchjd import scalarization
 from torchjd.scalarization import Constant, Scalarizer
 
 from mtl.config import SettingError
 from mtl.config.optim import BalanceConfig
 from mtl.nearest import hint
+
+# What a module of torch keeps of itself.
+_OF_EVERY_MODULE = frozenset(vars(nn.Module()))
 
 
 def method_names() -> dict[str, str]:
@@ -113,9 +117,52 @@ class Balance(nn.Module):
         if step is not None:
             step()
 
+    def memory(self) -> dict[str, Any]:
+        """What the method keeps outside its parameters and buffers, such as the losses of passes before (DWA) or an
+        optimizer of its own (FAMO); TorchJD's `state_dict` has none of it.
+        """
+        # A freeze puts a method of its own in the place of `train`.
+        own = [name for name in vars(self.scalarizer) if name not in _OF_EVERY_MODULE and name != "train"]
+        kept = {name: getattr(self.scalarizer, name) for name in own}
+        return {
+            name: {"optimizer": type(value).__name__, "state": value.state_dict()}
+            if isinstance(value, Optimizer)
+            else value
+            for name, value in kept.items()
+        }
+
+    def load_memory(self, memory: Mapping[str, Any], device: torch.device) -> None:
+        """Goes on with what the same method kept elsewhere.
+
+        Args:
+            memory: From `memory`.
+            device: Where the losses are.
+
+        Raises:
+            ValueError: Another method kept it.
+        """
+        own = self.memory()
+        if own.keys() != memory.keys():
+            raise ValueError(f"a balancing method that keeps {sorted(own)} cannot go on with {sorted(memory)}")
+        for name, value in memory.items():
+            if isinstance(value, Mapping) and "optimizer" in value:
+                # It is made at the method's first step; its settings come with its state.
+                kind: Any = getattr(torch.optim, value["optimizer"])
+                optimizer = kind(list(self.scalarizer.parameters()))
+                optimizer.load_state_dict(dict(value["state"]))
+                setattr(self.scalarizer, name, optimizer)
+            else:
+                setattr(self.scalarizer, name, _on(device, value))
+
     def after_phase(self) -> None:
         """Tells the method that a phase has ended: a pass that it broke off is no part of the next one (DWA)."""
         # TorchJD has no word for it: its `reset` forgets the passes before as well.
         dwa: Any = self.scalarizer
         if getattr(dwa, "_loss_sum", None) is not None:
             dwa._loss_sum, dwa._n_batches = None, 0
+
+
+def _on(device: torch.device, value: Any) -> Any:
+    if isinstance(value, Tensor):
+        return value.to(device)
+    return [_on(device, each) for each in value] if isinstance(value, list | tuple) else value

@@ -49,7 +49,7 @@ class Blueprint:
     phases: list[Phase]
 
 
-def draw_up(config: RunConfig, device: str = "cpu") -> Blueprint:
+def draw_up(config: RunConfig, device: str = "cpu", num_train: int | None = None) -> Blueprint:
     """Makes the model of a run and resolves its phases.
 
     The model's initial weights follow from the run's seed; on the meta device it has none, and costs nothing.
@@ -57,6 +57,7 @@ def draw_up(config: RunConfig, device: str = "cpu") -> Blueprint:
     Args:
         config: The run.
         device: `cpu` or `meta`.
+        num_train: Training images, if they are not as many as the configuration says.
 
     Raises:
         ConfigError: Anything in the configuration that turns out not to work, with the place where it was written.
@@ -77,19 +78,19 @@ def draw_up(config: RunConfig, device: str = "cpu") -> Blueprint:
         raise mistake_of(config, error) from error
     root = nn.ModuleDict({**dict(model.named_children()), "balance": balances})
     fixed = fixed_parameters(root)
-    num_train, _ = num_images(config.data)
+    num_train = num_train or num_images(config.data)[0]
     around = Surroundings(config, root, fixed, Metrics(config, tasks), balance_of, tasks_of, reached, num_train)
     return Blueprint(config, tasks, model, root, fixed, resolve_phases(around, mistakes))
 
 
-def draw_up_without_weights(config: RunConfig) -> Blueprint:
+def draw_up_without_weights(config: RunConfig, num_train: int | None = None) -> Blueprint:
     """As `draw_up`, on the meta device, or on the CPU for a trunk that cannot be built there.
 
     Raises:
         ConfigError: As `draw_up`.
     """
     without = _without_weights(config)
-    return _on_meta_or_cpu(lambda device: draw_up(without, device))
+    return _on_meta_or_cpu(lambda device: draw_up(without, device, num_train))
 
 
 def build_trunk_without_weights(config: RunConfig) -> nn.Module:

@@ -8,8 +8,12 @@ import math
 import sys
 from collections.abc import Mapping, Sequence
 from pathlib import Path
+from typing import TYPE_CHECKING
 
 from mtl import __version__
+
+if TYPE_CHECKING:
+    from mtl.config import RunConfig
 
 DONE, FAILED, WRONG_INPUT, VIOLATION = 0, 1, 2, 3
 
@@ -94,37 +98,63 @@ def _train(file: Path, overrides: Sequence[str], quiet: bool) -> int:
 
     from mtl.assembly import assemble
     from mtl.audit import AuditError
+    from mtl.checkpoint import SaveError
     from mtl.console import logger, show_log
     from mtl.data import DataError
+    from mtl.distributed import World, WorldError, is_lost
+    from mtl.interrupt import Stopped
+    from mtl.outofmemory import in_words, is_out_of_memory
     from mtl.plan.text import short_plan
     from mtl.report import write_report
+    from mtl.resume import find_origin, settled
+    from mtl.run import audit_file, train
     from mtl.summary import closing_line, results_table, verdict
-    from mtl.trainer import train
 
-    show_log(quiet)
+    parts = None
     try:
-        parts = assemble(config, quiet)
+        world = World.from_environment()
+        show_log(quiet or not world.leads, only_errors=not world.leads)
+        origin = find_origin(config)
+        config = config if origin is None else settled(config, origin)
+        parts = assemble(config, quiet, world)
         logger.info(short_plan(parts.plan))
-        outcome = train(parts, quiet)
-    except (ConfigError, DataError) as error:
+        outcome = train(parts, quiet, world)
+    except (ConfigError, DataError, WorldError) as error:
         return _complain(error)
     except AuditError as error:
-        sys.stderr.write(f"audit: {error}\nSee {config.run_dir / 'audit.json'}\n")
+        sys.stderr.write(f"audit: {error}\nSee {audit_file(config.run_dir, world)}\n")
         return VIOLATION
-    except FloatingPointError as error:
+    except (FloatingPointError, SaveError) as error:
         sys.stderr.write(f"error: {error}\n")
-        return FAILED
-    except KeyboardInterrupt:
-        last = config.run_dir / "checkpoints" / "last"
-        how = f"to go on from the last epoch: name=ANOTHER resume={last}" if last.exists() else "no epoch was finished"
-        sys.stderr.write(f"\nstopped; {how}\n")
-        return FAILED
+        return _fail(config)
+    except (Stopped, KeyboardInterrupt) as reason:
+        sys.stderr.write(f"\n{str(reason) or 'stopped'}\n")
+        return _fail(config)
+    except (RuntimeError, MemoryError) as error:
+        if is_lost(error):
+            sys.stderr.write(f"error: another process of this run has ended; what it said says why ({error})\n")
+            return _fail(config)
+        if parts is None or not is_out_of_memory(error):
+            raise
+        sys.stderr.write(f"error: {in_words(error, parts.plan)}\n")
+        return _fail(config)
+    world.close()
+    if not world.leads:
+        return DONE if outcome.report.ok else VIOLATION
     logger.info("\n".join([results_table(outcome), verdict(outcome), closing_line(outcome)]))
     # Last, since all else is on disk by now: a drawing that fails costs nothing.
     kept = "last" if math.isnan(outcome.best_score) else "{best,last}"
     files = [write_report(parts, outcome.run_dir).name, f"checkpoints/{kept}", "metrics.jsonl", "audit.json"]
     logger.info(f"{outcome.run_dir}: {', '.join([*files, 'plan.json', 'config.yaml'])}")
     return DONE if outcome.report.ok else VIOLATION
+
+
+def _fail(config: RunConfig) -> int:
+    """Says how a run that ended early goes on."""
+    is_saved = (config.run_dir / "checkpoints" / "last").exists()
+    how = "to go on: the same command with resume=auto" if is_saved else "nothing was saved yet"
+    sys.stderr.write(f"{how}\n")
+    return FAILED
 
 
 def _plan(options: argparse.Namespace, overrides: Sequence[str]) -> int:

@@ -24,10 +24,10 @@ def first_line(error: Exception) -> str:
     return (str(error) or type(error).__name__).splitlines()[0]
 
 
-def show_log(quiet: bool) -> None:
-    """Shows the logger's lines on standard output; if quiet, only warnings."""
+def show_log(quiet: bool, only_errors: bool = False) -> None:
+    """Shows the logger's lines on standard output; if quiet, only warnings; or only errors."""
     logger.handlers = [_BesideTheBar()]
-    logger.setLevel(logging.WARNING if quiet else logging.INFO)
+    logger.setLevel(logging.ERROR if only_errors else logging.WARNING if quiet else logging.INFO)
     logger.propagate = False
 
 

@@ -9,6 +9,8 @@ import torch
 from torch import Tensor, nn
 from torch.optim.swa_utils import get_ema_multi_avg_fn
 
+from mtl.storage import in_kinds
+
 
 class Ema:
     """Follows the parameters of one phase.
@@ -39,8 +41,9 @@ class Ema:
 
     def update(self) -> None:
         """Takes note of one optimizer step."""
-        if self._parameters:
-            self._average([self._averages[name] for name in self._parameters], list(self._parameters.values()), 0)
+        averages, parameters = [self._averages[name] for name in self._parameters], list(self._parameters.values())
+        for places in in_kinds(parameters):
+            self._average([averages[place] for place in places], [parameters[place] for place in places], 0)
 
     @contextmanager
     def swapped_in(self) -> Iterator[None]:

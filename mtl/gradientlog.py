@@ -11,6 +11,7 @@ from mtl.gradient_picture import draw_gradients, png_of
 from mtl.gradients import GradientAnalysis, analyse, trunk_groups
 from mtl.names import count, shorten
 from mtl.steplog import StepLog
+from mtl.storage import is_spread
 from mtl.tracking import Tracker
 
 
@@ -26,6 +27,10 @@ class GradientLog:
         self._tracker = tracker
         self._trunk = trunk
         self._every_steps = every_steps
+        if every_steps and any(is_spread(parameter) for parameter in trunk.parameters()):
+            # One process alone would wait for the others in each backward of its own.
+            logger.info("gradients are not analysed: the trunk is spread over the processes (fsdp2)")
+            self._every_steps = 0
         self._phase = ""
         self._tasks: tuple[str, ...] = ()
         self._groups: dict[str, list[nn.Parameter]] = {}

@@ -1,107 +1,51 @@
-"""A run's weights over time: kept after every validation, gone back to, taken up from another run."""
+"""A run's state over time: kept after every validation and inside epochs, gone back to, taken up again."""
 
 from __future__ import annotations
 
-from collections.abc import Mapping, Sequence
+from collections.abc import Collection, Mapping, Sequence
 from contextlib import AbstractContextManager, nullcontext
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
 import torch
-from torch import Tensor
+from torch import Tensor, nn
 from torch.optim import Optimizer
 
 from mtl.assembly import Parts
+from mtl.balance import Balance
 from mtl.best import Direction
 from mtl.best_weights import BestWeights
-from mtl.checkpoint import CheckpointError, Checkpoints, MomentsState, load_checkpoint
+from mtl.checkpoint import CheckpointError, Checkpoints, load_checkpoint
 from mtl.console import logger
+from mtl.distributed import ALONE, World
 from mtl.ema import Ema
+from mtl.fsdp import Gathered, gather
 from mtl.lr_schedule import LrSchedule, LrScheduleState
 from mtl.optim import Moments, build_optimizer, held_by
 from mtl.phases import Phase
-from mtl.scheduler import SchedulerState, TaskScheduler
-
-# Under this name, weights as they train lie beside moments in a checkpoint whose model is an average.
-_LIVE = "live"
+from mtl.replicas import Replica, wrap
+from mtl.resume import Resumption
+from mtl.storage import gathered, is_spread, spread_like
 
 
 @dataclass
 class Stepping:
-    """What steps the parameters of one phase: its optimizer, and the course of the learning rate."""
+    """What steps the parameters of one phase.
+
+    Attributes:
+        optimizer: Its optimizer.
+        lr_schedule: The course of the learning rate.
+        replica: What shares the gradients of exactly these parameters with other processes.
+    """
 
     optimizer: Optimizer
     lr_schedule: LrSchedule
-
-
-@dataclass(frozen=True)
-class Resumption:
-    """Where another run stood when it wrote a checkpoint, whose weights the model has by now.
-
-    Attributes:
-        folder: The checkpoint.
-        step: Steps done.
-        epoch: Epochs done.
-        scheduler: The task scheduler's state.
-        lr_schedule: The state of the rate's course, if the checkpoint was written inside a phase.
-        moments: What the optimizers remembered.
-        best: The best epochs until then.
-    """
-
-    folder: Path
-    step: int
-    epoch: int
-    scheduler: SchedulerState
-    lr_schedule: LrScheduleState | None
-    moments: MomentsState
-    best: Mapping[str, Any]
-
-
-def resume_from(folder: Path, parts: Parts) -> Resumption:
-    """Loads the weights of another run's checkpoint, and finds out where that run stood.
-
-    Raises:
-        CheckpointError: It is no checkpoint, or one of a run with another model or other phases, or one that is over.
-    """
-    state, moments = load_checkpoint(folder, parts.root)
-    try:
-        return _resumption(folder, state, moments, parts)
-    except (KeyError, TypeError, AttributeError) as error:
-        raise CheckpointError(f"{folder} is damaged, or of another version: {error!r}") from error
-
-
-def _resumption(folder: Path, state: Mapping[str, Any], moments: MomentsState, parts: Parts) -> Resumption:
-    names = [phase.name for phase in parts.phases]
-    if state["phases"] != names:
-        raise CheckpointError(
-            f"{folder} is of a run with the phases {', '.join(state['phases'])}; this one has {', '.join(names)}"
-        )
-    scheduler = TaskScheduler([phase.length for phase in parts.phases])
-    best = BestWeights(phase.restore for phase in parts.phases)
-    try:
-        scheduler.load_state_dict(state["scheduler"])
-        best.load_state_dict(state["best"])
-    except ValueError as error:
-        done = state["scheduler"]
-        phase = names[min(done["index"], len(names) - 1)]
-        raise CheckpointError(
-            f"{folder} stands in phase {phase!r} after {done['epochs']} epochs and {done['steps']} steps;"
-            " this configuration has no such place"
-        ) from error
-    if scheduler.index is None:
-        raise CheckpointError(f"{folder} is the end of its run: no phase is left; one inside a phase can be taken up")
-    inside = state["scheduler"]["steps"] > 0
-    active = parts.phases[scheduler.index]
-    if inside and state["frozen"] != list(active.freeze.plan.names.frozen):
-        raise CheckpointError(f"{folder} stands inside a phase {active.name!r} that froze other parameters than here")
-    course = state["lr_schedule"]
-    lr_schedule = LrScheduleState(step=course["step"], scale=course["scale"], best=course["best"]) if inside else None
-    return Resumption(folder, state["step"], state["epoch"], state["scheduler"], lr_schedule, moments, state["best"])
+    replica: Replica
 
 
 class Keeper:
-    """Keeps a run's weights, the optimizers' moments, and the knowledge of which weights were best.
+    """Keeps a run's weights, what steps them, and the knowledge of which weights were best.
 
     Attributes:
         best: The best epochs so far.
@@ -109,13 +53,15 @@ class Keeper:
         ema: The moving average of what trains, if there is one.
     """
 
-    def __init__(self, parts: Parts, folder: Path) -> None:
+    def __init__(self, parts: Parts, folder: Path, world: World = ALONE) -> None:
         self.best = BestWeights(phase.restore for phase in parts.phases)
         self.moments = Moments()
         decay = parts.config.optim.ema_decay
         self.ema = None if decay is None else Ema(decay)
         self._parts = parts
+        self._world = world
         self._checkpoints = Checkpoints(folder)
+        self._is_spread = any(is_spread(parameter) for parameter in parts.root.parameters())
         self._name_of: dict[Tensor, str] = {parameter: name for name, parameter in parts.root.named_parameters()}
 
     def build_stepping(self, index: int, lr_schedule_state: LrScheduleState | None = None) -> Stepping:
@@ -132,7 +78,7 @@ class Keeper:
             self.moments.forget(phase.freeze.plan.names.trainable)
         optimizer = build_optimizer(phase.optim.optimizer, phase.groups)
         given = self.moments.give(optimizer, self._name_of)
-        if lr_schedule_state is not None and not given:
+        if lr_schedule_state is not None and lr_schedule_state["step"] > 0 and not given:
             logger.warning("resume: the checkpoint has no moments for this optimizer; it begins without")
         if self.ema is not None:
             self.ema.follow({self._name_of[parameter]: parameter for parameter in held_by(optimizer)})
@@ -141,45 +87,78 @@ class Keeper:
         )
         if lr_schedule_state is not None:
             lr_schedule.load_state_dict(lr_schedule_state)
-        return Stepping(optimizer, lr_schedule)
+        names = [self._name_of[parameter] for parameter in held_by(optimizer)]
+        return Stepping(optimizer, lr_schedule, wrap(self._parts.root, names, self._world))
 
-    def save(
-        self,
-        row: Mapping[str, Any],
-        metrics: Mapping[str, float],
-        scheduler: SchedulerState,
-        frozen: Sequence[str],
-        stepping: Stepping | None,
-    ) -> None:
-        """Writes a checkpoint; nothing if there is one of this step.
+    def put_away(self, stepping: Stepping) -> None:
+        """Ends what has stepped a phase, and keeps what its optimizer remembers."""
+        stepping.replica.close()
+        self.moments.take(stepping.optimizer, self._name_of)
 
-        Args:
-            row: What was logged of the validation that judged these weights.
-            metrics: Its metrics.
-            scheduler: The task scheduler's state.
-            frozen: The active phase's frozen parameters.
-            stepping: What steps the active phase's parameters.
-        """
-        step = row["step"]
-        if self._checkpoints.has(step):
-            return
+    def judge(self, metrics: Mapping[str, float], step: int) -> list[str]:
+        """Takes note of a validation after a step; returns the links of which the weights are the new best."""
         links, not_finite = self.best.see(metrics, step)
         for metric in not_finite:
             logger.warning(f"{metric} is {metrics[metric]} after step {step}: it does not count as best")
+        return links
+
+    def has(self, step: int) -> bool:
+        """Whether there is a checkpoint of a step."""
+        return self._checkpoints.has(step)
+
+    def save(
+        self,
+        state: Mapping[str, Any],
+        memory: Mapping[str, Any],
+        stepping: Stepping | None,
+        frozen: Collection[str],
+        links: Sequence[str] = (),
+        for_good: bool = False,
+    ) -> Path:
+        """Writes a checkpoint.
+
+        Args:
+            state: Where the run stands, as plain data; `step` names the folder.
+            memory: The same with tensors in it.
+            stepping: What steps the active phase's parameters.
+            frozen: The active phase's frozen parameters and buffers.
+            links: What it is the new best by.
+            for_good: Whether it is kept until the end.
+
+        Returns:
+            Its folder.
+
+        Raises:
+            SaveError: The disk does not take it; those before are as they were.
+        """
+        # Where the model is spread, all processes bring together what the first one writes.
+        if not self._world.leads and not self._is_spread:
+            self._world.barrier()
+            return self._checkpoints.folder / "last"
         if stepping is not None:
             self.moments.take(stepping.optimizer, self._name_of)
         state = {
-            **row,
+            **state,
             "phases": [phase.name for phase in self._parts.phases],
-            "scheduler": scheduler,
             "frozen": list(frozen),
             "lr_schedule": None if stepping is None else stepping.lr_schedule.state_dict(),
             "best": self.best.state_dict(),
         }
         with self.averaged():
-            # Beside the averages, which are the model of the checkpoint, the weights as they train.
-            live = {} if self.ema is None else {_LIVE: {n: {"value": t} for n, t in self.ema.averages().items()}}
-            self._checkpoints.save(self._parts.root, self.moments.state_dict() | live, state, ["last", *links])
+            memory = {
+                **memory,
+                "moments": self.moments.state_dict(),
+                # Beside the averages, which are the model of the checkpoint, the weights as they train.
+                "live": {} if self.ema is None else self.ema.averages(),
+                "balance": [balance.memory() for balance in self._balances()],
+            }
+            module: nn.Module | Gathered = self._parts.root
+            if self._is_spread:
+                module, memory = gather(self._parts.root, self._world), gathered(memory, self._world.leads)
+            if self._world.leads:
+                self._checkpoints.save(module, frozen, memory, state, ["last", *links], keep=for_good)
+        self._world.barrier()
+        return self._checkpoints.folder / "last"
 
     def averaged(self) -> AbstractContextManager[None]:
         """Puts the moving averages, if there are any, in the place of what trains."""
@@ -191,31 +170,52 @@ class Keeper:
         if folder is None:
             logger.warning(f"{phase.name}: there are no best weights by {metric} yet; it goes on from the last ones")
             return
-        state, moments = load_checkpoint(folder, self._parts.root)
-        self._load(moments)
+        state, memory = load_checkpoint(folder, self._parts.root)
+        self._load(memory)
         step, value = state["step"], state["best"][self.best.link(metric, direction)]["best"]["value"]
         logger.info(f"{phase.name}: back to the weights of step {step}, the best by {metric}: {value:.4g}")
 
-    def _load(self, moments: MomentsState) -> None:
+    def _load(self, memory: Mapping[str, Any]) -> None:
         """Takes over moments, and the weights as they trained, if those in the model by now are averages."""
-        live = {name: state["value"] for name, state in moments.get(_LIVE, {}).items()}
-        self.moments.load_state_dict({kind: kept for kind, kept in moments.items() if kind != _LIVE})
+        self.moments.load_state_dict(memory["moments"])
+        live = memory["live"]
         parameters = {name: self._parts.root.get_parameter(name) for name in live}
         if self.ema is not None:
             self.ema.load(parameters, {name: parameter.detach() for name, parameter in parameters.items()})
         with torch.no_grad():
             for name, parameter in parameters.items():
-                parameter.copy_(live[name])
+                parameter.copy_(spread_like(parameter, live[name]))
+
+    def _balances(self) -> list[Balance]:
+        return list(self._parts.root.get_submodule("balance").children())  # type: ignore[arg-type]
 
     def take_up(self, resumption: Resumption) -> None:
-        """Goes on with another run's moments, last and best weights, of which it takes copies."""
-        self._load(resumption.moments)
-        self._checkpoints.adopt(resumption.folder, resumption.step, "last")
-        for link, step in self.best.load_state_dict(resumption.best).items():
-            here = resumption.folder.resolve()
+        """Goes on where a checkpoint stands whose weights are in the model: its moments, its last and best weights.
+
+        Raises:
+            CheckpointError: It has another balancing method's memory.
+        """
+        self._load(resumption.memory)
+        try:
+            for balance, memory in zip(self._balances(), resumption.memory["balance"], strict=True):
+                balance.load_memory(memory, self._parts.device)
+        except ValueError as error:
+            raise CheckpointError(f"{resumption.folder} was balanced otherwise: {error}") from error
+        steps = self.best.load_state_dict(resumption.state["best"])
+        if not self._world.leads:
+            self._world.barrier()
+            return
+        if resumption.in_place:
+            self._checkpoints.drop_newer(resumption.step)
+            steps = {link: step for link, step in steps.items() if self._checkpoints.find(link) is None}
+        else:
+            self._checkpoints.adopt(resumption.folder, resumption.step, "last")
+        here = resumption.folder.resolve()
+        for link, step in steps.items():
             source = here if step == resumption.step else here.parent / f"step-{step:08d}"
             if source.is_dir():
                 self._checkpoints.adopt(source, step, link)
             else:
                 self.best.forget(link)
                 logger.warning(f"resume: the weights of step {step}, until then the {link}, are no longer there")
+        self._world.barrier()

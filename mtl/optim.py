@@ -16,6 +16,7 @@ from mtl.config.optim import OptimizerConfig
 from mtl.nearest import hint
 from mtl.patterns import NO_TREE, ModuleTree, PatternError, select
 from mtl.plugin import PluginError, find_class
+from mtl.storage import is_spread, spread_like
 
 # They do not step parameters of all shapes from one backward: LBFGS wants a closure, SparseAdam sparse gradients, Muon
 # matrices only.
@@ -282,7 +283,9 @@ def _kind(optimizer: Optimizer) -> str:
 
 
 def _in_layout_of(parameter: Tensor, value: Any) -> Any:
-    """A state tensor with the parameter's strides, for which an optimizer's fused loops ask."""
+    """A state tensor with the parameter's strides, for which an optimizer's fused loops ask; spread as it is."""
+    if isinstance(value, Tensor) and is_spread(parameter):
+        return spread_like(parameter, value)
     if not isinstance(value, Tensor) or value.shape != parameter.shape or value.stride() == parameter.stride():
         return value
     return torch.empty_like(parameter, dtype=value.dtype, device=value.device).copy_(value)

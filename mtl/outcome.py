@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import math
+import time
 from dataclasses import dataclass, field
 from pathlib import Path
 
@@ -21,7 +22,8 @@ class Outcome:
         report: The audit.
         best_score: The best `val/score`; NaN if it never was a number.
         best_step: The step after which it was reached.
-        train_s: Seconds of training and validation, without set-up.
+        train_s: Seconds of training and validation, without set-up, up to when it last went on.
+        started: When that was, by `time.perf_counter`.
     """
 
     run_dir: Path
@@ -31,3 +33,8 @@ class Outcome:
     best_score: float = math.nan
     best_step: int = 0
     train_s: float = 0.0
+    started: float = field(default_factory=time.perf_counter)
+
+    def seconds_so_far(self) -> float:
+        """Seconds of training and validation until now."""
+        return self.train_s + time.perf_counter() - self.started

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import base64
 import json
+from dataclasses import replace
 from html import escape
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
@@ -13,12 +14,15 @@ from einops import rearrange
 from torch import Tensor
 
 from mtl.assembly import Parts
-from mtl.checkpoint import load_checkpoint, write_text
+from mtl.blueprint import draw_up
+from mtl.checkpoint import load_checkpoint
 from mtl.data import Batch, validation_batches
+from mtl.disk import write_text
 from mtl.gradient_picture import draw_gradients, png_of
 from mtl.gradients import GradientAnalysis
 from mtl.model.trunk import in_eval_mode
 from mtl.names import count
+from mtl.storage import is_spread
 from mtl.tasks import Depth, Normals, Segmentation, Task
 
 if TYPE_CHECKING:
@@ -50,6 +54,12 @@ def write_report(parts: Parts, run_dir: Path, picture: Path | None = None) -> Pa
     audit = json.loads((run_dir / "audit.json").read_text(encoding="utf-8"))
     # A run whose score never was a number has no best weights.
     which = "best" if (run_dir / "checkpoints" / "best").exists() else "last"
+    if any(is_spread(parameter) for parameter in parts.root.parameters()):
+        # The other processes have gone: a model that this one can run alone.
+        trunk = parts.config.trunk.model_copy(update={"weights": "none"})
+        own = draw_up(parts.config.with_changes(trunk=trunk))
+        own.root.to(parts.device)
+        parts = replace(parts, model=own.model, root=own.root)
     state, _ = load_checkpoint(run_dir / "checkpoints" / which, parts.root)
     rounded = "none" if state["val/score"] is None else f"{state['val/score']:.3f}"
     figure = draw_run(parts, [row for row in rows if "val/score" in row])

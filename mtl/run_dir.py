@@ -1,11 +1,26 @@
-"""The run directory: free to be made, and made for one run alone."""
+"""The run directory: made for one run alone, or gone on with, and used by one process at a time."""
 
 from __future__ import annotations
 
+import fcntl
 import os
+import shutil
+from collections.abc import Iterator
+from contextlib import contextmanager
 from pathlib import Path
 
 from mtl.config import RunConfig
+
+# What a run has written that never got as far as a checkpoint.
+_OF_A_START = ("metrics.jsonl", "audit*.json", "plan.json", "report.html")
+
+
+def goes_on_in_place(config: RunConfig) -> bool:
+    """Whether a run goes on in its own directory, in which there is something already."""
+    if config.resume is None or not (config.run_dir / "config.yaml").is_file():
+        return False
+    own = [config.run_dir, config.run_dir / "checkpoints", config.run_dir / "checkpoints" / "last"]
+    return config.resume == "auto" or Path(config.resume).resolve() in [path.resolve() for path in own]
 
 
 def check_run_dir(config: RunConfig) -> None:
@@ -13,12 +28,16 @@ def check_run_dir(config: RunConfig) -> None:
     run_dir = config.run_dir
     if run_dir.exists() and not run_dir.is_dir():
         raise config.mistake(("name",), f"{run_dir} is a file; expected a directory, or nothing yet")
-    if run_dir.is_dir() and any(run_dir.iterdir()):
+    if run_dir.is_dir() and any(run_dir.iterdir()) and not goes_on_in_place(config):
         number = 2
         while config.run_dir.with_name(f"{config.name}-{number}").exists():
             number += 1
+        is_run = (run_dir / "config.yaml").is_file() and config.resume is None
         raise config.mistake(
-            ("name",), f"{run_dir} already holds a run; give this one another name, such as name={config.name}-{number}"
+            ("name",),
+            f"{run_dir} already holds {'a run' if (run_dir / 'config.yaml').is_file() else 'files'};"
+            f" give this one another name, such as name={config.name}-{number}"
+            + (", or go on with that one: resume=auto" if is_run else ""),
         )
     parent = next(folder for folder in [run_dir, *run_dir.absolute().parents] if folder.exists())
     if not parent.is_dir() or not os.access(parent, os.W_OK | os.X_OK):
@@ -27,17 +46,37 @@ def check_run_dir(config: RunConfig) -> None:
         )
 
 
-def make_run_dir(config: RunConfig) -> Path:
-    """Makes the run directory and claims it: of two runs that start at once, one gets it.
+@contextmanager
+def claimed_run_dir(config: RunConfig, go_on: bool) -> Iterator[Path]:
+    """The run directory, made if need be, and this process's alone while the block runs.
+
+    Args:
+        config: The run.
+        go_on: Whether it goes on from a checkpoint in it. If not, but something is there, it is what a run left that
+            never got as far as a checkpoint, and is cleared away.
 
     Raises:
-        ConfigError: It cannot be made, or another run has it.
+        ConfigError: It cannot be made, or another process has it.
     """
+    is_new = not goes_on_in_place(config)
     try:
         config.run_dir.mkdir(parents=True, exist_ok=True)
-        (config.run_dir / "config.yaml").touch(exist_ok=False)
-    except FileExistsError as error:
-        raise config.mistake(("name",), f"{config.run_dir} was taken by another run just now") from error
+        lock = os.open(config.run_dir, os.O_RDONLY)
     except OSError as error:
         raise config.mistake(("runs_dir",), f"{config.run_dir} cannot be made: {error.strerror}") from error
-    return config.run_dir
+    try:
+        try:
+            fcntl.flock(lock, fcntl.LOCK_EX | fcntl.LOCK_NB)
+            if is_new:
+                (config.run_dir / "config.yaml").touch(exist_ok=False)
+        except (FileExistsError, BlockingIOError) as error:
+            raise config.mistake(("name",), f"another process trains in {config.run_dir} just now") from error
+        except OSError as error:
+            raise config.mistake(("runs_dir",), f"{config.run_dir} cannot be made: {error.strerror}") from error
+        if not is_new and not go_on:
+            for file in (file for name in _OF_A_START for file in config.run_dir.glob(name)):
+                file.unlink(missing_ok=True)
+            shutil.rmtree(config.run_dir / "checkpoints", ignore_errors=True)
+        yield config.run_dir
+    finally:
+        os.close(lock)

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from typing import Any
 
 import torch
@@ -17,6 +17,53 @@ def local(tensor: Tensor) -> Tensor:
     spread: Any = tensor
     here: Tensor = spread.to_local() if hasattr(tensor, "to_local") else tensor
     return here
+
+
+def is_spread(tensor: Tensor) -> bool:
+    """Whether a tensor is spread over processes (FSDP)."""
+    return hasattr(tensor, "full_tensor")
+
+
+def whole(tensor: Tensor) -> Tensor:
+    """All of a tensor; where it is spread, every process has to ask for it in the same order."""
+    spread: Any = tensor
+    full: Tensor = spread.full_tensor() if is_spread(tensor) else tensor
+    return full
+
+
+def spread_like(model: Tensor, tensor: Tensor) -> Tensor:
+    """A whole tensor, which every process has, spread as one of the same shape is; nothing is sent."""
+    if not is_spread(model) or is_spread(tensor) or tensor.shape != model.shape:
+        return tensor
+    from torch.distributed.tensor import distribute_tensor
+
+    spread: Any = model
+    given = tensor.to(local(model).device)
+    return distribute_tensor(given, spread.device_mesh, spread.placements, src_data_rank=None)
+
+
+def in_kinds(tensors: Sequence[Tensor]) -> list[list[int]]:
+    """The places of what is spread and of what is not: torch takes no list of both."""
+    spread = [place for place, tensor in enumerate(tensors) if is_spread(tensor)]
+    plain = [place for place, tensor in enumerate(tensors) if not is_spread(tensor)]
+    return [places for places in (spread, plain) if places]
+
+
+def gathered(content: Any, keep: bool) -> Any:
+    """Nested state with every tensor whole and on the CPU; every process has to call it.
+
+    Args:
+        content: Dicts, lists, tuples, tensors, and plain data.
+        keep: Whether this process wants it; it gets None for each spread tensor if not.
+    """
+    if isinstance(content, Mapping):
+        return {key: gathered(each, keep) for key, each in content.items()}
+    if isinstance(content, list | tuple):
+        return [gathered(each, keep) for each in content]
+    if not isinstance(content, Tensor) or not is_spread(content):
+        return content
+    full = whole(content.detach())
+    return full.cpu() if keep else None
 
 
 def overlapping(first: Sequence[Tensor], second: Sequence[Tensor]) -> list[tuple[int, int]]:

@@ -11,9 +11,9 @@ from typing import Any
 
 from PIL import Image
 
-from mtl.checkpoint import without_nan
 from mtl.config import TrackingConfig
 from mtl.console import first_line, logger
+from mtl.disk import without_nan
 
 Rows = Iterable[Sequence[float | str | None]]
 
@@ -25,19 +25,57 @@ class Tracker:
         message: How wandb was resolved, in one line.
     """
 
-    def __init__(self, config: TrackingConfig, run_dir: Path, name: str, run_config: Mapping[str, Any]) -> None:
+    def __init__(
+        self,
+        config: TrackingConfig,
+        run_dir: Path,
+        name: str,
+        run_config: Mapping[str, Any],
+        wandb_id: str | None = None,
+        is_silent: bool = False,
+    ) -> None:
         """Args:
         config: How to track.
         run_dir: Where `metrics.jsonl` and `wandb/` go; it exists.
         name: The run's name.
         run_config: The resolved configuration, shown in wandb.
+        wandb_id: The run in wandb to go on with, if there is one.
+        is_silent: Whether nothing is logged, since another process of the run does it.
         """
         self._metrics = run_dir / "metrics.jsonl"
         self._run: Any = None
-        self.message = self._start_wandb(config, run_dir, name, run_config)
+        self._wandb_id = wandb_id
+        self._is_silent = is_silent
+        self.message = "wandb: in the first process"
+        if not is_silent:
+            self.message = self._start_wandb(config, run_dir, name, run_config)
+
+    @property
+    def wandb_id(self) -> str | None:
+        """The run's name inside wandb, under which it can go on there; None if it is not tracked there."""
+        return self._wandb_id if self._run is None else str(self._run.id)
+
+    def settle(self) -> int:
+        """Forces `metrics.jsonl` to disk.
+
+        Returns:
+            Its size in bytes.
+        """
+        if not self._metrics.exists():
+            return 0
+        with self._metrics.open("rb") as stream:
+            os.fsync(stream.fileno())
+            return os.fstat(stream.fileno()).st_size
+
+    def cut_back(self, num_bytes: int) -> None:
+        """Takes what was logged after a checkpoint out of `metrics.jsonl`: it is going to be logged again."""
+        if self._metrics.exists() and not self._is_silent:
+            os.truncate(self._metrics, num_bytes)
 
     def log(self, row: Mapping[str, float | int | str]) -> None:
         """Logs one row; `step`, the number of steps done, must be in it and never go back."""
+        if self._is_silent:
+            return
         with self._metrics.open("a", encoding="utf-8") as stream:
             stream.write(json.dumps(without_nan(row), allow_nan=False) + "\n")
         if self._run is not None:
@@ -95,13 +133,20 @@ class Tracker:
             return f"wandb: offline (no key, or asked for); upload later with: wandb sync {self._folder()}"
         return f"wandb: {mode}, {self._run.url or 'no address'}"
 
-    @staticmethod
     def _init(
-        wandb: Any, config: TrackingConfig, run_dir: Path, name: str, run_config: Mapping[str, Any], mode: str
+        self, wandb: Any, config: TrackingConfig, run_dir: Path, name: str, run_config: Mapping[str, Any], mode: str
     ) -> Any:
         settings = wandb.Settings(init_timeout=30, x_disable_stats=True, console="off", silent=True)
         return wandb.init(
-            project=config.project, name=name, dir=str(run_dir), config=dict(run_config), mode=mode, settings=settings
+            project=config.project,
+            name=name,
+            dir=str(run_dir),
+            config=dict(run_config),
+            mode=mode,
+            settings=settings,
+            # Offline, both parts have the same id, and are one run once they are uploaded.
+            id=self._wandb_id,
+            resume="allow" if self._wandb_id else None,
         )
 
     def _folder(self) -> str:

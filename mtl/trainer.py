@@ -4,125 +4,119 @@ from __future__ import annotations
 
 import math
 import time
-from collections.abc import Iterator, Sequence
+from collections.abc import Iterator, Mapping
+from contextlib import closing, nullcontext
 from itertools import islice
 from pathlib import Path
 from typing import Any
 
 import torch
-from torch import Tensor, nn
 from torch.amp import GradScaler
 
-from mtl.announce import announce_classic, tell_epoch, tell_idle_tasks, tell_unreached
+from mtl.announce import tell_epoch, tell_idle_tasks, tell_unreached
 from mtl.assembly import Parts
 from mtl.audit import GradientAudit, HoldsParameters, PhaseRecord
-from mtl.checkpoint import CheckpointError, write_json, write_text
-from mtl.config.source import dump_yaml
+from mtl.consensus import Consensus, put_back
 from mtl.console import logger, progress_bar
-from mtl.data import Batch, num_batches, training_batches
+from mtl.data import Batch, Loading, num_batches, training_batches
+from mtl.disk import write_json
+from mtl.distributed import ALONE, World
 from mtl.features import FeatureSource
-from mtl.freeze import enforce, is_frozen, is_still
+from mtl.freeze import enforce, is_frozen
 from mtl.gradientlog import GradientLog
-from mtl.keeper import Keeper, Resumption, Stepping, resume_from
-from mtl.lr_schedule import LrScheduleState
+from mtl.interrupt import Interrupt, Stopped
+from mtl.keeper import Keeper, Stepping
+from mtl.notfinite import NotFiniteError, StepGuard, gradient_norm, is_finite
+from mtl.objective import Objective
 from mtl.optim import held_by
 from mtl.outcome import Outcome
 from mtl.patterns import text_of
 from mtl.phases import Phase
-from mtl.phases.length import SCORE
-from mtl.run_dir import make_run_dir
+from mtl.randomness import seed_process
+from mtl.resume import Resumption
+from mtl.saver import Place, Saver, Within
 from mtl.scheduler import PhaseChange, TaskScheduler
 from mtl.steplog import StepLog
 from mtl.tracking import Tracker
 from mtl.trial import autocast_for
-from mtl.validation import Scores, score, validate
+from mtl.validator import Validator
 
 # Between steps, the audit looks so often at a trunk that is not run: a step takes less than a look at all of it.
 _EVERY_RESTING = 20
 
 
-def train(parts: Parts, quiet: bool = False) -> Outcome:
-    """Trains through all phases and writes the run directory.
-
-    Raises:
-        ConfigError: The run directory cannot be made, or there is nothing to resume from.
-        AuditError: The freeze was broken, and the audit's policy is to raise; `audit.json` says how.
-        FloatingPointError: A loss is not finite.
-    """
-    resumption = None
-    if parts.config.resume is not None:
-        try:
-            resumption = resume_from(Path(parts.config.resume), parts)
-        except CheckpointError as error:
-            raise parts.config.mistake(("resume",), str(error)) from error
-    run_dir = make_run_dir(parts.config)
-    resolved = parts.config.model_dump(mode="json", exclude_none=True)
-    write_text(run_dir / "config.yaml", dump_yaml(resolved))
-    write_json(run_dir / "plan.json", parts.plan.to_json())
-    tracker = Tracker(parts.config.tracking, run_dir, parts.config.name, resolved)
-    logger.info(tracker.message)
-    announce_classic(parts)
-    trainer = Trainer(parts, run_dir, tracker, quiet)
-    try:
-        if resumption is not None:
-            trainer.take_up(resumption)
-        return trainer.run()
-    finally:
-        report = trainer.audit.report
-        write_json(run_dir / "audit.json", report.to_json())
-        tracker.finish(
-            {"audit/ok": report.ok, "val/best_score": trainer.outcome.best_score}, failed=not trainer.finished
-        )
-
-
 class Trainer:
     """One run. `run` is the way in; everything else is called from there."""
 
-    def __init__(self, parts: Parts, run_dir: Path, tracker: Tracker, quiet: bool) -> None:
+    def __init__(
+        self,
+        parts: Parts,
+        run_dir: Path,
+        tracker: Tracker,
+        quiet: bool,
+        asked: Interrupt | None = None,
+        world: World = ALONE,
+    ) -> None:
         self.parts = parts
         self.config = parts.config
         self.tracker = tracker
-        self.quiet = quiet
+        self.quiet = quiet or not world.leads
+        self.world = world
         self.scheduler = TaskScheduler([phase.length for phase in parts.phases])
-        self.audit = GradientAudit(parts.root, policy=parts.config.audit.policy)
+        self.audit = GradientAudit(parts.root, policy=parts.config.audit.policy, whole=True)
         self.gradients = GradientLog(tracker, parts.model.trunk, parts.config.audit.gradients_every_steps)
-        self.keeper = Keeper(parts, run_dir / "checkpoints")
+        self.consensus = Consensus(world, self.audit, asked or Interrupt())
+        self.keeper = Keeper(parts, run_dir / "checkpoints", world)
         self.autocast = autocast_for(parts.config.precision, parts.device)
         # Small gradients of fp16 would be zero: losses are multiplied, and what overflows is not stepped.
         self.scaler = GradScaler(parts.device.type, enabled=parts.config.precision == "fp16")
-        self.features = FeatureSource(parts, self.autocast, quiet)
-        # What tasks of which nothing trains scored at their one validation in the phase.
-        self.still_scores: Scores = {}
-        self.step = 0
-        self.epoch = 0
-        # Where the rate's course stood in a phase that is taken up in its middle.
-        self.resumed: LrScheduleState | None = None
-        self.clock = time.perf_counter()
-        self.finished = False
+        self.features = FeatureSource(parts, self.autocast, self.quiet, world)
+        self.objective = Objective(parts, self.features, self.autocast, world)
         self.outcome = Outcome(run_dir, parts.trivial, report=self.audit.report)
+        self.saver = Saver(
+            *(parts, self.keeper, tracker, self.scheduler, self.audit, self.features, self.scaler),
+            *(self.outcome, self.consensus, world),
+        )
+        self.validate = Validator(parts, self.autocast, self.features, self.consensus, world)
+        self.index = self.step = self.epoch = self.num_skipped = 0
+        self.resumed: Resumption | None = None
+        self.finished = False
 
     def take_up(self, resumption: Resumption) -> None:
-        """Stands where another run stood; its weights are in the model already."""
-        self.step, self.epoch, self.resumed = resumption.step, resumption.epoch, resumption.lr_schedule
-        self.scheduler.load_state_dict(resumption.scheduler)
+        """Stands where a run stood when it wrote a checkpoint; its weights are in the model already."""
+        state = resumption.state
+        self.resumed = resumption
+        self.index, self.step, self.epoch = state["phase_index"], state["step"], state["epoch"]
+        self.num_skipped = state["num_skipped"]
+        self.scheduler.load_state_dict(state["scheduler"])
+        self.audit.load_state_dict(state["audit"])
+        self.scaler.load_state_dict(resumption.memory["scaler"])
         self.keeper.take_up(resumption)
+        self.outcome.scores, self.outcome.train_s = state["scores"], state["train_s"]
+        if resumption.in_place:
+            self.tracker.cut_back(state["metrics_bytes"])
         self.note_best()
-        phase = self.parts.phases[self.scheduler.index or 0].name
+        phase = self.parts.phases[self.index].name
         logger.info(f"resume: phase {phase!r} from step {self.step}, {resumption.folder}")
 
     def run(self) -> Outcome:
-        started = time.perf_counter()
-        while self.scheduler.index is not None:
-            self.run_phase(self.scheduler.index)
-        self.outcome.train_s = time.perf_counter() - started
+        self.outcome.started = time.perf_counter()
+        if not self.world.is_alone:
+            # Each process drops other units than the others.
+            seed_process(self.config.seed, self.world.rank)
+        index: int | None = self.index
+        while index is not None:
+            self.run_phase(index)
+            index = self.scheduler.index
+        self.outcome.train_s = self.outcome.seconds_so_far()
         self.finished = True
         return self.outcome
 
     def run_phase(self, index: int) -> None:
         """Enters a phase and trains until the scheduler ends it. The order of the entry matters: see each comment."""
         parts, phase = self.parts, self.parts.phases[index]
-        resumed, self.resumed = self.resumed, None
-        self.clock = time.perf_counter()
+        self.index, resumed, self.resumed = index, self.resumed, None
+        self.consensus.begin_phase()
         if phase.restore is not None and resumed is None:
             self.keeper.rewind(phase, *phase.restore)
         # Accumulation never crosses into a phase: windows end with the epoch or the phase, whichever comes first.
@@ -132,7 +126,8 @@ class Trainer:
         if phase.freeze.unreached:
             tell_unreached(parts, phase)
         # Only what trains is in the optimizer: neither decay nor momentum can reach the rest.
-        stepping = None if phase.config.evaluate_only else self.keeper.build_stepping(index, resumed)
+        course = None if resumed is None else resumed.lr_schedule
+        stepping = None if phase.config.evaluate_only else self.keeper.build_stepping(index, course)
         optimizers: list[HoldsParameters] = [] if stepping is None else [stepping.optimizer, phase.balance]
         # The audit is told the patterns, not the plan: it draws the line itself, and fingerprints what is behind it.
         # How many names they must match was the plan's affair: the audit counts plain tensor attributes as well.
@@ -141,45 +136,66 @@ class Trainer:
         idle = () if self.config.unreached == "freeze" else phase.freeze.unreached
         with self.audit.phase(phase.name, freeze=patterns, optimizers=optimizers, idle=idle) as record:
             # From here on the file says that this phase began, and that nothing is proven of it yet.
-            write_json(self.outcome.run_dir / "audit.json", self.audit.report.to_json())
+            self.write_json("audit.json", self.audit.report.to_json())
             # What is frozen whole need not be recorded for a backward that never comes.
             parts.model.trunk_is_frozen = is_frozen(phase.freeze.plan, "trunk")
             if self.config.compile:
                 parts.model.compile_anew()
-            # What is frozen from the first layer on is computed once for each image, while the audit stands for it.
-            done = self.scheduler.state_dict()["steps"]
-            self.keep_features(index, record, done)
-            self.still_scores = {}
-            self.gradients.enter(phase.name, phase.tasks, self.step + 1 - done)
-            change = None
-            while change is None:
-                change = self.run_epoch(phase, stepping)
+            change = None if resumed is None else resumed.change
+            within = None if resumed is None else resumed.state["within_epoch"]
+            if change is None or within is not None:
+                # What is frozen from the first layer on is computed once for each image, while the audit stands for it.
+                done = self.scheduler.state_dict()["steps"]
+                self.keep_features(index, record, done, None if resumed is None else resumed.state["kept_in"])
+                self.gradients.enter(phase.name, phase.tasks, self.step + 1 - done)
+            self.validate.begin_phase()
+            if resumed is not None:
+                # Last, since all that comes before may draw some.
+                self.saver.take_up_own(resumed)
+            while change is None or within is not None:
+                change, within = self.run_epoch(phase, stepping, change, within), None
             phase.balance.after_phase()
+            if stepping is not None:
+                self.keeper.put_away(stepping)
             self.features.leave()
-        write_json(self.outcome.run_dir / "audit.json", self.audit.report.to_json())
+        self.write_json("audit.json", self.audit.report.to_json())
         logger.info(f"{change.ended}: {change.reason}" + (f"; next phase: {change.entered}" if change.entered else ""))
 
-    def keep_features(self, index: int, record: PhaseRecord, steps_done: int) -> None:
-        """Decides what a phase, whose audit has begun, need not compute again."""
-        self.features.enter(index, record, lambda: self.audit.holds, steps_done)
+    def keep_features(self, index: int, record: PhaseRecord, steps_done: int, kept_in: str | None = None) -> None:
+        """Decides what a phase, whose audit has begun, need not compute again; `kept_in` is what was decided before."""
+        self.features.enter(index, record, lambda: self.consensus.holds, steps_done, kept_in)
         self.audit.look_every(_EVERY_RESTING if self.features.trunk_rests else 1)
 
-    def run_epoch(self, phase: Phase, stepping: Stepping | None) -> PhaseChange | None:
-        """One pass over the training data, or what the phase has left of it; then validation and a checkpoint."""
+    def run_epoch(
+        self,
+        phase: Phase,
+        stepping: Stepping | None,
+        change: PhaseChange | None = None,
+        within: Mapping[str, Any] | None = None,
+    ) -> PhaseChange | None:
+        """One pass over the training data, or what the phase has left of it; then validation and a checkpoint.
+
+        Args:
+            phase: The active phase.
+            stepping: What steps its parameters.
+            change: The end of the phase, if a step brought it before the run was broken off.
+            within: Where in the pass that was, if it was inside one.
+        """
         if self.features.keeps:
             # Before anything kept is read; the whole audit was at the end of the last epoch.
-            self.audit.verify(bytes_only=True)
+            self.audit.verify(bytes_only=True, counted=within is None)
+        self.consensus.tell()
         if stepping is None:
-            log, change, is_whole = None, None, True
+            log, is_whole = None, True
         else:
-            log, change, is_whole = self.train_epoch(phase, stepping)
+            log, change, is_whole = self.train_epoch(phase, stepping, change, within)
         # Before anything is read off the model or kept of it, the frozen bytes are proven.
         self.audit.verify()
         parts = self.parts
+        self.consensus.prove(parts.root, phase.freeze.plan)
         with self.keeper.averaged():
-            scores = self.validate(phase)
-        metrics = {f"val/{task}/{name}": value for task, values in scores.items() for name, value in values.items()}
-        metrics |= {SCORE: score(parts.tasks, scores, parts.trivial), "train/loss": log.mean_loss if log else math.nan}
+            scores, metrics = self.validate(phase)
+        metrics["train/loss"] = log.mean_loss if log else math.nan
         # A phase may end with the last step of a pass; the pass is complete all the same.
         if is_whole and stepping is not None:
             phase.balance.after_epoch()
@@ -187,103 +203,156 @@ class Trainer:
         if is_whole and change is None:
             change = self.scheduler.epoch_done(metrics)
         if change is None:
-            change = self.scheduler.time_passed(self.seconds_since())
+            change = self.scheduler.time_passed(self.consensus.tell())
         if change is not None:
             self.outcome.scores[phase.name] = scores
-        self.keep(phase, stepping, metrics, log)
+        self.keep(phase, stepping, metrics, log, change)
+        self.saver.end_if_asked(self.step)
         return change
 
-    def train_epoch(self, phase: Phase, stepping: Stepping) -> tuple[StepLog, PhaseChange | None, bool]:
+    def train_epoch(
+        self,
+        phase: Phase,
+        stepping: Stepping,
+        change: PhaseChange | None = None,
+        within: Mapping[str, Any] | None = None,
+    ) -> tuple[StepLog, PhaseChange | None, bool]:
         """Steps through the training data.
 
         Returns:
             The steps' log, the end of the phase if a step brought it, and whether the data was gone through to its end.
         """
-        parts, optimizer, lr_schedule = self.parts, stepping.optimizer, stepping.lr_schedule
-        view = self.features.view(self.epoch)
-        batches = training_batches(parts.train, phase.batch_size, self.config.seed, self.epoch, view)
+        parts, optimizer, lr_schedule, replica = self.parts, stepping.optimizer, stepping.lr_schedule, stepping.replica
+        tasks = {name: parts.tasks[name] for name in phase.tasks}
+        self.epoch += within is None
+        num_windows = 0 if within is None else int(within["windows"])
+        every = self.config.tracking.log_every_steps
+        log = StepLog(self.tracker, phase.tasks, every, phase.name, self.epoch, self.scaler.is_enabled())
+        if within is not None:
+            log.load_state_dict(within["log"])
+        view = self.features.view(self.epoch - 1)
+        # Images whose features are kept are not read.
+        loading = Loading(not self.features.keeps, parts.device, self.config.data.num_workers)
+        batches = training_batches(
+            *(parts.train, phase.batch_size, self.config.seed, self.epoch - 1, view, self.world),
+            skip=min(num_windows * phase.optim.accumulate, num_batches(len(parts.train), phase.batch_size)),
+            loading=loading,
+        )
         total = num_batches(len(parts.train), phase.batch_size) * min(phase.batch_size, len(parts.train))
         trainable = held_by(optimizer)
-        self.epoch += 1
-        log = StepLog(self.tracker, phase.tasks, self.config.tracking.log_every_steps, phase.name, self.epoch)
-        change, num_windows = None, 0
-        with progress_bar(total, f"{phase.name} epoch {self.epoch}", self.quiet) as bar:
-            for window in windows(batches, phase.optim.accumulate):
-                window_losses = []
-                for batch in window:
-                    batch = batch.to(parts.device)
-                    each = self.each_loss(batch, phase.tasks)
-                    self.gradients.before_backward(each, self.step + 1, log)
-                    losses = torch.stack(each)
-                    total_loss = phase.balance(losses)
-                    self.scaler.scale(total_loss / len(window)).backward()
-                    window_losses.append(torch.cat([total_loss.detach()[None], losses.detach()]))
+        guard = StepGuard(parts.root, phase.balance) if self.config.not_finite != "raise" else None
+        with closing(batches), progress_bar(total, f"{phase.name} epoch {self.epoch}", self.quiet) as bar:
+            for window in windows(batches, phase.optim.accumulate) if change is None else ():
+                shares, rows = self.consensus.shares(window, tasks), []
+                if guard is not None:
+                    guard.before()
+                for number, batch in enumerate(window, start=1):
+                    # Gradients are shared with those of the window's last batch.
+                    with nullcontext() if number == len(window) else replica.no_sync():
+                        share = None if shares is None else shares[number - 1]
+                        total_loss, losses, each = replica(self.objective, batch, phase, share, self.step)
+                        if self.world.leads:
+                            self.gradients.before_backward(each, self.step + 1, log)
+                        self.scaler.scale(total_loss / len(window)).backward()
+                    rows.append(torch.cat([total_loss.detach()[None], losses.detach()]))
                 self.scaler.unscale_(optimizer)
                 self.audit.after_backward()
-                if phase.optim.clip_norm is not None:
-                    nn.utils.clip_grad_norm_(trainable, phase.optim.clip_norm)
-                lr = lr_schedule.highest
-                self.scaler.step(optimizer)
-                self.scaler.update()
+                norm = gradient_norm(trainable, phase.optim.clip_norm)
+                # Gradients of fp16 are the scaler's affair.
+                is_done = guard is None or is_finite(rows if self.scaler.is_enabled() else [*rows, norm])
+                if is_done:
+                    lr = lr_schedule.highest
+                    self.scaler.step(optimizer)
+                    self.scaler.update()
+                    if self.keeper.ema is not None:
+                        self.keeper.ema.update()
+                    log.add(self.step + 1, rows, norm, lr, [batch.everyone for batch in window])
+                else:
+                    assert guard is not None
+                    guard.undo()
+                    wrong = log.what_is_wrong(self.step + 1, rows, norm, [batch.everyone for batch in window])
+                    self.leave_out(phase, stepping, log, num_windows, wrong)
                 lr_schedule.step()
-                if self.keeper.ema is not None:
-                    self.keeper.ema.update()
                 self.audit.after_step()
                 optimizer.zero_grad(set_to_none=True)
-                phase.balance.after_step(lambda batch=batch: self.losses(batch, phase.tasks))  # type: ignore[misc]
+                if is_done:
+                    phase.balance.after_step(lambda: self.objective.losses(batch, phase, share))  # noqa: B023
                 self.step += 1
                 num_windows += 1
-                num_images = sum(map(len, window))
-                log.add(self.step, window_losses, lr, num_images)
-                bar.update(num_images)
+                bar.update(sum(len(batch.everyone) for batch in window))
                 bar.set_postfix_str(log.latest, refresh=False)
-                change = self.scheduler.step_done() or self.scheduler.time_passed(self.seconds_since())
+                change = self.scheduler.step_done() or self.scheduler.time_passed(self.consensus.tell())
                 if change is not None:
                     break
+                if self.saver.is_time(self.step, is_last=num_windows == phase.steps_per_epoch):
+                    self.keep_within(phase, stepping, log, num_windows)
+                    self.saver.end_if_asked(self.step)
         log.flush()
         return log, change, num_windows == phase.steps_per_epoch
 
-    def validate(self, phase: Phase) -> Scores:
-        """Metrics of all tasks; those of which nothing trains are measured once in a phase."""
-        if not self.audit.holds:
-            self.still_scores.clear()
-        parts, still = self.parts, self.still_scores
-        tasks = {name: task for name, task in parts.tasks.items() if name not in still}
-        fresh = validate(parts.model, tasks, parts.val, phase.batch_size, parts.device, self.autocast, self.features)
-        plan = phase.freeze.plan
-        if is_still(plan, "trunk"):
-            still |= {name: each for name, each in fresh.items() if is_still(plan, f"heads.{name}")}
-        return {name: (fresh | still)[name] for name in parts.tasks}
+    def leave_out(
+        self, phase: Phase, stepping: Stepping, log: StepLog, num_windows: int, wrong: NotFiniteError
+    ) -> None:
+        """Leaves a step out whose loss or gradient is not finite, or ends the run before it."""
+        if self.config.not_finite == "stop":
+            self.write_json("not_finite.json", wrong.to_json(self.epoch))
+            folder = self.keep_within(phase, stepping, log, num_windows)
+            raise Stopped(
+                f"stopped: {wrong.fact}, for images that not_finite.json lists; saved as it was before that step:"
+                f" {folder}; not_finite=skip leaves such steps out"
+            )
+        if self.scaler.is_enabled():
+            self.scaler.update()
+        log.skip()
+        logger.warning(f"{wrong.fact}: the step is left out")
 
-    def losses(self, batch: Batch, tasks: Sequence[str]) -> Tensor:
-        """The losses of some tasks on a batch, "t", float32."""
-        return torch.stack(self.each_loss(batch, tasks))
-
-    def each_loss(self, batch: Batch, tasks: Sequence[str]) -> list[Tensor]:
-        """The same losses apart, scalars, whose graphs part at the heads."""
-        with self.autocast:
-            outputs = self.parts.model.decode(self.features(batch, tasks), batch.size, tasks)
-        return [self.parts.tasks[name].loss(outputs[name], batch.labels[name]) for name in tasks]
-
-    def seconds_since(self) -> float:
-        """Time since the last call, or since the phase began."""
-        before, self.clock = self.clock, time.perf_counter()
-        return self.clock - before
-
-    def keep(self, phase: Phase, stepping: Stepping | None, metrics: dict[str, float], log: StepLog | None) -> None:
+    def keep(
+        self,
+        phase: Phase,
+        stepping: Stepping | None,
+        metrics: dict[str, float],
+        log: StepLog | None,
+        change: PhaseChange | None,
+    ) -> None:
         """Logs a validation, and keeps the weights that it judged."""
         row: dict[str, Any] = {"step": self.step, "epoch": self.epoch, "phase": phase.name}
         row |= {name: value for name, value in metrics.items() if name.startswith("val/")}
         row["audit/violations"] = len(self.audit.report.violations)
         if log is not None:
             row["perf/images_per_s"] = log.images_per_s
+            self.num_skipped += log.num_skipped
+        if self.scaler.is_enabled() or self.config.not_finite == "skip":
+            row["train/skipped_steps"] = self.num_skipped
         self.tracker.log(row)
         # An evaluation has no weights of its own, unless it comes first.
         if stepping is not None or self.step == 0:
-            frozen = phase.freeze.plan.names.frozen
-            self.keeper.save(row, metrics, self.scheduler.state_dict(), frozen, stepping)
+            links = self.keeper.judge(metrics, self.step)
+            self.saver.save(self.place, phase, stepping, row, links, change)
             self.note_best()
         tell_epoch(self.parts, row, log)
+
+    def keep_within(self, phase: Phase, stepping: Stepping, log: StepLog, num_windows: int) -> Path:
+        """Keeps the state inside an epoch."""
+        log.flush()
+        self.audit.verify(counted=False)
+        root, plan = self.parts.root, phase.freeze.plan
+        statistics = self.consensus.statistics(root, plan)
+        self.consensus.prove(root, plan)
+        within = Within(num_windows, phase.batch_size, phase.optim.accumulate, log.state_dict())
+        row = {"step": self.step, "epoch": self.epoch, "phase": phase.name}
+        folder = self.saver.save(self.place, phase, stepping, row, within=within, statistics=statistics)
+        # Whenever it is saved, training goes on as it would have.
+        put_back(root, statistics)
+        return folder
+
+    @property
+    def place(self) -> Place:
+        return Place(self.index, self.step, self.epoch, self.num_skipped)
+
+    def write_json(self, name: str, content: Mapping[str, Any]) -> None:
+        """Writes a file of the run directory, in the first process."""
+        if self.world.leads:
+            write_json(self.outcome.run_dir / name, content)
 
     def note_best(self) -> None:
         self.outcome.best_score, self.outcome.best_step = self.keeper.best.score, self.keeper.best.step

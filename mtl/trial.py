@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import time
+from collections.abc import Collection
 from dataclasses import dataclass
 from itertools import product
 from statistics import median
@@ -45,7 +46,7 @@ def autocast_for(precision: str, device: torch.device) -> torch.autocast:
     return torch.autocast(device.type, AUTOCAST[precision], enabled=precision != "fp32")
 
 
-def choose(blueprint: Blueprint, batch: Batch, device: torch.device) -> Choice:
+def choose(blueprint: Blueprint, batch: Batch, device: torch.device, excepted: Collection[str] = ()) -> Choice:
     """Times forward and backward of the longest phase on one batch, in everything that `auto` leaves open.
 
     Losses have to be finite. Weights, buffers and random numbers are left as they were, the model in the chosen layout.
@@ -54,10 +55,13 @@ def choose(blueprint: Blueprint, batch: Batch, device: torch.device) -> Choice:
         blueprint: The model, on its device.
         batch: Training images, there as well.
         device: Where they are.
+        excepted: Layouts and precisions that `auto` is not to take.
     """
     config = blueprint.config
     layouts: list[Layout] = ["contiguous", "channels_last"]
     precisions: list[Precision] = ["fp32", "bf16", "fp16"] if device.type == "cuda" else ["fp32", "bf16"]
+    layouts = [each for each in layouts if each not in excepted]
+    precisions = [each for each in precisions if each not in excepted]
     layouts = layouts if config.memory_format == "auto" else [config.memory_format]
     precisions = precisions if config.precision == "auto" else [config.precision]
     if len(layouts) == len(precisions) == 1:
@@ -67,20 +71,21 @@ def choose(blueprint: Blueprint, batch: Batch, device: torch.device) -> Choice:
     seconds: dict[tuple[Layout, Precision], float] = {}
     with untouched(blueprint.model, device):
         for layout, precision in product(layouts, precisions):
-            _lay_out(blueprint, layout)
+            lay_out(blueprint, layout)
             taken = _time(blueprint, phase, batch, precision, min(seconds.values(), default=float("inf")))
             if taken is not None:
                 seconds[layout, precision] = taken
     # Where nothing gave a finite loss, training is going to say so.
     layout, precision = min(seconds, key=seconds.__getitem__, default=(layouts[0], precisions[0]))
-    _lay_out(blueprint, layout)
+    lay_out(blueprint, layout)
     for parameter in blueprint.root.parameters():
         parameter.grad = None
     others = ", ".join(f"{' '.join(key)} {1e3 * taken:.0f} ms" for key, taken in seconds.items())
     return Choice(layout, precision, f"{layout}, {precision}: the fastest step of phase {phase.name!r} here ({others})")
 
 
-def _lay_out(blueprint: Blueprint, layout: Layout) -> None:
+def lay_out(blueprint: Blueprint, layout: Layout) -> None:
+    """Puts weights and activations of a model into a memory layout."""
     blueprint.model.memory_format = MEMORY_FORMATS[layout]
     blueprint.model.to(memory_format=MEMORY_FORMATS[layout])
 

@@ -8,9 +8,11 @@ from collections.abc import Callable, Collection, Iterable, Iterator, Mapping
 import torch
 from torch import Tensor
 
-from mtl.data import Batch, Split, validation_batches
+from mtl.data import Batch, Split, validation_batches, validation_rounds
+from mtl.distributed import ALONE, World
 from mtl.model import MultiTaskModel
 from mtl.model.trunk import Features, in_eval_mode
+from mtl.storage import is_spread
 from mtl.tasks import Task
 
 Scores = dict[str, dict[str, float]]
@@ -24,8 +26,9 @@ def validate(
     device: torch.device,
     autocast: torch.autocast,
     encode: Callable[[Batch, Collection[str]], Features],
+    world: World = ALONE,
 ) -> Scores:
-    """Metrics of some tasks over a split, by task and name.
+    """Metrics of some tasks over a split, by task and name: the same on every process.
 
     Args:
         model: The model.
@@ -35,17 +38,21 @@ def validate(
         device: Where the model computes.
         autocast: The types in which it does.
         encode: Gives what the heads of these tasks read of the trunk.
+        world: The processes, which share the work.
     """
 
     def outputs() -> Iterator[tuple[Batch, dict[str, Tensor]]]:
-        for batch in validation_batches(split, batch_size):
+        for batch, counts in validation_rounds(split, batch_size, world):
             batch = batch.to(device)
             with autocast:
                 predicted = model.decode(encode(batch, tasks), batch.size, tasks)
-            yield batch, predicted
+            if counts:
+                yield batch, predicted
 
-    with in_eval_mode(model), torch.inference_mode():
-        return _measure(tasks, outputs())
+    # What FSDP gathers in inference mode could not be used in training.
+    is_gathered = any(is_spread(parameter) for parameter in model.parameters())
+    with in_eval_mode(model), torch.no_grad(), torch.inference_mode(not is_gathered):
+        return _measure(tasks, outputs(), world)
 
 
 def validate_constant(
@@ -69,11 +76,14 @@ def validate_constant(
     return _measure(tasks, outputs())
 
 
-def _measure(tasks: Mapping[str, Task], outputs: Iterable[tuple[Batch, dict[str, Tensor]]]) -> Scores:
+def _measure(
+    tasks: Mapping[str, Task], outputs: Iterable[tuple[Batch, dict[str, Tensor]]], world: World = ALONE
+) -> Scores:
     metrics = {name: task.metrics() for name, task in tasks.items()}
     for batch, predicted in outputs:
         for name, each in metrics.items():
             each.update(predicted[name], batch.labels[name])
+    world.sum_metrics(metrics.values())
     return {name: each.compute() for name, each in metrics.items()}
 
 

@@ -21,12 +21,14 @@ import torch
 from mtl.assembly import Parts, assemble
 from mtl.config import load_config
 from mtl.data import training_batches
+from mtl.distributed import ALONE
 from mtl.freeze import enforce, is_frozen
 from mtl.keeper import Stepping
 from mtl.lengths import PhaseLength
 from mtl.lr_schedule import LrSchedule
 from mtl.optim import build_optimizer
 from mtl.phases import Phase
+from mtl.replicas import wrap
 from mtl.scheduler import TaskScheduler
 from mtl.tracking import Tracker
 from mtl.trainer import Trainer
@@ -55,7 +57,7 @@ def by_hand(
 
 def by_mtl(trainer: Trainer, phase: Phase, optimizer: torch.optim.Optimizer, num_steps: int) -> float:
     """The real loop without what follows an epoch: validation and checkpoint are work of their own."""
-    stepping = Stepping(optimizer, new_schedule(phase, optimizer, num_steps))
+    stepping = Stepping(optimizer, new_schedule(phase, optimizer, num_steps), wrap(trainer.parts.root, [], ALONE))
     trainer.scheduler = TaskScheduler([PhaseLength(phase.name, steps=num_steps)])
     trainer.epoch = 0
     started = time.perf_counter()

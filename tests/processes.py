@@ -3,20 +3,86 @@
 from __future__ import annotations
 
 import os
+import signal
 import subprocess
 import sys
+import time
+from collections.abc import Callable, Iterator, Sequence
+from contextlib import contextmanager, suppress
 from pathlib import Path
 
 
 def run_in_two_processes(script: str, folder: Path) -> None:
     """Runs a script under torchrun, on this machine's loopback; it is given the folder."""
-    file = folder / "fsdp.py"
+    run_in_processes(script, folder, 2)
+
+
+def run_in_processes(script: str, folder: Path, number: int) -> None:
+    """As `run_in_two_processes`, in any number of them."""
+    file = folder / "script.py"
     file.write_text(script)
-    launch = ["-m", "torch.distributed.run", "--nproc-per-node=2", "--rdzv-backend=c10d", "--rdzv-endpoint=127.0.0.1:0"]
-    subprocess.run(
-        [sys.executable, *launch, str(file), str(folder)],
-        check=True,
-        timeout=240,
-        capture_output=True,
-        env={**os.environ, "OMP_NUM_THREADS": "1", "GLOO_SOCKET_IFNAME": "lo"},
+    with started(torchrun(number, str(file), str(folder))) as process:
+        _, said = process.communicate(timeout=240)
+    assert process.returncode == 0, said[-4000:]
+
+
+def torchrun(number: int, *program: str, options: Sequence[str] = ()) -> list[str]:
+    """The command that starts a program in several processes on this machine's loopback."""
+    launch = ["-m", "torch.distributed.run", f"--nproc-per-node={number}"]
+    launch += ["--rdzv-backend=c10d", "--rdzv-endpoint=127.0.0.1:0", *options]
+    return [sys.executable, *launch, *program]
+
+
+@contextmanager
+def started(command: Sequence[str], **environment: str) -> Iterator[subprocess.Popen[str]]:
+    """A torchrun that is running; when the block ends, it and its processes have ended."""
+    surroundings = {"OMP_NUM_THREADS": "1", "GLOO_SOCKET_IFNAME": "lo", **environment}
+    process = subprocess.Popen(
+        command, stdout=subprocess.PIPE, stderr=subprocess.PIPE, text=True, env={**os.environ, **surroundings}
     )
+    try:
+        yield process
+    finally:
+        kill_all(process)
+        for stream in (process.stdout, process.stderr):
+            if stream is not None:
+                stream.close()
+
+
+def workers(process: subprocess.Popen[str]) -> list[int]:
+    """The processes that a process has started, and those that they have: torchrun's are in sessions of their own."""
+    found, known = [], [process.pid]
+    while known:
+        file = Path(f"/proc/{(parent := known.pop())}/task/{parent}/children")
+        try:
+            children = [int(number) for number in file.read_text().split()]
+        except OSError:
+            continue
+        found += children
+        known += children
+    return found
+
+
+def kill_all(process: subprocess.Popen[str]) -> None:
+    """Kills a process that we started, then those that it started."""
+    if process.poll() is not None:
+        return
+    children = workers(process)
+    process.kill()
+    for child in children:
+        with suppress(ProcessLookupError):
+            os.kill(child, signal.SIGKILL)
+    process.wait()
+
+
+def wait_until(condition: Callable[[], bool], seconds: float = 60) -> None:
+    """Waits for something that another process does.
+
+    Raises:
+        TimeoutError: It did not come.
+    """
+    deadline = time.monotonic() + seconds
+    while not condition():
+        if time.monotonic() > deadline:
+            raise TimeoutError(f"nothing came in {seconds} s")
+        time.sleep(0.01)

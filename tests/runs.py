@@ -7,6 +7,8 @@ from pathlib import Path
 from typing import Any
 
 import yaml
+from safetensors.torch import load_file
+from torch import Tensor
 
 from mtl.assembly import Parts, assemble
 from mtl.config import load_config
@@ -43,3 +45,9 @@ def tiny_parts(folder: Path, *overrides: str, **changes: Any) -> Parts:
 
 def read_metrics(run_dir: Path) -> list[dict[str, Any]]:
     return [json.loads(line) for line in (run_dir / "metrics.jsonl").read_text().splitlines()]
+
+
+def read_model(folder: Path) -> dict[str, Tensor]:
+    """The tensors of a checkpoint's model, those that were frozen too."""
+    frozen = folder / "frozen.safetensors"
+    return load_file(folder / "model.safetensors") | (load_file(frozen) if frozen.exists() else {})

@@ -18,8 +18,8 @@ from mtl.audit.cold import audit_run
 from mtl.audit.compare import compare
 from mtl.audit.files import UnreadableError, read_tensors
 from mtl.cli import main
-from mtl.trainer import train
-from runs import tiny_parts
+from mtl.run import train
+from runs import read_model, tiny_parts
 
 
 @pytest.fixture(scope="module")
@@ -51,7 +51,7 @@ def test_a_clean_run_is_proven_again_checkpoint_by_checkpoint(
 ) -> None:
     result = audit_run(run_dir)
     frozen = [phase["frozen"]["fingerprints"] for phase in json.loads((run_dir / "audit.json").read_text())["phases"]]
-    kept = load_file(run_dir / "checkpoints/last/model.safetensors")
+    kept = read_model(run_dir / "checkpoints/last")
     per_phase = [sum(name in kept for name in each) for each in frozen]
     assert result.ok and result.num_checkpoints == 3
     assert result.num_tensors == per_phase[0] + 2 * per_phase[1] > 0
@@ -60,11 +60,12 @@ def test_a_clean_run_is_proven_again_checkpoint_by_checkpoint(
 
 
 def test_one_bit_of_a_frozen_tensor_is_found_and_named(run_dir: Path, capsys: pytest.CaptureFixture[str]) -> None:
-    flip(run_dir / "checkpoints/step-00000005/model.safetensors", "trunk.layer1.0.conv1.weight")
+    flip(run_dir / "checkpoints/step-00000005/frozen.safetensors", "trunk.layer1.0.conv1.weight")
     assert main(["audit", str(run_dir)]) == 3
     said = capsys.readouterr().out
     assert "step-00000005: trunk.layer1.0.conv1.weight was frozen in phase 'warm-heads', and is not the same" in said
-    assert "step-00000005/model.safetensors: holds other tensors than were written at this step" in said
+    assert "step-00000005/frozen.safetensors: holds other tensors than were written at this step" in said
+    assert "model.safetensors" not in said
 
 
 def test_one_bit_of_a_tensor_that_trained_is_found(run_dir: Path) -> None:
@@ -79,8 +80,21 @@ def test_a_file_of_another_step_is_found(run_dir: Path) -> None:
     assert [finding.split(": ")[0] for finding in audit_run(run_dir).findings] == [str(files[1])]
 
 
-def test_a_truncated_file_is_named(run_dir: Path) -> None:
-    file = run_dir / "checkpoints/step-00000010/model.safetensors"
+def test_a_missing_file_of_frozen_tensors_is_named(run_dir: Path) -> None:
+    file = run_dir / "checkpoints/step-00000010/frozen.safetensors"
+    file.unlink()
+    assert audit_run(run_dir).findings == [f"{file}: no such checkpoint"]
+
+
+def test_a_number_changed_in_the_state_is_found(run_dir: Path) -> None:
+    file = run_dir / "checkpoints/step-00000010/state.json"
+    file.write_text(file.read_text().replace('"epoch": 1', '"epoch": 2').replace('"epoch": 2', '"epoch": 3'))
+    assert audit_run(run_dir).findings == [f"{file}: says other things than were written at this step"]
+
+
+@pytest.mark.parametrize("name", ["model.safetensors", "frozen.safetensors"])
+def test_a_truncated_file_is_named(run_dir: Path, name: str) -> None:
+    file = run_dir / "checkpoints/step-00000010" / name
     file.write_bytes(file.read_bytes()[:-7])
     (finding,) = audit_run(run_dir).findings
     assert finding.startswith(f"{file}: cannot be read")
@@ -107,6 +121,14 @@ def test_what_is_no_run_is_exit_code_2(run_dir: Path, name: str, capsys: pytest.
     path.unlink() if path.is_file() else shutil.rmtree(path)
     assert main(["audit", str(run_dir)]) == 2
     assert capsys.readouterr().err.startswith("error: ")
+
+
+def test_two_checkpoints_of_a_run_are_compared_in_both_files(run_dir: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    one, other = (run_dir / f"checkpoints/step-{step:08d}" for step in (5, 12))
+    assert main(["audit", str(one), str(other), "--freeze", "trunk.conv1"]) == 0
+    flip(other / "frozen.safetensors", "trunk.conv1.0.weight")
+    assert main(["audit", str(one), str(other), "--freeze", "trunk.conv1"]) == 3
+    assert "  trunk.conv1.0.weight: changed by" in capsys.readouterr().out
 
 
 # --- two checkpoints

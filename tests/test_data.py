@@ -9,8 +9,16 @@ import pytest
 import torch
 
 from mtl.config import DataConfig, SettingError
-from mtl.data import DataError, load_data, multifashion, scenes, training_batches, validation_batches
-from mtl.data.dataset import Split, num_batches
+from mtl.data import (
+    DataError,
+    load_data,
+    multifashion,
+    num_batches,
+    scenes,
+    training_batches,
+    validation_batches,
+)
+from mtl.data.dataset import Split
 from mtl.data.sprites import Sprites, load_sprites
 from mtl.tasks import Classification, Depth, Normals, Segmentation
 

@@ -8,7 +8,7 @@ import pytest
 
 from mtl.assembly import assemble
 from mtl.config import load_config
-from mtl.trainer import train
+from mtl.run import train
 
 CONFIG = Path(__file__).parent.parent / "configs" / "scenes.yaml"
 

@@ -12,7 +12,7 @@ from hypothesis import strategies as st
 from torch import Tensor, nn
 
 from mtl.ema import Ema
-from mtl.trainer import train
+from mtl.run import train
 from runs import read_metrics, tiny_parts
 
 

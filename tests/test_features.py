@@ -10,15 +10,15 @@ from typing import Any
 
 import pytest
 import torch
-from safetensors.torch import load_file
 from torch import Tensor, nn
 
 from mtl.assembly import Parts
 from mtl.audit import AuditError
 from mtl.phases import num_passes
+from mtl.run import train
 from mtl.tracking import Tracker
-from mtl.trainer import Trainer, train
-from runs import read_metrics, tiny_parts
+from mtl.trainer import Trainer
+from runs import read_metrics, read_model, tiny_parts
 
 PHASES: list[dict[str, Any]] = [
     {"name": "warm", "freeze": ["trunk"], "epochs": 3, "lr": 2e-3},
@@ -41,7 +41,7 @@ def outcome(folder: Path, *overrides: str, **changes: Any) -> tuple[list[dict[st
     parts = tiny_parts(folder, *overrides, **{"phases": PHASES} | changes)
     run_dir = train(parts, quiet=True).run_dir
     rows = [{k: v for k, v in row.items() if not k.startswith("perf/")} for row in read_metrics(run_dir)]
-    return rows, load_file(run_dir / "checkpoints/last/model.safetensors")
+    return rows, read_model(run_dir / "checkpoints/last")
 
 
 def assert_same_bits(one: dict[str, Tensor], other: dict[str, Tensor]) -> None:

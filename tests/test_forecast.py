@@ -13,7 +13,7 @@ from mtl.cli import main
 from mtl.config import load_config
 from mtl.names import in_bytes
 from mtl.plan import make_plan
-from mtl.trainer import train
+from mtl.run import train
 from runs import tiny_config, tiny_parts
 
 PHASES: list[dict[str, Any]] = [

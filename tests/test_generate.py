@@ -17,7 +17,7 @@ from mtl.config import load_config
 from mtl.plan import Plan, make_plan
 from mtl.plan.generate import SCHEDULES
 from mtl.plan.rehearsal import Cost
-from mtl.trainer import train
+from mtl.run import train
 from runs import TINY, tiny_config
 
 # With a stem and blocks, with tokens and a position table, with depthwise convolutions, with windows.

@@ -16,13 +16,13 @@ from torch import Tensor, nn
 
 import wandb_file
 from mtl.assembly import Parts
-from mtl.checkpoint import without_nan
+from mtl.disk import without_nan
 from mtl.gradient_picture import draw_gradients, png_of
 from mtl.gradientlog import GradientLog
 from mtl.gradients import GradientAnalysis, Pair, analyse, trunk_groups
+from mtl.run import train
 from mtl.steplog import StepLog
 from mtl.tracking import Tracker
-from mtl.trainer import train
 from runs import read_metrics, tiny_parts
 
 NAN = pytest.approx(math.nan, nan_ok=True)

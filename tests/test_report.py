@@ -11,12 +11,11 @@ from pathlib import Path
 
 import pytest
 from PIL import Image
-from safetensors.torch import load_file
 
 from mtl.cli import main
 from mtl.report import gradients_html, write_report
-from mtl.trainer import train
-from runs import tiny_parts
+from mtl.run import train
+from runs import read_model, tiny_parts
 
 
 @pytest.fixture
@@ -32,7 +31,7 @@ def test_the_report_shows_verdict_phases_picture_and_configuration(
     assert capsys.readouterr().out.strip() == str(run_dir / "report.html")
     page = (run_dir / "report.html").read_text()
     assert 'Audit: <b class="ok">clean</b>' in page
-    num_frozen = sum(name.startswith("trunk.") for name in load_file(run_dir / "checkpoints/best/model.safetensors"))
+    num_frozen = sum(name.startswith("trunk.") for name in read_model(run_dir / "checkpoints/best"))
     assert f"<td>warm-heads<td>trunk<td>{num_frozen}<td>" in page
     assert "<td>finetune<td>trunk.conv1, trunk.bn1, heads.object<td>" in page
     assert "name: test_resnet" in page

@@ -16,14 +16,17 @@ from safetensors.torch import load_file
 from torch import Tensor
 
 import mtl.trainer
+import mtl.validator
 from mtl.assembly import Parts
+from mtl.checkpoint.files import state_digest
 from mtl.config import load_config
 from mtl.config.source import ConfigError
 from mtl.keeper import Stepping
 from mtl.outcome import Outcome
+from mtl.run import train
 from mtl.tracking import Tracker
-from mtl.trainer import Trainer, train
-from runs import read_metrics, tiny_config, tiny_parts
+from mtl.trainer import Trainer
+from runs import read_metrics, read_model, tiny_config, tiny_parts
 
 ALL = ["segmentation", "depth", "normals", "object"]
 
@@ -51,7 +54,7 @@ def trainer_of(parts: Parts, folder: Path) -> Trainer:
 def scripted_scores(monkeypatch: pytest.MonkeyPatch, scores: Iterable[float]) -> None:
     """Lets each validation come to a score of the script's; all else is as it is."""
     script = iter(scores)
-    monkeypatch.setattr(mtl.trainer, "score", lambda *_: next(script))
+    monkeypatch.setattr(mtl.validator, "score", lambda *_: next(script))
 
 
 class Watcher:
@@ -224,7 +227,7 @@ def test_a_run_taken_up_from_any_checkpoint_in_any_phase_ends_with_the_bits_of_o
             5 * number for number in range(done + 1, 7)
         ]
         last = json.loads((outcome.run_dir / "audit.json").read_text())["phases"]
-        assert [phase["name"] for phase in last] == ["a", "b", "c"][(done // 2) :]
+        assert [phase["name"] for phase in last] == ["a", "b", "c"], "the phases before are proven as well"
 
 
 @pytest.mark.parametrize("link", ["best", "last"])
@@ -234,7 +237,8 @@ def test_a_run_taken_up_holds_every_parameter_once(tmp_path: Path, monkeypatch: 
     run_dir = train(first, quiet=True).run_dir
     scripted_scores(monkeypatch, [0.2] * 9)
     phases = [*COURSE[:1], {"name": "b", "epochs": 1 if link == "best" else 2}]
-    parts = parts_with(tmp_path, phases, "name=again", f"resume={run_dir}/checkpoints/{link}")
+    source = (f"resume={run_dir}/checkpoints/{link}", "resume_override=true")
+    parts = parts_with(tmp_path, phases, "name=again", *source)
     if link == "last":
         with pytest.raises(ConfigError, match="is the end of its run: no phase is left"):
             train(parts, quiet=True)
@@ -258,12 +262,18 @@ def test_what_cannot_be_taken_up_is_said_before_anything_is_written(tmp_path: Pa
     two = [{"name": "a", "epochs": 1}, {"name": "b", "epochs": 1}]
     for phases, source, changes, message in [
         (two, tmp_path / "nowhere", {}, r"resume: .*nowhere is no checkpoint: it has no model\.safetensors"),
-        (two[:1], last, {}, r"is of a run with the phases a, b; this one has a"),
+        (
+            two[:1],
+            last,
+            {},
+            r"phases \(order\): \['a', 'b'\] -> \['a'\]; .*resume_override=true goes on with the new one",
+        ),
+        (two[:1], last, {"resume_override": True}, r"is of a run with the phases a, b; this one has a"),
         (
             two,
             last,
             {"trunk": {"name": "test_vit"}},
-            r"does not fit this model: .*size mismatch for heads\.segmentation",
+            r"trunk\.name: test_resnet -> test_vit; a run cannot go on with another value",
         ),
         (two, last, {}, r"is the end of its run"),
     ]:
@@ -431,7 +441,7 @@ def test_a_phase_that_only_evaluates_is_validated_once_and_proves_every_byte(tmp
     assert not moved(start, watcher.entries[0])
     rows = [(row["step"], row["epoch"], row["phase"]) for row in read_metrics(tmp_path) if "val/score" in row]
     assert rows == [(0, 0, "before"), (3, 1, "train"), (3, 1, "after")]
-    best = max(outcome.scores, key=lambda name: mtl.trainer.score(parts.tasks, outcome.scores[name], parts.trivial))
+    best = max(outcome.scores, key=lambda name: mtl.validator.score(parts.tasks, outcome.scores[name], parts.trivial))
     assert outcome.scores["after"] == outcome.scores[best if best != "after" else "train"]
     report = trainer.audit.report
     assert report.ok and [phase.num_steps for phase in report.phases] == [0, 3, 0]
@@ -551,8 +561,8 @@ def test_averaged_weights_are_judged_and_kept_and_training_goes_on_from_its_own(
     for value in course["averaged"][1:]:
         average = 0.5 * average + 0.5 * value
     last = outcomes["averaged"].run_dir / "checkpoints/last"
-    torch.testing.assert_close(load_file(last / "model.safetensors")[name].double(), average, rtol=1e-5, atol=1e-7)
-    live = load_file(last / "optimizer.safetensors")[f"live/{name}/value"]
+    torch.testing.assert_close(read_model(last)[name].double(), average, rtol=1e-5, atol=1e-7)
+    live = load_file(last / "optimizer.safetensors")[f"live/{name}"]
     assert same_bits(live, averaged.root.get_parameter(name).detach())
     assert outcomes["averaged"].report.ok
     assert outcomes["averaged"].scores["b"] != outcomes["plain"].scores["b"]
@@ -567,9 +577,12 @@ def test_a_run_with_averages_is_taken_up_to_the_same_bits(tmp_path: Path, monkey
         source = run_dir / f"checkpoints/step-{step:08d}"
         parts = parts_with(tmp_path, phases, "optim.ema_decay=0.9", f"name=from-{step}", f"resume={source}")
         again = train(parts, quiet=True).run_dir
-        for file in ("model.safetensors", "optimizer.safetensors"):
-            one, other = (load_file(folder / "checkpoints/last" / file) for folder in (run_dir, again))
-            assert one.keys() == other.keys() and all(same_bits(one[key], other[key]) for key in one), (step, file)
+        ends = [folder / "checkpoints/last" for folder in (run_dir, again)]
+        for one, other in (
+            [read_model(end) for end in ends],
+            [load_file(end / "optimizer.safetensors") for end in ends],
+        ):
+            assert one.keys() == other.keys() and all(same_bits(one[key], other[key]) for key in one), step
 
 
 def test_the_resolved_configuration_of_every_schedule_here_loads_again(tmp_path: Path) -> None:
@@ -587,7 +600,7 @@ def test_a_copy_of_a_checkpoint_that_is_its_own_best_is_taken_up_with_it(tmp_pat
     copy = tmp_path / "mine"
     shutil.copytree(source, copy)
     again = train(parts_with(tmp_path, phases, "name=again", f"resume={copy}"), quiet=True)
-    assert not moved(tensors(first), load_file(again.run_dir / "checkpoints/last/model.safetensors"))
+    assert not moved(tensors(first), read_model(again.run_dir / "checkpoints/last"))
 
 
 def test_a_checkpoint_inside_a_phase_is_not_taken_up_by_one_that_freezes_other_parts(
@@ -596,7 +609,8 @@ def test_a_checkpoint_inside_a_phase_is_not_taken_up_by_one_that_freezes_other_p
     keep_every_checkpoint(monkeypatch)
     run_dir = train(parts_with(tmp_path, [{"name": "a", "epochs": 2}]), quiet=True).run_dir
     other = [{"name": "a", "epochs": 2, "freeze": ["trunk"]}]
-    parts = parts_with(tmp_path, other, "name=again", f"resume={run_dir}/checkpoints/step-00000005")
+    source = (f"resume={run_dir}/checkpoints/step-00000005", "resume_override=true")
+    parts = parts_with(tmp_path, other, "name=again", *source)
     with pytest.raises(ConfigError, match=r"stands inside a phase 'a' that froze other parameters than here"):
         train(parts, quiet=True)
 
@@ -606,7 +620,8 @@ def test_a_checkpoint_of_another_version_is_refused(tmp_path: Path) -> None:
     file = run_dir / "checkpoints/last/state.json"
     state = json.loads(file.read_text())
     for key in ("scheduler", "best", "phases", "step"):
-        file.write_text(json.dumps({k: v for k, v in state.items() if k != key}))
+        less = {k: v for k, v in state.items() if k != key}
+        file.write_text(json.dumps({**less, "digests": {**less["digests"], "state": state_digest(less)}}))
         parts = parts_with(tmp_path, [{"name": "a", "epochs": 1}], "name=again", f"resume={run_dir}/checkpoints/last")
         with pytest.raises(ConfigError, match=r"resume: .*is (damaged, or of another version|the end of its run)"):
             train(parts, quiet=True)

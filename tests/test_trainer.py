@@ -11,7 +11,6 @@ from typing import Any
 import pytest
 import torch
 import yaml
-from safetensors.torch import load_file
 from torch import Tensor
 
 import wandb_file
@@ -22,10 +21,11 @@ from mtl.data import training_batches
 from mtl.freeze import enforce
 from mtl.model import network
 from mtl.outcome import Outcome
+from mtl.run import train
 from mtl.steplog import StepLog
 from mtl.tracking import Tracker
-from mtl.trainer import Trainer, train, windows
-from runs import read_metrics, tiny_config, tiny_parts
+from mtl.trainer import Trainer, windows
+from runs import read_metrics, read_model, tiny_config, tiny_parts
 
 
 @pytest.fixture(scope="module")
@@ -156,7 +156,7 @@ def test_metrics_and_wandb_hold_the_same_numbers(finished: tuple[Parts, Outcome]
 
 def test_the_checkpoint_is_the_model_at_the_end(finished: tuple[Parts, Outcome]) -> None:
     parts, outcome = finished
-    saved = load_file(outcome.run_dir / "checkpoints/last/model.safetensors")
+    saved = read_model(outcome.run_dir / "checkpoints/last")
     assert {*saved} == {*parts.root.state_dict()}
     assert "balance.0.scalarizer.log_var" in saved and saved["balance.0.scalarizer.log_var"].any()
     assert all(same_bits(tensor, saved[name]) for name, tensor in parts.root.state_dict().items())
@@ -191,9 +191,22 @@ def test_accumulation_makes_one_step_of_several_batches(tmp_path: Path) -> None:
     assert [row["step"] for row in rows if row["phase"] == "warm-heads"] == [1, 2, 3]
 
 
-def test_an_accumulated_step_has_the_mean_gradient_of_its_batches(tmp_path: Path) -> None:
-    options: dict[str, Any] = {"trunk": {"name": "test_vit"}, "phases": [{"name": "a", "steps": 1}]}
+def hide_labels(parts: Parts) -> None:
+    """Takes labels away, from some images all and from some none."""
+    labels = parts.train.labels
+    for place in range(len(parts.train)):
+        labels["depth"][place, :, : place % 32] = 0
+        labels["segmentation"][place, : 5 * (place % 7)] = 255
+        labels["normals"][place, :, :, : 8 * (place % 5)] = 0
+        labels["object"][place] = -1 if place % 3 else labels["object"][place]
+
+
+def test_an_accumulated_step_has_the_gradient_of_one_batch_of_all_its_images(tmp_path: Path) -> None:
+    # BatchNorm in eval mode: an image's output does not depend on the others.
+    phases = [{"name": "a", "freeze": ["type:BatchNorm2d"], "steps": 1}]
+    options: dict[str, Any] = {"trunk": {"name": "test_vit"}, "phases": phases}
     parts = tiny_parts(tmp_path, "optim.accumulate=5", **options)
+    hide_labels(parts)
     seen: dict[str, Tensor] = {}
     trainer = Trainer(parts, tmp_path, Tracker(parts.config.tracking, tmp_path, "x", {}), quiet=True)
     real = trainer.audit.after_backward
@@ -203,14 +216,13 @@ def test_an_accumulated_step_has_the_mean_gradient_of_its_batches(tmp_path: Path
         real()
 
     trainer.audit.after_backward = note  # type: ignore[method-assign]
-    expected = tiny_parts(tmp_path, "optim.accumulate=5", "name=other", **options)
-    enforce(expected.root, expected.phases[0].freeze.plan)
-    helper = Trainer(expected, tmp_path, trainer.tracker, quiet=True)
-    total: Tensor = sum(  # type: ignore[assignment]
-        expected.phases[0].balance(helper.losses(batch, [*expected.tasks]))
-        for batch in training_batches(expected.train, 8, 0, 0)
-    )
-    (total / 5).backward()
+    expected = tiny_parts(tmp_path, "name=other", **options)
+    hide_labels(expected)
+    (phase,) = expected.phases
+    enforce(expected.root, phase.freeze.plan)
+    (batch,) = training_batches(expected.train, 40, 0, 0)
+    loss: Tensor = Trainer(expected, tmp_path, trainer.tracker, quiet=True).objective(batch, phase)[0]
+    loss.backward()
     trainer.run_phase(0)
     for name, parameter in expected.root.named_parameters():
         assert (parameter.grad is None) == (name not in seen), name
@@ -365,14 +377,14 @@ def test_every_kind_of_balancing_trains_with_a_clean_audit(tmp_path: Path, metho
     assert outcome.report.ok
     learned = [name for name, _ in parts.root.named_parameters() if name.startswith("balance.")]
     assert bool(learned) == (method in ("famo", "imtll"))
-    after = load_file(outcome.run_dir / "checkpoints/last/model.safetensors")
+    after = read_model(outcome.run_dir / "checkpoints/last")
     assert all(not same_bits(before[name], after[name]) for name in learned)
 
 
 def test_a_loss_that_is_not_finite_stops_the_run_with_task_and_step(tmp_path: Path) -> None:
     parts = tiny_parts(tmp_path)
     parts.model.heads["depth"].register_forward_hook(lambda _m, _i, output: output * float("nan"))
-    with pytest.raises(FloatingPointError, match=r"train/loss is nan at step 1 of phase 'warm-heads'"):
+    with pytest.raises(FloatingPointError, match=r"train/loss/depth is nan at step 1 of phase 'warm-heads'"):
         train(parts, quiet=True)
 
 
@@ -390,14 +402,18 @@ def test_step_log_writes_each_step_once_and_averages_an_accumulation_window(tmp_
     parts = tiny_parts(tmp_path)
     tracker = Tracker(parts.config.tracking, tmp_path, "x", {})
     log = StepLog(tracker, ["a"], every_steps=2, phase="p", epoch=1)
-    log.add(1, [torch.tensor([1.0, 2.0]), torch.tensor([3.0, 4.0])], 0.1, 4)
+    norm, images = torch.tensor(0.5), torch.arange(2)
+    log.add(1, [torch.tensor([1.0, 2.0]), torch.tensor([3.0, 4.0])], norm, 0.1, [images, images])
     assert not (tmp_path / "metrics.jsonl").exists(), "nothing is fetched from the device before the cadence"
-    log.add(2, [torch.tensor([5.0, 6.0])], 0.2, 2)
+    log.add(2, [torch.tensor([5.0, 6.0])], norm, 0.2, [images])
     log.flush()
     log.flush()
     tracker.finish({}, failed=False)
-    rows = [(row["step"], row["train/loss"], row["train/loss/a"], row["train/lr"]) for row in read_metrics(tmp_path)]
-    assert rows == [(1, 2.0, 3.0, 0.1), (2, 5.0, 6.0, 0.2)]
+    keys = ("step", "train/loss", "train/loss/a", "train/grad_norm", "train/lr")
+    assert [tuple(row[key] for key in keys) for row in read_metrics(tmp_path)] == [
+        (1, 2.0, 3.0, 0.5, 0.1),
+        (2, 5.0, 6.0, 0.5, 0.2),
+    ]
     assert log.mean_loss == 3.5
 
 

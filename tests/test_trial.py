@@ -11,8 +11,9 @@ import pytest
 import torch
 
 from mtl.config import load_config
+from mtl.run import train
 from mtl.tracking import Tracker
-from mtl.trainer import Trainer, train
+from mtl.trainer import Trainer
 from mtl.trial import autocast_for, choose
 from runs import read_metrics, tiny_parts
 

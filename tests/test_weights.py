@@ -13,7 +13,9 @@ import timm
 import torch
 from safetensors.torch import save_file
 from skimage import data
+from torch import nn
 
+from mtl.checkpoint import Checkpoints
 from mtl.config import TrunkConfig
 from mtl.model import weights
 from mtl.model.network import build_trunk
@@ -86,6 +88,16 @@ def test_a_file_of_any_usual_form_gives_the_trunk_its_weights(tmp_path: Path, su
     else:
         torch.save({"state_dict": state} if form == "state_dict" else state, file)
     trunk = build_trunk(TrunkConfig(name="resnet18", weights=str(file)), 32)
+    assert all(torch.equal(tensor, source.state_dict()[name]) for name, tensor in trunk.state_dict().items())
+
+
+def test_a_checkpoint_of_a_run_that_froze_its_trunk_gives_the_trunk_its_weights(tmp_path: Path) -> None:
+    source = timm.create_model("resnet18", num_classes=0)
+    whole = nn.ModuleDict({"trunk": source, "heads": nn.Linear(1, 1)})
+    Checkpoints(tmp_path).save(
+        whole, [name for name in whole.state_dict() if "layer4" not in name], {}, {"step": 1}, ["last"]
+    )
+    trunk = build_trunk(TrunkConfig(name="resnet18", weights=str(tmp_path / "last/model.safetensors")), 32)
     assert all(torch.equal(tensor, source.state_dict()[name]) for name, tensor in trunk.state_dict().items())
 
 

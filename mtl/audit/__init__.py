@@ -13,7 +13,9 @@ It is given patterns, looks at tensors, and imports nothing from the code that f
     assert audit.report.ok
 """
 
-from mtl.audit.audit import GradientAudit, attach
+from mtl.audit.agreement import found_anywhere
+from mtl.audit.attach import attach
+from mtl.audit.audit import GradientAudit
 from mtl.audit.fingerprint import fingerprint
 from mtl.audit.membership import HoldsParameters
 from mtl.audit.report import AuditError, PhaseRecord, Report, Violation
@@ -27,4 +29,5 @@ __all__ = [
     "Violation",
     "attach",
     "fingerprint",
+    "found_anywhere",
 ]

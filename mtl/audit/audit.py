@@ -2,12 +2,12 @@
 
 from __future__ import annotations
 
-import sys
 import warnings
 from collections.abc import Iterator, Mapping, Sequence
 from contextlib import contextmanager
+from copy import deepcopy
 from functools import partial
-from typing import Any, Literal, get_args
+from typing import TYPE_CHECKING, Any, Literal, get_args
 
 from torch import nn
 from torch.autograd.graph import register_multi_grad_hook
@@ -15,12 +15,17 @@ from torch.optim import Optimizer
 from torch.utils.hooks import RemovableHandle
 
 from mtl.audit.contract import Subject
-from mtl.audit.membership import HoldsParameters, tells_of_steps
+from mtl.audit.membership import HoldsParameters, checked, tells_of_steps
 from mtl.audit.phasewatch import PhaseWatch
 from mtl.audit.report import AuditError, PhaseRecord, Report, Violation
+from mtl.audit.stack import depth_outside
 from mtl.patterns import PatternLike, as_list
 
+if TYPE_CHECKING:
+    from torch.distributed import ProcessGroup
+
 Policy = Literal["raise", "warn", "collect", "restore"]
+_FORMAT = 1  # of the state
 
 
 class GradientAudit:
@@ -40,6 +45,7 @@ class GradientAudit:
         policy: Policy = "raise",
         also: Mapping[str, nn.Module] | None = None,
         ema: nn.Module | None = None,
+        whole: bool = False,
     ) -> None:
         """Args:
             model: The module whose tensors are watched; of a wrapper (DDP, torch.compile), the module inside it.
@@ -51,6 +57,8 @@ class GradientAudit:
             also: Modules beside the model that take part in training, such as losses that learn; the names of their
                 tensors begin with the names given here.
             ema: An averaged copy of the model: what is frozen in the model must keep its bits there as well (`ema.*`).
+            whole: Of tensors that are spread over processes (FSDP), whether the report has the fingerprints that one
+                process alone would take; every process then has to begin every phase. Compared are each one's parts.
 
         Raises:
             ValueError: The policy is none of these.
@@ -61,16 +69,18 @@ class GradientAudit:
         self.report = Report()
         self._subject = Subject(model, dict(also or {}), ema)
         self._freeze = as_list(freeze)
-        self._optimizers = _checked(optimizers)
+        self._optimizers = checked(optimizers)
         self._policy = policy
+        self._whole = whole
         self._open: PhaseWatch | None = None
+        self._stopped: dict[str, Any] | None = None
         self._seen: set[tuple[str, str]] = set()
         self._handles: list[RemovableHandle] = []
         self._attached: list[Optimizer] = []
 
     def watch(self, optimizer: HoldsParameters) -> None:
         """Adds an optimizer that was built after the audit."""
-        self._optimizers += _checked([optimizer])
+        self._optimizers += checked([optimizer])
         if self._open is not None:
             self._listen(optimizer)
 
@@ -113,7 +123,7 @@ class GradientAudit:
         optimizers: Sequence[HoldsParameters] | None = None,
         idle: PatternLike | Sequence[PatternLike] = (),
     ) -> PhaseRecord:
-        """Opens a phase: draws its contract and takes the fingerprints.
+        """Opens a phase: draws its contract and takes the fingerprints; or goes on with one that was stopped.
 
         Args:
             name: The phase's name in the report.
@@ -123,26 +133,25 @@ class GradientAudit:
 
         Raises:
             PatternError: A pattern cannot be read or selects nothing.
-            ValueError: A frozen tensor has no bytes that can be read, the average has nothing of what is frozen, or a
-                name in `also` is taken.
+            ValueError: A frozen tensor has no bytes that can be read, the average has nothing of what is frozen, a
+                name in `also` is taken, or the phase that was stopped was another one.
             AuditError: Under the policy `raise`, the contract is broken already.
             RuntimeError: Another phase is open.
         """
         if self._open is not None:
             raise RuntimeError(f"phase {self._open.record.name!r} is still open")
         if optimizers is not None:
-            self._optimizers = _checked(optimizers)
+            self._optimizers = checked(optimizers)
         patterns = self._freeze if freeze is None else as_list(freeze)
-        self._open = watch = PhaseWatch(name, self._subject, patterns, as_list(idle), self._optimizers)
-        self._seen = set()
+        watch = PhaseWatch(name, self._subject, patterns, as_list(idle), self._optimizers, self._whole)
+        found = watch.go_on(self._stopped) if self._stopped is not None else []
+        self._open, self._stopped = watch, None
+        # What was recorded before the run was stopped is not recorded again.
+        self._seen = {(violation.kind, violation.name) for violation in watch.record.violations}
         self.report.phases.append(watch.record)
         try:
-            for optimizer in self._optimizers:
-                self._listen(optimizer)
-            # A loop that never steps is seen by its backwards alone.
-            if self._attached and (trained := watch.trained()):
-                self._handles.append(register_multi_grad_hook(trained, lambda _: watch.note_backward(), mode="any"))
-            self._settle(watch.at_begin())
+            self._hang_hooks(watch)
+            self._settle(found + watch.at_begin())
         except BaseException:
             self.abandon()
             raise
@@ -195,18 +204,69 @@ class GradientAudit:
         """Whether a phase is open, and nothing was found in it so far."""
         return self._open is not None and self._open.record.ok
 
-    def verify(self, bytes_only: bool = False) -> None:
-        """Compares the bytes of every frozen tensor with those it began with, whatever the signs say.
-
-        Called when a phase ends; call it before a checkpoint and a validation as well.
+    def verify(self, bytes_only: bool = False, counted: bool = True) -> None:
+        """Compares every frozen byte with the first ones, whatever the signs say; call it before a checkpoint, too.
 
         Args:
             bytes_only: Whether not to look for modules and tensors that were added or replaced, too.
+            counted: Whether the report counts it; one that is right does not depend on any that are not counted.
 
         Raises:
             AuditError: Under the policy `raise`, the contract is broken.
         """
-        self._settle(self._watch().verify(bytes_only))
+        self._settle(self._watch().verify(bytes_only, counted))
+
+    def agree(self, group: ProcessGroup | None = None, buffers: bool = False) -> None:
+        """Compares this process's tensors with those of all others: they must be the same in every bit.
+
+        Every process calls it after the same step, and each records the same. See `mtl.audit.agreement`.
+
+        Args:
+            group: The processes, with a backend for the CPU (gloo); all of them by default.
+            buffers: Whether to compare buffers that are not frozen: synchronised ones, or none of BatchNorm.
+
+        Raises:
+            AuditError: Under the policy `raise`, they differ.
+        """
+        self._settle(self._watch().agree(group, buffers))
+
+    def state_dict(self) -> dict[str, Any]:
+        """All that is known, between two steps, as plain data for JSON; in the middle of a phase, too.
+
+        Waits for what is being read. It has fingerprints only: save the tensors with it, and one for each process.
+
+        Raises:
+            AuditError: Under the policy `raise`, the contract is broken.
+        """
+        if self._open is None:
+            return {"format": _FORMAT, "phases": self.report.state(), "open": deepcopy(self._stopped)}
+        self._settle(self._open.settle())
+        return {"format": _FORMAT, "phases": self.report.state()[:-1], "open": self._open.state()}
+
+    def load_state_dict(self, state: Mapping[str, Any]) -> None:
+        """Takes over what an audit in another process knew: call it before any phase.
+
+        If a phase was open there, the next to begin goes on with it, and must have its name, contract and param groups;
+        every frozen byte is compared with the first ones. The report is that of a run which was never stopped. The
+        policy `restore` cannot put back what was changed in between.
+
+        Raises:
+            RuntimeError: There was a phase already.
+            ValueError: It is no state of this version.
+        """
+        if self.report.phases:
+            raise RuntimeError("expected an audit without phases, to take over those of a state; load it at first")
+        if state.get("format") != _FORMAT:
+            raise ValueError(f"expected an audit's state of format {_FORMAT}, got {state.get('format')!r}")
+        self.report.take_over(state["phases"])
+        self._stopped = deepcopy(state["open"])
+
+    def _hang_hooks(self, watch: PhaseWatch) -> None:
+        for optimizer in self._optimizers:
+            self._listen(optimizer)
+        # A loop that never steps is seen by its backwards alone.
+        if self._attached and (trained := watch.trained()):
+            self._handles.append(register_multi_grad_hook(trained, lambda _: watch.note_backward(), mode="any"))
 
     def _listen(self, optimizer: HoldsParameters) -> None:
         """Has an optimizer tell of its steps, while the phase is open."""
@@ -232,8 +292,7 @@ class GradientAudit:
         watch = self._watch()
         if found and self._policy == "restore":
             watch.put_back()
-        new = [violation for violation in found if (violation.kind, violation.name) not in self._seen]
-        if not new:
+        if not (new := [each for each in found if (each.kind, each.name) not in self._seen]):
             return
         self._seen |= {(violation.kind, violation.name) for violation in new}
         watch.record.violations.extend(new)
@@ -241,38 +300,4 @@ class GradientAudit:
             raise AuditError(new)
         if self._policy == "warn":
             for violation in new:
-                warnings.warn(str(violation), stacklevel=_depth_of_the_caller())
-
-
-def attach(
-    model: nn.Module,
-    *optimizers: Optimizer,
-    freeze: PatternLike | Sequence[PatternLike],
-    policy: Policy = "raise",
-    phase: str = "training",
-) -> GradientAudit:
-    """Audits a loop without an edit of it: looks at every step of these optimizers from now on.
-
-    Returns:
-        The audit, with an open phase: its `end()` compares every byte, and asks whether all that was to train did.
-
-    Raises: as for `GradientAudit` and `begin`.
-    """
-    audit = GradientAudit(model, freeze, policy=policy)
-    audit.attach(*optimizers)
-    audit.begin(phase)
-    return audit
-
-
-def _checked(optimizers: Sequence[HoldsParameters]) -> list[HoldsParameters]:
-    if hasattr(optimizers, "param_groups") or not all(hasattr(each, "param_groups") for each in optimizers):
-        raise TypeError(f"expected a list of optimizers, each with param_groups, got {optimizers!r}")
-    return list(optimizers)
-
-
-def _depth_of_the_caller() -> int:
-    """How many calls lie between a warning and the code that is not the audit's."""
-    depth, frame = 1, sys._getframe(1)
-    while frame.f_back is not None and frame.f_globals["__name__"] in (__name__, "contextlib"):
-        depth, frame = depth + 1, frame.f_back
-    return depth
+                warnings.warn(str(violation), stacklevel=depth_outside(__name__))

@@ -33,6 +33,21 @@ TRAINED_REPLACED = (
     "it was put there after the optimizer was built (a swapped module, a new nn.Parameter, assign=True); build the"
     " optimizer anew"
 )
+WHILE_STOPPED = (
+    "it was changed while the run was stopped (another checkpoint, an edited file, other weights loaded); go on from"
+    " the tensors that were saved with the audit's state"
+)
+WHILE_STOPPED_OR_BEFORE = (
+    "it was changed while the run was stopped, or shortly before that, unseen; verify before the state is taken,"
+    " and go on from the tensors that were saved with it"
+)
+FROZEN_APART = (
+    "these ranks loaded other weights, or code wrote to them on some ranks only; load the same on all before the freeze"
+)
+TRAINED_APART = (
+    "they began with other weights, their gradients were not averaged (no DDP, no_sync() at a step, a parameter that"
+    " DDP was not told of), or code wrote on some ranks only; broadcast the weights, and average all gradients"
+)
 SHARED = "a tied or viewed tensor; freeze both names or neither"
 TWICE = "two param groups or optimizers step it; give each parameter to one"
 HIDDEN = (

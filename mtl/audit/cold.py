@@ -8,7 +8,7 @@ from pathlib import Path
 from typing import Any
 
 from mtl.audit.files import UnreadableError, read_tensors
-from mtl.audit.fingerprint import fingerprint, root
+from mtl.audit.fingerprint import fingerprint, fingerprint_of_json, root
 
 
 @dataclass
@@ -71,8 +71,12 @@ def _look_at(folder: Path, phases: dict[str, Any], result: ColdAudit) -> None:
         result.findings.append(str(error))
         return
     digests = {name: fingerprint(tensor) for name, tensor in tensors.items()}
-    if root(digests) != state.get("digests", {}).get("model"):
-        result.findings.append(f"{folder / 'model.safetensors'}: holds other tensors than were written at this step")
+    written = state.get("digests", {})
+    if root(digests) != written.get("model"):
+        result.findings.append(_damage(folder, written.get("frozen")))
+    # Runs of before had no digest of this file.
+    if "state" in written and written.pop("state") != fingerprint_of_json(state):
+        result.findings.append(f"{folder / 'state.json'}: says other things than were written at this step")
     phase = phases.get(state.get("phase", ""))
     if phase is None:
         result.num_foreign += 1
@@ -84,6 +88,20 @@ def _look_at(folder: Path, phases: dict[str, Any], result: ColdAudit) -> None:
         result.num_tensors += 1
         if digests[name] != digest:
             result.findings.append(f"{folder.name}: {name} was frozen in phase {state['phase']!r}, and is not the same")
+
+
+def _damage(folder: Path, frozen: str | None) -> str:
+    """Which of the two files holds other tensors than were written; `frozen` is the digest of those frozen, if any."""
+    file = folder / "model.safetensors"
+    if frozen is not None:
+        beside = folder / "frozen.safetensors"
+        try:
+            tensors = read_tensors(beside)
+        except UnreadableError as error:
+            return str(error)
+        if root({name: fingerprint(tensor) for name, tensor in tensors.items()}) != frozen:
+            file = beside
+    return f"{file}: holds other tensors than were written at this step"
 
 
 def _read_json(file: Path) -> dict[str, Any]:

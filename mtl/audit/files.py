@@ -19,14 +19,17 @@ _WRAPPERS = re.compile(rf"^(?:module\.)+|(?:{'|'.join(INNER_NAMES)})\.")
 # Under these keys, training scripts put the weights beside other things.
 _WEIGHTS = ("state_dict", "model", "model_state_dict", "module")
 # What a folder may hold, the first that there is: whole, in shards with an index, or in chunks.
+_MODEL = "model.safetensors"
 _INDEX = ".index.json"
 _IN_FOLDERS = (
-    "model.safetensors",
-    f"model.safetensors{_INDEX}",
+    _MODEL,
+    f"{_MODEL}{_INDEX}",
     METADATA,
     "pytorch_model.bin",
     f"pytorch_model.bin{_INDEX}",
 )
+# Beside the model's file in a folder that `mtl` wrote: the tensors that were frozen.
+_FROZEN = "frozen.safetensors"
 
 
 class UnreadableError(ValueError):
@@ -38,26 +41,28 @@ def read_tensors(path: Path) -> dict[str, Tensor]:
 
     Args:
         path: A `.safetensors` file; a file of `torch.save`, read with `weights_only`; or a folder with one
-            `model.safetensors`, as a run of `mtl` writes it, with shards and their index, as Hugging Face writes
-            them, or with the chunks of `torch.distributed.checkpoint`.
+            `model.safetensors`, and a `frozen.safetensors` beside it where a run of `mtl` wrote it, with shards and
+            their index, as Hugging Face writes them, or with the chunks of `torch.distributed.checkpoint`.
 
     Raises:
         UnreadableError: There is no such file, it is damaged, holds code, or holds no tensors by name; or two of its
             names are one without the prefixes.
     """
-    file = _main_file(path)
-    try:
-        content = _content(file)
-    except TensorFileError as error:
-        raise UnreadableError(f"{file}: cannot be read: {error}") from error
+    main = _main_file(path)
+    frozen = main.with_name(_FROZEN)
     tensors: dict[str, Tensor] = {}
-    for name, tensor in _named(content):
-        plain = _WRAPPERS.sub("", _WRAPPERS.sub("", name))
-        if plain in tensors:
-            raise UnreadableError(f"{file}: two tensors are named {plain} without the prefixes of wrappers")
-        tensors[plain] = tensor
+    for file in [main, *([frozen] if path.is_dir() and main.name == _MODEL and frozen.is_file() else [])]:
+        try:
+            content = _content(file)
+        except TensorFileError as error:
+            raise UnreadableError(f"{file}: cannot be read: {error}") from error
+        for name, tensor in _named(content):
+            plain = _WRAPPERS.sub("", _WRAPPERS.sub("", name))
+            if plain in tensors:
+                raise UnreadableError(f"{file}: two tensors are named {plain} without the prefixes of wrappers")
+            tensors[plain] = tensor
     if not tensors:
-        raise UnreadableError(f"{file}: holds no tensors by name")
+        raise UnreadableError(f"{main}: holds no tensors by name")
     return tensors
 
 

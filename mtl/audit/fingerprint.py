@@ -1,8 +1,10 @@
-"""Fingerprints: exact, position-sensitive digests of tensors."""
+"""Fingerprints: exact, position-sensitive digests of tensors, and of plain data."""
 
 from __future__ import annotations
 
+import json
 from collections.abc import Mapping
+from typing import Any
 
 import torch
 import xxhash
@@ -18,8 +20,8 @@ def fingerprint(tensor: Tensor) -> str:
     data = tensor.detach().cpu().resolve_conj().resolve_neg().contiguous()
     digest = xxhash.xxh3_128(f"{data.dtype} {tuple(data.shape)}".encode())
     if data.numel():
-        # reshape(-1): a tensor without axes cannot be viewed as another type.
-        digest.update(data.reshape(-1).view(torch.uint8).numpy().data)
+        # By strides of its own: a tensor without axes, or a lone element of a column, cannot be viewed as another type.
+        digest.update(data.as_strided((data.numel(),), (1,)).view(torch.uint8).numpy().data)
     return digest.hexdigest()
 
 
@@ -29,3 +31,9 @@ def root(fingerprints: Mapping[str, str]) -> str:
     for name in sorted(fingerprints):
         digest.update(f"{name}\0{fingerprints[name]}\n".encode())
     return digest.hexdigest()
+
+
+def fingerprint_of_json(content: Any) -> str:
+    """The XXH3-128 digest of plain data as JSON, whatever the order of its keys."""
+    canonical = json.dumps(content, sort_keys=True, separators=(",", ":"))
+    return xxhash.xxh3_128_hexdigest(canonical.encode())

@@ -7,8 +7,9 @@ below it, a task may not have been drawn. The window is therefore the whole phas
 from __future__ import annotations
 
 from collections import Counter
-from collections.abc import Iterator, Sequence
+from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import dataclass, field
+from typing import Any
 
 import torch
 from torch import Tensor
@@ -16,10 +17,10 @@ from torch.optim import Optimizer
 
 from mtl.audit import causes
 from mtl.audit.contract import Contract
-from mtl.audit.fingerprint import fingerprint
 from mtl.audit.membership import HoldsParameters, param_groups, tells_of_steps
-from mtl.audit.places import Place, is_readable, is_sparse, is_unmade
+from mtl.audit.places import Place
 from mtl.audit.readings import Reading
+from mtl.audit.trainee import Trainee, can_train, digest_of, is_elsewhere
 from mtl.moduletree import describe_modules
 from mtl.patterns import PatternLike, select
 from mtl.storage import local
@@ -35,49 +36,6 @@ MANY = 50
 ENOUGH = 10
 # And, if it is, so many times the step at which the last parameter got its first gradient.
 TIMES = 4
-
-
-@dataclass
-class _Trainee:
-    """A parameter that is meant to train.
-
-    Attributes:
-        place: Where it hangs.
-        tensor: The parameter.
-        digest: Its fingerprint when the phase began.
-        asked: Whether it has required a gradient at any look.
-        had_gradient: Whether it has had one, were it all zeros.
-        had_signal: Whether it has had one that was not all zeros.
-        num_gradients: Steps in which it asked for a gradient and had one.
-        last_gradient: The last of them.
-        longest_wait: The most steps between two of them, or before the first.
-    """
-
-    place: Place
-    tensor: Tensor
-    digest: str
-    asked: bool = False
-    had_gradient: bool = False
-    had_signal: bool = False
-    num_gradients: int = 0
-    last_gradient: int = 0
-    longest_wait: int = 0
-
-    def note_gradient(self, step: int) -> None:
-        """Notes that it had a gradient in a step; the same step may be noted again."""
-        if step > self.last_gradient:
-            self.longest_wait = max(self.longest_wait, step - self.last_gradient)
-            self.num_gradients, self.last_gradient = self.num_gradients + 1, step
-
-    def has_stopped(self, num_steps: int) -> bool:
-        """Whether it trained for a while, and has had no gradient for much longer than ever before."""
-        silent = num_steps - self.last_gradient
-        return self.num_gradients >= ENOUGH and silent >= max(MANY, TIMES * self.longest_wait)
-
-    @property
-    def is_stray(self) -> bool:
-        """Whether it is a plain tensor, or in a Python list: it may be meant to train, or to be left alone."""
-        return self.place.hidden or self.place.kind == "attr"
 
 
 @dataclass(frozen=True)
@@ -112,17 +70,18 @@ class Liveness:
         frozen = {
             id(tensor) for place in contract.frozen if place.rows is None and (tensor := place.look()) is not None
         }
-        trainees: dict[int, _Trainee] = {}
+        trainees: dict[int, Trainee] = {}
         for place in contract.free:
             tensor = place.look()
-            if tensor is None or id(tensor) in frozen or place.name in rest or not _can_train(place, tensor):
+            if tensor is None or id(tensor) in frozen or place.name in rest or not can_train(place, tensor):
                 continue
-            trainees.setdefault(id(tensor), _Trainee(place, tensor, _digest(tensor)))
+            trainees.setdefault(id(tensor), Trainee(place, tensor, digest_of(tensor)))
         self._trainees = list(trainees.values())
         self._waiting = list(self._trainees)
+        self._elsewhere = {place.name for place in contract.free if is_elsewhere(place.look())}
         self._contract = contract
         self._seen = _Seen()
-        self._asked: list[tuple[list[_Trainee], Reading, int]] = []
+        self._asked: list[tuple[list[Trainee], Reading, int]] = []
         self.num_backwards = 0
 
     @property
@@ -140,7 +99,7 @@ class Liveness:
 
     def changed(self) -> set[int]:
         """The identities of those with other bytes than when the phase began."""
-        return {id(each.tensor) for each in self._trainees if _digest(each.tensor) != each.digest}
+        return {id(each.tensor) for each in self._trainees if digest_of(each.tensor) != each.digest}
 
     def num_trained(self, changed: set[int]) -> int:
         """How many of `changed` are parameters that were to train."""
@@ -157,7 +116,7 @@ class Liveness:
                 trainee.note_gradient(step)
         if not self._waiting:
             return
-        groups: dict[tuple[torch.device, torch.dtype], list[_Trainee]] = {}
+        groups: dict[tuple[torch.device, torch.dtype], list[Trainee]] = {}
         for trainee in self._waiting:
             trainee.asked |= trainee.tensor.requires_grad
             if (gradient := trainee.tensor.grad) is not None:
@@ -192,7 +151,7 @@ class Liveness:
         owners = {id(trainee.place.owner) for trainee in dead if not _is_bias(trainee.place)}
         for trainee in self._trainees:
             has_changed = id(trainee.tensor) in changed
-            if trainee.has_stopped(num_steps) and trainee.place.look() is trainee.tensor and not trainee.is_stray:
+            if _has_stopped(trainee, num_steps) and trainee.place.look() is trainee.tensor and not trainee.is_stray:
                 cause = causes.CUT_OFF if trainee.tensor.requires_grad else causes.SWITCHED_OFF
                 detail = f"had its last gradient in step {trainee.last_gradient} of {num_steps}"
                 yield Finding("stopped_training", trainee.place, cause, detail)
@@ -223,7 +182,7 @@ class Liveness:
 
     def _judge_held(
         self,
-        trainee: _Trainee,
+        trainee: Trainee,
         has_changed: bool,
         is_excused: bool,
         num_steps: int,
@@ -256,6 +215,50 @@ class Liveness:
         elif not has_changed and num_steps >= MANY:
             yield Finding("never_trained", place, causes.TOO_SMALL, "received gradients, but kept every bit")
 
+    def state(self, optimizers: Sequence[HoldsParameters]) -> dict[str, Any]:
+        """What was seen, as plain data: parameters by name, optimizers and their groups by position."""
+        self._take_in(wait=True)
+        return {
+            "trainees": {trainee.place.name: trainee.state() for trainee in self._trainees},
+            "strays": [trainee.place.name for trainee in self._trainees if trainee.is_stray],
+            "optimizers": [
+                {
+                    "num_steps": self._seen.stepped[id(optimizer)],
+                    "moving_groups": [id(group) in self._seen.moving_groups for group in optimizer.param_groups],
+                }
+                for optimizer in optimizers
+            ],
+            "last_first_signal": self._seen.last_first_signal,
+            "num_backwards": self.num_backwards,
+        }
+
+    def differs_from(self, state: Mapping[str, Any], optimizers: Sequence[HoldsParameters]) -> str | None:
+        """Why a state cannot be one of this phase, in words; None if it can."""
+        # Plain tensors may come and go with a forward.
+        now = {trainee.place.name for trainee in self._trainees if not trainee.is_stray}
+        before = {*state["trainees"]} - {*state["strays"]} - self._elsewhere
+        for name in sorted(now ^ before):
+            return f"{name} was{'' if name in before else ' not'} to train, and is{'' if name in now else ' not'} now"
+        groups = [len(optimizer.param_groups) for optimizer in optimizers]
+        groups_before = [len(each["moving_groups"]) for each in state["optimizers"]]
+        if groups != groups_before:
+            return f"its optimizers had {groups_before} param groups, and have {groups} now"
+        return None
+
+    def take_over(self, state: Mapping[str, Any], optimizers: Sequence[HoldsParameters]) -> None:
+        """Goes on from what was seen in another process."""
+        for trainee in self._trainees:
+            if trainee.place.name in state["trainees"]:
+                trainee.take_over(state["trainees"][trainee.place.name])
+        self._waiting = [trainee for trainee in self._trainees if not trainee.had_signal]
+        for optimizer, seen in zip(optimizers, state["optimizers"], strict=True):
+            if seen["num_steps"]:
+                self._seen.stepped[id(optimizer)] = seen["num_steps"]
+            groups = zip(optimizer.param_groups, seen["moving_groups"], strict=True)
+            self._seen.moving_groups |= {id(group) for group, moves in groups if moves}
+        self._seen.last_first_signal = state["last_first_signal"]
+        self.num_backwards = state["num_backwards"]
+
     def _take_in(self, wait: bool) -> None:
         asked, self._asked = self._asked, []
         for group, reading, step in asked:
@@ -270,25 +273,14 @@ class Liveness:
         self._waiting = [trainee for trainee in self._waiting if not trainee.had_signal]
 
 
-def _digest(tensor: Tensor) -> str:
-    return "" if is_unmade(tensor) else fingerprint(local(tensor))
+def _has_stopped(trainee: Trainee, num_steps: int) -> bool:
+    """Whether it trained for a while, and has had no gradient for much longer than ever before."""
+    silent = num_steps - trainee.last_gradient
+    return trainee.num_gradients >= ENOUGH and silent >= max(MANY, TIMES * trainee.longest_wait)
 
 
 def _is_bias(place: Place) -> bool:
     return "bias" in place.key
-
-
-def _can_train(place: Place, tensor: Tensor) -> bool:
-    """Whether a tensor may be meant to train; whole numbers are not, and plain tensors only if they say so."""
-    if is_unmade(tensor):
-        return place.kind == "param"
-    if not is_readable(tensor) or is_sparse(tensor) or not local(tensor).numel():
-        return False
-    if not (tensor.is_floating_point() or tensor.is_complex()):
-        return False
-    if place.kind == "param" and not place.hidden:
-        return True
-    return place.kind != "buffer" and tensor.requires_grad and tensor.is_leaf
 
 
 def _largest(gradient: Tensor | None) -> Tensor:

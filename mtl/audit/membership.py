@@ -24,6 +24,17 @@ def tells_of_steps(optimizer: HoldsParameters) -> TypeGuard[Optimizer]:
     return isinstance(optimizer, Optimizer) and hasattr(optimizer, "_optimizer_step_post_hooks")
 
 
+def checked(optimizers: Sequence[HoldsParameters]) -> list[HoldsParameters]:
+    """The optimizers as a list.
+
+    Raises:
+        TypeError: It is no list of optimizers.
+    """
+    if hasattr(optimizers, "param_groups") or not all(hasattr(each, "param_groups") for each in optimizers):
+        raise TypeError(f"expected a list of optimizers, each with param_groups, got {optimizers!r}")
+    return list(optimizers)
+
+
 def param_groups(optimizers: Sequence[HoldsParameters]) -> list[dict[str, Any]]:
     """Every group once: an optimizer around another one shows that one's groups."""
     return list({id(group): group for optimizer in optimizers for group in optimizer.param_groups}.values())

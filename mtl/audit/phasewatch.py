@@ -2,24 +2,28 @@
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from dataclasses import replace
+from typing import TYPE_CHECKING, Any
 
 from torch import Tensor
 from torch.nn.modules.batchnorm import _NormBase
 from torch.optim import Optimizer
 
 from mtl.audit import causes
+from mtl.audit.agreement import compare_ranks
+from mtl.audit.bytewatch import ByteWatch
 from mtl.audit.contract import Contract, Subject, draw_contract, shared_memory
-from mtl.audit.difference import size_of_change
-from mtl.audit.fingerprint import fingerprint, root
+from mtl.audit.fingerprint import root
 from mtl.audit.liveness import FEW, Liveness
-from mtl.audit.membership import HoldsParameters, Membership, param_groups
-from mtl.audit.places import Place, is_sparse
-from mtl.audit.readings import Rotation
+from mtl.audit.membership import HoldsParameters, Membership
+from mtl.audit.places import Place
 from mtl.audit.report import PhaseRecord, Violation
 from mtl.audit.watched import Watched
 from mtl.patterns import PatternError, PatternLike, text_of
+
+if TYPE_CHECKING:
+    from torch.distributed import ProcessGroup
 
 _MEMBERSHIP = {
     "in_optimizer": "is held by an optimizer, whose decay or momentum could move it",
@@ -34,9 +38,11 @@ class PhaseWatch:
     Attributes:
         record: What was checked, and with what result.
         every: Between steps, it looks at the first few and then at every so many.
+        agreed_at: The last step after which all ranks were found to hold the same.
     """
 
     every: int = 1
+    agreed_at: int = 0
 
     def __init__(
         self,
@@ -45,8 +51,9 @@ class PhaseWatch:
         patterns: Sequence[PatternLike],
         idle: Sequence[PatternLike],
         optimizers: Sequence[HoldsParameters],
+        whole: bool = False,
     ) -> None:
-        """Args: as `GradientAudit.phase` has them.
+        """Args: as `GradientAudit` and its `phase` have them.
 
         Raises:
             PatternError: A pattern cannot be read or selects nothing.
@@ -58,10 +65,9 @@ class PhaseWatch:
         self._free_at_first = self._membership.free
         self._has_begun = False
         self._watched = [
-            Watched(place, tensor) for place in self._contract.frozen if (tensor := place.look()) is not None
+            Watched(place, tensor, whole) for place in self._contract.frozen if (tensor := place.look()) is not None
         ]
         self._whole = [watched for watched in self._watched if watched.place.is_held_whole]
-        self._rotation = Rotation(self._watched)
         self._liveness = Liveness(self._contract, idle)
         norms = {
             id(watched.place.owner): (watched.place.module_name, watched.place.owner)
@@ -69,10 +75,11 @@ class PhaseWatch:
             if watched.place.kind == "buffer" and isinstance(watched.place.owner, _NormBase)
         }
         self._frozen_norms = list(norms.values())
-        digests = {watched.place.name: watched.digest for watched in self._watched}
+        digests = {watched.place.name: watched.whole_digest for watched in self._watched}
         self.record = PhaseRecord(
             name, [text_of(p) for p in patterns], digests, root(digests), num_trainable=self._liveness.num_trainable
         )
+        self._bytes = ByteWatch(self._watched, self.record, optimizers)
 
     def note_step(self, optimizer: Optimizer) -> bool:
         """Takes note of a step of one optimizer, right behind it.
@@ -104,7 +111,7 @@ class PhaseWatch:
             if watched.tensor.requires_grad:
                 found.append(self._still_required(watched))
             if watched.tensor.grad is not None:
-                detail = "has a gradient before the first step"
+                detail = f"has a gradient before the {'next' if self.record.num_steps else 'first'} step"
                 found.append(self._violation("grad_present", watched.place, causes.STALE_GRADIENT, detail))
                 watched.had_gradient = True
         found += self._optimizer_membership()
@@ -133,7 +140,7 @@ class PhaseWatch:
         found = self._gradients()
         if self._contract.is_unlinked() or self._membership.is_outdated():
             found += self._replaced()
-        suspects = set()
+        suspects: set[int] = set()
         for watched in self._whole:
             if watched.place.look() is not watched.tensor:
                 found += self._another(watched, watched.place)
@@ -143,26 +150,16 @@ class PhaseWatch:
             if watched.shows_a_sign():
                 # BatchNorm's statistics move without a sign, its counter does not: the whole module is suspected.
                 suspects.add(id(watched.place.owner))
-        moved = False
-        for watched in self._watched if suspects else ():
-            if id(watched.place.owner) in suspects:
-                moved |= watched.was_moved()
-                self._rotation.ask(watched, record.num_steps)
-        self._rotation.turn(record.num_steps)
-        found += self._changes(wait=False)
-        if moved:
-            self._rotation = Rotation(self._watched)
+        found += self._bytes.look(suspects)
         return found + self._train_mode() + self._optimizer_membership()
 
     def _is_due(self, step: int) -> bool:
         return step <= FEW or step % self.every == 0
 
-    def verify(self, bytes_only: bool = False) -> list[Violation]:
+    def verify(self, bytes_only: bool = False, counted: bool = True) -> list[Violation]:
         """Every byte of every frozen tensor, whatever the signs say."""
         found = [] if bytes_only else self._replaced()
-        for watched in self._watched:
-            self._rotation.ask(watched, self.record.num_steps)
-        return found + self._changes(wait=True) + self._train_mode() + self._optimizer_membership()
+        return found + self._bytes.verify(counted) + self._train_mode() + self._optimizer_membership()
 
     def at_end(self) -> list[Violation]:
         """Every byte once more, and whether what was meant to train did."""
@@ -182,7 +179,48 @@ class PhaseWatch:
                 watched.put_back()
         for _, norm in self._frozen_norms:
             norm.eval()
-        self._rotation = Rotation(self._watched)
+        self._bytes.restart()
+
+    def agree(self, group: ProcessGroup | None, buffers: bool) -> list[Violation]:
+        """What is not the same on all ranks."""
+        apart = compare_ranks(self._contract, group, buffers)
+        if not apart:
+            self.agreed_at = self.record.num_steps
+        return [
+            self.record.breach("ranks_differ", each.name, each.cause, each.detail, since=self.agreed_at)
+            for each in apart
+        ]
+
+    def settle(self) -> list[Violation]:
+        """What was asked for and has not come yet; it is waited for."""
+        return self._bytes.settle()
+
+    def state(self) -> dict[str, Any]:
+        """All that is known of the phase between two steps, as plain data; `settle` comes first."""
+        return {
+            "record": self.record.state(),
+            "bytes": self._bytes.state(),
+            "liveness": self._liveness.state(self._optimizers),
+            "every": self.every,
+            "agreed_at": self.agreed_at,
+        }
+
+    def go_on(self, state: Mapping[str, Any]) -> list[Violation]:
+        """Goes on with the phase of a state, in place of a new one.
+
+        Raises:
+            ValueError: It is the state of another phase or contract.
+        """
+        difference = self.record.differs_from(state["record"])
+        if difference := difference or self._liveness.differs_from(state["liveness"], self._optimizers):
+            raise ValueError(
+                f"the phase {self.record.name!r} cannot go on where it was stopped: {difference}; begin it as it was"
+                " begun then, or begin another run"
+            )
+        self.record.take_over(state["record"])
+        self._liveness.take_over(state["liveness"], self._optimizers)
+        self.every, self.agreed_at = state["every"], state["agreed_at"]
+        return self._bytes.go_on(state["bytes"])
 
     def _gradients(self) -> list[Violation]:
         found = []
@@ -198,44 +236,6 @@ class PhaseWatch:
     def _still_required(self, watched: Watched) -> Violation:
         cause = causes.of_flag(watched.tensor, self._contract.around(watched.place)) or causes.STILL_REQUIRED
         return self._violation("requires_grad", watched.place, cause, "requires a gradient")
-
-    def _changes(self, wait: bool) -> list[Violation]:
-        """Compares the bytes that have come with the first ones."""
-        found = []
-        for watched, content, step in self._rotation.arrived(wait):
-            self.record.num_fingerprint_checks += 1
-            if watched.is_original(content, step):
-                # A sign that proved harmless is none the next time.
-                watched.note_signs()
-            elif watched.place.look() is watched.tensor:
-                found.append(self._changed(watched, content))
-                watched.note_signs()
-        return found
-
-    def _changed(self, watched: Watched, content: Tensor) -> Violation:
-        if watched.place.is_copy:
-            cause = causes.of_copy(self._has_changed(watched.place.name.removeprefix("ema.")))
-        else:
-            cause = causes.of_change(watched, content, param_groups(self._optimizers))
-        size = None
-        is_alike = content.shape == watched.original.shape and not is_sparse(watched.tensor)
-        if is_alike and content.dtype == watched.original.dtype:
-            size = size_of_change(watched.original, content)
-        return self._violation(
-            f"{watched.place.kind}_changed",
-            watched.place,
-            cause,
-            "its bytes differ from the first ones",
-            since=watched.proven_at,
-            max_abs=None if size is None else size.max_abs,
-            share=None if size is None else size.share,
-        )
-
-    def _has_changed(self, name: str) -> bool:
-        """Whether a frozen tensor of this name has other bytes than at first."""
-        return any(
-            watched.place.name == name and fingerprint(watched.part()) != watched.digest for watched in self._watched
-        )
 
     def _replaced(self) -> list[Violation]:
         """Tensors that hang behind the line by now, and did not when the phase began; and those that are gone."""
@@ -267,17 +267,8 @@ class PhaseWatch:
         return [self._violation("identity_changed", watched.place, cause, detail)]
 
     def _train_mode(self) -> list[Violation]:
-        record = self.record
         return [
-            Violation(
-                "train_mode",
-                name,
-                record.name,
-                record.num_steps,
-                causes.TRAIN_MODE,
-                f"{type(norm).__name__} is in train mode",
-                record.num_steps,
-            )
+            self.record.breach("train_mode", name, causes.TRAIN_MODE, f"{type(norm).__name__} is in train mode")
             for name, norm in self._frozen_norms
             if norm.training
         ]
@@ -295,16 +286,5 @@ class PhaseWatch:
         is_first = self._free_at_first.get(place.name) is place.look()
         return causes.LATE_THAW if is_first else causes.TRAINED_REPLACED
 
-    def _violation(
-        self,
-        kind: str,
-        place: Place,
-        cause: str,
-        detail: str,
-        since: int | None = None,
-        max_abs: float | None = None,
-        share: float | None = None,
-    ) -> Violation:
-        step = self.record.num_steps
-        since = step if since is None else since
-        return Violation(kind, place.name, self.record.name, step, cause, detail, since, max_abs, share)
+    def _violation(self, kind: str, place: Place, cause: str, detail: str, since: int | None = None) -> Violation:
+        return self.record.breach(kind, place.name, cause, detail, since)

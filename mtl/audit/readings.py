@@ -2,7 +2,8 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterator, Sequence
+from collections.abc import Iterator, Mapping, Sequence
+from typing import Any
 
 import torch
 from torch import Tensor
@@ -80,15 +81,41 @@ class Rotation:
             else:
                 yield watched, content, step
 
+    def state(self) -> dict[str, Any]:
+        """Whose turn it is, as plain data; what was asked for has to have arrived."""
+        return {
+            "next": self._in_turn[self._next][0].place.name if self._in_turn else None,
+            "credit": self._credit,
+            "bundles": [{"members": bundle.names, "first": bundle.first} for bundle in self._bundles],
+        }
+
+    def take_over(self, state: Mapping[str, Any]) -> None:
+        """Goes on where another process left off; tensors that lie elsewhere by now are bundled as they lie now."""
+        names = [watched.place.name for watched, _ in self._in_turn]
+        self._next = names.index(state["next"]) if state["next"] in names else 0
+        self._credit = min(state["credit"], self._most_credit)
+        firsts = {tuple(each["members"]): each["first"] for each in state["bundles"]}
+        for bundle in self._bundles:
+            bundle.first = firsts.get(tuple(bundle.names), bundle.first)
+
 
 class _Bundle:
-    """Small tensors of one device, read as one."""
+    """Small tensors of one device, read as one.
+
+    Attributes:
+        members: The tensors.
+        first: The fingerprint of their first bytes.
+    """
 
     def __init__(self, members: Sequence[Watched]) -> None:
         self.members = members
         self._views = [each.part().detach().reshape(-1).view(torch.uint8) for each in members]
-        self._first = fingerprint(torch.cat(self._views))
+        self.first = fingerprint(torch.cat(self._views))
         self._asked: list[tuple[Reading, int]] = []
+
+    @property
+    def names(self) -> list[str]:
+        return [watched.place.name for watched in self.members]
 
     def ask(self, step: int) -> None:
         self._asked.append((Reading(torch.cat(self._views)), step))
@@ -100,7 +127,7 @@ class _Bundle:
             content = reading.get(wait)
             if content is None:
                 self._asked.append((reading, step))
-            elif fingerprint(content) != self._first:
+            elif fingerprint(content) != self.first:
                 yield step
             else:
                 for watched in self.members:

@@ -3,8 +3,10 @@
 from __future__ import annotations
 
 import math
-from collections.abc import Iterable, Sequence
+from collections.abc import Iterable, Mapping, Sequence
+from copy import deepcopy
 from dataclasses import asdict, dataclass, field
+from itertools import zip_longest
 from typing import Any
 
 from mtl.names import shorten
@@ -17,7 +19,8 @@ class Violation:
     Attributes:
         kind: `param_changed`, `buffer_changed`, `attr_changed`, `grad_present`, `requires_grad`, `in_optimizer`,
             `not_in_optimizer`, `in_several_groups`, `identity_changed`, `train_mode`, `shared_storage`,
-            `never_trained`, `never_received_grad`, or `stopped_training`.
+            `never_trained`, `never_received_grad`, `stopped_training`, or `ranks_differ`: the processes of a run hold
+            other bytes, or other tensors.
         name: The tensor's full name; for `train_mode`, the module's.
         phase: The phase in which it was found.
         step: Steps done in the phase when it was found.
@@ -114,6 +117,43 @@ class PhaseRecord:
     def ok(self) -> bool:
         return not self.violations
 
+    def breach(
+        self,
+        kind: str,
+        name: str,
+        cause: str,
+        detail: str,
+        since: int | None = None,
+        max_abs: float | None = None,
+        share: float | None = None,
+    ) -> Violation:
+        """A violation as it is seen now; without `since`, it happened in this very step."""
+        since = self.num_steps if since is None else since
+        return Violation(kind, name, self.name, self.num_steps, cause, detail, since, max_abs, share)
+
+    def state(self) -> dict[str, Any]:
+        """All of it as plain data, for `take_over`."""
+        return asdict(self)
+
+    def differs_from(self, state: Mapping[str, Any]) -> str | None:
+        """The first thing in which a state is not one of this phase and contract, in words; None if it is one."""
+        if state["name"] != self.name:
+            return f"the state was taken inside the phase {state['name']!r}"
+        for before, now in zip_longest(state["freeze"], self.freeze):
+            if before != now:
+                wanted, got = (repr(each) if each is not None else "no further one" for each in (before, now))
+                return f"expected the pattern {wanted}, got {got}"
+        for name in sorted(state["fingerprints"].keys() ^ self.fingerprints.keys()):
+            was, is_now = (_unless(name in names) for names in (state["fingerprints"], self.fingerprints))
+            return f"{name} was{was} frozen, and is{is_now} now"
+        return None
+
+    def take_over(self, state: Mapping[str, Any]) -> None:
+        """Becomes the record whose state this is."""
+        fields = deepcopy(dict(state))
+        fields["violations"] = [Violation(**violation) for violation in fields["violations"]]
+        vars(self).update(fields)
+
     def to_json(self) -> dict[str, Any]:
         return {
             "name": self.name,
@@ -131,6 +171,10 @@ class PhaseRecord:
         }
 
 
+def _unless(holds: bool) -> str:
+    return "" if holds else " not"
+
+
 @dataclass
 class Report:
     """The audit of a run: its phases in order."""
@@ -144,6 +188,17 @@ class Report:
     @property
     def ok(self) -> bool:
         return not self.violations
+
+    def state(self) -> list[dict[str, Any]]:
+        """Each phase's record as plain data."""
+        return [phase.state() for phase in self.phases]
+
+    def take_over(self, state: Iterable[Mapping[str, Any]]) -> None:
+        """Adds the phases of a state."""
+        for each in state:
+            record = PhaseRecord("", [])
+            record.take_over(each)
+            self.phases.append(record)
 
     def to_json(self) -> dict[str, Any]:
         """The content of `audit.json`; what was cut short is not ok, for its end was never proven."""

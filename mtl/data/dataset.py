@@ -2,8 +2,8 @@
 
 from __future__ import annotations
 
-from collections.abc import Collection, Iterator
-from dataclasses import dataclass
+from collections.abc import Collection, Sequence
+from dataclasses import dataclass, replace
 from functools import cached_property
 
 import torch
@@ -22,6 +22,9 @@ class Batch:
         labels: By task; class labels int64, others float32.
         device: Where labels are, and images will be.
         view: How the images are seen; as they are if not given.
+        stored: "b h w c", uint8, the images as the split has them, if they were read together with the labels.
+        every: Where several processes share what is kept: the indices of all processes' batches at this moment, by
+            rank, this one's among them.
     """
 
     split: Split
@@ -29,9 +32,16 @@ class Batch:
     labels: dict[str, Tensor]
     device: torch.device
     view: View | None = None
+    every: tuple[Tensor, ...] | None = None
+    stored: Tensor | None = None
 
     def __len__(self) -> int:
         return len(self.indices)
+
+    @property
+    def everyone(self) -> Tensor:
+        """The indices of the images of all processes, "b", on the CPU."""
+        return self.indices if self.every is None else torch.cat(self.every)
 
     @property
     def size(self) -> tuple[int, int]:
@@ -41,12 +51,29 @@ class Batch:
     @cached_property
     def images(self) -> Tensor:
         """Of shape "b h w c", uint8; read when first asked for, since kept features make them needless."""
-        images = _moved(self.split.images[self.indices], self.device)
+        stored = self.split.images[self.indices] if self.stored is None else self.stored
+        images = _moved(stored, self.device)
         return images if self.view is None else self.view.of(images, self.indices)
 
     def to(self, device: torch.device) -> Batch:
+        if device == self.device:
+            return self
         labels = {name: _moved(label, device) for name, label in self.labels.items()}
-        return Batch(self.split, self.indices, labels, device, self.view)
+        stored = None if self.stored is None else _moved(self.stored, device)
+        return replace(self, labels=labels, device=device, stored=stored)
+
+
+@dataclass(frozen=True)
+class Rows:
+    """What is stored of some images, on the host, in the types in which it is stored.
+
+    Attributes:
+        labels: By name.
+        images: None if nobody asked for them.
+    """
+
+    labels: dict[str, Tensor]
+    images: Tensor | None
 
 
 @dataclass(frozen=True)
@@ -56,28 +83,53 @@ class Split:
     Attributes:
         images: "n h w c", uint8.
         labels: By name, first axis n; whole numbers of any width for classes, floats of any width otherwise.
+        num_skipped: Samples that were left out, since a label of theirs cannot be trained on.
     """
 
     images: Tensor
     labels: dict[str, Tensor]
+    num_skipped: int = 0
 
     def __len__(self) -> int:
         return len(self.images)
 
     def only(self, names: Collection[str]) -> Split:
         """The same images with these labels."""
-        return Split(self.images, {name: self.labels[name] for name in names})
+        return replace(self, labels={name: self.labels[name] for name in names})
 
-    def batch(self, indices: Tensor, view: View | None = None) -> Batch:
-        """The images at these places, in a view of them, with labels in the types that losses take."""
+    def without(self, bad: Tensor) -> Split:
+        """The other images, in their order.
+
+        Args:
+            bad: "n", bool.
+        """
+        labels = {name: label[~bad] for name, label in self.labels.items()}
+        return Split(self.images[~bad], labels, self.num_skipped + int(bad.sum()))
+
+    def rows(self, indices: Tensor, with_images: bool) -> Rows:
+        """Copies of what is stored at these places."""
         labels = {name: label[indices] for name, label in self.labels.items()}
-        return Batch(
-            self,
-            indices,
-            {name: label.float() if label.is_floating_point() else label.long() for name, label in labels.items()},
-            torch.device("cpu"),
-            view,
-        )
+        return Rows(labels, self.images[indices] if with_images else None)
+
+    def batch(
+        self,
+        indices: Tensor,
+        view: View | None = None,
+        every: Sequence[Tensor] | None = None,
+        rows: Rows | None = None,
+    ) -> Batch:
+        """The images at these places, in a view of them, with labels in the types that losses take.
+
+        Args:
+            indices: "b", the places.
+            view: How the images are seen.
+            every: By rank, the places that each process has at this moment.
+            rows: What is stored at the places, if it was read already.
+        """
+        rows = rows or self.rows(indices, with_images=False)
+        labels = {n: label.float() if label.is_floating_point() else label.long() for n, label in rows.labels.items()}
+        own = None if every is None else tuple(every)
+        return Batch(self, indices, labels, torch.device("cpu"), view, own, rows.images)
 
 
 def _moved(tensor: Tensor, device: torch.device) -> Tensor:
@@ -85,26 +137,3 @@ def _moved(tensor: Tensor, device: torch.device) -> Tensor:
     if device.type == "cuda" and not tensor.is_cuda:
         tensor = tensor.pin_memory()
     return tensor.to(device, non_blocking=True)
-
-
-def training_batches(split: Split, batch_size: int, seed: int, epoch: int, view: View | None = None) -> Iterator[Batch]:
-    """One pass in random order.
-
-    The order depends on seed and epoch alone, so that a run can be taken up anywhere. A last batch that is not full is
-    left out, another one each time: BatchNorm cannot train on one image.
-    """
-    generator = torch.Generator().manual_seed(seed * 1_000_003 + epoch)
-    order = torch.randperm(len(split), generator=generator)
-    for number in range(num_batches(len(split), batch_size)):
-        yield split.batch(order[number * batch_size : (number + 1) * batch_size], view)
-
-
-def num_batches(num_images: int, batch_size: int) -> int:
-    """Batches in one training pass: full ones only, but at least one."""
-    return max(1, num_images // batch_size)
-
-
-def validation_batches(split: Split, batch_size: int) -> Iterator[Batch]:
-    """Every image once, in order."""
-    for start in range(0, len(split), batch_size):
-        yield split.batch(torch.arange(start, min(start + batch_size, len(split))))

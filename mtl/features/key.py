@@ -27,7 +27,7 @@ def feature_key(parts: Parts, prefix: Prefix, record: PhaseRecord, num_views: in
     frozen = {name: digest for name, digest in record.fingerprints.items() if name.startswith("trunk.")}
     return {
         "frozen": root(frozen),
-        "trunk": config.trunk.model_dump(exclude={"weights"}),
+        "trunk": config.trunk.model_dump(exclude={"weights", "checkpointing"}),
         "modules": prefix.modules,
         "kept": [[list(shape), str(dtype)] for shape, dtype in zip(prefix.shapes, prefix.dtypes, strict=True)],
         "levels": parts.model.levels,

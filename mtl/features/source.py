@@ -5,6 +5,7 @@ from __future__ import annotations
 import json
 import math
 from collections.abc import Callable, Collection
+from functools import partial
 from pathlib import Path
 from typing import Any
 
@@ -16,13 +17,15 @@ from mtl.audit import PhaseRecord, fingerprint
 from mtl.console import logger, progress_bar
 from mtl.data import Batch, Split, View, draw_view
 from mtl.data.cache import default_cache_dir
+from mtl.distributed import ALONE, World
 from mtl.features.key import feature_key
 from mtl.features.survey import NotKept, survey
 from mtl.featurestore import DiskStore, FeatureStore, Field, RamStore
+from mtl.featurestore.sharded import ShardedStore, batches_to_fill
 from mtl.model.prefix import Prefix, PrefixError
 from mtl.model.trunk import Features
 from mtl.names import count, in_bytes
-from mtl.phases import num_passes, num_views, why_not_kept
+from mtl.phases import Phase, num_passes, num_views, why_not_kept
 
 # What reading is taken to cost, bytes a second, where it is not worth a measurement.
 _READ_RATE = {"ram": 2e9, "disk": 5e8}
@@ -31,26 +34,32 @@ _READ_RATE = {"ram": 2e9, "disk": 5e8}
 class FeatureSource:
     """Where the features of each phase come from: computed, or kept.
 
-    Kept ones are served only as long as the audit holds the contract under which they were computed.
+    Kept ones are served only as long as the audit holds the contract under which they were computed. Several processes
+    keep a part each, and decide alike.
+
+    Attributes:
+        kept_in: Where the phase's activations are kept: `ram`, `disk`, or `off`.
     """
 
-    def __init__(self, parts: Parts, autocast: torch.autocast, quiet: bool) -> None:
+    def __init__(self, parts: Parts, autocast: torch.autocast, quiet: bool, world: World = ALONE) -> None:
         self._parts = parts
         self._model = parts.model
         self._settings = parts.config.cache
         self._num_views = num_views(parts.config)
         self._autocast = autocast
         self._quiet = quiet
+        self._world = world
         self._holds: Callable[[], bool] = lambda: False
         self._batch_size = parts.config.data.batch_size
         self._prefix: Prefix | None = None
+        self.kept_in = "off"
         # Of the phase, by the identity of the split.
         self._stores: dict[int, FeatureStore] = {}
         # Splits by identity, and views.
         self._filled: set[tuple[int, int]] = set()
         self._digests: dict[int, str] = {}
         # Of this phase and earlier ones, by key, the one used last at the end.
-        self._in_ram: dict[str, RamStore] = {}
+        self._in_ram: dict[str, FeatureStore] = {}
 
     @property
     def keeps(self) -> bool:
@@ -70,7 +79,14 @@ class FeatureSource:
         """Whether the trunk is not run at all."""
         return self._prefix is not None and not self._prefix.modules
 
-    def enter(self, index: int, record: PhaseRecord, holds: Callable[[], bool], steps_done: int) -> None:
+    def enter(
+        self,
+        index: int,
+        record: PhaseRecord,
+        holds: Callable[[], bool],
+        steps_done: int,
+        kept_in: str | None = None,
+    ) -> None:
         """Decides for a phase whether and where to keep activations, and says so.
 
         Args:
@@ -78,33 +94,36 @@ class FeatureSource:
             record: The audit's, with the fingerprints of what is frozen.
             holds: Whether the audit has found nothing wrong so far.
             steps_done: Steps that the phase has taken already.
+            kept_in: What `auto` decided when the phase was begun, if it is taken up in its middle.
         """
         phase = self._parts.phases[index]
         self.leave()
         self._batch_size, self._holds = phase.batch_size, holds
         mode = phase.config.cache or self._settings.mode
+        if mode == "auto" and kept_in is not None:
+            mode = kept_in  # type: ignore[assignment]
         if mode == "off":
             return
         # Each view of an image is another image.
         passes = num_passes(self._parts.phases[index:], steps_done) / self._num_views
         try:
-            # What an earlier phase has left in memory may be of use for a single pass.
-            why_not = why_not_kept(self._parts.config, phase, math.inf if self._in_ram else passes)
+            # What an earlier phase has left in memory may be of use for a single pass; and a phase that is taken up
+            # goes on as it was begun, however little is left of it.
+            pays = bool(self._in_ram) or kept_in is not None
+            why_not = why_not_kept(self._parts.config, phase, math.inf if pays else passes)
             if why_not:
                 raise NotKept(why_not)
-            with self._autocast:
-                first = torch.arange(min(phase.batch_size, len(self._parts.train)))
-                prefix, seconds, is_exact = survey(self._model, self._images(self._parts.train, first))
-                if why_not := self._model.why_not_cut(prefix, phase.tasks):
-                    raise NotKept(why_not)
+            prefix, seconds, is_exact = self._survey(phase)
             key = feature_key(self._parts, prefix, record, self._num_views, phase.batch_size)
+            # Seconds are not the same on every process; those of the first one count.
+            seconds = self._world.same_from_rank_0(seconds)
             chosen = self._choose(prefix, mode, passes, seconds, key)
             self._open(prefix, chosen, key)
         except (NotKept, PrefixError) as reason:
             self.leave()
             logger.info(f"features: not kept: {reason}")
             return
-        self._prefix = prefix
+        self._prefix, self.kept_in = prefix, chosen
         what = f"the first {count(len(prefix.modules), 'module')} of the trunk" if prefix.modules else "the trunk"
         size, num_images = in_bytes(self._bytes(prefix)), len(self._parts.train) + len(self._parts.val)
         logger.info(
@@ -113,12 +132,27 @@ class FeatureSource:
             + ("" if is_exact else "; equal up to rounding, since here it depends on an image's place in its batch")
         )
 
+    def _survey(self, phase: Phase) -> tuple[Prefix, float, bool]:
+        """What can be kept, seconds to compute it for a batch, and whether it is exact wherever it is.
+
+        Raises:
+            NotKept, PrefixError: Nothing can.
+        """
+        if self._parts.config.distributed.strategy == "fsdp2" and not self._world.is_alone:
+            raise NotKept("the trunk is spread over the processes (fsdp2)")
+        with self._autocast:
+            first = torch.arange(min(phase.batch_size, len(self._parts.train)))
+            found = survey(self._model, self._images(self._parts.train, first))
+        if why_not := self._model.why_not_cut(found[0], phase.tasks):
+            raise NotKept(why_not)
+        return found
+
     def leave(self) -> None:
         """Ends a phase: nothing is served until the next one is entered."""
         for store in self._stores.values():
-            if isinstance(store, DiskStore):
+            if not any(store is kept for kept in self._in_ram.values()):
                 store.close()
-        self._prefix, self._stores, self._filled = None, {}, set()
+        self._prefix, self._stores, self._filled, self.kept_in = None, {}, set(), "off"
 
     def __call__(self, batch: Batch, tasks: Collection[str] | None = None) -> Features:
         """What the heads of some tasks read for a batch, and maybe more.
@@ -135,7 +169,15 @@ class FeatureSource:
             return self._model.encode(batch.images, tasks)
         store, prefix = self._stores[id(batch.split)], self._prefix
         number = 0 if batch.view is None else batch.view.number
-        rows = batch.indices + number * len(batch.split)
+        first = number * len(batch.split)
+        rows = batch.indices + first
+        if isinstance(store, ShardedStore):
+            if (id(batch.split), number) not in self._filled:
+                self._filled.add((id(batch.split), number))
+                self._fill(batch.split, batch.view, store, prefix)
+            every = [indices + first for indices in batch.every or [batch.indices]]
+            again = partial(self._compute_again, batch.split, batch.view, first, prefix)
+            return prefix.replay(self._as_computed(store.read_every(every, again, self._parts.device), prefix))
         kept = store.read(rows)
         if kept is None and (id(batch.split), number) not in self._filled:
             self._filled.add((id(batch.split), number))
@@ -146,6 +188,12 @@ class FeatureSource:
             store.write(rows, self._as_stored(kept, prefix))
             return features
         return prefix.replay(self._as_computed(kept, prefix))
+
+    def _compute_again(self, split: Split, view: View | None, first: int, prefix: Prefix, rows: Tensor) -> list[Tensor]:
+        """Features of rows that this process should have, but has not."""
+        # What was made in inference mode could not be used in training.
+        with torch.inference_mode(mode=False), torch.no_grad():
+            return self._as_stored(prefix.compute(self._images(split, rows - first, view)), prefix)
 
     def _choose(self, prefix: Prefix, mode: str, passes: float, seconds: float, key: dict[str, Any]) -> str:
         """`ram` or `disk`.
@@ -189,18 +237,26 @@ class FeatureSource:
             own, num_rows = self._key_of(split, key), len(split)
             if split is self._parts.train:
                 num_rows *= self._num_views
-            if place == "disk":
-                self._stores[id(split)] = DiskStore(
-                    self._folder(), own, num_rows, fields, int(1e9 * self._settings.disk_gb)
-                )
-                continue
             name = json.dumps(own)
-            store = self._in_ram.pop(name, None) or RamStore(num_rows, fields)
-            self._in_ram[name] = store
+            store = self._in_ram.pop(name, None) if place == "ram" else None
+            store = store or self._new_store(place, own, num_rows, fields)
+            if place == "ram":
+                self._in_ram[name] = store
             self._stores[id(split)] = store
         self._forget_old()
-        if any(store.is_off for store in self._stores.values()):
+        if self._world.agree(broken=any(store.is_off for store in self._stores.values())).broken:
             raise NotKept("it cannot be on disk, as said above")
+
+    def _new_store(self, place: str, key: dict[str, Any], num_rows: int, fields: list[Field]) -> FeatureStore:
+        def make(rows: int, own: dict[str, Any]) -> FeatureStore:
+            if place == "ram":
+                return RamStore(rows, fields)
+            return DiskStore(self._folder(), own, rows, fields, int(1e9 * self._settings.disk_gb))
+
+        if self._world.is_alone:
+            return make(num_rows, key)
+        part = {**key, "part": [self._world.rank, self._world.size]}
+        return ShardedStore(num_rows, fields, self._world, lambda rows: make(rows, part))
 
     def _forget_old(self) -> None:
         """Drops stores of earlier phases, those used longest ago first, until the rest is within the budget."""
@@ -215,22 +271,21 @@ class FeatureSource:
 
         Those of training are all full; the last one of validation is as large as it is.
         """
-        size = min(self._batch_size, len(split))
         first = 0 if view is None else view.number * len(split)
+        keeps_last = split is not self._parts.train
+        batches = batches_to_fill(first, len(split), self._batch_size, keeps_last, self._world)
         with (
             progress_bar(len(split), "computing features", self._quiet) as bar,
             # What was made in inference mode could not be used in training.
             torch.inference_mode(mode=False),
             torch.no_grad(),
         ):
-            for start in range(0, len(split), size):
-                stop = min(start + size, len(split))
-                indices = torch.arange(stop - size if split is self._parts.train else start, stop)
+            for indices in batches:
                 computed = prefix.compute(self._images(split, indices, view))
                 store.write(first + indices, self._as_stored(computed, prefix))
                 if store.is_off:
                     return
-                bar.update(stop - start)
+                bar.update(len(indices) * self._world.size)
 
     def _images(self, split: Split, indices: Tensor, view: View | None = None) -> Tensor:
         return self._model.prepare(split.batch(indices, view).to(self._parts.device).images)

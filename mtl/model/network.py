@@ -16,6 +16,7 @@ from mtl.config import SettingError, TrunkConfig
 from mtl.console import first_line
 from mtl.model.heads import DenseHead, VectorHead, build_head
 from mtl.model.prefix import Prefix
+from mtl.model.recompute import compute_again
 from mtl.model.trunk import Features, FeatureShape, feature_shape, pyramid_levels, read_features
 from mtl.model.weights import PACKAGED_TRUNK, WeightsError, file_weights, hub_or_cache, load_into, packaged_weights
 from mtl.nearest import hint
@@ -184,6 +185,11 @@ def build_trunk(config: TrunkConfig, image_size: int) -> nn.Module:
         trunk = _create(config.name, pretrained=config.weights == "hub", options=options)
     if state is not None:
         load_into(trunk, state, config.weights)
+    if config.checkpointing:
+        try:
+            compute_again(trunk)
+        except (AttributeError, AssertionError, NotImplementedError) as error:
+            raise SettingError("trunk.checkpointing", f"timm cannot do it for {config.name!r}") from error
     return trunk
 
 

@@ -88,15 +88,19 @@ def file_weights(path: Path) -> dict[str, Tensor]:
     """Trunk weights of a .safetensors, .pth, .pt or .bin file, with no code executed.
 
     Understands plain state dicts, `{"state_dict": ...}` and `{"model": ...}` around them, the prefixes `module.` and
-    `trunk.` (a run's own checkpoint: its heads are left out).
+    `trunk.` (a run's own checkpoint, `model.safetensors`: its heads are left out, what was frozen is read beside it).
 
     Raises:
         WeightsError: The file is missing, is not a weights file, or holds no tensors.
     """
     if not path.is_file():
         raise WeightsError(f"no such file: {path} (choices: hub, packaged, none, or the path of a file)")
+    frozen = path.with_name("frozen.safetensors")
     try:
         content = read_tensor_file(path)
+        # A run keeps what it froze in a file of its own beside the rest.
+        if path.name == "model.safetensors" and frozen.is_file():
+            content |= read_tensor_file(frozen)
     except TensorFileError as error:
         raise WeightsError(f"{path} cannot be read as weights: {error}") from error
     for key in ("state_dict", "model"):

@@ -211,7 +211,10 @@ class _Resolver:
         if self.optim.layer_decay < 1:
             factors = layer_factors(self.optim.layer_decay, self.tree.depth_groups("trunk"))
             lr_of = {name: lr * factors.get(name, 1.0) for name, lr in lr_of.items()}
-        groups = group_parameters(parameters, lr_of, decay_of)
+        # The balancing method's apart: the model may be spread over processes, and torch steps no list of both.
+        own = {name: p for name, p in parameters.items() if name.startswith("balance.")}
+        model = {name: p for name, p in parameters.items() if name not in own}
+        groups = group_parameters(model, lr_of, decay_of) + group_parameters(own, lr_of, decay_of)
         try:
             if groups:
                 build_optimizer(self.optim.optimizer, groups)

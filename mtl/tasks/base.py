@@ -3,9 +3,11 @@
 from __future__ import annotations
 
 from abc import ABC, abstractmethod
+from collections.abc import Sequence
 from dataclasses import dataclass
 from typing import ClassVar, Literal
 
+import torch
 from torch import Tensor
 
 
@@ -41,6 +43,22 @@ class Metrics(ABC):
     def compute(self) -> dict[str, float]:
         """The metrics so far; NaN where no label has been seen."""
 
+    def state(self) -> list[Tensor]:
+        """The statistics as tensors that add up over parts of a data set: zeros before the first batch.
+
+        Raises:
+            NotImplementedError: The class does not say; it can then be used by one process only.
+        """
+        raise NotImplementedError(f"{type(self).__name__}.state and .take: needed where several processes validate")
+
+    def take(self, state: Sequence[Tensor]) -> None:
+        """Replaces the statistics by others, of the form that `state` gives.
+
+        Raises:
+            NotImplementedError: As for `state`.
+        """
+        raise NotImplementedError(f"{type(self).__name__}.state and .take: needed where several processes validate")
+
 
 class Task(ABC):
     """One task: how its head is shaped, trained and judged.
@@ -71,9 +89,31 @@ class Task(ABC):
     def loss(self, output: Tensor, label: Tensor) -> Tensor:
         """Mean loss over the labelled entries of a batch, a float32 scalar; 0 with zero gradient if there are none."""
 
+    def weight(self, label: Tensor) -> Tensor:
+        """What the mean of `loss` divides by: how much a batch weighs among others; no host sync.
+
+        Args:
+            label: As for `loss`.
+
+        Returns:
+            A float64 scalar on the label's device; 0 if nothing is labelled. Images, for a task that does not say.
+        """
+        return torch.tensor(float(len(label)), dtype=torch.float64, device=label.device)
+
     @abstractmethod
     def metrics(self) -> Metrics:
         """Fresh, empty statistics."""
+
+    def bad_samples(self, label: Tensor) -> Tensor:
+        """Which samples have a label that cannot be trained on.
+
+        Args:
+            label: Labels of some samples, first axis n, as they are stored.
+
+        Returns:
+            "n", bool; none unless the task says so.
+        """
+        return torch.zeros(len(label), dtype=torch.bool)
 
     @abstractmethod
     def check_labels(self, label: Tensor) -> None:

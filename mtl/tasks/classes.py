@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from collections.abc import Sequence
 from typing import ClassVar, Literal
 
 import torch
@@ -25,12 +26,20 @@ class Confusion(Metrics):
         # Ignored labels are counted in a cell behind the matrix, so that no boolean indexing has to sync the device.
         cell = torch.where(valid, label * self.num_classes + predicted, self.num_classes**2).flatten()
         if self.counts is None:
-            self.counts = torch.zeros(self.num_classes**2 + 1, dtype=torch.int64, device=output.device)
+            self.counts = self._zeros().to(output.device)
         self.counts.scatter_add_(0, cell, torch.ones_like(cell))
 
+    def state(self) -> list[Tensor]:
+        return [self._zeros() if self.counts is None else self.counts]
+
+    def take(self, state: Sequence[Tensor]) -> None:
+        (self.counts,) = state
+
     def matrix(self) -> Tensor:
-        counts = torch.zeros(self.num_classes**2 + 1) if self.counts is None else self.counts.cpu()
-        return counts[:-1].view(self.num_classes, self.num_classes).double()
+        return self.state()[0].cpu()[:-1].view(self.num_classes, self.num_classes).double()
+
+    def _zeros(self) -> Tensor:
+        return torch.zeros(self.num_classes**2 + 1, dtype=torch.int64)
 
 
 class SegmentationMetrics(Confusion):
@@ -60,6 +69,8 @@ class _ClassTask(Task):
     def __init__(self, num_classes: int, ignore_index: int) -> None:
         self.num_outputs = num_classes
         self.ignore_index = ignore_index
+        # On each device, so that a weight of labels on the host does not fetch it from another one.
+        self._class_weights: dict[torch.device, tuple[Tensor, Tensor]] = {}
 
     def fit(self, label: Tensor) -> Tensor:
         counts = torch.bincount(label[label != self.ignore_index].flatten().long(), minlength=self.num_outputs)
@@ -73,14 +84,29 @@ class _ClassTask(Task):
             label: "b ...", int64, `ignore_index` = no label.
         """
         output = output.float()
-        valid = label != self.ignore_index
-        if self.class_weight is None:
-            weight = valid.float()
-        else:
-            self.class_weight = self.class_weight.to(output.device, non_blocking=True)
-            weight = self.class_weight[torch.where(valid, label, 0)] * valid
+        weight = self._weights(label)
         losses = functional.cross_entropy(output, label, ignore_index=self.ignore_index, reduction="none")
         return (losses * weight).sum() / weight.sum().clamp(min=1e-6)
+
+    def weight(self, label: Tensor) -> Tensor:
+        """The sum of class weights over labelled entries."""
+        return self._weights(label).sum(dtype=torch.float64)
+
+    def _weights(self, label: Tensor) -> Tensor:
+        """Of each entry; 0 where there is no label."""
+        valid, fitted = label != self.ignore_index, self.class_weight
+        if fitted is None:
+            return valid.float()
+        source, here = self._class_weights.get(label.device, (None, fitted))
+        if source is not fitted:
+            here = fitted.to(label.device, non_blocking=True)
+            self._class_weights[label.device] = (fitted, here)
+        return here[torch.where(valid, label, 0)] * valid
+
+    def bad_samples(self, label: Tensor) -> Tensor:
+        """Those with a class that there is not."""
+        known = (label == self.ignore_index) | ((label >= 0) & (label < self.num_outputs))
+        return ~known.flatten(1).all(dim=1) if label.ndim > 1 else ~known
 
     def check_labels(self, label: Tensor) -> None:
         dims = 3 if self.output == "dense" else 1

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from collections.abc import Sequence
 from typing import ClassVar, Literal
 
 import torch
@@ -39,6 +40,12 @@ class DepthMetrics(Metrics):
         sums = torch.stack([(row * mask).sum() for row in rows])
         self.sums = sums if self.sums is None else self.sums + sums
 
+    def state(self) -> list[Tensor]:
+        return [torch.zeros(4, dtype=torch.float64) if self.sums is None else self.sums]
+
+    def take(self, state: Sequence[Tensor]) -> None:
+        (self.sums,) = state
+
     def compute(self) -> dict[str, float]:
         """`abs_rel` and `delta1` (share within a factor 1.25): Eigen et al. (arXiv 1406.2283); `rmse`: metres."""
         count, relative, squared, close = [0.0] * 4 if self.sums is None else self.sums.tolist()
@@ -70,8 +77,16 @@ class Depth(Task):
         truth = torch.where(mask, label, 1).float().log()
         return masked_mean((output.float() - truth).abs(), mask)
 
+    def weight(self, label: Tensor) -> Tensor:
+        """The number of labelled pixels."""
+        return _labelled_depth(label).sum().double()
+
     def metrics(self) -> DepthMetrics:
         return DepthMetrics()
+
+    def bad_samples(self, label: Tensor) -> Tensor:
+        """Those with a depth that is infinite."""
+        return label.isinf().flatten(1).any(dim=1)
 
     def check_labels(self, label: Tensor) -> None:
         if label.ndim != 4 or label.shape[1] != 1 or not label.dtype.is_floating_point:
@@ -101,12 +116,23 @@ class NormalsMetrics(Metrics):
         angle = 2 * torch.atan2((a - b).square().sum(1).sqrt(), (a + b).square().sum(1).sqrt()).rad2deg()
         angle = angle.nan_to_num(nan=180.0)  # an output that is no direction is as wrong as can be
         if self.total is None or self.histogram is None:
-            self.total = torch.zeros((), dtype=torch.float64, device=output.device)
-            self.histogram = torch.zeros(_NUM_BINS + 2, dtype=torch.int64, device=output.device)
+            self.total, self.histogram = (zeros.to(output.device) for zeros in self._zeros())
         self.total = self.total + (angle * mask).sum()
         # Unlabelled pixels go to a bin behind the last.
         bins = torch.where(mask, (angle / _ANGLE_BIN).long(), _NUM_BINS + 1).flatten()
         self.histogram.scatter_add_(0, bins, torch.ones_like(bins))
+
+    def state(self) -> list[Tensor]:
+        if self.total is None or self.histogram is None:
+            return list(self._zeros())
+        return [self.total, self.histogram]
+
+    def take(self, state: Sequence[Tensor]) -> None:
+        self.total, self.histogram = state
+
+    @staticmethod
+    def _zeros() -> tuple[Tensor, Tensor]:
+        return torch.zeros((), dtype=torch.float64), torch.zeros(_NUM_BINS + 2, dtype=torch.int64)
 
     def compute(self) -> dict[str, float]:
         """`mean` and `median` in degrees (the median to within 0.0002), `within_x`: share under x degrees."""
@@ -146,8 +172,16 @@ class Normals(Task):
         square = (_directions(output.float()) - truth).square().sum(dim=1)
         return masked_mean((square + 1e-6).sqrt(), mask)
 
+    def weight(self, label: Tensor) -> Tensor:
+        """The number of labelled pixels."""
+        return _labelled_normals(label).sum().double()
+
     def metrics(self) -> NormalsMetrics:
         return NormalsMetrics()
+
+    def bad_samples(self, label: Tensor) -> Tensor:
+        """Those with a normal that is infinite."""
+        return label.isinf().flatten(1).any(dim=1)
 
     def check_labels(self, label: Tensor) -> None:
         if label.ndim != 4 or label.shape[1] != 3 or not label.dtype.is_floating_point:

@@ -1,0 +1,140 @@
+"""The bytes of the frozen tensors of one phase: read in turn or all at once, and compared with the first ones."""
+
+from __future__ import annotations
+
+from collections.abc import Mapping, Sequence
+from typing import Any
+
+from torch import Tensor
+
+from mtl.audit import causes
+from mtl.audit.difference import size_of_change
+from mtl.audit.fingerprint import fingerprint
+from mtl.audit.membership import HoldsParameters, param_groups
+from mtl.audit.places import is_sparse
+from mtl.audit.readings import Rotation
+from mtl.audit.report import PhaseRecord, Violation
+from mtl.audit.watched import Watched
+
+_DETAIL = "its bytes differ from the first ones"
+
+
+class ByteWatch:
+    """Compares the bytes of frozen tensors with those of the phase's begin, and counts that in the phase's record."""
+
+    def __init__(self, watched: Sequence[Watched], record: PhaseRecord, optimizers: Sequence[HoldsParameters]) -> None:
+        """Args:
+        watched: The frozen tensors.
+        record: The phase's record.
+        optimizers: The optimizers, for the cause of a change; the list may grow.
+        """
+        self._watched = watched
+        self._record = record
+        self._optimizers = optimizers
+        self._rotation = Rotation(watched)
+        self._verified_at: int | None = None
+
+    def look(self, suspects: set[int]) -> list[Violation]:
+        """After a step: asks for what has its turn, and for what is suspected; compares what has come.
+
+        Args:
+            suspects: The identities of the modules whose tensors showed a sign of a write.
+        """
+        moved = False
+        for watched in self._watched if suspects else ():
+            if id(watched.place.owner) in suspects:
+                moved |= watched.was_moved()
+                self._rotation.ask(watched, self._record.num_steps)
+        self._rotation.turn(self._record.num_steps)
+        found = self._changes(wait=False)
+        if moved:
+            self.restart()
+        return found
+
+    def settle(self) -> list[Violation]:
+        """Waits for what was asked for, and compares it."""
+        return self._changes(wait=True)
+
+    def verify(self, counted: bool) -> list[Violation]:
+        """Every byte, whatever the signs say; one that is not `counted` leaves no trace where nothing is wrong."""
+        self._verified_at = self._record.num_steps
+        if counted:
+            for watched in self._watched:
+                self._rotation.ask(watched, self._record.num_steps)
+            return self.settle()
+        found = self.settle()
+        for watched in self._watched:
+            content = watched.part().detach().to("cpu")
+            if fingerprint(content) == watched.digest:
+                watched.known_at = self._record.num_steps
+            elif watched.place.look() is watched.tensor:
+                found.append(self._changed(watched, content))
+        return found
+
+    def restart(self) -> None:
+        """Begins the turns anew; the tensors may lie elsewhere in memory."""
+        self._rotation = Rotation(self._watched)
+
+    def state(self) -> dict[str, Any]:
+        """What is known of the bytes, as plain data, once all that was asked for has been settled."""
+        return {
+            "watched": {watched.place.name: watched.state() for watched in self._watched},
+            "rotation": self._rotation.state(),
+            "verified_at": self._verified_at,
+        }
+
+    def go_on(self, state: Mapping[str, Any]) -> list[Violation]:
+        """Goes on in another process, with the bytes that are there now; the record has been taken over already."""
+        found = []
+        # What the turns have read may have been written to behind the step.
+        was_verified = state["verified_at"] == self._record.num_steps
+        cause = causes.WHILE_STOPPED if was_verified else causes.WHILE_STOPPED_OR_BEFORE
+        for watched in self._watched:
+            name, first = watched.place.name, self._record.fingerprints[watched.place.name]
+            is_first = watched.whole_digest == first
+            watched.take_over(state["watched"][name], watched.digest if is_first else first)
+            if not is_first:
+                found.append(
+                    self._record.breach(f"{watched.place.kind}_changed", name, cause, _DETAIL, since=watched.known_at)
+                )
+        self._rotation.take_over(state["rotation"])
+        self._verified_at = self._record.num_steps
+        return found
+
+    def _changes(self, wait: bool) -> list[Violation]:
+        """Compares the bytes that have come with the first ones."""
+        found = []
+        for watched, content, step in self._rotation.arrived(wait):
+            self._record.num_fingerprint_checks += 1
+            if watched.is_original(content, step):
+                # A sign that proved harmless is none the next time.
+                watched.note_signs()
+            elif watched.place.look() is watched.tensor:
+                found.append(self._changed(watched, content))
+                watched.note_signs()
+        return found
+
+    def _changed(self, watched: Watched, content: Tensor) -> Violation:
+        if watched.place.is_copy:
+            cause = causes.of_copy(self._has_changed(watched.place.name.removeprefix("ema.")))
+        else:
+            cause = causes.of_change(watched, content, param_groups(self._optimizers))
+        size = None
+        is_alike = content.shape == watched.original.shape and not is_sparse(watched.tensor)
+        if is_alike and content.dtype == watched.original.dtype:
+            size = size_of_change(watched.original, content)
+        return self._record.breach(
+            f"{watched.place.kind}_changed",
+            watched.place.name,
+            cause,
+            _DETAIL,
+            since=watched.proven_at,
+            max_abs=None if size is None else size.max_abs,
+            share=None if size is None else size.share,
+        )
+
+    def _has_changed(self, name: str) -> bool:
+        """Whether a frozen tensor of this name has other bytes than at first."""
+        return any(
+            watched.place.name == name and fingerprint(watched.part()) != watched.digest for watched in self._watched
+        )

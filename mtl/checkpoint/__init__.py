@@ -1,0 +1,19 @@
+"""Checkpoints: safetensors for tensors, JSON for the rest, each written whole or not at all."""
+
+from mtl.checkpoint.files import CheckpointError, DamagedCheckpoint, MomentsState, load_checkpoint, read_state
+from mtl.checkpoint.folder import Checkpoints, SaveError, load_newest, newest_first
+from mtl.disk import write_json, write_text
+
+__all__ = [
+    "CheckpointError",
+    "Checkpoints",
+    "DamagedCheckpoint",
+    "MomentsState",
+    "SaveError",
+    "load_checkpoint",
+    "load_newest",
+    "newest_first",
+    "read_state",
+    "write_json",
+    "write_text",
+]

@@ -1,0 +1,66 @@
+"""From a batch to the losses of the tasks and the one number that is minimised."""
+
+from __future__ import annotations
+
+from collections.abc import Iterator, Sequence
+from contextlib import contextmanager
+
+import torch
+from torch import Tensor
+
+from mtl.assembly import Parts
+from mtl.data import Batch
+from mtl.distributed import ALONE, World
+from mtl.features import FeatureSource
+from mtl.phases import Phase
+
+
+class Objective:
+    """The forward of a training step."""
+
+    def __init__(self, parts: Parts, features: FeatureSource, autocast: torch.autocast, world: World = ALONE) -> None:
+        self._parts = parts
+        self._features = features
+        self._autocast = autocast
+        self._world = world
+
+    def __call__(
+        self, batch: Batch, phase: Phase, share: Tensor | None = None, step: int = 0
+    ) -> tuple[Tensor, Tensor, list[Tensor]]:
+        """Args:
+            batch: This process's part of a batch.
+            phase: The active phase.
+            share: What its mean losses count among those of the whole step, "t"; 1 each if not given.
+            step: Steps done in the run.
+
+        Returns:
+            The loss to minimise, a scalar; the losses of the phase's tasks over all processes, "t"; and this process's
+            own, apart: their graphs part at the heads.
+        """
+        each = self.each_loss(batch, phase.tasks)
+        losses = self._world.global_losses(_shared(each, share))
+        with self._same_draws(step):
+            return phase.balance(losses), losses, each
+
+    def each_loss(self, batch: Batch, tasks: Sequence[str]) -> list[Tensor]:
+        """The losses of some tasks on a batch, scalars, float32."""
+        with self._autocast:
+            outputs = self._parts.model.decode(self._features(batch, tasks), batch.size, tasks)
+        return [self._parts.tasks[name].loss(outputs[name], batch.labels[name]) for name in tasks]
+
+    def losses(self, batch: Batch, phase: Phase, share: Tensor | None) -> Tensor:
+        """The losses of the phase's tasks over all processes, "t", without a graph."""
+        return self._world.mean(_shared(self.each_loss(batch, phase.tasks), share))
+
+    @contextmanager
+    def _same_draws(self, step: int) -> Iterator[None]:
+        """Lets a balancing method that draws weights draw the same ones with any number of processes."""
+        device = self._parts.device
+        with torch.random.fork_rng([device] if device.type == "cuda" else []):
+            torch.manual_seed(self._parts.config.seed * 1_000_003 + step)
+            yield
+
+
+def _shared(each: Sequence[Tensor], share: Tensor | None) -> Tensor:
+    losses = torch.stack(list(each))
+    return losses if share is None else losses * share.to(losses)

@@ -1,0 +1,43 @@
+"""What is said when a run does not fit into memory: how much the plan counted on, and what makes it smaller."""
+
+from __future__ import annotations
+
+import torch
+
+from mtl.console import first_line
+from mtl.names import in_bytes
+from mtl.plan import Plan
+from mtl.plan.records import MemoryPlan
+
+
+def is_out_of_memory(error: Exception) -> bool:
+    """Whether an error says that memory is used up: a device's, or the host's."""
+    if isinstance(error, torch.OutOfMemoryError | MemoryError):
+        return True
+    # On the CPU, torch has no type of its own for it.
+    return isinstance(error, RuntimeError) and "not enough memory" in str(error)
+
+
+def in_words(error: Exception, plan: Plan) -> str:
+    """One message: what ran out, what the plan counted on, and what to change."""
+    phase = max(plan.phases, key=lambda each: _stays(each.memory))
+    memory = phase.memory
+    parts = {
+        "weights": memory.weights,
+        "gradients": memory.gradients,
+        "optimizer state": memory.optimizer_state or 0,
+        "averages": memory.average,
+    }
+    counted = ", ".join(f"{in_bytes(size)} of {what}" for what, size in parts.items())
+    return (
+        f"out of memory: {first_line(error)}\n"
+        f"  the plan, for phase {phase.name!r}, which needs most: {counted}; activations come on top, and grow with"
+        " the batch\n"
+        f"  what makes it smaller: data.batch_size={max(1, phase.batch_size // 2)} with optim.accumulate=2 (the same"
+        " step), precision=bf16, trunk.checkpointing=true, a longer frozen part of the trunk, cache.ram_gb, more"
+        " processes"
+    )
+
+
+def _stays(memory: MemoryPlan) -> int:
+    return memory.weights + memory.gradients + (memory.optimizer_state or 0) + memory.average

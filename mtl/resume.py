@@ -1,0 +1,222 @@
+"""Where a run goes on from, whether its configuration lets it, and the state that it finds there."""
+
+from __future__ import annotations
+
+import json
+from collections.abc import Mapping
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+from pydantic import ValidationError
+
+from mtl.assembly import Parts
+from mtl.best_weights import BestWeights
+from mtl.checkpoint import (
+    CheckpointError,
+    DamagedCheckpoint,
+    load_checkpoint,
+    load_newest,
+    newest_first,
+    read_state,
+)
+from mtl.config import RunConfig
+from mtl.config.difference import CHOSEN, differences
+from mtl.console import logger
+from mtl.distributed import ALONE, World
+from mtl.lr_schedule import LrScheduleState
+from mtl.patterns import text_of
+from mtl.phases import Phase
+from mtl.run_dir import goes_on_in_place
+from mtl.scheduler import PhaseChange, TaskScheduler
+
+_NEEDED = (
+    *("step", "epoch", "change", "audit", "scores", "metrics_bytes", "train_s", "wandb_id", "kept_in", "num_skipped"),
+    "lr_schedule",
+)
+
+
+@dataclass(frozen=True)
+class Origin:
+    """What a run goes on from.
+
+    Attributes:
+        folder: A folder of checkpoints, of which the newest one that is whole is taken; or one checkpoint.
+        is_one: Whether it is one checkpoint.
+        in_place: Whether it is the run's own.
+    """
+
+    folder: Path
+    is_one: bool
+    in_place: bool
+
+
+@dataclass(frozen=True)
+class Resumption:
+    """Where a run stood when it wrote a checkpoint, whose weights the model has by now.
+
+    Attributes:
+        folder: The checkpoint.
+        in_place: Whether it is the run's own, which goes on in its directory.
+        state: Plain data: counters, schedules, the audit's state.
+        memory: What has tensors in it: moments, random numbers.
+    """
+
+    folder: Path
+    in_place: bool
+    state: Mapping[str, Any]
+    memory: Mapping[str, Any]
+
+    @property
+    def step(self) -> int:
+        return int(self.state["step"])
+
+    @property
+    def change(self) -> PhaseChange | None:
+        """The end of the phase in which it stood, if it had come."""
+        change = self.state["change"]
+        return change and PhaseChange(**change)
+
+    @property
+    def lr_schedule(self) -> LrScheduleState | None:
+        course = self.state["lr_schedule"]
+        return course and LrScheduleState(step=course["step"], scale=course["scale"], best=course["best"])
+
+
+def find_origin(config: RunConfig) -> Origin | None:
+    """What a run is to go on from; None if it begins.
+
+    Raises:
+        ConfigError: There is nothing to go on from where `resume` says.
+    """
+    if config.resume is None:
+        return None
+    in_place = goes_on_in_place(config)
+    if config.resume == "auto":
+        folder = config.run_dir / "checkpoints"
+        return Origin(folder, is_one=False, in_place=True) if in_place and newest_first(folder) else None
+    path = Path(config.resume)
+    if newest_first(path / "checkpoints"):
+        return Origin(path / "checkpoints", is_one=False, in_place=in_place)
+    try:
+        read_state(path)
+    except CheckpointError as error:
+        raise config.mistake(("resume",), str(error)) from error
+    return Origin(path, is_one=True, in_place=in_place)
+
+
+def settled(config: RunConfig, origin: Origin) -> RunConfig:
+    """The configuration with which a run goes on: what was found out at its begin is what it was.
+
+    Raises:
+        ConfigError: It is another one than the run began with, and `resume_override` is not given or cannot help.
+    """
+    saved = _config_of(config, origin)
+    found = differences(saved, config.model_dump(mode="json", exclude_none=True))
+    fixed = [each for each in found if each.is_fixed]
+    if fixed:
+        raise config.mistake(
+            ("resume",), f"{_listed(fixed)}; a run cannot go on with another value; begin a new one, with another name"
+        )
+    if found and not config.resume_override:
+        raise config.mistake(
+            ("resume",),
+            f"{_listed(found)}; the configuration is not the one that the run began with;"
+            " resume_override=true goes on with the new one",
+        )
+    if found:
+        logger.warning(f"resume: goes on with another {_listed(found)}")
+    return config.with_changes(**{key: saved[key] for key in CHOSEN if getattr(config, key) == "auto"})
+
+
+def _config_of(config: RunConfig, origin: Origin) -> dict[str, Any]:
+    """The configuration that the checkpoints were written with, with today's defaults where it had none."""
+    folders = [origin.folder] if origin.is_one else newest_first(origin.folder)
+    refused = []
+    for folder in folders:
+        try:
+            written = read_state(folder)["config"]
+            # Some values are of types that JSON has not, such as tuples.
+            return RunConfig.model_validate(json.loads(json.dumps(written))).model_dump(mode="json", exclude_none=True)
+        except (CheckpointError, KeyError) as error:
+            refused.append(str(error) if isinstance(error, CheckpointError) else f"{folder} is of another version")
+        except ValidationError as error:
+            refused.append(f"{folder} was written with a configuration of another version: {error.error_count()} keys")
+    raise config.mistake(("resume",), "; ".join(refused))
+
+
+def _listed(found: list[Any]) -> str:
+    shown = "; ".join(str(each) for each in found[:5])
+    return shown + (f"; and {len(found) - 5} more" if len(found) > 5 else "")
+
+
+def resume_from(origin: Origin, parts: Parts, world: World = ALONE) -> Resumption:
+    """Loads the weights of a checkpoint, and finds out where its run stood.
+
+    Raises:
+        ConfigError: It is no checkpoint, or one of a run with another model or other phases, or one that is over; or no
+            checkpoint is whole.
+    """
+    try:
+        folder, state, memory = _load(origin, parts, world)
+        try:
+            _check(folder, state, parts, origin.in_place)
+        except (KeyError, TypeError, AttributeError) as error:
+            raise DamagedCheckpoint(f"{folder} is damaged, or of another version: {error!r}") from error
+    except CheckpointError as error:
+        raise parts.config.mistake(("resume",), str(error)) from error
+    return Resumption(folder, origin.in_place, state, memory)
+
+
+def _load(origin: Origin, parts: Parts, world: World) -> tuple[Path, Mapping[str, Any], Mapping[str, Any]]:
+    """The checkpoint, and what is in it; all processes take the one that the first one finds."""
+    if origin.is_one:
+        return origin.folder, *load_checkpoint(origin.folder, parts.root)
+    if not world.leads:
+        folder = Path(world.same_from_rank_0(None))
+        return folder, *load_checkpoint(folder, parts.root)
+    folder, state, memory, refused = load_newest(origin.folder, parts.root)
+    for reason in refused:
+        logger.warning(f"resume: {reason}; an older checkpoint is taken")
+    world.same_from_rank_0(str(folder))
+    return folder, state, memory
+
+
+def _check(folder: Path, state: Mapping[str, Any], parts: Parts, in_place: bool) -> None:
+    names = [phase.name for phase in parts.phases]
+    if state["phases"] != names:
+        raise CheckpointError(
+            f"{folder} is of a run with the phases {', '.join(state['phases'])}; this one has {', '.join(names)}"
+        )
+    scheduler = TaskScheduler([phase.length for phase in parts.phases])
+    try:
+        scheduler.load_state_dict(state["scheduler"])
+        BestWeights(phase.restore for phase in parts.phases).load_state_dict(state["best"])
+    except ValueError as error:
+        done = state["scheduler"]
+        phase = names[min(done["index"], len(names) - 1)]
+        raise CheckpointError(
+            f"{folder} stands in phase {phase!r} after {done['epochs']} epochs and {done['steps']} steps;"
+            " this configuration has no such place"
+        ) from error
+    if scheduler.index is None and not in_place:
+        raise CheckpointError(f"{folder} is the end of its run: no phase is left; one inside a phase can be taken up")
+    active = parts.phases[state["phase_index"]]
+    freeze = [text_of(pattern) for pattern in active.freeze.patterns]
+    if [state["frozen"], state["freeze"]] != [frozen_names(active), freeze]:
+        raise CheckpointError(f"{folder} stands inside a phase {active.name!r} that froze other parameters than here")
+    within = state["within_epoch"]
+    if within and [within["batch_size"], within["accumulate"]] != [active.batch_size, active.optim.accumulate]:
+        raise CheckpointError(
+            f"{folder} stands inside an epoch with batches of {within['batch_size']} and {within['accumulate']} batches"
+            f" a step; with {active.batch_size} and {active.optim.accumulate} the rest of that epoch would be another"
+        )
+    missing = [key for key in _NEEDED if key not in state]
+    if missing:
+        raise KeyError(missing[0])
+
+
+def frozen_names(phase: Phase) -> list[str]:
+    """The parameters and buffers that a phase freezes."""
+    plan = phase.freeze.plan
+    return [*plan.names.frozen, *plan.names.frozen_buffers]

@@ -1,0 +1,100 @@
+"""A run from its first file to its last: the directory, tracking, where it goes on from, training, and the audit."""
+
+from __future__ import annotations
+
+from collections.abc import Iterator
+from contextlib import contextmanager
+from pathlib import Path
+
+from mtl.announce import announce_classic
+from mtl.assembly import Parts
+from mtl.config.source import dump_yaml
+from mtl.console import logger
+from mtl.disk import write_json, write_text
+from mtl.distributed import ALONE, World
+from mtl.fsdp import spread
+from mtl.interrupt import Interrupt
+from mtl.notfinite import NotFiniteError
+from mtl.outcome import Outcome
+from mtl.resume import Resumption, find_origin, resume_from, settled
+from mtl.run_dir import claimed_run_dir
+from mtl.tracking import Tracker
+from mtl.trainer import Trainer
+
+
+def train(parts: Parts, quiet: bool = False, world: World = ALONE) -> Outcome:
+    """Trains through all phases and writes the run directory.
+
+    Args:
+        parts: The parts of the run.
+        quiet: Whether to show no progress bar.
+        world: The processes that train together; the first one writes.
+
+    Raises:
+        ConfigError: The run directory cannot be made, or there is nothing to resume from.
+        AuditError: The freeze was broken, and the audit's policy is to raise; `audit.json` says how.
+        NotFiniteError: A loss or a gradient is not finite, and the policy is to raise; `not_finite.json` says for which
+            images.
+        SaveError: A checkpoint cannot be written.
+        Stopped: It was asked to end, and has saved where it stands.
+    """
+    origin = find_origin(parts.config)
+    resumption = None
+    if origin is not None:
+        settled(parts.config, origin)
+        resumption = resume_from(origin, parts, world)
+    if parts.config.distributed.strategy == "fsdp2":
+        # From here on each process holds its part of every parameter; whoever keeps parameters is made after this.
+        spread(parts.model, [phase.groups for phase in parts.phases], world)
+    in_place = resumption is not None and resumption.in_place
+    with _directory(parts, in_place, world) as run_dir, Interrupt(not world.is_alone) as asked:
+        tracker = _start_files(parts, run_dir, resumption if in_place else None, world)
+        trainer = Trainer(parts, run_dir, tracker, quiet, asked, world)
+        try:
+            if resumption is not None:
+                trainer.take_up(resumption)
+            return trainer.run()
+        except NotFiniteError as error:
+            # The weights of that moment are of no use; the images may be.
+            trainer.write_json("not_finite.json", error.to_json(trainer.epoch))
+            raise
+        finally:
+            report = trainer.audit.report
+            trainer.write_json("audit.json", report.to_json())
+            if not world.leads and not report.ok:
+                # What one process alone has found is in no other one's report.
+                write_json(audit_file(run_dir, world), report.to_json())
+            tracker.finish(
+                {"audit/ok": report.ok, "val/best_score": trainer.outcome.best_score}, failed=not trainer.finished
+            )
+
+
+def audit_file(run_dir: Path, world: World) -> Path:
+    """Where the audit of a process is found: that of the first one is the run's."""
+    return run_dir / ("audit.json" if world.leads else f"audit.rank-{world.rank}.json")
+
+
+@contextmanager
+def _directory(parts: Parts, in_place: bool, world: World) -> Iterator[Path]:
+    """The run directory, which the first process claims before any other one goes on."""
+    if not world.leads:
+        world.barrier()
+        yield parts.config.run_dir
+        return
+    with claimed_run_dir(parts.config, go_on=in_place) as run_dir:
+        world.barrier()
+        yield run_dir
+
+
+def _start_files(parts: Parts, run_dir: Path, resumption: Resumption | None, world: World) -> Tracker:
+    """Writes what is known before training, and starts tracking."""
+    config = parts.config
+    resolved = config.model_dump(mode="json", exclude_none=True)
+    if world.leads:
+        write_text(run_dir / "config.yaml", dump_yaml(resolved))
+        write_json(run_dir / "plan.json", parts.plan.to_json())
+        announce_classic(parts)
+    wandb_id = None if resumption is None else resumption.state["wandb_id"]
+    tracker = Tracker(config.tracking, run_dir, config.name, resolved, wandb_id, is_silent=not world.leads)
+    logger.info(tracker.message)
+    return tracker

@@ -1,0 +1,71 @@
+"""What `test_fsdp_run` runs in several processes: `mtl train`, looked at from its optimizer steps.
+
+The folder's `order.json` says with which arguments, at which step the last process kills itself, and whether to write
+the model and its optimizer with DCP after the last step.
+"""
+
+from __future__ import annotations
+
+import json
+import os
+import signal
+import sys
+from pathlib import Path
+from typing import Any
+
+from torch.optim import Optimizer
+from torch.optim.optimizer import register_optimizer_step_post_hook, register_optimizer_step_pre_hook
+
+import mtl.run
+from mtl.cli import main
+from mtl.distributed import World
+from mtl.fsdp import save_dcp
+from mtl.storage import local
+from mtl.trainer import Trainer
+
+WORLD = World.from_environment()
+# Tests import this file only to find it.
+FOLDER = Path(sys.argv[1]) if len(sys.argv) > 1 else Path()
+ORDER: dict[str, Any] = {}
+FOUND: dict[str, Any] = {"frozen with a gradient": [], "trained without": [], "here": 0, "all": 0}
+TRAINERS: list[Trainer] = []
+
+
+class Seen(Trainer):
+    def __init__(self, *arguments: Any, **options: Any) -> None:
+        super().__init__(*arguments, **options)
+        TRAINERS.append(self)
+        parameters = list(self.parts.model.parameters())
+        FOUND["here"] = sum(local(parameter).untyped_storage().nbytes() for parameter in parameters)
+        FOUND["all"] = sum(parameter.numel() * parameter.element_size() for parameter in parameters)
+
+
+def before(optimizer: Optimizer, *_: Any) -> None:
+    # Some are tried out before there is a trainer.
+    if not TRAINERS:
+        return
+    if TRAINERS[0].step + 1 == ORDER.get("die_at") and WORLD.rank == WORLD.size - 1:
+        os.kill(os.getpid(), signal.SIGKILL)
+    held = {id(parameter) for group in optimizer.param_groups for parameter in group["params"]}
+    for name, parameter in TRAINERS[0].parts.root.named_parameters():
+        if parameter.grad is not None and id(parameter) not in held:
+            FOUND["frozen with a gradient"].append(name)
+        if parameter.grad is None and id(parameter) in held:
+            FOUND["trained without"].append(name)
+
+
+def after(optimizer: Optimizer, *_: Any) -> None:
+    if TRAINERS and TRAINERS[0].step + 1 == ORDER.get("dcp_at"):
+        save_dcp(FOLDER / "dcp", TRAINERS[0].parts.root, optimizer)
+
+
+if __name__ == "__main__":
+    ORDER |= json.loads((FOLDER / "order.json").read_text())
+    mtl.run.Trainer = Seen
+    register_optimizer_step_pre_hook(before)
+    register_optimizer_step_post_hook(after)
+    code = main(["train", *ORDER["arguments"]])
+    (FOLDER / f"{WORLD.rank}.json").write_text(json.dumps(FOUND))
+    sys.stdout.flush()
+    # At an ordinary exit, after the group was destroyed, some runs were aborted by a thread of gloo.
+    os._exit(code)

@@ -1,0 +1,270 @@
+"""A run that is killed, at whatever moment, ends with the bits of one that never stopped."""
+
+from __future__ import annotations
+
+import json
+import os
+import signal
+import subprocess
+import sys
+import time
+from pathlib import Path
+from typing import Any
+
+import pytest
+
+import mtl.trainer
+from mtl.assembly import assemble
+from mtl.cli import main
+from mtl.config import ConfigError, load_config
+from mtl.resume import find_origin, settled
+from mtl.run import train
+from mtl.run_dir import check_run_dir, claimed_run_dir
+from runs import TINY, read_metrics, read_model, tiny_config, tiny_parts
+
+HERE = Path(__file__).parent
+# All that has a state of its own: kept features, a kept prefix, views of images, accumulation, averages, moments that
+# rest, three kinds of balancing, random depths, a rate that waits for a plateau, weights that are gone back to.
+PHASES: list[dict[str, Any]] = [
+    {"name": "warm", "freeze": ["trunk"], "epochs": 3, "cache": "ram", "balance": "dwa"},
+    {"name": "alone", "tasks": ["depth"], "freeze": ["trunk"], "steps": 3},
+    {"name": "half", "freeze": ["trunk@first:50%"], "epochs": 3, "balance": "famo", "lr_schedule": "cosine"},
+    {"name": "look", "evaluate_only": True},
+    {
+        "name": "all",
+        "epochs": 3,
+        "restore": "best",
+        "optimizer": {"name": "sgd", "options": {"momentum": 0.9}},
+        "lr": 1e-3,
+        "lr_schedule": {"name": "plateau", "patience": 1},
+    },
+    {"name": "end", "freeze": ["heads.depth", "trunk@last:1"], "steps": 8, "balance": "random"},
+]
+EVERYTHING: dict[str, Any] = {
+    "trunk": {"name": "test_resnet", "options": {"drop_path_rate": 0.2}},
+    "data": {**TINY["data"], "num_train": 44, "augment": {"brightness": 0.2}},
+    "cache": {"views": 2},
+    "optim": {"ema_decay": 0.9, "accumulate": 2, "clip_norm": 1.0},
+    "checkpoint": {"every_steps": 1, "keep_every_epochs": 4},
+    "tracking": {"mode": "offline", "log_every_steps": 3},
+    "phases": PHASES,
+}
+
+
+def results(run_dir: Path) -> tuple[dict[str, bytes], list[dict[str, Any]], dict[str, Any]]:
+    """All that a run came to: the bytes of its weights, its metrics without speeds, and its audit."""
+    weights = {name: tensor.numpy().tobytes() for name, tensor in read_model(run_dir / "checkpoints/last").items()}
+    rows = [{k: v for k, v in row.items() if not k.startswith("perf/")} for row in read_metrics(run_dir)]
+    return weights, rows, json.loads((run_dir / "audit.json").read_text())
+
+
+def assert_same(one: Path, other: Path) -> None:
+    (weights, rows, audit), (weights_2, rows_2, audit_2) = results(one), results(other)
+    assert rows == rows_2
+    assert audit == audit_2
+    assert weights.keys() == weights_2.keys()
+    assert [name for name in weights if weights[name] != weights_2[name]] == []
+
+
+# The same in short: kept features, accumulation, an average, a phase that ends inside an epoch.
+SHORT: dict[str, Any] = {
+    "trunk": {"name": "test_resnet", "options": {"drop_path_rate": 0.2}},
+    "optim": {"ema_decay": 0.9, "accumulate": 2},
+    "checkpoint": {"every_steps": 2},
+    "phases": [
+        {"name": "a", "freeze": ["trunk"], "epochs": 2, "cache": "ram", "balance": "famo"},
+        {"name": "b", "freeze": ["trunk@first:1"], "steps": 5, "lr": 1e-3},
+        {"name": "c", "evaluate_only": True},
+    ],
+}
+
+
+def run_whole(folder: Path, cache_dir: Path, settings: dict[str, Any]) -> Path:
+    folder.mkdir(exist_ok=True)
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setenv("MTL_CACHE_DIR", str(cache_dir))
+        patch.setenv("WANDB_MODE", "offline")
+        return train(tiny_parts(folder, **settings), quiet=True).run_dir
+
+
+@pytest.fixture(scope="module")
+def whole_short(tmp_path_factory: pytest.TempPathFactory, cache_dir: Path) -> Path:
+    return run_whole(tmp_path_factory.mktemp("short"), cache_dir, SHORT)
+
+
+@pytest.fixture(scope="module")
+def whole(tmp_path_factory: pytest.TempPathFactory, cache_dir: Path) -> Path:
+    """The run directory of one that never stopped."""
+    return run_whole(tmp_path_factory.mktemp("whole"), cache_dir, EVERYTHING)
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize("seed", [0, 1])
+def test_a_run_that_is_killed_at_random_moments_ends_with_the_bits_of_one_that_never_stopped(
+    tmp_path: Path, whole: Path, seed: int
+) -> None:
+    file = tiny_config(tmp_path, **EVERYTHING)
+    killed = subprocess.run(
+        [sys.executable, str(HERE / "killed_run.py"), str(file), str(seed), "16"],
+        capture_output=True,
+        text=True,
+        check=False,
+        timeout=500,
+        env={**os.environ, "PYTHONPATH": f"{HERE.parent}:{HERE}"},
+    )
+    assert killed.returncode == 0, killed.stderr[-2000:]
+    deaths = [json.loads(line) for line in killed.stdout.splitlines()]
+    assert len(deaths) > 10 and any(death["half"] for death in deaths)
+    assert_same(tmp_path / "runs/tiny", whole)
+
+
+class Crash(Exception):  # noqa: N818
+    """Stands for the end of a process; what is on disk is as it was."""
+
+
+def crash_in_step(patch: pytest.MonkeyPatch, number: int) -> None:
+    """Ends the run between the backward and the step of its n-th optimizer step."""
+    real = mtl.trainer.GradientAudit.after_backward
+    left = [number]
+
+    def after_backward(audit: Any) -> None:
+        real(audit)
+        left[0] -= 1
+        if left[0] == 0:
+            raise Crash
+
+    patch.setattr(mtl.trainer.GradientAudit, "after_backward", after_backward)
+
+
+def crashed(folder: Path, step: int, *overrides: str, **changes: Any) -> Path:
+    """The run directory of a run that ended in a step."""
+    parts = tiny_parts(folder, *overrides, **{**SHORT, **changes})
+    with pytest.MonkeyPatch.context() as patch:
+        crash_in_step(patch, step)
+        with pytest.raises(Crash):
+            train(parts, quiet=True)
+    return parts.config.run_dir
+
+
+def go_on(folder: Path, *overrides: str, **changes: Any) -> Path:
+    """As the command line does: settles the configuration, and goes on."""
+    config = load_config(tiny_config(folder, **{**SHORT, **changes}), ["resume=auto", *overrides])
+    check_run_dir(config)
+    origin = find_origin(config)
+    config = config if origin is None else settled(config, origin)
+    return train(assemble(config, quiet=True), quiet=True).run_dir
+
+
+# In the first epoch, before anything was saved and after it; behind an epoch; in the next phase; in its last step.
+@pytest.mark.parametrize("step", [1, 3, 4, 8, 11])
+def test_a_run_that_ends_in_a_step_goes_on_to_the_same_bits(tmp_path: Path, whole_short: Path, step: int) -> None:
+    crashed(tmp_path, step)
+    assert_same(go_on(tmp_path), whole_short)
+
+
+def test_a_phase_of_which_one_pass_is_left_keeps_features_as_it_did_before(tmp_path: Path, cache_dir: Path) -> None:
+    phases = {"phases": [{"name": "a", "freeze": ["trunk"], "epochs": 3}]}
+    whole = run_whole(tmp_path / "whole", cache_dir, {**SHORT, **phases})
+    # Epochs have three steps; that of the crash is the first one of the last epoch, of which nothing was saved.
+    crashed(tmp_path, 7, **phases)
+    assert_same(go_on(tmp_path, **phases), whole)
+
+
+def test_a_run_that_is_over_is_closed_again_and_stays_the_same(tmp_path: Path, whole_short: Path) -> None:
+    train(tiny_parts(tmp_path, **SHORT), quiet=True)
+    before = results(tmp_path / "runs/tiny")
+    assert results(go_on(tmp_path)) == before
+    assert_same(tmp_path / "runs/tiny", whole_short)
+
+
+def test_auto_begins_where_there_is_nothing(tmp_path: Path, whole_short: Path) -> None:
+    assert_same(go_on(tmp_path), whole_short)
+
+
+def test_another_run_can_be_begun_from_the_middle_of_an_epoch(tmp_path: Path, whole_short: Path) -> None:
+    run_dir = crashed(tmp_path, 6)
+    again = go_on(tmp_path, f"resume={run_dir}", "name=again")
+    weights, _, audit = results(again)
+    expected, _, expected_audit = results(whole_short)
+    assert (weights, audit) == (expected, expected_audit)
+    assert next(row["step"] for row in read_metrics(again) if "train/loss" in row) == 5
+
+
+def damage(file: Path) -> None:
+    content = bytearray(file.read_bytes())
+    content[len(content) * 2 // 3] ^= 16
+    file.write_bytes(content)
+
+
+@pytest.mark.parametrize("name", ["model.safetensors", "optimizer.safetensors", "state.json"])
+def test_a_damaged_checkpoint_is_said_and_an_older_one_taken(
+    tmp_path: Path, whole_short: Path, caplog: pytest.LogCaptureFixture, name: str
+) -> None:
+    run_dir = crashed(tmp_path, 9)
+    last = (run_dir / "checkpoints/last").resolve()
+    damage(last / name)
+    assert_same(go_on(tmp_path), whole_short)
+    (said,) = [record.message for record in caplog.records if "an older checkpoint is taken" in record.message]
+    assert last.name in said and ("damaged" in said)
+
+
+def test_where_every_checkpoint_is_damaged_nothing_is_trained(tmp_path: Path) -> None:
+    run_dir = crashed(tmp_path, 9)
+    before = (run_dir / "metrics.jsonl").read_bytes()
+    for file in (run_dir / "checkpoints").glob("step-*/model.safetensors"):
+        damage(file)
+    with pytest.raises(ConfigError, match=r"resume: .* has no checkpoint that is sound: .*model\.safetensors"):
+        go_on(tmp_path)
+    assert (run_dir / "metrics.jsonl").read_bytes() == before
+
+
+def test_another_configuration_is_refused_with_the_difference(tmp_path: Path) -> None:
+    crashed(tmp_path, 4)
+    for overrides, message in [
+        (["optim.weight_decay=0.1"], r"optim\.weight_decay: 0\.05 -> 0\.1; the configuration is not the one"),
+        (["phases.b.steps=6"], r"phases\.b\.steps: 5 -> 6; .*resume_override=true goes on with the new one"),
+        (["trunk.name=test_vit", "resume_override=true"], r"trunk\.name: test_resnet -> test_vit; a run cannot go on"),
+        (["seed=1", "resume_override=true"], r"seed: 0 -> 1; a run cannot go on with another value"),
+    ]:
+        with pytest.raises(ConfigError, match=message):
+            go_on(tmp_path, *overrides)
+
+
+def test_with_an_override_it_goes_on_with_what_can_be_honoured(
+    tmp_path: Path, caplog: pytest.LogCaptureFixture
+) -> None:
+    crashed(tmp_path, 4)
+    run_dir = go_on(tmp_path, "phases.b.steps=7", "optim.weight_decay=0.1", "resume_override=true")
+    assert [row["step"] for row in read_metrics(run_dir) if "val/score" in row][-1] == 13
+    assert any("goes on with another optim.weight_decay: 0.05 -> 0.1" in record.message for record in caplog.records)
+
+
+def test_two_processes_do_not_train_in_one_directory(tmp_path: Path) -> None:
+    run_dir = crashed(tmp_path, 4)
+    config = load_config(tiny_config(tmp_path, **SHORT), ["resume=auto"])
+    with (
+        claimed_run_dir(config, go_on=True),
+        pytest.raises(ConfigError, match=r"another process trains in .*tiny just now"),
+    ):
+        go_on(tmp_path)
+    assert go_on(tmp_path) == run_dir
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize("asked", [signal.SIGTERM, signal.SIGINT])
+def test_a_signal_saves_within_the_step_and_the_run_goes_on_to_the_same_bits(
+    tmp_path: Path, whole: Path, asked: signal.Signals
+) -> None:
+    file = tiny_config(tmp_path, **{**EVERYTHING, "checkpoint": {"keep_every_epochs": 4}})
+    command = [sys.executable, "-m", "mtl", "train", str(file), "-q", "resume=auto"]
+    process = subprocess.Popen(command, stderr=subprocess.PIPE, text=True)
+    metrics = tmp_path / "runs/tiny/metrics.jsonl"
+    deadline = time.monotonic() + 60
+    while time.monotonic() < deadline and not (metrics.exists() and metrics.read_text().count("\n") > 20):
+        time.sleep(0.01)
+    process.send_signal(asked)
+    _, said = process.communicate(timeout=60)
+    assert process.returncode == 1
+    assert f"stopped by {asked.name} after step" in said and "to go on: the same command with resume=auto" in said
+    assert main(command[3:]) == 0
+    assert_same(tmp_path / "runs/tiny", whole)
