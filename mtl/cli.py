@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import argparse
+import errno
 import json
 import math
 import sys
@@ -126,6 +127,11 @@ def _train(file: Path, overrides: Sequence[str], quiet: bool) -> int:
         return VIOLATION
     except (FloatingPointError, SaveError) as error:
         sys.stderr.write(f"error: {error}\n")
+        return _fail(config)
+    except OSError as error:
+        if error.errno not in (errno.ENOSPC, errno.EDQUOT):
+            raise
+        sys.stderr.write(f"error: the disk is full: {error}\n")
         return _fail(config)
     except (Stopped, KeyboardInterrupt) as reason:
         sys.stderr.write(f"\n{str(reason) or 'stopped'}\n")

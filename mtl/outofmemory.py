@@ -14,8 +14,10 @@ def is_out_of_memory(error: Exception) -> bool:
     """Whether an error says that memory is used up: a device's, or the host's."""
     if isinstance(error, torch.OutOfMemoryError | MemoryError):
         return True
-    # On the CPU, torch has no type of its own for it.
-    return isinstance(error, RuntimeError) and "not enough memory" in str(error)
+    # On the CPU, torch has no type of its own for it, and other words on other systems.
+    return isinstance(error, RuntimeError) and any(
+        sign in str(error) for sign in ("DefaultCPUAllocator: can't allocate memory", "not enough memory")
+    )
 
 
 def in_words(error: Exception, plan: Plan) -> str:

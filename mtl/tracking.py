@@ -69,8 +69,10 @@ class Tracker:
 
     def cut_back(self, num_bytes: int) -> None:
         """Takes what was logged after a checkpoint out of `metrics.jsonl`: it is going to be logged again."""
-        if self._metrics.exists() and not self._is_silent:
-            os.truncate(self._metrics, num_bytes)
+        if self._is_silent or not self._metrics.exists():
+            return
+        # One that is shorter was cut by somebody else.
+        os.truncate(self._metrics, min(num_bytes, self._metrics.stat().st_size))
 
     def log(self, row: Mapping[str, float | int | str]) -> None:
         """Logs one row; `step`, the number of steps done, must be in it and never go back."""

@@ -16,6 +16,7 @@ import mtl.notfinite
 import mtl.trainer
 from mtl.assembly import Parts, assemble
 from mtl.audit.fingerprint import fingerprint
+from mtl.checkpoint import load_checkpoint
 from mtl.checkpoint.nested import split
 from mtl.cli import main
 from mtl.config import load_config
@@ -272,17 +273,17 @@ def test_a_step_that_overflows_in_fp16_is_left_to_the_scaler_and_counted(tmp_pat
 def test_a_run_in_half_precision_goes_on_to_the_same_bits(tmp_path: Path, precision: str) -> None:
     settings = (f"precision={precision}", "checkpoint.every_steps=1", "optim.accumulate=2")
     whole = tiny_parts(tmp_path, "name=whole", *settings, **HALF)
-    overflow_in_pass(whole, 3)
+    if precision == "fp16":
+        overflow_in_pass(whole, 3)
     with pytest.MonkeyPatch.context() as patch:
         patch.setattr("mtl.checkpoint.Checkpoints._prune", lambda _: None)
-        run_dir = train(whole, quiet=True).run_dir if precision == "fp16" else None
-    if run_dir is None:
-        run_dir = train(tiny_parts(tmp_path, "name=plain", "checkpoint.every_steps=1", *settings, **HALF)).run_dir
-    for step in (3, 5):
-        source = run_dir / f"checkpoints/step-{step:08d}"
-        if not source.exists():
-            continue
-        again = train(tiny_parts(tmp_path, f"name=at-{step}", f"resume={source}", *settings, **HALF), quiet=True)
-        assert bits(again.run_dir) == bits(run_dir)
-        ends = [json.loads((folder / "checkpoints/last/state.json").read_text()) for folder in (run_dir, again.run_dir)]
-        assert ends[0]["optimizer"] == ends[1]["optimizer"] and ends[0]["num_skipped"] == ends[1]["num_skipped"]
+        run_dir = train(whole, quiet=True).run_dir
+    # Inside the second epoch, and behind it.
+    for step in (4, 6):
+        source = f"resume={run_dir}/checkpoints/step-{step:08d}"
+        again = train(tiny_parts(tmp_path, f"name=at-{step}", source, *settings, **HALF), quiet=True).run_dir
+        assert bits(again) == bits(run_dir)
+        ends = [json.loads((folder / "checkpoints/last/state.json").read_text()) for folder in (run_dir, again)]
+        assert ends[0]["num_skipped"] == ends[1]["num_skipped"] == (precision == "fp16")
+        scalers = [load_checkpoint(folder / "checkpoints/last", whole.root)[1]["scaler"] for folder in (run_dir, again)]
+        assert scalers[0] == scalers[1] and scalers[0].get("scale", 2.0**15) == 2.0**15
