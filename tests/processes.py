@@ -18,12 +18,19 @@ def run_in_two_processes(script: str, folder: Path) -> None:
 
 
 def run_in_processes(script: str, folder: Path, number: int) -> None:
-    """As `run_in_two_processes`, in any number of them."""
+    """As `run_in_two_processes`, in any number of them.
+
+    Raises:
+        CalledProcessError: They did not end well; its output is what they said last.
+    """
     file = folder / "script.py"
     file.write_text(script)
-    with started(torchrun(number, str(file), str(folder))) as process:
+    command = torchrun(number, str(file), str(folder))
+    with started(command) as process:
         _, said = process.communicate(timeout=240)
-    assert process.returncode == 0, said[-4000:]
+    if process.returncode:
+        sys.stderr.write(said[-4000:])
+        raise subprocess.CalledProcessError(process.returncode, command, said[-4000:])
 
 
 def torchrun(number: int, *program: str, options: Sequence[str] = ()) -> list[str]:
