@@ -207,7 +207,8 @@ class Keeper:
             return
         if resumption.in_place:
             self._checkpoints.drop_newer(resumption.step)
-            steps = {link: step for link, step in steps.items() if self._checkpoints.find(link) is None}
+            # Whoever was killed behind a checkpoint and before its links has links that are behind.
+            steps = {link: step for link, step in steps.items() if not self._checkpoints.is_at(link, step)}
         else:
             self._checkpoints.adopt(resumption.folder, resumption.step, "last")
         here = resumption.folder.resolve()

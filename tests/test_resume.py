@@ -58,8 +58,11 @@ def results(run_dir: Path) -> tuple[dict[str, bytes], list[dict[str, Any]], dict
     return weights, rows, json.loads((run_dir / "audit.json").read_text())
 
 
-def assert_same(one: Path, other: Path) -> None:
+def assert_same(one: Path, other: Path, with_checks: bool = True) -> None:
     (weights, rows, audit), (weights_2, rows_2, audit_2) = results(one), results(other)
+    if not with_checks:  # how often the audit looked
+        for phase in [*audit["phases"], *audit_2["phases"]]:
+            del phase["checks"]
     assert rows == rows_2
     assert audit == audit_2
     assert weights.keys() == weights_2.keys()
@@ -115,7 +118,7 @@ def test_a_run_that_is_killed_at_random_moments_ends_with_the_bits_of_one_that_n
     assert killed.returncode == 0, killed.stderr[-2000:]
     deaths = [json.loads(line) for line in killed.stdout.splitlines()]
     assert len(deaths) > 10 and any(death["half"] for death in deaths)
-    assert_same(tmp_path / "runs/tiny", whole)
+    assert_same(tmp_path / "runs/tiny", whole, with_checks=False)
 
 
 class Crash(Exception):  # noqa: N818

@@ -127,6 +127,11 @@ class Checkpoints:
         """The checkpoint that a link points to; None if there is none yet."""
         return self.folder / name if (self.folder / name).exists() else None
 
+    def is_at(self, name: str, step: int) -> bool:
+        """Whether a link points to the checkpoint of a step."""
+        found = self.find(name)
+        return found is not None and found.resolve().name == self._of(step).name
+
     def drop_newer(self, step: int) -> None:
         """Removes the checkpoints that are newer than a step, and the links that pointed to them."""
         newer = [folder for folder in newest_first(self.folder) if _step_of(folder) > step]
