@@ -94,10 +94,9 @@ def _stay_in_eval(module: nn.Module, mode: bool = True) -> nn.Module:
 
 def trained_statistics(module: nn.Module, plan: FreezePlan) -> list[str]:
     """The names of the buffers of norm layers that train."""
-    frozen = set(plan.names.frozen_buffers)
-    norms = [name for name, each in named_modules(module) if isinstance(each, _NormBase)]
-    names = [join(name, key) for name in norms for key in dict(named_modules(module))[name]._buffers]
-    return [name for name in names if name in named_buffers(module) and name not in frozen]
+    trained = named_buffers(module).keys() - set(plan.names.frozen_buffers)
+    norms = [(name, each) for name, each in named_modules(module) if isinstance(each, _NormBase)]
+    return [full for name, norm in norms for key in norm._buffers if (full := join(name, key)) in trained]
 
 
 def trainable_parameters(module: nn.Module, plan: FreezePlan) -> dict[str, nn.Parameter]:

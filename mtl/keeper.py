@@ -102,10 +102,6 @@ class Keeper:
             logger.warning(f"{metric} is {metrics[metric]} after step {step}: it does not count as best")
         return links
 
-    def has(self, step: int) -> bool:
-        """Whether there is a checkpoint of a step."""
-        return self._checkpoints.has(step)
-
     def save(
         self,
         state: Mapping[str, Any],

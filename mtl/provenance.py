@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import platform
 import subprocess
+from functools import cache
 from importlib.metadata import PackageNotFoundError, version
 from pathlib import Path
 from typing import Any
@@ -13,8 +14,12 @@ from mtl import __version__
 _PACKAGES = ("torch", "torchvision", "timm", "torchjd", "numpy", "safetensors")
 
 
+@cache
 def provenance() -> dict[str, Any]:
-    """Versions of what the numbers depend on, and the commit that the code was taken from, if it is a checkout."""
+    """Versions of what the numbers depend on, and the commit that the code was taken from, if it is a checkout.
+
+    Asked once a process: it is written into every checkpoint, and git takes some hundredths of a second.
+    """
     versions = {"mtl": __version__, "python": platform.python_version()}
     for name in _PACKAGES:
         try:

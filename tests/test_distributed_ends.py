@@ -5,22 +5,19 @@ from __future__ import annotations
 import os
 import signal
 import subprocess
-import sys
 import time
 from pathlib import Path
 
 import pytest
 
+from processes import torchrun, workers
 from runs import tiny_config
-
-LAUNCH = ["-m", "torch.distributed.run", "--rdzv-backend=c10d", "--rdzv-endpoint=127.0.0.1:0"]
 
 
 def start(number: int, file: Path, *arguments: str) -> subprocess.Popen[str]:
     """A run in so many processes."""
-    launch = [*LAUNCH, f"--nproc-per-node={number}"] if number > 1 else []
     return subprocess.Popen(
-        [sys.executable, *launch, "-m", "mtl", "train", str(file), "-q", *arguments],
+        torchrun(number, "-m", "mtl", "train", str(file), "-q", *arguments),
         stdout=subprocess.PIPE,
         stderr=subprocess.STDOUT,
         text=True,
@@ -35,12 +32,6 @@ def finish(process: subprocess.Popen[str], expected: int = 0) -> str:
     return said
 
 
-def workers_of(process: subprocess.Popen[str]) -> list[int]:
-    """The processes that torchrun has started."""
-    children = Path(f"/proc/{process.pid}/task").glob("*/children")
-    return [int(child) for file in children for child in file.read_text().split()]
-
-
 def wait_for(file: Path, lines: int) -> None:
     deadline = time.monotonic() + 120
     while time.monotonic() < deadline and not (file.exists() and file.read_text().count("\n") >= lines):
@@ -52,7 +43,7 @@ def test_a_process_that_is_killed_ends_all_with_a_clear_error(tmp_path: Path) ->
     file = tiny_config(tmp_path, phases=[{"name": "all", "epochs": 500}])
     process = start(2, file)
     wait_for(tmp_path / "runs/tiny/metrics.jsonl", 4)
-    os.kill(workers_of(process)[1], signal.SIGKILL)
+    os.kill(workers(process)[1], signal.SIGKILL)
     started = time.monotonic()
     said = finish(process, 1)
     assert time.monotonic() - started < 60
@@ -64,7 +55,7 @@ def test_processes_stop_together_when_one_is_asked_to(tmp_path: Path) -> None:
     file = tiny_config(tmp_path, phases=[{"name": "all", "epochs": 500}])
     process = start(2, file)
     wait_for(tmp_path / "runs/tiny/metrics.jsonl", 4)
-    os.kill(workers_of(process)[1], signal.SIGTERM)
+    os.kill(workers(process)[1], signal.SIGTERM)
     said = finish(process, 1)
     assert "stopped by SIGTERM after step" in said or "stopped by another process after step" in said
     assert (tmp_path / "runs/tiny/checkpoints/last/state.json").is_file()

@@ -323,18 +323,6 @@ def check_is_off(store: DiskStore, reason: str, caplog: pytest.LogCaptureFixture
     assert warning.endswith("; they are computed every time")
 
 
-@pytest.fixture
-def small_disk(tmp_path: Path) -> Iterator[Path]:
-    """A disk of 2 MB."""
-    place = tmp_path / "disk"
-    place.mkdir()
-    mount = ["mount", "-t", "tmpfs", "-o", "size=2m", "tmpfs", str(place)]
-    if os.geteuid() or not shutil.which("mount") or subprocess.run(mount, capture_output=True).returncode:
-        pytest.skip("needs the right to mount a disk")
-    yield place
-    subprocess.run(["umount", "-l", str(place)], check=True)
-
-
 @pytest.mark.parametrize("free_rows", [0, 3, 31])
 def test_a_disk_that_becomes_full_turns_it_off(
     small_disk: Path, free_rows: int, caplog: pytest.LogCaptureFixture
