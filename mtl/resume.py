@@ -31,7 +31,7 @@ from mtl.run_dir import goes_on_in_place
 from mtl.scheduler import PhaseChange, TaskScheduler
 
 _NEEDED = (
-    *("step", "epoch", "change", "audit", "scores", "metrics_bytes", "train_s", "wandb_id", "kept_in", "num_skipped"),
+    *("step", "epoch", "change", "audit", "scores", "metrics_bytes", "train_s", "wandb_id", "features", "num_skipped"),
     "lr_schedule",
 )
 

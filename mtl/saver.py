@@ -121,7 +121,7 @@ class Saver:
             "audit": self.audit.state_dict(),
             "scores": self.outcome.scores,
             "train_s": self.outcome.seconds_so_far(),
-            "kept_in": self.features.kept_in,
+            "features": self.features.state_dict(),
             "metrics_bytes": self.tracker.settle(),
             "wandb_id": self.tracker.wandb_id,
             "world_size": self.world.size,

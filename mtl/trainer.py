@@ -92,6 +92,7 @@ class Trainer:
         self.audit.load_state_dict(state["audit"])
         self.scaler.load_state_dict(resumption.memory["scaler"])
         self.keeper.take_up(resumption)
+        self.features.load_state_dict(state["features"])
         self.outcome.scores, self.outcome.train_s = state["scores"], state["train_s"]
         if resumption.in_place:
             self.tracker.cut_back(state["metrics_bytes"])
@@ -146,7 +147,7 @@ class Trainer:
             if change is None or within is not None:
                 # What is frozen from the first layer on is computed once for each image, while the audit stands for it.
                 done = self.scheduler.state_dict()["steps"]
-                self.keep_features(index, record, done, None if resumed is None else resumed.state["kept_in"])
+                self.keep_features(index, record, done, None if resumed is None else resumed.state["features"]["kept_in"])
                 self.gradients.enter(phase.name, phase.tasks, self.step + 1 - done)
             self.validate.begin_phase()
             if resumed is not None:

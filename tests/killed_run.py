@@ -76,7 +76,7 @@ def where(run_dir: Path) -> dict[str, Any]:
     if last.exists():
         state = json.loads(last.read_text())
         found |= {"step": state["step"], "phase": state["phase"], "within": bool(state["within_epoch"])}
-        found |= {"kept_in": state["kept_in"]}
+        found |= {"kept_in": state["features"]["kept_in"]}
     return found
 
 

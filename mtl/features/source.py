@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import json
 import math
-from collections.abc import Callable, Collection
+from collections.abc import Callable, Collection, Mapping
 from functools import partial
 from pathlib import Path
 from typing import Any
@@ -78,6 +78,20 @@ class FeatureSource:
     def trunk_rests(self) -> bool:
         """Whether the trunk is not run at all."""
         return self._prefix is not None and not self._prefix.modules
+
+    def state_dict(self) -> dict[str, Any]:
+        """What was decided for the phase, and which features are in memory, as plain data; not the features."""
+        in_memory = [
+            [key, store.num_rows, [[field.shape, str(field.dtype).removeprefix("torch.")] for field in store.fields]]
+            for key, store in self._in_ram.items()
+        ]
+        return {"kept_in": self.kept_in, "in_memory": in_memory}
+
+    def load_state_dict(self, state: Mapping[str, Any]) -> None:
+        """Has what another process had in memory computed again where it is asked for: phases to come decide alike."""
+        for key, num_rows, fields in state["in_memory"]:
+            own = [Field(tuple(shape), getattr(torch, dtype)) for shape, dtype in fields]
+            self._in_ram[key] = self._new_store("ram", json.loads(key), num_rows, own)
 
     def enter(
         self,
