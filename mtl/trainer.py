@@ -257,11 +257,11 @@ class Trainer:
                         self.scaler.scale(total_loss / len(window)).backward()
                     rows.append(torch.cat([total_loss.detach()[None], losses.detach()]))
                 self.scaler.unscale_(optimizer)
-                self.audit.after_backward()
                 norm = gradient_norm(trainable, phase.optim.clip_norm)
                 # Gradients of fp16 are the scaler's affair.
                 is_done = guard is None or is_finite(rows if self.scaler.is_enabled() else [*rows, norm])
                 if is_done:
+                    self.audit.after_backward()
                     lr = lr_schedule.highest
                     self.scaler.step(optimizer)
                     self.scaler.update()
@@ -302,6 +302,7 @@ class Trainer:
                 f"stopped: {wrong.fact}, for images that not_finite.json lists; saved as it was before that step:"
                 f" {folder}; not_finite=skip leaves such steps out"
             )
+        self.audit.after_backward()
         if self.scaler.is_enabled():
             self.scaler.update()
         log.skip()
