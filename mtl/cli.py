@@ -144,15 +144,19 @@ def _train(file: Path, overrides: Sequence[str], quiet: bool) -> int:
             raise
         sys.stderr.write(f"error: {in_words(error, parts.plan)}\n")
         return _fail(config)
+    is_clean = not world.agree(broken=not outcome.report.ok).broken
+    if world.leads:
+        logger.info("\n".join([results_table(outcome), verdict(outcome), closing_line(outcome)]))
+        if outcome.report.ok and not is_clean:
+            logger.error(f"audit: another process found the freeze broken: {config.run_dir}/audit.rank-N.json")
+        # Last, since all else is on disk by now: a drawing that fails costs nothing.
+        kept = "last" if math.isnan(outcome.best_score) else "{best,last}"
+        files = [write_report(parts, outcome.run_dir).name, f"checkpoints/{kept}", "metrics.jsonl", "audit.json"]
+        logger.info(f"{outcome.run_dir}: {', '.join([*files, 'plan.json', 'config.yaml'])}")
+    # torchrun ends all processes as soon as one has failed.
+    world.barrier()
     world.close()
-    if not world.leads:
-        return DONE if outcome.report.ok else VIOLATION
-    logger.info("\n".join([results_table(outcome), verdict(outcome), closing_line(outcome)]))
-    # Last, since all else is on disk by now: a drawing that fails costs nothing.
-    kept = "last" if math.isnan(outcome.best_score) else "{best,last}"
-    files = [write_report(parts, outcome.run_dir).name, f"checkpoints/{kept}", "metrics.jsonl", "audit.json"]
-    logger.info(f"{outcome.run_dir}: {', '.join([*files, 'plan.json', 'config.yaml'])}")
-    return DONE if outcome.report.ok else VIOLATION
+    return DONE if is_clean else VIOLATION
 
 
 def _fail(config: RunConfig) -> int:

@@ -87,11 +87,17 @@ def find_origin(config: RunConfig) -> Origin | None:
     """What a run is to go on from; None if it begins.
 
     Raises:
-        ConfigError: There is nothing to go on from where `resume` says.
+        ConfigError: There is nothing to go on from where `resume` says; or the audit ended the run, of which going on
+            from before would leave no trace, and `resume_override` is not given.
     """
     if config.resume is None:
         return None
     in_place = goes_on_in_place(config)
+    if in_place and not config.resume_override and (found := _what_ended_it(config)):
+        raise config.mistake(
+            ("resume",),
+            f"{found}; mend what did it and begin another run; resume_override=true goes on from before",
+        )
     if config.resume == "auto":
         folder = config.run_dir / "checkpoints"
         return Origin(folder, is_one=False, in_place=True) if in_place and newest_first(folder) else None
@@ -124,9 +130,35 @@ def settled(config: RunConfig, origin: Origin) -> RunConfig:
             f"{_listed(found)}; the configuration is not the one that the run began with;"
             " resume_override=true goes on with the new one",
         )
-    if found:
-        logger.warning(f"resume: goes on with another {_listed(found)}")
     return config.with_changes(**{key: saved[key] for key in CHOSEN if getattr(config, key) == "auto"})
+
+
+def what_is_overridden(config: RunConfig, origin: Origin | None) -> list[str]:
+    """What a run goes on in spite of, since `resume_override` is given, in words."""
+    if not config.resume_override:
+        return []
+    ended = _what_ended_it(config) if goes_on_in_place(config) else None
+    lines = [f"{ended}; what was saved before that is taken up"] if ended else []
+    if origin is not None:
+        found = differences(_config_of(config, origin), config.model_dump(mode="json", exclude_none=True))
+        lines += [f"goes on with another {_listed(found)}"] if found else []
+    return lines
+
+
+def _what_ended_it(config: RunConfig) -> str | None:
+    """The violation with which the audit ended the run, and the file that says so; under another policy it does not."""
+    for file in sorted(config.run_dir.glob("audit*.json")) if config.audit.policy == "raise" else ():
+        try:
+            phases = json.loads(file.read_text(encoding="utf-8"))["phases"]
+            found = [each for phase in phases for each in phase["violations"]]
+        except (OSError, ValueError, KeyError, TypeError):
+            # It says nothing; checkpoints have the audit's state of their own.
+            continue
+        if found:
+            first = found[0]
+            what = f"{first['name']}: {first['kind']}, step {first['step']} of phase {first['phase']!r}"
+            return f"the audit ended this run: {what}, see {file}"
+    return None
 
 
 def _config_of(config: RunConfig, origin: Origin) -> dict[str, Any]:

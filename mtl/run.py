@@ -16,7 +16,7 @@ from mtl.fsdp import spread
 from mtl.interrupt import Interrupt
 from mtl.notfinite import NotFiniteError
 from mtl.outcome import Outcome
-from mtl.resume import Resumption, find_origin, resume_from, settled
+from mtl.resume import Resumption, find_origin, resume_from, settled, what_is_overridden
 from mtl.run_dir import claimed_run_dir
 from mtl.tracking import Tracker
 from mtl.trainer import Trainer
@@ -43,6 +43,8 @@ def train(parts: Parts, quiet: bool = False, world: World = ALONE) -> Outcome:
     if origin is not None:
         settled(parts.config, origin)
         resumption = resume_from(origin, parts, world)
+    for line in what_is_overridden(parts.config, origin):
+        logger.warning(f"resume: {line}")
     if parts.config.distributed.strategy == "fsdp2":
         # From here on each process holds its part of every parameter; whoever keeps parameters is made after this.
         spread(parts.model, [phase.groups for phase in parts.phases], world)
@@ -91,6 +93,8 @@ def _start_files(parts: Parts, run_dir: Path, resumption: Resumption | None, wor
     config = parts.config
     resolved = config.model_dump(mode="json", exclude_none=True)
     if world.leads:
+        for file in run_dir.glob("audit.rank-*.json"):
+            file.unlink()
         write_text(run_dir / "config.yaml", dump_yaml(resolved))
         write_json(run_dir / "plan.json", parts.plan.to_json())
         announce_classic(parts)

@@ -147,7 +147,9 @@ class Trainer:
             if change is None or within is not None:
                 # What is frozen from the first layer on is computed once for each image, while the audit stands for it.
                 done = self.scheduler.state_dict()["steps"]
-                self.keep_features(index, record, done, None if resumed is None else resumed.state["features"]["kept_in"])
+                self.keep_features(
+                    index, record, done, None if resumed is None else resumed.state["features"]["kept_in"]
+                )
                 self.gradients.enter(phase.name, phase.tasks, self.step + 1 - done)
             self.validate.begin_phase()
             if resumed is not None:

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import json
 import os
 import signal
 import subprocess
@@ -10,6 +11,8 @@ from pathlib import Path
 
 import pytest
 
+from distributed_runs import command, surroundings
+from distributed_runs import finish as ended
 from processes import torchrun, workers
 from runs import tiny_config
 
@@ -68,3 +71,40 @@ def test_what_several_processes_cannot_do_is_said(tmp_path: Path) -> None:
     assert "data.batch_size: expected batches of 6 images or more for 3 processes, two each" in said
     assert "exitcode  : 2" in said.replace("exitcode : 2", "exitcode  : 2")
     assert not (tmp_path / "runs/tiny").exists()
+
+
+PHASES = [{"name": "heads", "freeze": ["trunk"], "epochs": 2}, {"name": "all", "epochs": 1}]
+
+
+def write_to_the_trunk_of_one_process(folder: Path, cache_dir: Path, *arguments: str) -> tuple[int, str]:
+    """A run of two processes, in the second of which a frozen weight is written once."""
+    planted = {"what": "write", "rank": 1, "step": 2, "name": "trunk.blocks.0.attn.qkv.weight"}
+    whole = command(2, folder, *arguments, phases=PHASES, checkpoint={}, freeze_always=[])
+    return ended(whole, surroundings(cache_dir, planted) | {"WANDB_MODE": "disabled"})
+
+
+@pytest.mark.slow
+def test_what_one_process_alone_finds_is_in_the_reports_of_all(tmp_path: Path, cache_dir: Path) -> None:
+    code, said = write_to_the_trunk_of_one_process(tmp_path, cache_dir, "audit.policy=collect")
+    assert code == 1 and "exitcode  : 3" in said, said[-3000:]
+    assert (tmp_path / "runs/tiny/report.html").is_file()
+    names = {}
+    for name in ("audit.json", "audit.rank-1.json"):
+        audit = json.loads((tmp_path / "runs/tiny" / name).read_text())
+        names[name] = {(each["kind"], each["name"]) for each in audit["phases"][0]["violations"]}
+    assert names["audit.json"] == names["audit.rank-1.json"]
+    assert ("param_changed", "trunk.blocks.0.attn.qkv.weight") in names["audit.json"]
+    assert ("ranks_differ", "trunk.blocks.0.attn.qkv.weight") in names["audit.json"]
+
+
+@pytest.mark.slow
+def test_a_run_that_the_audit_ended_is_not_taken_up_unless_it_is_asked_for(tmp_path: Path, cache_dir: Path) -> None:
+    code, said = write_to_the_trunk_of_one_process(tmp_path, cache_dir)
+    assert code == 1 and "exitcode  : 3" in said and "audit.rank-1.json" in said, said[-3000:]
+    file = tmp_path / "tiny.yaml"
+    said = finish(start(2, file, "resume=auto"), 1)
+    assert "exitcode  : 2" in said
+    assert "resume: the audit ended this run" in said and "param_changed, step 2 of phase 'heads'" in said
+    said = finish(start(2, file, "resume=auto", "resume_override=true"))
+    assert said.count("what was saved before that is taken up") == 1
+    assert not list((tmp_path / "runs/tiny").glob("audit.rank-*"))

@@ -3,14 +3,14 @@
 Compared are the bytes of what is frozen and of the parameters that train, by every name; one digest of each side is
 exchanged, and only if these differ one of every tensor. Of a tensor that is spread over processes (FSDP2), only what is
 replicated can be compared: of a sharded one it is its name, type, shape and placement. Plain tensor attributes are
-left out: a module may keep there what it made of its last batch.
+left out: a module may keep there what it made of its last batch. What one rank has found, all others record, too.
 """
 
 from __future__ import annotations
 
 from collections import Counter
 from collections.abc import Iterator, Mapping, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from typing import Any
 
 import torch
@@ -21,6 +21,7 @@ from mtl.audit import causes
 from mtl.audit.contract import Contract
 from mtl.audit.fingerprint import fingerprint, root
 from mtl.audit.places import Place, is_readable, is_sparse
+from mtl.audit.report import Violation
 from mtl.audit.watched import packed
 from mtl.names import shorten
 from mtl.storage import local
@@ -49,30 +50,42 @@ class Difference:
         return causes.FROZEN_APART if self.is_frozen else causes.TRAINED_APART
 
 
-def compare_ranks(contract: Contract, group: dist.ProcessGroup | None, buffers: bool) -> list[Difference]:
+def compare_ranks(
+    contract: Contract, found: Sequence[Violation], group: dist.ProcessGroup | None, buffers: bool
+) -> tuple[list[Difference], list[Violation]]:
     """Compares the tensors of a contract on all ranks; every rank calls it, and each gets the same answer.
 
     Args:
         contract: What is frozen, and what is not.
+        found: What this rank has found in the phase so far.
         group: The ranks; all of them by default.
         buffers: Whether to compare buffers that are not frozen, too.
+
+    Returns:
+        The tensors that differ, and what was found on any rank.
     """
     if num_ranks(group) == 1:
-        return []
+        return [], []
     frozen = _digests([place for place in contract.frozen if place.kind != "attr"])
     kinds = ("param", "buffer") if buffers else ("param",)
     free = _digests([place for place in contract.free if place.kind in kinds])
-    mine = torch.frombuffer(bytearray.fromhex(root(frozen) + root(free)), dtype=torch.uint8)
+    names = {f"{each.kind} {each.name}": "" for each in found}
+    mine = torch.frombuffer(bytearray.fromhex(root(frozen) + root(free) + root(names)), dtype=torch.uint8)
     roots = [torch.empty_like(mine) for _ in range(num_ranks(group))]
     dist.all_gather(roots, mine, group)
     if all(torch.equal(each, roots[0]) for each in roots):
-        return []
+        return [], []
     everyone: list[Any] = [None] * len(roots)
-    dist.all_gather_object(everyone, (frozen, free), group)
-    return [
+    dist.all_gather_object(everyone, (frozen, free, list(found)), group)
+    apart = [
         difference
         for side in (0, 1)
-        for difference in differences([digests[side] for digests in everyone], is_frozen=side == 0)
+        for difference in differences([content[side] for content in everyone], is_frozen=side == 0)
+    ]
+    return apart, [
+        replace(each, detail=f"{each.detail}, on rank {rank}")
+        for rank, (_, _, theirs) in enumerate(everyone)
+        for each in theirs
     ]
 
 

@@ -219,7 +219,8 @@ class GradientAudit:
     def agree(self, group: ProcessGroup | None = None, buffers: bool = False) -> None:
         """Compares this process's tensors with those of all others: they must be the same in every bit.
 
-        Every process calls it after the same step, and each records the same. See `mtl.audit.agreement`.
+        Every process calls it after the same step, and each records the same: what another one has found, too. See
+        `mtl.audit.agreement`.
 
         Args:
             group: The processes, with a backend for the CPU (gloo); all of them by default.

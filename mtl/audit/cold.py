@@ -50,6 +50,8 @@ def audit_run(run_dir: Path) -> ColdAudit:
     result = ColdAudit()
     if not audit.get("ok"):
         result.findings.append("audit.json: the run was not clean, or it was cut short")
+    for file in sorted(run_dir.glob("audit.rank-*.json")):
+        result.findings.append(f"{file.name}: in this process of the run, the freeze was broken")
     phases = {phase["name"]: phase for phase in audit["phases"]}
     for name, phase in phases.items():
         if root(phase["frozen"]["fingerprints"]) != phase["frozen"]["root"]:

@@ -182,11 +182,11 @@ class PhaseWatch:
         self._bytes.restart()
 
     def agree(self, group: ProcessGroup | None, buffers: bool) -> list[Violation]:
-        """What is not the same on all ranks."""
-        apart = compare_ranks(self._contract, group, buffers)
+        """What is not the same on all ranks, and what other ranks have found."""
+        apart, found = compare_ranks(self._contract, self.record.violations, group, buffers)
         if not apart:
             self.agreed_at = self.record.num_steps
-        return [
+        return found + [
             self.record.breach("ranks_differ", each.name, each.cause, each.detail, since=self.agreed_at)
             for each in apart
         ]
