@@ -104,11 +104,13 @@ def _check_processes(blueprint: Blueprint, world: World) -> None:
     config = blueprint.config
     if world.is_alone:
         return
+    if config.distributed.sync_batchnorm and config.compile:
+        raise config.mistake(("compile",), "with distributed.sync_batchnorm=true code is not compiled; expected false")
     for phase, written in zip(blueprint.phases, config.written_phases, strict=True):
         own = written.config.batch_size is not None
         place = (*written.path, "batch_size") if own else ("data", "batch_size")
         trains_norms = bool(trained_statistics(blueprint.root, phase.freeze.plan)) and not phase.config.evaluate_only
-        least = world.size * (2 if trains_norms else 1)
+        least = world.size * (2 if trains_norms and not config.distributed.sync_batchnorm else 1)
         if phase.batch_size < least:
             why = ", two each, since BatchNorm cannot train on one" if trains_norms else ""
             raise config.mistake(

@@ -25,15 +25,17 @@ class Consensus:
         is_asked_to_end: Whether any process was, as all know since the last message.
     """
 
-    def __init__(self, world: World, audit: GradientAudit, asked: Interrupt) -> None:
+    def __init__(self, world: World, audit: GradientAudit, asked: Interrupt, are_statistics_shared: bool) -> None:
         """Args:
         world: The processes.
         audit: That of this process.
         asked: The signals that this process was sent.
+        are_statistics_shared: Whether norm layers have the same statistics in all processes by themselves.
         """
         self._world = world
         self._audit = audit
         self._asked = asked
+        self._is_alike = world.is_alone or are_statistics_shared
         self._is_broken = False
         self.clock = time.perf_counter()
         self.seconds = 0.0
@@ -75,14 +77,15 @@ class Consensus:
         return shares_of_means(weights, totals, self._world.size)
 
     def statistics(self, root: nn.Module, plan: FreezePlan) -> dict[str, Tensor]:
-        """Copies of this process's statistics of norm layers that train; none if it is alone."""
-        names = [] if self._world.is_alone else trained_statistics(root, plan)
+        """Copies of this process's statistics of norm layers that train; none if all have the same."""
+        names = [] if self._is_alike else trained_statistics(root, plan)
         return {name: root.get_buffer(name).clone() for name in names}
 
     def prove(self, root: nn.Module, plan: FreezePlan) -> None:
         """Makes statistics of norm layers that train the same in all processes, and proves that all else is."""
-        if not self._world.is_alone:
+        if not self._is_alike:
             self._world.average_buffers(root, trained_statistics(root, plan))
+        if not self._world.is_alone:
             self._audit.agree(buffers=True)
 
 

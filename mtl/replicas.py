@@ -8,11 +8,9 @@ from dataclasses import dataclass
 from typing import Any, TypeVar
 
 import torch
-from timm.layers.norm_act import convert_sync_batchnorm
 from torch import Tensor, nn
 from torch.distributed.algorithms.ddp_comm_hooks.default_hooks import allreduce_hook
 from torch.distributed.distributed_c10d import GroupMember
-from torch.nn.modules.batchnorm import _BatchNorm
 from torch.nn.parallel import DistributedDataParallel
 
 from mtl.distributed import World, WorldError
@@ -124,47 +122,3 @@ def count_traffic(replica: Replica) -> Traffic:
     for ddp in replica._ddp:
         ddp.register_comm_hook(None, count)
     return traffic
-
-
-def sync_batchnorm(module: nn.Module, frozen: Collection[str], device: torch.device, world: World) -> nn.Module:
-    """Has norm layers that train take their statistics over the global batch.
-
-    Layers with a frozen tensor stay as they are: they are in eval mode, where nothing is to be shared. Parameters and
-    buffers stay the same tensors under the same names. Call it before anything holds the modules.
-
-    Args:
-        module: The module.
-        frozen: Names of parameters and buffers that are frozen.
-        device: Where the model computes.
-        world: The processes.
-
-    Returns:
-        The module; another one only if it is itself a norm layer.
-
-    Raises:
-        WorldError: The model is not on a GPU; torch has no such layer for the CPU.
-    """
-    if world.is_alone:
-        return module
-    if device.type != "cuda":
-        raise WorldError(
-            f"synchronised BatchNorm: torch has it for GPUs only, got {device}; leave it off, or freeze the norm layers"
-        )
-    return convert_norms(module, frozen)
-
-
-def convert_norms(module: nn.Module, frozen: Collection[str], path: str = "") -> nn.Module:
-    """`sync_batchnorm` without looking at the device."""
-    start = f"{path}." if path else ""
-    if isinstance(module, _BatchNorm):
-        own = [start + name for name in (*module._parameters, *module._buffers)]
-        return module if any(name in frozen for name in own) else _converted(module)
-    for name, child in module.named_children():
-        setattr(module, name, convert_norms(child, frozen, start + name))
-    return module
-
-
-def _converted(norm: nn.Module) -> nn.Module:
-    # timm's own, since torch's would lose the activation that some of timm's norm layers hold.
-    converted: nn.Module = convert_sync_batchnorm(norm)  # type: ignore[no-untyped-call]
-    return converted

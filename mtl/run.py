@@ -18,6 +18,7 @@ from mtl.notfinite import NotFiniteError
 from mtl.outcome import Outcome
 from mtl.resume import Resumption, find_origin, resume_from, settled, what_is_overridden
 from mtl.run_dir import claimed_run_dir
+from mtl.syncnorm import synchronise
 from mtl.tracking import Tracker
 from mtl.trainer import Trainer
 
@@ -48,6 +49,8 @@ def train(parts: Parts, quiet: bool = False, world: World = ALONE) -> Outcome:
     if parts.config.distributed.strategy == "fsdp2":
         # From here on each process holds its part of every parameter; whoever keeps parameters is made after this.
         spread(parts.model, [phase.groups for phase in parts.phases], world)
+    if parts.config.distributed.sync_batchnorm:
+        synchronise(parts.model, world)
     in_place = resumption is not None and resumption.in_place
     with _directory(parts, in_place, world) as run_dir, Interrupt(not world.is_alone) as asked:
         tracker = _start_files(parts, run_dir, resumption if in_place else None, world)

@@ -65,7 +65,8 @@ class Trainer:
         self.scheduler = TaskScheduler([phase.length for phase in parts.phases])
         self.audit = GradientAudit(parts.root, policy=parts.config.audit.policy, whole=True)
         self.gradients = GradientLog(tracker, parts.model.trunk, parts.config.audit.gradients_every_steps)
-        self.consensus = Consensus(world, self.audit, asked or Interrupt())
+        are_statistics_shared = parts.config.distributed.sync_batchnorm
+        self.consensus = Consensus(world, self.audit, asked or Interrupt(), are_statistics_shared)
         self.keeper = Keeper(parts, run_dir / "checkpoints", world)
         self.autocast = autocast_for(parts.config.precision, parts.device)
         # Small gradients of fp16 would be zero: losses are multiplied, and what overflows is not stepped.
@@ -254,7 +255,8 @@ class Trainer:
                     with nullcontext() if number == len(window) else replica.no_sync():
                         share = None if shares is None else shares[number - 1]
                         total_loss, losses, each = replica(self.objective, batch, phase, share, self.step)
-                        if self.world.leads:
+                        # Where layers speak to other processes in their backward, all have to go through it.
+                        if self.world.leads or self.config.distributed.sync_batchnorm:
                             self.gradients.before_backward(each, self.step + 1, log)
                         self.scaler.scale(total_loss / len(window)).backward()
                     rows.append(torch.cat([total_loss.detach()[None], losses.detach()]))

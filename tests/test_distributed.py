@@ -12,7 +12,7 @@ from torch import Tensor, nn
 
 import distributed_script
 from mtl.distributed import World, WorldError, shares_of_means
-from mtl.replicas import convert_norms, count_traffic, sync_batchnorm, wrap
+from mtl.replicas import count_traffic, wrap
 from mtl.tasks import Classification, Depth, Metrics, Normals, Segmentation, Task
 from mtl.tasks.base import masked_mean
 from processes import run_in_processes
@@ -194,29 +194,6 @@ def test_metrics_that_do_not_say_how_they_add_up_are_for_one_process() -> None:
 
     with pytest.raises(NotImplementedError, match=r"Own.state and .take: needed where several processes validate"):
         Own().state()
-
-
-# Norm layers
-
-
-def test_norm_layers_that_train_are_converted_with_the_same_tensors() -> None:
-    from timm.layers import BatchNormAct2d
-
-    model = nn.Sequential(nn.Conv2d(3, 4, 1), nn.BatchNorm2d(4), nn.Sequential(BatchNormAct2d(4), nn.BatchNorm2d(4)))
-    before = {**dict(model.named_parameters()), **dict(model.named_buffers())}
-    converted = convert_norms(model, ["2.1.running_var"])
-    after = {**dict(model.named_parameters()), **dict(model.named_buffers())}
-    assert converted is model and list(before) == list(after)
-    assert all(after[name] is tensor for name, tensor in before.items())
-    kinds = [type(model[1]).__name__, type(model[2][0]).__name__, type(model[2][1]).__name__]
-    assert kinds == ["SyncBatchNorm", "SyncBatchNormAct", "BatchNorm2d"]
-
-
-def test_synchronised_norm_layers_are_refused_on_a_cpu_and_not_needed_alone() -> None:
-    norm = nn.BatchNorm2d(4)
-    assert sync_batchnorm(norm, [], torch.device("cpu"), World.alone()) is norm
-    with pytest.raises(WorldError, match="torch has it for GPUs only, got cpu"):
-        sync_batchnorm(norm, [], torch.device("cpu"), World(0, 2, 0))
 
 
 # Several processes

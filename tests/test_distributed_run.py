@@ -39,7 +39,7 @@ def two(tmp_path_factory: pytest.TempPathFactory, cache_dir: Path) -> Path:
     return folder
 
 
-def assert_close(run_dir: Path, other: Path, first_step: int = 0) -> None:
+def assert_close(run_dir: Path, other: Path, first_step: int = 0, loss: float = LOSS) -> None:
     """Losses at every step and validation metrics, from a step on, are equal up to rounding."""
     rows = [row for row in map(judged, read_metrics(other)) if row["step"] > first_step and len(row) > 3]
     by_place = {(row["step"], "train/loss" in row): row for row in map(judged, read_metrics(run_dir)) if len(row) > 3}
@@ -48,7 +48,7 @@ def assert_close(run_dir: Path, other: Path, first_step: int = 0) -> None:
         found = by_place[row["step"], "train/loss" in row]
         assert row.keys() == found.keys()
         for key, value in row.items():
-            tolerance = COMBINED if key in ("train/loss", "val/score") else LOSS
+            tolerance = COMBINED if key in ("train/loss", "val/score") else loss
             assert found[key] == (value if isinstance(value, str) else pytest.approx(value, rel=tolerance)), (row, key)
 
 

@@ -29,7 +29,7 @@ FLOORS = [
     ["tasks"],
     ["model", "data"],
     ["freeze", "audit", "scheduler", "reach", "gradients"],
-    ["optim", "lr_schedule", "balance", "checkpoint", "ema", "fsdp", "gradient_picture", "replicas"],
+    ["optim", "lr_schedule", "balance", "checkpoint", "ema", "fsdp", "gradient_picture", "replicas", "syncnorm"],
     ["phases"],
     ["blueprint", "best_weights", "notfinite"],
     ["plan", "tracking", "validation", "trial"],

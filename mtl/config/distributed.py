@@ -18,8 +18,11 @@ class DistributedConfig(Strict):
             the rest block by block while it computes. Each first builds the whole model. Checkpoints are the same
             plain ones: any number of processes, with either strategy, goes on from them. Features are not kept and
             gradients are not analysed; `compile`, fp16 and channels_last are refused.
+        sync_batchnorm: Whether BatchNorm that trains takes its statistics over the images of all processes, at the
+            price of two messages a layer; if not, over each one's own.
         timeout_s: How long a process waits for the others before it gives up.
     """
 
     strategy: Literal["ddp", "fsdp2"] = "ddp"
+    sync_batchnorm: bool = False
     timeout_s: Annotated[float, Field(gt=0, le=86_400)] = 600.0
