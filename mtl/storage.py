@@ -19,6 +19,12 @@ def local(tensor: Tensor) -> Tensor:
     return here
 
 
+def bytes_of(tensor: Tensor) -> Tensor:
+    """The bytes of a tensor that is contiguous, a view of it."""
+    # By strides of its own: a tensor without axes, or a lone element of a column, cannot be viewed as another type.
+    return tensor.detach().as_strided((tensor.numel(),), (1,)).view(torch.uint8)
+
+
 def is_spread(tensor: Tensor) -> bool:
     """Whether a tensor is spread over processes (FSDP)."""
     return hasattr(tensor, "full_tensor")

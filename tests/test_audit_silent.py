@@ -49,6 +49,18 @@ def test_training_beside_a_frozen_trunk_is_silent(
     silent(audit.report, 5)
 
 
+@pytest.mark.parametrize("buffer", [torch.zeros(4, 3)[:, 1][:1], torch.zeros(4, 3).t()[:0]], ids=["lone", "empty"])
+def test_a_frozen_buffer_whose_few_elements_have_strides_of_their_own_is_read(buffer: torch.Tensor) -> None:
+    model = Tiny()
+    model.trunk.register_buffer("part_of_another", buffer)
+    freeze_by_hand(model.trunk)
+    optimizer = SGD(trainable(model), lr=0.05)
+    audit = GradientAudit(model, ["trunk"], [optimizer])
+    with audit.phase("frozen"):
+        train(audit, model, [optimizer], 5)
+    silent(audit.report, 5)
+
+
 def test_training_through_a_frozen_head_is_silent() -> None:
     model = Normed()
     freeze_by_hand(model.head)

@@ -6,9 +6,10 @@ import json
 from collections.abc import Mapping
 from typing import Any
 
-import torch
 import xxhash
 from torch import Tensor
+
+from mtl.storage import bytes_of
 
 
 def fingerprint(tensor: Tensor) -> str:
@@ -20,8 +21,7 @@ def fingerprint(tensor: Tensor) -> str:
     data = tensor.detach().cpu().resolve_conj().resolve_neg().contiguous()
     digest = xxhash.xxh3_128(f"{data.dtype} {tuple(data.shape)}".encode())
     if data.numel():
-        # By strides of its own: a tensor without axes, or a lone element of a column, cannot be viewed as another type.
-        digest.update(data.as_strided((data.numel(),), (1,)).view(torch.uint8).numpy().data)
+        digest.update(bytes_of(data).numpy().data)
     return digest.hexdigest()
 
 

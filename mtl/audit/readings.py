@@ -10,6 +10,7 @@ from torch import Tensor
 
 from mtl.audit.fingerprint import fingerprint
 from mtl.audit.watched import Watched
+from mtl.storage import bytes_of
 
 # Parameters are read in turn, this many bytes a step on average: some hundredths of a millisecond on a CPU.
 BYTES_A_STEP = 256 * 1024
@@ -109,7 +110,7 @@ class _Bundle:
 
     def __init__(self, members: Sequence[Watched]) -> None:
         self.members = members
-        self._views = [each.part().detach().reshape(-1).view(torch.uint8) for each in members]
+        self._views = [bytes_of(each.part()) for each in members]
         self.first = fingerprint(torch.cat(self._views))
         self._asked: list[tuple[Reading, int]] = []
 

@@ -10,7 +10,7 @@ from torch import Tensor
 
 from mtl.audit.fingerprint import fingerprint
 from mtl.audit.places import Place, is_sparse
-from mtl.storage import is_spread, local, whole
+from mtl.storage import bytes_of, is_spread, local, whole
 
 
 class Watched:
@@ -144,7 +144,7 @@ def packed(tensor: Tensor) -> Tensor:
         parts = [tensor.crow_indices(), tensor.col_indices(), tensor.values()]
     else:
         parts = [tensor.ccol_indices(), tensor.row_indices(), tensor.values()]
-    return torch.cat([part.detach().contiguous().reshape(-1).view(torch.uint8) for part in parts])
+    return torch.cat([bytes_of(part.contiguous()) for part in parts])
 
 
 def _is_expanded(tensor: Tensor) -> bool:

@@ -25,6 +25,7 @@ from mtl.model.cut import Cut, PrefixError, find_cut
 from mtl.model.standin import Skip, hollow_tensor, kept_tensor, skips
 from mtl.model.trace import Trace, record_trace, tensors_of, untouched
 from mtl.model.trunk import Features
+from mtl.storage import bytes_of
 
 __all__ = ["Prefix", "PrefixError"]
 
@@ -275,5 +276,4 @@ def _is_compiled(module: nn.Module) -> bool:
 def _same_bits(one: Tensor, two: Tensor) -> bool:
     if (one.shape, one.dtype) != (two.shape, two.dtype):
         return False
-    a, b = (tensor.detach().contiguous().view(-1).view(torch.uint8) for tensor in (one, two))
-    return torch.equal(a, b)
+    return torch.equal(bytes_of(one.contiguous()), bytes_of(two.contiguous()))
