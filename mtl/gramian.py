@@ -29,8 +29,8 @@ def balance_gradients(
     own, and one of negative weight would train it to be wrong.
 
     There is one backward for each task, here, and next to none when the loss is called to its own: it knows the
-    gradients, and hands them to whatever hooks the parameters have, such as those of DDP. While it is made, there are as
-    many gradients of what is shared as there are tasks, and a few more. The graphs stay as they are.
+    gradients, and hands them to whatever hooks the parameters have, such as those of DDP. While it is made, there are
+    as many gradients of what is shared as there are tasks, and a few more. The graphs stay as they are.
 
     Args:
         value: What the loss is as a number, a scalar.

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import json
 import logging
+import weakref
 from pathlib import Path
 from typing import Any
 
@@ -18,6 +19,7 @@ from mtl.blueprint import draw_up_without_weights
 from mtl.config import ConfigError, load_config
 from mtl.distributed import World
 from mtl.notfinite import NotFiniteError
+from mtl.objective import Objective
 from mtl.plan import make_plan
 from mtl.resume import find_origin, settled
 from mtl.run import train
@@ -171,6 +173,24 @@ def test_weights_follow_the_gradients_and_differ_from_task_to_task(
         assert sum(weights) == pytest.approx(1) and min(weights) >= 0 and len({*weights}) == 4
 
 
+def test_no_graph_of_a_step_is_there_in_the_forward_of_the_next(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    losses: list[weakref.ref[torch.Tensor]] = []
+    alive: list[int] = []
+    real = Objective.each_loss
+
+    def each_loss(objective: Objective, *arguments: Any) -> list[torch.Tensor]:
+        alive.append(sum(each() is not None for each in losses))
+        found = real(objective, *arguments)
+        losses.extend(map(weakref.ref, found))
+        return found
+
+    monkeypatch.setattr(Objective, "each_loss", each_loss)
+    train(tiny_parts(tmp_path, "balance=mgda", phases=[{"name": "all", "steps": 4}]), quiet=True)
+    assert alive == [0] * 4
+
+
 # Losses that are not finite
 
 
@@ -265,7 +285,7 @@ def test_the_plan_counts_a_backward_for_each_task(tmp_path: Path) -> None:
 def test_a_compiled_run_balances_the_same(tmp_path: Path) -> None:
     phases = [{"name": "all", "freeze": HALF, "steps": 3}]
     runs = [
-        train(tiny_parts(tmp_path, "balance=mgda", f"compile={so}", f"name={so}", phases=phases), quiet=True)
+        train(tiny_parts(tmp_path, "balance=mgda", f"compile={so}", f"name=compile-{so}", phases=phases), quiet=True)
         for so in ("true", "false")
     ]
     assert runs[0].report.ok
