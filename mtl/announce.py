@@ -32,6 +32,20 @@ def tell_idle_tasks(parts: Parts, phase: Phase) -> None:
         logger.info(f"{phase.name}: no losses of {', '.join(idle)}: everything that they would train is frozen")
 
 
+def tell_balance(phase: Phase) -> None:
+    """Says where a balancing method does something else in a phase than its name says."""
+    if phase.config.evaluate_only:
+        return
+    if phase.balance.weighting is not None and not phase.balances_gradients:
+        what = f"only {phase.sharing[0]} reaches" if phase.sharing else "no task reaches"
+        logger.info(f"{phase.name}: gradients are not balanced: {what} what trains of the trunk; losses add up")
+    if phase.optim.accumulate > 1 and not phase.balance.adds_up:
+        logger.warning(
+            f"{phase.name}: the balancing method combines each of a step's {phase.optim.accumulate} batches by itself,"
+            " which is not the step of one large batch; mean, uw or fixed weights would make it that"
+        )
+
+
 def tell_epoch(parts: Parts, row: Mapping[str, Any], log: StepLog | None) -> None:
     """One line for a validation.
 

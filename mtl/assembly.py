@@ -6,6 +6,7 @@ from dataclasses import dataclass, replace
 
 import torch
 
+from mtl.balance import is_by_gradients
 from mtl.blueprint import Blueprint, draw_up, draw_up_without_weights
 from mtl.config import RunConfig, SettingError, mistake_of
 from mtl.console import logger
@@ -138,6 +139,12 @@ def _check_spread(config: RunConfig, world: World) -> tuple[str, ...]:
     ):
         if got in ("channels_last", "fp16", True):
             raise config.mistake((key,), f"with distributed.strategy=fsdp2 {why}; expected {expected}, got {got}")
+    for written in config.written_phases:
+        own = written.config.balance
+        method, place = (own or config.balance).method, (*(written.path if own else ()), "balance", "method")
+        if is_by_gradients(method):
+            why = "a task's gradients alone are not brought together"
+            raise config.mistake(place, f"with distributed.strategy=fsdp2 {why}; expected a scalarizer, got {method}")
     return ("channels_last", "fp16")
 
 

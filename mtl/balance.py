@@ -1,6 +1,7 @@
 """Balancing: how the losses of the tasks become the one number that is minimised.
 
-The methods are TorchJD's scalarizers; this module only finds them by name and tells them what happens in the loop.
+The methods are TorchJD's scalarizers, and those of its aggregators that weigh the tasks' gradients; this module only
+finds them by name and tells them what happens in the loop.
 """
 
 from __future__ import annotations
@@ -13,19 +14,27 @@ import torch
 from torch import Tensor, nn
 from torch.optim import Optimizer
 from torchjd import scalarization
-from torchjd.scalarization import Constant, Scalarizer
+from torchjd.scalarization import DWA, IMTLL, UW, Constant, Mean, Random, Scalarizer, Sum
 
 from mtl.config import SettingError
 from mtl.config.optim import BalanceConfig
 from mtl.nearest import hint
+from mtl.weighting import GradientWeighting, build_weighting, gradient_methods, other_aggregators
 
 # What a module of torch keeps of itself.
 _OF_EVERY_MODULE = frozenset(vars(nn.Module()))
+# Those of which the sum over micro-batches is what they make of the losses' sums.
+_LINEAR = (Constant, DWA, IMTLL, Mean, Random, Sum, UW)
 
 
 def method_names() -> dict[str, str]:
     """The scalarizers of TorchJD by the name that a configuration writes: `uw` -> `UW`."""
     return {name.lower(): name for name in scalarization.__all__ if name not in ("Scalarizer", "Constant")}
+
+
+def is_by_gradients(method: str) -> bool:
+    """Whether a method, by name, weighs the tasks' gradients."""
+    return method.lower() in gradient_methods() and method.lower() not in method_names()
 
 
 def build_balance(config: BalanceConfig, tasks: Sequence[str], every_task: Sequence[str] = ()) -> Balance:
@@ -41,11 +50,14 @@ def build_balance(config: BalanceConfig, tasks: Sequence[str], every_task: Seque
     """
     if config.method == "fixed":
         return Balance(Constant(_fixed_weights(config.weights or {}, tasks, every_task or tasks)))
+    method = config.method.lower()
+    # What both know by one name (mean, sum, random) is the scalarizer: the same, and without a look at gradients.
+    if is_by_gradients(method):
+        return Balance(Sum(), build_weighting(method, config.options, len(tasks)))
     names = method_names()
-    if config.method.lower() not in names:
-        near, there = hint(config.method.lower(), names), ", ".join(sorted(names))
-        raise SettingError("balance.method", f"no method {config.method!r}{near}; there are: fixed, {there}")
-    scalarizer: type[Scalarizer] = getattr(scalarization, names[config.method.lower()])
+    if method not in names:
+        raise SettingError("balance.method", _no_method(config.method))
+    scalarizer: type[Scalarizer] = getattr(scalarization, names[method])
     parameters = dict(inspect.signature(scalarizer).parameters)
     # Lists are written for tensors; learnable methods want to know how many losses there are.
     options = {k: torch.tensor(v, dtype=torch.float32) if isinstance(v, list) else v for k, v in config.options.items()}
@@ -58,6 +70,15 @@ def build_balance(config: BalanceConfig, tasks: Sequence[str], every_task: Seque
         raise SettingError("balance.options", f"{config.method} takes the options {takes}: {error}") from error
 
 
+def _no_method(name: str) -> str:
+    names, by_gradients = method_names(), gradient_methods()
+    there = f"there are: fixed, {', '.join(sorted(names))}; by gradients: {', '.join(sorted(by_gradients))}"
+    if name.lower() in other_aggregators():
+        why = "TorchJD makes its step of whole gradients or of several batches, not of weights from a Gramian"
+        return f"{name!r} cannot be had here: {why}; {there}"
+    return f"no method {name!r}{hint(name.lower(), [*names, *by_gradients])}; {there}"
+
+
 def _fixed_weights(weights: Mapping[str, float], tasks: Sequence[str], every_task: Sequence[str]) -> Tensor:
     if not set(tasks) <= set(weights) <= set(every_task):
         extra = [name for name in weights if name not in every_task]
@@ -67,7 +88,7 @@ def _fixed_weights(weights: Mapping[str, float], tasks: Sequence[str], every_tas
 
 
 class Balance(nn.Module):
-    """A scalarizer as the training loop uses it.
+    """A balancing method as the training loop uses it.
 
     A task none of whose labels are in a batch has the loss 0 there, which a method takes for a task that is solved; if
     labels are often missing, `fixed` weights or `mean` are the safe choice.
@@ -76,11 +97,14 @@ class Balance(nn.Module):
         scalarizer: TorchJD's method; parameters that it learns are named `balance.scalarizer.*`.
         param_groups: Parameters that the method steps itself (FAMO), in the form of an optimizer's; the run's own
             optimizer must leave them alone.
+        weighting: If given, the gradients of what the tasks share are weighed by it, and the scalarizer says only what
+            the loss is as a number.
     """
 
-    def __init__(self, scalarizer: Scalarizer) -> None:
+    def __init__(self, scalarizer: Scalarizer, weighting: GradientWeighting | None = None) -> None:
         super().__init__()
         self.scalarizer = scalarizer
+        self.weighting = weighting
         # TorchJD keeps weights and reference points as plain attributes, which would not follow to a GPU.
         for name, value in list(vars(scalarizer).items()):
             if isinstance(value, Tensor):
@@ -88,6 +112,11 @@ class Balance(nn.Module):
                 scalarizer.register_buffer(name, value)
         own = list(scalarizer.parameters()) if hasattr(scalarizer, "update") else []
         self.param_groups: list[dict[str, Any]] = [{"params": own}] if own else []
+
+    @property
+    def adds_up(self) -> bool:
+        """Whether the losses of several batches, each combined apart, give the step of one large batch."""
+        return self.weighting is None and isinstance(self.scalarizer, _LINEAR)
 
     def forward(self, losses: Tensor) -> Tensor:
         """Args:
@@ -124,7 +153,8 @@ class Balance(nn.Module):
         # A freeze puts a method of its own in the place of `train`.
         own = [name for name in vars(self.scalarizer) if name not in _OF_EVERY_MODULE and name != "train"]
         kept = {name: getattr(self.scalarizer, name) for name in own}
-        return {
+        weighting = {} if self.weighting is None else {"weighting": self.weighting.memory()}
+        return weighting | {
             name: {"optimizer": type(value).__name__, "state": value.state_dict()}
             if isinstance(value, Optimizer)
             else value
@@ -145,7 +175,9 @@ class Balance(nn.Module):
         if own.keys() != memory.keys():
             raise ValueError(f"a balancing method that keeps {sorted(own)} cannot go on with {sorted(memory)}")
         for name, value in memory.items():
-            if isinstance(value, Mapping) and "optimizer" in value:
+            if name == "weighting" and self.weighting is not None:
+                self.weighting.load_memory(value)
+            elif isinstance(value, Mapping) and "optimizer" in value:
                 # It is made at the method's first step; its settings come with its state.
                 kind: Any = getattr(torch.optim, value["optimizer"])
                 optimizer = kind(list(self.scalarizer.parameters()))

@@ -15,6 +15,9 @@ from torch import Tensor, nn
 from mtl.moduletree import depth_groups
 from mtl.names import condense
 
+# 8 MB a task as float64.
+_MOST_COLUMNS = 1 << 20
+
 
 @dataclass(frozen=True)
 class Pair:
@@ -153,7 +156,7 @@ def analyse(losses: Mapping[str, Tensor], groups: Mapping[str, Sequence[nn.Param
         return None
     parameters = [parameter for group in trained.values() for parameter in group]
     # By task and parameter; None where the loss does not depend on the parameter, which is not the same as zero.
-    gradients = [_gradients(loss, parameters) for loss in losses.values()]
+    gradients = [task_gradients(loss, parameters) for loss in losses.values()]
     reached: dict[str, frozenset[str]] = {}
     for task, own in zip(losses, gradients, strict=True):
         left = iter(own)
@@ -164,17 +167,32 @@ def analyse(losses: Mapping[str, Tensor], groups: Mapping[str, Sequence[nn.Param
     return _analysis(tuple(losses), tuple(trained), torch.stack(products).tolist(), reached)
 
 
-def _gradients(loss: Tensor, parameters: Sequence[nn.Parameter]) -> Sequence[Tensor | None]:
+def task_gradients(loss: Tensor, parameters: Sequence[nn.Parameter]) -> Sequence[Tensor | None]:
+    """The gradients of a loss on parameters, None where it does not depend on them; `.grad` and graph stay as they are.
+
+    DDP does not see them: they are this process's own.
+    """
     if not loss.requires_grad:
         return [None] * len(parameters)
     return torch.autograd.grad(loss, parameters, retain_graph=True, allow_unused=True)
 
 
+def inner_products(rows: Tensor) -> Tensor:
+    """The inner products of rows, "t n": "t t", float64, in which the squares of no gradient overflow or vanish.
+
+    A part of the columns at a time, since as float64 they take twice the memory.
+    """
+    total = rows.new_zeros(len(rows), len(rows), dtype=torch.float64)
+    for part in torch.split(rows, _MOST_COLUMNS, dim=1):
+        exact = part.double()
+        total += exact @ exact.T
+    return total
+
+
 def _products(parameter: nn.Parameter, gradients: Sequence[Tensor | None]) -> Tensor:
     """The inner products of the tasks' gradients on one parameter, "t t", float64."""
     same_shape = [torch.zeros_like(parameter) if gradient is None else gradient for gradient in gradients]
-    rows = rearrange(torch.stack(same_shape), "t ... -> t (...)").detach().double()
-    return rows @ rows.T
+    return inner_products(rearrange(torch.stack(same_shape), "t ... -> t (...)").detach())
 
 
 def _analysis(

@@ -7,21 +7,31 @@ from contextlib import contextmanager
 
 import torch
 from torch import Tensor
+from torch.amp import GradScaler
 
 from mtl.assembly import Parts
 from mtl.data import Batch
 from mtl.distributed import ALONE, World
 from mtl.features import FeatureSource
+from mtl.gramian import balance_gradients
 from mtl.phases import Phase
 
 
 class Objective:
     """The forward of a training step."""
 
-    def __init__(self, parts: Parts, features: FeatureSource, autocast: torch.autocast, world: World = ALONE) -> None:
+    def __init__(
+        self,
+        parts: Parts,
+        features: FeatureSource,
+        autocast: torch.autocast,
+        scaler: GradScaler,
+        world: World = ALONE,
+    ) -> None:
         self._parts = parts
         self._features = features
         self._autocast = autocast
+        self._scaler = scaler
         self._world = world
 
     def __call__(
@@ -40,7 +50,20 @@ class Objective:
         each = self.each_loss(batch, phase.tasks)
         losses = self._world.global_losses(_shared(each, share))
         with self._same_draws(step):
+            if phase.balances_gradients:
+                return self._by_gradients(phase, each, share, losses.detach()), losses.detach(), each
             return phase.balance(losses), losses, each
+
+    def _by_gradients(self, phase: Phase, each: Sequence[Tensor], share: Tensor | None, losses: Tensor) -> Tensor:
+        """The loss whose gradients a method has balanced; `losses` are those over all processes."""
+        assert phase.balance.weighting is not None
+        trunk = [parameter for parameter in self._parts.model.trunk.parameters() if parameter.requires_grad]
+        of_trunk = {id(parameter) for parameter in trunk}
+        others = [p for p in self._parts.root.parameters() if p.requires_grad and id(p) not in of_trunk]
+        # Not taken from the stacked losses, through which each would go back through the heads of all.
+        own = list(each) if share is None else [loss * part for loss, part in zip(each, share.to(each[0]), strict=True)]
+        total = phase.balance(losses)
+        return balance_gradients(total, own, trunk, others, phase.balance.weighting, self._world, self._scaler)
 
     def each_loss(self, batch: Batch, tasks: Sequence[str]) -> list[Tensor]:
         """The losses of some tasks on a batch, scalars, float32."""

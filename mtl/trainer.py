@@ -13,7 +13,7 @@ from typing import Any
 import torch
 from torch.amp import GradScaler
 
-from mtl.announce import tell_epoch, tell_idle_tasks, tell_unreached
+from mtl.announce import tell_balance, tell_epoch, tell_idle_tasks, tell_unreached
 from mtl.assembly import Parts
 from mtl.audit import GradientAudit, HoldsParameters, PhaseRecord
 from mtl.consensus import Consensus, put_back
@@ -72,7 +72,7 @@ class Trainer:
         # Small gradients of fp16 would be zero: losses are multiplied, and what overflows is not stepped.
         self.scaler = GradScaler(parts.device.type, enabled=parts.config.precision == "fp16")
         self.features = FeatureSource(parts, self.autocast, self.quiet, world)
-        self.objective = Objective(parts, self.features, self.autocast, world)
+        self.objective = Objective(parts, self.features, self.autocast, self.scaler, world)
         self.outcome = Outcome(run_dir, parts.trivial, report=self.audit.report)
         self.saver = Saver(
             *(parts, self.keeper, tracker, self.scheduler, self.audit, self.features, self.scaler),
@@ -125,6 +125,7 @@ class Trainer:
         # No gradient of the phase before, requires_grad by plan, and frozen modules in eval mode for good.
         enforce(parts.root, phase.freeze.plan)
         tell_idle_tasks(parts, phase)
+        tell_balance(phase)
         if phase.freeze.unreached:
             tell_unreached(parts, phase)
         # Only what trains is in the optimizer: neither decay nor momentum can reach the rest.
@@ -258,8 +259,10 @@ class Trainer:
                         # Where layers speak to other processes in their backward, all have to go through it.
                         if self.world.leads or self.config.distributed.sync_batchnorm:
                             self.gradients.before_backward(each, self.step + 1, log)
+                        rows.append(torch.cat([total_loss.detach()[None], losses.detach()]))
+                        # The loss of a method that looks at gradients goes back through no graph, and frees none.
+                        del losses, each
                         self.scaler.scale(total_loss / len(window)).backward()
-                    rows.append(torch.cat([total_loss.detach()[None], losses.detach()]))
                 self.scaler.unscale_(optimizer)
                 norm = gradient_norm(trainable, phase.optim.clip_norm)
                 # Gradients of fp16 are the scaler's affair.

@@ -17,10 +17,11 @@ from pathlib import Path
 from typing import Any, ClassVar
 
 import torch
-from torch import nn
+from torch import Tensor, nn
 
 from mtl.audit import GradientAudit
 from mtl.cli import main
+from mtl.distributed import World
 from mtl.replicas import Replica, count_traffic
 
 RANK = int(os.environ["RANK"])
@@ -55,7 +56,7 @@ def act() -> None:
 
 def count_and_act() -> None:
     """Counts steps and traffic, and acts in the step that is meant."""
-    after_step, init, close = GradientAudit.after_step, Replica.__init__, Replica.close
+    after_step, init, close, mean = GradientAudit.after_step, Replica.__init__, Replica.close, World.mean
 
     def counted_step(audit: GradientAudit) -> None:
         Counted.steps += 1
@@ -67,8 +68,10 @@ def count_and_act() -> None:
         init(replica, module, trainable, world)
         Counted.module = module
         parameters = dict(module.named_parameters())
-        num_bytes = sum(parameters[name].nbytes for name in trainable)
-        Counted.phases.append({"steps": 0, "trainable": num_bytes})
+        num_bytes, of_trunk = (
+            sum(parameters[name].nbytes for name in trainable if name.startswith(start)) for start in ("", "trunk.")
+        )
+        Counted.phases.append({"steps": 0, "trainable": num_bytes, "trunk": of_trunk, "by_task": 0})
         if FOLDER:
             replica.traffic = count_traffic(replica)
 
@@ -78,6 +81,12 @@ def count_and_act() -> None:
             Path(FOLDER, f"{RANK}.json").write_text(json.dumps(Counted.phases))
         close(replica)
 
+    def counted_mean(world: World, tensor: Tensor) -> Tensor:
+        # Losses are averaged by it as well, a few numbers of them.
+        Counted.phases[-1]["by_task"] += tensor.nbytes if tensor.numel() > 100 else 0
+        return mean(world, tensor)
+
+    World.mean = counted_mean  # type: ignore[method-assign]
     GradientAudit.after_step = counted_step  # type: ignore[method-assign]
     Replica.__init__, Replica.close = counted_init, counted_close  # type: ignore[method-assign]
 

@@ -109,11 +109,12 @@ def test_processes_train_batchnorm_as_one_does(
     sgd = {"optimizer": {"name": "sgd", "options": {"momentum": 0.9}}, "lr": 1e-2}
     phases = [
         {"name": "half", "freeze": ["trunk@first:50%"], "epochs": 1, **sgd},
-        {"name": "all", "steps": 4, "balance": "uw", **sgd},
+        {"name": "all", "steps": 4, "balance": "mgda", **sgd},
     ]
     changes: dict[str, Any] = {
         "trunk": {"name": "test_resnet", "checkpointing": True},
         "freeze_always": [],
+        "optim": {"ema_decay": 0.9, "clip_norm": 1.0},
         "audit": {"gradients_every_steps": 2},
         "phases": phases,
     }

@@ -20,9 +20,10 @@ class BalanceConfig(Strict):
     """How the tasks' losses become one.
 
     Attributes:
-        method: A scalarizer of TorchJD by name, such as `uw`, `dwa`, `famo`, `mean`; or `fixed`.
+        method: A scalarizer of TorchJD by name, such as `uw`, `dwa`, `famo`, `mean`; one of its aggregators that weigh
+            the tasks' gradients on the trunk, such as `mgda`, `upgrad`, `pcgrad`, `cagrad`; or `fixed`.
         weights: For `fixed`: the weight of every active task.
-        options: Passed to the scalarizer.
+        options: Passed to the scalarizer or aggregator.
     """
 
     method: str = "mean"

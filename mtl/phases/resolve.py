@@ -34,6 +34,7 @@ class Phase:
         optim: How its parameters are stepped: the run's settings with the phase's own on top.
         length: What the scheduler has to know.
         tasks: The tasks whose losses are active, and train something.
+        sharing: Those of them whose losses depend on what trains of the trunk.
         balance: The balancing method, for exactly these tasks.
         freeze: What it freezes, and why.
         groups: What the optimizer trains, in groups with peak learning rate and weight decay.
@@ -49,6 +50,7 @@ class Phase:
     optim: OptimConfig
     length: PhaseLength
     tasks: tuple[str, ...]
+    sharing: tuple[str, ...]
     balance: Balance
     freeze: PhaseFreeze
     groups: list[dict[str, Any]]
@@ -57,6 +59,11 @@ class Phase:
     num_steps: int
     plateau_direction: Direction
     restore: tuple[str, Direction] | None
+
+    @property
+    def balances_gradients(self) -> bool:
+        """Whether each task has a backward of its own, in which gradients are found that a method then weighs."""
+        return self.balance.weighting is not None and len(self.sharing) > 1
 
 
 def resolve_phases(around: Surroundings, mistakes: Sequence[str] = ()) -> list[Phase]:
@@ -142,6 +149,7 @@ class _Resolver:
         direction = _attempt(mistakes, lambda: self._check_course(num_steps, length))
         restore = _attempt(mistakes, self._restore)
         _attempt(mistakes, self._check_batch_size)
+        _attempt(mistakes, lambda: self._check_balance(balance))
         if mistakes or freeze is None or length is None or groups is None or direction is None:
             raise ConfigError(mistakes)
         return Phase(
@@ -150,6 +158,7 @@ class _Resolver:
             optim=self.optim,
             length=length,
             tasks=tasks,
+            sharing=self._sharing(tasks, freeze.plan),
             balance=balance,
             freeze=freeze,
             groups=groups,
@@ -198,6 +207,19 @@ class _Resolver:
             place: KeyPath = (*self.written.path, "batch_size") if own else ("data", "batch_size")
             place = place if self.batch_size == 1 else ("data", "num_train")
             raise self.config.mistake(place, "expected batches of two images or more: BatchNorm cannot train on one")
+
+    def _check_balance(self, balance: Balance) -> None:
+        if balance.weighting is not None and self.optim.accumulate > 1 and not self.wrote.evaluate_only:
+            method = (self.wrote.balance or self.config.balance).method
+            raise self.config.mistake(
+                ("optim", "accumulate"),
+                f"balance {method} weighs the gradients of a whole step, and those of its batches lie otherwise;"
+                f" expected 1, got {self.optim.accumulate}",
+            )
+
+    def _sharing(self, tasks: Sequence[str], plan: FreezePlan) -> tuple[str, ...]:
+        trained = {name for name in plan.names.trainable if name.startswith("trunk.")}
+        return tuple(task for task in tasks if not trained.isdisjoint(self.around.reached[task]))
 
     def _groups(self, plan: FreezePlan | None, balance: Balance) -> list[dict[str, Any]]:
         """The optimizer's groups; without a plan, their settings are only checked."""

@@ -65,8 +65,11 @@ class _Planner:
         reached = self.side([name for name in phase.freeze.plan.names.trainable if name not in phase.freeze.unreached])
         # A method that steps its own weights looks at the losses once more.
         num_forwards = 2 if phase.balance.param_groups and not phase.config.evaluate_only else 1
+        # A method that weighs gradients has those of the trunk once more for each task.
+        of_trunk = self.side([name for name in reached.names if name.startswith("trunk.")])
+        by_task = len(phase.tasks) * of_trunk.bytes if phase.balances_gradients else 0
         average = 0 if self.blueprint.config.optim.ema_decay is None else trains.bytes
-        sent = 2 * (self.world_size - 1) * reached.bytes // self.world_size
+        reduced = reached.bytes + by_task
         return PhasePlan(
             name=phase.name,
             length=length_in_words(phase.config, phase.num_steps),
@@ -90,12 +93,12 @@ class _Planner:
                 GroupPlan(g["lr"], g["weight_decay"], len(g["params"]), sum(p.numel() for p in g["params"]))
                 for g in phase.groups
             ),
-            memory=MemoryPlan(self.weights, reached.bytes, cost.optimizer_state, average),
+            memory=MemoryPlan(self.weights, reduced, cost.optimizer_state, average),
             flops=FlopsPlan(
                 num_forwards * cost.forward_flops, cost.backward_flops, of_all.forward_flops, of_all.backward_flops
             ),
-            reduced_bytes=reached.bytes,
-            sent_bytes=sent,
+            reduced_bytes=reduced,
+            sent_bytes=2 * (self.world_size - 1) * reduced // self.world_size,
             thawed=self.side([name for name in phase.freeze.plan.names.trainable if name in was_frozen]),
             newly_frozen=self.side([name for name in phase.freeze.plan.names.frozen if name not in was_frozen]),
             lr_of=self.lr_of(phase),
@@ -141,7 +144,7 @@ class _Planner:
         if phase is not None:
             optimizer = phase.optim.optimizer.model_dump_json()
             stepped = sum(p.numel() for group in phase.groups for p in group["params"])
-            key = (*key, phase.freeze.plan.names.frozen, phase.tasks, optimizer, stepped)
+            key = (*key, phase.freeze.plan.names.frozen, phase.tasks, phase.balances_gradients, optimizer, stepped)
         if key not in _COSTS:
             _COSTS[key] = rehearse(self.blueprint, phase)
         return _COSTS[key]

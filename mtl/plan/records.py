@@ -135,7 +135,7 @@ class PhasePlan:
         groups: The optimizer's groups.
         memory: What stays allocated.
         flops: What a step computes.
-        reduced_bytes: Gradients that one all-reduce of a step brings together.
+        reduced_bytes: Gradients that a step brings together over all processes.
         sent_bytes: What each process sends for that in a ring, 2 (n - 1) / n times as much; 0 if it is alone.
         thawed: What trains and was frozen in the phase before.
         newly_frozen: What is frozen and trained in the phase before.

@@ -67,7 +67,10 @@ def rehearse(blueprint: Blueprint, phase: Phase | None) -> Cost:
     with _counter() as backward:
         if not evaluates:
             # A frozen head on a frozen trunk has an output that no gradient leaves.
-            torch.autograd.backward([output.sum() for output in outputs.values() if output.requires_grad])
+            sums = [output.sum() for output in outputs.values() if output.requires_grad]
+            apart = phase is not None and phase.balances_gradients
+            for each in [[one] for one in sums] if apart else [sums]:
+                torch.autograd.backward(each, retain_graph=apart)
     state = None if phase is None else 0 if evaluates else _optimizer_state(blueprint, phase)
     for parameter in root.parameters():
         parameter.grad = None
