@@ -264,6 +264,30 @@ def test_state_stays_apart_per_kind_of_optimizer() -> None:
     assert run.states(run.begin([], SGD)) == run.states(of_sgd)
 
 
+@EACH
+def test_what_is_thawed_trains_beside_what_has_moments_already(config: OptimizerConfig) -> None:
+    run = Run()
+    run.phase(["trunk"], 2, config)
+    before = run.weights()
+    run.phase([], 2, config)
+    assert all(run.weights()[each] != before[each] for each in NAMES)
+
+
+@EACH
+def test_a_first_step_that_overflows_leaves_no_moments_that_were_never_written(config: OptimizerConfig) -> None:
+    # Memory that was used before, so that what is not written is not zero by luck.
+    del [torch.full((4096,), 1e30) for _ in range(64)][:]
+    parameter = torch.nn.Parameter(torch.ones(4096))
+    optimizer = build_optimizer(config, [{"params": [parameter], "lr": 0.1, "weight_decay": 0.0}])
+    scaler = torch.amp.GradScaler("cpu")
+    for value in (float("inf"), 2.0):
+        parameter.grad = torch.full_like(parameter, value)
+        scaler.scale(torch.ones(()))
+        scaler.step(optimizer)
+        scaler.update()
+    assert len(parameter.detach().unique()) == 1 and bool(parameter.isfinite().all())
+
+
 @pytest.mark.parametrize(
     ("name", "before", "after"),
     [
