@@ -70,9 +70,9 @@ OVERFLOWS: dict[str, Any] = {
     "trunk": {"name": "test_vit"},  # on a CPU, convolutions of fp16 are slow
     "optim": {"ema_decay": 0.5, "accumulate": 2, "clip_norm": 1.0},
     # The scaler begins with 65536, and halves until gradients fit.
-    "balance": {"method": "fixed", "weights": {"segmentation": 1e6, "depth": 1.0, "normals": 1.0, "object": 1.0}},
+    "balance": {"method": "fixed", "weights": {"segmentation": 1e3, "depth": 1.0, "normals": 1.0, "object": 1.0}},
     "checkpoint": {"every_steps": 1},
-    "phases": [{"name": "frozen", "freeze": ["trunk"], "epochs": 3}, {"name": "all", "epochs": 4}],
+    "phases": [{"name": "frozen", "freeze": ["trunk"], "epochs": 4}, {"name": "all", "steps": 3}],
 }
 
 
@@ -130,7 +130,7 @@ def test_steps_that_overflow_are_counted_and_move_neither_weights_nor_averages(t
     assert torch.isfinite(torch.tensor([norm for norm in norms if norm is not None])).all()
 
 
-@pytest.mark.parametrize("step", [2, 5, pytest.param(11, marks=pytest.mark.slow)])
+@pytest.mark.parametrize("step", [4, *(pytest.param(step, marks=pytest.mark.slow) for step in (2, 9, 13))])
 def test_a_run_that_overflows_goes_on_with_scale_and_count(tmp_path: Path, step: int) -> None:
     for name in ("whole", "broken"):
         (tmp_path / name).mkdir()
@@ -140,4 +140,4 @@ def test_a_run_that_overflows_goes_on_with_scale_and_count(tmp_path: Path, step:
     assert_same(again, whole)
     root = tiny_parts(tmp_path, **OVERFLOWS).root
     scales = [load_checkpoint(each / "checkpoints/last", root)[1]["scaler"] for each in (whole, again)]
-    assert scales[0] == scales[1] and scales[0]["scale"] < 2.0**15
+    assert scales[0] == scales[1] and scales[0]["scale"] < 2.0**12
