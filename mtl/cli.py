@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import argparse
-import errno
 import json
 import math
 import sys
@@ -102,6 +101,7 @@ def _train(file: Path, overrides: Sequence[str], quiet: bool) -> int:
     from mtl.checkpoint import SaveError
     from mtl.console import logger, show_log
     from mtl.data import DataError
+    from mtl.disk import is_full
     from mtl.distributed import World, WorldError, is_lost
     from mtl.interrupt import Stopped
     from mtl.outofmemory import in_words, is_out_of_memory
@@ -120,30 +120,23 @@ def _train(file: Path, overrides: Sequence[str], quiet: bool) -> int:
         parts = assemble(config, quiet, world)
         logger.info(short_plan(parts.plan))
         outcome = train(parts, quiet, world)
-    except (ConfigError, DataError, WorldError) as error:
+    except (ConfigError, WorldError) as error:
         return _complain(error)
     except AuditError as error:
         sys.stderr.write(f"audit: {error}\nSee {audit_file(config.run_dir, world)}\n")
         return VIOLATION
-    except (FloatingPointError, SaveError) as error:
-        sys.stderr.write(f"error: {error}\n")
-        return _fail(config)
-    except OSError as error:
-        if error.errno not in (errno.ENOSPC, errno.EDQUOT):
-            raise
-        sys.stderr.write(f"error: the disk is full: {error}\n")
-        return _fail(config)
+    except (DataError, FloatingPointError, SaveError) as error:
+        return _complain(error) if parts is None else _fail(config, f"error: {error}")
     except (Stopped, KeyboardInterrupt) as reason:
-        sys.stderr.write(f"\n{str(reason) or 'stopped'}\n")
-        return _fail(config)
-    except (RuntimeError, MemoryError) as error:
+        return _fail(config, f"\n{str(reason) or 'stopped'}")
+    except (OSError, RuntimeError, MemoryError) as error:
+        if is_full(error):
+            return _fail(config, f"error: the disk is full: {error}")
         if is_lost(error):
-            sys.stderr.write(f"error: another process of this run has ended; what it said says why ({error})\n")
-            return _fail(config)
-        if parts is None or not is_out_of_memory(error):
+            return _fail(config, f"error: another process of this run has ended; what it said says why ({error})")
+        if not is_out_of_memory(error):
             raise
-        sys.stderr.write(f"error: {in_words(error, parts.plan)}\n")
-        return _fail(config)
+        return _fail(config, f"error: {in_words(error, None if parts is None else parts.plan)}")
     is_clean = not world.agree(broken=not outcome.report.ok).broken
     if world.leads:
         logger.info("\n".join([results_table(outcome), verdict(outcome), closing_line(outcome)]))
@@ -151,19 +144,23 @@ def _train(file: Path, overrides: Sequence[str], quiet: bool) -> int:
             logger.error(f"audit: another process found the freeze broken: {config.run_dir}/audit.rank-N.json")
         # Last, since all else is on disk by now: a drawing that fails costs nothing.
         kept = "last" if math.isnan(outcome.best_score) else "{best,last}"
-        files = [write_report(parts, outcome.run_dir).name, f"checkpoints/{kept}", "metrics.jsonl", "audit.json"]
-        logger.info(f"{outcome.run_dir}: {', '.join([*files, 'plan.json', 'config.yaml'])}")
+        files = [f"checkpoints/{kept}", "metrics.jsonl", "audit.json", "plan.json", "config.yaml"]
+        try:
+            files.insert(0, write_report(parts, outcome.run_dir).name)
+        except OSError as error:
+            logger.warning(f"report.html cannot be written ({error.strerror}); later: mtl report {outcome.run_dir}")
+        logger.info(f"{outcome.run_dir}: {', '.join(files)}")
     # torchrun ends all processes as soon as one has failed.
     world.barrier()
     world.close()
     return DONE if is_clean else VIOLATION
 
 
-def _fail(config: RunConfig) -> int:
-    """Says how a run that ended early goes on."""
+def _fail(config: RunConfig, why: str) -> int:
+    """Says why a run ended early, and how it goes on."""
     is_saved = (config.run_dir / "checkpoints" / "last").exists()
     how = "to go on: the same command with resume=auto" if is_saved else "nothing was saved yet"
-    sys.stderr.write(f"{how}\n")
+    sys.stderr.write(f"{why}\n{how}\n")
     return FAILED
 
 

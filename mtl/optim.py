@@ -150,9 +150,7 @@ def build_optimizer(config: OptimizerConfig, groups: Sequence[Mapping[str, Any]]
     options = dict(config.options)
     if not {"fused", "foreach", "capturable", "differentiable"} & options.keys():
         # In one kernel where there is one for these devices, else over lists of tensors.
-        # What SGD's momentum begins with is only then what a step from zero makes: see `Moments.give`.
-        is_damped = bool(options.get("dampening"))
-        fast = "fused" if "fused" in takes and not is_damped and _can_be_fused(kind, groups) else "foreach"
+        fast = "fused" if "fused" in takes and _can_be_fused(kind, options, groups) else "foreach"
         options |= {fast: True} if fast in takes else {}
     if "lr" in takes:
         options["lr"] = max(group["lr"] for group in groups)
@@ -166,8 +164,12 @@ def build_optimizer(config: OptimizerConfig, groups: Sequence[Mapping[str, Any]]
     return optimizer
 
 
-def _can_be_fused(kind: type[Optimizer], groups: Sequence[Mapping[str, Any]]) -> bool:
-    """Whether torch has one kernel for all of an optimizer's step on these parameters."""
+def _can_be_fused(kind: type[Optimizer], options: Mapping[str, Any], groups: Sequence[Mapping[str, Any]]) -> bool:
+    """Whether torch has one kernel for all of an optimizer's step on these parameters, whenever they begin to train."""
+    # torch's kernel for SGD wants momentum of all parameters or of none: it fails where one is thawed beside one that
+    # trains; and if fp16 overflows in the first step, it goes on with momentum that was never written.
+    if issubclass(kind, torch.optim.SGD) and options.get("momentum"):
+        return False
     parameters = [parameter for group in groups for parameter in group["params"]]
     if not all(parameter.device.type in ("cpu", "cuda") and parameter.is_floating_point() for parameter in parameters):
         return False
@@ -251,17 +253,12 @@ class Moments:
             for number, (name, parameter) in enumerate(zip(held, parameters, strict=True))
             if name in kept
         }
-        given = [held[number] for number in states]
-        if isinstance(optimizer, torch.optim.SGD) and optimizer.defaults["fused"] and states:
-            # torch's kernel takes momentum of all or of none.
-            for number, parameter in enumerate(parameters):
-                states.setdefault(number, {"momentum_buffer": torch.zeros_like(parameter)})
         # torch's own way to load a state knows which parts of it belong on which device, in which type.
         optimizer.load_state_dict({"state": states, "param_groups": optimizer.state_dict()["param_groups"]})
         for resting in self._kept.values():
             for name, state in resting.items():
                 resting[name] = {k: v.cpu() if isinstance(v, Tensor) else v for k, v in state.items()}
-        return given
+        return [held[number] for number in states]
 
     def forget(self, names: Collection[str]) -> None:
         """Drops what is kept of these parameters."""

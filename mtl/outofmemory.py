@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+import errno
+
 import torch
 
 from mtl.console import first_line
@@ -14,14 +16,28 @@ def is_out_of_memory(error: Exception) -> bool:
     """Whether an error says that memory is used up: a device's, or the host's."""
     if isinstance(error, torch.OutOfMemoryError | MemoryError):
         return True
+    if isinstance(error, OSError):
+        return error.errno == errno.ENOMEM
     # On the CPU, torch has no type of its own for it, and other words on other systems.
     return isinstance(error, RuntimeError) and any(
-        sign in str(error) for sign in ("DefaultCPUAllocator: can't allocate memory", "not enough memory")
+        sign in str(error)
+        for sign in ("DefaultCPUAllocator: can't allocate memory", "not enough memory", "bad_alloc", "start new thread")
     )
 
 
-def in_words(error: Exception, plan: Plan) -> str:
-    """One message: what ran out, what the plan counted on, and what to change."""
+def in_words(error: Exception, plan: Plan | None) -> str:
+    """One message: what ran out, what the plan counted on, and what to change.
+
+    Args:
+        error: What was raised.
+        plan: That of the run; None if it ran out before there was one.
+    """
+    if plan is None:
+        return (
+            f"out of memory before the first step: {first_line(error)}\n"
+            "  the data set and the model are then in memory; what makes them smaller: data.num_train, data.num_val,"
+            " data.image_size, a smaller trunk; `mtl plan` says what the phases need"
+        )
     phase = max(plan.phases, key=lambda each: _stays(each.memory))
     memory = phase.memory
     parts = {

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Iterator
-from contextlib import contextmanager
+from contextlib import contextmanager, nullcontext
 from pathlib import Path
 
 from mtl.announce import announce_classic
@@ -61,17 +61,29 @@ def train(parts: Parts, quiet: bool = False, world: World = ALONE) -> Outcome:
             return trainer.run()
         except NotFiniteError as error:
             # The weights of that moment are of no use; the images may be.
-            trainer.write_json("not_finite.json", error.to_json(trainer.epoch))
+            with _even_if_full():
+                trainer.write_json("not_finite.json", error.to_json(trainer.epoch))
             raise
         finally:
             report = trainer.audit.report
-            trainer.write_json("audit.json", report.to_json())
-            if not world.leads and not report.ok:
-                # What one process alone has found is in no other one's report.
-                write_json(audit_file(run_dir, world), report.to_json())
+            # What ended the run is what is to be said, not that there is no room to write it down.
+            with nullcontext() if trainer.finished else _even_if_full():
+                trainer.write_json("audit.json", report.to_json())
+                if not world.leads and not report.ok:
+                    # What one process alone has found is in no other one's report.
+                    write_json(audit_file(run_dir, world), report.to_json())
             tracker.finish(
                 {"audit/ok": report.ok, "val/best_score": trainer.outcome.best_score}, failed=not trainer.finished
             )
+
+
+@contextmanager
+def _even_if_full() -> Iterator[None]:
+    """Says that a file could not be written, and goes on."""
+    try:
+        yield
+    except OSError as error:
+        logger.warning(f"{error.filename or 'a file of the run'} cannot be written: {error.strerror}")
 
 
 def audit_file(run_dir: Path, world: World) -> Path:

@@ -10,6 +10,7 @@ from contextlib import contextmanager
 from pathlib import Path
 
 from mtl.config import RunConfig
+from mtl.console import logger
 
 # What a run has written that never got as far as a checkpoint.
 _OF_A_START = ("metrics.jsonl", "audit*.json", "plan.json", "report.html")
@@ -17,14 +18,19 @@ _OF_A_START = ("metrics.jsonl", "audit*.json", "plan.json", "report.html")
 
 def goes_on_in_place(config: RunConfig) -> bool:
     """Whether a run goes on in its own directory, in which there is something already."""
-    if config.resume is None or not (config.run_dir / "config.yaml").is_file():
+    if config.resume is None or not _is_run(config.run_dir):
         return False
     own = [config.run_dir, config.run_dir / "checkpoints", config.run_dir / "checkpoints" / "last"]
     return config.resume == "auto" or Path(config.resume).resolve() in [path.resolve() for path in own]
 
 
+def _is_run(run_dir: Path) -> bool:
+    """Whether a run has written here. A checkpoint says all that config.yaml does, which may have been lost."""
+    return (run_dir / "config.yaml").is_file() or any((run_dir / "checkpoints").glob("step-*"))
+
+
 def check_run_dir(config: RunConfig) -> None:
-    """Raises `ConfigError` if the run directory is taken or cannot be made."""
+    """Raises `ConfigError` if the run directory is taken or cannot be made, or its checkpoints cannot be seen."""
     run_dir = config.run_dir
     if run_dir.exists() and not run_dir.is_dir():
         raise config.mistake(("name",), f"{run_dir} is a file; expected a directory, or nothing yet")
@@ -32,18 +38,35 @@ def check_run_dir(config: RunConfig) -> None:
         number = 2
         while config.run_dir.with_name(f"{config.name}-{number}").exists():
             number += 1
-        is_run = (run_dir / "config.yaml").is_file() and config.resume is None
+        is_run = _is_run(run_dir)
         raise config.mistake(
             ("name",),
-            f"{run_dir} already holds {'a run' if (run_dir / 'config.yaml').is_file() else 'files'};"
+            f"{run_dir} already holds {'a run' if is_run else 'files'};"
             f" give this one another name, such as name={config.name}-{number}"
-            + (", or go on with that one: resume=auto" if is_run else ""),
+            + (", or go on with that one: resume=auto" if is_run and config.resume is None else ""),
         )
     parent = next(folder for folder in [run_dir, *run_dir.absolute().parents] if folder.exists())
     if not parent.is_dir() or not os.access(parent, os.W_OK | os.X_OK):
         raise config.mistake(
             ("runs_dir",), f"{run_dir} cannot be made: {parent} is not a directory that you may write to"
         )
+    _check_checkpoints(config)
+
+
+def _check_checkpoints(config: RunConfig) -> None:
+    """Raises `ConfigError` if there are checkpoints that cannot be seen: without, a run would begin anew over them."""
+    folder = config.run_dir / "checkpoints"
+    try:
+        any(folder.iterdir())
+    except FileNotFoundError:
+        if folder.is_symlink():
+            raise config.mistake(
+                ("resume",), f"{folder} is a link to {folder.readlink()}, which is not there; is its disk mounted?"
+            ) from None
+    except OSError as error:
+        raise config.mistake(
+            ("resume",), f"{folder} cannot be read ({error.strerror}), so nobody knows where the run stands; mend that"
+        ) from error
 
 
 @contextmanager
@@ -74,6 +97,8 @@ def claimed_run_dir(config: RunConfig, go_on: bool) -> Iterator[Path]:
         except OSError as error:
             raise config.mistake(("runs_dir",), f"{config.run_dir} cannot be made: {error.strerror}") from error
         if not is_new and not go_on:
+            if (config.run_dir / "metrics.jsonl").exists():
+                logger.warning(f"{config.run_dir} has no checkpoint: the run begins anew, and its metrics with it")
             for file in (file for name in _OF_A_START for file in config.run_dir.glob(name)):
                 file.unlink(missing_ok=True)
             shutil.rmtree(config.run_dir / "checkpoints", ignore_errors=True)

@@ -69,10 +69,17 @@ class Tracker:
 
     def cut_back(self, num_bytes: int) -> None:
         """Takes what was logged after a checkpoint out of `metrics.jsonl`: it is going to be logged again."""
-        if self._is_silent or not self._metrics.exists():
+        if self._is_silent:
             return
-        # One that is shorter was cut by somebody else.
-        os.truncate(self._metrics, min(num_bytes, self._metrics.stat().st_size))
+        found = self._metrics.read_bytes() if self._metrics.exists() else b""
+        if len(found) < num_bytes:
+            logger.warning(
+                f"{self._metrics} has lost rows: {len(found):,} bytes are left of {num_bytes:,}; new ones follow"
+            )
+            # Behind half a row, the next one could not be read either.
+            num_bytes = found.rfind(b"\n") + 1
+        if len(found) > num_bytes:
+            os.truncate(self._metrics, num_bytes)
 
     def log(self, row: Mapping[str, float | int | str]) -> None:
         """Logs one row; `step`, the number of steps done, must be in it and never go back."""

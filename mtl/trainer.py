@@ -272,7 +272,9 @@ class Trainer:
                     lr = lr_schedule.highest
                     self.scaler.step(optimizer)
                     self.scaler.update()
-                    if self.keeper.ema is not None:
+                    # A scaler leaves out what overflows without a word: then nothing has moved that could be followed.
+                    has_moved = not self.scaler.is_enabled() or is_finite([norm])
+                    if self.keeper.ema is not None and has_moved:
                         self.keeper.ema.update()
                     log.add(self.step + 1, rows, norm, lr, [batch.everyone for batch in window])
                 else:
@@ -283,7 +285,7 @@ class Trainer:
                 lr_schedule.step()
                 self.audit.after_step()
                 optimizer.zero_grad(set_to_none=True)
-                if is_done:
+                if is_done and has_moved:
                     phase.balance.after_step(lambda: self.objective.losses(batch, phase, share))  # noqa: B023
                 self.step += 1
                 num_windows += 1

@@ -9,11 +9,12 @@ from typing import Any
 import pytest
 from torch import Tensor
 
+from crashes import assert_same, results
 from distributed_runs import EQUAL, command, finish, surroundings
 from mtl.run import train
 from processes import kill_all, started, wait_until
 from runs import TINY, read_metrics, read_model, tiny_parts
-from test_resume import PHASES, assert_same, results
+from test_resume import PHASES
 
 # Rounding alone: sums over shares are added in another order. FAMO steps its weights by Adam, for which the first
 # steps are as long for a gradient that is nothing but rounding.

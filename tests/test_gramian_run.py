@@ -12,6 +12,7 @@ import pytest
 import torch
 
 import mtl.trainer
+from crashes import Crash, assert_same, crash_in_step
 from distributed_runs import command, finish, surroundings
 from mtl.assembly import assemble
 from mtl.audit.cold import audit_run
@@ -27,7 +28,6 @@ from mtl.weighting import GradientWeighting
 from runs import TINY, read_metrics, read_model, tiny_config, tiny_parts
 from test_distributed_run import assert_close, largest_difference
 from test_not_finite import plant
-from test_resume import Crash, assert_same, crash_in_step
 
 HALF = ["trunk@first:50%"]
 PHASES: list[dict[str, Any]] = [

@@ -22,10 +22,10 @@ FLOORS = [
     ["config"],
     ["meeting"],
     [
-        *("console", "distributed", "moduletree", "storage", "run_dir"),
+        *("console", "distributed", "moduletree", "storage"),
         *("disk", "interrupt", "provenance", "randomness"),
     ],
-    ["tensor_file", "featurestore"],
+    ["tensor_file", "featurestore", "run_dir"],
     ["tasks"],
     ["model", "data"],
     ["freeze", "audit", "scheduler", "reach", "gradients", "weighting"],

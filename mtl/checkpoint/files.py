@@ -143,7 +143,11 @@ def read_state(folder: Path) -> dict[str, Any]:
         CheckpointError: It is of another version.
     """
     for name in (MODEL, OPTIMIZER, STATE):
-        if not (folder / name).is_file():
+        try:
+            is_there = (folder / name).is_file()
+        except OSError as error:
+            raise DamagedCheckpoint(f"{folder} cannot be read: {error.strerror}") from error
+        if not is_there:
             inside = folder / "checkpoints" / "last"
             instead = f"; {inside} is one" if inside.exists() else ""
             raise DamagedCheckpoint(f"{folder} is no checkpoint: it has no {name}{instead}")
