@@ -114,6 +114,11 @@ class Balance(nn.Module):
         self.param_groups: list[dict[str, Any]] = [{"params": own}] if own else []
 
     @property
+    def follows_steps(self) -> bool:
+        """Whether the method learns from the losses after a step (FAMO)."""
+        return hasattr(self.scalarizer, "update")
+
+    @property
     def adds_up(self) -> bool:
         """Whether the losses of several batches, each combined apart, give the step of one large batch."""
         return self.weighting is None and isinstance(self.scalarizer, _LINEAR)

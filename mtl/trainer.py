@@ -1,16 +1,15 @@
-"""The training loop: through the phases, and in each one batch -> losses -> backward -> audit -> step -> log."""
+"""The training loop: through the phases, and in each through its epochs; a step is `mtl.stepper`'s."""
 
 from __future__ import annotations
 
 import math
 import time
-from collections.abc import Iterator, Mapping
-from contextlib import closing, nullcontext
+from collections.abc import Generator, Iterator, Mapping
+from contextlib import closing
 from itertools import islice
 from pathlib import Path
-from typing import Any
+from typing import Any, Never
 
-import torch
 from torch.amp import GradScaler
 
 from mtl.announce import tell_balance, tell_epoch, tell_idle_tasks, tell_unreached
@@ -26,9 +25,8 @@ from mtl.freeze import enforce, is_frozen
 from mtl.gradientlog import GradientLog
 from mtl.interrupt import Interrupt, Stopped
 from mtl.keeper import Keeper, Stepping
-from mtl.notfinite import NotFiniteError, StepGuard, gradient_norm, is_finite
+from mtl.notfinite import NotFiniteError
 from mtl.objective import Objective
-from mtl.optim import held_by
 from mtl.outcome import Outcome
 from mtl.patterns import text_of
 from mtl.phases import Phase
@@ -37,6 +35,7 @@ from mtl.resume import Resumption
 from mtl.saver import Place, Saver, Within
 from mtl.scheduler import PhaseChange, TaskScheduler
 from mtl.steplog import StepLog
+from mtl.stepper import Stepper
 from mtl.tracking import Tracker
 from mtl.trial import autocast_for
 from mtl.validator import Validator
@@ -227,66 +226,27 @@ class Trainer:
         Returns:
             The steps' log, the end of the phase if a step brought it, and whether the data was gone through to its end.
         """
-        parts, optimizer, lr_schedule, replica = self.parts, stepping.optimizer, stepping.lr_schedule, stepping.replica
-        tasks = {name: parts.tasks[name] for name in phase.tasks}
+        parts = self.parts
         self.epoch += within is None
         num_windows = 0 if within is None else int(within["windows"])
         every = self.config.tracking.log_every_steps
         log = StepLog(self.tracker, phase.tasks, every, phase.name, self.epoch, self.scaler.is_enabled())
         if within is not None:
             log.load_state_dict(within["log"])
-        view = self.features.view(self.epoch - 1)
-        # Images whose features are kept are not read.
-        loading = Loading(not self.features.keeps, parts.device, self.config.data.num_workers)
-        batches = training_batches(
-            *(parts.train, phase.batch_size, self.config.seed, self.epoch - 1, view, self.world),
-            skip=min(num_windows * phase.optim.accumulate, num_batches(len(parts.train), phase.batch_size)),
-            loading=loading,
+        stepper = Stepper(
+            *(parts, self.objective, self.consensus, self.keeper, self.audit, self.gradients, self.scaler, self.world),
+            *(phase, stepping, log),
         )
-        total = num_batches(len(parts.train), phase.batch_size) * min(phase.batch_size, len(parts.train))
-        trainable = held_by(optimizer)
-        guard = StepGuard(parts.root, phase.balance) if self.config.not_finite != "raise" else None
-        with closing(batches), progress_bar(total, f"{phase.name} epoch {self.epoch}", self.quiet) as bar:
+        num_in_all = num_batches(len(parts.train), phase.batch_size)
+        total, title = num_in_all * min(phase.batch_size, len(parts.train)), f"{phase.name} epoch {self.epoch}"
+        batches = self.batches(phase, skip=min(num_windows * phase.optim.accumulate, num_in_all))
+        with closing(batches), progress_bar(total, title, self.quiet) as bar:
             for window in windows(batches, phase.optim.accumulate) if change is None else ():
-                shares, rows = self.consensus.shares(window, tasks), []
-                if guard is not None:
-                    guard.before()
-                for number, batch in enumerate(window, start=1):
-                    # Gradients are shared with those of the window's last batch.
-                    with nullcontext() if number == len(window) else replica.no_sync():
-                        share = None if shares is None else shares[number - 1]
-                        total_loss, losses, each = replica(self.objective, batch, phase, share, self.step)
-                        # Where layers speak to other processes in their backward, all have to go through it.
-                        if self.world.leads or self.config.distributed.sync_batchnorm:
-                            self.gradients.before_backward(each, self.step + 1, log)
-                        rows.append(torch.cat([total_loss.detach()[None], losses.detach()]))
-                        # The loss of a method that looks at gradients goes back through no graph, and frees none.
-                        del losses, each
-                        self.scaler.scale(total_loss / len(window)).backward()
-                self.scaler.unscale_(optimizer)
-                norm = gradient_norm(trainable, phase.optim.clip_norm)
-                # Gradients of fp16 are the scaler's affair.
-                is_done = guard is None or is_finite(rows if self.scaler.is_enabled() else [*rows, norm])
-                if is_done:
-                    self.audit.after_backward()
-                    lr = lr_schedule.highest
-                    self.scaler.step(optimizer)
-                    self.scaler.update()
-                    # A scaler leaves out what overflows without a word: then nothing has moved that could be followed.
-                    has_moved = not self.scaler.is_enabled() or is_finite([norm])
-                    if self.keeper.ema is not None and has_moved:
-                        self.keeper.ema.update()
-                    log.add(self.step + 1, rows, norm, lr, [batch.everyone for batch in window])
-                else:
-                    assert guard is not None
-                    guard.undo()
-                    wrong = log.what_is_wrong(self.step + 1, rows, norm, [batch.everyone for batch in window])
-                    self.leave_out(phase, stepping, log, num_windows, wrong)
-                lr_schedule.step()
-                self.audit.after_step()
-                optimizer.zero_grad(set_to_none=True)
-                if is_done and has_moved:
-                    phase.balance.after_step(lambda: self.objective.losses(batch, phase, share))  # noqa: B023
+                if wrong := stepper.take(window, self.step):
+                    if self.config.not_finite == "stop":
+                        self.stop_before(wrong, phase, stepping, log, num_windows)
+                    stepper.leave_out(wrong)
+                stepper.finish()
                 self.step += 1
                 num_windows += 1
                 bar.update(sum(len(batch.everyone) for batch in window))
@@ -300,22 +260,26 @@ class Trainer:
         log.flush()
         return log, change, num_windows == phase.steps_per_epoch
 
-    def leave_out(
-        self, phase: Phase, stepping: Stepping, log: StepLog, num_windows: int, wrong: NotFiniteError
-    ) -> None:
-        """Leaves a step out whose loss or gradient is not finite, or ends the run before it."""
-        if self.config.not_finite == "stop":
-            self.write_json("not_finite.json", wrong.to_json(self.epoch))
-            folder = self.keep_within(phase, stepping, log, num_windows)
-            raise Stopped(
-                f"stopped: {wrong.fact}, for images that not_finite.json lists; saved as it was before that step:"
-                f" {folder}; not_finite=skip leaves such steps out"
-            )
-        self.audit.after_backward()
-        if self.scaler.is_enabled():
-            self.scaler.update()
-        log.skip()
-        logger.warning(f"{wrong.fact}: the step is left out")
+    def batches(self, phase: Phase, skip: int) -> Generator[Batch]:
+        """The batches of the epoch, without the first ones; images whose features are kept are not read."""
+        parts, view = self.parts, self.features.view(self.epoch - 1)
+        loading = Loading(not self.features.keeps, parts.device, self.config.data.num_workers)
+        return training_batches(
+            *(parts.train, phase.batch_size, self.config.seed, self.epoch - 1, view, self.world),
+            skip=skip,
+            loading=loading,
+        )
+
+    def stop_before(
+        self, wrong: NotFiniteError, phase: Phase, stepping: Stepping, log: StepLog, num_windows: int
+    ) -> Never:
+        """Saves the state before a step that could not be taken, and ends the run."""
+        self.write_json("not_finite.json", wrong.to_json(self.epoch))
+        folder = self.keep_within(phase, stepping, log, num_windows)
+        raise Stopped(
+            f"stopped: {wrong.fact}, for images that not_finite.json lists; saved as it was before that step:"
+            f" {folder}; not_finite=skip leaves such steps out"
+        )
 
     def keep(
         self,

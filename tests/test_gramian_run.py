@@ -222,7 +222,7 @@ def test_what_a_method_has_gathered_is_put_back_when_a_step_is_left_out(
 
     finite = iter([True, False, True])
     monkeypatch.setattr(mtl.trainer.GradientAudit, "after_step", after)
-    monkeypatch.setattr(mtl.trainer, "is_finite", lambda _: next(finite))
+    monkeypatch.setattr("mtl.stepper.is_finite", lambda _: next(finite))
     monkeypatch.setattr("mtl.steplog.StepLog.what_is_wrong", lambda *_: NotFiniteError("x", 0.0, 2, "a", []))
     train(parts, quiet=True)
     assert torch.equal(memories[0], memories[1]) and not torch.equal(memories[1], memories[2])

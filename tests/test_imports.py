@@ -49,6 +49,7 @@ FLOORS = [
     ["keeper", "gradientlog", "announce", "features"],
     ["consensus"],
     ["objective", "saver", "validator"],
+    ["stepper"],
     ["trainer"],
     ["run"],
     ["summary", "report", "bench"],
@@ -124,7 +125,7 @@ HOUSE = _read_house()
 def test_the_imports_are_read() -> None:
     assert {"mtl", "mtl.cli", "mtl.config", "mtl.data", "mtl.data.scenes", "mtl.trainer"} <= HOUSE.keys()
     assert "mtl.config.source" in HOUSE["mtl.config"]
-    assert "torch" in HOUSE["mtl.trainer"]
+    assert "torch" in HOUSE["mtl.stepper"]
     assert "mtl.run" in HOUSE["mtl.cli"]  # it is imported inside a function
 
 
