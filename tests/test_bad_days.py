@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import errno
 import json
 import os
 import re
@@ -16,11 +17,13 @@ from pathlib import Path
 from typing import Any
 
 import pytest
+import torch
 
 import wandb_file
 from crashes import SHORT, assert_same, crashed, go_on, results
 from mtl.cli import main
 from mtl.run import train
+from mtl.trainer import Trainer
 from processes import started, wait_until, workers
 from runs import read_metrics, tiny_config, tiny_parts
 
@@ -110,6 +113,34 @@ def test_a_disk_that_fills_ends_the_run_with_a_message_and_it_goes_on_once_there
     assert not [*(small_disk / "tiny").rglob("*.tmp")]
     ended_well(run(file, "resume=auto"), 0)
     assert_same(small_disk / "tiny", whole)
+
+
+def full(*_: Any, **__: Any) -> None:
+    raise OSError(errno.ENOSPC, os.strerror(errno.ENOSPC), "somewhere")
+
+
+def test_a_report_that_does_not_fit_on_the_disk_is_said_and_costs_nothing(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+) -> None:
+    monkeypatch.setattr("mtl.report.write_text", full)
+    assert main(["train", str(tiny_config(tmp_path, phases=[{"name": "a", "steps": 1}])), "-q"]) == 0
+    said = capsys.readouterr()
+    assert f"report.html cannot be written (No space left on device); later: mtl report {tmp_path}" in said.out
+    assert said.err == ""
+
+
+def test_what_ended_a_run_is_said_though_the_disk_has_no_room_for_the_audit(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+) -> None:
+    def spoil(trainer: Trainer, *_: Any) -> None:
+        monkeypatch.setattr("mtl.trainer.write_json", full)
+        with torch.no_grad():
+            trainer.parts.model.get_parameter("trunk.conv1.0.weight")[0] += 1
+
+    monkeypatch.setattr(Trainer, "keep_features", spoil)
+    assert main(["train", str(tiny_config(tmp_path)), "-q"]) == 3
+    said = capsys.readouterr()
+    assert "trunk.conv1.0.weight: param_changed" in said.err and "somewhere cannot be written" in said.out
 
 
 # --- too little memory
