@@ -170,6 +170,7 @@ def test_a_run_with_too_little_memory_says_what_was_planned_and_what_to_change(
     assert said.endswith("nothing was saved yet\n")
 
 
+@pytest.mark.slow
 def test_memory_that_runs_out_before_the_first_step_is_said_so(tmp_path: Path) -> None:
     cache = f"data.cache_dir={tmp_path / 'cache'}"  # nothing was made before
     done = run(tiny_config(tmp_path), *LARGE, "data.num_train=6000", cache, before=LIMIT.format(mb=200))
