@@ -22,7 +22,8 @@ from mtl.distributed import ALONE, World
 from mtl.ema import Ema
 from mtl.fsdp import Gathered, gather
 from mtl.lr_schedule import LrSchedule, LrScheduleState
-from mtl.optim import Moments, build_optimizer, held_by
+from mtl.moments import Moments
+from mtl.optim import build_optimizer, held_by
 from mtl.phases import Phase
 from mtl.replicas import Replica, wrap
 from mtl.resume import Resumption

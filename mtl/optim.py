@@ -1,4 +1,4 @@
-"""A phase's optimizer: rates and decay by parameter, groups, the optimizer itself, and its moments by name."""
+"""A phase's optimizer: rates and decay by parameter, groups, and the optimizer itself."""
 
 from __future__ import annotations
 
@@ -16,18 +16,10 @@ from mtl.config.optim import OptimizerConfig
 from mtl.nearest import hint
 from mtl.patterns import NO_TREE, ModuleTree, PatternError, select
 from mtl.plugin import PluginError, find_class
-from mtl.storage import is_spread, spread_like
 
 # They do not step parameters of all shapes from one backward: LBFGS wants a closure, SparseAdam sparse gradients, Muon
 # matrices only.
 _NOT_FOR_THIS_LOOP = ("LBFGS", "SparseAdam", "Muon")
-
-
-# Options that do not change what an optimizer remembers of a parameter.
-_OF_NO_STATE = {
-    *("lr", "weight_decay", "decoupled_weight_decay", "foreach", "fused", "capturable", "differentiable", "maximize"),
-    *("betas", "eps", "alpha", "dampening", "nesterov", "momentum_decay"),
-}
 
 
 # What options of a user's can make an optimizer raise.
@@ -148,6 +140,11 @@ def build_optimizer(config: OptimizerConfig, groups: Sequence[Mapping[str, Any]]
     if "weight_decay" not in takes and not takes_all and any(group["weight_decay"] for group in groups):
         raise SettingError("optimizer.name", f"{config.name} takes no weight decay; set weight_decay to 0")
     options = dict(config.options)
+    if options.get("fused") and _mixes_momentum(kind, options):
+        raise SettingError(
+            "optimizer.options",
+            "torch's fused SGD fails where momentum meets what is thawed; leave out fused",
+        )
     if not {"fused", "foreach", "capturable", "differentiable"} & options.keys():
         # In one kernel where there is one for these devices, else over lists of tensors.
         fast = "fused" if "fused" in takes and _can_be_fused(kind, options, groups) else "foreach"
@@ -166,9 +163,7 @@ def build_optimizer(config: OptimizerConfig, groups: Sequence[Mapping[str, Any]]
 
 def _can_be_fused(kind: type[Optimizer], options: Mapping[str, Any], groups: Sequence[Mapping[str, Any]]) -> bool:
     """Whether torch has one kernel for all of an optimizer's step on these parameters, whenever they begin to train."""
-    # torch's kernel for SGD wants momentum of all parameters or of none: it fails where one is thawed beside one that
-    # trains; and if fp16 overflows in the first step, it goes on with momentum that was never written.
-    if issubclass(kind, torch.optim.SGD) and options.get("momentum"):
+    if _mixes_momentum(kind, options):
         return False
     parameters = [parameter for group in groups for parameter in group["params"]]
     if not all(parameter.device.type in ("cpu", "cuda") and parameter.is_floating_point() for parameter in parameters):
@@ -178,6 +173,15 @@ def _can_be_fused(kind: type[Optimizer], options: Mapping[str, Any], groups: Seq
     except _THEIR_ERRORS:
         return False
     return True
+
+
+def _mixes_momentum(kind: type[Optimizer], options: Mapping[str, Any]) -> bool:
+    """Whether torch's kernel would want momentum of all parameters or of none.
+
+    It fails where one is thawed beside one that trains; and if fp16 overflows in the first step, it goes on with
+    momentum that was never written.
+    """
+    return issubclass(kind, torch.optim.SGD) and bool(options.get("momentum"))
 
 
 def try_out(config: OptimizerConfig, device: torch.device) -> None:
@@ -213,83 +217,3 @@ def _optimizer_class(name: str) -> type[Optimizer]:
 def held_by(optimizer: Optimizer) -> list[nn.Parameter]:
     """The parameters that an optimizer steps, in its order."""
     return [parameter for group in optimizer.param_groups for parameter in group["params"]]
-
-
-class Moments:
-    """What optimizers remember of parameters, by the parameters' names.
-
-    Optimizers live for one phase. What one has gathered (momentum, second moments, step counts) is taken from it at the
-    phase's end and given to the next one of the same kind that holds the parameter, however many phases later: a
-    parameter that is thawed again goes on from the state in which it was frozen. Until then it rests in the host's
-    memory. Optimizers are of one kind if they are of one class and have the same options switched on, since others
-    would look for moments that are not there (momentum, amsgrad).
-    """
-
-    def __init__(self) -> None:
-        self._kept: dict[str, dict[str, dict[str, Any]]] = {}
-
-    def take(self, optimizer: Optimizer, name_of: Mapping[Tensor, str]) -> None:
-        """Takes over the state of every parameter that an optimizer holds.
-
-        Args:
-            optimizer: An optimizer that steps no more, or is given its state back.
-            name_of: The names of its parameters.
-        """
-        kept = self._kept.setdefault(_kind(optimizer), {})
-        states = {name_of[key]: state for key, state in optimizer.state.items() if key in name_of}
-        kept.update({name: dict(state) for name, state in states.items() if state})
-
-    def give(self, optimizer: Optimizer, name_of: Mapping[Tensor, str]) -> list[str]:
-        """Gives an optimizer the state of those of its parameters of which there is one; it is no longer kept here.
-
-        Returns:
-            The names of those parameters.
-        """
-        kept = self._kept.get(_kind(optimizer), {})
-        parameters = held_by(optimizer)
-        held = [name_of[parameter] for parameter in parameters]
-        states = {
-            number: {key: _in_layout_of(parameter, value) for key, value in kept.pop(name).items()}
-            for number, (name, parameter) in enumerate(zip(held, parameters, strict=True))
-            if name in kept
-        }
-        # torch's own way to load a state knows which parts of it belong on which device, in which type.
-        optimizer.load_state_dict({"state": states, "param_groups": optimizer.state_dict()["param_groups"]})
-        for resting in self._kept.values():
-            for name, state in resting.items():
-                resting[name] = {k: v.cpu() if isinstance(v, Tensor) else v for k, v in state.items()}
-        return [held[number] for number in states]
-
-    def forget(self, names: Collection[str]) -> None:
-        """Drops what is kept of these parameters."""
-        for kept in self._kept.values():
-            for name in names:
-                kept.pop(name, None)
-
-    def keep_only(self, names: Collection[str]) -> None:
-        """Drops what is kept of all other parameters."""
-        self._kept = {kind: {n: kept[n] for n in kept if n in names} for kind, kept in self._kept.items()}
-
-    def state_dict(self) -> dict[str, dict[str, dict[str, Any]]]:
-        """By the optimizer's kind, the parameter's name, and the state's key: a tensor, number or None."""
-        return {kind: {name: dict(state) for name, state in kept.items()} for kind, kept in self._kept.items()}
-
-    def load_state_dict(self, state: Mapping[str, Mapping[str, Mapping[str, Any]]]) -> None:
-        self._kept = {kind: {name: dict(each) for name, each in kept.items()} for kind, kept in state.items()}
-
-
-def _kind(optimizer: Optimizer) -> str:
-    options = {
-        key for key, value in optimizer.defaults.items() if value is not None and value is not False and value != 0
-    }
-    switched_on = ",".join(sorted(options - _OF_NO_STATE))
-    return f"{type(optimizer).__module__}:{type(optimizer).__qualname__}" + (f"[{switched_on}]" if switched_on else "")
-
-
-def _in_layout_of(parameter: Tensor, value: Any) -> Any:
-    """A state tensor with the parameter's strides, for which an optimizer's fused loops ask; spread as it is."""
-    if isinstance(value, Tensor) and is_spread(parameter):
-        return spread_like(parameter, value)
-    if not isinstance(value, Tensor) or value.shape != parameter.shape or value.stride() == parameter.stride():
-        return value
-    return torch.empty_like(parameter, dtype=value.dtype, device=value.device).copy_(value)

@@ -11,6 +11,8 @@ from mtl.names import in_bytes
 from mtl.plan import Plan
 from mtl.plan.records import MemoryPlan
 
+_SIGNS = ("DefaultCPUAllocator: can't allocate memory", "not enough memory", "bad_alloc", "start new thread")
+
 
 def is_out_of_memory(error: Exception) -> bool:
     """Whether an error says that memory is used up: a device's, or the host's."""
@@ -18,10 +20,9 @@ def is_out_of_memory(error: Exception) -> bool:
         return True
     if isinstance(error, OSError):
         return error.errno == errno.ENOMEM
-    # On the CPU, torch has no type of its own for it, and other words on other systems.
-    return isinstance(error, RuntimeError) and any(
-        sign in str(error)
-        for sign in ("DefaultCPUAllocator: can't allocate memory", "not enough memory", "bad_alloc", "start new thread")
+    # On the CPU, torch has no type of its own for it, and other words on other systems and of other libraries (oneDNN).
+    return isinstance(error, RuntimeError) and (
+        str(error) == "could not create a primitive" or any(sign in str(error) for sign in _SIGNS)
     )
 
 

@@ -45,12 +45,13 @@ def check_run_dir(config: RunConfig) -> None:
             f" give this one another name, such as name={config.name}-{number}"
             + (", or go on with that one: resume=auto" if is_run and config.resume is None else ""),
         )
+    if run_dir.is_dir():
+        _check_checkpoints(config)
     parent = next(folder for folder in [run_dir, *run_dir.absolute().parents] if folder.exists())
     if not parent.is_dir() or not os.access(parent, os.W_OK | os.X_OK):
         raise config.mistake(
             ("runs_dir",), f"{run_dir} cannot be made: {parent} is not a directory that you may write to"
         )
-    _check_checkpoints(config)
 
 
 def _check_checkpoints(config: RunConfig) -> None:

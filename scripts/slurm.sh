@@ -27,6 +27,7 @@ cd "$SLURM_SUBMIT_DIR"
 
 # One process a GPU; without GPUs one a machine.
 processes="${PROCESSES:-${SLURM_GPUS_ON_NODE:-1}}"
+processes=$((processes > 0 ? processes : 1))
 threads=$((${SLURM_CPUS_PER_TASK:-$processes} / processes))
 export OMP_NUM_THREADS="${OMP_NUM_THREADS:-$((threads > 0 ? threads : 1))}"
 # torchrun shares its own store with the processes, and keeps what they wrote in it over a restart; mtl can live with
@@ -34,7 +35,9 @@ export OMP_NUM_THREADS="${OMP_NUM_THREADS:-$((threads > 0 ? threads : 1))}"
 export TORCH_DISABLE_SHARE_RDZV_TCP_STORE=1
 
 # The machines meet at the first one, at a port that is this job's own.
-first="$(scontrol show hostnames "$SLURM_JOB_NODELIST" | head -n 1)"
+machines="$(scontrol show hostnames "$SLURM_JOB_NODELIST")"
+# Not by `head`, which closes the pipe: with pipefail that would end this script, if scontrol is still writing.
+first="${machines%%$'\n'*}"
 port=$((20000 + SLURM_JOB_ID % 20000))
 
 # One torchrun on each machine. MAX_RESTARTS=3 has it start its processes again if one of them fails, whatever the
@@ -45,23 +48,24 @@ srun --kill-on-bad-exit=1 "$PYTHON" -m torch.distributed.run \
     -m mtl train "$@" resume=auto &
 job=$!
 
-is_over=0
+signals=0
 hand_on() {
-    is_over=1
-    # srun hands it on to the torchrun of every machine, and that to its processes, which it gives 30 s.
-    kill -TERM "$job"
+    signals=$((signals + 1))
+    # srun hands it on to the torchrun of every machine, and that to its processes, which it gives 30 s. A second one
+    # would end them at once.
+    if [ "$signals" = 1 ]; then kill -TERM "$job" || true; fi
 }
 trap hand_on TERM
 
-code=0
-wait "$job" || code=$?
-if [ "$is_over" = 1 ]; then
-    # The first wait was broken off by the signal; this one is for the processes, which save and end.
+# A signal breaks a wait off; then it is waited again, for the processes to save and end.
+seen=-1
+while [ "$seen" != "$signals" ]; do
+    seen=$signals
     code=0
     wait "$job" || code=$?
-    if [ "$code" != 0 ]; then
-        echo "The time is up: the job is queued again, and goes on."
-        scontrol requeue "$SLURM_JOB_ID"
-    fi
+done
+if [ "$signals" != 0 ] && [ "$code" != 0 ]; then
+    echo "The time is up: the job is queued again, and goes on."
+    scontrol requeue "$SLURM_JOB_ID"
 fi
 exit "$code"

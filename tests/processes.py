@@ -60,11 +60,11 @@ def workers(process: subprocess.Popen[str]) -> list[int]:
     """The processes that a process has started, and those that they have: torchrun's are in sessions of their own."""
     found, known = [], [process.pid]
     while known:
-        file = Path(f"/proc/{(parent := known.pop())}/task/{parent}/children")
-        try:
-            children = [int(number) for number in file.read_text().split()]
-        except OSError:
-            continue
+        children = []
+        # Whichever of its threads started them.
+        for file in Path(f"/proc/{known.pop()}/task").glob("*/children"):
+            with suppress(OSError):
+                children += [int(number) for number in file.read_text().split()]
         found += children
         known += children
     return found

@@ -41,7 +41,7 @@ FLOORS = [
         "replicas",
         "syncnorm",
     ],
-    ["phases"],
+    ["phases", "moments"],
     ["blueprint", "best_weights", "notfinite"],
     ["plan", "tracking", "validation", "trial"],
     ["steplog", "assembly", "outcome", "outofmemory"],

@@ -15,7 +15,8 @@ from torch.optim import Optimizer
 
 from mtl.config.optim import OptimizerConfig
 from mtl.freeze import enforce, plan_freeze, trainable_parameters
-from mtl.optim import Moments, build_optimizer, group_parameters, optimizer_names
+from mtl.moments import Moments
+from mtl.optim import build_optimizer, group_parameters, optimizer_names
 
 NAMES = ["trunk.weight", "trunk.bias", "head.weight", "head.bias"]
 SGD = OptimizerConfig(name="sgd", options={"momentum": 0.9})
