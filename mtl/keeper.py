@@ -62,6 +62,7 @@ class Keeper:
         self._world = world
         self._checkpoints = Checkpoints(folder)
         self._is_spread = any(is_spread(parameter) for parameter in parts.root.parameters())
+        self._in_shards = self._is_spread and parts.config.distributed.checkpoint == "dcp"
         self._name_of: dict[Tensor, str] = {parameter: name for name, parameter in parts.root.named_parameters()}
 
     def build_stepping(self, index: int, lr_schedule_state: LrScheduleState | None = None) -> Stepping:
@@ -127,7 +128,7 @@ class Keeper:
         Raises:
             SaveError: The disk does not take it; those before are as they were.
         """
-        # Where the model is spread, all processes bring together what the first one writes.
+        # Where the model is spread, all processes bring together what the first one writes, or write with it.
         if not self._world.leads and not self._is_spread:
             self._world.barrier()
             return self._checkpoints.folder / "last"
@@ -148,11 +149,14 @@ class Keeper:
                 "live": {} if self.ema is None else self.ema.averages(),
                 "balance": [balance.memory() for balance in self._balances()],
             }
-            module: nn.Module | Gathered = self._parts.root
-            if self._is_spread:
-                module, memory = gather(self._parts.root, self._world), gathered(memory, self._world.leads)
-            if self._world.leads:
-                self._checkpoints.save(module, frozen, memory, state, ["last", *links], keep=for_good)
+            root: nn.Module | Gathered = self._parts.root
+            names = ["last", *links]
+            if self._in_shards:
+                self._checkpoints.save_shards(self._parts.root, frozen, memory, state, names, self._world, for_good)
+            elif self._is_spread:
+                root, memory = gather(self._parts.root, self._world), gathered(memory, self._world.leads)
+            if self._world.leads and not self._in_shards:
+                self._checkpoints.save(root, frozen, memory, state, names, for_good)
         self._world.barrier()
         return self._checkpoints.folder / "last"
 
