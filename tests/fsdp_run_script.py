@@ -1,7 +1,7 @@
 """What `test_fsdp_run` runs in several processes: `mtl train`, looked at from its optimizer steps.
 
-The folder's `order.json` says with which arguments, at which step the last process kills itself, or which process does so
-at which of its writings of shards.
+The folder's `order.json` says with which arguments, at which step the last process kills itself, or which process does
+so at which of its writings of shards.
 """
 
 from __future__ import annotations
