@@ -60,7 +60,7 @@ class Keeper:
         self.ema = None if decay is None else Ema(decay)
         self._parts = parts
         self._world = world
-        self._checkpoints = Checkpoints(folder)
+        self._checkpoints = Checkpoints(folder, mends=world.leads)
         self._is_spread = any(is_spread(parameter) for parameter in parts.root.parameters())
         self._in_shards = self._is_spread and parts.config.distributed.checkpoint == "dcp"
         self._name_of: dict[Tensor, str] = {parameter: name for name, parameter in parts.root.named_parameters()}

@@ -1,13 +1,14 @@
 """What `test_fsdp_run` runs in several processes: `mtl train`, looked at from its optimizer steps.
 
-The folder's `order.json` says with which arguments, at which step the last process kills itself, or which process does
-so at which of its writings of shards.
+The folder's `order.json` says with which arguments, at which step the last process kills itself, or at which of its
+writings of shards which process does so, or is left with room for small files only.
 """
 
 from __future__ import annotations
 
 import json
 import os
+import resource
 import signal
 import sys
 from pathlib import Path
@@ -60,6 +61,8 @@ def write(*arguments: Any) -> None:
     WRITINGS.append(1)
     if ORDER.get("die_writing") == [WORLD.rank, len(WRITINGS)]:
         os.kill(os.getpid(), signal.SIGKILL)
+    if ORDER.get("full_at") == [WORLD.rank, len(WRITINGS)]:
+        resource.setrlimit(resource.RLIMIT_FSIZE, (1 << 16, 1 << 16))
     write_shards(*arguments)
 
 

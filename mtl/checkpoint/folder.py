@@ -48,17 +48,18 @@ class Checkpoints:
     Whenever the process is killed, every `step-<n>` is whole: it is written, and removed, under a hidden name.
     """
 
-    def __init__(self, folder: Path, keep_last: int = 2) -> None:
+    def __init__(self, folder: Path, keep_last: int = 2, mends: bool = True) -> None:
         """Opens a folder, which need not be there, and mends what a killed process left in the middle of a move.
 
         Args:
             folder: Where the checkpoints lie.
             keep_last: How many of the newest are kept, whether or not a link points to them.
+            mends: Whether it is this process that mends; of several, one does.
         """
         self.folder = folder
         self._keep_last = keep_last
         self._frozen = FrozenFiles(folder / "frozen")
-        for aside in folder.glob(f".step-*{ASIDE}"):
+        for aside in folder.glob(f".step-*{ASIDE}") if mends else ():
             target = folder / aside.name[1 : -len(ASIDE)]
             if target.exists():
                 self._remove(aside)
