@@ -16,6 +16,7 @@ from mtl.audit.files import UnreadableError, read_tensors
 from mtl.audit.shards import Shards, described, file_digest
 from mtl.checkpoint import CheckpointError, DamagedCheckpoint, load_checkpoint, load_newest, read_state, write_plain
 from mtl.checkpoint.files import complete_state
+from mtl.checkpoint.frozen import FrozenFiles
 from mtl.disk import write_json
 from mtl.tensor_file import TensorFileError
 
@@ -160,3 +161,21 @@ def test_the_cold_audit_names_the_damaged_file(tmp_path: Path) -> None:
     flip(folder / FILES[1], -1)
     (finding,) = audit_run(tmp_path).findings
     assert finding == f"{folder / FILES[1]}: holds other tensors than were written at this step"
+
+
+def test_frozen_shards_of_another_run_are_linked_and_damaged_ones_are_not(tmp_path: Path) -> None:
+    source, store = write(tmp_path / "step-00000001") / "model", FrozenFiles(tmp_path / "frozen")
+    store.adopt_shards(tmp_path / "one/frozen", source)
+    (kept,) = store.folder.iterdir()
+    assert {file.stat().st_ino for file in source.iterdir()} == {file.stat().st_ino for file in kept.iterdir()}
+    # A copy, since a link would be damaged with it.
+    name = Path(FILES[0]).name
+    content = (kept / name).read_bytes()
+    (kept / name).unlink()
+    (kept / name).write_bytes(content[:-1] + b"x")
+    store.adopt_shards(tmp_path / "two/frozen", source)
+    assert (tmp_path / "two/frozen" / name).read_bytes() == (kept / name).read_bytes() == content
+    store.sweep([tmp_path / "one"])
+    assert list(store.folder.iterdir()) == [kept]
+    store.sweep([])
+    assert not store.folder.exists()

@@ -84,17 +84,17 @@ class FrozenFiles:
 
     def adopt_shards(self, folder: Path, source: Path) -> None:
         """As `adopt`, of a folder of another run's checkpoint."""
-        names = sorted(file.name for file in source.iterdir())
-        digests = {name: digest for name in names if (digest := file_digest(source / name)) is not None}
-        kept = self.folder / root(digests)
         # What is damaged gets another name, and will be refused when it is read, with the reason.
-        if not kept.exists():
+        digests = _digests(source)
+        kept = self.folder / root(digests)
+        if not kept.is_dir() or _digests(kept) != digests:
             temporary = self.folder / f".{kept.name}.tmp"
             shutil.rmtree(temporary, ignore_errors=True)
-            _link_all(source, temporary, names)
+            _link_all(source, temporary, digests)
+            shutil.rmtree(kept, ignore_errors=True)
             temporary.rename(kept)
             sync(self.folder)
-        _link_all(kept, folder, names)
+        _link_all(kept, folder, digests)
 
     def sweep(self, checkpoints: Iterable[Path]) -> None:
         """Removes the files that none of these checkpoints has a link to."""
@@ -131,6 +131,11 @@ def link_or_copy(source: Path, target: Path) -> None:
     except OSError:
         shutil.copyfile(source, target)
         sync(target)
+
+
+def _digests(folder: Path) -> dict[str, str]:
+    """The digests of a folder's shards, by file; empty for what cannot be read."""
+    return {file.name: file_digest(file) or "" for file in sorted(folder.iterdir())}
 
 
 def _link_all(source: Path, folder: Path, names: Iterable[str]) -> None:
