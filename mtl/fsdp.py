@@ -1,30 +1,22 @@
 """One model spread over processes (FSDP2): each holds a part of every tensor, and fetches the rest block by block.
 
-Plain state dicts go in and come out, so that a checkpoint does not depend on how many processes wrote it. Statistics of
-norm layers are not spread; `World.average_buffers` is for them.
+Statistics of norm layers are not spread; `World.average_buffers` is for them.
 """
 
 from __future__ import annotations
 
 import re
 import warnings
-from collections.abc import Iterable, Iterator, Mapping
-from pathlib import Path
+from collections.abc import Iterable, Iterator
 from typing import Any
 
-import torch
 from torch import Tensor, nn
-from torch.distributed.checkpoint.state_dict import get_state_dict, set_state_dict
-from torch.distributed.checkpoint.state_dict_loader import load
-from torch.distributed.checkpoint.state_dict_saver import save
 from torch.distributed.device_mesh import init_device_mesh
 from torch.distributed.fsdp import fully_shard, register_fsdp_forward_method
-from torch.optim import Optimizer
 
-from mtl.audit.dcp import read_dcp
 from mtl.distributed import World, WorldError
 from mtl.model import MultiTaskModel
-from mtl.storage import spread_like, whole
+from mtl.storage import whole
 
 # What our model calls of a timm trunk instead of its forward.
 _METHODS = ("forward_features", "forward_intermediates", "forward_head")
@@ -101,12 +93,7 @@ class Gathered:
 
 
 def gather(model: nn.Module, world: World) -> Gathered:
-    """`full_state_dict`, for whoever wants a module."""
-    return Gathered(full_state_dict(model, world))
-
-
-def full_state_dict(model: nn.Module, world: World) -> dict[str, Tensor]:
-    """The whole model as a plain state dict on the CPU of rank 0; empty elsewhere. Every process has to call it.
+    """The whole model as plain tensors on the CPU of rank 0; empty elsewhere. Every process has to call it.
 
     A tensor of two names is one in it, too.
     """
@@ -117,43 +104,4 @@ def full_state_dict(model: nn.Module, world: World) -> dict[str, Tensor]:
         gathered = whole(tensor.detach()) if first == name else None
         if world.leads:
             full[name] = full[first] if gathered is None else gathered.cpu().clone()
-    return full
-
-
-def load_full(model: nn.Module, full: Mapping[str, Tensor]) -> None:
-    """Loads a plain state dict, which every process has read, into a model that may be spread.
-
-    Raises:
-        WorldError: A name or a shape is another one than the model's.
-    """
-    own: dict[str, Tensor] = model.state_dict()
-    if wrong := sorted(own.keys() ^ full.keys()):
-        raise WorldError(f"expected the model's own names, got others: {wrong[0]} is in one of the two only")
-    with torch.no_grad():
-        for name, tensor in own.items():
-            if tensor.shape != full[name].shape:
-                raise WorldError(f"{name}: expected the shape {tuple(tensor.shape)}, got {tuple(full[name].shape)}")
-            tensor.copy_(spread_like(tensor, full[name]))
-
-
-def save_dcp(folder: Path, model: nn.Module, optimizer: Optimizer) -> None:
-    """Writes model and optimizer, each process its parts, under `model` and `optim`."""
-    weights, state = get_state_dict(model, optimizer)
-    save({"model": weights, "optim": state}, checkpoint_id=folder)
-
-
-def load_dcp(folder: Path, model: nn.Module, optimizer: Optimizer) -> None:
-    """Reads what `save_dcp` wrote, with any number of processes."""
-    weights, state = get_state_dict(model, optimizer)
-    content: dict[str, Any] = {"model": weights, "optim": state}
-    load(content, checkpoint_id=folder)
-    set_state_dict(model, optimizer, model_state_dict=content["model"], optim_state_dict=content["optim"])
-
-
-def dcp_to_plain(folder: Path) -> dict[str, Tensor]:
-    """The model of a folder that `save_dcp` wrote, whole and plain, without any process group.
-
-    Raises:
-        TensorFileError: A file is missing or damaged.
-    """
-    return read_dcp(folder, ["model"])
+    return Gathered(full)

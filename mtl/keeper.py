@@ -61,8 +61,9 @@ class Keeper:
         self.ema = None if decay is None else Ema(decay)
         self._parts = parts
         self._world = world
-        self._checkpoints = Checkpoints(folder)
+        self._checkpoints = Checkpoints(folder, mends=world.leads)
         self._is_spread = any(is_spread(parameter) for parameter in parts.root.parameters())
+        self._in_shards = self._is_spread and parts.config.distributed.checkpoint == "dcp"
         self._name_of: dict[Tensor, str] = {parameter: name for name, parameter in parts.root.named_parameters()}
 
     def build_stepping(self, index: int, lr_schedule_state: LrScheduleState | None = None) -> Stepping:
@@ -128,7 +129,7 @@ class Keeper:
         Raises:
             SaveError: The disk does not take it; those before are as they were.
         """
-        # Where the model is spread, all processes bring together what the first one writes.
+        # Where the model is spread, all processes bring together what the first one writes, or write with it.
         if not self._world.leads and not self._is_spread:
             self._world.barrier()
             return self._checkpoints.folder / "last"
@@ -149,11 +150,15 @@ class Keeper:
                 "live": {} if self.ema is None else self.ema.averages(),
                 "balance": [balance.memory() for balance in self._balances()],
             }
-            module: nn.Module | Gathered = self._parts.root
-            if self._is_spread:
-                module, memory = gather(self._parts.root, self._world), gathered(memory, self._world.leads)
-            if self._world.leads:
-                self._checkpoints.save(module, frozen, memory, state, ["last", *links], keep=for_good)
+            root, names = self._parts.root, ["last", *links]
+            if self._in_shards:
+                self._checkpoints.save_shards(root, frozen, memory, state, names, self._world, for_good)
+            else:
+                whole: nn.Module | Gathered = root
+                if self._is_spread:
+                    whole, memory = gather(root, self._world), gathered(memory, self._world.leads)
+                if self._world.leads:
+                    self._checkpoints.save(whole, frozen, memory, state, names, for_good)
         self._world.barrier()
         return self._checkpoints.folder / "last"
 

@@ -40,10 +40,8 @@ def train(parts: Parts, quiet: bool = False, world: World = ALONE) -> Outcome:
         Stopped: It was asked to end, and has saved where it stands.
     """
     origin = find_origin(parts.config)
-    resumption = None
     if origin is not None:
         settled(parts.config, origin)
-        resumption = resume_from(origin, parts, world)
     for line in what_is_overridden(parts.config, origin):
         logger.warning(f"resume: {line}")
     if parts.config.distributed.strategy == "fsdp2":
@@ -51,6 +49,8 @@ def train(parts: Parts, quiet: bool = False, world: World = ALONE) -> Outcome:
         spread(parts.model, [phase.groups for phase in parts.phases], world)
     if parts.config.distributed.sync_batchnorm:
         synchronise(parts.model, world)
+    # Each process keeps its part of what it reads, of moments too.
+    resumption = None if origin is None else resume_from(origin, parts, world)
     in_place = resumption is not None and resumption.in_place
     with _directory(parts, in_place, world) as run_dir, Interrupt(not world.is_alone) as asked:
         tracker = _start_files(parts, run_dir, resumption if in_place else None, world)

@@ -1,25 +1,27 @@
 """What `test_fsdp_run` runs in several processes: `mtl train`, looked at from its optimizer steps.
 
-The folder's `order.json` says with which arguments, at which step the last process kills itself, and whether to write
-the model and its optimizer with DCP after the last step.
+The folder's `order.json` says with which arguments, at which step the last process kills itself, or at which of its
+writings of shards which process does so, or is left with room for small files only.
 """
 
 from __future__ import annotations
 
 import json
 import os
+import resource
 import signal
 import sys
 from pathlib import Path
 from typing import Any
 
 from torch.optim import Optimizer
-from torch.optim.optimizer import register_optimizer_step_post_hook, register_optimizer_step_pre_hook
+from torch.optim.optimizer import register_optimizer_step_pre_hook
 
+import mtl.checkpoint.folder
 import mtl.run
+from mtl.checkpoint.spread import write_shards
 from mtl.cli import main
 from mtl.distributed import World
-from mtl.fsdp import save_dcp
 from mtl.storage import local
 from mtl.trainer import Trainer
 
@@ -29,6 +31,7 @@ FOLDER = Path(sys.argv[1]) if len(sys.argv) > 1 else Path()
 ORDER: dict[str, Any] = {}
 FOUND: dict[str, Any] = {"frozen with a gradient": [], "trained without": [], "here": 0, "all": 0}
 TRAINERS: list[Trainer] = []
+WRITINGS: list[int] = []
 
 
 class Seen(Trainer):
@@ -54,16 +57,20 @@ def before(optimizer: Optimizer, *_: Any) -> None:
             FOUND["trained without"].append(name)
 
 
-def after(optimizer: Optimizer, *_: Any) -> None:
-    if TRAINERS and TRAINERS[0].step + 1 == ORDER.get("dcp_at"):
-        save_dcp(FOLDER / "dcp", TRAINERS[0].parts.root, optimizer)
+def write(*arguments: Any) -> None:
+    WRITINGS.append(1)
+    if ORDER.get("die_writing") == [WORLD.rank, len(WRITINGS)]:
+        os.kill(os.getpid(), signal.SIGKILL)
+    if ORDER.get("full_at") == [WORLD.rank, len(WRITINGS)]:
+        resource.setrlimit(resource.RLIMIT_FSIZE, (1 << 16, 1 << 16))
+    write_shards(*arguments)
 
 
 if __name__ == "__main__":
     ORDER |= json.loads((FOLDER / "order.json").read_text())
     mtl.run.Trainer = Seen
     register_optimizer_step_pre_hook(before)
-    register_optimizer_step_post_hook(after)
+    mtl.checkpoint.folder.write_shards = write
     code = main(["train", *ORDER["arguments"]])
     (FOLDER / f"{WORLD.rank}.json").write_text(json.dumps(FOUND))
     sys.stdout.flush()

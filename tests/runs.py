@@ -11,6 +11,7 @@ from safetensors.torch import load_file
 from torch import Tensor
 
 from mtl.assembly import Parts, assemble
+from mtl.audit.files import is_in_shards, read_shards
 from mtl.config import load_config
 
 TINY: dict[str, Any] = {
@@ -47,7 +48,14 @@ def read_metrics(run_dir: Path) -> list[dict[str, Any]]:
     return [json.loads(line) for line in (run_dir / "metrics.jsonl").read_text().splitlines()]
 
 
+def read_memory(folder: Path) -> dict[str, Tensor]:
+    """The tensors of a checkpoint beside its model."""
+    return read_shards(folder, ["optimizer"]) if is_in_shards(folder) else load_file(folder / "optimizer.safetensors")
+
+
 def read_model(folder: Path) -> dict[str, Tensor]:
     """The tensors of a checkpoint's model, those that were frozen too."""
+    if is_in_shards(folder):
+        return read_shards(folder)
     frozen = folder / "frozen.safetensors"
     return load_file(folder / "model.safetensors") | (load_file(frozen) if frozen.exists() else {})

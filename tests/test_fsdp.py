@@ -1,18 +1,24 @@
-"""A model spread over processes trains as a plain one does, and its checkpoints are plain ones."""
+"""A model spread over processes trains as a plain one does; each writes its shards, which make a plain checkpoint."""
 
 from __future__ import annotations
 
 import json
+import warnings
 from pathlib import Path
 from typing import Any
 
 import pytest
 import timm
 import torch
+from safetensors.torch import load_file
+from torch.distributed.checkpoint.hf_storage import HuggingFaceStorageReader
+from torch.distributed.checkpoint.state_dict_loader import load
 
 import fsdp_script
+from mtl.audit.files import read_shards
+from mtl.checkpoint import write_plain
 from mtl.distributed import World, WorldError
-from mtl.fsdp import blocks, full_state_dict, load_full, shard
+from mtl.fsdp import blocks, shard
 from processes import run_in_processes
 
 
@@ -42,7 +48,37 @@ def test_a_spread_model_trains_as_a_plain_one_and_is_taken_up(name: str, number:
     first = found[0][name]
     # The rate times the rounding of gradients, which AdamW divides by 1e-2 at most.
     assert first["difference"] < 1e-5
-    assert first["loaded"] == first["plain"] == first["taken up"] == 0
+    assert first["taken up"] == 0 and all(each[name]["moments spread"] for each in found)
+    check_shards(tmp_path / name, number)
+
+
+def check_shards(folder: Path, number: int) -> None:
+    """Each process has written its share, what is frozen once; made plain, all is what the first one would write."""
+    one, two = folder / "shards/step-00000001", folder / "shards/step-00000002"
+    for kind in ("model", "frozen"):
+        sizes = [sum(tensor.nbytes for tensor in load_file(file).values()) for file in (two / kind).iterdir()]
+        assert len(sizes) == number and max(sizes) < 0.6 * sum(sizes)
+    for file in (two / "frozen").iterdir():
+        # Of the two checkpoints, and of the folder that is there to find it.
+        assert file.stat().st_nlink == 3 and file.stat().st_ino == (one / "frozen" / file.name).stat().st_ino
+    write_plain(two, folder / "converted")
+    files = sorted(path.name for path in (folder / "plain/last").iterdir())
+    assert files == ["frozen.safetensors", "model.safetensors", "optimizer.safetensors", "state.json"]
+    assert files == sorted(path.name for path in (folder / "converted").iterdir())
+    for file in files:
+        assert (folder / "converted" / file).read_bytes() == (folder / "plain/last" / file).read_bytes(), file
+    check_that_torch_reads(two / "model")
+
+
+def check_that_torch_reads(folder: Path) -> None:
+    """What torch's own reader finds is what ours does: the folder is one of torch.distributed.checkpoint."""
+    expected = read_shards(folder.parent, [folder.name])
+    found = {name: torch.empty_like(tensor) for name, tensor in expected.items()}
+    with warnings.catch_warnings():
+        # Without a process group it says that it assumes one process.
+        warnings.simplefilter("ignore")
+        load(found, storage_reader=HuggingFaceStorageReader(str(folder)), no_dist=True)
+    assert all(torch.equal(tensor, expected[name]) for name, tensor in found.items())
 
 
 @pytest.mark.parametrize(("name", "number"), [("test_resnet", 8), ("test_vit", 6)])
@@ -56,19 +92,10 @@ def test_blocks_are_the_members_of_a_trunks_sequences(name: str, number: int) ->
     )
 
 
-def test_alone_a_model_stays_as_it_is_and_its_state_is_loaded_back() -> None:
+def test_alone_a_model_stays_as_it_is() -> None:
     model = fsdp_script.build("test_resnet")
     shard(model, World.alone())
     assert all(type(p) is torch.nn.Parameter for p in model.parameters())
-    full = full_state_dict(model, World.alone())
-    with torch.no_grad():
-        for parameter in model.parameters():
-            parameter.add_(1)
-    load_full(model, full)
-    assert all(torch.equal(tensor, full[name]) for name, tensor in model.state_dict().items())
-    del full["trunk.bn1.weight"]
-    with pytest.raises(WorldError, match=r"trunk.bn1.weight is in one of the two only"):
-        load_full(model, full)
 
 
 def test_a_layout_that_cannot_be_spread_is_refused() -> None:

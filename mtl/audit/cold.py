@@ -7,8 +7,9 @@ from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
 
-from mtl.audit.files import UnreadableError, read_tensors
+from mtl.audit.files import UnreadableError, is_in_shards, read_tensors
 from mtl.audit.fingerprint import fingerprint, fingerprint_of_json, root
+from mtl.audit.shards import damaged_shards
 
 
 @dataclass
@@ -74,7 +75,9 @@ def _look_at(folder: Path, phases: dict[str, Any], result: ColdAudit) -> None:
         return
     digests = {name: fingerprint(tensor) for name, tensor in tensors.items()}
     written = state.get("digests", {})
-    if root(digests) != written.get("model"):
+    if is_in_shards(folder):
+        result.findings += damaged_shards(folder, state)
+    elif root(digests) != written.get("model"):
         result.findings.append(_damage(folder, written.get("frozen")))
     # Runs of before had no digest of this file.
     if "state" in written and written.pop("state") != fingerprint_of_json(state):

@@ -4,13 +4,14 @@ from __future__ import annotations
 
 import json
 import re
-from collections.abc import Iterator, Mapping
+from collections.abc import Collection, Iterator, Mapping
 from pathlib import Path
 from typing import Any
 
 from torch import Tensor
 
 from mtl.audit.dcp import METADATA, file_inside, read_dcp
+from mtl.audit.shards import FROZEN, MODEL, Shards
 from mtl.names import INNER_NAMES
 from mtl.tensor_file import TensorFileError, read_tensor_file
 
@@ -28,6 +29,7 @@ _IN_FOLDERS = (
     "pytorch_model.bin",
     f"pytorch_model.bin{_INDEX}",
 )
+_STATE = "state.json"
 # Beside the model's file in a folder that `mtl` wrote: the tensors that were frozen.
 _FROZEN = "frozen.safetensors"
 
@@ -42,12 +44,15 @@ def read_tensors(path: Path) -> dict[str, Tensor]:
     Args:
         path: A `.safetensors` file; a file of `torch.save`, read with `weights_only`; or a folder with one
             `model.safetensors`, and a `frozen.safetensors` beside it where a run of `mtl` wrote it, with shards and
-            their index, as Hugging Face writes them, or with the chunks of `torch.distributed.checkpoint`.
+            their index, as Hugging Face writes them, with the chunks of `torch.distributed.checkpoint`, or with the
+            shards that the processes of a run of `mtl` wrote.
 
     Raises:
         UnreadableError: There is no such file, it is damaged, holds code, or holds no tensors by name; or two of its
             names are one without the prefixes.
     """
+    if is_in_shards(path):
+        return read_shards(path)
     main = _main_file(path)
     frozen = main.with_name(_FROZEN)
     tensors: dict[str, Tensor] = {}
@@ -64,6 +69,25 @@ def read_tensors(path: Path) -> dict[str, Tensor]:
     if not tensors:
         raise UnreadableError(f"{main}: holds no tensors by name")
     return tensors
+
+
+def is_in_shards(path: Path) -> bool:
+    """Whether a folder is a checkpoint of `mtl` of which each process wrote its part."""
+    return (path / MODEL).is_dir() and (path / _STATE).is_file()
+
+
+def read_shards(folder: Path, kinds: Collection[str] = (MODEL, FROZEN)) -> dict[str, Tensor]:
+    """The whole tensors of a checkpoint for which `is_in_shards` holds: of its model, or of other folders of it.
+
+    Raises:
+        UnreadableError: It is damaged.
+    """
+    try:
+        return dict(Shards(folder, json.loads((folder / _STATE).read_text(encoding="utf-8")), kinds))
+    except TensorFileError as error:
+        raise UnreadableError(f"{folder}: cannot be read: {error}") from error
+    except (OSError, ValueError, LookupError, TypeError, AttributeError, RecursionError) as error:
+        raise UnreadableError(f"{folder / _STATE}: cannot be read: {error!r}") from error
 
 
 def _main_file(path: Path) -> Path:

@@ -1,7 +1,10 @@
 """Checkpoints: safetensors for tensors, JSON for the rest, each written whole or not at all."""
 
-from mtl.checkpoint.files import CheckpointError, DamagedCheckpoint, MomentsState, load_checkpoint, read_state
-from mtl.checkpoint.folder import Checkpoints, SaveError, load_newest, newest_first
+from mtl.checkpoint.convert import write_plain
+from mtl.checkpoint.files import CheckpointError, DamagedCheckpoint, MomentsState, read_state
+from mtl.checkpoint.folder import Checkpoints, SaveError
+from mtl.checkpoint.load import load_checkpoint
+from mtl.checkpoint.newest import load_newest, newest_first
 from mtl.disk import write_json, write_text
 
 __all__ = [
@@ -15,5 +18,6 @@ __all__ = [
     "newest_first",
     "read_state",
     "write_json",
+    "write_plain",
     "write_text",
 ]

@@ -10,18 +10,19 @@ from typing import Any, Protocol
 
 import torch
 from safetensors.torch import save_file
-from torch import Tensor, nn
+from torch import Tensor
 
+from mtl.audit import shards
 from mtl.audit.fingerprint import fingerprint, fingerprint_of_json, root
-from mtl.checkpoint.nested import NATIVE, apart, join, split
+from mtl.audit.shards import SHARDS, shard_files
+from mtl.checkpoint.nested import NATIVE, apart, split
 from mtl.disk import sync, without_nan
-from mtl.storage import is_spread, local, spread_like
-from mtl.tensor_file import TensorFileError, read_tensor_file
+from mtl.storage import local
 
 MODEL, FROZEN, OPTIMIZER, STATE = "model.safetensors", "frozen.safetensors", "optimizer.safetensors", "state.json"
 VERSION = 2
 # What is a checkpoint's own in its state.json; all other keys are the caller's.
-_OWN = ("version", "optimizer", "tied", "digests")
+_OWN = ("version", "optimizer", "tied", SHARDS, "digests")
 
 # What optimizers remember: by class, by parameter, by key; and whatever else is kept beside them.
 MomentsState = Mapping[str, Mapping[str, Any]]
@@ -69,30 +70,60 @@ def collect(module: HasState, frozen: Collection[str], moments: MomentsState, st
     Raises:
         TypeError: There is something that cannot be kept; names it.
     """
-    assert not set(_OWN) & state.keys(), f"{_OWN} are the checkpoint's own"
-    tensors, tied = _each_once(module.state_dict())
+    tensors = module.state_dict()
+    check_kept(tensors)
+    tied = other_names(tensors)
+    optimizer, rest = split(moments)
+    tensors = apart({name: tensor for name, tensor in tensors.items() if name not in tied})
+    return plain_content(tensors, frozen, apart(optimizer), {"optimizer": rest, "tied": tied}, state)
+
+
+def plain_content(
+    tensors: Mapping[str, Tensor],
+    frozen: Collection[str],
+    optimizer: dict[str, Tensor],
+    own: Mapping[str, Any],
+    state: Mapping[str, Any],
+) -> Content:
+    """The content of a plain checkpoint.
+
+    Args:
+        tensors: The model's, each once.
+        frozen: Which of them are frozen; other names do not count.
+        optimizer: The tensors beside the model.
+        own: What else the optimizers remember, and other names of tied tensors.
+        state: The caller's.
+    """
     # The digests are of what is to be written: what the disk makes of it has to agree.
     prints = {name: fingerprint(tensor) for name, tensor in tensors.items()}
     still = tensors.keys() & set(frozen)
-    optimizer, rest = split(moments)
-    optimizer = apart(optimizer)
     digests = {"model": root(prints), "optimizer": fingerprint_of(optimizer)}
     if still:
         digests["frozen"] = root({name: prints[name] for name in still})
-    own = {"version": VERSION, "optimizer": rest, "tied": tied, "digests": digests}
-    # As it will read back: keys become text, tuples lists.
-    content = json.loads(json.dumps(without_nan({**state, **own}), allow_nan=False))
-    content["digests"]["state"] = state_digest(content)
     return Content(
         {name: tensor for name, tensor in tensors.items() if name not in still},
         {name: tensor for name, tensor in tensors.items() if name in still},
         optimizer,
-        content,
+        complete_state(state, own, digests),
     )
 
 
-def _each_once(tensors: Mapping[str, Any]) -> tuple[dict[str, Tensor], dict[str, str]]:
-    """The tensors under the first of their names, and for every other name the first one."""
+def complete_state(state: Mapping[str, Any], own: Mapping[str, Any], digests: Mapping[str, str]) -> dict[str, Any]:
+    """The content of a `state.json`, as it will read back: keys become text, tuples lists."""
+    assert not set(_OWN) & state.keys(), f"{_OWN} are the checkpoint's own"
+    everything = {**state, "version": VERSION, **own, "digests": digests}
+    content: dict[str, Any] = json.loads(json.dumps(without_nan(everything), allow_nan=False))
+    content["digests"]["state"] = state_digest(content)
+    return content
+
+
+def callers_state(state: Mapping[str, Any]) -> dict[str, Any]:
+    """What of a `state.json` is not the checkpoint's own."""
+    return {key: value for key, value in state.items() if key not in _OWN}
+
+
+def check_kept(tensors: Mapping[str, Any]) -> None:
+    """Raises `TypeError` if there is something in the state of a module that a checkpoint cannot keep."""
     for name, tensor in tensors.items():
         if not isinstance(tensor, Tensor):
             raise TypeError(f"{name} is a {type(tensor).__name__}, which a checkpoint cannot keep; expected a tensor")
@@ -101,11 +132,9 @@ def _each_once(tensors: Mapping[str, Any]) -> tuple[dict[str, Tensor], dict[str,
                 f"{name} is a tensor of {tensor.layout}, {tensor.dtype}, which a checkpoint cannot keep; expected a"
                 " dense one of a usual type"
             )
-    tied = _other_names(tensors)
-    return apart({name: tensor for name, tensor in tensors.items() if name not in tied}), tied
 
 
-def _other_names(tensors: Mapping[str, Tensor]) -> dict[str, str]:
+def other_names(tensors: Mapping[str, Tensor]) -> dict[str, str]:
     """For every tensor that was there before under another name, that name."""
     first_of: dict[Any, str] = {}
     tied = {}
@@ -142,15 +171,17 @@ def read_state(folder: Path) -> dict[str, Any]:
         DamagedCheckpoint: The folder lacks files, or the JSON is not what was written.
         CheckpointError: It is of another version.
     """
-    for name in (MODEL, OPTIMIZER, STATE):
-        try:
-            is_there = (folder / name).is_file()
-        except OSError as error:
-            raise DamagedCheckpoint(f"{folder} cannot be read: {error.strerror}") from error
-        if not is_there:
-            inside = folder / "checkpoints" / "last"
-            instead = f"; {inside} is one" if inside.exists() else ""
-            raise DamagedCheckpoint(f"{folder} is no checkpoint: it has no {name}{instead}")
+    try:
+        # A folder of shards in the place of a file: processes have written their own parts.
+        is_plain = not (folder / shards.MODEL).is_dir()
+        needed = (MODEL, OPTIMIZER, STATE) if is_plain else (STATE,)
+        missing = [name for name in needed if not (folder / name).is_file()]
+        inside = folder / "checkpoints" / "last"
+        instead = f"; {inside} is one" if missing and inside.exists() else ""
+    except OSError as error:
+        raise DamagedCheckpoint(f"{folder} cannot be read: {error.strerror}") from error
+    if missing:
+        raise DamagedCheckpoint(f"{folder} is no checkpoint: it has no {missing[0]}{instead}")
     file = folder / STATE
     try:
         state: dict[str, Any] = json.loads(file.read_text(encoding="utf-8"))
@@ -163,92 +194,9 @@ def read_state(folder: Path) -> dict[str, Any]:
         raise DamagedCheckpoint(f"{file} is damaged, or of another version: it is not what was written")
     if state.get("version") != VERSION:
         raise CheckpointError(f"{file} is of version {state.get('version')}; this program reads version {VERSION}")
+    if not is_plain and SHARDS not in state:
+        raise DamagedCheckpoint(f"{file} is damaged: it knows nothing of the shards beside it")
+    for name in [] if is_plain else shard_files(state):
+        if not (folder / name).is_file():
+            raise DamagedCheckpoint(f"{folder} is damaged: it has no {name}")
     return state
-
-
-def load_checkpoint(folder: Path, module: nn.Module) -> tuple[dict[str, Any], MomentsState]:
-    """Fills a module from a checkpoint, parameters and buffers, strictly; if it cannot, the module stays as it was.
-
-    Returns:
-        The plain data beside it, and what optimizers remembered.
-
-    Raises:
-        DamagedCheckpoint: The folder is no checkpoint, or not the one that was written.
-        CheckpointError: Its tensors do not fit the module, or it is of another version.
-    """
-    state = read_state(folder)
-    optimizer = _read(folder / OPTIMIZER)
-    if fingerprint_of(optimizer) != state["digests"]["optimizer"]:
-        raise _not_as_written(folder / OPTIMIZER)
-    try:
-        moments: MomentsState = join(optimizer, state["optimizer"])
-    except ValueError as error:
-        raise DamagedCheckpoint(f"{folder} is damaged: {error}") from error
-    tensors = _read_model(folder, state["digests"])
-    tensors |= {name: tensors[first] for name, first in state["tied"].items()}
-    _check_fit(folder, tensors, module.state_dict())
-    fill(module, tensors)
-    return {key: value for key, value in state.items() if key not in _OWN}, moments
-
-
-def fill(module: nn.Module, tensors: Mapping[str, Tensor]) -> None:
-    """Loads a whole state that fits into a module, which may be spread over processes; nothing is sent."""
-    own = module.state_dict()
-    if not any(is_spread(tensor) for tensor in own.values()):
-        module.load_state_dict(dict(tensors))
-        return
-    with torch.no_grad():
-        for name, tensor in own.items():
-            tensor.copy_(spread_like(tensor, tensors[name]))
-
-
-def _read_model(folder: Path, digests: Mapping[str, str]) -> dict[str, Tensor]:
-    frozen: dict[str, Tensor] = {}
-    if "frozen" in digests:
-        if not (folder / FROZEN).is_file():
-            raise DamagedCheckpoint(f"{folder} is damaged: it has no {FROZEN}")
-        frozen = _read(folder / FROZEN)
-        if fingerprint_of(frozen) != digests["frozen"]:
-            raise _not_as_written(folder / FROZEN)
-    tensors = frozen | _read(folder / MODEL)
-    if fingerprint_of(tensors) != digests["model"]:
-        raise _not_as_written(folder / MODEL)
-    return tensors
-
-
-def _read(file: Path) -> dict[str, Tensor]:
-    try:
-        tensors: dict[str, Tensor] = read_tensor_file(file)
-    except TensorFileError as error:
-        raise DamagedCheckpoint(f"{file} is damaged: {error}") from error
-    return tensors
-
-
-def _not_as_written(file: Path) -> DamagedCheckpoint:
-    return DamagedCheckpoint(f"{file} is damaged, or of another step: it is not what was written")
-
-
-def _check_fit(folder: Path, found: Mapping[str, Tensor], expected: Mapping[str, Tensor]) -> None:
-    """Raises `CheckpointError` if names or shapes are not those of the module."""
-    shapes = [
-        f"{name} (expected {tuple(tensor.shape)}, got {tuple(found[name].shape)})"
-        for name, tensor in expected.items()
-        if name in found and found[name].shape != tensor.shape
-    ]
-    two = [
-        f"{first} and {name}"
-        for name, first in _other_names(expected).items()
-        if {name, first} <= found.keys() and fingerprint(found[name]) != fingerprint(found[first])
-    ]
-    problems = [
-        f"{what} {', '.join(names[:4])}{f' and {len(names) - 4} more' if len(names) > 4 else ''}"
-        for what, names in (
-            ("it lacks", [name for name in expected if name not in found]),
-            ("it has, and the model has not,", sorted(found.keys() - expected.keys())),
-            ("of another shape are", shapes),
-            ("one tensor in the model, and two in it, are", two),
-        )
-        if names
-    ]
-    if problems:
-        raise CheckpointError(f"{folder} does not fit this model: {'; '.join(problems)}")

@@ -1,9 +1,8 @@
-"""A run's checkpoints: one folder each, links to some of them, and the way back to an older one if one is damaged."""
+"""A run's checkpoints: one folder each, and links to some of them."""
 
 from __future__ import annotations
 
 import contextlib
-import re
 import shutil
 from collections.abc import Collection, Iterator, Mapping
 from pathlib import Path
@@ -12,26 +11,26 @@ from typing import Any
 from safetensors import SafetensorError
 from torch import nn
 
+from mtl.audit import shards
 from mtl.checkpoint.files import (
     FROZEN,
     MODEL,
     OPTIMIZER,
     STATE,
-    CheckpointError,
     Content,
-    DamagedCheckpoint,
     HasState,
     MomentsState,
     collect,
-    load_checkpoint,
     write_tensors,
 )
 from mtl.checkpoint.frozen import FrozenFiles
+from mtl.checkpoint.newest import ASIDE, newest_first, step_of
+from mtl.checkpoint.spread import SpreadContent, collect_shards, shard_file, write_shards
 from mtl.disk import sync, write_json
+from mtl.distributed import World
 
-_STEP = re.compile(r"step-(\d{8,})")
-# A checkpoint that makes place for another of the same step, and one that is half written or half removed.
-_ASIDE, _UNFINISHED = ".old", ".tmp"
+# A checkpoint that is half written or half removed.
+_UNFINISHED = ".tmp"
 
 
 class SaveError(OSError):
@@ -49,18 +48,19 @@ class Checkpoints:
     Whenever the process is killed, every `step-<n>` is whole: it is written, and removed, under a hidden name.
     """
 
-    def __init__(self, folder: Path, keep_last: int = 2) -> None:
+    def __init__(self, folder: Path, keep_last: int = 2, mends: bool = True) -> None:
         """Opens a folder, which need not be there, and mends what a killed process left in the middle of a move.
 
         Args:
             folder: Where the checkpoints lie.
             keep_last: How many of the newest are kept, whether or not a link points to them.
+            mends: Whether it is this process that mends; of several, one does.
         """
         self.folder = folder
         self._keep_last = keep_last
         self._frozen = FrozenFiles(folder / "frozen")
-        for aside in folder.glob(f".step-*{_ASIDE}"):
-            target = folder / aside.name[1 : -len(_ASIDE)]
+        for aside in folder.glob(f".step-*{ASIDE}") if mends else ():
+            target = folder / aside.name[1 : -len(ASIDE)]
             if target.exists():
                 self._remove(aside)
             else:
@@ -96,9 +96,38 @@ class Checkpoints:
         with self._explained(target, content.num_bytes):
             with self._replacing(target) as temporary:
                 self._write(temporary, content)
-            for name in [*names, *([target.name.replace("step", "kept")] if keep else [])]:
-                self._link(name, target.name)
-            self._prune()
+            self._finish(target, names, keep)
+
+    def save_shards(
+        self,
+        module: nn.Module,
+        frozen: Collection[str],
+        moments: MomentsState,
+        state: Mapping[str, Any],
+        names: Collection[str],
+        world: World,
+        keep: bool = False,
+    ) -> None:
+        """As `save`, of a module that is spread over processes: each writes its shards. All have to call it.
+
+        The checkpoint takes its place once all have written. Of what is not spread, and of folders and links, the first
+        process takes care.
+        """
+        content = collect_shards(module, frozen, moments, state, world)
+        target = self._of(state["step"])
+        with self._explained(target, content.num_bytes):
+            unfinished = contextlib.nullcontext(_hidden(target, _UNFINISHED))
+            with self._replacing(target) if world.leads else unfinished as temporary:
+                # The folder is there.
+                world.barrier()
+                self._write_shards(temporary, content, world)
+            if world.leads:
+                self._finish(target, names, keep)
+
+    def _finish(self, target: Path, names: Collection[str], keep: bool) -> None:
+        for name in [*names, *([target.name.replace("step", "kept")] if keep else [])]:
+            self._link(name, target.name)
+        self._prune()
 
     def has(self, step: int) -> bool:
         """Whether there is a checkpoint of a step."""
@@ -111,16 +140,10 @@ class Checkpoints:
             SaveError: The disk is full, or cannot be written.
         """
         target = self._of(step)
-        files = [folder / file for file in (MODEL, OPTIMIZER, STATE, FROZEN) if (folder / file).exists()]
-        with self._explained(target, sum(file.stat().st_size for file in files)):
+        with self._explained(target, sum(file.stat().st_size for file in folder.rglob("*") if file.is_file())):
             if not target.exists():
                 with self._replacing(target) as temporary:
-                    for file in files:
-                        if file.name == FROZEN:
-                            self._frozen.adopt(temporary / FROZEN, file)
-                        else:
-                            shutil.copyfile(file, temporary / file.name)
-                            sync(temporary / file.name)
+                    self._copy(folder, temporary)
             self._link(name, target.name)
 
     def find(self, name: str) -> Path | None:
@@ -134,7 +157,7 @@ class Checkpoints:
 
     def drop_newer(self, step: int) -> None:
         """Removes the checkpoints that are newer than a step, and the links that pointed to them."""
-        newer = [folder for folder in newest_first(self.folder) if _step_of(folder) > step]
+        newer = [folder for folder in newest_first(self.folder) if step_of(folder) > step]
         names = {folder.name for folder in newer}
         for link in self._links():
             if link.readlink().name in names:
@@ -161,6 +184,37 @@ class Checkpoints:
             self._frozen.provide(folder / FROZEN, fingerprint, lambda file: write_tensors(file, content.frozen))
         write_json(folder / STATE, content.state)
 
+    def _write_shards(self, folder: Path, content: SpreadContent, world: World) -> None:
+        for kind in (shards.MODEL, shards.OPTIMIZER):
+            # All processes have the same names, if not the same shards; whichever comes first makes the folder.
+            (folder / kind).mkdir(exist_ok=True)
+            if kind in content.state[shards.SHARDS]:
+                write_shards(folder / kind, content.kinds[kind], world)
+        if digests := shards.files_of(content.state, shards.FROZEN):
+            self._frozen.provide_shards(
+                folder / shards.FROZEN,
+                digests,
+                shard_file(world.rank),
+                lambda place: write_shards(place, content.kinds[shards.FROZEN], world),
+                world,
+            )
+        if world.leads:
+            write_json(folder / STATE, content.state)
+
+    def _copy(self, folder: Path, target: Path) -> None:
+        """Copies a checkpoint's files; what is frozen is linked, if it can be."""
+        for name in (MODEL, OPTIMIZER, STATE):
+            if (folder / name).exists():
+                _copy_file(folder / name, target / name)
+        if (folder / FROZEN).exists():
+            self._frozen.adopt(target / FROZEN, folder / FROZEN)
+        for kind in (shards.MODEL, shards.OPTIMIZER):
+            for file in (folder / kind).glob("*"):
+                (target / kind).mkdir(exist_ok=True)
+                _copy_file(file, target / kind / file.name)
+        if (folder / shards.FROZEN).is_dir():
+            self._frozen.adopt_shards(target / shards.FROZEN, folder / shards.FROZEN)
+
     @contextlib.contextmanager
     def _replacing(self, target: Path) -> Iterator[Path]:
         """A folder to be filled, which takes the place of the target once it is, and goes if it cannot be filled."""
@@ -179,7 +233,7 @@ class Checkpoints:
             raise
 
     def _put(self, temporary: Path, target: Path) -> None:
-        aside = _hidden(target, _ASIDE)
+        aside = _hidden(target, ASIDE)
         if target.exists():
             target.rename(aside)
         try:
@@ -233,43 +287,11 @@ class Checkpoints:
         shutil.rmtree(unfinished)
 
 
-def newest_first(folder: Path) -> list[Path]:
-    """All checkpoints in a folder, the newest first; one that a killed process left moved aside stands for its step."""
-    found = {}
-    for path in [*folder.glob(f".step-*{_ASIDE}"), *folder.glob("step-*")]:
-        if _STEP.fullmatch(path.name.strip(".").removesuffix(_ASIDE)) and path.is_dir() and not path.is_symlink():
-            found[_step_of(path)] = path
-    return [found[step] for step in sorted(found, reverse=True)]
-
-
-def load_newest(folder: Path, module: nn.Module) -> tuple[Path, dict[str, Any], MomentsState, list[str]]:
-    """Fills a module from the newest checkpoint that is sound.
-
-    Args:
-        folder: The run's `checkpoints`.
-        module: Is filled strictly; it stays as it was if none is sound.
-
-    Returns:
-        The checkpoint, its plain data, what optimizers remembered, and one sentence for each newer one that is damaged.
-
-    Raises:
-        CheckpointError: None is sound, or the newest sound one does not fit the module.
-    """
-    refused: list[str] = []
-    for path in newest_first(folder):
-        try:
-            return path, *load_checkpoint(path, module), refused
-        except DamagedCheckpoint as error:
-            refused.append(str(error))
-    if refused:
-        raise CheckpointError(f"{folder} has no checkpoint that is sound: {'; '.join(refused)}")
-    raise CheckpointError(f"{folder} has no checkpoints")
-
-
-def _step_of(folder: Path) -> int:
-    return int(re.sub(r"\D", "", folder.name))
+def _copy_file(source: Path, target: Path) -> None:
+    shutil.copyfile(source, target)
+    sync(target)
 
 
 def _hidden(folder: Path, suffix: str) -> Path:
-    plain = folder.name.strip(".").removesuffix(_ASIDE)
+    plain = folder.name.strip(".").removesuffix(ASIDE)
     return folder.with_name(f".{plain}{suffix}")

@@ -1,19 +1,23 @@
-"""What is frozen, stored once: hard links to one file for every set of frozen tensors."""
+"""What is frozen, stored once: hard links to one file, or to one folder's files, for every set of frozen tensors."""
 
 from __future__ import annotations
 
 import os
 import shutil
-from collections.abc import Callable, Iterable
+from collections.abc import Callable, Iterable, Mapping
 from pathlib import Path
 
+from mtl.audit import shards
+from mtl.audit.fingerprint import root
+from mtl.audit.shards import file_digest
 from mtl.checkpoint.files import FROZEN, fingerprint_of
 from mtl.disk import sync
+from mtl.distributed import World
 from mtl.tensor_file import TensorFileError, read_tensor_file
 
 
 class FrozenFiles:
-    """Files of frozen tensors, named after the fingerprint of what is in them.
+    """Files of frozen tensors, or folders of their shards, named after the fingerprint of what is in them.
 
     Every checkpoint has a link of its own to the file, so that the file stays for as long as one of them does, whatever
     happens to this folder.
@@ -50,15 +54,63 @@ class FrozenFiles:
         else:
             self.provide(file, fingerprint, lambda target: link_or_copy(source, target))
 
+    def provide_shards(
+        self, folder: Path, digests: Mapping[str, str], file: str, write: Callable[[Path], None], world: World
+    ) -> None:
+        """As `provide`, of a folder with a file of each process; all have to call it.
+
+        Args:
+            folder: The checkpoint's.
+            digests: Of all files, by name.
+            file: The name of this process's file.
+            write: Writes the shards to a folder, and forces them to disk; called if they are not there whole.
+            world: The processes.
+        """
+        kept = self.folder / root(digests)
+        is_sound = file not in digests or file_digest(kept / file) == digests[file]
+        if world.agree(broken=not is_sound).broken:
+            temporary = self.folder / f".{kept.name}.tmp"
+            if world.leads:
+                shutil.rmtree(temporary, ignore_errors=True)
+                temporary.mkdir(parents=True)
+            world.barrier()
+            write(temporary)
+            if world.leads:
+                shutil.rmtree(kept, ignore_errors=True)
+                temporary.rename(kept)
+                sync(self.folder)
+        if world.leads:
+            _link_all(kept, folder, digests)
+
+    def adopt_shards(self, folder: Path, source: Path) -> None:
+        """As `adopt`, of a folder of another run's checkpoint."""
+        # What is damaged gets another name, and will be refused when it is read, with the reason.
+        digests = _digests(source)
+        kept = self.folder / root(digests)
+        if not kept.is_dir() or _digests(kept) != digests:
+            temporary = self.folder / f".{kept.name}.tmp"
+            shutil.rmtree(temporary, ignore_errors=True)
+            _link_all(source, temporary, digests)
+            shutil.rmtree(kept, ignore_errors=True)
+            temporary.rename(kept)
+            sync(self.folder)
+        _link_all(kept, folder, digests)
+
     def sweep(self, checkpoints: Iterable[Path]) -> None:
         """Removes the files that none of these checkpoints has a link to."""
         if not self.folder.is_dir():
             return
         # Not by the number of links: another run may have one.
-        held = {_identity(folder / FROZEN) for folder in checkpoints if (folder / FROZEN).exists()}
-        for file in self.folder.iterdir():
-            if file.is_file() and _identity(file) not in held:
-                file.unlink()
+        held = {
+            _identity(file)
+            for folder in checkpoints
+            for file in (folder / FROZEN, *(folder / shards.FROZEN).glob("*"))
+            if file.exists()
+        }
+        for kept in self.folder.iterdir():
+            files = list(kept.iterdir()) if kept.is_dir() else [kept]
+            if not any(_identity(file) in held for file in files):
+                shutil.rmtree(kept) if kept.is_dir() else kept.unlink()
         if not any(self.folder.iterdir()):
             self.folder.rmdir()
 
@@ -79,6 +131,18 @@ def link_or_copy(source: Path, target: Path) -> None:
     except OSError:
         shutil.copyfile(source, target)
         sync(target)
+
+
+def _digests(folder: Path) -> dict[str, str]:
+    """The digests of a folder's shards, by file; empty for what cannot be read."""
+    return {file.name: file_digest(file) or "" for file in sorted(folder.iterdir())}
+
+
+def _link_all(source: Path, folder: Path, names: Iterable[str]) -> None:
+    folder.mkdir(parents=True)
+    for name in names:
+        link_or_copy(source / name, folder / name)
+    sync(folder)
 
 
 def _identity(file: Path) -> tuple[int, int]:

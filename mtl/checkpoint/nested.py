@@ -9,6 +9,8 @@ from typing import Any
 import torch
 from torch import Tensor
 
+from mtl.storage import whole
+
 # What every version of safetensors knows; tensors of other types are kept as bytes.
 NATIVE = frozenset(
     {
@@ -36,8 +38,8 @@ def split(content: Mapping[str, Any]) -> tuple[dict[str, Tensor], Any]:
             data; numbers need not be finite.
 
     Returns:
-        The tensors, on the CPU, under names made of their places (`adamw/trunk.bias/exp_avg`), and the rest as JSON,
-        which points to them.
+        The tensors under names made of their places (`adamw/trunk.bias/exp_avg`), and the rest as JSON, which points to
+        them. What is spread over processes stays so, but for unusual types, of which all processes get the whole.
 
     Raises:
         TypeError: There is something else in it; names its place.
@@ -109,7 +111,7 @@ def _put(tensor: Tensor, place: str, tensors: dict[str, Tensor]) -> dict[str, An
         tensors[name] = tensor
         return {"tensor": name}
     # A lone element of a column counts as contiguous, whatever its stride.
-    tensors[name] = dense(tensor).as_strided((tensor.numel(),), (1,)).view(torch.uint8)
+    tensors[name] = dense(whole(tensor)).as_strided((tensor.numel(),), (1,)).view(torch.uint8)
     return {"tensor": name, "type": str(tensor.dtype).removeprefix("torch."), "shape": list(tensor.shape)}
 
 

@@ -94,6 +94,10 @@ def file_weights(path: Path) -> dict[str, Tensor]:
         WeightsError: The file is missing, is not a weights file, or holds no tensors.
     """
     if not path.is_file():
+        if path.name == "model.safetensors" and path.with_name("model").is_dir():
+            raise WeightsError(
+                f"{path.parent} is in shards: python scripts/plain_checkpoint.py makes a plain one of it"
+            )
         raise WeightsError(f"no such file: {path} (choices: hub, packaged, none, or the path of a file)")
     frozen = path.with_name("frozen.safetensors")
     try:

@@ -1,0 +1,170 @@
+"""From the files of a checkpoint, plain or in shards, to a module: damage is found before anything is changed."""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Iterable, Iterator, Mapping
+from pathlib import Path
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+
+from mtl.audit import shards
+from mtl.audit.fingerprint import fingerprint
+from mtl.audit.shards import SHARDS, Shards, damaged_shards
+from mtl.checkpoint.files import (
+    FROZEN,
+    MODEL,
+    OPTIMIZER,
+    CheckpointError,
+    DamagedCheckpoint,
+    MomentsState,
+    callers_state,
+    fingerprint_of,
+    other_names,
+    read_state,
+)
+from mtl.checkpoint.nested import join
+from mtl.storage import is_spread, spread_like
+from mtl.tensor_file import TensorFileError, read_tensor_file
+
+
+class OnDemand(Mapping[str, Tensor]):
+    """Tensors by name, each read when it is asked for."""
+
+    def __init__(self, names: Iterable[str], read: Callable[[str], Tensor]) -> None:
+        self._names, self._read = dict.fromkeys(names), read
+
+    def __getitem__(self, name: str) -> Tensor:
+        if name not in self._names:
+            raise KeyError(name)
+        return self._read(name)
+
+    def __iter__(self) -> Iterator[str]:
+        return iter(self._names)
+
+    def __len__(self) -> int:
+        return len(self._names)
+
+
+def load_checkpoint(folder: Path, module: nn.Module) -> tuple[dict[str, Any], MomentsState]:
+    """Fills a module from a checkpoint, parameters and buffers, strictly; if it cannot, the module stays as it was.
+
+    Of a module that is spread over processes, each keeps its part of every tensor, of moments too; nothing is sent.
+    Shards are put together tensor by tensor.
+
+    Returns:
+        The plain data beside it, and what optimizers remembered.
+
+    Raises:
+        DamagedCheckpoint: The folder is no checkpoint, or not the one that was written.
+        CheckpointError: Its tensors do not fit the module, or it is of another version.
+    """
+    state = read_state(folder)
+    tensors, optimizer = _read_shards(folder, state) if SHARDS in state else _read_plain(folder, state)
+    own, tied = module.state_dict(), state["tied"]
+    spread = {name: tensor for name, tensor in own.items() if is_spread(tensor)}
+
+    def placed(place: str) -> Tensor:
+        tensor = optimizer[place]
+        # Places are made of names: `moments/<kind>/<parameter>/exp_avg`.
+        owner = next((spread[name] for name in place.split("/") if name in spread), tensor)
+        return spread_like(owner, tensor)
+
+    try:
+        moments: MomentsState = join(OnDemand(optimizer, placed), state["optimizer"])
+    except ValueError as error:
+        raise DamagedCheckpoint(f"{folder} is damaged: {error}") from error
+    found = OnDemand([*tensors, *tied], lambda name: tensors[tied.get(name, name)])
+    _check_fit(folder, found, _shapes(tensors, tied), own)
+    _fill(module, own, found)
+    return callers_state(state), moments
+
+
+def sound_shards(folder: Path, state: Mapping[str, Any]) -> None:
+    """Raises `DamagedCheckpoint` if a shard is not as it was written."""
+    if wrong := damaged_shards(folder, state):
+        raise DamagedCheckpoint(f"{folder} is damaged, or of another step: {wrong[0]}")
+
+
+def _read_shards(folder: Path, state: Mapping[str, Any]) -> tuple[Shards, Shards]:
+    sound_shards(folder, state)
+    try:
+        model = Shards(folder, state, [shards.MODEL, shards.FROZEN])
+        optimizer = Shards(folder, state, [shards.OPTIMIZER])
+        for each in (model, optimizer):
+            each.check()
+    except TensorFileError as error:
+        raise DamagedCheckpoint(f"{folder} is damaged: {error}") from error
+    return model, optimizer
+
+
+def _read_plain(folder: Path, state: Mapping[str, Any]) -> tuple[dict[str, Tensor], dict[str, Tensor]]:
+    optimizer = _read(folder / OPTIMIZER)
+    if fingerprint_of(optimizer) != state["digests"]["optimizer"]:
+        raise _not_as_written(folder / OPTIMIZER)
+    frozen: dict[str, Tensor] = {}
+    if "frozen" in state["digests"]:
+        if not (folder / FROZEN).is_file():
+            raise DamagedCheckpoint(f"{folder} is damaged: it has no {FROZEN}")
+        frozen = _read(folder / FROZEN)
+        if fingerprint_of(frozen) != state["digests"]["frozen"]:
+            raise _not_as_written(folder / FROZEN)
+    tensors = frozen | _read(folder / MODEL)
+    if fingerprint_of(tensors) != state["digests"]["model"]:
+        raise _not_as_written(folder / MODEL)
+    return tensors, optimizer
+
+
+def _read(file: Path) -> dict[str, Tensor]:
+    try:
+        tensors: dict[str, Tensor] = read_tensor_file(file)
+    except TensorFileError as error:
+        raise DamagedCheckpoint(f"{file} is damaged: {error}") from error
+    return tensors
+
+
+def _not_as_written(file: Path) -> DamagedCheckpoint:
+    return DamagedCheckpoint(f"{file} is damaged, or of another step: it is not what was written")
+
+
+def _shapes(tensors: Mapping[str, Tensor], tied: Mapping[str, str]) -> dict[str, torch.Size]:
+    shapes = tensors.shapes if isinstance(tensors, Shards) else {name: tensor.shape for name, tensor in tensors.items()}
+    return shapes | {name: shapes[first] for name, first in tied.items()}
+
+
+def _fill(module: nn.Module, own: Mapping[str, Tensor], found: Mapping[str, Tensor]) -> None:
+    if not any(is_spread(tensor) for tensor in own.values()):
+        module.load_state_dict(dict(found))
+        return
+    with torch.no_grad():
+        for name, tensor in own.items():
+            tensor.copy_(spread_like(tensor, found[name]))
+
+
+def _check_fit(
+    folder: Path, found: Mapping[str, Tensor], shapes: Mapping[str, torch.Size], expected: Mapping[str, Tensor]
+) -> None:
+    """Raises `CheckpointError` if names or shapes are not those of the module."""
+    others = [
+        f"{name} (expected {tuple(tensor.shape)}, got {tuple(shapes[name])})"
+        for name, tensor in expected.items()
+        if name in shapes and shapes[name] != tensor.shape
+    ]
+    two = [
+        f"{first} and {name}"
+        for name, first in other_names(expected).items()
+        if {name, first} <= shapes.keys() and fingerprint(found[name]) != fingerprint(found[first])
+    ]
+    problems = [
+        f"{what} {', '.join(names[:4])}{f' and {len(names) - 4} more' if len(names) > 4 else ''}"
+        for what, names in (
+            ("it lacks", [name for name in expected if name not in shapes]),
+            ("it has, and the model has not,", sorted(shapes.keys() - expected.keys())),
+            ("of another shape are", others),
+            ("one tensor in the model, and two in it, are", two),
+        )
+        if names
+    ]
+    if problems:
+        raise CheckpointError(f"{folder} does not fit this model: {'; '.join(problems)}")

@@ -1,0 +1,113 @@
+"""A checkpoint of a model that is spread over processes (FSDP2): each writes its own shards, and none ever has all.
+
+torch.distributed.checkpoint writes them, as safetensors. It tells all processes if one of them cannot write.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Collection, Mapping, Sequence
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+import torch.distributed as dist
+from torch import Tensor, nn
+from torch.distributed.checkpoint.api import CheckpointException
+from torch.distributed.checkpoint.default_planner import DefaultSavePlanner
+from torch.distributed.checkpoint.hf_storage import HuggingFaceStorageWriter
+from torch.distributed.checkpoint.state_dict_saver import save
+from torch.distributed.tensor._utils import compute_local_shape_and_global_offset
+
+from mtl.audit.shards import FROZEN, MODEL, OPTIMIZER, SHARDS, described, shards_digest
+from mtl.checkpoint.files import MomentsState, check_kept, complete_state
+from mtl.checkpoint.nested import apart, split
+from mtl.disk import sync
+from mtl.distributed import World
+from mtl.storage import is_spread, local
+
+
+@dataclass(frozen=True)
+class SpreadContent:
+    """What this process has of a checkpoint.
+
+    Attributes:
+        kinds: By folder and name, what is spread over processes, and in the first process also what is not.
+        state: The JSON, complete, the same in every process.
+    """
+
+    kinds: Mapping[str, Mapping[str, Tensor]]
+    state: dict[str, Any]
+
+    @property
+    def num_bytes(self) -> int:
+        return sum(local(tensor).nbytes for kind in self.kinds.values() for tensor in kind.values())
+
+
+def collect_shards(
+    module: nn.Module, frozen: Collection[str], moments: MomentsState, state: Mapping[str, Any], world: World
+) -> SpreadContent:
+    """Reads off a module that is spread, and what is beside it, what this process is to write; all have to call it.
+
+    Raises:
+        TypeError: There is something that cannot be kept; names it.
+    """
+    everything = module.state_dict(keep_vars=True)
+    check_kept(everything)
+    first_of: dict[int, str] = {}
+    firsts = {name: first_of.setdefault(id(tensor), name) for name, tensor in everything.items()}
+    tied = {name: first for name, first in firsts.items() if name != first}
+    tensors = {name: tensor.detach() for name, tensor in everything.items() if name not in tied}
+    optimizer, rest = split(moments)
+    still = tensors.keys() & set(frozen)
+    kinds = {
+        MODEL: {name: tensor for name, tensor in tensors.items() if name not in still},
+        FROZEN: {name: tensor for name, tensor in tensors.items() if name in still},
+        OPTIMIZER: optimizer,
+    }
+    shapes = {kind: {name: described(tensor) for name, tensor in each.items()} for kind, each in kinds.items()}
+    mine = {kind: _of_this_process(each, world) for kind, each in kinds.items()}
+    digests = {
+        f"{kind}/{shard_file(world.rank)}": digest
+        for kind, each in mine.items()
+        if (digest := shards_digest((name, _offsets(tensor), local(tensor)) for name, tensor in each.items()))
+    }
+    every: list[Any] = [None] * world.size
+    dist.all_gather_object(every, digests)
+    own = {"optimizer": rest, "tied": tied, SHARDS: {kind: each for kind, each in shapes.items() if each}}
+    return SpreadContent(mine, complete_state(state, own, {k: v for each in every for k, v in each.items()}))
+
+
+def write_shards(folder: Path, tensors: Mapping[str, Tensor], world: World) -> None:
+    """Writes a file for each process that has something, and forces them to disk; all have to call it.
+
+    Raises:
+        OSError: A process could not write.
+    """
+    writer = HuggingFaceStorageWriter(str(folder), save_distributed=True)
+    try:
+        # What is not spread has the first process alone, and of empty shards, which count for nothing, some are one.
+        save(dict(tensors), storage_writer=writer, planner=DefaultSavePlanner(dedup_save_to_lowest_rank=True))
+    except CheckpointException as error:
+        rank, (reason, _) = next(iter(error.failures.items()))
+        raise OSError(f"process {rank}: {reason}") from error
+    if world.leads:
+        sync(folder)
+
+
+def shard_file(rank: int) -> str:
+    """The name that torch gives to the file of a process."""
+    return f"shard-{rank + 1:05d}-model-00001-of-00001.safetensors"
+
+
+def _of_this_process(tensors: Mapping[str, Tensor], world: World) -> dict[str, Tensor]:
+    spread = {name: tensor for name, tensor in tensors.items() if is_spread(tensor)}
+    plain = {name: tensor for name, tensor in tensors.items() if not is_spread(tensor)} if world.leads else {}
+    return spread | apart(plain)
+
+
+def _offsets(tensor: Tensor) -> Sequence[int]:
+    """Where in a tensor this process's shard begins."""
+    spread: Any = tensor
+    if not is_spread(tensor):
+        return [0] * tensor.ndim
+    return compute_local_shape_and_global_offset(tensor.shape, spread.device_mesh, spread.placements)[1]
