@@ -108,6 +108,7 @@ def test_a_checkpoint_of_two_processes_is_taken_up_by_one(
     assert min(row["step"] for row in read_metrics(run_dir)) == 11
 
 
+@pytest.mark.slow
 def test_torchrun_starts_a_run_again_of_which_a_process_was_killed_and_it_ends_with_the_same_bits(
     tmp_path: Path, two: Path, cache_dir: Path
 ) -> None:

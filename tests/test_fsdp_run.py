@@ -18,6 +18,7 @@ from mtl.config.source import ConfigError
 from mtl.distributed import World
 
 
+@pytest.mark.slow
 def test_a_run_of_two_processes_is_that_of_one_with_half_of_the_parameters_each(tmp_path: Path) -> None:
     expected = run_alone(tmp_path / "one")
     write_config(tmp_path / "two")

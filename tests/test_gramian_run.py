@@ -70,6 +70,7 @@ def one(tmp_path_factory: pytest.TempPathFactory, cache_dir: Path) -> Path:
         return train(tiny_parts(tmp_path_factory.mktemp("one"), **EQUAL), quiet=True).run_dir
 
 
+@pytest.mark.slow
 def test_two_processes_train_what_one_does_and_send_a_trunk_more_for_each_task(
     tmp_path: Path, one: Path, cache_dir: Path
 ) -> None:

@@ -244,6 +244,7 @@ def test_the_command_ends_with_1_and_says_what_and_how_to_go_on(
 HALF = {"balance": {"method": "mean"}, "phases": [{"name": "a", "epochs": 2}, {"name": "b", "steps": 3}]}
 
 
+@pytest.mark.slow
 def test_a_step_that_overflows_in_fp16_is_left_to_the_scaler_and_counted(tmp_path: Path) -> None:
     parts = tiny_parts(tmp_path, "precision=fp16", **HALF)
     overflow_in_pass(parts, 2)
@@ -264,7 +265,7 @@ def test_a_step_that_overflows_in_fp16_is_left_to_the_scaler_and_counted(tmp_pat
     assert trainer.scaler.get_scale() == 2.0**15
 
 
-@pytest.mark.parametrize("precision", ["fp16", "bf16"])
+@pytest.mark.parametrize("precision", [pytest.param("fp16", marks=pytest.mark.slow), "bf16"])
 def test_a_run_in_half_precision_goes_on_to_the_same_bits(tmp_path: Path, precision: str) -> None:
     settings = (f"precision={precision}", "checkpoint.every_steps=1", "optim.accumulate=2")
     whole = tiny_parts(tmp_path, "name=whole", *settings, **HALF)

@@ -101,7 +101,8 @@ def test_alone_nothing_is_changed_and_classes_stay_what_patterns_select() -> Non
     assert torch.equal(model(torch.ones(1, 4, 2, 2)), model(torch.ones(1, 4, 2, 2)))
 
 
-@pytest.mark.parametrize("number", [2, pytest.param(3, marks=pytest.mark.slow)])
+@pytest.mark.slow
+@pytest.mark.parametrize("number", [2, 3])
 def test_processes_train_batchnorm_as_one_does(
     tmp_path: Path, cache_dir: Path, monkeypatch: pytest.MonkeyPatch, number: int
 ) -> None:

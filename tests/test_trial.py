@@ -65,7 +65,7 @@ def test_a_number_format_whose_loss_is_not_finite_is_not_taken(tmp_path: Path) -
     assert "()" in choice.why, "nothing is named that did not count"
 
 
-@pytest.mark.parametrize("precision", ["bf16", "fp16"])
+@pytest.mark.parametrize("precision", ["bf16", pytest.param("fp16", marks=pytest.mark.slow)])
 def test_narrow_types_train_with_weights_in_float32_and_a_clean_audit(precision: str, tmp_path: Path) -> None:
     parts = tiny_parts(tmp_path, f"precision={precision}")
     outcome = train(parts, quiet=True)
