@@ -12,7 +12,7 @@ setup_environment weights,dev \
     pytest xdist hypothesis torchmetrics skimage lightning transformers accelerate schedulefree
 
 if [ $# -eq 0 ]; then
-    set -- -n auto
+    set -- -n auto --dist worksteal
 fi
 # Processes that share the cores shall not each take all of them.
 case " $* " in

@@ -1,4 +1,4 @@
-"""Shared by all tests: no network, no wandb key, data caches of the tests' own, one thread count."""
+"""Shared by all tests: no network, no wandb unless a test asks for it, data caches of their own, one thread count."""
 
 from __future__ import annotations
 
@@ -23,7 +23,7 @@ def cache_dir(tmp_path_factory: pytest.TempPathFactory) -> Path:
 def _own_surroundings(monkeypatch: pytest.MonkeyPatch, tmp_path: Path, cache_dir: Path) -> None:
     monkeypatch.chdir(tmp_path)
     monkeypatch.setenv("MTL_CACHE_DIR", str(cache_dir))
-    monkeypatch.setenv("WANDB_MODE", "offline")
+    monkeypatch.delenv("WANDB_MODE", raising=False)
     monkeypatch.delenv("WANDB_API_KEY", raising=False)
     torch.manual_seed(0)
     # The command line takes the logger over for its process; every test has it as it was.

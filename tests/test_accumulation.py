@@ -121,7 +121,8 @@ MIXED: dict[str, Any] = {
 }
 
 
-@pytest.mark.parametrize("precision", ["bf16", pytest.param("fp16", marks=pytest.mark.slow)])
+@pytest.mark.slow
+@pytest.mark.parametrize("precision", ["bf16", "fp16"])
 def test_computing_again_or_keeping_features_changes_no_bit(tmp_path: Path, precision: str) -> None:
     ends = {}
     for name, overrides in {
@@ -136,6 +137,7 @@ def test_computing_again_or_keeping_features_changes_no_bit(tmp_path: Path, prec
     assert ends["plain"] == ends["again"] == ends["kept"]
 
 
+@pytest.mark.slow
 def test_averages_are_those_of_a_loop_by_hand_over_phases_that_freeze_and_thaw(
     tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:

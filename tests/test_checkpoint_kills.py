@@ -33,6 +33,7 @@ def outcomes(verb: str, *arguments: str) -> list[list[Any]]:
     return found
 
 
+@pytest.mark.slow
 def test_a_writer_killed_at_any_file_operation_leaves_the_last_one_that_it_saved_or_the_next(tmp_path: Path) -> None:
     *killed, last = outcomes("kill_at_every_file_operation", str(tmp_path))
     assert last == [True, 4, 4]

@@ -24,11 +24,6 @@ from runs import read_metrics, tiny_parts
 ROWS = every_pair(VALUES)
 
 
-@pytest.fixture(autouse=True)
-def _without_wandb(monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setenv("WANDB_MODE", "disabled")
-
-
 def test_every_pair_of_values_meets_and_few_runs_do() -> None:
     for one, other in combinations(VALUES, 2):
         met = {(row[one], row[other]) for row in ROWS}
@@ -36,30 +31,20 @@ def test_every_pair_of_values_meets_and_few_runs_do() -> None:
     assert len(ROWS) <= 14
 
 
-def check_a_broken_run(folder: Path, number: int) -> None:
-    """A run of a combination is clean, and ends with the same bits if it is broken off somewhere and goes on."""
+@pytest.mark.slow
+@pytest.mark.parametrize("number", range(len(ROWS)), ids=map(in_words, ROWS))
+def test_every_pair_of_settings_is_clean_and_goes_on_to_the_same_bits(tmp_path: Path, number: int) -> None:
     changes = settings(ROWS[number])
     for name in ("whole", "broken"):
-        (folder / name).mkdir()
-    whole = train(tiny_parts(folder / "whole", **changes), quiet=True).run_dir
+        (tmp_path / name).mkdir()
+    whole = train(tiny_parts(tmp_path / "whole", **changes), quiet=True).run_dir
     audit = json.loads((whole / "audit.json").read_text())
     assert audit["ok"] and [phase["completed"] for phase in audit["phases"]] == [True, True, True]
     rows = read_metrics(whole)
     steps = max(row["step"] for row in rows)
     at = random.Random(number).randint(1, steps)
-    crashed(folder / "broken", at, **changes)
-    assert_same(go_on(folder / "broken", **changes), whole)
-
-
-@pytest.mark.parametrize("number", [1], ids=[in_words(ROWS[1])])
-def test_a_combination_is_clean_and_goes_on_to_the_same_bits(tmp_path: Path, number: int) -> None:
-    check_a_broken_run(tmp_path, number)
-
-
-@pytest.mark.slow
-@pytest.mark.parametrize("number", [n for n in range(len(ROWS)) if n != 1])
-def test_every_pair_of_settings_is_clean_and_goes_on_to_the_same_bits(tmp_path: Path, number: int) -> None:
-    check_a_broken_run(tmp_path, number)
+    crashed(tmp_path / "broken", at, **changes)
+    assert_same(go_on(tmp_path / "broken", **changes), whole)
 
 
 # Half precision that overflows
@@ -105,7 +90,8 @@ class Seen:
         return [fingerprint(each) for each in tensors[0]], [fingerprint(each) for each in tensors[1]]
 
 
-@pytest.mark.parametrize("optimizer", [pytest.param("adamw", marks=pytest.mark.slow), "sgd"])
+@pytest.mark.slow
+@pytest.mark.parametrize("optimizer", ["adamw", "sgd"])
 def test_steps_that_overflow_are_counted_and_move_neither_weights_nor_averages(tmp_path: Path, optimizer: str) -> None:
     how = {"optimizer": "adamw", "lr": 1e-4}
     if optimizer == "sgd":

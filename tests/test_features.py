@@ -49,7 +49,10 @@ def assert_same_bits(one: dict[str, Tensor], other: dict[str, Tensor]) -> None:
     assert all(one[name].numpy().tobytes() == other[name].numpy().tobytes() for name in one)
 
 
-@pytest.mark.parametrize("trunk", ["test_resnet", "test_vit", "test_efficientnet"])
+@pytest.mark.parametrize(
+    "trunk",
+    ["test_resnet", *(pytest.param(each, marks=pytest.mark.slow) for each in ("test_vit", "test_efficientnet"))],
+)
 def test_a_run_that_keeps_features_ends_with_the_bits_of_one_that_computes_them(
     trunk: str, tmp_path: Path, caplog: pytest.LogCaptureFixture
 ) -> None:
@@ -229,6 +232,7 @@ def test_where_nothing_is_kept_the_reason_is_said(
     assert said == [] if words is None else len(said) == 1 and "not kept" in said[0] and words in said[0]
 
 
+@pytest.mark.slow
 def test_what_fits_in_no_memory_goes_to_disk(tmp_path: Path, caplog: pytest.LogCaptureFixture) -> None:
     caplog.set_level(logging.INFO, "mtl")
     folder = tmp_path / "features"
@@ -282,6 +286,7 @@ def test_an_epoch_that_augments_anew_keeps_nothing_and_says_so(
     assert any("cache.views would keep some views of each" in message for message in caplog.messages)
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("index", [0, 1])
 def test_kept_views_give_the_bits_of_computed_ones_and_are_each_computed_once(index: int, tmp_path: Path) -> None:
     phases = [{**PHASES[index], "epochs": 5}]
@@ -319,7 +324,7 @@ def test_the_last_batch_of_validation_is_computed_at_its_own_size(tmp_path: Path
     assert kept[0] == computed[0]
 
 
-@pytest.mark.parametrize("options", [{"drop_rate": 0.2}, {}])
+@pytest.mark.parametrize("options", [{"drop_rate": 0.2}, pytest.param({}, marks=pytest.mark.slow)])
 def test_a_phase_of_some_tasks_draws_and_counts_what_it_would_without(options: dict[str, Any], tmp_path: Path) -> None:
     trunk = {"name": "test_efficientnet", "options": options}
     phases = [{**PHASES[1], "tasks": ["depth"], "epochs": 2}, {**PHASES[1], "name": "all", "epochs": 2}]

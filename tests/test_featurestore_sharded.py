@@ -16,7 +16,8 @@ from processes import run_in_processes
 from sharded_script import FIELDS, NUM, compute
 
 
-@pytest.mark.parametrize("number", [2, pytest.param(3, marks=pytest.mark.slow)])
+@pytest.mark.slow
+@pytest.mark.parametrize("number", [2, 3])
 def test_processes_read_what_one_store_would_give(number: int, tmp_path: Path) -> None:
     run_in_processes(Path(sharded_script.__file__).read_text(), tmp_path, number)
     for rank in range(number):

@@ -24,7 +24,9 @@ PHASES: list[dict[str, Any]] = [
 ]
 
 
-@pytest.mark.parametrize("trunk", ["test_resnet", "test_vit", "test_convnext"])
+@pytest.mark.parametrize(
+    "trunk", ["test_resnet", *(pytest.param(each, marks=pytest.mark.slow) for each in ("test_vit", "test_convnext"))]
+)
 def test_the_forecast_is_what_the_run_keeps(trunk: str, tmp_path: Path, caplog: pytest.LogCaptureFixture) -> None:
     caplog.set_level(logging.INFO, "mtl")
     changes: dict[str, Any] = {"trunk": {"name": trunk}, "phases": PHASES, "cache": {"mode": "ram"}}

@@ -22,15 +22,9 @@ from mtl.fsdp import blocks, shard
 from processes import run_in_processes
 
 
-@pytest.mark.parametrize(
-    ("name", "number"),
-    [
-        ("test_resnet", 2),
-        pytest.param("test_vit", 2, marks=pytest.mark.slow),
-        pytest.param("test_resnet", 3, marks=pytest.mark.slow),
-        pytest.param("test_vit", 3, marks=pytest.mark.slow),
-    ],
-)
+@pytest.mark.slow
+@pytest.mark.parametrize("number", [2, 3])
+@pytest.mark.parametrize("name", ["test_resnet", "test_vit"])
 def test_a_spread_model_trains_as_a_plain_one_and_is_taken_up(name: str, number: int, tmp_path: Path) -> None:
     script = Path(fsdp_script.__file__).read_text().replace('("test_resnet", "test_vit")', f'("{name}",)')
     run_in_processes(script, tmp_path, number)

@@ -92,7 +92,7 @@ def test_two_processes_train_what_one_does_and_send_a_trunk_more_for_each_task(
     ]
 
 
-@pytest.mark.parametrize("number", [5, 12], ids=["gradvac", "pcd"])
+@pytest.mark.parametrize("number", [pytest.param(5, id="gradvac", marks=pytest.mark.slow), pytest.param(12, id="pcd")])
 def test_a_run_that_is_broken_off_goes_on_to_the_same_bits(
     tmp_path: Path, one: Path, number: int, monkeypatch: pytest.MonkeyPatch
 ) -> None:
@@ -150,7 +150,12 @@ def read_losses(run_dir: Path) -> list[dict[str, Any]]:
 
 
 @pytest.mark.parametrize(
-    "change", ["phases.half.cache=off", "trunk.checkpointing=true", "audit.gradients_every_steps=1"]
+    "change",
+    [
+        "phases.half.cache=off",
+        pytest.param("trunk.checkpointing=true", marks=pytest.mark.slow),
+        pytest.param("audit.gradients_every_steps=1", marks=pytest.mark.slow),
+    ],
 )
 def test_what_changes_no_bit_of_a_run_changes_none_of_one_with_balanced_gradients(tmp_path: Path, change: str) -> None:
     phases = [{"name": "half", "freeze": HALF, "epochs": 2, "cache": "ram", "balance": "imtlg"}]

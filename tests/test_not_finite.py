@@ -265,7 +265,8 @@ def test_a_step_that_overflows_in_fp16_is_left_to_the_scaler_and_counted(tmp_pat
     assert trainer.scaler.get_scale() == 2.0**15
 
 
-@pytest.mark.parametrize("precision", [pytest.param("fp16", marks=pytest.mark.slow), "bf16"])
+@pytest.mark.slow
+@pytest.mark.parametrize("precision", ["fp16", "bf16"])
 def test_a_run_in_half_precision_goes_on_to_the_same_bits(tmp_path: Path, precision: str) -> None:
     settings = (f"precision={precision}", "checkpoint.every_steps=1", "optim.accumulate=2")
     whole = tiny_parts(tmp_path, "name=whole", *settings, **HALF)

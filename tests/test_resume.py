@@ -81,7 +81,7 @@ def test_a_run_that_is_killed_at_random_moments_ends_with_the_bits_of_one_that_n
 
 
 # In the first epoch, before anything was saved and after it; behind an epoch; in the next phase; in its last step.
-@pytest.mark.parametrize("step", [1, 3, 4, 8, 11])
+@pytest.mark.parametrize("step", [3, 8, *(pytest.param(step, marks=pytest.mark.slow) for step in (1, 4, 11))])
 def test_a_run_that_ends_in_a_step_goes_on_to_the_same_bits(tmp_path: Path, whole_short: Path, step: int) -> None:
     crashed(tmp_path, step)
     assert_same(go_on(tmp_path), whole_short)
@@ -95,6 +95,7 @@ def test_a_phase_of_which_one_pass_is_left_keeps_features_as_it_did_before(tmp_p
     assert_same(go_on(tmp_path, **phases), whole)
 
 
+@pytest.mark.slow
 def test_a_phase_that_would_find_features_in_memory_decides_as_if_it_still_did(tmp_path: Path, cache_dir: Path) -> None:
     # A single pass would not pay, but for what the phase before has left.
     later = [{"name": "b", "freeze": ["trunk"], "tasks": ["depth"], "epochs": 1}, {"name": "c", "epochs": 1}]
@@ -130,7 +131,13 @@ def damage(file: Path) -> None:
     file.write_bytes(content)
 
 
-@pytest.mark.parametrize("name", ["model.safetensors", "optimizer.safetensors", "state.json"])
+@pytest.mark.parametrize(
+    "name",
+    [
+        "model.safetensors",
+        *(pytest.param(each, marks=pytest.mark.slow) for each in ("optimizer.safetensors", "state.json")),
+    ],
+)
 def test_a_damaged_checkpoint_is_said_and_an_older_one_taken(
     tmp_path: Path, whole_short: Path, caplog: pytest.LogCaptureFixture, name: str
 ) -> None:

@@ -95,6 +95,7 @@ def test_the_time_of_a_step_is_what_is_computed_and_what_is_waited_for(cases: li
     assert kept.kept == pytest.approx(brought + 0.75 * brought + 4e-6 * costs.Measured.lookup_us)
 
 
+@pytest.mark.slow
 def test_the_script_fills_a_page(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
     page = tmp_path / "page.md"
     names = ("assumptions", "memory", "time", "images", "saving", "limits")

@@ -75,8 +75,7 @@ def test_metrics_jsonl_has_one_object_a_line_and_null_for_what_is_not_a_number(t
     ]
 
 
-def test_disabled_makes_no_wandb_files(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.delenv("WANDB_MODE")
+def test_disabled_makes_no_wandb_files(tmp_path: Path) -> None:
     tracker = Tracker(TrackingConfig(mode="disabled"), tmp_path, "name", {})
     tracker.finish({}, failed=False)
     assert tracker.message == "wandb: disabled" and not (tmp_path / "wandb").exists()

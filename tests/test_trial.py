@@ -75,6 +75,7 @@ def test_narrow_types_train_with_weights_in_float32_and_a_clean_audit(precision:
     assert losses and all(map(math.isfinite, losses))
 
 
+@pytest.mark.slow
 def test_gradients_of_fp16_are_those_of_the_loss_when_audit_and_clipping_see_them(tmp_path: Path) -> None:
     parts = tiny_parts(tmp_path, "precision=fp16", "phases.warm-heads.epochs=1")
     folder = tmp_path / "run"
