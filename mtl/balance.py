@@ -7,7 +7,7 @@ finds them by name and tells them what happens in the loop.
 from __future__ import annotations
 
 import inspect
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Mapping, Sequence
 from typing import Any
 
 import torch
@@ -133,17 +133,17 @@ class Balance(nn.Module):
         total: Tensor = self.scalarizer(losses)
         return total
 
-    def after_step(self, losses_now: Callable[[], Tensor]) -> None:
-        """Tells the method that a step was made; one that learns from the change asks for the losses after it.
+    def after_step(self, losses: Tensor) -> None:
+        """Tells a method that follows steps what the losses are after one.
 
         As in FAMO's own code, those come from another forward in train mode, in which BatchNorm statistics of what
         trains move once more.
+
+        Args:
+            losses: "t", of the same batch, without a graph.
         """
-        update: Any = getattr(self.scalarizer, "update", None)
-        if update is not None:
-            with torch.no_grad():
-                losses = losses_now()
-            update(losses)
+        scalarizer: Any = self.scalarizer
+        scalarizer.update(losses)
 
     def after_epoch(self) -> None:
         """Tells the method that a pass over the data has ended (DWA compares passes)."""

@@ -71,6 +71,7 @@ class Objective:
             outputs = self._parts.model.decode(self._features(batch, tasks), batch.size, tasks)
         return [self._parts.tasks[name].loss(outputs[name], batch.labels[name]) for name in tasks]
 
+    @torch.no_grad()
     def losses(self, batch: Batch, phase: Phase, share: Tensor | None) -> Tensor:
         """The losses of the phase's tasks over all processes, "t", without a graph."""
         return self._world.mean(_shared(self.each_loss(batch, phase.tasks), share))

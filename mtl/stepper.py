@@ -119,6 +119,9 @@ class Stepper:
         self.stepping.lr_schedule.step()
         self.audit.after_step()
         self.stepping.optimizer.zero_grad(set_to_none=True)
-        if self._has_moved:
+        if self._has_moved and self.phase.balance.follows_steps:
             batch, share = self._last
-            self.phase.balance.after_step(lambda: self.objective.losses(batch, self.phase, share))
+            losses = self.objective.losses(batch, self.phase, share)
+            # A step may have led where a loss is no number; under a policy, the next one is going to be left out.
+            if self._guard is None or is_finite([losses]):
+                self.phase.balance.after_step(losses)

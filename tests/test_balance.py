@@ -31,7 +31,8 @@ def test_every_scalarizer_gives_a_loss_with_gradient(method: str) -> None:
     total = balance(losses)
     total.backward()
     assert total.ndim == 0 and losses.grad is not None and losses.grad.abs().sum() > 0
-    balance.after_step(lambda: 0.9 * LOSSES)
+    if balance.follows_steps:
+        balance.after_step(0.9 * LOSSES)
     balance.after_epoch()
 
 
@@ -58,7 +59,7 @@ def test_famo_steps_its_own_weights_towards_the_loss_that_fell_least() -> None:
     assert [id(p) for group in balance.param_groups for p in group["params"]] == [id(weights)]
     for _ in range(5):
         balance(LOSSES)
-        balance.after_step(lambda: LOSSES * torch.tensor([1.0, 0.5, 0.9]))
+        balance.after_step(LOSSES * torch.tensor([1.0, 0.5, 0.9]))
     assert weights.argmax() == 0 and weights.argmin() == 1
 
 

@@ -24,6 +24,7 @@ from mtl.data import training_batches
 from mtl.interrupt import Stopped
 from mtl.keeper import Stepping
 from mtl.notfinite import NotFiniteError
+from mtl.objective import Objective
 from mtl.run import train
 from mtl.tracking import Tracker
 from mtl.trainer import Trainer
@@ -263,6 +264,24 @@ def test_a_step_that_overflows_in_fp16_is_left_to_the_scaler_and_counted(tmp_pat
     rows = [row for row in read_metrics(tmp_path) if "val/score" in row]
     assert [row["train/skipped_steps"] for row in rows] == [1, 1, 1]
     assert trainer.scaler.get_scale() == 2.0**15
+
+
+def test_a_loss_that_is_no_number_behind_a_step_spoils_no_balancing(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    real, number = Objective.losses, iter(range(100))
+
+    def infinite_once(objective: Objective, *arguments: Any) -> Any:
+        losses = real(objective, *arguments)
+        return losses * torch.inf if next(number) == 1 else losses
+
+    monkeypatch.setattr(Objective, "losses", infinite_once)
+    phases = [{"name": "a", "freeze": ["trunk"], "steps": 4}]
+    parts = tiny_parts(tmp_path, "balance=famo", "not_finite=skip", phases=phases)
+    outcome = train(parts, quiet=True)
+    assert next(number) == 4
+    assert read_metrics(outcome.run_dir)[-1]["train/skipped_steps"] == 0
+    assert all(bool(p.isfinite().all()) for p in parts.root.get_submodule("balance").parameters())
 
 
 @pytest.mark.slow
