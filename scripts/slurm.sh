@@ -40,8 +40,8 @@ machines="$(scontrol show hostnames "$SLURM_JOB_NODELIST")"
 first="${machines%%$'\n'*}"
 port=$((20000 + SLURM_JOB_ID % 20000))
 
-# One torchrun on each machine. MAX_RESTARTS=3 has it start its processes again if one of them fails, whatever the
-# reason: also a violation of the freeze, from the checkpoint before it. If a machine fails, Slurm queues the job again.
+# One torchrun on each machine. MAX_RESTARTS=3 has it start its processes again if one of them fails; a run that its audit
+# ended does not go on. If a machine fails, Slurm queues the job again.
 srun --kill-on-bad-exit=1 "$PYTHON" -m torch.distributed.run \
     --nnodes="$SLURM_NNODES" --nproc-per-node="$processes" --max-restarts="${MAX_RESTARTS:-0}" \
     --rdzv-id="$SLURM_JOB_ID" --rdzv-backend=c10d --rdzv-endpoint="$first:$port" \

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import socket
 from pathlib import Path
 from typing import Any
 
@@ -130,6 +131,23 @@ def test_three_processes_train_what_one_does(tmp_path: Path, one: Path, cache_di
     assert_is_one_run(tmp_path / "runs/tiny")
     weights = [read_model(folder / "checkpoints/last") for folder in (tmp_path / "runs/tiny", one)]
     assert largest_difference(*weights) < WEIGHT
+
+
+@pytest.mark.slow
+def test_two_machines_with_a_torchrun_each_train_what_one_process_does(
+    tmp_path: Path, one: Path, cache_dir: Path
+) -> None:
+    with socket.socket() as free:
+        free.bind(("127.0.0.1", 0))
+        port = free.getsockname()[1]
+    options = ("--nnodes=2", "--rdzv-id=mtl", f"--rdzv-endpoint=127.0.0.1:{port}")
+    whole, environment = command(1, tmp_path, options=options), surroundings(cache_dir)
+    with started(whole, **environment) as first, started(whole, **environment) as second:
+        said = [machine.communicate(timeout=120)[1] for machine in (first, second)]
+        assert [first.returncode, second.returncode] == [0, 0], said
+    assert_close(tmp_path / "runs/tiny", one)
+    assert_is_one_run(tmp_path / "runs/tiny")
+    assert json.loads((tmp_path / "runs/tiny/checkpoints/last/state.json").read_text())["world_size"] == 2
 
 
 @pytest.mark.slow
