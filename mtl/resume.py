@@ -146,12 +146,13 @@ def what_is_overridden(config: RunConfig, origin: Origin | None) -> list[str]:
 
 
 def _what_ended_it(config: RunConfig) -> str | None:
-    """The violation with which the audit ended the run, and the file that says so; under another policy it does not."""
-    for file in sorted(config.run_dir.glob("audit*.json")) if config.audit.policy == "raise" else ():
+    """The violation with which the audit ended the run, and the file that says so."""
+    for file in sorted(config.run_dir.glob("audit*.json")):
         try:
-            phases = json.loads(file.read_text(encoding="utf-8"))["phases"]
-            found = [each for phase in phases for each in phase["violations"]]
-        except (OSError, ValueError, KeyError, TypeError):
+            report = json.loads(file.read_text(encoding="utf-8"))
+            is_end = report.get("ended_the_run", False)
+            found = [each for phase in report["phases"] for each in phase["violations"]] if is_end else []
+        except (OSError, ValueError, KeyError, TypeError, AttributeError):
             # It says nothing; checkpoints have the audit's state of their own.
             continue
         if found:

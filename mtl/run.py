@@ -5,9 +5,11 @@ from __future__ import annotations
 from collections.abc import Iterator
 from contextlib import contextmanager, nullcontext
 from pathlib import Path
+from typing import Any
 
 from mtl.announce import announce_classic
 from mtl.assembly import Parts
+from mtl.audit import AuditError
 from mtl.config.source import dump_yaml
 from mtl.console import logger
 from mtl.disk import write_json, write_text
@@ -55,10 +57,14 @@ def train(parts: Parts, quiet: bool = False, world: World = ALONE) -> Outcome:
     with _directory(parts, in_place, world) as run_dir, Interrupt(not world.is_alone) as asked:
         tracker = _start_files(parts, run_dir, resumption if in_place else None, world)
         trainer = Trainer(parts, run_dir, tracker, quiet, asked, world)
+        ended: dict[str, Any] = {}
         try:
             if resumption is not None:
                 trainer.take_up(resumption)
             return trainer.run()
+        except AuditError:
+            ended = {"ended_the_run": True}
+            raise
         except NotFiniteError as error:
             # The weights of that moment are of no use; the images may be.
             with _even_if_full():
@@ -68,10 +74,10 @@ def train(parts: Parts, quiet: bool = False, world: World = ALONE) -> Outcome:
             report = trainer.audit.report
             # What ended the run is what is to be said, not that there is no room to write it down.
             with nullcontext() if trainer.finished else _even_if_full():
-                trainer.write_json("audit.json", report.to_json())
+                trainer.write_json("audit.json", report.to_json() | ended)
                 if not world.leads and not report.ok:
                     # What one process alone has found is in no other one's report.
-                    write_json(audit_file(run_dir, world), report.to_json())
+                    write_json(audit_file(run_dir, world), report.to_json() | ended)
             tracker.finish(
                 {"audit/ok": report.ok, "val/best_score": trainer.outcome.best_score}, failed=not trainer.finished
             )

@@ -12,8 +12,10 @@ from pathlib import Path
 from typing import Any
 
 import pytest
+import torch
 
 from crashes import SHORT, assert_same, crashed, go_on, results, run_whole
+from mtl.audit import AuditError, GradientAudit
 from mtl.cli import main
 from mtl.config import ConfigError, load_config
 from mtl.run import train
@@ -178,6 +180,29 @@ def test_with_an_override_it_goes_on_with_what_can_be_honoured(
     run_dir = go_on(tmp_path, "phases.b.steps=7", "optim.weight_decay=0.1", "resume_override=true")
     assert [row["step"] for row in read_metrics(run_dir) if "val/score" in row][-1] == 13
     assert any("goes on with another optim.weight_decay: 0.05 -> 0.1" in record.message for record in caplog.records)
+
+
+def test_a_run_that_the_audit_ended_is_not_taken_up_unless_it_is_asked_for(
+    tmp_path: Path, whole_short: Path, caplog: pytest.LogCaptureFixture
+) -> None:
+    parts = tiny_parts(tmp_path, **SHORT)
+    real, number = GradientAudit.after_step, iter(range(100))
+
+    def after_step(audit: Any) -> None:
+        if next(number) == 4:
+            with torch.no_grad():
+                next(parts.model.trunk.parameters()).view(-1)[0] += 1
+        real(audit)
+
+    with pytest.MonkeyPatch.context() as patch, pytest.raises(AuditError):
+        patch.setattr(GradientAudit, "after_step", after_step)
+        train(parts, quiet=True)
+    said = r"resume: the audit ended this run: .*: param_changed, step \d of phase 'a', see .*audit\.json; mend"
+    for override in ("seed=0", "audit.policy=collect"):
+        with pytest.raises(ConfigError, match=said):
+            go_on(tmp_path, override)
+    assert_same(go_on(tmp_path, "resume_override=true"), whole_short)
+    assert any("what was saved before that is taken up" in record.message for record in caplog.records)
 
 
 def test_two_processes_do_not_train_in_one_directory(tmp_path: Path) -> None:

@@ -102,15 +102,15 @@ def test_alone_nothing_is_changed_and_classes_stay_what_patterns_select() -> Non
 
 
 @pytest.mark.slow
-@pytest.mark.parametrize("number", [2, 3])
+@pytest.mark.parametrize(("number", "strategy", "method"), [(2, "ddp", "mgda"), (3, "ddp", "uw"), (2, "fsdp2", "uw")])
 def test_processes_train_batchnorm_as_one_does(
-    tmp_path: Path, cache_dir: Path, monkeypatch: pytest.MonkeyPatch, number: int
+    tmp_path: Path, cache_dir: Path, monkeypatch: pytest.MonkeyPatch, number: int, strategy: str, method: str
 ) -> None:
     # Under Adam, the first step is as long for a gradient that is nothing but rounding.
     sgd = {"optimizer": {"name": "sgd", "options": {"momentum": 0.9}}, "lr": 1e-2}
     phases = [
         {"name": "half", "freeze": ["trunk@first:50%"], "epochs": 1, **sgd},
-        {"name": "all", "steps": 4, "balance": "mgda", **sgd},
+        {"name": "all", "steps": 4, "balance": method, **sgd},
     ]
     changes: dict[str, Any] = {
         "trunk": {"name": "test_resnet", "checkpointing": True},
@@ -125,7 +125,7 @@ def test_processes_train_batchnorm_as_one_does(
     several.mkdir()
     alone.mkdir()
     one = train(tiny_parts(alone, **{**EQUAL, **changes}), quiet=True).run_dir
-    whole = command(number, several, "distributed.sync_batchnorm=true", **changes)
+    whole = command(number, several, "distributed.sync_batchnorm=true", f"distributed.strategy={strategy}", **changes)
     code, said = finish(whole, surroundings(cache_dir) | {"WANDB_MODE": "disabled"})
     assert code == 0, said[-4000:]
     # Normalising what is nearly constant makes rounding larger. Without the key, the first loss differs by 1.4e-3.
