@@ -11,7 +11,7 @@ import pytest
 from torch import Tensor
 
 from crashes import assert_same, results
-from distributed_runs import EQUAL, command, finish, surroundings
+from distributed_runs import EQUAL, ask_to_end, command, finish, surroundings
 from mtl.run import train
 from processes import kill_all, started, wait_until
 from runs import TINY, read_metrics, read_model, tiny_parts
@@ -131,6 +131,21 @@ def test_three_processes_train_what_one_does(tmp_path: Path, one: Path, cache_di
     assert_is_one_run(tmp_path / "runs/tiny")
     weights = [read_model(folder / "checkpoints/last") for folder in (tmp_path / "runs/tiny", one)]
     assert largest_difference(*weights) < WEIGHT
+
+
+@pytest.mark.slow
+def test_a_torchrun_that_is_sent_sigterm_saves_and_goes_on_to_the_same_bits(
+    tmp_path: Path, two: Path, cache_dir: Path
+) -> None:
+    metrics, environment = tmp_path / "runs/tiny/metrics.jsonl", surroundings(cache_dir)
+    with started(command(2, tmp_path, "resume=auto"), **environment) as process:
+        wait_until(lambda: metrics.exists() and metrics.read_text().count("\n") > 4)
+        said = ask_to_end(process)
+    assert process.returncode != 0 and "stopped by SIGTERM after step" in said, said[-4000:]
+    assert json.loads((metrics.parent / "checkpoints/last/state.json").read_text())["step"] < 18
+    code, said = finish(command(2, tmp_path, "resume=auto"), environment)
+    assert code == 0, said[-4000:]
+    assert_same(tmp_path / "runs/tiny", two / "runs/tiny")
 
 
 @pytest.mark.slow
