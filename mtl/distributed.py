@@ -170,10 +170,6 @@ class World:
             )
         return list(indices.tensor_split(self.size))
 
-    def slice(self, indices: Tensor) -> Tensor:
-        """This process's share of a global batch; see `shares`."""
-        return self.shares(indices)[self.rank]
-
     # What they tell each other
 
     def agree(

@@ -37,7 +37,7 @@ def messages() -> dict[str, Any]:
         "losses": [together.tolist(), losses.grad.tolist() if losses.grad is not None else None],
         "buffers": [norm.running_mean.tolist(), int(norm.num_batches_tracked), norm.running_var.tolist()],
         "object": WORLD.same_from_rank_0({"é": [1, None]} if rank == 0 else None),
-        "slice": WORLD.slice(torch.arange(7)).tolist(),
+        "slice": WORLD.shares(torch.arange(7))[WORLD.rank].tolist(),
     }
 
 
@@ -47,7 +47,7 @@ def phases() -> dict[str, Any]:
     model = nn.ModuleDict({"trunk": nn.Linear(3, 4), "norm": nn.BatchNorm1d(4), "head": nn.Linear(4, 2)})
     found: dict[str, Any] = {}
     x = torch.randn(12, 3, generator=torch.Generator().manual_seed(1))
-    mine = x[WORLD.slice(torch.arange(len(x)))]
+    mine = x[WORLD.shares(torch.arange(len(x)))[WORLD.rank]]
     model.norm.eval()
 
     def loss(x: Tensor) -> Tensor:

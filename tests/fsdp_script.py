@@ -88,7 +88,7 @@ def check(name: str, first: str, folder: Path) -> dict[str, Any]:
     plain, spread = build(name), build(name)
     shard(spread, WORLD)
     everything = torch.arange(len(IMAGES))
-    mine = WORLD.slice(everything)
+    mine = WORLD.shares(everything)[WORLD.rank]
     found: dict[str, Any] = {
         "local": sum(p.to_local().numel() for p in spread.parameters() if isinstance(p, DTensor)),
         "all": sum(p.numel() for p in plain.parameters()),

@@ -25,7 +25,7 @@ def test_alone_everything_is_given_back_as_it_was() -> None:
     losses = torch.ones(2, requires_grad=True)
     assert world == World.alone() and world.is_alone and world.leads
     assert world.start(torch.device("cpu")) == torch.device("cpu")
-    assert world.slice(indices := torch.arange(3)).equal(indices)
+    assert world.shares(indices := torch.arange(3))[0].equal(indices)
     assert world.agree(True, False, 2.5, [1]).weights == (1.0,)
     assert world.agree(True, False, 2.5).seconds == 2.5
     assert world.global_losses(losses) is losses
@@ -60,10 +60,10 @@ def test_a_rank_outside_the_world_is_refused() -> None:
 def test_shares_of_a_batch_are_the_batch_and_none_is_empty() -> None:
     batch = torch.randperm(11)
     worlds = [World(rank, 4, 0) for rank in range(4)]
-    parts = [world.slice(batch) for world in worlds]
+    parts = [world.shares(batch)[world.rank] for world in worlds]
     assert torch.cat(parts).equal(batch) and [len(part) for part in parts] == [3, 3, 3, 2]
     with pytest.raises(WorldError, match=r"at least 4 images.*got 3; raise data.batch_size"):
-        worlds[0].slice(batch[:3])
+        worlds[0].shares(batch[:3])
 
 
 def test_only_what_requires_a_gradient_can_be_wrapped() -> None:
