@@ -335,7 +335,7 @@ NASTY: dict[str, tuple[list[str], str]] = {
     "here": (["resume=.", "name=again"], r"command line: resume: \. is no checkpoint: it has no model\.safetensors"),
     "nowhere": (
         ["resume=/nonexistent", "name=again"],
-        r"command line: resume: /nonexistent is no checkpoint: it has no model\.safetensors",
+        r"command line: resume: there is no /nonexistent",
     ),
     "a file": (["resume=tiny.yaml", "name=again"], r"command line: resume: tiny\.yaml is no checkpoint"),
     "other data": (

@@ -172,6 +172,9 @@ def read_state(folder: Path) -> dict[str, Any]:
         CheckpointError: It is of another version.
     """
     try:
+        if not folder.exists():
+            there = sorted(each.name for each in folder.parent.glob("step-*"))
+            raise DamagedCheckpoint(f"there is no {folder}" + (f"; there are {', '.join(there)}" if there else ""))
         # A folder of shards in the place of a file: processes have written their own parts.
         is_plain = not (folder / shards.MODEL).is_dir()
         needed = (MODEL, OPTIMIZER, STATE) if is_plain else (STATE,)
