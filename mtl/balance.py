@@ -19,10 +19,15 @@ from torchjd.scalarization import DWA, IMTLL, UW, Constant, Mean, Random, Scalar
 from mtl.config import SettingError
 from mtl.config.optim import BalanceConfig
 from mtl.nearest import hint
-from mtl.weighting import GradientWeighting, build_weighting, gradient_methods, other_aggregators
+from mtl.weighting import (
+    GradientWeighting,
+    build_weighting,
+    check_same_kept,
+    gradient_methods,
+    kept_outside,
+    other_aggregators,
+)
 
-# What a module of torch keeps of itself.
-_OF_EVERY_MODULE = frozenset(vars(nn.Module()))
 # Those of which the sum over micro-batches is what they make of the losses' sums.
 _LINEAR = (Constant, DWA, IMTLL, Mean, Random, Sum, UW)
 
@@ -156,8 +161,7 @@ class Balance(nn.Module):
         optimizer of its own (FAMO); TorchJD's `state_dict` has none of it.
         """
         # A freeze puts a method of its own in the place of `train`.
-        own = [name for name in vars(self.scalarizer) if name not in _OF_EVERY_MODULE and name != "train"]
-        kept = {name: getattr(self.scalarizer, name) for name in own}
+        kept = {name: value for name, value in kept_outside(self.scalarizer).items() if name != "train"}
         weighting = {} if self.weighting is None else {"weighting": self.weighting.memory()}
         return weighting | {
             name: {"optimizer": type(value).__name__, "state": value.state_dict()}
@@ -176,9 +180,7 @@ class Balance(nn.Module):
         Raises:
             ValueError: Another method kept it.
         """
-        own = self.memory()
-        if own.keys() != memory.keys():
-            raise ValueError(f"a balancing method that keeps {sorted(own)} cannot go on with {sorted(memory)}")
+        check_same_kept(self.memory(), memory)
         for name, value in memory.items():
             if name == "weighting" and self.weighting is not None:
                 self.weighting.load_memory(value)

@@ -13,7 +13,10 @@ from typing import TYPE_CHECKING
 from mtl import __version__
 
 if TYPE_CHECKING:
+    from mtl.assembly import Parts
     from mtl.config import RunConfig
+    from mtl.distributed import World
+    from mtl.outcome import Outcome
 
 DONE, FAILED, WRONG_INPUT, VIOLATION = 0, 1, 2, 3
 
@@ -106,10 +109,8 @@ def _train(file: Path, overrides: Sequence[str], quiet: bool) -> int:
     from mtl.interrupt import Stopped
     from mtl.outofmemory import in_words, is_out_of_memory
     from mtl.plan.text import short_plan
-    from mtl.report import write_report
     from mtl.resume import find_origin, settled
     from mtl.run import audit_file, train
-    from mtl.summary import closing_line, results_table, verdict
 
     parts = None
     try:
@@ -137,6 +138,15 @@ def _train(file: Path, overrides: Sequence[str], quiet: bool) -> int:
         if not is_out_of_memory(error):
             raise
         return _fail(config, f"error: {in_words(error, None if parts is None else parts.plan)}")
+    return _close(config, parts, outcome, world)
+
+
+def _close(config: RunConfig, parts: Parts, outcome: Outcome, world: World) -> int:
+    """Says what a run came to, and parts from the other processes."""
+    from mtl.console import logger
+    from mtl.report import write_report
+    from mtl.summary import closing_line, results_table, verdict
+
     is_clean = not world.agree(broken=not outcome.report.ok).broken
     if world.leads:
         logger.info("\n".join([results_table(outcome), verdict(outcome), closing_line(outcome)]))

@@ -72,12 +72,13 @@ def train(parts: Parts, quiet: bool = False, world: World = ALONE) -> Outcome:
             raise
         finally:
             report = trainer.audit.report
+            content = report.to_json() | ended
             # What ended the run is what is to be said, not that there is no room to write it down.
             with nullcontext() if trainer.finished else _even_if_full():
-                trainer.write_json("audit.json", report.to_json() | ended)
+                trainer.write_json("audit.json", content)
                 if not world.leads and not report.ok:
                     # What one process alone has found is in no other one's report.
-                    write_json(audit_file(run_dir, world), report.to_json() | ended)
+                    write_json(audit_file(run_dir, world), content)
             tracker.finish(
                 {"audit/ok": report.ok, "val/best_score": trainer.outcome.best_score}, failed=not trainer.finished
             )

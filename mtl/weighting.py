@@ -19,6 +19,7 @@ from torchjd.linalg import QuadprogProjector
 
 from mtl.config import SettingError
 
+# What a module of torch keeps of itself.
 _OF_EVERY_MODULE = frozenset(vars(nn.Module()))
 # What TorchJD raises for options that do not fit each other or the number of tasks.
 _MISFITS = (TypeError, ValueError, RuntimeError, IndexError)
@@ -116,8 +117,7 @@ class GradientWeighting:
         if not isinstance(self._weighting, Stateful):
             return {}
         options = _parameters(type(self._weighting))
-        kept = {name: value for name, value in vars(self._weighting).items() if name not in _OF_EVERY_MODULE}
-        kept = {name: value for name, value in kept.items() if name.lstrip("_") not in options}
+        kept = {name: value for name, value in kept_outside(self._weighting).items() if name.lstrip("_") not in options}
         return {name: _plain(value) for name, value in {**kept, **self._weighting._buffers}.items()}
 
     def load_memory(self, memory: Mapping[str, Any]) -> None:
@@ -126,11 +126,20 @@ class GradientWeighting:
         Raises:
             ValueError: Another method gathered it.
         """
-        own = self.memory()
-        if own.keys() != memory.keys():
-            raise ValueError(f"a balancing method that keeps {sorted(own)} cannot go on with {sorted(memory)}")
+        check_same_kept(self.memory(), memory)
         for name, value in memory.items():
             setattr(self._weighting, name, _as_kept(value))
+
+
+def kept_outside(module: nn.Module) -> dict[str, Any]:
+    """What a method keeps outside its parameters and buffers."""
+    return {name: value for name, value in vars(module).items() if name not in _OF_EVERY_MODULE}
+
+
+def check_same_kept(own: Mapping[str, Any], memory: Mapping[str, Any]) -> None:
+    """Raises `ValueError` if a memory is that of another method."""
+    if own.keys() != memory.keys():
+        raise ValueError(f"a balancing method that keeps {sorted(own)} cannot go on with {sorted(memory)}")
 
 
 def _plain(value: Any) -> Any:

@@ -15,7 +15,7 @@ from mtl.data import Batch
 from mtl.run import train
 from mtl.tracking import Tracker
 from mtl.trainer import Trainer, windows
-from runs import TINY, read_metrics, read_model, tiny_parts
+from runs import TINY, hide_labels, read_metrics, read_model, tiny_parts
 
 # No layer looks at more than one image: BatchNorm of the heads is frozen, so that it is in eval mode.
 APART = "type:BatchNorm2d"
@@ -36,16 +36,6 @@ SETTINGS: dict[str, Any] = {
 @pytest.fixture(autouse=True)
 def _without_wandb(monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setenv("WANDB_MODE", "disabled")
-
-
-def hide_labels(parts: Parts) -> None:
-    """Takes labels away, from some images all and from some none."""
-    labels = parts.train.labels
-    for place in range(len(parts.train)):
-        labels["depth"][place, :, : place % 32] = 0
-        labels["segmentation"][place, : 5 * (place % 7)] = 255
-        labels["normals"][place, :, :, : 8 * (place % 5)] = 0
-        labels["object"][place] = -1 if place % 3 else labels["object"][place]
 
 
 def in_float64(parts: Parts, patch: pytest.MonkeyPatch) -> None:

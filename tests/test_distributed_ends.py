@@ -13,7 +13,7 @@ import pytest
 
 from distributed_runs import command, surroundings
 from distributed_runs import finish as ended
-from processes import torchrun, workers
+from processes import torchrun, wait_until, workers
 from runs import tiny_config
 
 
@@ -35,18 +35,18 @@ def finish(process: subprocess.Popen[str], expected: int = 0) -> str:
     return said
 
 
-def wait_for(file: Path, lines: int) -> None:
-    deadline = time.monotonic() + 120
-    while time.monotonic() < deadline and not (file.exists() and file.read_text().count("\n") >= lines):
-        time.sleep(0.02)
+def started_and_signalled(folder: Path, sent: signal.Signals) -> subprocess.Popen[str]:
+    """A long run of two processes, the second of which was sent a signal in the middle."""
+    file, metrics = tiny_config(folder, phases=[{"name": "all", "epochs": 500}]), folder / "runs/tiny/metrics.jsonl"
+    process = start(2, file)
+    wait_until(lambda: metrics.exists() and metrics.read_text().count("\n") >= 4, 120)
+    os.kill(workers(process)[1], sent)
+    return process
 
 
 @pytest.mark.slow
 def test_a_process_that_is_killed_ends_all_with_a_clear_error(tmp_path: Path) -> None:
-    file = tiny_config(tmp_path, phases=[{"name": "all", "epochs": 500}])
-    process = start(2, file)
-    wait_for(tmp_path / "runs/tiny/metrics.jsonl", 4)
-    os.kill(workers(process)[1], signal.SIGKILL)
+    process = started_and_signalled(tmp_path, signal.SIGKILL)
     started = time.monotonic()
     said = finish(process, 1)
     assert time.monotonic() - started < 60
@@ -55,10 +55,7 @@ def test_a_process_that_is_killed_ends_all_with_a_clear_error(tmp_path: Path) ->
 
 @pytest.mark.slow
 def test_processes_stop_together_when_one_is_asked_to(tmp_path: Path) -> None:
-    file = tiny_config(tmp_path, phases=[{"name": "all", "epochs": 500}])
-    process = start(2, file)
-    wait_for(tmp_path / "runs/tiny/metrics.jsonl", 4)
-    os.kill(workers(process)[1], signal.SIGTERM)
+    process = started_and_signalled(tmp_path, signal.SIGTERM)
     said = finish(process, 1)
     assert "stopped by SIGTERM after step" in said or "stopped by another process after step" in said
     assert (tmp_path / "runs/tiny/checkpoints/last/state.json").is_file()

@@ -25,7 +25,7 @@ from mtl.run import train
 from mtl.steplog import StepLog
 from mtl.tracking import Tracker
 from mtl.trainer import Trainer, windows
-from runs import read_metrics, read_model, tiny_config, tiny_parts
+from runs import hide_labels, read_metrics, read_model, tiny_config, tiny_parts
 
 
 @pytest.fixture(scope="module")
@@ -189,16 +189,6 @@ def test_accumulation_makes_one_step_of_several_batches(tmp_path: Path) -> None:
     rows = [row for row in read_metrics(tmp_path / "runs/tiny") if "train/loss" in row]
     # Five batches an epoch make windows of 2, 2 and 1.
     assert [row["step"] for row in rows if row["phase"] == "warm-heads"] == [1, 2, 3]
-
-
-def hide_labels(parts: Parts) -> None:
-    """Takes labels away, from some images all and from some none."""
-    labels = parts.train.labels
-    for place in range(len(parts.train)):
-        labels["depth"][place, :, : place % 32] = 0
-        labels["segmentation"][place, : 5 * (place % 7)] = 255
-        labels["normals"][place, :, :, : 8 * (place % 5)] = 0
-        labels["object"][place] = -1 if place % 3 else labels["object"][place]
 
 
 def test_an_accumulated_step_has_the_gradient_of_one_batch_of_all_its_images(tmp_path: Path) -> None:

@@ -9,7 +9,7 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from mtl.storage import whole
+from mtl.storage import bytes_of, whole
 
 # What every version of safetensors knows; tensors of other types are kept as bytes.
 NATIVE = frozenset(
@@ -110,8 +110,7 @@ def _put(tensor: Tensor, place: str, tensors: dict[str, Tensor]) -> dict[str, An
     if tensor.dtype in NATIVE:
         tensors[name] = tensor
         return {"tensor": name}
-    # A lone element of a column counts as contiguous, whatever its stride.
-    tensors[name] = dense(whole(tensor)).as_strided((tensor.numel(),), (1,)).view(torch.uint8)
+    tensors[name] = bytes_of(dense(whole(tensor)))
     return {"tensor": name, "type": str(tensor.dtype).removeprefix("torch."), "shape": list(tensor.shape)}
 
 
