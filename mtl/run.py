@@ -76,7 +76,7 @@ def train(parts: Parts, quiet: bool = False, world: World = ALONE) -> Outcome:
             # What ended the run is what is to be said, not that there is no room to write it down.
             with nullcontext() if trainer.finished else _even_if_full():
                 trainer.write_json("audit.json", content)
-                if not world.leads and not report.ok:
+                if not world.leads and report.violations:
                     # What one process alone has found is in no other one's report.
                     write_json(audit_file(run_dir, world), content)
             tracker.finish(

@@ -62,7 +62,7 @@ class Trainer:
         self.quiet = quiet or not world.leads
         self.world = world
         self.scheduler = TaskScheduler([phase.length for phase in parts.phases])
-        self.audit = GradientAudit(parts.root, policy=parts.config.audit.policy, whole=True)
+        self.audit = GradientAudit(parts.root, policy=parts.config.audit.policy, whole=True, strict=True)
         self.gradients = GradientLog(tracker, parts.model.trunk, parts.config.audit.gradients_every_steps)
         are_statistics_shared = parts.config.distributed.sync_batchnorm
         self.consensus = Consensus(world, self.audit, asked or Interrupt(), are_statistics_shared)
@@ -136,7 +136,8 @@ class Trainer:
         patterns = [text_of(pattern) for pattern in phase.freeze.patterns]
         # What no active task reaches is frozen, unless the user lets it be: then it is not asked to train.
         idle = () if self.config.unreached == "freeze" else phase.freeze.unreached
-        with self.audit.phase(phase.name, freeze=patterns, optimizers=optimizers, idle=idle) as record:
+        written_at = phase.freeze.written_at
+        with self.audit.phase(phase.name, patterns, optimizers, idle, written_at) as record:
             # From here on the file says that this phase began, and that nothing is proven of it yet.
             self.write_json("audit.json", self.audit.report.to_json())
             # What is frozen whole need not be recorded for a backward that never comes.

@@ -79,6 +79,10 @@ def found(report: Report) -> list[tuple[str, str, str, int]]:
     return [(v.kind, v.name, v.phase, v.step) for v in report.violations]
 
 
+def hazards(report: Report) -> list[tuple[str, str, str, int]]:
+    return [(each.kind, each.name, each.phase, each.step) for each in report.hazards]
+
+
 def only(report: Report) -> Violation:
     assert len(report.violations) == 1, report.violations
     assert not report.ok

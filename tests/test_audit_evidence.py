@@ -274,14 +274,15 @@ def causes_of(model: nn.Module, optimizers: list[SGD], freeze: tuple[str, ...] =
     audit = GradientAudit(model, freeze, optimizers, policy="collect")
     with audit.phase("frozen"):
         train(audit, model, optimizers, num_steps=4, **faults)  # type: ignore[arg-type]
-    return " | ".join(f"{violation.kind}: {violation.cause}" for violation in audit.report.violations)
+    hazards = [f"hazard {hazard.kind}: {hazard.cause}" for hazard in audit.report.hazards]
+    return " | ".join([*hazards, *(f"{each.kind}: {each.cause}" for each in audit.report.violations)])
 
 
 def test_a_write_to_a_parameter_that_the_optimizer_skips_is_not_blamed_on_it() -> None:
     model = Tiny()
     optimizer = SGD(model.parameters(), lr=0.1, weight_decay=0.1, momentum=0.9)
     told = causes_of(model, [optimizer], after_step={2: lambda: model.trunk.weight.data.fill_(3)})
-    assert "in_optimizer: the optimizer was built before the freeze" in told
+    assert "hazard in_optimizer: the optimizer was built before the freeze" in told
     assert "param_changed: written past torch's count" in told
     assert "decay" not in told
 
@@ -292,7 +293,7 @@ def test_a_parameter_that_enters_an_optimizer_in_mid_phase_is_told_from_one_that
     told = causes_of(
         model, [optimizer], after_step={2: lambda: optimizer.add_param_group({"params": [model.trunk.weight]})}
     )
-    assert told.startswith("in_optimizer: an optimizer was given it after the phase began")
+    assert told.startswith("hazard in_optimizer: an optimizer was given it after the phase began")
 
 
 def test_a_head_that_was_put_there_later_is_named_at_once_and_as_such() -> None:

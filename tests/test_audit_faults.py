@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import pytest
 
-from audit_faults import CORRECT, FAULTS, Entry, audited
+from audit_suite import CORRECT, FAULTS, HAZARDS, Entry, audited
 
 
 def parameters(entries: list[Entry]) -> list[object]:
@@ -32,14 +32,36 @@ def test_a_correct_loop_is_silent(entry: Entry) -> None:
         pytest.importorskip(entry.needs)
     report = audited(entry)
     assert report.violations == []
+    assert report.hazards == []
     assert report.ok
     assert all(phase.completed and phase.num_steps and phase.num_trained for phase in report.phases)
+
+
+@pytest.mark.parametrize("entry", parameters(HAZARDS))
+def test_a_hazard_is_listed_and_is_no_violation(entry: Entry) -> None:
+    if entry.needs:
+        pytest.importorskip(entry.needs)
+    report = audited(entry)
+    assert report.violations == []
+    assert {(hazard.kind, hazard.name) for hazard in report.hazards} == entry.hazards
+    assert report.ok
+
+
+@pytest.mark.parametrize("entry", parameters(HAZARDS))
+def test_under_strict_a_hazard_is_a_violation(entry: Entry) -> None:
+    if entry.needs:
+        pytest.importorskip(entry.needs)
+    report = audited(entry, strict=True)
+    assert {(violation.kind, violation.name) for violation in report.violations} >= entry.hazards
+    assert report.hazards == []
+    assert not report.ok
 
 
 def test_the_tables_are_large_and_their_names_unique() -> None:
     assert len(FAULTS) >= 40
     assert len(CORRECT) >= 20
-    for entries in (FAULTS, CORRECT):
+    for entries in (FAULTS, CORRECT, HAZARDS):
         assert len({(entry.family, entry.name) for entry in entries}) == len(entries)
         assert len({entry.name for entry in entries}) == len(entries)
     assert all(entry.expected for entry in FAULTS)
+    assert all(entry.hazards for entry in HAZARDS)

@@ -14,7 +14,7 @@ from torch.optim import SGD, AdamW, Optimizer
 
 from audit_loops import Tiny, freeze_by_hand, trainable, write_in_place, write_smallest_bit
 from mtl.audit import AuditError, GradientAudit
-from mtl.audit.liveness import MANY
+from mtl.audit.judgement import MANY
 
 State = dict[str, Any]
 

@@ -15,7 +15,7 @@ from torch.optim import SGD, Optimizer
 
 from audit_loops import X, freeze_by_hand
 from mtl.audit import GradientAudit
-from mtl.audit.liveness import FEW
+from mtl.audit.judgement import FEW
 
 
 class Net(nn.Module):

@@ -14,7 +14,6 @@ from audit_loops import (
     Normed,
     Tiny,
     X,
-    found,
     freeze_by_hand,
     run,
     silent,
@@ -215,7 +214,9 @@ def test_an_optimizer_added_by_watch_is_silent_if_right_and_named_if_wrong() -> 
     with audit.phase("wrong"):
         audit.watch(SGD([model.trunk.weight], lr=0.1))
         train(audit, model, [optimizer])
-    assert found(audit.report) == [("in_optimizer", "trunk.weight", "wrong", 1)]
+    assert [(each.kind, each.name, each.phase, each.step) for each in audit.report.hazards] == [
+        ("in_optimizer", "trunk.weight", "wrong", 1)
+    ]
 
 
 def test_optimizers_given_to_a_phase_stay_for_the_next() -> None:
@@ -225,7 +226,7 @@ def test_optimizers_given_to_a_phase_stay_for_the_next() -> None:
         pass
     with audit.phase("second"):
         pass
-    assert found(audit.report) == [
+    assert [(each.kind, each.name, each.phase, each.step) for each in audit.report.hazards] == [
         ("in_optimizer", "trunk.weight", "first", 0),
         ("in_optimizer", "trunk.weight", "second", 0),
     ]

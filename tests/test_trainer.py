@@ -335,7 +335,7 @@ def test_a_broken_freeze_stops_the_run_and_is_recorded(tmp_path: Path, monkeypat
         return real(trunk, *arguments, **options)
 
     monkeypatch.setattr(network, "read_features", sabotage)
-    with pytest.raises(AuditError, match=r"'warm-heads', steps 2 to 5, trunk\.layer2\.0\.bn1\.weight: param_changed"):
+    with pytest.raises(AuditError, match=r"'warm-heads', steps 1 to 5, trunk\.layer2\.0\.bn1\.weight: param_changed"):
         train(parts, quiet=True)
     report = json.loads((tmp_path / "runs/tiny/audit.json").read_text())
     assert report["ok"] is False

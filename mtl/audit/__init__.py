@@ -18,11 +18,13 @@ from mtl.audit.attach import attach
 from mtl.audit.audit import GradientAudit
 from mtl.audit.fingerprint import fingerprint
 from mtl.audit.membership import HoldsParameters
-from mtl.audit.report import AuditError, PhaseRecord, Report, Violation
+from mtl.audit.report import AuditError, Finding, Hazard, PhaseRecord, Report, Violation
 
 __all__ = [
     "AuditError",
+    "Finding",
     "GradientAudit",
+    "Hazard",
     "HoldsParameters",
     "PhaseRecord",
     "Report",

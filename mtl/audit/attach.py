@@ -17,15 +17,17 @@ def attach(
     freeze: PatternLike | Sequence[PatternLike],
     policy: Policy = "raise",
     phase: str = "training",
+    idle: PatternLike | Sequence[PatternLike] = (),
+    strict: bool = False,
 ) -> GradientAudit:
     """Audits a loop without an edit of it: looks at every step of these optimizers from now on.
 
     Returns:
         The audit, with an open phase: its `end()` compares every byte, and asks whether all that was to train did.
 
-    Raises: as for `GradientAudit` and `begin`.
+    Raises: as for `GradientAudit`, its `attach`, and `begin`.
     """
-    audit = GradientAudit(model, freeze, policy=policy)
+    audit = GradientAudit(model, freeze, policy=policy, strict=strict)
     audit.attach(*optimizers)
-    audit.begin(phase)
+    audit.begin(phase, idle=idle)
     return audit

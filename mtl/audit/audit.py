@@ -6,18 +6,16 @@ import warnings
 from collections.abc import Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from copy import deepcopy
-from functools import partial
 from typing import TYPE_CHECKING, Any, Literal, get_args
 
-from torch import nn
-from torch.autograd.graph import register_multi_grad_hook
+from torch import Tensor, nn
 from torch.optim import Optimizer
-from torch.utils.hooks import RemovableHandle
 
 from mtl.audit.contract import Subject
-from mtl.audit.membership import HoldsParameters, checked, tells_of_steps
+from mtl.audit.hooks import Hooks
+from mtl.audit.membership import HoldsParameters, checked, optimizers_inside
 from mtl.audit.phasewatch import PhaseWatch
-from mtl.audit.report import AuditError, PhaseRecord, Report, Violation
+from mtl.audit.report import AuditError, Finding, Hazard, PhaseRecord, Report, Violation, grouped
 from mtl.audit.stack import depth_outside
 from mtl.patterns import PatternLike, as_list
 
@@ -46,6 +44,7 @@ class GradientAudit:
         also: Mapping[str, nn.Module] | None = None,
         ema: nn.Module | None = None,
         whole: bool = False,
+        strict: bool = False,
     ) -> None:
         """Args:
             model: The module whose tensors are watched; of a wrapper (DDP, torch.compile), the module inside it.
@@ -59,6 +58,8 @@ class GradientAudit:
             ema: An averaged copy of the model: what is frozen in the model must keep its bits there as well (`ema.*`).
             whole: Of tensors that are spread over processes (FSDP), whether the report has the fingerprints that one
                 process alone would take; every process then has to begin every phase. Compared are each one's parts.
+            strict: Whether a hazard, which could break the freeze or makes what is frozen vary, is a violation. If not,
+                it is listed in the report and warned of once (under `collect`, only listed).
 
         Raises:
             ValueError: The policy is none of these.
@@ -72,26 +73,58 @@ class GradientAudit:
         self._optimizers = checked(optimizers)
         self._policy = policy
         self._whole = whole
+        self._strict = strict
         self._open: PhaseWatch | None = None
         self._stopped: dict[str, Any] | None = None
-        self._seen: set[tuple[str, str]] = set()
-        self._handles: list[RemovableHandle] = []
+        self._seen: set[tuple[str, str, str]] = set()
+        self._warned: set[tuple[str, str]] = set()
+        self._hooks: Hooks | None = None
         self._attached: list[Optimizer] = []
+        # By identity; held, so that no other tensor takes the place of one in memory.
+        self._were_frozen: dict[int, Tensor] = {}
 
     def watch(self, optimizer: HoldsParameters) -> None:
-        """Adds an optimizer that was built after the audit."""
-        self._optimizers += checked([optimizer])
+        """Adds an optimizer that was built after the audit.
+
+        In mid-phase, it may take the place of another one that holds the same parameters: as long as only one of the
+        two steps from then on, no parameter is said to be in both. `unwatch` that one if it is gone.
+        """
+        new = checked([optimizer])
         if self._open is not None:
-            self._listen(optimizer)
+            self._open.note_watched(optimizer)
+        self._optimizers += new
+        if self._hooks is not None:
+            self._hooks.listen(optimizer)
+
+    def unwatch(self, optimizer: HoldsParameters) -> None:
+        """Leaves an optimizer out from now on, as one that was rebuilt.
+
+        Raises:
+            ValueError: It was not watched.
+        """
+        inner = optimizers_inside(optimizer) if optimizer not in self._optimizers else [optimizer]
+        gone = {id(each) for each in inner}
+        if not any(id(each) in gone for each in self._optimizers):
+            raise ValueError("expected an optimizer that is watched, got another one")
+        # In place: an open phase looks at this very list.
+        self._optimizers[:] = [each for each in self._optimizers if id(each) not in gone]
+        self._attached = [each for each in self._attached if id(each) not in gone]
+        if self._hooks is not None:
+            self._hooks.drop(gone)
 
     def attach(self, *optimizers: Optimizer) -> None:
         """Looks at every step of these optimizers by itself: a loop then needs nothing of the audit but `phase`.
 
         Optimizers that step in turn share the count: its steps are those of the one that has stepped most often. While
-        no phase is open nothing is looked at, and no hook is left on the optimizers.
+        no phase is open nothing is looked at, and no hook is left on the optimizers. Of a wrapper that only passes
+        steps on, the optimizers inside it are listened to.
+
+        Raises:
+            TypeError: The steps of one of them cannot be seen.
         """
-        self._attached += optimizers
-        for optimizer in optimizers:
+        inner = [each for optimizer in checked(optimizers) for each in optimizers_inside(optimizer)]
+        self._attached += inner
+        for optimizer in inner:
             self.watch(optimizer)
 
     @contextmanager
@@ -101,12 +134,13 @@ class GradientAudit:
         freeze: PatternLike | Sequence[PatternLike] | None = None,
         optimizers: Sequence[HoldsParameters] | None = None,
         idle: PatternLike | Sequence[PatternLike] = (),
+        written_at: Sequence[str] = (),
     ) -> Iterator[PhaseRecord]:
         """A phase as a `with` block; an exception inside it leaves it unproven.
 
         Args, Raises: as for `begin` and `end`.
         """
-        record = self.begin(name, freeze, optimizers, idle)
+        record = self.begin(name, freeze, optimizers, idle, written_at)
         watch = self._open
         try:
             yield record
@@ -122,6 +156,7 @@ class GradientAudit:
         freeze: PatternLike | Sequence[PatternLike] | None = None,
         optimizers: Sequence[HoldsParameters] | None = None,
         idle: PatternLike | Sequence[PatternLike] = (),
+        written_at: Sequence[str] = (),
     ) -> PhaseRecord:
         """Opens a phase: draws its contract and takes the fingerprints; or goes on with one that was stopped.
 
@@ -130,6 +165,7 @@ class GradientAudit:
             freeze: Patterns of this phase, if they are others than the audit's.
             optimizers: Optimizers of this phase, if they are others than before; they stay for later phases.
             idle: Patterns of what is not frozen, and may stay as it is all the same.
+            written_at: Where each pattern was written, such as `configs/scenes.yaml:34`, for messages.
 
         Raises:
             PatternError: A pattern cannot be read or selects nothing.
@@ -143,11 +179,16 @@ class GradientAudit:
         if optimizers is not None:
             self._optimizers = checked(optimizers)
         patterns = self._freeze if freeze is None else as_list(freeze)
-        watch = PhaseWatch(name, self._subject, patterns, as_list(idle), self._optimizers, self._whole)
+        watch = PhaseWatch(
+            *(name, self._subject, patterns, as_list(idle), self._optimizers, self._whole, written_at),
+            were_frozen=self._were_frozen.keys(),
+        )
         found = watch.go_on(self._stopped) if self._stopped is not None else []
         self._open, self._stopped = watch, None
         # What was recorded before the run was stopped is not recorded again.
-        self._seen = {(violation.kind, violation.name) for violation in watch.record.violations}
+        self._seen = {
+            (type(each).__name__, each.kind, each.name) for each in (*watch.record.violations, *watch.record.hazards)
+        }
         self.report.phases.append(watch.record)
         try:
             self._hang_hooks(watch)
@@ -167,14 +208,15 @@ class GradientAudit:
         try:
             self._settle(watch.at_end())
             watch.record.completed = True
+            self._were_frozen |= {id(tensor): tensor for tensor in watch.frozen_tensors()}
         finally:
             self.abandon()
 
     def abandon(self) -> None:
         """Closes the phase, if one is open, with nothing proven: its record is not completed."""
-        for handle in self._handles:
-            handle.remove()
-        self._handles, self._open = [], None
+        if self._hooks is not None:
+            self._hooks.remove()
+        self._hooks = self._open = None
 
     def after_backward(self) -> None:
         """Call between `backward()` and `step()`: no frozen tensor may have a gradient.
@@ -191,6 +233,8 @@ class GradientAudit:
             AuditError: Under the policy `raise`, the contract is broken.
         """
         self._settle(self._watch().after_step())
+        if self._hooks is not None:
+            self._hooks.note_step()
 
     def look_every(self, steps: int) -> None:
         """From now on in this phase, looks between steps at every so many only, if the frozen part is not run at all.
@@ -202,7 +246,7 @@ class GradientAudit:
     @property
     def holds(self) -> bool:
         """Whether a phase is open, and nothing was found in it so far."""
-        return self._open is not None and self._open.record.ok
+        return self._open is not None and not self._open.record.violations
 
     def verify(self, bytes_only: bool = False, counted: bool = True) -> None:
         """Compares every frozen byte with the first ones, whatever the signs say; call it before a checkpoint, too.
@@ -263,22 +307,13 @@ class GradientAudit:
         self._stopped = deepcopy(state["open"])
 
     def _hang_hooks(self, watch: PhaseWatch) -> None:
+        self._hooks = Hooks(watch, self._attached, self.after_backward, self._note_step)
         for optimizer in self._optimizers:
-            self._listen(optimizer)
-        # A loop that never steps is seen by its backwards alone.
-        if self._attached and (trained := watch.trained()):
-            self._handles.append(register_multi_grad_hook(trained, lambda _: watch.note_backward(), mode="any"))
+            self._hooks.listen(optimizer)
+        if self._optimizers:
+            self._hooks.listen_to_backwards()
 
-    def _listen(self, optimizer: HoldsParameters) -> None:
-        """Has an optimizer tell of its steps, while the phase is open."""
-        if not tells_of_steps(optimizer):
-            return
-        is_attached = any(each is optimizer for each in self._attached)
-        if is_attached:
-            self._handles.append(optimizer.register_step_pre_hook(lambda *_: self.after_backward()))
-        self._handles.append(optimizer.register_step_post_hook(partial(self._note_step, is_attached)))
-
-    def _note_step(self, is_attached: bool, optimizer: Optimizer, *_: Any) -> None:
+    def _note_step(self, is_attached: bool, optimizer: Optimizer) -> None:
         is_new = self._watch().note_step(optimizer)
         if is_attached:
             self._settle(self._watch().after_step(is_new))
@@ -288,17 +323,30 @@ class GradientAudit:
             raise RuntimeError("no phase is open: the audit works inside `with audit.phase(name):`")
         return self._open
 
-    def _settle(self, found: list[Violation]) -> None:
+    def _settle(self, found: Sequence[Finding]) -> None:
         """Records what has not been recorded in this phase, and does what the policy says."""
         watch = self._watch()
-        if found and self._policy == "restore":
+        if self._strict:
+            found = [Violation(**vars(each)) if isinstance(each, Hazard) else each for each in found]
+        if self._policy == "restore" and any(isinstance(each, Violation) for each in found):
             watch.put_back()
-        if not (new := [each for each in found if (each.kind, each.name) not in self._seen]):
-            return
-        self._seen |= {(violation.kind, violation.name) for violation in new}
-        watch.record.violations.extend(new)
-        if self._policy == "raise":
-            raise AuditError(new)
+        new = [each for each in found if (type(each).__name__, each.kind, each.name) not in self._seen]
+        self._seen |= {(type(each).__name__, each.kind, each.name) for each in new}
+        hazards = [each for each in new if isinstance(each, Hazard)]
+        violations = [each for each in new if isinstance(each, Violation)]
+        watch.record.hazards.extend(hazards)
+        watch.record.violations.extend(violations)
+        self._warn_of(hazards)
+        if violations and self._policy == "raise":
+            raise AuditError(violations)
         if self._policy == "warn":
-            for violation in new:
+            for violation in violations:
                 warnings.warn(str(violation), stacklevel=depth_outside(__name__))
+
+    def _warn_of(self, hazards: Sequence[Hazard]) -> None:
+        """Says each hazard once, whatever the number of phases that have it."""
+        new = [each for each in hazards if (each.kind, each.name) not in self._warned]
+        self._warned |= {(each.kind, each.name) for each in new}
+        if self._policy != "collect":
+            for line in grouped(new):
+                warnings.warn(f"hazard: {line}", stacklevel=depth_outside(__name__))

@@ -9,11 +9,12 @@ from torch import Tensor
 
 from mtl.audit import causes
 from mtl.audit.difference import size_of_change
+from mtl.audit.findings import Findings
 from mtl.audit.fingerprint import fingerprint
 from mtl.audit.membership import HoldsParameters, param_groups
 from mtl.audit.places import is_sparse
 from mtl.audit.readings import Rotation
-from mtl.audit.report import PhaseRecord, Violation
+from mtl.audit.report import Finding, PhaseRecord
 from mtl.audit.watched import Watched
 
 _DETAIL = "its bytes differ from the first ones"
@@ -22,40 +23,63 @@ _DETAIL = "its bytes differ from the first ones"
 class ByteWatch:
     """Compares the bytes of frozen tensors with those of the phase's begin, and counts that in the phase's record."""
 
-    def __init__(self, watched: Sequence[Watched], record: PhaseRecord, optimizers: Sequence[HoldsParameters]) -> None:
+    def __init__(
+        self,
+        watched: Sequence[Watched],
+        record: PhaseRecord,
+        optimizers: Sequence[HoldsParameters],
+        findings: Findings,
+    ) -> None:
         """Args:
         watched: The frozen tensors.
         record: The phase's record.
         optimizers: The optimizers, for the cause of a change; the list may grow.
+        findings: Makes findings.
         """
+        self._findings = findings
         self._watched = watched
         self._record = record
         self._optimizers = optimizers
         self._rotation = Rotation(watched)
         self._verified_at: int | None = None
 
-    def look(self, suspects: set[int]) -> list[Violation]:
+    def look(self, tripped: Sequence[Watched]) -> list[Finding]:
         """After a step: asks for what has its turn, and for what is suspected; compares what has come.
 
         Args:
-            suspects: The identities of the modules whose tensors showed a sign of a write.
+            tripped: Tensors that may show a sign of a write.
         """
-        moved = False
-        for watched in self._watched if suspects else ():
-            if id(watched.place.owner) in suspects:
-                moved |= watched.was_moved()
-                self._rotation.ask(watched, self._record.num_steps)
         self._rotation.turn(self._record.num_steps)
+        return self.look_at(tripped)
+
+    def look_at(self, tripped: Sequence[Watched]) -> list[Finding]:
+        """Reads the bytes of tensors that show a sign of a write, and of all in the same modules."""
+        moved = self.ask(tripped)
         found = self._changes(wait=False)
         if moved:
             self.restart()
         return found
 
-    def settle(self) -> list[Violation]:
+    def ask(self, tripped: Sequence[Watched]) -> bool:
+        """Asks for the bytes of tensors that show a sign of a write, and for those of all in the same modules.
+
+        Returns:
+            Whether one of them lies elsewhere in memory.
+        """
+        # BatchNorm's statistics move without a sign, its counter does not: the whole module is suspected.
+        suspects = {id(watched.place.owner) for watched in tripped if watched.shows_a_sign()}
+        moved = False
+        for watched in self._watched if suspects else ():
+            if id(watched.place.owner) in suspects:
+                moved |= watched.was_moved()
+                self._rotation.ask(watched, self._record.num_steps)
+        return moved
+
+    def settle(self) -> list[Finding]:
         """Waits for what was asked for, and compares it."""
         return self._changes(wait=True)
 
-    def verify(self, counted: bool) -> list[Violation]:
+    def verify(self, counted: bool) -> list[Finding]:
         """Every byte, whatever the signs say; one that is not `counted` leaves no trace where nothing is wrong."""
         self._verified_at = self._record.num_steps
         if counted:
@@ -83,9 +107,9 @@ class ByteWatch:
             "verified_at": self._verified_at,
         }
 
-    def go_on(self, state: Mapping[str, Any]) -> list[Violation]:
+    def go_on(self, state: Mapping[str, Any]) -> list[Finding]:
         """Goes on in another process, with the bytes that are there now; the record has been taken over already."""
-        found = []
+        found: list[Finding] = []
         # What the turns have read may have been written to behind the step.
         was_verified = state["verified_at"] == self._record.num_steps
         cause = causes.WHILE_STOPPED if was_verified else causes.WHILE_STOPPED_OR_BEFORE
@@ -94,16 +118,15 @@ class ByteWatch:
             is_first = watched.whole_digest == first
             watched.take_over(state["watched"][name], watched.digest if is_first else first)
             if not is_first:
-                found.append(
-                    self._record.breach(f"{watched.place.kind}_changed", name, cause, _DETAIL, since=watched.known_at)
-                )
+                kind = f"{watched.place.kind}_changed"
+                found.append(self._findings.violation(kind, watched.place, cause, _DETAIL, since=watched.known_at))
         self._rotation.take_over(state["rotation"])
         self._verified_at = self._record.num_steps
         return found
 
-    def _changes(self, wait: bool) -> list[Violation]:
+    def _changes(self, wait: bool) -> list[Finding]:
         """Compares the bytes that have come with the first ones."""
-        found = []
+        found: list[Finding] = []
         for watched, content, step in self._rotation.arrived(wait):
             self._record.num_fingerprint_checks += 1
             if watched.is_original(content, step):
@@ -114,7 +137,7 @@ class ByteWatch:
                 watched.note_signs()
         return found
 
-    def _changed(self, watched: Watched, content: Tensor) -> Violation:
+    def _changed(self, watched: Watched, content: Tensor) -> Finding:
         if watched.place.is_copy:
             cause = causes.of_copy(self._has_changed(watched.place.name.removeprefix("ema.")))
         else:
@@ -122,16 +145,10 @@ class ByteWatch:
         size = None
         is_alike = content.shape == watched.original.shape and not is_sparse(watched.tensor)
         if is_alike and content.dtype == watched.original.dtype:
-            size = size_of_change(watched.original, content)
-        return self._record.breach(
-            f"{watched.place.kind}_changed",
-            watched.place.name,
-            cause,
-            _DETAIL,
-            since=watched.proven_at,
-            max_abs=None if size is None else size.max_abs,
-            share=None if size is None else size.share,
-        )
+            change = size_of_change(watched.original, content)
+            size = change.max_abs, change.share
+        kind = f"{watched.place.kind}_changed"
+        return self._findings.violation(kind, watched.place, cause, _DETAIL, since=watched.proven_at, size=size)
 
     def _has_changed(self, name: str) -> bool:
         """Whether a frozen tensor of this name has other bytes than at first."""

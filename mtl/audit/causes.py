@@ -23,12 +23,26 @@ LATE_FREEZE = "it required a gradient when the loss was computed; enforce the fr
 STILL_REQUIRED = "requires_grad was not switched off, or was switched on again after the freeze"
 REPLACED = "the module or tensor was replaced after the freeze; replace before, and build the optimizer anew"
 TRAIN_MODE = "a .train() after the freeze; keep the frozen module in eval mode"
+BATCH_STATISTICS = (
+    "track_running_stats=False has it normalise by each batch, in eval mode too, so that its output is not constant;"
+    " keep its running statistics, in eval mode"
+)
+DROPOUT = "the frozen module is in train mode, so that its output is not constant; keep it in eval mode"
 EARLY_OPTIMIZER = "the optimizer was built before the freeze; build it from what trains only"
 ADDED_LATER = (
     "an optimizer was given it after the phase began (add_param_group, or one built from all parameters);"
     " build it from what trains only"
 )
 LATE_THAW = "thawed after the optimizer was built; rebuild the optimizer when a phase begins"
+LEFT_OUT = "the optimizer was built without it; build it from all that is to train, or name it in freeze"
+ANOTHER_MODEL = (
+    "the optimizer holds other tensors of its shape: those of a copy (deepcopy), or from before .to() or a swap; build"
+    " it from this model's parameters, last"
+)
+ADDED = (
+    "it was put there after the phase began (an adapter, a new layer); add it before, and take it back with !pattern if"
+    " it is to train"
+)
 TRAINED_REPLACED = (
     "it was put there after the optimizer was built (a swapped module, a new nn.Parameter, assign=True); build the"
     " optimizer anew"
@@ -55,14 +69,35 @@ HIDDEN = (
 )
 PLAIN_TENSOR = "a plain tensor is no parameter, so that parameters() left it out; wrap it in nn.Parameter"
 NOT_THAWED = "requires_grad was left off; switch it on when the phase begins, or name it in freeze"
+FIXED = "fixed when the model was built, such as a table of positions; name it in freeze to have its bits proven"
 ZERO_GRADIENT = (
     "its path to the loss is multiplied by zero (a dead layer, a mask, a loss weight of 0); or name it in freeze"
 )
 NO_GRADIENT = "no loss depends on it (not called, detached, under no_grad, a task left out); or name it in freeze"
-NEVER_STEPPED = (
-    "step() of its optimizer was not called while the gradient was there (forgotten, skipped by a grad scaler, or after"
-    " zero_grad()); call backward, step, zero_grad in this order"
+UNDERFLOW = (
+    "in {kind} a gradient below {tiny:.0e} is zero; scale the loss (GradScaler), or use bfloat16 or float32; if it is"
+    " no underflow, its path to the loss is multiplied by zero"
 )
+NEVER_STEPPED = (
+    "step() of its optimizer was never called (forgotten, or skipped every time by a grad scaler); call backward, step,"
+    " zero_grad in this order"
+)
+ZEROED_TOO_EARLY = (
+    "step() found no gradient, since zero_grad() came between backward() and step(); call backward, step, zero_grad in"
+    " this order"
+)
+NO_LONGER_STEPPED = (
+    "its optimizer has taken no step since (no longer called, or a grad scaler skips every one, as with gradients that"
+    " are NaN or infinite)"
+)
+RATE_FELL = "the learning rate of its param group has been 0 since; see the schedule and its milestones"
+NOT_FINITE = (
+    "NaN or infinite gradients were stepped (a loss of log 0, x / 0, a rate too high, fp16 without a scaler); clip, and"
+    " leave out steps whose loss is not finite"
+)
+REBOUND = "code of {owner} puts another tensor there; take it out of the freeze if it is meant to change"
+PASSING = "a buffer that no checkpoint holds was made again, as caches are; register it as persistent if it is state"
+NO_STEP_SEEN = "{number} backwards were seen, but no step"
 SWITCHED_OFF = "requires_grad was switched off in mid-phase; end the phase there, and name it in the next one's freeze"
 CUT_OFF = (
     "no loss depends on it any more (detached, under no_grad, a task left out); end the phase there, and name it in the"
@@ -95,6 +130,30 @@ def of_flag(tensor: Tensor, modules: Iterable[nn.Module]) -> str | None:
             if key != _FLAG and SequenceMatcher(None, key, _FLAG).ratio() > 0.85:
                 return f"`{key} = ...` was set, which torch does not know; the name is {_FLAG}"
     return None
+
+
+def of_zero_gradient(dtype: torch.dtype) -> str:
+    """Why a gradient of this type may be zero."""
+    if dtype != torch.float16:
+        return ZERO_GRADIENT
+    kind = str(dtype).removeprefix("torch.")
+    return UNDERFLOW.format(kind=kind, tiny=torch.finfo(dtype).smallest_normal * torch.finfo(dtype).eps)
+
+
+def of_absence(tensor: Tensor, groups: Sequence[dict[str, Any]], model: Iterable[Tensor], was_frozen: bool) -> str:
+    """Why no optimizer holds a parameter that is to train.
+
+    Args:
+        tensor: The parameter.
+        groups: The param groups of all optimizers.
+        model: All tensors that hang in the model.
+        was_frozen: Whether it required no gradient earlier.
+    """
+    mine = {id(each) for each in model}
+    strangers = [p for group in groups for p in group["params"] if id(p) not in mine]
+    if any(each.shape == tensor.shape for each in strangers):
+        return ANOTHER_MODEL
+    return LATE_THAW if was_frozen else LEFT_OUT
 
 
 def of_replacement(place: Place) -> str:
@@ -133,13 +192,18 @@ def of_change(watched: Watched, content: Tensor, groups: Sequence[dict[str, Any]
         return f"code of {owner} writes to this attribute; take it out of the freeze if it is meant to change"
     if place.kind == "buffer" and isinstance(place.owner, _NormBase) and not place.owner.training:
         return (
-            f"{owner} is in eval mode now: it was in train mode for a while, or code writes to its statistics"
-            " (load_state_dict, DDP); keep the frozen module in eval mode throughout"
+            f"{owner} is in eval mode now: it was in train mode for a while (keep it in eval mode throughout), or code"
+            " writes to its statistics (load_state_dict, DDP)"
         )
     if place.kind == "buffer" and isinstance(place.owner, _NormBase):
-        return f"{owner} was run in train mode, which updates its statistics; keep the frozen module in eval mode"
-    if place.kind == "buffer":
+        return f"{owner} was run in train mode, which updates its statistics; keep it in eval mode"
+    if place.kind == "buffer" and place.owner.training:
         return f"the forward of {owner} or other code writes to this buffer; keep the frozen module in eval mode"
+    if place.kind == "buffer":
+        return (
+            f"code writes to this buffer though {owner} is in eval mode (its forward, load_state_dict, DDP's"
+            " broadcast_buffers); stop that, or take it back with !pattern"
+        )
     group = next((group for group in groups if any(p is tensor for p in group["params"])), None)
     # An optimizer leaves alone what has no gradient.
     if group is None or (place.rows is None and not watched.had_gradient):

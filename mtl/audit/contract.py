@@ -7,7 +7,7 @@ from dataclasses import dataclass, replace
 
 from torch import nn
 
-from mtl.audit.places import Module, Place, every_module, is_readable, is_sparse, places_in
+from mtl.audit.places import Inventory, Place, is_readable, is_sparse, take_inventory
 from mtl.audit.rows import num_rows, rows_in_words, split_rows
 from mtl.moduletree import describe_modules
 from mtl.names import parents
@@ -29,20 +29,23 @@ class Subject:
     also: Mapping[str, nn.Module]
     ema: nn.Module | None
 
-    def modules(self) -> list[Module]:
-        """Every module of the model and those beside it, by every path.
+    def inventory(self) -> Inventory:
+        """All that hangs in the model and the modules beside it, by every path.
 
         Raises:
             ValueError: A module beside the model is to be called as something inside it is.
         """
-        found = every_module(self.model)
+        found = take_inventory(self.model)
+        modules, places = list(found.modules), list(found.places)
         for name, module in self.also.items():
-            if any(path.split(".")[0] == name for path, _, _ in found) or hasattr(self.model, name):
+            if any(path.split(".")[0] == name for path, _, _ in modules) or hasattr(self.model, name):
                 raise ValueError(f"also: the model has something called {name!r} already; choose another name")
             # A loss that holds the model itself adds nothing to it.
-            known = {each for _, each, _ in found}
-            found += [entry for entry in every_module(module, name) if entry[1] not in known]
-        return found
+            known = {id(each) for _, each, _ in modules}
+            beside = take_inventory(module, name)
+            modules += [entry for entry in beside.modules if id(entry[1]) not in known]
+            places += [place for place in beside.places if id(place.owner) not in known]
+        return Inventory(modules, places)
 
 
 @dataclass(frozen=True)
@@ -55,6 +58,7 @@ class Contract:
         free: Every name of every other tensor; one of which only rows are frozen is free as well.
         modules: Modules by path.
         links: The ways to all tensors that torch knows: (module, name of its child, the child).
+        pattern_of: For each name of something frozen, the place in `patterns` of the one that froze it.
     """
 
     patterns: tuple[PatternLike, ...]
@@ -62,10 +66,11 @@ class Contract:
     free: list[Place]
     modules: dict[str, nn.Module]
     links: list[tuple[nn.Module, str, nn.Module]]
+    pattern_of: dict[str, int]
 
     def is_unlinked(self) -> bool:
         """Whether a module on the way to a tensor is no longer the one it was."""
-        return any(module._modules.get(key) is not child for module, key, child in self.links)
+        return any(_child(module, key) is not child for module, key, child in self.links)
 
     def around(self, place: Place) -> list[nn.Module]:
         """The modules that a tensor hangs in, the innermost first."""
@@ -81,9 +86,9 @@ def draw_contract(subject: Subject, patterns: Sequence[PatternLike]) -> Contract
         PatternError: A pattern cannot be read or selects nothing.
         ValueError: A frozen tensor cannot be read, or the average has none of what is frozen.
     """
-    modules = subject.modules()
-    by_path = {path: module for path, module, _ in modules}
-    places = list(places_in(modules))
+    inventory = subject.inventory()
+    by_path = {path: module for path, module, _ in inventory.modules}
+    places = inventory.places
     lengths = {place.name: num_rows(place.look()) for place in places}
     whole, rows = split_rows(patterns, lengths)
     split = partition(
@@ -109,7 +114,29 @@ def draw_contract(subject: Subject, patterns: Sequence[PatternLike]) -> Contract
             )
     copied = list(_copies(subject.ema, names)) if subject.ema is not None else []
     links = list(_links(by_path, [place for place in places if not place.hidden]))
-    return Contract(tuple(patterns), [*frozen, *sliced, *copied], free, by_path, links)
+    decided_by = _in_order(split.decided_by, whole, patterns)
+    return Contract(
+        tuple(patterns), [*frozen, *sliced, *copied], free, by_path, links, _who_froze(frozen, decided_by, places)
+    )
+
+
+def _in_order(
+    decided_by: Mapping[str, int], some: Sequence[PatternLike], every: Sequence[PatternLike]
+) -> dict[str, int]:
+    """The deciding patterns by their places among all, of which rows were taken out."""
+    places = [place for place, pattern in enumerate(every) if any(pattern is each for each in some)]
+    return {name: places[index] for name, index in decided_by.items()}
+
+
+def _who_froze(frozen: Sequence[Place], decided_by: Mapping[str, int], places: Sequence[Place]) -> dict[str, int]:
+    """Which pattern froze each name; a buffer of which none says anything follows the parameters beside it."""
+    beside = {place.module_name: place.name for place in places if place.kind == "param" and place.name in decided_by}
+    found = {}
+    for place in frozen:
+        name = place.name if place.name in decided_by else beside.get(place.module_name)
+        if name is not None:
+            found[place.name] = decided_by[name]
+    return found
 
 
 def _copies(ema: nn.Module, frozen: set[str]) -> Iterator[Place]:
@@ -121,10 +148,16 @@ def _copies(ema: nn.Module, frozen: set[str]) -> Iterator[Place]:
     children = list(ema.named_children())
     # Classes of many libraries keep the averaged model as their only child.
     inner = children[0][1] if len(children) == 1 and children[0][0] == "module" else ema
-    copies = [place for place in places_in(every_module(inner)) if place.name in frozen]
+    copies = [place for place in take_inventory(inner).places if place.name in frozen]
     if frozen and not copies:
         raise ValueError("the average given as ema has no tensor under the name of any frozen one")
     yield from (replace(place, name=f"ema.{place.name}", is_copy=True) for place in copies)
+
+
+def _child(module: nn.Module, key: str) -> nn.Module | None:
+    """A module's child; no `get`, which the dictionaries of a TorchScript module do not have."""
+    children: Mapping[str, nn.Module | None] = module._modules
+    return children[key] if key in children else None  # noqa: SIM401
 
 
 def _links(modules: dict[str, nn.Module], places: list[Place]) -> Iterator[tuple[nn.Module, str, nn.Module]]:
@@ -132,7 +165,7 @@ def _links(modules: dict[str, nn.Module], places: list[Place]) -> Iterator[tuple
     for path in on_the_way - {""}:
         parent, _, key = path.rpartition(".")
         # Inside a wrapper, the child is not there under its own name.
-        if parent in modules and path in modules and modules[parent]._modules.get(key) is modules[path]:
+        if parent in modules and path in modules and _child(modules[parent], key) is modules[path]:
             yield modules[parent], key, modules[path]
 
 

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from collections import Counter
-from collections.abc import Iterator, Sequence
+from collections.abc import Collection, Iterator, Sequence
 from typing import Any, Protocol, TypeGuard
 
 from torch import Tensor
@@ -19,9 +19,44 @@ class HoldsParameters(Protocol):
     param_groups: list[dict[str, Any]]
 
 
-def tells_of_steps(optimizer: HoldsParameters) -> TypeGuard[Optimizer]:
-    """Whether hooks can be hung on its steps; a wrapper that only looks like an optimizer may have none."""
-    return isinstance(optimizer, Optimizer) and hasattr(optimizer, "_optimizer_step_post_hooks")
+def fires_hooks(optimizer: HoldsParameters) -> TypeGuard[Optimizer]:
+    """Whether the hooks that are registered on an optimizer's steps are called.
+
+    torch sees to it in the constructor of the base class; a subclass that does not call it, or a wrapper, has none.
+    """
+    hooks = getattr(optimizer, "_optimizer_step_post_hooks", None)
+    return isinstance(optimizer, Optimizer) and hooks is not None and getattr(type(optimizer).step, "hooked", False)
+
+
+def optimizers_inside(optimizer: HoldsParameters) -> list[Optimizer]:
+    """The optimizers that do the steps of one that is to be listened to: itself, or those that it wraps.
+
+    Raises:
+        TypeError: Nothing in it tells of its steps.
+    """
+    if fires_hooks(optimizer):
+        return [optimizer]
+    found: dict[int, Optimizer] = {}
+    waiting: list[object] = list(getattr(optimizer, "__dict__", {}).values())
+    for value in waiting:
+        if isinstance(value, list | tuple):
+            waiting += value
+        elif isinstance(value, dict):
+            waiting += value.values()
+        elif hasattr(value, "param_groups") and value is not optimizer and id(value) not in found:
+            found |= {id(each): each for each in optimizers_inside(value)}
+    mine, theirs = _held([optimizer]), _held([*found.values()])
+    if not found or not mine <= theirs:
+        raise TypeError(
+            f"the steps of a {type(optimizer).__name__} cannot be seen: it is no torch.optim.Optimizer whose"
+            " constructor was called, and wraps none that holds its parameters; call after_backward() and after_step()"
+            " in the loop"
+        )
+    return list(found.values())
+
+
+def _held(optimizers: Sequence[HoldsParameters]) -> set[int]:
+    return {id(parameter) for group in param_groups(optimizers) for parameter in group["params"]}
 
 
 def checked(optimizers: Sequence[HoldsParameters]) -> list[HoldsParameters]:
@@ -49,6 +84,7 @@ class Membership:
         # What hangs in a Python list is not expected in an optimizer: a teacher may be hidden there on purpose.
         free = [place for place in contract.free if place.kind == "param" and not place.hidden]
         self._free = [(place, tensor) for place in free if (tensor := place.look()) is not None]
+        self._rows = [(place.held, place.key, tensor) for place, tensor in self._free]
         self._seen: tuple[list[int], list[bool]] | None = None
 
     @property
@@ -58,10 +94,21 @@ class Membership:
 
     def is_outdated(self) -> bool:
         """Whether another tensor hangs by now where a parameter hung."""
-        return any(place.look() is not tensor for place, tensor in self._free)
+        return any(key not in held or held[key] is not tensor for held, key, tensor in self._rows)
 
-    def look(self, optimizers: Sequence[HoldsParameters]) -> Iterator[tuple[str, Place]]:
-        """Yields the kind of each violation with its place; nothing if nothing has changed since the last look."""
+    def forget(self) -> None:
+        """Has the next look say all again."""
+        self._seen = None
+
+    def look(
+        self, optimizers: Sequence[HoldsParameters], replaced: Collection[int] = ()
+    ) -> Iterator[tuple[str, Place]]:
+        """Yields the kind of each breach with its place; nothing if nothing has changed since the last look.
+
+        Args:
+            optimizers: The optimizers.
+            replaced: The identities of those in whose place others step by now; what only they hold counts as held.
+        """
         held = [id(p) for group in param_groups(optimizers) for p in group["params"]]
         asks = [tensor.requires_grad for _, tensor in self._free]
         if (held, asks) == self._seen:
@@ -71,8 +118,10 @@ class Membership:
         yield from (("in_optimizer", place) for place, tensor in self._frozen if times[id(tensor)])
         if not optimizers:
             return
+        active = param_groups([each for each in optimizers if id(each) not in replaced])
+        stepping = Counter(id(p) for group in active for p in group["params"])
         for place, tensor in self._free:
-            if times[id(tensor)] > 1:
+            if stepping[id(tensor)] > 1:
                 yield "in_several_groups", place
             elif tensor.requires_grad and not times[id(tensor)]:
                 yield "not_in_optimizer", place

@@ -2,34 +2,32 @@
 
 from __future__ import annotations
 
-from collections.abc import Mapping, Sequence
+from collections.abc import Collection, Mapping, Sequence
 from dataclasses import replace
 from typing import TYPE_CHECKING, Any
 
-from torch import Tensor
-from torch.nn.modules.batchnorm import _NormBase
+from torch import Tensor, nn
 from torch.optim import Optimizer
 
 from mtl.audit import causes
 from mtl.audit.agreement import compare_ranks
 from mtl.audit.bytewatch import ByteWatch
+from mtl.audit.constancy import Constancy
 from mtl.audit.contract import Contract, Subject, draw_contract, shared_memory
+from mtl.audit.findings import Findings
 from mtl.audit.fingerprint import root
-from mtl.audit.liveness import FEW, Liveness
-from mtl.audit.membership import HoldsParameters, Membership
-from mtl.audit.places import Place
-from mtl.audit.report import PhaseRecord, Violation
+from mtl.audit.holders import Holders
+from mtl.audit.identity import Identity
+from mtl.audit.judgement import FEW, Judge
+from mtl.audit.liveness import Liveness
+from mtl.audit.membership import HoldsParameters
+from mtl.audit.report import Finding, PhaseRecord, Violation
+from mtl.audit.tripwires import Tripwires
 from mtl.audit.watched import Watched
 from mtl.patterns import PatternError, PatternLike, text_of
 
 if TYPE_CHECKING:
     from torch.distributed import ProcessGroup
-
-_MEMBERSHIP = {
-    "in_optimizer": "is held by an optimizer, whose decay or momentum could move it",
-    "not_in_optimizer": "is not frozen and requires a gradient, but no optimizer holds it",
-    "in_several_groups": "is held by more than one param group",
-}
 
 
 class PhaseWatch:
@@ -52,8 +50,10 @@ class PhaseWatch:
         idle: Sequence[PatternLike],
         optimizers: Sequence[HoldsParameters],
         whole: bool = False,
+        written_at: Sequence[str] = (),
+        were_frozen: Collection[int] = (),
     ) -> None:
-        """Args: as `GradientAudit` and its `phase` have them.
+        """Args: as `GradientAudit` and its `phase` have them; `were_frozen` has what earlier phases froze, by identity.
 
         Raises:
             PatternError: A pattern cannot be read or selects nothing.
@@ -61,25 +61,27 @@ class PhaseWatch:
         self._subject = subject
         self._optimizers = optimizers
         self._contract = draw_contract(subject, patterns)
-        self._membership = Membership(self._contract)
-        self._free_at_first = self._membership.free
-        self._has_begun = False
         self._watched = [
             Watched(place, tensor, whole) for place in self._contract.frozen if (tensor := place.look()) is not None
         ]
         self._whole = [watched for watched in self._watched if watched.place.is_held_whole]
+        self._tripwires = Tripwires(self._whole)
+        self._constancy = Constancy(self._contract)
         self._liveness = Liveness(self._contract, idle)
-        norms = {
-            id(watched.place.owner): (watched.place.module_name, watched.place.owner)
-            for watched in self._whole
-            if watched.place.kind == "buffer" and isinstance(watched.place.owner, _NormBase)
-        }
-        self._frozen_norms = list(norms.values())
         digests = {watched.place.name: watched.whole_digest for watched in self._watched}
         self.record = PhaseRecord(
             name, [text_of(p) for p in patterns], digests, root(digests), num_trainable=self._liveness.num_trainable
         )
-        self._bytes = ByteWatch(self._watched, self.record, optimizers)
+        self._findings = Findings(self.record, self._contract, written_at)
+        self._were_frozen = {*were_frozen, *(id(each.tensor) for each in self._liveness.trainees if each.was_fixed)}
+        self._holders = Holders(self._contract, optimizers, self._were_frozen, self._findings)
+        self._frozen_earlier = were_frozen
+        self._identity = Identity(self._watched, self._findings)
+        self._bytes = ByteWatch(self._watched, self.record, optimizers, self._findings)
+        self._modules = {id(module) for module in self._contract.modules.values()}
+        self._is_rebuilt = False
+        self._found_within: list[Finding] = []
+        self._num_looks_behind_backward = 0
 
     def note_step(self, optimizer: Optimizer) -> bool:
         """Takes note of a step of one optimizer, right behind it.
@@ -87,111 +89,148 @@ class PhaseWatch:
         Returns:
             Whether it is one that no other optimizer has done yet: several of them may share the steps of a loop.
         """
-        if any(p.grad is not None for group in optimizer.param_groups for p in group["params"]):
-            self._liveness.note_step(optimizer)
-            self._liveness.look_at_gradients(self._liveness.num_noted)
-            self._liveness.look_at_rates([optimizer])
-        return self._liveness.num_noted > self.record.num_steps
+        if _was_skipped(optimizer):
+            return False
+        is_empty = all(p.grad is None for group in optimizer.param_groups for p in group["params"])
+        step = self.record.num_steps + 1
+        if not is_empty:
+            self._holders.note_step(optimizer, self._liveness.steps.last)
+        self._liveness.note_step(optimizer, step, is_empty)
+        noted = self._liveness.num_noted
+        if not is_empty:
+            self._liveness.look_at_gradients(noted)
+            self._liveness.look_at_rates([optimizer], step)
+            if noted > step:
+                # Nobody calls after_step.
+                self._liveness.look_at_bytes(noted)
+        return noted > self.record.num_steps
+
+    def note_watched(self, optimizer: HoldsParameters) -> None:
+        """Takes note of an optimizer that was built in mid-phase."""
+        self._holders.note_watched(optimizer)
+
+    def note_registration(self, module: nn.Module) -> None:
+        """Takes note that something new was registered on a module."""
+        self._is_rebuilt |= id(module) in self._modules
 
     def note_backward(self) -> None:
         """Takes note of a backward that reached something which trains."""
-        self._liveness.num_backwards += 1
+        self._liveness.steps.num_backwards += 1
+
+    def note_writes(self) -> None:
+        """Inside a backward: looks at the bytes of what shows a sign of a write; the next look says what was found."""
+        self._found_within += self._bytes.look_at(list(self._tripwires.tripped(self.record.num_steps + 1)))
 
     def trained(self) -> list[Tensor]:
         """What is meant to train and asks for a gradient."""
         return self._liveness.asking()
 
-    def at_begin(self) -> list[Violation]:
+    def at_begin(self) -> list[Finding]:
         """What can be wrong before the first step."""
-        found = []
+        found: list[Finding] = []
         for frozen, free in shared_memory(self._contract):
             detail = f"lies in the same memory as {free.name}, which is not frozen"
-            found.append(self._violation("shared_storage", frozen, causes.SHARED, detail))
+            found.append(self._findings.violation("shared_storage", frozen, causes.SHARED, detail))
         for watched in self._whole:
-            if watched.tensor.requires_grad:
-                found.append(self._still_required(watched))
             if watched.tensor.grad is not None:
                 detail = f"has a gradient before the {'next' if self.record.num_steps else 'first'} step"
-                found.append(self._violation("grad_present", watched.place, causes.STALE_GRADIENT, detail))
-                watched.had_gradient = True
-        found += self._optimizer_membership()
-        self._has_begun = True
+                found.append(self._findings.violation("grad_present", watched.place, causes.STALE_GRADIENT, detail))
+                self._note_gradient(watched)
+        found += self._flags(self._whole) + self._holders.look(self._with_gradients()) + self._modes()
+        self._holders.begun()
         return found
 
-    def after_backward(self) -> list[Violation]:
-        """Gradients, and modes."""
-        if not self._is_due(self.record.num_steps + 1):
+    def after_backward(self) -> list[Finding]:
+        """Gradients, modes, and what was written to before the backward."""
+        step = self.record.num_steps + 1
+        self._num_looks_behind_backward += 1
+        if not self._is_due(step):
             return []
-        self.record.num_tripwire_checks += len(self._whole) + len(self._frozen_norms)
-        self._liveness.look_at_gradients(self.record.num_steps + 1)
-        self._liveness.look_at_rates(self._optimizers)
-        return self._gradients() + self._train_mode()
+        self.record.num_tripwire_checks += self._tripwires.num_looked_at(step) + len(self._constancy.norms)
+        self._liveness.look_at_gradients(step)
+        self._liveness.look_at_rates(self._optimizers, step)
+        tripped = list(self._tripwires.tripped(step))
+        found, self._found_within = self._found_within, []
+        found += self._gradients(tripped) + self._flags(tripped)
+        return found + self._bytes.look_at(tripped) + self._modes()
 
-    def after_step(self, is_new: bool = True) -> list[Violation]:
+    def after_step(self, is_new: bool = True) -> list[Finding]:
         """Counts the step, if it is a new one; flags, identities, signs, and what the rotation has read."""
         record = self.record
         record.num_steps += is_new
-        if not self._is_due(record.num_steps):
+        step, looked, self._num_looks_behind_backward = record.num_steps, self._num_looks_behind_backward, 0
+        if not self._is_due(step):
             return []
-        record.num_tripwire_checks += len(self._watched) + len(self._frozen_norms)
-        # Whoever does not call after_backward (closures) has the gradients here.
-        self._liveness.look_at_gradients(record.num_steps)
-        self._liveness.look_at_rates(self._optimizers)
-        found = self._gradients()
-        if self._contract.is_unlinked() or self._membership.is_outdated():
-            found += self._replaced()
-        suspects: set[int] = set()
-        for watched in self._whole:
-            if watched.place.look() is not watched.tensor:
-                found += self._another(watched, watched.place)
-                continue
-            if watched.tensor.requires_grad:
-                found.append(self._still_required(watched))
-            if watched.shows_a_sign():
-                # BatchNorm's statistics move without a sign, its counter does not: the whole module is suspected.
-                suspects.add(id(watched.place.owner))
-        found += self._bytes.look(suspects)
-        return found + self._train_mode() + self._optimizer_membership()
+        record.num_tripwire_checks += self._tripwires.num_looked_at(step) + len(self._constancy.norms)
+        if not looked:
+            # Whoever does not call after_backward (closures) has the gradients here.
+            self._liveness.look_at_gradients(step)
+            self._liveness.look_at_rates(self._optimizers, step)
+        self._liveness.look_at_bytes(step)
+        tripped = list(self._tripwires.tripped(step))
+        found = self._gradients(tripped)
+        if self._is_rebuilt or self._contract.is_unlinked() or self._holders.is_outdated():
+            found += self._rebuilt()
+        else:
+            found += [finding for each in tripped for finding in self._identity.of(each, each.place)]
+        found += self._flags(tripped) + self._identity.of_attributes() + self._bytes.look(tripped)
+        return found + self._modes() + self._holders.look(self._with_gradients())
 
     def _is_due(self, step: int) -> bool:
         return step <= FEW or step % self.every == 0
 
-    def verify(self, bytes_only: bool = False, counted: bool = True) -> list[Violation]:
+    def verify(self, bytes_only: bool = False, counted: bool = True) -> list[Finding]:
         """Every byte of every frozen tensor, whatever the signs say."""
-        found = [] if bytes_only else self._replaced()
-        return found + self._bytes.verify(counted) + self._train_mode() + self._optimizer_membership()
+        found = [] if bytes_only else self._rebuilt()
+        return found + self._bytes.verify(counted) + self._modes() + self._holders.look(self._with_gradients())
 
-    def at_end(self) -> list[Violation]:
+    def at_end(self) -> list[Finding]:
         """Every byte once more, and whether what was meant to train did."""
-        found = self.verify()
-        changed = self._liveness.changed()
+        self.record.num_steps = max(self.record.num_steps, self._liveness.num_noted)
+        found = self._found_within + self.verify()
+        self._liveness.settle()
+        changed = self._liveness.changed(self.record.num_steps)
         self.record.num_trained = self._liveness.num_trained(changed)
-        for finding in self._liveness.judge(changed, self.record.num_steps, self._optimizers):
-            found.append(self._violation(finding.kind, finding.place, finding.cause, finding.detail, since=0))
+        judge = Judge(
+            self._liveness.trainees, self._liveness.steps, self._contract, self._optimizers, self._frozen_earlier
+        )
+        for verdict in judge.verdicts(changed, self.record.num_steps):
+            said = (verdict.kind, verdict.place, verdict.cause, verdict.detail)
+            found.append(
+                self._findings.hazard(*said) if verdict.is_hazard else self._findings.violation(*said, since=0)
+            )
+        backwards = max(self._num_looks_behind_backward, self._liveness.steps.num_backwards)
+        if backwards and not self.record.num_steps:
+            self.record.unproven = causes.NO_STEP_SEEN.format(number=backwards)
         return found
+
+    def frozen_tensors(self) -> list[Tensor]:
+        """What is frozen whole."""
+        return [watched.tensor for watched in self._whole]
 
     def put_back(self) -> None:
         """Puts back what can be put back: bits, flags and modes; a tensor that was replaced is only reported."""
-        tied = {id(tensor) for tensor in self._membership.free.values()}
+        tied = self._holders.free_ids
         for watched in self._watched:
             # What is frozen under one name and free under another has no bits that are right.
             if id(watched.tensor) not in tied or watched.place.rows is not None:
                 watched.put_back()
-        for _, norm in self._frozen_norms:
+        for _, norm in self._constancy.norms:
             norm.eval()
         self._bytes.restart()
 
-    def agree(self, group: ProcessGroup | None, buffers: bool) -> list[Violation]:
+    def agree(self, group: ProcessGroup | None, buffers: bool) -> list[Finding]:
         """What is not the same on all ranks, and what other ranks have found."""
         apart, found = compare_ranks(self._contract, self.record.violations, group, buffers)
         if not apart:
             self.agreed_at = self.record.num_steps
-        return found + [
-            self.record.breach("ranks_differ", each.name, each.cause, each.detail, since=self.agreed_at)
-            for each in apart
+        step, phase = self.record.num_steps, self.record.name
+        differing = [
+            Violation("ranks_differ", each.name, phase, step, each.cause, each.detail, self.agreed_at) for each in apart
         ]
+        return [*found, *differing]
 
-    def settle(self) -> list[Violation]:
+    def settle(self) -> list[Finding]:
         """What was asked for and has not come yet; it is waited for."""
         return self._bytes.settle()
 
@@ -205,7 +244,7 @@ class PhaseWatch:
             "agreed_at": self.agreed_at,
         }
 
-    def go_on(self, state: Mapping[str, Any]) -> list[Violation]:
+    def go_on(self, state: Mapping[str, Any]) -> list[Finding]:
         """Goes on with the phase of a state, in place of a new one.
 
         Raises:
@@ -222,69 +261,56 @@ class PhaseWatch:
         self.every, self.agreed_at = state["every"], state["agreed_at"]
         return self._bytes.go_on(state["bytes"])
 
-    def _gradients(self) -> list[Violation]:
-        found = []
-        for watched in self._whole:
-            if watched.tensor.grad is not None:
-                cause = causes.STALE_GRADIENT if watched.had_gradient else causes.GRADIENT_BY_HAND
-                if watched.tensor.requires_grad:
+    def _gradients(self, watched: Sequence[Watched]) -> list[Finding]:
+        found: list[Finding] = []
+        for each in watched:
+            if each.tensor.grad is not None:
+                cause = causes.STALE_GRADIENT if each.had_gradient else causes.GRADIENT_BY_HAND
+                if each.tensor.requires_grad:
                     cause = causes.LATE_FREEZE
-                found.append(self._violation("grad_present", watched.place, cause, "has a gradient"))
-                watched.had_gradient = True
+                found.append(self._findings.violation("grad_present", each.place, cause, "has a gradient"))
+                self._note_gradient(each)
         return found
 
-    def _still_required(self, watched: Watched) -> Violation:
-        cause = causes.of_flag(watched.tensor, self._contract.around(watched.place)) or causes.STILL_REQUIRED
-        return self._violation("requires_grad", watched.place, cause, "requires a gradient")
+    def _note_gradient(self, watched: Watched) -> None:
+        if not watched.had_gradient:
+            watched.had_gradient = True
+            # Whoever holds it could move it from now on.
+            self._holders.forget()
 
-    def _replaced(self) -> list[Violation]:
-        """Tensors that hang behind the line by now, and did not when the phase began; and those that are gone."""
+    def _with_gradients(self) -> set[int]:
+        return {id(each.tensor) for each in self._whole if each.had_gradient}
+
+    def _flags(self, watched: Sequence[Watched]) -> list[Finding]:
+        """Flags that are on; one alone moves nothing, as behind a detach, but with a gradient it breaks the freeze."""
+        found: list[Finding] = []
+        for each in watched:
+            if each.tensor.requires_grad:
+                cause = causes.of_flag(each.tensor, self._contract.around(each.place)) or causes.STILL_REQUIRED
+                make = self._findings.violation if each.had_gradient else self._findings.hazard
+                found.append(make("requires_grad", each.place, cause, "requires a gradient"))
+        return found
+
+    def _rebuilt(self) -> list[Finding]:
+        """Draws the contract once more: what has come, what is gone, and what else trains by now."""
+        self._is_rebuilt = False
         try:
             now = draw_contract(self._subject, self._contract.patterns)
         except PatternError:
-            now = Contract((), [], [], {}, [])  # nothing of what was frozen is left; each tensor is found to be gone
-        else:
-            self._membership = Membership(now)
-            self._contract = replace(self._contract, links=now.links)
-        there = {place.name: place for place in now.frozen}
-        known = {place.name for place in self._contract.frozen}
-        found = []
-        for watched in self._watched:
-            found += self._another(watched, there.get(watched.place.name))
-        detail = "was not there when the phase began"
-        newcomers = [place for place in now.frozen if place.kind != "attr" and place.name not in known]
-        return found + [self._violation("identity_changed", p, causes.REPLACED, detail) for p in newcomers]
+            # Nothing of what was frozen is left; each tensor is found to be gone.
+            return self._identity.compare(Contract((), [], [], {}, [], {}))
+        self._holders.renew(now)
+        self._findings.know(now)
+        self._liveness.adopt(now, self.record.num_steps)
+        self._contract = replace(self._contract, links=now.links)
+        self._modules |= {id(module) for module in now.modules.values()}
+        return self._identity.compare(now)
 
-    def _another(self, watched: Watched, place: Place | None) -> list[Violation]:
-        """Whether another tensor hangs by now where a frozen one hung; `place` is what has its name now."""
-        current = None if place is None else place.look()
-        # What a module remembers of its last forward is a new tensor each time; only parameters and buffers stay.
-        if current is watched.tensor or watched.place.kind == "attr":
-            return []
-        detail = "is gone" if current is None else "is another tensor than when the phase began"
-        is_same_module = place is None or place.owner is watched.place.owner
-        cause = causes.of_replacement(watched.place) if is_same_module else causes.REPLACED
-        return [self._violation("identity_changed", watched.place, cause, detail)]
+    def _modes(self) -> list[Finding]:
+        return [self._findings.hazard_of(*said) for said in self._constancy.look()]
 
-    def _train_mode(self) -> list[Violation]:
-        return [
-            self.record.breach("train_mode", name, causes.TRAIN_MODE, f"{type(norm).__name__} is in train mode")
-            for name, norm in self._frozen_norms
-            if norm.training
-        ]
 
-    def _optimizer_membership(self) -> list[Violation]:
-        breaches = self._membership.look(self._optimizers)
-        return [self._violation(kind, place, self._why(kind, place), _MEMBERSHIP[kind]) for kind, place in breaches]
-
-    def _why(self, kind: str, place: Place) -> str:
-        """The cause of a breach of membership."""
-        if kind == "in_optimizer":
-            return causes.ADDED_LATER if self._has_begun else causes.EARLY_OPTIMIZER
-        if kind == "in_several_groups":
-            return causes.TWICE
-        is_first = self._free_at_first.get(place.name) is place.look()
-        return causes.LATE_THAW if is_first else causes.TRAINED_REPLACED
-
-    def _violation(self, kind: str, place: Place, cause: str, detail: str, since: int | None = None) -> Violation:
-        return self.record.breach(kind, place.name, cause, detail, since)
+def _was_skipped(optimizer: Optimizer) -> bool:
+    """Whether a grad scaler had a fused optimizer leave its parameters alone; on a device, nobody waits to know."""
+    overflow = getattr(optimizer, "found_inf", None)
+    return isinstance(overflow, Tensor) and overflow.device.type == "cpu" and bool(overflow)

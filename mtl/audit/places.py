@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterator
+from collections.abc import Iterator, Mapping
 from dataclasses import dataclass
 from typing import Literal
 
@@ -10,6 +10,7 @@ import torch
 from torch import Tensor, nn
 from torch.nn.parameter import UninitializedBuffer, UninitializedParameter
 
+from mtl.audit.objects import Way, follow, kept_in
 from mtl.moduletree import join, named_modules
 
 TensorKind = Literal["param", "buffer", "attr"]
@@ -25,7 +26,8 @@ class Place:
         owner: The module it hangs in.
         key: Its name there.
         module_name: The module's full name.
-        hidden: Whether its module is kept in a Python list or dictionary, where torch does not see it.
+        hidden: Whether it is kept where torch does not look for parameters, such as in a list or a plain object.
+        way: Of such a tensor, the keys that lead to it from the module.
         rows: The only rows that are meant, if not all are.
         is_copy: Whether it is part of an average of the model, of which only the bytes count.
     """
@@ -36,6 +38,7 @@ class Place:
     key: str
     module_name: str
     hidden: bool = False
+    way: Way = ()
     rows: slice | None = None
     is_copy: bool = False
 
@@ -44,29 +47,24 @@ class Place:
         """Whether flags, gradients and optimizers count as well as bytes; a plain tensor may be anyone's input."""
         return self.rows is None and not self.is_copy and self.kind != "attr"
 
+    @property
+    def is_passing(self) -> bool:
+        """Whether it is a buffer that no checkpoint holds, as caches are."""
+        return self.kind == "buffer" and self.key in self.owner._non_persistent_buffers_set
+
+    @property
+    def held(self) -> Mapping[str, Tensor | None]:
+        """Where its module has it registered."""
+        return self.owner._parameters if self.kind == "param" else self.owner._buffers
+
     def look(self) -> Tensor | None:
         """The tensor that hangs here now; None if there is none any more."""
-        key = self.key
-        # No `get`: the dictionaries of a TorchScript module have none. This is called for every tensor in every step.
-        if self.kind == "param" and "." not in key:
-            parameters = self.owner._parameters
-            return parameters[key] if key in parameters else None  # noqa: SIM401
-        if self.kind == "buffer":
-            buffers = self.owner._buffers
-            return buffers[key] if key in buffers else None  # noqa: SIM401
-        found: object = vars(self.owner)
-        for step in key.split("."):
-            found = _step_into(found, step)
-        return found if isinstance(found, Tensor) else None
-
-
-def _step_into(holder: object, key: str) -> object:
-    """What a dictionary or list has under a key in words; None if nothing."""
-    if isinstance(holder, dict):
-        return next((value for each, value in holder.items() if str(each) == key), None)
-    if isinstance(holder, list | tuple):
-        return holder[int(key)] if int(key) < len(holder) else None
-    return None
+        if self.way:
+            found = follow(self.owner, self.way)
+            return found if isinstance(found, Tensor) else None
+        # No `get`: the dictionaries of a TorchScript module have none.
+        held, key = self.held, self.key
+        return held[key] if key in held else None  # noqa: SIM401
 
 
 def is_readable(tensor: Tensor) -> bool:
@@ -84,60 +82,62 @@ def is_sparse(tensor: Tensor) -> bool:
     return tensor.layout != torch.strided
 
 
-# What Python keeps several things in.
-_HOLDERS = (list, tuple, dict)
 # A path, the module there, and whether it is hidden from torch.
 Module = tuple[str, nn.Module, bool]
 
 
-def every_module(root: nn.Module, prefix: str = "") -> list[Module]:
-    """Every module by every path, and whether it is hidden: (path, module, hidden).
+@dataclass(frozen=True)
+class Inventory:
+    """All that hangs in a module tree.
 
-    Modules in Python lists and dictionaries are named as if these were modules, `trunk.experts.0`.
+    Attributes:
+        modules: Every module by every path.
+        places: Every name of every tensor.
     """
-    found = [(join(prefix, path) if path else prefix, module, False) for path, module in named_modules(root)]
-    seen = {module for _, module, _ in found}
-    # What is found on the way is put at the end, and looked at in turn.
-    for path, module, _ in found:
-        for key, value in vars(module).items():
-            for way, hidden in _inside(key, value) if isinstance(value, _HOLDERS) else ():
-                for inner, each in named_modules(hidden) if isinstance(hidden, nn.Module) else ():
-                    if each not in seen:
-                        seen.add(each)
-                        found.append((join(path, join(f"{key}.{way}", inner) if inner else f"{key}.{way}"), each, True))
-    return found
+
+    modules: list[Module]
+    places: list[Place]
 
 
-def _inside(key: str, value: object) -> Iterator[tuple[str, nn.Module | Tensor]]:
-    """Modules and tensors in a list, tuple or dictionary that a module keeps under a key, each with the way to it."""
-    # torch's own dictionaries begin with an underscore; what is in them is known.
-    return iter(()) if key.startswith("_") else _search(value, 3)
+def take_inventory(root: nn.Module, prefix: str = "") -> Inventory:
+    """Every module and tensor, also of those in attributes, containers and plain objects.
 
-
-def _search(value: object, depth: int) -> Iterator[tuple[str, nn.Module | Tensor]]:
-    if not isinstance(value, _HOLDERS) or not depth:
-        return
-    for key, inner in value.items() if isinstance(value, dict) else enumerate(value):
-        if isinstance(inner, nn.Module | Tensor):
-            yield str(key), inner
-        else:
-            yield from ((f"{key}.{way}", found) for way, found in _search(inner, depth - 1))
-
-
-def places_in(modules: list[Module]) -> Iterator[Place]:
-    """Every name of every tensor; a module reached by two paths gives its tensors twice."""
+    What is found there is named as if its holder were a module, `trunk.experts.0`. A tensor that is registered anywhere
+    has no further name by a reference to it.
+    """
+    modules = [(join(prefix, path) if path else prefix, module, False) for path, module in named_modules(root)]
+    places = [place for path, module, _ in modules for place in _registered(path, module, hidden=False)]
+    known = {id(module) for _, module, _ in modules}
+    registered = {id(place.look()) for place in places}
+    searched: set[int] = set()
+    # What is found on the way is put at the end, and searched in turn.
     for path, module, hidden in modules:
-        for key, parameter in module._parameters.items():
-            if parameter is not None:
-                yield Place(join(path, key), "param", module, key, path, hidden)
-        for key, buffer in module._buffers.items():
-            if buffer is not None:
-                yield Place(join(path, key), "buffer", module, key, path, hidden)
-        for key, value in vars(module).items():
+        if id(module) in searched:
+            continue
+        searched.add(id(module))
+        for way, found in kept_in(module, searched):
+            name = join(path, ".".join(way))
+            if isinstance(found, nn.Module):
+                for inner, each in named_modules(found):
+                    if id(each) not in known:
+                        known.add(id(each))
+                        modules.append((join(name, inner) if inner else name, each, True))
+                        new = list(_registered(modules[-1][0], each, hidden=True))
+                        registered |= {id(place.look()) for place in new}
+                        places += new
             # What a forward left behind with its graph, such as an attention map, is a result and not state.
-            if isinstance(value, Tensor) and value.grad_fn is None:
-                yield Place(join(path, key), "attr", module, key, path, hidden)
-            for way, found in _inside(key, value) if isinstance(value, _HOLDERS) else ():
-                if isinstance(found, Tensor) and found.grad_fn is None:
-                    kind: TensorKind = "param" if isinstance(found, nn.Parameter) else "attr"
-                    yield Place(join(path, f"{key}.{way}"), kind, module, f"{key}.{way}", path, True)
+            elif id(found) not in registered and found.grad_fn is None:
+                is_lone = len(way) == 1 and not isinstance(found, nn.Parameter)
+                kind: TensorKind = "param" if isinstance(found, nn.Parameter) else "attr"
+                places.append(Place(name, kind, module, ".".join(way), path, hidden or not is_lone, way))
+    return Inventory(modules, [place for place in places if not place.way or id(place.look()) not in registered])
+
+
+def _registered(path: str, module: nn.Module, hidden: bool) -> Iterator[Place]:
+    """The names of what is registered on a module."""
+    for key, parameter in module._parameters.items():
+        if parameter is not None:
+            yield Place(join(path, key), "param", module, key, path, hidden)
+    for key, buffer in module._buffers.items():
+        if buffer is not None:
+            yield Place(join(path, key), "buffer", module, key, path, hidden)

@@ -14,8 +14,11 @@ from mtl.storage import bytes_of
 
 # Parameters are read in turn, this many bytes a step on average: some hundredths of a millisecond on a CPU.
 BYTES_A_STEP = 256 * 1024
-# Buffers up to this size are read at every step.
+# A reading costs as much as so many bytes, however small the tensor: of hundreds of small ones, a few are read a step.
+LEAST_CHARGE = 64 * 1024
+# Buffers up to this size are read at every step, so many together; of further ones, as many in turn.
 SMALL = 64 * 1024
+AT_ONCE = 128
 
 
 class Reading:
@@ -43,16 +46,19 @@ class Rotation:
     def __init__(self, watched: Sequence[Watched]) -> None:
         small = {each for each in watched if _is_small(each)}
         in_turn = [each for each in watched if each not in small and each.place.kind != "attr"]
-        self._in_turn = [(each, _num_bytes(each)) for each in in_turn]
+        self._in_turn = [(each, max(_num_bytes(each), LEAST_CHARGE)) for each in in_turn]
         self._most_credit = max((size for _, size in self._in_turn), default=0) + BYTES_A_STEP
-        self._bundles = [_Bundle(group) for group in _by_device([each for each in watched if each in small])]
+        self._in_chunks = [
+            [_Bundle(chunk) for chunk in chunks] for chunks in _by_device([each for each in watched if each in small])
+        ]
+        self._bundles = [bundle for chunks in self._in_chunks for bundle in chunks]
         self._next, self._credit = 0, 0
         self._asked: dict[tuple[int, Watched], Reading] = {}
 
     def turn(self, step: int) -> None:
         """Asks for what is to be read after this step."""
-        for bundle in self._bundles:
-            bundle.ask(step)
+        for chunks in self._in_chunks:
+            chunks[step % len(chunks)].ask(step)
         # A tensor of more bytes than a step may read waits until enough steps have saved for it.
         self._credit = min(self._credit + BYTES_A_STEP, self._most_credit)
         for _ in self._in_turn:
@@ -135,11 +141,12 @@ class _Bundle:
                     watched.proven_at = max(watched.proven_at, step)
 
 
-def _by_device(watched: Sequence[Watched]) -> list[list[Watched]]:
+def _by_device(watched: Sequence[Watched]) -> list[list[list[Watched]]]:
+    """Chunks of at most `AT_ONCE` tensors, those of each device together."""
     groups: dict[torch.device, list[Watched]] = {}
     for each in watched:
         groups.setdefault(each.part().device, []).append(each)
-    return list(groups.values())
+    return [[group[at : at + AT_ONCE] for at in range(0, len(group), AT_ONCE)] for group in groups.values()]
 
 
 def _is_small(watched: Watched) -> bool:

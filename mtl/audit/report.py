@@ -11,17 +11,24 @@ from typing import Any
 
 from mtl.names import shorten
 
+# Kinds that say that what should train does not; all others but `ranks_differ` are about what is frozen.
+LIVENESS = (
+    *("never_trained", "never_received_grad", "stopped_training", "not_finite"),
+    *("not_in_optimizer", "in_several_groups"),
+)
+
 
 @dataclass(frozen=True)
-class Violation:
-    """One breach of the contract.
+class Finding:
+    """What was seen of one tensor or module.
 
     Attributes:
         kind: `param_changed`, `buffer_changed`, `attr_changed`, `grad_present`, `requires_grad`, `in_optimizer`,
-            `not_in_optimizer`, `in_several_groups`, `identity_changed`, `train_mode`, `shared_storage`,
-            `never_trained`, `never_received_grad`, `stopped_training`, or `ranks_differ`: the processes of a run hold
-            other bytes, or other tensors.
-        name: The tensor's full name; for `train_mode`, the module's.
+            `not_in_optimizer`, `in_several_groups`, `identity_changed`, `train_mode`, `batch_statistics`,
+            `active_dropout`, `shared_storage`, `fixed_parameter`, `never_trained`, `never_received_grad`,
+            `stopped_training`, `not_finite`, or `ranks_differ`: the processes of a run hold other bytes, or other
+            tensors.
+        name: The tensor's full name; a module's for `train_mode`, `batch_statistics` and `active_dropout`.
         phase: The phase in which it was found.
         step: Steps done in the phase when it was found.
         cause: What most likely did it.
@@ -29,6 +36,7 @@ class Violation:
         since: The last step after which it was known to be right; it happened between then and `step`.
         max_abs: Of changed bytes, the largest difference of two elements; NaN if one is not a number.
         share: Of changed bytes, the share of elements whose bits differ.
+        pattern: Of something frozen, the pattern that froze it, and where that was written if the audit was told.
     """
 
     kind: str
@@ -40,29 +48,39 @@ class Violation:
     since: int
     max_abs: float | None = None
     share: float | None = None
+    pattern: str | None = None
 
     def __str__(self) -> str:
         return grouped([self])[0]
 
 
-def grouped(violations: Iterable[Violation]) -> list[str]:
-    """One line for all violations that have phase, step, kind, detail and cause in common: 62 tensors, one line."""
-    groups: dict[tuple[str, int, str, str, str], list[Violation]] = {}
-    for violation in violations:
-        key = (violation.phase, violation.step, violation.kind, violation.detail, violation.cause)
-        groups.setdefault(key, []).append(violation)
+class Violation(Finding):
+    """A broken contract: something frozen moved or received a gradient, or what should train did not."""
+
+
+class Hazard(Finding):
+    """A set-up in which nothing frozen has moved yet, but could; or in which frozen does not mean constant."""
+
+
+def grouped(findings: Iterable[Finding]) -> list[str]:
+    """One line for all findings that have all in common but the name and the size: 62 tensors, one line."""
+    groups: dict[tuple[str, int, str, str, str, str | None], list[Finding]] = {}
+    for each in findings:
+        key = (each.phase, each.step, each.kind, each.detail, each.cause, each.pattern)
+        groups.setdefault(key, []).append(each)
     lines = []
-    for (phase, step, kind, detail, cause), group in groups.items():
-        names = shorten([violation.name for violation in group], 3)
+    for (phase, step, kind, detail, cause, pattern), group in groups.items():
+        names = shorten([each.name for each in group], 3)
         who = names if len(group) == 1 else f"{len(group)} tensors ({names})"
-        since = min(violation.since for violation in group)
+        since = min(each.since for each in group)
+        froze = "" if pattern is None else f"; frozen by {pattern}"
         # What is seen at once happened in that step; bytes may have changed in any step since they were last read.
         when = f"step {step}" if since >= step - 1 else f"steps {since + 1} to {step}"
-        lines.append(f"phase {phase!r}, {when}, {who}: {kind}: {detail}{_size(group)}; likely cause: {cause}")
+        lines.append(f"phase {phase!r}, {when}, {who}: {kind}: {detail}{_size(group)}{froze}; likely cause: {cause}")
     return lines
 
 
-def _size(group: Sequence[Violation]) -> str:
+def _size(group: Sequence[Finding]) -> str:
     """The largest change of a group, in words."""
     sizes = [(v.max_abs, v.share) for v in group if v.max_abs is not None and v.share is not None]
     if not sizes:
@@ -79,8 +97,20 @@ class AuditError(RuntimeError):
         shown = lines[:5]
         if len(lines) > 5:
             shown.append(f"and {len(lines) - 5} more kinds at the same moment")
-        super().__init__("the freeze was broken:\n  " + "\n  ".join(shown))
+        super().__init__(f"{_headline(violations)}:\n  " + "\n  ".join(shown))
         self.violations = list(violations)
+
+
+def _headline(violations: Sequence[Violation]) -> str:
+    kinds = {violation.kind for violation in violations}
+    parts = []
+    if kinds - {*LIVENESS, "ranks_differ"}:
+        parts.append("the freeze was broken")
+    if kinds & {*LIVENESS}:
+        parts.append("what should train does not")
+    if "ranks_differ" in kinds:
+        parts.append("the ranks of the run differ")
+    return ", and ".join(parts)
 
 
 @dataclass
@@ -98,7 +128,9 @@ class PhaseRecord:
         num_tripwire_checks: Looks at one tensor or module between steps.
         num_fingerprint_checks: Digests compared with the first ones.
         completed: Whether the phase ended without an exception.
+        unproven: Why a phase that ended proves nothing all the same; empty if it does.
         violations: What was found.
+        hazards: Set-ups that were found and could break the contract.
     """
 
     name: str
@@ -111,25 +143,14 @@ class PhaseRecord:
     num_tripwire_checks: int = 0
     num_fingerprint_checks: int = 0
     completed: bool = False
+    unproven: str = ""
     violations: list[Violation] = field(default_factory=list)
+    hazards: list[Hazard] = field(default_factory=list)
 
     @property
     def ok(self) -> bool:
-        return not self.violations
-
-    def breach(
-        self,
-        kind: str,
-        name: str,
-        cause: str,
-        detail: str,
-        since: int | None = None,
-        max_abs: float | None = None,
-        share: float | None = None,
-    ) -> Violation:
-        """A violation as it is seen now; without `since`, it happened in this very step."""
-        since = self.num_steps if since is None else since
-        return Violation(kind, name, self.name, self.num_steps, cause, detail, since, max_abs, share)
+        """Whether the phase has ended, and proved what it was to prove."""
+        return self.completed and not self.unproven and not self.violations
 
     def state(self) -> dict[str, Any]:
         """All of it as plain data, for `take_over`."""
@@ -152,6 +173,7 @@ class PhaseRecord:
         """Becomes the record whose state this is."""
         fields = deepcopy(dict(state))
         fields["violations"] = [Violation(**violation) for violation in fields["violations"]]
+        fields["hazards"] = [Hazard(**hazard) for hazard in fields.get("hazards", ())]
         vars(self).update(fields)
 
     def to_json(self) -> dict[str, Any]:
@@ -167,7 +189,9 @@ class PhaseRecord:
                 "tripwires": self.num_tripwire_checks,
                 "fingerprints": self.num_fingerprint_checks,
             },
+            "unproven": self.unproven,
             "violations": [asdict(violation) for violation in self.violations],
+            "hazards": [asdict(hazard) for hazard in self.hazards],
         }
 
 
@@ -186,8 +210,13 @@ class Report:
         return [violation for phase in self.phases for violation in phase.violations]
 
     @property
+    def hazards(self) -> list[Hazard]:
+        return [hazard for phase in self.phases for hazard in phase.hazards]
+
+    @property
     def ok(self) -> bool:
-        return not self.violations
+        """Whether there was something to prove, and all of it is proven: what was cut short is not."""
+        return bool(self.phases) and all(phase.ok for phase in self.phases)
 
     def state(self) -> list[dict[str, Any]]:
         """Each phase's record as plain data."""
@@ -201,6 +230,5 @@ class Report:
             self.phases.append(record)
 
     def to_json(self) -> dict[str, Any]:
-        """The content of `audit.json`; what was cut short is not ok, for its end was never proven."""
-        completed = bool(self.phases) and all(phase.completed for phase in self.phases)
-        return {"ok": self.ok and completed, "phases": [phase.to_json() for phase in self.phases]}
+        """The content of `audit.json`."""
+        return {"ok": self.ok, "phases": [phase.to_json() for phase in self.phases]}

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import math
 from collections.abc import Mapping
 from dataclasses import dataclass
 from typing import Any
@@ -11,7 +12,11 @@ from torch import Tensor
 
 from mtl.audit.fingerprint import fingerprint
 from mtl.audit.places import Place, is_readable, is_sparse, is_unmade
+from mtl.audit.watched import is_wrapper, packed
 from mtl.storage import is_spread, local
+
+# A gradient that has shrunk so much is that of a parameter at its optimum.
+_SHRUNK = 1e-3
 
 
 @dataclass
@@ -21,55 +26,91 @@ class Trainee:
     Attributes:
         place: Where it hangs.
         tensor: The parameter.
-        digest: Its fingerprint when the phase began.
+        digest: Its fingerprint when the phase began, or when it came.
+        born: Steps of the phase that were done by then.
+        was_fixed: Whether it required no gradient then.
         asked: Whether it has required a gradient at any look.
         had_gradient: Whether it has had one, were it all zeros.
         had_signal: Whether it has had one that was not all zeros.
         num_gradients: Steps in which it asked for a gradient and had one.
         last_gradient: The last of them.
         longest_wait: The most steps between two of them, or before the first.
+        last_digest: Its fingerprint when it was last taken.
+        still_since: The step after which that was first found; it has had the same bits ever since.
+        peak: The largest element of its gradient, of those looks that measured it.
+        slope: The same at the last of them.
+        last_slope: The same at the last of them where it was not zero.
+        was_finite: Whether some of its elements were finite numbers then.
+        is_not_finite: Whether none of them has been since, at some look.
     """
 
     place: Place
     tensor: Tensor
     digest: str
+    born: int = 0
+    was_fixed: bool = False
     asked: bool = False
     had_gradient: bool = False
     had_signal: bool = False
     num_gradients: int = 0
     last_gradient: int = 0
     longest_wait: int = 0
+    last_digest: str = ""
+    still_since: int = 0
+    peak: float = 0.0
+    slope: float | None = None
+    last_slope: float = 0.0
+    was_finite: bool = True
+    is_not_finite: bool = False
 
-    def note_gradient(self, step: int) -> None:
-        """Notes that it had a gradient in a step; the same step may be noted again."""
-        if step > self.last_gradient:
-            self.longest_wait = max(self.longest_wait, step - self.last_gradient)
-            self.num_gradients, self.last_gradient = self.num_gradients + 1, step
+    def __post_init__(self) -> None:
+        self.last_digest = self.digest
+        self.still_since = self.last_gradient = self.born
+        self.was_fixed = not self.tensor.requires_grad
+        self.was_finite = is_unmade(self.tensor) or not _is_nowhere_finite(self.tensor)
+
+    def note_gradients(self, first: int, last: int) -> None:
+        """Notes that it had a gradient in some steps in a row; the first of them may have been noted already."""
+        if last <= self.last_gradient:
+            return
+        self.longest_wait = max(self.longest_wait, first - self.last_gradient)
+        self.num_gradients += last - max(first - 1, self.last_gradient)
+        self.last_gradient = last
+
+    def note_slope(self, largest: float) -> None:
+        """Notes how large its gradient is now; one that is NaN or infinite says nothing."""
+        self.slope = largest if math.isfinite(largest) else None
+        if self.slope:
+            self.peak, self.last_slope = max(self.peak, self.slope), self.slope
+
+    def note_bytes(self, content: Tensor, step: int) -> None:
+        """Notes its bytes as they were after a step."""
+        if (digest := fingerprint(content)) != self.last_digest:
+            self.last_digest, self.still_since = digest, step
+            self.is_not_finite = self.was_finite and _is_nowhere_finite(content)
 
     @property
     def is_stray(self) -> bool:
         """Whether it is a plain tensor, or in a Python list: it may be meant to train, or to be left alone."""
         return self.place.hidden or self.place.kind == "attr"
 
+    @property
+    def is_at_its_optimum(self) -> bool:
+        """Whether its gradient has shrunk to next to nothing over several looks; one that is cut off has not."""
+        return self.slope is not None and self.last_slope <= _SHRUNK * self.peak
+
     def state(self) -> dict[str, Any]:
         """What was seen of it, as plain data."""
         is_there = self.place.look() is self.tensor
-        return {
-            "digest": self.digest,
-            "asked": self.asked,
-            "had_gradient": self.had_gradient,
-            "had_signal": self.had_signal,
-            "num_gradients": self.num_gradients,
-            "last_gradient": self.last_gradient,
-            "longest_wait": self.longest_wait,
-            # One that was replaced will not be there in another process: whether it changed is known by now.
-            "left_changed": None if is_there else digest_of(self.tensor) != self.digest,
-        }
+        seen = {key: value for key, value in vars(self).items() if key not in ("place", "tensor")}
+        # One that was replaced will not be there in another process: whether it changed is known by now.
+        return seen | {"left_changed": None if is_there else digest_of(self.tensor) != self.digest}
 
     def take_over(self, state: Mapping[str, Any]) -> None:
         """Goes on from what was seen of it in another process."""
         seen = dict(state)
         left_changed = seen.pop("left_changed")
+        self.last_digest = seen["digest"]
         vars(self).update(seen)
         if left_changed is not None:
             # In the place of the one that is gone, which neither hangs anywhere nor moves any more.
@@ -77,9 +118,15 @@ class Trainee:
             self.digest = "" if left_changed else digest_of(self.tensor)
 
 
+def content_of(tensor: Tensor) -> Tensor:
+    """What this process has of a parameter, as one tensor with bytes."""
+    here = local(tensor)
+    return packed(here) if is_wrapper(here) else here
+
+
 def digest_of(tensor: Tensor) -> str:
     """A parameter's fingerprint; none of one that a lazy module has yet to make."""
-    return "" if is_unmade(tensor) else fingerprint(local(tensor))
+    return "" if is_unmade(tensor) else fingerprint(content_of(tensor))
 
 
 def can_train(place: Place, tensor: Tensor) -> bool:
@@ -98,3 +145,13 @@ def can_train(place: Place, tensor: Tensor) -> bool:
 def is_elsewhere(tensor: Tensor | None) -> bool:
     """Whether other processes have all of a tensor that is spread over them."""
     return tensor is not None and is_spread(tensor) and tensor.numel() > 0 and not local(tensor).numel()
+
+
+def _is_nowhere_finite(content: Tensor) -> bool:
+    """Whether there is no finite number in a tensor; the first element mostly tells."""
+    here = content_of(content).detach()
+    if not here.numel() or not (here.is_floating_point() or here.is_complex()):
+        return False
+    if bool(here.flatten()[0].isfinite()):
+        return False
+    return not bool(here.isfinite().any())

@@ -247,6 +247,10 @@ class RunConfig(Strict):
     def run_dir(self) -> Path:
         return Path(self.runs_dir) / self.name
 
+    def where(self, path: KeyPath) -> str:
+        """The file and line of a value, `command line`, or `defaults`."""
+        return self._source.where(path)
+
     def mistake(self, path: KeyPath, message: str) -> ConfigError:
         """An error about a value that only later turns out wrong, with the place where it was written."""
         return ConfigError([f"{self._source.where(path)}: {dotted(path)}: {message}"])

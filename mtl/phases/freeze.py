@@ -27,11 +27,13 @@ class WrittenPattern:
         key: Where: `freeze`, `train`, `freeze_always`, or `NOT_TRAIN_IN_MULTI_TASK`.
         text: The pattern, or several that stand for one list of names.
         places: Its places among the patterns that hold.
+        where: File and line.
     """
 
     key: str
     text: str
     places: range
+    where: str
 
 
 @dataclass(frozen=True)
@@ -80,6 +82,16 @@ class PhaseFreeze:
     written: tuple[WrittenPattern, ...]
     plan: FreezePlan
     unreached: tuple[str, ...]
+
+    @property
+    def written_at(self) -> list[str]:
+        """Of each of `patterns`, file and line; or why it is there, if no user wrote it."""
+        by_place = {place: each.where for each in self.written for place in each.places}
+        unreached = set(self.unreached)
+        return [
+            by_place.get(place, "no active task reaches it" if text_of(each) in unreached else "fixed by the model")
+            for place, each in enumerate(self.patterns)
+        ]
 
 
 def frozen_always(around: Surroundings) -> list[str]:
@@ -175,21 +187,26 @@ class FreezeResolver:
         return [*rest, *(f"!{name}" for name in split.frozen_buffers if name in listed)]
 
     def _as_written(self, num_own: int) -> tuple[WrittenPattern, ...]:
-        key = self.wrote.patterns_key
+        key, path = self.wrote.patterns_key, self.written.path
         written: list[WrittenPattern] = []
         if key == "freeze":
             texts = [text_of(pattern) for pattern in patterns_of(self.wrote.freeze or [])]
-            written = [WrittenPattern(key, text, range(n, n + 1)) for n, text in enumerate(texts)]
+            written = [
+                WrittenPattern(key, text, range(n, n + 1), self.config.where((*path, key, n)))
+                for n, text in enumerate(texts)
+            ]
         elif key == "train":
             text = ", ".join(text_of(pattern) for pattern in patterns_of(self.wrote.train or []))
-            written = [WrittenPattern(key, text, range(num_own))]
+            written = [WrittenPattern(key, text, range(num_own), self.config.where((*path, key)))]
         behind = num_own
         if self.always:
             text = ", ".join(text_of(pattern) for pattern in patterns_of(self.config.freeze_always))
-            written.append(WrittenPattern("freeze_always", text, range(behind, behind + len(self.always))))
+            places = range(behind, behind + len(self.always))
+            written.append(WrittenPattern("freeze_always", text, places, self.config.where(("freeze_always",))))
         behind += len(self.always)
         for number, text in enumerate(self.config.MODEL.NOT_TRAIN_IN_MULTI_TASK, behind):
-            written.append(WrittenPattern("NOT_TRAIN_IN_MULTI_TASK", text, range(number, number + 1)))
+            where = self.config.where(("MODEL", "NOT_TRAIN_IN_MULTI_TASK", number - behind))
+            written.append(WrittenPattern("NOT_TRAIN_IN_MULTI_TASK", text, range(number, number + 1), where))
         return tuple(written)
 
     def _plan(self, freeze: list[PatternLike], num_own: int) -> FreezePlan:
