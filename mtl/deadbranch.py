@@ -67,20 +67,31 @@ def find_dead_branch(
         return None
     probe = copy.deepcopy(model)
     parameters = {name: p for name, p in probe.named_parameters() if p.is_floating_point()}
-    trained = {name: p for name, p in parameters.items() if name in trainable}
-    zeros = {name: parameters[name] for name in frozen}
-    for name, parameter in parameters.items():
-        parameter.requires_grad_(name in trained or name in zeros)
     _fill(parameters[name] for name in moves)
-    stopped = first = _stopped(probe, image_size, tasks, trained, zeros)
-    history = [first]
-    while filled := {zero for each in stopped.values() for zero in each}:
-        _fill(zeros.pop(name) for name in filled)
-        stopped = _stopped(probe, image_size, tasks, trained, zeros)
-        history.append(stopped)
-    revived = [name for name in first if name not in stopped]
-    found = {zero for each in history for name in revived for zero in each.get(name, ())}
-    return DeadBranch(tuple(revived), tuple(name for name in frozen if name in found)) if revived else None
+    trained = {name: p for name, p in parameters.items() if name in trainable}
+    return _search(probe, image_size, tasks, trained, {name: parameters[name] for name in frozen})
+
+
+def _search(
+    model: MultiTaskModel,
+    image_size: int,
+    tasks: Collection[str],
+    trained: Mapping[str, nn.Parameter],
+    zeros: Mapping[str, nn.Parameter],
+) -> DeadBranch | None:
+    """Fills the zeros that stop a gradient until none does; what has a gradient then, and had none before, was dead."""
+    for parameter in model.parameters():
+        parameter.requires_grad_(False)
+    for parameter in [*trained.values(), *zeros.values()]:
+        parameter.requires_grad_(True)
+    left = dict(zeros)
+    history = [_stopped(model, image_size, tasks, trained, left)]
+    while filled := {zero for each in history[-1].values() for zero in each}:
+        _fill(left.pop(name) for name in filled)
+        history.append(_stopped(model, image_size, tasks, trained, left))
+    revived = [name for name in history[0] if name not in history[-1]]
+    found = {zero for stopped in history for name in revived for zero in stopped.get(name, ())}
+    return DeadBranch(tuple(revived), tuple(name for name in zeros if name in found)) if revived else None
 
 
 def _fill(tensors: Iterable[Tensor]) -> None:
