@@ -2,15 +2,18 @@
 
 from __future__ import annotations
 
+import inspect
 import logging
 from collections.abc import Mapping
 from typing import Any
 
 from mtl.assembly import Parts
 from mtl.console import logger
-from mtl.names import condense, shorten
+from mtl.deadbranch import DeadBranch
+from mtl.names import condense, count, shorten
 from mtl.phases import Phase, active_tasks
 from mtl.phases.length import SCORE
+from mtl.plan.dead import dead_branches
 from mtl.steplog import StepLog
 
 
@@ -23,6 +26,35 @@ def announce_classic(parts: Parts) -> None:
     for name in parts.phases[0].freeze.plan.names.frozen:
         if any(substring in name for substring in substrings):
             logger.info(f"freezing {name}")
+
+
+def warn_of_dead_branches(parts: Parts) -> None:
+    """Warns of what would train in a phase but cannot, since frozen tensors of zeros stand in its way.
+
+    Args:
+        parts: The run, with the weights that it begins with and no freeze enforced yet.
+    """
+    phases_of: dict[DeadBranch, list[str]] = {}
+    for name, branch in dead_branches(parts).items():
+        phases_of.setdefault(branch, []).append(name)
+    for branch, phases in phases_of.items():
+        dead = condense(branch.parameters, [name for name, _ in parts.root.named_parameters()])
+        are = "is" if len(branch.zeros) == 1 else "are"
+        logger.warning(
+            f"{shorten(phases, 3)}: {count(len(branch.parameters), 'trainable tensor')} ({shorten(dead, 4)}) cannot"
+            f" train: gradients there stay zero, since {count(len(branch.zeros), 'frozen tensor')} in their way {are}"
+            f" zero in every element ({shorten(list(branch.zeros), 4)}); {_remedy(parts, branch)}"
+        )
+
+
+def _remedy(parts: Parts, branch: DeadBranch) -> str:
+    ways = [f"leave {'it' if len(branch.zeros) == 1 else 'them'} out of the freeze"]
+    if any(name.startswith("trunk.") for name in branch.zeros):
+        if "zero_init_last" in inspect.signature(type(parts.model.trunk)).parameters:
+            ways.append("set trunk.options.zero_init_last=false")
+        if parts.config.trunk.weights == "none":
+            ways.append("begin with trained weights (trunk.weights)")
+    return " or ".join(ways)
 
 
 def tell_idle_tasks(parts: Parts, phase: Phase) -> None:

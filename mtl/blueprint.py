@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import random
 from collections.abc import Callable, Mapping
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from typing import TypeVar
 
 import numpy as np
@@ -90,7 +90,8 @@ def draw_up_without_weights(config: RunConfig, num_train: int | None = None) -> 
         ConfigError: As `draw_up`.
     """
     without = _without_weights(config)
-    return _on_meta_or_cpu(lambda device: draw_up(without, device, num_train))
+    drawn = _on_meta_or_cpu(lambda device: draw_up(without, device, num_train))
+    return replace(drawn, config=config)
 
 
 def build_trunk_without_weights(config: RunConfig) -> nn.Module:

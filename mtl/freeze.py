@@ -6,6 +6,7 @@
 
 A frozen parameter has `requires_grad=False` and no gradient, and belongs in no optimizer. A module whose tensors are
 all frozen is in eval mode, and stays in it through any later `.train()`: BatchNorm statistics stay and dropout rests.
+So does what is put into it later, such as an adapter or a converted norm.
 """
 
 from __future__ import annotations
@@ -65,7 +66,8 @@ def plan_freeze(module: nn.Module, patterns: PatternLike | Sequence[PatternLike]
 def enforce(module: nn.Module, plan: FreezePlan) -> None:
     """Makes a plan so: no gradients, `requires_grad` by plan, frozen modules in eval mode for good.
 
-    Replaces whatever plan was enforced before. All other modules are put in train mode.
+    Replaces whatever plan was enforced before. All other modules are put in train mode. A module that takes the place
+    of another one later has the mode of its place from the next `.train()` of any module around it.
     """
     modules, parameters = dict(named_modules(module)), named_parameters(module)
     for parameter in parameters.values():
@@ -75,21 +77,83 @@ def enforce(module: nn.Module, plan: FreezePlan) -> None:
     for name in plan.names.trainable:
         parameters[name].requires_grad_(_is_differentiable(parameters[name]))
     for each in module.modules():
-        each.__dict__.pop("train", None)
-    for name in plan.held_in_eval:
-        held = modules[name]
-        # An attribute of the instance goes before the class's method, for `.train()` of any module around it as well.
-        held.__dict__["train"] = partial(_stay_in_eval, held)
+        if isinstance(stand_in := each.__dict__.get("train"), _Train):
+            stand_in.remove()
+    modes = _Modes.of(plan, modules)
+    for path in modes.concerned:
+        modes.keep(modules[path], path)
     module.train()
 
 
-def _stay_in_eval(module: nn.Module, mode: bool = True) -> nn.Module:
-    """Stands in for `module.train`: whatever is asked, the class's own method is told eval; some clear caches there."""
-    type(module).train(module, False)
-    # That put all children in eval mode; those that are not held get the mode that was asked for.
-    for child in module.children() if mode else ():
-        child.train()
-    return module
+@dataclass(frozen=True)
+class _Modes:
+    """Which modules a plan keeps in eval mode, by path; also of those that are put there after it was enforced.
+
+    Attributes:
+        known: The modules that the plan was made for.
+        held: Those that stay in eval mode.
+        whole: Those of them in which nothing is free: whatever is put there later stays in eval mode as well.
+        concerned: Those that are held, and all around them.
+    """
+
+    known: frozenset[str]
+    held: frozenset[str]
+    whole: frozenset[str]
+    concerned: frozenset[str]
+
+    @classmethod
+    def of(cls, plan: FreezePlan, modules: Iterable[str]) -> _Modes:
+        held = frozenset(plan.held_in_eval)
+        around_free = {path for name in (*plan.names.trainable, *plan.names.free_buffers) for path in parents(name)}
+        around_held = {around for path in held for around in parents(path)}
+        return cls(frozenset(modules), held, held - around_free, held | around_held)
+
+    def holds(self, path: str) -> bool:
+        if path in self.known:
+            return path in self.held
+        return next((around in self.whole for around in parents(path) if around in self.known), False)
+
+    def keep(self, module: nn.Module, path: str) -> None:
+        """Has a module, and what will be in it, keep to these modes."""
+        # An attribute of the instance goes before the class's method, for `.train()` of any module around it as well.
+        module.__dict__["train"] = _Train(module, path, self)
+
+
+class _Train:
+    """Stands in for `module.train`, so that the modes of a plan outlast any call of it.
+
+    It names its module, so a copy of the module, by `deepcopy` or pickle, has one of its own.
+    """
+
+    def __init__(self, module: nn.Module, path: str, modes: _Modes) -> None:
+        self._module = module
+        self._path = path
+        self._modes = modes
+        self._before = module.__dict__.get("train")
+
+    def __call__(self, mode: bool = True) -> nn.Module:
+        module, is_held = self._module, self._modes.holds(self._path)
+        # The class's own method clears caches in some models; it asks the children as well.
+        train = self._before or partial(type(module).train, module)
+        train(mode and not is_held)
+        for key, child in module._modules.items():
+            path = join(self._path, key)
+            if child is None:
+                continue
+            # A module put here later, in place of another one or beside it, was not there to be kept.
+            is_new = not isinstance(child.__dict__.get("train"), _Train)
+            is_new &= path in self._modes.concerned or self._modes.holds(path)
+            if is_new:
+                self._modes.keep(child, path)
+            if is_new or (is_held and mode):
+                child.train(mode)
+        return module
+
+    def remove(self) -> None:
+        """Puts back what stood there before."""
+        del self._module.__dict__["train"]
+        if self._before is not None:
+            self._module.__dict__["train"] = self._before
 
 
 def trained_statistics(module: nn.Module, plan: FreezePlan) -> list[str]:

@@ -123,7 +123,8 @@ def trunk_groups(trunk: nn.Module) -> dict[str, list[nn.Parameter]]:
         By name: the group's number from the input on, frozen ones counted, and its first module: `03 blocks.1.0`.
     """
     parameters = dict(trunk.named_parameters())
-    groups = depth_groups(trunk)
+    # Of a tensor with several names, the first.
+    groups = [[name for name in group if name in parameters] for group in depth_groups(trunk)]
     width = max(2, len(str(len(groups) - 1)))
     named = {f"{n:0{width}d} {condense(group, parameters)[0]}": group for n, group in enumerate(groups)}
     trained = {

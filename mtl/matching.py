@@ -17,12 +17,13 @@ class ModuleTree:
     Attributes:
         children: The names of each module's child modules in order, by the module's path; the root's path is "".
         classes: The names of each module's class and its bases, by path.
-        depth_groups: The full parameter names of a module in groups from input to output, by its path.
+        depths: The depth group of each tensor and module in a module, 0 at the input, by their full names; by the
+            module's path. Empty for a module without parameters.
     """
 
     children: Mapping[str, Sequence[str]] = field(default_factory=dict)
     classes: Mapping[str, Sequence[str]] = field(default_factory=dict)
-    depth_groups: Callable[[str], Sequence[Sequence[str]]] = lambda _: []
+    depths: Callable[[str], Mapping[str, int]] = lambda _: {}
 
 
 NO_TREE = ModuleTree()
@@ -93,21 +94,25 @@ def _depth_matcher(text: str, body: str, index: int, tree: ModuleTree) -> Matche
     parts = _DEPTH.fullmatch(body)
     if parts is None:
         raise PatternError(index, f"pattern {text!r} cannot be read: expected module@first:2, @last:1 or @first:50%")
-    paths = [path for path in _module_paths(parts["path"], text, index, tree) if tree.depth_groups(path)]
-    if not paths:
-        raise PatternError(index, f"pattern {text!r} matches nothing: no module {parts['path']!r} has parameters")
-    chosen: set[str] = set()
-    for path in paths:
-        groups, number = tree.depth_groups(path), int(parts["number"])
+    chosen: list[tuple[Mapping[str, int], range]] = []
+    for path in _module_paths(parts["path"], text, index, tree):
+        if not (depths := tree.depths(path)):
+            continue
+        num_groups, number = max(depths.values()) + 1, int(parts["number"])
         # Half a group and more counts as one, and no percentage but 0 is nothing.
-        count = max(min(number, 1), (len(groups) * number + 50) // 100) if parts["percent"] else number
-        if not 1 <= count <= len(groups) or (parts["percent"] and number > 100):
+        count = max(min(number, 1), (num_groups * number + 50) // 100) if parts["percent"] else number
+        if not 1 <= count <= num_groups or (parts["percent"] and number > 100):
             what = f"{number}{parts['percent']}"
-            raise PatternError(index, f"pattern {text!r} asks for {what} of the {len(groups)} depth groups of {path!r}")
-        chosen.update(
-            name for group in (groups[:count] if parts["end"] == "first" else groups[-count:]) for name in group
-        )
-    return chosen.__contains__
+            raise PatternError(index, f"pattern {text!r} asks for {what} of the {num_groups} depth groups of {path!r}")
+        chosen.append((depths, range(count) if parts["end"] == "first" else range(num_groups - count, num_groups)))
+    if not chosen:
+        raise PatternError(index, f"pattern {text!r} matches nothing: no module {parts['path']!r} has parameters")
+    return lambda name: any(_depth_of(name, depths) in groups for depths, groups in chosen)
+
+
+def _depth_of(name: str, depths: Mapping[str, int]) -> int | None:
+    """The depth group of a tensor: its own, or that of the module around it if torch does not register it."""
+    return next((depths[each] for each in (name, *parents(name)) if each in depths), None)
 
 
 def _expand_slices(body: str, text: str, index: int, tree: ModuleTree) -> Iterator[str]:

@@ -69,17 +69,17 @@ def by_pattern(
     return {name: table[name] for name in names}
 
 
-def layer_factors(decay: float, depth_groups: Sequence[Sequence[str]]) -> dict[str, float]:
+def layer_factors(decay: float, depths: Mapping[str, int]) -> dict[str, float]:
     """By what a rate is multiplied for each parameter of the trunk: the further from the heads, the less.
 
     Source: BEiT (Bao et al., arXiv 2106.08254), whose code counts the heads as the layer above the last one.
 
     Args:
         decay: The factor from one depth group to the one below it.
-        depth_groups: The trunk's parameters from input to output.
+        depths: The number of each parameter's depth group, 0 at the input, by name.
     """
-    num_groups = len(depth_groups)
-    return {name: decay ** (num_groups - index) for index, group in enumerate(depth_groups) for name in group}
+    num_groups = max(depths.values(), default=-1) + 1
+    return {name: decay ** (num_groups - depth) for name, depth in depths.items()}
 
 
 def is_decayed(name: str, parameter: Tensor, excepted: Collection[str]) -> bool:

@@ -8,7 +8,7 @@ nothing of tensors.
 | `trunk.layer1`                                | that module or tensor and all below it; only at a dot            |
 | `trunk.blocks.*.attn`, `**.bias`              | glob: `*` inside one segment, `**` across any number of segments |
 | `trunk[:2]`, `trunk.blocks[-1].attn`          | children of a module by position, as Python slices a list        |
-| `trunk@first:2`, `trunk@last:1`, `trunk@first:50%` | depth groups from the input on, or from the output back     |
+| `trunk@first:2`, `trunk@last:1`, `trunk@first:50%` | depth groups, with their buffers, from the input on, or back |
 | `type:BatchNorm2d`                            | all that hangs in modules of that class or a subclass            |
 | `re:.*\.(weight|bias)`                       | regular expression that must match the whole name                |
 | `~layer1`                                     | every name that contains the text                                |

@@ -7,7 +7,7 @@ from contextlib import contextmanager, nullcontext
 from pathlib import Path
 from typing import Any
 
-from mtl.announce import announce_classic
+from mtl.announce import announce_classic, warn_of_dead_branches
 from mtl.assembly import Parts
 from mtl.audit import AuditError
 from mtl.config.source import dump_yaml
@@ -46,6 +46,8 @@ def train(parts: Parts, quiet: bool = False, world: World = ALONE) -> Outcome:
         settled(parts.config, origin)
     for line in what_is_overridden(parts.config, origin):
         logger.warning(f"resume: {line}")
+    if origin is None and world.leads:
+        warn_of_dead_branches(parts)
     if parts.config.distributed.strategy == "fsdp2":
         # From here on each process holds its part of every parameter; whoever keeps parameters is made after this.
         spread(parts.model, [phase.groups for phase in parts.phases], world)

@@ -257,3 +257,96 @@ def test_an_exception_comes_out_as_it_is_and_nothing_is_proven(make_trainer: Any
     assert not audit.report.to_json()["ok"]
     trainer.train()
     assert [(phase.num_steps, phase.completed) for phase in audit.report.phases] == [(2, False), (4, True)]
+
+
+# --- a freeze by epoch
+
+
+class Thaw(TrainerCallback):
+    """Freezes all but the last layers, from the first one that trains on by epoch, and steps what trains."""
+
+    def __init__(self, first_trained: dict[int, int]) -> None:
+        self.first_trained = first_trained
+
+    def on_epoch_begin(self, args: Any, state: Any, control: Any, **kwargs: Any) -> None:  # noqa: ARG002
+        model, optimizer = kwargs["model"], kwargs["optimizer"]
+        first = max(epoch for epoch in self.first_trained if epoch <= int(state.epoch))
+        model.requires_grad_(False)
+        for part in model.trunk[self.first_trained[first] :], model.head:
+            part.requires_grad_(True)
+        optimizer.param_groups[0]["params"][:] = trainable(model)
+
+
+class Plain(nn.Module):
+    """trunk = Linear, LayerNorm, Linear; head = Linear."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        torch.manual_seed(0)
+        self.trunk = nn.Sequential(nn.Linear(2, 4), nn.LayerNorm(4), nn.Linear(4, 4))
+        self.head = nn.Linear(4, 1)
+
+    def forward(self, x: Tensor, labels: Tensor) -> dict[str, Tensor]:
+        guess = self.head(self.trunk(x))
+        return {"loss": (guess - labels).square().mean(), "logits": guess}
+
+
+BY_EPOCH = {0: ["trunk"], 1: ["trunk[:2]"], 3: []}
+SCHEDULE = {0: 3, 1: 2, 3: 0}
+
+
+def phases(report: Report) -> list[tuple[str, int, bool]]:
+    return [(phase.name, phase.num_steps, phase.completed) for phase in report.phases]
+
+
+@pytest.mark.parametrize("after", [True, False])
+@pytest.mark.parametrize(("accumulate", "per_epoch"), [(1, 4), (3, 2)])
+def test_thaws_that_the_freeze_by_epoch_names_are_silent_and_each_freeze_is_proven(
+    make_trainer: Any, accumulate: int, per_epoch: int, after: bool
+) -> None:
+    audit = AuditCallback(BY_EPOCH)
+    options = {"num_train_epochs": 5, "eval_strategy": "epoch", "gradient_accumulation_steps": accumulate}
+    make_trainer(audit, Plain(), Thaw(SCHEDULE), after=after, **options).train()
+    assert audit.report.ok
+    names = ["fit[0]", "fit[1-2]", "fit[3-]"]
+    assert phases(audit.report) == [(n, per_epoch * e, True) for n, e in zip(names, (1, 2, 2), strict=True)]
+    assert [len(phase.fingerprints) for phase in audit.report.phases] == [6, 4, 0]
+
+
+def test_a_thaw_before_its_epoch_is_a_violation_of_the_phase_it_broke(make_trainer: Any) -> None:
+    audit = AuditCallback({0: ["trunk"], 2: []}, policy="collect")
+    make_trainer(audit, Plain(), Thaw({0: 3, 1: 0}), num_train_epochs=3).train()
+    assert {violation.phase for violation in audit.report.violations} == {"fit[0-1]"}
+    assert "param_changed" in {violation.kind for violation in audit.report.violations}
+    assert phases(audit.report) == [("fit[0-1]", 8, True), ("fit[2-]", 4, True)]
+
+
+def test_a_function_of_the_epoch_says_what_is_frozen_and_is_asked_for_epochs_that_come_only(make_trainer: Any) -> None:
+    freezes = [["trunk"], ["trunk[:2]"], ["trunk[:2]"], []]
+    audit = AuditCallback(lambda epoch: freezes[epoch])
+    make_trainer(audit, Plain(), Thaw(SCHEDULE), num_train_epochs=4).train()
+    assert audit.report.ok
+    assert phases(audit.report) == [("fit[0-]", 4, True), ("fit[1-]", 8, True), ("fit[3-]", 4, True)]
+
+
+@pytest.mark.parametrize(
+    ("step", "expected"), [(6, [("fit[1-2]", 6, True), ("fit[3-]", 4, True)]), (12, [("fit[3-]", 4, True)])]
+)
+def test_a_training_that_goes_on_from_a_checkpoint_begins_with_the_freeze_of_its_epoch(
+    make_trainer: Any, tmp_path: Path, step: int, expected: list[tuple[str, int, bool]]
+) -> None:
+    options = {"num_train_epochs": 4, "save_strategy": "steps", "save_steps": 6}
+    make_trainer(AuditCallback(BY_EPOCH), Plain(), Thaw(SCHEDULE), **options).train()
+    audit = AuditCallback(BY_EPOCH)
+    model = Plain()
+    # As in the epochs 1 and 2, in which both were written.
+    optimizer = SGD([*model.trunk[2:].parameters(), *model.head.parameters()], lr=0.05, momentum=0.9)
+    trainer = make_trainer(audit, model, Thaw(SCHEDULE), optimizer=optimizer, **options)
+    trainer.train(str(tmp_path / f"checkpoint-{step}"))
+    assert audit.report.ok
+    assert phases(audit.report) == expected
+
+
+def test_a_freeze_without_epoch_0_is_refused_when_the_callback_is_made() -> None:
+    with pytest.raises(ValueError, match=r"epoch 0 needs a freeze as well .* but it begins with epoch 2"):
+        AuditCallback({2: ["trunk"]})

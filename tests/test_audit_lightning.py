@@ -9,6 +9,7 @@ from typing import Any
 import pytest
 import torch
 from lightning.pytorch import Callback, LightningModule, Trainer
+from lightning.pytorch.callbacks import BackboneFinetuning, BaseFinetuning
 from torch import Tensor, nn
 from torch.optim import SGD, Optimizer
 from torch.utils.data import DataLoader, TensorDataset
@@ -16,6 +17,7 @@ from torch.utils.data import DataLoader, TensorDataset
 from audit_loops import freeze_by_hand, silent, trainable
 from mtl.audit import AuditError, Report
 from mtl.audit.lightning import AuditCallback
+from mtl.patterns import PatternError
 
 pytestmark = [
     # A frozen trunk held in eval is what is meant here.
@@ -271,3 +273,182 @@ def test_the_fit_after_an_exception_is_audited_anew() -> None:
         fit(audit, Failing())
     fit(audit, Lit())
     assert [(phase.num_steps, phase.completed) for phase in audit.report.phases] == [(2, False), (4, True)]
+
+
+# --- a freeze by epoch
+
+
+class Finetuned(LightningModule):
+    """backbone = Linear, LayerNorm, Linear; head = Linear; the optimizer is built of what trains by then."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        torch.manual_seed(0)
+        self.backbone = nn.Sequential(nn.Linear(2, 4), nn.LayerNorm(4), nn.Linear(4, 4))
+        self.head = nn.Linear(4, 1)
+
+    def training_step(self, batch: list[Tensor]) -> Tensor:
+        return (self.head(self.backbone(batch[0])) - 1).square().mean()
+
+    def validation_step(self, batch: list[Tensor]) -> None:
+        self.training_step(batch)
+
+    def configure_optimizers(self) -> Any:
+        return SGD(trainable(self), lr=0.05)
+
+
+class Gradually(BaseFinetuning):
+    """Lightning's own base of schedules: the last layer thaws in epoch 1, all of the backbone in epoch 3."""
+
+    def freeze_before_training(self, pl_module: LightningModule) -> None:
+        self.freeze(pl_module.backbone)
+
+    def finetune_function(self, pl_module: LightningModule, epoch: int, optimizer: Optimizer) -> None:
+        for first_epoch, layers in ((1, pl_module.backbone[2:]), (3, pl_module.backbone[:2])):
+            if epoch == first_epoch:
+                self.unfreeze_and_add_param_group(layers, optimizer, lr=0.01)
+            elif epoch > first_epoch:
+                # A checkpoint has the group, but not that its parameters train.
+                self.make_trainable(layers)
+
+
+class Scheduled(Callback):
+    """As FinetuningScheduler runs a schedule: at the start of an epoch it sets what trains, and builds its groups."""
+
+    def __init__(self, first_trained: dict[int, int]) -> None:
+        self.first_trained = first_trained
+
+    def setup(self, trainer: Trainer, pl_module: LightningModule, stage: str) -> None:  # noqa: ARG002
+        pl_module.backbone.requires_grad_(False)
+
+    def on_train_epoch_start(self, trainer: Trainer, pl_module: LightningModule) -> None:
+        first = max(epoch for epoch in self.first_trained if epoch <= trainer.current_epoch)
+        layers = pl_module.backbone[self.first_trained[first] :]
+        pl_module.backbone.requires_grad_(False)
+        pl_module.backbone.zero_grad()
+        layers.requires_grad_(True)
+        optimizer = trainer.optimizers[0]
+        del optimizer.param_groups[1:]
+        if len(layers):
+            optimizer.add_param_group({"params": list(layers.parameters()), "lr": 0.01})
+
+
+BY_EPOCH = {0: ["backbone"], 1: ["backbone", "!backbone.2"], 3: []}
+SCHEDULE = {0: 3, 1: 2, 3: 0}
+
+
+def phases(report: Report) -> list[tuple[str, int, bool]]:
+    return [(phase.name, phase.num_steps, phase.completed) for phase in report.phases]
+
+
+def fit_with(callbacks: list[Callback], max_epochs: int, ckpt_path: str | None = None, **options: Any) -> Trainer:
+    quiet = {"logger": False, "enable_progress_bar": False, "enable_model_summary": False}
+    defaults = {"accelerator": "cpu", "devices": 1, "limit_val_batches": 0, "enable_checkpointing": False}
+    trainer = Trainer(callbacks=callbacks, max_epochs=max_epochs, **{**quiet, **defaults, **options})
+    trainer.fit(Finetuned(), loader(), loader(2), ckpt_path=ckpt_path, weights_only=False)
+    return trainer
+
+
+@pytest.mark.parametrize("audit_comes_first", [True, False])
+@pytest.mark.parametrize("make", [Gradually, lambda: Scheduled(SCHEDULE)], ids=["BaseFinetuning", "scheduled"])
+def test_thaws_that_the_freeze_by_epoch_names_are_silent_and_each_freeze_is_proven(
+    make: Callable[[], Callback], audit_comes_first: bool
+) -> None:
+    audit = AuditCallback(BY_EPOCH)
+    trainer = fit_with([audit, make()] if audit_comes_first else [make(), audit], 5, limit_val_batches=1.0)
+    assert audit.report.ok
+    assert phases(audit.report) == [("fit[0]", 4, True), ("fit[1-2]", 8, True), ("fit[3-]", 8, True)]
+    assert [len(phase.fingerprints) for phase in audit.report.phases] == [6, 4, 0]
+    assert all(phase.num_trained == phase.num_trainable > 0 for phase in audit.report.phases)
+    assert not any(optimizer._optimizer_step_post_hooks for optimizer in trainer.optimizers)
+
+
+@pytest.mark.parametrize("audit_comes_first", [True, False])
+def test_the_thaw_of_backbone_finetuning_is_meant_in_its_epoch_and_a_violation_before(audit_comes_first: bool) -> None:
+    for epoch, expected in ((2, []), (3, ["fit[0-2]"])):
+        audit = AuditCallback({0: ["backbone"], epoch: []}, policy="collect")
+        finetuning = BackboneFinetuning(unfreeze_backbone_at_epoch=2)
+        fit_with([audit, finetuning] if audit_comes_first else [finetuning, audit], 4)
+        assert sorted({violation.phase for violation in audit.report.violations}) == expected
+        names = [f"fit[0-{epoch - 1}]", f"fit[{epoch}-]"]
+        assert phases(audit.report) == [(names[0], 4 * epoch, True), (names[1], 4 * (4 - epoch), True)]
+    assert {v.name for v in audit.report.violations if v.kind == "param_changed"} == {
+        f"backbone.{name}" for name, _ in Finetuned().backbone.named_parameters()
+    }
+
+
+def test_what_freezes_again_is_proven_from_then_on() -> None:
+    audit = AuditCallback({0: ["backbone[:2]"], 1: [], 2: ["backbone"]})
+    fit_with([Scheduled({0: 2, 1: 0, 2: 3}), audit], 4)
+    assert phases(audit.report) == [("fit[0]", 4, True), ("fit[1]", 4, True), ("fit[2-]", 8, True)]
+    assert audit.report.ok
+
+
+def test_a_function_of_the_epoch_says_what_is_frozen_and_is_asked_for_epochs_that_come_only() -> None:
+    freezes, asked = [["backbone"], ["backbone[:2]"], ["backbone[:2]"], []], []
+
+    def freeze(epoch: int) -> list[str]:
+        asked.append(epoch)
+        return freezes[epoch]
+
+    audit = AuditCallback(freeze)
+    fit_with([audit, Scheduled(SCHEDULE)], 4)
+    assert audit.report.ok
+    assert phases(audit.report) == [("fit[0-]", 4, True), ("fit[1-]", 8, True), ("fit[3-]", 4, True)]
+    assert asked == [0, 1, 2, 3]
+
+
+def test_a_write_in_the_last_batch_of_a_freeze_is_found_when_its_epoch_ends() -> None:
+    class Late(Callback):
+        def on_train_batch_end(self, trainer: Trainer, module: Any, outputs: Any, batch: Any, index: int) -> None:  # noqa: ARG002
+            if trainer.global_step == 12:
+                module.backbone[0].weight.data += 1
+
+    audit = AuditCallback(BY_EPOCH)
+    with pytest.raises(AuditError, match=r"phase 'fit\[1-2\]', step 8, backbone.0.weight: param_changed"):
+        fit_with([audit, Scheduled(SCHEDULE), Late()], 5)
+    assert phases(audit.report) == [("fit[0]", 4, True), ("fit[1-2]", 8, False)]
+
+
+@pytest.mark.parametrize(("epochs", "expected"), [(2, "fit[1-2]"), (4, "fit[3-]")])
+def test_a_fit_that_goes_on_from_a_checkpoint_begins_with_the_freeze_of_its_epoch(
+    tmp_path: Path, epochs: int, expected: str
+) -> None:
+    trainer = fit_with([AuditCallback(BY_EPOCH), Gradually()], epochs)
+    trainer.save_checkpoint(tmp_path / "last.ckpt")
+    audit = AuditCallback(BY_EPOCH)
+    fit_with([audit, Gradually()], 5, ckpt_path=str(tmp_path / "last.ckpt"))
+    assert audit.report.ok
+    rest = 4 * ((3 if epochs == 2 else 5) - epochs)
+    assert phases(audit.report)[0] == (expected, rest, True)
+
+
+@pytest.mark.parametrize(
+    ("freeze", "message"),
+    [
+        ({}, r"epoch 0 needs a freeze as well \(0: \[\] freezes nothing\), but it is empty"),
+        ({3: [], 5: ["trunk"]}, "epoch 0 needs a freeze as well .* but it begins with epoch 3"),
+        ({0: ["trunk"], -1: []}, "an epoch is a whole number from 0 on, got -1"),
+        ({0: ["trunk"], 2.5: []}, "an epoch is a whole number from 0 on, got 2.5"),
+        ({"0-4": ["trunk"], "5-": []}, "freeze by first epoch, such as .*: an epoch is a whole number .* got '0-4'"),
+        ({0: ["trunk"], 1: None}, r"freeze\[1\]: expected patterns, such as .* got None"),
+        ({0: {"trunk"}}, r"freeze\[0\]: expected patterns"),
+        (None, "freeze: expected patterns"),
+    ],
+)
+def test_a_freeze_that_cannot_be_read_is_refused_when_the_callback_is_made(freeze: Any, message: str) -> None:
+    with pytest.raises(ValueError, match=message):
+        AuditCallback(freeze)
+
+
+def test_a_dead_pattern_of_a_later_epoch_is_refused_before_the_first_batch() -> None:
+    audit = AuditCallback({0: ["backbone"], 4: ["backbon.0"]})
+    with pytest.raises(PatternError, match=r"pattern 'backbon.0' matches nothing \(nearest: backbone.0"):
+        fit_with([audit, Scheduled(SCHEDULE)], 5)
+    assert audit.report.phases == []
+
+
+def test_a_function_that_returns_no_patterns_is_named_with_its_epoch() -> None:
+    audit = AuditCallback(lambda epoch: ["backbone"] if epoch == 0 else None)
+    with pytest.raises(ValueError, match=r"freeze\(1\): expected patterns, such as .* got None"):
+        fit_with([audit, Scheduled({0: 3})], 3)

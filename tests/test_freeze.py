@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import copy
+import io
 import pickle
 from collections.abc import Callable, Iterable, Iterator
 
@@ -11,7 +12,9 @@ import torch
 from hypothesis import given, reject, settings
 from hypothesis import strategies as st
 from torch import Tensor, nn
+from torch.distributed.algorithms._checkpoint.checkpoint_wrapper import checkpoint_wrapper
 from torch.nn import functional
+from torch.nn.utils import parametrize
 from torch.optim import SGD, AdamW, Optimizer
 
 from mtl.freeze import FreezeError, enforce, fixed_parameters, is_frozen, plan_freeze, trainable_parameters
@@ -58,6 +61,14 @@ class Owner(nn.Module):
         super().__init__()
         self.register_buffer("scale", torch.ones(1))
         self.child = nn.Linear(1, 1)
+
+
+def saved(model: nn.Module) -> nn.Module:
+    """A model as it comes back from a file that torch has written."""
+    file = io.BytesIO()
+    torch.save(model, file)
+    file.seek(0)
+    return torch.load(file, weights_only=False)
 
 
 STATISTICS = ("running_mean", "running_var", "num_batches_tracked")
@@ -428,6 +439,152 @@ def test_a_held_model_can_be_pickled_and_is_held_when_it_comes_back() -> None:
     twin.train()
     assert [module.training for module in twin.trunk.modules()] == [False] * 4
     assert all(module.training for module in twin.head.modules())
+
+
+@pytest.mark.parametrize("make_copy", [copy.deepcopy, lambda model: pickle.loads(pickle.dumps(model)), saved])
+def test_a_copy_of_a_held_model_holds_what_is_put_into_it_and_leaves_the_original_alone(
+    make_copy: Callable[[Normed], Normed],
+) -> None:
+    model = Normed()
+    enforce(model, plan_freeze(model, ["trunk"]))
+    twin = make_copy(model)
+    twin.trunk[1] = nn.SyncBatchNorm(4)
+    twin.train()
+    model.eval()
+    assert modes(twin) == {"": True, **HELD_TRUNK, **TRAINING_HEAD}
+    assert not any(modes(model).values())
+    copy.deepcopy(twin.trunk).train()
+    assert modes(twin) == {"": True, **HELD_TRUNK, **TRAINING_HEAD}
+
+
+# --- what is put into the model once it is frozen
+
+
+def modes(model: nn.Module) -> dict[str, bool]:
+    return {name: module.training for name, module in model.named_modules()}
+
+
+HELD_TRUNK = {"trunk": False, "trunk.0": False, "trunk.1": False, "trunk.2": False}
+TRAINING_HEAD = {"head": True, "head.0": True, "head.1": True, "head.2": True}
+
+
+def adapter() -> nn.Sequential:
+    return nn.Sequential(nn.Linear(4, 4), nn.Sequential(nn.BatchNorm1d(4), nn.Dropout(0.5)))
+
+
+def beside(model: Normed) -> None:
+    model.trunk.append(adapter())
+
+
+def inside(model: Normed) -> None:
+    model.trunk[1].adapter = adapter()
+
+
+def in_place(model: Normed) -> None:
+    model.trunk[1] = adapter()
+
+
+def whole(model: Normed) -> None:
+    model.trunk = adapter()
+
+
+def synchronised(model: Normed) -> None:
+    nn.SyncBatchNorm.convert_sync_batchnorm(model)
+
+
+def wrapped(model: Normed) -> None:
+    model.trunk[1] = checkpoint_wrapper(nn.BatchNorm1d(4))
+    model.trunk[0] = checkpoint_wrapper(model.trunk[0])
+
+
+def compiled(model: Normed) -> None:
+    model.trunk = torch.compile(model.trunk, backend="eager")
+
+
+def parametrised(model: Normed) -> None:
+    parametrize.register_parametrization(model.trunk[0], "weight", nn.Dropout(0.5))
+
+
+def scripted(model: Normed) -> None:
+    model.trunk = torch.jit.script(model.trunk)
+
+
+@pytest.mark.filterwarnings("ignore:`torch.jit.script` is deprecated:FutureWarning")
+@pytest.mark.parametrize(
+    "put", [beside, inside, in_place, whole, synchronised, wrapped, compiled, parametrised, scripted]
+)
+@pytest.mark.parametrize("call", [lambda model: model.train(), lambda model: [m.train() for m in model.modules()]])
+def test_whatever_is_put_into_a_frozen_part_stays_in_eval_too(
+    put: Callable[[Normed], None], call: Callable[[Normed], object]
+) -> None:
+    model = Normed()
+    enforce(model, plan_freeze(model, ["trunk"]))
+    put(model)
+    call(model)
+    assert not any(module.training for module in model.trunk.modules())
+    assert all(module.training for module in model.head.modules())
+    enforce(model, plan_freeze(model, []))
+    assert all(module.training for module in model.modules())
+
+
+def test_a_frozen_norm_that_is_converted_stays_in_eval_where_all_around_it_trains() -> None:
+    model = Normed()
+    enforce(model, plan_freeze(model, ["type:BatchNorm1d"]))
+    nn.SyncBatchNorm.convert_sync_batchnorm(model)
+    model.train()
+    assert {name for name, training in modes(model).items() if not training} == {"trunk.1", "head.2"}
+    assert isinstance(model.trunk[1], nn.SyncBatchNorm)
+    model.trunk.train()
+    assert not model.trunk[1].training
+
+
+@pytest.mark.filterwarnings("ignore:`torch.jit.script` is deprecated:FutureWarning")
+def test_a_part_that_is_replaced_whole_keeps_the_modes_of_what_was_there() -> None:
+    model = Normed()
+    enforce(model, plan_freeze(model, ["trunk.1"]))
+    model.trunk = torch.jit.script(model.trunk)
+    model.train()
+    assert modes(model) == {"": True, **HELD_TRUNK, "trunk": True, "trunk.0": True, "trunk.2": True, **TRAINING_HEAD}
+
+
+def test_what_is_put_into_a_module_that_is_held_for_a_buffer_s_sake_has_the_mode_asked_for() -> None:
+    model = nn.Sequential(Owner())
+    enforce(model, plan_freeze(model, ["0.scale"]))
+    model[0].adapter = adapter()
+    model[0].child = adapter()
+    model.train()
+    assert modes(model)["0"] is False
+    assert all(module.training for name in ("adapter", "child") for module in getattr(model[0], name).modules())
+    model.eval()
+    assert not any(modes(model).values())
+
+
+def test_a_train_of_the_instance_s_own_is_still_called_and_comes_back() -> None:
+    model = Normed()
+    calls: list[bool] = []
+
+    def own(mode: bool = True) -> nn.Module:
+        calls.append(mode)
+        return Normed.train(model, mode)
+
+    model.train = own  # type: ignore[method-assign]
+    enforce(model, plan_freeze(model, ["trunk"]))
+    model.eval()
+    assert calls == [True, False]
+    enforce(model, plan_freeze(model, []))
+    assert model.train is own
+    assert all(module.training for module in model.modules())
+
+
+def test_a_held_model_compiles_as_one_graph_and_trains_the_same() -> None:
+    model = Normed()
+    enforce(model, plan_freeze(model, ["trunk"]))
+    model.head[0].p = 0.0
+    x = torch.randn(6, 3)
+    one_graph = torch.compile(model, backend="eager", fullgraph=True)
+    one_graph.train()
+    assert torch.equal(one_graph(x), model(x))
+    assert modes(model) == {"": True, **HELD_TRUNK, **TRAINING_HEAD}
 
 
 # --- properties

@@ -31,6 +31,9 @@ TRUNKS = {
 }
 
 
+STATISTICS = ("running_mean", "running_var", "num_batches_tracked")
+
+
 def base_of(folder: Path, trunk: str = "test_resnet", **changes: Any) -> Path:
     data = TINY["data"] | {"image_size": TRUNKS[trunk]}
     phases = [{"name": "only", "steps": 1}]
@@ -87,6 +90,22 @@ def test_top_down_trains_each_part_of_the_trunk_exactly_once(
     assert sum(map(len, parts)) == len(set().union(*parts)), "no two phases share a tensor of the trunk"
     assert set().union(*parts) == below(plan.parameters, "trunk")
     assert all(names >= below(plan.parameters, "heads") for names in sets)
+
+
+@pytest.mark.parametrize("trunk", ["test_resnet", "tf_efficientnet_lite0"])
+def test_the_norms_of_a_part_that_top_down_trains_train_whole_with_their_statistics(
+    tmp_path: Path, capsys: pytest.CaptureFixture[str], trunk: str
+) -> None:
+    phases = draw_up_without_weights(load_config(generated(capsys, base_of(tmp_path, trunk), "top-down"))).phases
+    every_norm = {name.rpartition(".")[0] for name in phases[0].freeze.plan.names.frozen_buffers}
+    thawed = set[str]()
+    for phase in phases:
+        plan = phase.freeze.plan
+        norms = every_norm & {name.rpartition(".")[0] for name in plan.names.trainable}
+        assert below(plan.names.free_buffers, "trunk") == {f"{name}.{key}" for name in norms for key in STATISTICS}
+        assert norms.isdisjoint(plan.held_in_eval)
+        thawed |= norms
+    assert thawed == every_norm != set()
 
 
 @pytest.mark.parametrize("trunk", ["test_resnet", "test_vit"])
@@ -186,11 +205,15 @@ def test_a_schedule_for_an_overridden_trunk_plans_as_it_was_printed(
     assert plan_of(file).trunk == "resnet18"
 
 
-def test_a_generated_schedule_trains_with_a_clean_audit(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
-    parts = assemble(load_config(generated(capsys, base_of(tmp_path), "alternate")), quiet=True)
+@pytest.mark.parametrize("kind", ["alternate", pytest.param("top-down", marks=pytest.mark.slow)])
+def test_a_generated_schedule_trains_with_a_clean_audit(
+    tmp_path: Path, capsys: pytest.CaptureFixture[str], kind: str
+) -> None:
+    parts = assemble(load_config(generated(capsys, base_of(tmp_path), kind)), quiet=True)
     report = train(parts, quiet=True).report
     assert report.ok and report.violations == []
     phases = report.to_json()["phases"]
-    assert [(phase["name"], phase["completed"]) for phase in phases] == [
-        (f"{part}.{number}", True) for number in (1, 2) for part in ("heads", "trunk")
-    ]
+    assert [(phase["name"], phase["completed"]) for phase in phases] == [(phase.name, True) for phase in parts.phases]
+    assert len(phases) > 3
+    # Each part trained, and its statistics with it.
+    assert all(int(count) > 0 for name, count in parts.model.named_buffers() if name.endswith("num_batches_tracked"))

@@ -28,7 +28,7 @@ FLOORS = [
     ["tensor_file", "featurestore", "run_dir"],
     ["tasks"],
     ["model", "data"],
-    ["freeze", "audit", "scheduler", "reach", "gradients", "weighting"],
+    ["freeze", "audit", "scheduler", "reach", "deadbranch", "gradients", "weighting"],
     [
         "optim",
         "lr_schedule",

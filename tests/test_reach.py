@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+import copy
+
 import pytest
 import torch
 from torch import Tensor, nn
@@ -128,3 +130,11 @@ def test_gradients_that_are_there_stay_and_no_grad_around_makes_no_difference() 
         assert reached_parameters(model, 32) == expected
         assert not torch.is_grad_enabled()
     assert {name: None if p.grad is None else _bits(p.grad) for name, p in model.named_parameters()} == before
+
+
+def test_a_trunk_that_keeps_tensors_of_eval_mode_is_left_without_them() -> None:
+    # LeViT keeps its attention biases, with their graph, until it is in train mode again.
+    model = model_of("levit_128s", 64, TASKS["vector"])
+    reached_parameters(model, 64)
+    with_gradient(copy.deepcopy(model).eval(), 64, "one")
+    assert not any(module.attention_bias_cache for module in model.modules() if hasattr(module, "attention_bias_cache"))

@@ -1,4 +1,4 @@
-"""Each training of a framework's Trainer as one phase of an audit, opened and closed by hooks."""
+"""Each training of a framework's Trainer as phases of an audit, opened and closed by hooks."""
 
 from __future__ import annotations
 
@@ -7,36 +7,59 @@ from collections.abc import Sequence
 from torch import nn
 
 from mtl.audit.audit import GradientAudit, Policy
+from mtl.audit.contract import Subject, draw_contract
+from mtl.audit.epochs import EpochFreeze, FreezeByEpoch, Span
 from mtl.audit.membership import HoldsParameters
 from mtl.audit.report import Report
-from mtl.patterns import PatternLike
 
 
 class FitAudit:
     """What the callbacks of all frameworks share. Outside a training, when hooks come too, nothing is looked at.
 
     Attributes:
-        report: What was found, a phase for each training.
+        report: What was found, in each training a phase for every freeze.
     """
 
-    def __init__(self, freeze: PatternLike | Sequence[PatternLike], policy: Policy, phase: str) -> None:
+    def __init__(self, freeze: EpochFreeze, policy: Policy, phase: str) -> None:
         """Args: as the callbacks have them."""
         self.report = Report()
-        self._freeze = freeze
+        self._freeze = FreezeByEpoch(freeze, phase)
         self._policy = policy
-        self._phase = phase
         self._audit: GradientAudit | None = None
+        self._span: Span | None = None
 
-    def begin(self, model: nn.Module, optimizers: Sequence[HoldsParameters]) -> None:
-        """Opens the phase of one training; one that an exception has left open is closed unproven."""
+    def start(self, model: nn.Module, optimizers: Sequence[HoldsParameters]) -> None:
+        """Begins a training; a phase that an exception has left open is closed unproven.
+
+        One freeze for all epochs begins here. Where epochs differ, each begins with its first batch: by then, whoever
+        freezes and thaws at the start of an epoch has done so.
+
+        Raises:
+            PatternError: A pattern of any epoch that is known beforehand cannot be read or selects nothing.
+        """
         self.abandon()
-        audit = GradientAudit(model, self._freeze, optimizers, self._policy)
-        try:
-            audit.begin(self._phase)
-        finally:
-            # Also if the contract is already broken: the report then tells of it.
-            self.report.phases += audit.report.phases
-        self._audit = audit
+        for span in self._freeze.spans if self._freeze.varies else ():
+            draw_contract(Subject(model, {}, None), span.freeze)
+        if not self._freeze.varies:
+            self._begin(self._freeze.at(0), model, optimizers)
+
+    def enter(self, epoch: int, model: nn.Module, optimizers: Sequence[HoldsParameters]) -> bool:
+        """Before a batch: begins the phase of its epoch, unless it is open.
+
+        Returns:
+            Whether a phase was begun.
+        """
+        span = self._freeze.at(epoch)
+        if span == self._span:
+            return False
+        self.end()
+        self._begin(span, model, optimizers)
+        return True
+
+    def leave(self, following: int) -> None:
+        """At the end of an epoch: closes the phase with its proof if the following epoch has another freeze."""
+        if self._audit is not None and self._freeze.at(following) != self._span:
+            self.end()
 
     def after_backward(self) -> None:
         if self._audit is not None:
@@ -51,13 +74,22 @@ class FitAudit:
             self._audit.verify()
 
     def end(self) -> None:
-        """Closes the phase with its proof."""
-        audit, self._audit = self._audit, None
+        """Closes the phase, if one is open, with its proof."""
+        audit, self._audit, self._span = self._audit, None, None
         if audit is not None:
             audit.end()
 
     def abandon(self) -> None:
-        """Closes the phase with nothing proven."""
-        audit, self._audit = self._audit, None
+        """Closes the phase, if one is open, with nothing proven."""
+        audit, self._audit, self._span = self._audit, None, None
         if audit is not None:
             audit.abandon()
+
+    def _begin(self, span: Span, model: nn.Module, optimizers: Sequence[HoldsParameters]) -> None:
+        audit = GradientAudit(model, span.freeze, optimizers, self._policy)
+        try:
+            audit.begin(span.name)
+        finally:
+            # Also if the contract is already broken: the report then tells of it.
+            self.report.phases += audit.report.phases
+        self._audit, self._span = audit, span

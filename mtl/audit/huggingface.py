@@ -5,24 +5,29 @@
 
 from __future__ import annotations
 
-from collections.abc import Sequence
 from typing import Any
 
 from accelerate.optimizer import AcceleratedOptimizer
 from transformers import TrainerCallback, TrainerControl, TrainerState, TrainingArguments
 
 from mtl.audit.audit import Policy
+from mtl.audit.epochs import EpochFreeze
 from mtl.audit.fit import FitAudit
-from mtl.patterns import PatternLike
 
 
 class AuditCallback(TrainerCallback):
-    """Audits every `train` as one phase.
+    """Audits every `train`.
+
+    One freeze for all epochs is one phase, from `on_train_begin` on. A freeze by epoch is a phase for each freeze:
+    `AuditCallback(freeze={0: ["trunk"], 3: []})` allows for a thaw in epoch 3. Such a phase opens with the first step
+    of its epochs, when all callbacks' `on_epoch_begin` are done, so that it does not matter in which order they are
+    listed. It is closed and proven at the callback's `on_epoch_end` of its last epoch.
 
     The Trainer calls `model.train()` before every batch, which wakes a frozen BatchNorm unless the model's own `train`
     puts it back to eval.
 
-    Every byte is compared before and after an evaluation, before and after a checkpoint is written, and at the end.
+    Every byte is compared before and after an evaluation, before and after a checkpoint is written, and at the end of a
+    phase; what happens between two phases, such as the evaluation after the last epoch of the first one, is not seen.
     There is no hook right before a checkpoint: it is seen coming by `control.should_save` at the end of a step or an
     epoch. One that a later callback asks for, or that waits for its evaluation (`save_strategy="best"`), is compared
     before that evaluation, if it has one, and once it is written.
@@ -31,25 +36,41 @@ class AuditCallback(TrainerCallback):
     its record says `completed: false`; the next `train` closes it so.
 
     Attributes:
-        report: What was found, a phase for each `train`.
+        report: What was found, in each `train` a phase for every freeze.
     """
 
-    def __init__(
-        self, freeze: PatternLike | Sequence[PatternLike], policy: Policy = "raise", phase: str = "fit"
-    ) -> None:
+    def __init__(self, freeze: EpochFreeze, policy: Policy = "raise", phase: str = "fit") -> None:
         """Args:
-        freeze: Patterns of what must not move.
-        policy: What a violation does, as of `GradientAudit`. Under `raise` the `AuditError` comes out of `train`.
-        phase: The phase's name in the report.
+            freeze: Patterns of what must not move. By epoch, {first epoch: patterns}, where the first epoch is counted
+                from 0 and patterns hold until the next one; or a function of the epoch that returns patterns, which is
+                asked for each epoch at the end of the one before. No patterns freeze nothing.
+            policy: What a violation does, as of `GradientAudit`. Under `raise` the `AuditError` comes out of `train`.
+            phase: The phase's name in the report; `phase[0-2]` and `phase[3-]` of a freeze by epoch.
+
+        Raises:
+            ValueError: The freeze is none of these, or has none for epoch 0.
         """
         self._fit = FitAudit(freeze, policy, phase)
         self.report = self._fit.report
+        self._epoch = 0
 
     def on_train_begin(
         self, args: TrainingArguments, state: TrainerState, control: TrainerControl, **kwargs: Any
     ) -> None:
-        # Nobody tells of an exception in the training before this one: `begin` closes what it left open.
-        self._fit.begin(kwargs["model"], [innermost(kwargs["optimizer"])])
+        # Nobody tells of an exception in the training before this one: `start` closes what it left open.
+        self._fit.start(kwargs["model"], [innermost(kwargs["optimizer"])])
+        # Counted here from where a checkpoint stood: `state.epoch` lags behind if an epoch is stopped early.
+        self._epoch = int(state.epoch or 0) - 1
+
+    def on_epoch_begin(
+        self, args: TrainingArguments, state: TrainerState, control: TrainerControl, **kwargs: Any
+    ) -> None:
+        self._epoch += 1
+
+    def on_step_begin(
+        self, args: TrainingArguments, state: TrainerState, control: TrainerControl, **kwargs: Any
+    ) -> None:
+        self._fit.enter(self._epoch, kwargs["model"], [innermost(kwargs["optimizer"])])
 
     def on_pre_optimizer_step(
         self, args: TrainingArguments, state: TrainerState, control: TrainerControl, **kwargs: Any
@@ -71,6 +92,9 @@ class AuditCallback(TrainerCallback):
         self, args: TrainingArguments, state: TrainerState, control: TrainerControl, **kwargs: Any
     ) -> None:
         self._verify_before(control)
+        # A function is not asked for an epoch that does not come.
+        if self._epoch + 1 < state.num_train_epochs:
+            self._fit.leave(self._epoch + 1)
 
     def on_evaluate(self, args: TrainingArguments, state: TrainerState, control: TrainerControl, **kwargs: Any) -> None:
         self._fit.verify()

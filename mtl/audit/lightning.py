@@ -9,7 +9,6 @@ of each other with classes of their own, so import the Trainer from the one that
 
 from __future__ import annotations
 
-from collections.abc import Sequence
 from importlib.util import find_spec
 from typing import TYPE_CHECKING, Any
 
@@ -17,8 +16,8 @@ from torch.optim import Optimizer
 from torch.utils.hooks import RemovableHandle
 
 from mtl.audit.audit import Policy
+from mtl.audit.epochs import EpochFreeze
 from mtl.audit.fit import FitAudit
-from mtl.patterns import PatternLike
 
 if TYPE_CHECKING or find_spec("lightning"):
     from lightning.pytorch import Callback, LightningModule, Trainer
@@ -27,36 +26,58 @@ else:
 
 
 class AuditCallback(Callback):
-    """Audits every `fit` as one phase, with automatic and with manual optimization.
+    """Audits every `fit`, with automatic and with manual optimization.
 
-    Freeze before the training starts: in the module's constructor, `configure_model`, `setup` or `on_fit_start`, since
-    the phase opens when the callbacks' `on_train_start` are called, before the module's own. Names are those of the
-    LightningModule. Every step of every optimizer counts, as in `trainer.global_step`.
+    One freeze for all epochs is one phase. Freeze before the training starts: in the module's constructor,
+    `configure_model`, `setup` or `on_fit_start`, since the phase opens when the callbacks' `on_train_start` are called,
+    before the module's own.
+
+    A freeze by epoch is a phase for each freeze: `AuditCallback(freeze={0: ["backbone"], 10: []})` allows for a thaw in
+    epoch 10, as `BackboneFinetuning` does it. Such a phase opens with the first batch of its epochs, when all
+    callbacks' and the module's `on_train_epoch_start` are done, so that it does not matter who of them freezes or
+    thaws, or in which order they are listed. It is closed and proven when the callbacks' `on_train_epoch_end` are
+    called for its last epoch.
+
+    Names are those of the LightningModule. Every step of every optimizer counts, as in `trainer.global_step`.
 
     Every byte is compared before a validation, before a checkpoint is written (not if it is saved with
-    `save_weights_only`, for which Lightning calls no callback), and at the end. What breaks the freeze after the
-    callbacks' `on_train_end` is not seen.
+    `save_weights_only`, for which Lightning calls no callback), and at the end of a phase. What breaks the freeze
+    between two phases, or after the callbacks' `on_train_end`, is not seen.
 
     Attributes:
-        report: What was found, a phase for each `fit`.
+        report: What was found, in each `fit` a phase for every freeze.
     """
 
-    def __init__(
-        self, freeze: PatternLike | Sequence[PatternLike], policy: Policy = "raise", phase: str = "fit"
-    ) -> None:
+    def __init__(self, freeze: EpochFreeze, policy: Policy = "raise", phase: str = "fit") -> None:
         """Args:
-        freeze: Patterns of what must not move.
-        policy: What a violation does, as of `GradientAudit`. Under `raise` the `AuditError` comes out of `fit`.
-        phase: The phase's name in the report.
+            freeze: Patterns of what must not move. By epoch, {first epoch: patterns}, where the first epoch is counted
+                from 0 and patterns hold until the next one; or a function of the epoch that returns patterns, which is
+                asked for each epoch at the end of the one before. No patterns freeze nothing.
+            policy: What a violation does, as of `GradientAudit`. Under `raise` the `AuditError` comes out of `fit`.
+            phase: The phase's name in the report; `phase[0-9]` and `phase[10-]` of a freeze by epoch.
+
+        Raises:
+            ValueError: The freeze is none of these, or has none for epoch 0.
         """
         self._fit = FitAudit(freeze, policy, phase)
         self.report = self._fit.report
         self._handles: list[RemovableHandle] = []
 
     def on_train_start(self, trainer: Trainer, pl_module: LightningModule) -> None:
-        self._fit.begin(pl_module, trainer.optimizers)
-        # Batches do not count: accumulation ends most of them without a step, and a gradient scaler skips some.
-        self._handles = [each.register_step_post_hook(self._after_step) for each in trainer.optimizers]
+        self._unhook()
+        self._fit.start(pl_module, trainer.optimizers)
+        self._hook(trainer)
+
+    def on_train_batch_start(self, trainer: Trainer, pl_module: LightningModule, batch: object, batch_idx: int) -> None:
+        if self._fit.enter(trainer.current_epoch, pl_module, trainer.optimizers):
+            # A callback that thaws may have built other optimizers.
+            self._unhook()
+            self._hook(trainer)
+
+    def on_train_epoch_end(self, trainer: Trainer, pl_module: LightningModule) -> None:
+        # A function is not asked for an epoch that does not come.
+        if trainer.current_epoch + 1 != trainer.max_epochs:
+            self._fit.leave(trainer.current_epoch + 1)
 
     def on_before_optimizer_step(self, trainer: Trainer, pl_module: LightningModule, optimizer: Optimizer) -> None:
         # After backward, accumulation and unscaling, before clipping; under manual optimization as well.
@@ -76,6 +97,10 @@ class AuditCallback(Callback):
     def on_exception(self, trainer: Trainer, pl_module: LightningModule, exception: BaseException) -> None:
         self._unhook()
         self._fit.abandon()
+
+    def _hook(self, trainer: Trainer) -> None:
+        # Batches do not count: accumulation ends most of them without a step, and a gradient scaler skips some.
+        self._handles = [each.register_step_post_hook(self._after_step) for each in trainer.optimizers]
 
     def _unhook(self) -> None:
         for handle in self._handles:

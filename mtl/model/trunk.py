@@ -72,6 +72,8 @@ def in_eval_mode(module: nn.Module) -> Iterator[None]:
     try:
         yield
     finally:
+        # Some models keep a tensor of theirs, with its graph, from one pass in eval mode for the next (LeViT).
+        module.train()
         for part, mode in modes.items():
             part.training = mode
 

@@ -231,7 +231,7 @@ class _Resolver:
         lr_of = self._by_pattern("lr", list(parameters))
         decay_of = self._by_pattern("weight_decay", decayed)
         if self.optim.layer_decay < 1:
-            factors = layer_factors(self.optim.layer_decay, self.tree.depth_groups("trunk"))
+            factors = layer_factors(self.optim.layer_decay, self.tree.depths("trunk"))
             lr_of = {name: lr * factors.get(name, 1.0) for name, lr in lr_of.items()}
         # The balancing method's apart: the model may be spread over processes, and torch steps no list of both.
         own = {name: p for name, p in parameters.items() if name.startswith("balance.")}

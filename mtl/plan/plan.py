@@ -6,14 +6,18 @@ from collections.abc import Sequence
 from dataclasses import replace
 from typing import Any
 
-from mtl.blueprint import Blueprint
+from mtl.blueprint import Blueprint, draw_up
 from mtl.freeze import FreezePlan
 from mtl.names import condense
 from mtl.phases import Phase
 from mtl.phases.length import length_in_words
+from mtl.plan.dead import dead_branches
 from mtl.plan.forecast import forecast
 from mtl.plan.records import Claim, FlopsPlan, GroupPlan, MemoryPlan, PhasePlan, Plan, Side
 from mtl.plan.rehearsal import Cost, rehearse
+
+# Larger models are not made with their weights for the sake of a plan.
+_MOST_BYTES = 10**9
 
 
 def make_plan(blueprint: Blueprint, world_size: int = 1, with_forecast: bool = False) -> Plan:
@@ -24,12 +28,16 @@ def make_plan(blueprint: Blueprint, world_size: int = 1, with_forecast: bool = F
     Args:
         blueprint: A run's model and phases.
         world_size: Processes among which gradients are reduced.
-        with_forecast: Whether to tell what each phase could keep of the trunk, too.
+        with_forecast: Whether to tell what each phase could keep of the trunk, and what in it cannot train, too.
     """
     planner = _Planner(blueprint, world_size)
     phases = planner.phases()
     if with_forecast:
         phases = [replace(phase, kept=forecast(blueprint, index)) for index, phase in enumerate(phases)]
+        # Initial values are known without reading any file if there are no trained weights to begin with.
+        if blueprint.config.trunk.weights == "none" and planner.weights <= _MOST_BYTES:
+            dead = dead_branches(draw_up(blueprint.config))
+            phases = [replace(phase, dead=dead.get(phase.name)) for phase in phases]
     return Plan(blueprint.config.trunk.name, world_size, tuple(planner.parameters), tuple(phases))
 
 

@@ -5,6 +5,8 @@ from __future__ import annotations
 from dataclasses import asdict, dataclass
 from typing import Any
 
+from mtl.deadbranch import DeadBranch
+
 
 @dataclass(frozen=True)
 class Side:
@@ -141,6 +143,7 @@ class PhasePlan:
         newly_frozen: What is frozen and trained in the phase before.
         lr_of: The peak rate of every parameter in an optimizer group, by name.
         kept: What of the trunk need be computed only once; None if that was not asked for.
+        dead: What would train, but cannot; None if nothing is known to be so.
     """
 
     name: str
@@ -170,6 +173,7 @@ class PhasePlan:
     newly_frozen: Side
     lr_of: dict[str, float]
     kept: KeptPlan | None = None
+    dead: DeadBranch | None = None
 
     def to_json(self, names: bool) -> dict[str, Any]:
         plain = asdict(self)

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from mtl.console import table
+from mtl.deadbranch import DeadBranch
 from mtl.names import condense, count, in_bytes, shorten
 from mtl.plan.records import Claim, GroupPlan, KeptPlan, PhasePlan, Plan, Side
 
@@ -69,6 +70,8 @@ def _paragraph(plan: Plan, phase: PhasePlan) -> str:
     if phase.unreached:
         names = shorten(condense(phase.unreached, plan.parameters), 8)
         lines += [("unreached", f"{count(len(phase.unreached), 'tensor')} that no active task reaches: {names}")]
+    if phase.dead is not None:
+        lines += [("dead", _dead(plan, phase.dead))]
     if phase.restore is not None:
         lines += [("begins with", f"the best weights so far by {phase.restore}")]
     if phase.kept is not None:
@@ -80,6 +83,12 @@ def _paragraph(plan: Plan, phase: PhasePlan) -> str:
     head = f"{phase.name}: {phase.length}, batches of {phase.batch_size}"
     width = max(len(title) for title, _ in lines)
     return "\n".join([head, *(f"  {title:<{width}}  {text}".rstrip() for title, text in lines)])
+
+
+def _dead(plan: Plan, dead: DeadBranch) -> str:
+    names = shorten(condense(dead.parameters, plan.parameters), 4)
+    numbers = f"{count(len(dead.parameters), 'tensor')}, whose gradient stays zero ({names}): in their way"
+    return f"{numbers} {count(len(dead.zeros), 'frozen tensor')} of zeros ({shorten(list(dead.zeros), 4)})"
 
 
 def _kept(kept: KeptPlan) -> str:
