@@ -20,11 +20,12 @@ class FitAudit:
         report: What was found, in each training a phase for every freeze.
     """
 
-    def __init__(self, freeze: EpochFreeze, policy: Policy, phase: str) -> None:
+    def __init__(self, freeze: EpochFreeze, policy: Policy, phase: str, strict: bool) -> None:
         """Args: as the callbacks have them."""
         self.report = Report()
         self._freeze = FreezeByEpoch(freeze, phase)
         self._policy = policy
+        self._strict = strict
         self._audit: GradientAudit | None = None
         self._span: Span | None = None
 
@@ -38,12 +39,15 @@ class FitAudit:
             PatternError: A pattern of any epoch that is known beforehand cannot be read or selects nothing.
         """
         self.abandon()
+        self._audit = GradientAudit(model, policy=self._policy, strict=self._strict)
+        # What was found in earlier trainings stays; a contract that is broken from the start is in it, too.
+        self._audit.report = self.report
         for span in self._freeze.spans if self._freeze.varies else ():
             draw_contract(Subject(model, {}, None), span.freeze)
         if not self._freeze.varies:
-            self._begin(self._freeze.at(0), model, optimizers)
+            self._begin(self._freeze.at(0), optimizers)
 
-    def enter(self, epoch: int, model: nn.Module, optimizers: Sequence[HoldsParameters]) -> bool:
+    def enter(self, epoch: int, optimizers: Sequence[HoldsParameters]) -> bool:
         """Before a batch: begins the phase of its epoch, unless it is open.
 
         Returns:
@@ -52,44 +56,44 @@ class FitAudit:
         span = self._freeze.at(epoch)
         if span == self._span:
             return False
-        self.end()
-        self._begin(span, model, optimizers)
+        self._close()
+        self._begin(span, optimizers)
         return True
 
     def leave(self, following: int) -> None:
         """At the end of an epoch: closes the phase with its proof if the following epoch has another freeze."""
-        if self._audit is not None and self._freeze.at(following) != self._span:
-            self.end()
+        if self._span is not None and self._freeze.at(following) != self._span:
+            self._close()
 
     def after_backward(self) -> None:
-        if self._audit is not None:
+        if self._audit is not None and self._span is not None:
             self._audit.after_backward()
 
     def after_step(self) -> None:
-        if self._audit is not None:
+        if self._audit is not None and self._span is not None:
             self._audit.after_step()
 
     def verify(self) -> None:
-        if self._audit is not None:
+        if self._audit is not None and self._span is not None:
             self._audit.verify()
 
     def end(self) -> None:
-        """Closes the phase, if one is open, with its proof."""
-        audit, self._audit, self._span = self._audit, None, None
-        if audit is not None:
-            audit.end()
+        """Ends a training: closes the phase, if one is open, with its proof."""
+        self._close()
+        self._audit = None
 
     def abandon(self) -> None:
-        """Closes the phase, if one is open, with nothing proven."""
+        """Ends a training: closes the phase, if one is open, with nothing proven."""
         audit, self._audit, self._span = self._audit, None, None
         if audit is not None:
             audit.abandon()
 
-    def _begin(self, span: Span, model: nn.Module, optimizers: Sequence[HoldsParameters]) -> None:
-        audit = GradientAudit(model, span.freeze, optimizers, self._policy)
-        try:
-            audit.begin(span.name)
-        finally:
-            # Also if the contract is already broken: the report then tells of it.
-            self.report.phases += audit.report.phases
-        self._audit, self._span = audit, span
+    def _close(self) -> None:
+        span, self._span = self._span, None
+        if self._audit is not None and span is not None:
+            self._audit.end()
+
+    def _begin(self, span: Span, optimizers: Sequence[HoldsParameters]) -> None:
+        assert self._audit is not None
+        self._audit.begin(span.name, span.freeze, optimizers)
+        self._span = span

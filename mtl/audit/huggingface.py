@@ -39,18 +39,19 @@ class AuditCallback(TrainerCallback):
         report: What was found, in each `train` a phase for every freeze.
     """
 
-    def __init__(self, freeze: EpochFreeze, policy: Policy = "raise", phase: str = "fit") -> None:
+    def __init__(self, freeze: EpochFreeze, policy: Policy = "raise", phase: str = "fit", strict: bool = False) -> None:
         """Args:
             freeze: Patterns of what must not move. By epoch, {first epoch: patterns}, where the first epoch is counted
                 from 0 and patterns hold until the next one; or a function of the epoch that returns patterns, which is
                 asked for each epoch at the end of the one before. No patterns freeze nothing.
             policy: What a violation does, as of `GradientAudit`. Under `raise` the `AuditError` comes out of `train`.
             phase: The phase's name in the report; `phase[0-2]` and `phase[3-]` of a freeze by epoch.
+            strict: Whether a hazard is a violation, as of `GradientAudit`.
 
         Raises:
             ValueError: The freeze is none of these, or has none for epoch 0.
         """
-        self._fit = FitAudit(freeze, policy, phase)
+        self._fit = FitAudit(freeze, policy, phase, strict)
         self.report = self._fit.report
         self._epoch = 0
 
@@ -70,7 +71,7 @@ class AuditCallback(TrainerCallback):
     def on_step_begin(
         self, args: TrainingArguments, state: TrainerState, control: TrainerControl, **kwargs: Any
     ) -> None:
-        self._fit.enter(self._epoch, kwargs["model"], [innermost(kwargs["optimizer"])])
+        self._fit.enter(self._epoch, [innermost(kwargs["optimizer"])])
 
     def on_pre_optimizer_step(
         self, args: TrainingArguments, state: TrainerState, control: TrainerControl, **kwargs: Any

@@ -48,18 +48,19 @@ class AuditCallback(Callback):
         report: What was found, in each `fit` a phase for every freeze.
     """
 
-    def __init__(self, freeze: EpochFreeze, policy: Policy = "raise", phase: str = "fit") -> None:
+    def __init__(self, freeze: EpochFreeze, policy: Policy = "raise", phase: str = "fit", strict: bool = False) -> None:
         """Args:
             freeze: Patterns of what must not move. By epoch, {first epoch: patterns}, where the first epoch is counted
                 from 0 and patterns hold until the next one; or a function of the epoch that returns patterns, which is
                 asked for each epoch at the end of the one before. No patterns freeze nothing.
             policy: What a violation does, as of `GradientAudit`. Under `raise` the `AuditError` comes out of `fit`.
             phase: The phase's name in the report; `phase[0-9]` and `phase[10-]` of a freeze by epoch.
+            strict: Whether a hazard is a violation, as of `GradientAudit`.
 
         Raises:
             ValueError: The freeze is none of these, or has none for epoch 0.
         """
-        self._fit = FitAudit(freeze, policy, phase)
+        self._fit = FitAudit(freeze, policy, phase, strict)
         self.report = self._fit.report
         self._handles: list[RemovableHandle] = []
 
@@ -69,7 +70,7 @@ class AuditCallback(Callback):
         self._hook(trainer)
 
     def on_train_batch_start(self, trainer: Trainer, pl_module: LightningModule, batch: object, batch_idx: int) -> None:
-        if self._fit.enter(trainer.current_epoch, pl_module, trainer.optimizers):
+        if self._fit.enter(trainer.current_epoch, trainer.optimizers):
             # A callback that thaws may have built other optimizers.
             self._unhook()
             self._hook(trainer)
