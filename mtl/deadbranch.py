@@ -87,7 +87,7 @@ def _search(
     left = dict(zeros)
     history = [_stopped(model, image_size, tasks, trained, left)]
     while filled := {zero for each in history[-1].values() for zero in each}:
-        _fill(left.pop(name) for name in filled)
+        _fill(left.pop(name) for name in zeros if name in filled)
         history.append(_stopped(model, image_size, tasks, trained, left))
     revived = [name for name in history[0] if name not in history[-1]]
     found = {zero for stopped in history for name in revived for zero in stopped.get(name, ())}
