@@ -145,6 +145,7 @@ def _close(config: RunConfig, parts: Parts, outcome: Outcome, world: World) -> i
     """Says what a run came to, and parts from the other processes."""
     from mtl.console import logger
     from mtl.report import write_report
+    from mtl.run_files import RunFileError
     from mtl.summary import closing_line, results_table, verdict
 
     is_clean = not world.agree(broken=not outcome.report.ok).broken
@@ -157,8 +158,9 @@ def _close(config: RunConfig, parts: Parts, outcome: Outcome, world: World) -> i
         files = [f"checkpoints/{kept}", "metrics.jsonl", "audit.json", "plan.json", "config.yaml"]
         try:
             files.insert(0, write_report(parts, outcome.run_dir).name)
-        except OSError as error:
-            logger.warning(f"report.html cannot be written ({error.strerror}); later: mtl report {outcome.run_dir}")
+        except (OSError, RunFileError) as error:
+            reason = error.strerror if isinstance(error, OSError) else error
+            logger.warning(f"report.html cannot be written ({reason}); later: mtl report {outcome.run_dir}")
         logger.info(f"{outcome.run_dir}: {', '.join(files)}")
     # torchrun ends all processes as soon as one has failed.
     world.barrier()
@@ -282,6 +284,7 @@ def _report(run_dir: Path, picture: Path | None) -> int:
     from mtl.assembly import assemble
     from mtl.data import DataError
     from mtl.report import write_report
+    from mtl.run_files import RunFileError
 
     try:
         # Only the architecture is needed: the weights are the run's own.
@@ -290,6 +293,8 @@ def _report(run_dir: Path, picture: Path | None) -> int:
         return _complain(error)
     try:
         page = write_report(parts, run_dir, picture)
+    except RunFileError as error:
+        return _complain(error)
     except OSError as error:
         return _complain(ValueError(f"{error.filename or run_dir} cannot be written: {error.strerror}"))
     sys.stdout.write(f"{page}\n")

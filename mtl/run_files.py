@@ -21,6 +21,11 @@ class _Content(BaseModel):
     model_config = ConfigDict(strict=True, extra="allow")
 
 
+class _Row(_Content):
+    step: int
+    phase: str
+
+
 class _Frozen(_Content):
     count: int
     root: str
@@ -122,9 +127,7 @@ def _row(file: Path, number: int, line: bytes) -> dict[str, Any]:
         row = json.loads(line)
     except (ValueError, RecursionError) as error:
         raise RunFileError(f"{file}:{number}: expected one row as JSON, got {_shown(line)} ({error})") from error
-    if not isinstance(row, dict):
-        raise RunFileError(f"{file}:{number}: expected keys and values, got {_shown(line)}")
-    return row
+    return _checked(row, _Row, f"{file}:{number}")
 
 
 def _read_object(file: Path, model: type[_Content]) -> dict[str, Any]:
@@ -134,12 +137,16 @@ def _read_object(file: Path, model: type[_Content]) -> dict[str, Any]:
         if isinstance(error, RunFileError):
             raise
         raise RunFileError(f"{file}: cannot be read: {error}; it is cut short, or is not JSON") from error
+    return _checked(content, model, str(file))
+
+
+def _checked(content: object, model: type[_Content], where: str) -> dict[str, Any]:
     if not isinstance(content, dict):
-        raise RunFileError(f"{file}: expected keys and values, got {_shown(content)}")
+        raise RunFileError(f"{where}: expected keys and values, got {_shown(content)}")
     try:
         model.model_validate(content)
     except ValidationError as error:
-        raise RunFileError(f"{file}: {_in_words(error)}") from error
+        raise RunFileError(f"{where}: {_in_words(error)}") from error
     return content
 
 
