@@ -7,7 +7,7 @@ from pathlib import Path
 from typing import Any
 
 import pytest
-from hypothesis import given
+from hypothesis import given, settings
 from hypothesis import strategies as st
 
 from mtl.run_files import RunFileError, read_audit, read_config_text, read_metrics, read_state_file
@@ -31,6 +31,7 @@ def text_of(*rows: dict[str, Any]) -> str:
 # --- metrics.jsonl
 
 
+@settings(max_examples=60, deadline=None)
 @given(length=st.integers(0, len(text_of(ROW, ROW, ROW))))
 def test_rows_that_were_cut_anywhere_are_those_that_are_whole(
     tmp_path_factory: pytest.TempPathFactory, length: int
@@ -114,6 +115,7 @@ def test_an_audit_of_another_form_is_named_with_the_key(tmp_path: Path, content:
     assert len(str(caught.value).splitlines()) == 1
 
 
+@settings(max_examples=60, deadline=None)
 @given(length=st.integers(0, len(json.dumps(audit())) - 1))
 def test_an_audit_that_was_cut_anywhere_is_refused(tmp_path_factory: pytest.TempPathFactory, length: int) -> None:
     file = tmp_path_factory.getbasetemp() / "cut-audit.json"

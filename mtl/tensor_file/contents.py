@@ -13,7 +13,7 @@ import torch
 from torch import Tensor
 from torch.nn import Parameter
 
-from mtl.names import INNER_NAMES
+from mtl.names import INNER_NAMES, with_article
 from mtl.tensor_file.plain_data import Stored, array, attributes, is_plain
 
 # Under these keys training scripts put the weights next to other things; the first that holds tensors is taken.
@@ -230,6 +230,5 @@ def _kind_of(value: object) -> str:
         kinds = {"quantized": value.is_quantized, "nested": value.is_nested, "meta": value.is_meta}
         kind = next((kind for kind, holds in kinds.items() if holds), None)
         return f"a {kind} tensor" if kind else f"a {type(value).__name__}, not a plain tensor"
-    if isinstance(value, Stored):
-        return f"a {value.kind}"
-    return f"a {type(value).__module__}.{type(value).__qualname__}".replace("builtins.", "")
+    kind = value.kind if isinstance(value, Stored) else f"{type(value).__module__}.{type(value).__qualname__}"
+    return with_article(kind.removeprefix("builtins."))

@@ -50,8 +50,16 @@ _NAMES = (
     *_ARRAYS,
     *("numpy.core.multiarray.scalar", "numpy._core.multiarray.scalar", "numpy.dtype", "numpy.ndarray"),
 )
-STAND_INS: dict[str, type[Stored]] = {
-    name: type(name.rpartition(".")[2], (Stored,), {"full_name": name}) for name in _NAMES
+
+
+def _empty_bytes() -> bytes:
+    """Only empty bytes are written as a call; others are text that is encoded."""
+    return b""
+
+
+STAND_INS: dict[str, Any] = {
+    **{name: type(name.rpartition(".")[2], (Stored,), {"full_name": name}) for name in _NAMES},
+    "builtins.bytes": _empty_bytes,
 }
 _PLAIN = (str, bytes, bytearray, bool, int, float, complex, type(None), torch.dtype, torch.device, torch.layout)
 
@@ -73,8 +81,9 @@ def _is_plain_tuple(value: object) -> bool:
 
 def attributes(value: Stored) -> dict[Any, Any] | None:
     """The attributes of a namespace of arguments; None if it is none, or not of the usual form."""
-    usual = value.full_name in _NAMESPACES and not value.arguments and isinstance(value.state, dict)
-    return value.state if usual else None
+    # One that is empty is given no state.
+    state = {} if value.state is None else value.state
+    return state if value.full_name in _NAMESPACES and not value.arguments and isinstance(state, dict) else None
 
 
 def array(value: Stored) -> Tensor | None:

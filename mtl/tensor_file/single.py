@@ -15,6 +15,7 @@ from safetensors.torch import load_file
 from torch import Tensor
 
 from mtl.console import first_line
+from mtl.names import with_article
 from mtl.tensor_file.plain_data import STAND_INS
 
 # What safetensors itself keeps in the metadata, beside names of tied tensors.
@@ -83,7 +84,7 @@ def _reason(error: Exception, source: Path | io.BytesIO) -> str:
         name = found[1]
         if _holds_module(source):
             return f"it holds a whole module ({name}), whose class is code; not run; {_INSTEAD}"
-        return f"it holds {'an' if name[0] in 'aeiou' else 'a'} {name}, which is code; not run"
+        return f"it holds {with_article(name)}, which is code; not run"
     if "DTensor" in text:
         return "it holds a torch.distributed.tensor.DTensor, one process's part of a tensor; save full tensors instead"
     if isinstance(error, EOFError):
