@@ -125,10 +125,10 @@ def check_tag(name: str) -> None:
     Raises:
         SettingError: It has none of that tag.
     """
-    known = list(get_arch_pretrained_cfgs(name))
+    known = [each for each in get_arch_pretrained_cfgs(name) if "." in each]
     if "." in name and name not in known:
         architecture = name.partition(".")[0]
-        there = f"; there are: {shorten(known, 8)}" if known else f"; timm has no weights of {architecture}"
+        there = f"; there are: {shorten(known, 8)}" if known else f"; it has no such names: write {architecture}"
         near = hint(name, known, most=3, cutoff=0.6)
         raise SettingError("trunk.name", f"timm knows no weights {name!r} of {architecture}{near}{there}")
 
