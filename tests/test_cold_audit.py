@@ -232,6 +232,31 @@ def test_two_checkpoints_of_a_run_are_compared_in_both_files(run_dir: Path, caps
     assert "  trunk.conv1.0.weight: changed by" in capsys.readouterr().out
 
 
+def test_two_runs_are_not_two_checkpoints_and_a_checkpoint_is_no_run(
+    run_dir: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    assert main(["audit", str(run_dir), str(run_dir)]) == 2
+    assert capsys.readouterr().err.endswith(
+        f"; {run_dir} is a run: give one of its checkpoints, such as {run_dir}/checkpoints/last\n"
+    )
+    assert main(["audit", str(run_dir / "checkpoints/last")]) == 2
+    assert "is not the directory of a finished run: it has no audit.json" in capsys.readouterr().err
+
+
+def test_two_checkpoints_of_a_run_are_compared_with_their_optimizers(
+    run_dir: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    last, other = run_dir / "checkpoints/last", run_dir / "other"
+    shutil.copytree(last, other)
+    assert main(["audit", str(last), str(other)]) == 0
+    name = next(name for name, each in load_file(other / "optimizer.safetensors").items() if each.numel())
+    flip(other / "optimizer.safetensors", name)
+    assert main(["audit", str(last), str(other), "--freeze", "trunk", "heads"]) == 0
+    capsys.readouterr()
+    assert main(["audit", str(last), str(other)]) == 3
+    assert f"  optimizer.{name}: changed" in capsys.readouterr().out
+
+
 # --- two checkpoints
 
 

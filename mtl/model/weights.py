@@ -117,7 +117,7 @@ def _near(path: Path) -> str:
 
 
 def check_tag(name: str) -> None:
-    """Checks that an architecture has the pretrained weights that are named behind its dot.
+    """Checks that an architecture has the pretrained weights that are named after its dot.
 
     Args:
         name: An architecture of timm, such as `resnet18`, or `resnet18.a1_in1k`.
@@ -138,7 +138,7 @@ def load_into(trunk: torch.nn.Module, state: Mapping[str, Tensor], source: str) 
 
     Args:
         trunk: Is filled.
-        state: Tensors under the trunk's names, or under these behind a prefix, such as `trunk.` or `backbone.`.
+        state: Tensors under the trunk's names, or under these after a prefix, such as `trunk.` or `backbone.`.
         source: Where they come from, for messages.
 
     Raises:

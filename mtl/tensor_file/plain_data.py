@@ -90,10 +90,11 @@ def array(value: Stored) -> Tensor | None:
     """A NumPy array of numbers as a tensor of the same bits; None if it is none."""
     try:
         _, shape, dtype, is_fortran, content = value.state
-        code, order = dtype.arguments[0], dtype.state[1]
-        if value.full_name not in _ARRAYS or not isinstance(content, bytes) or not re.fullmatch(r"[biufc]\d+", code):
+        written = f"{dtype.state[1]}{dtype.arguments[0]}"
+        is_plain_array = value.full_name in _ARRAYS and isinstance(content, bytes)
+        if not is_plain_array or not re.fullmatch(r"[<>|=][biufc]\d+", written):
             return None
-        flat = np.frombuffer(content, np.dtype(f"{order}{code}"))
+        flat = np.frombuffer(content, np.dtype(written))
         shaped = flat.reshape(shape, order="F" if is_fortran else "C")
         return torch.from_numpy(shaped.astype(shaped.dtype.newbyteorder("="), order="C"))
     except (TypeError, ValueError, LookupError, AttributeError):
