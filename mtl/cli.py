@@ -145,6 +145,7 @@ def _close(config: RunConfig, parts: Parts, outcome: Outcome, world: World) -> i
     """Says what a run came to, and parts from the other processes."""
     from mtl.console import logger
     from mtl.report import write_report
+    from mtl.run_files import RunFileError
     from mtl.summary import closing_line, results_table, verdict
 
     is_clean = not world.agree(broken=not outcome.report.ok).broken
@@ -157,8 +158,9 @@ def _close(config: RunConfig, parts: Parts, outcome: Outcome, world: World) -> i
         files = [f"checkpoints/{kept}", "metrics.jsonl", "audit.json", "plan.json", "config.yaml"]
         try:
             files.insert(0, write_report(parts, outcome.run_dir).name)
-        except OSError as error:
-            logger.warning(f"report.html cannot be written ({error.strerror}); later: mtl report {outcome.run_dir}")
+        except (OSError, RunFileError) as error:
+            reason = error.strerror if isinstance(error, OSError) else error
+            logger.warning(f"report.html cannot be written ({reason}); later: mtl report {outcome.run_dir}")
         logger.info(f"{outcome.run_dir}: {', '.join(files)}")
     # torchrun ends all processes as soon as one has failed.
     world.barrier()
@@ -227,31 +229,22 @@ def _audit(paths: Sequence[Path], freeze: Sequence[str] | None, as_json: bool) -
         return _complain(ValueError("expected a run directory alone, or two checkpoints and --freeze PATTERN ..."))
 
     from mtl.audit.cold import audit_run
-    from mtl.audit.compare import compare
-    from mtl.audit.files import UnreadableError, read_tensors
+    from mtl.audit.compare import compare_checkpoints
     from mtl.patterns import PatternError
+    from mtl.run_files import RunFileError
+    from mtl.tensor_file import UnreadableError
 
     try:
-        if len(paths) == 1:
-            run = audit_run(paths[0])
-            found, content = list(run.findings), run.to_json()
-            said = (
-                f"{run.num_tensors} frozen tensors in {run.num_checkpoints} checkpoints have the bytes of their phase"
-            )
-        else:
-            pair = compare(read_tensors(paths[0]), read_tensors(paths[1]), freeze or ["**"])
-            found, content = list(map(str, pair.differences)), pair.to_json()
-            said = f"{pair.num_identical} tensors are the same to the bit"
+        result = audit_run(paths[0]) if len(paths) == 1 else compare_checkpoints(paths[0], paths[1], freeze or ["**"])
     except PatternError as error:
         return _complain(ValueError(f"{error}; a checkpoint has names, but no positions, depth groups or classes"))
-    except UnreadableError as error:
+    except (RunFileError, UnreadableError) as error:
         return _complain(error)
-    if as_json:
-        sys.stdout.write(json.dumps(content, indent=2) + "\n")
-    else:
-        verdict = f"{len(found)} not as frozen" if found else "clean"
-        sys.stdout.write("\n".join([*(f"  {line}" for line in found), f"audit: {verdict}; {said}"]) + "\n")
-    return VIOLATION if found else DONE
+    sys.stdout.write((json.dumps(result.to_json(), indent=2) if as_json else str(result)) + "\n")
+    if result.is_broken:
+        return VIOLATION
+    # What was not proven is not clean, and no violation either.
+    return DONE if result.ok else FAILED
 
 
 def _bench(quick: bool, as_json: bool, plot: Path | None) -> int:
@@ -291,6 +284,7 @@ def _report(run_dir: Path, picture: Path | None) -> int:
     from mtl.assembly import assemble
     from mtl.data import DataError
     from mtl.report import write_report
+    from mtl.run_files import RunFileError
 
     try:
         # Only the architecture is needed: the weights are the run's own.
@@ -299,6 +293,8 @@ def _report(run_dir: Path, picture: Path | None) -> int:
         return _complain(error)
     try:
         page = write_report(parts, run_dir, picture)
+    except RunFileError as error:
+        return _complain(error)
     except OSError as error:
         return _complain(ValueError(f"{error.filename or run_dir} cannot be written: {error.strerror}"))
     sys.stdout.write(f"{page}\n")

@@ -44,6 +44,11 @@ def shorten(items: list[str], most: int) -> str:
     return ", ".join(items[:most]) + (f" and {len(items) - most} more" if len(items) > most else "")
 
 
+def with_article(noun: str) -> str:
+    """`a tensor`, `an array`."""
+    return f"{'an' if noun[:1] in 'aeiou' else 'a'} {noun}"
+
+
 def count(number: float, what: str) -> str:
     """A number of things: `1 epoch`, `1,200 steps`."""
     written = f"{number:,}" if isinstance(number, int) else f"{number:g}"

@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import base64
-import json
 from dataclasses import replace
 from html import escape
 from pathlib import Path
@@ -22,6 +21,7 @@ from mtl.gradient_picture import draw_gradients, png_of
 from mtl.gradients import GradientAnalysis
 from mtl.model.trunk import in_eval_mode
 from mtl.names import count
+from mtl.run_files import AUDIT, CONFIG, METRICS, read_audit, read_config_text, read_metrics
 from mtl.storage import is_spread
 from mtl.tasks import Depth, Normals, Segmentation, Task
 
@@ -49,9 +49,12 @@ def write_report(parts: Parts, run_dir: Path, picture: Path | None = None) -> Pa
 
     Returns:
         The file.
+
+    Raises:
+        RunFileError: A file of the run is damaged.
+        OSError: The page cannot be written.
     """
-    rows = [json.loads(line) for line in (run_dir / "metrics.jsonl").read_text(encoding="utf-8").splitlines()]
-    audit = json.loads((run_dir / "audit.json").read_text(encoding="utf-8"))
+    rows, audit = read_metrics(run_dir / METRICS), read_audit(run_dir / AUDIT)
     # A run whose score never was a number has no best weights.
     which = "best" if (run_dir / "checkpoints" / "best").exists() else "last"
     if any(is_spread(parameter) for parameter in parts.root.parameters()):
@@ -74,7 +77,7 @@ def write_report(parts: Parts, run_dir: Path, picture: Path | None = None) -> Pa
         f" {state['step']}, val/score {rounded}).</p>"
         f"{_img(image, 'course of validation and example predictions')}"
         f"{gradients_html([row for row in rows if 'grad/unreached' in row])}"
-        f"<h2>Configuration</h2><pre>{escape((run_dir / 'config.yaml').read_text(encoding='utf-8'))}</pre></html>"
+        f"<h2>Configuration</h2><pre>{escape(read_config_text(run_dir / CONFIG))}</pre></html>"
     )
     write_text(run_dir / "report.html", page)
     return run_dir / "report.html"

@@ -28,6 +28,7 @@ from mtl.lr_schedule import LrScheduleState
 from mtl.patterns import text_of
 from mtl.phases import Phase
 from mtl.run_dir import goes_on_in_place
+from mtl.run_files import RunFileError, read_audit
 from mtl.scheduler import PhaseChange, TaskScheduler
 
 _NEEDED = (
@@ -149,12 +150,12 @@ def _what_ended_it(config: RunConfig) -> str | None:
     """The violation with which the audit ended the run, and the file that says so."""
     for file in sorted(config.run_dir.glob("audit*.json")):
         try:
-            report = json.loads(file.read_text(encoding="utf-8"))
-            is_end = report.get("ended_the_run", False)
-            found = [each for phase in report["phases"] for each in phase["violations"]] if is_end else []
-        except (OSError, ValueError, KeyError, TypeError, AttributeError):
+            report = read_audit(file)
+        except RunFileError:
             # It says nothing; checkpoints have the audit's state of their own.
             continue
+        is_end = report.get("ended_the_run", False)
+        found = [each for phase in report["phases"] for each in phase["violations"]] if is_end else []
         if found:
             first = found[0]
             what = f"{first['name']}: {first['kind']}, step {first['step']} of phase {first['phase']!r}"

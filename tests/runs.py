@@ -11,8 +11,8 @@ from safetensors.torch import load_file
 from torch import Tensor
 
 from mtl.assembly import Parts, assemble
-from mtl.audit.files import is_in_shards, read_shards
 from mtl.config import load_config
+from mtl.tensor_file import is_in_shards, read_shards
 
 TINY: dict[str, Any] = {
     "name": "tiny",

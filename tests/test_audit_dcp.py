@@ -21,10 +21,8 @@ from torch.distributed import checkpoint as dcp
 from torch.distributed.checkpoint.metadata import ChunkStorageMetadata, Metadata, MetadataIndex
 
 from mtl.audit.compare import compare
-from mtl.audit.dcp import assemble
-from mtl.audit.files import UnreadableError, read_tensors
 from mtl.cli import main
-from mtl.tensor_file import TensorFileError
+from mtl.tensor_file import TensorFileError, UnreadableError, assemble, read_contents
 from processes import run_in_two_processes
 
 TENSORS = {
@@ -85,7 +83,7 @@ class Planted:
 def test_every_usual_state_has_the_names_of_the_plain_one(
     tmp_path: Path, wrap: Callable[[Any], dict[str, Any]]
 ) -> None:
-    read = read_tensors(save(wrap(TENSORS), tmp_path / "dcp"))
+    read = read_contents(save(wrap(TENSORS), tmp_path / "dcp")).tensors
     assert compare(TENSORS, read).ok and len(read) == len(TENSORS)
     assert not any(tensor.requires_grad for tensor in read.values())
 
@@ -95,7 +93,7 @@ BIAS = "heads.out.bias"
 
 def test_a_model_whose_own_names_begin_with_model_is_left_whole(tmp_path: Path) -> None:
     state = {"model.layer.weight": torch.ones(2), "lm_head.weight": torch.zeros(2)}
-    assert compare(state, read_tensors(save(state, tmp_path / "dcp"))).ok
+    assert compare(state, read_contents(save(state, tmp_path / "dcp")).tensors).ok
 
 
 def test_what_older_versions_write_is_read(tmp_path: Path) -> None:
@@ -125,13 +123,13 @@ def test_what_older_versions_write_is_read(tmp_path: Path) -> None:
     Pickler(old, 4).dump(pickle.loads((folder / ".metadata").read_bytes()))
     assert all(word in old.getvalue() for word in (b"_shard.sharded_tensor", b"pathlib._local", b"getattr"))
     (folder / ".metadata").write_bytes(old.getvalue())
-    assert compare(TENSORS, read_tensors(folder)).ok
+    assert compare(TENSORS, read_contents(folder).tensors).ok
 
 
 def test_a_state_that_was_not_flattened_keeps_its_names(tmp_path: Path) -> None:
     folder = save({"model": TENSORS}, tmp_path / "dcp")
     edit(folder, lambda m: setattr(m, "planner_data", None))
-    assert list(read_tensors(folder)) == [f"model.{name}" for name in TENSORS]
+    assert list(read_contents(folder).tensors) == [f"model.{name}" for name in TENSORS]
 
 
 def test_the_command_finds_a_changed_bit_and_the_same_bits(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
@@ -154,7 +152,7 @@ def test_any_one_changed_byte_of_a_shard_is_found_or_refused_and_raises_nothing_
     for place in [*range(0, len(good), 7), *range(payload, payload + 16)]:
         shard.write_bytes(good[:place] + bytes([good[place] ^ 1]) + good[place + 1 :])
         try:
-            same = compare(values, read_tensors(folder)).ok
+            same = compare(values, read_contents(folder).tensors).ok
         except UnreadableError:
             same = False
         assert not (same and payload <= place < payload + 16)
@@ -272,7 +270,7 @@ def another_type(folder: Path) -> None:
         (other_code_of_torch, "names torch.load, which the metadata of a checkpoint does not need; not run"),
         (code_behind_a_dot, "names torch.os.system"),
         (attribute_of_a_class, "is no pickle of metadata"),
-        (code_in_a_shard, "w: __0_0.distcp: holds more than tensors and plain data; code in it is not run"),
+        (code_in_a_shard, "w: __0_0.distcp: it holds an exec, which is code; not run"),
         (places(relative_path="../outside.distcp"), "names ../outside.distcp, which is outside the folder; not read"),
         (places(relative_path="/etc/passwd"), "outside the folder"),
         (places(relative_path="a\\..\\..\\outside"), "outside the folder"),
@@ -305,7 +303,7 @@ def test_a_spoiled_folder_is_exit_code_2_and_runs_nothing(
     spoil(folder)
     capsys.readouterr()
     with pytest.raises(UnreadableError, match=message):
-        read_tensors(folder)
+        read_contents(folder)
     assert main(["audit", str(folder), str(folder)]) == 2
     said = capsys.readouterr()
     assert said.out == "" and len(said.err.splitlines()) == 1
@@ -324,7 +322,7 @@ def test_a_shard_that_only_the_optimizer_needs_may_not_be_cut_either(tmp_path: P
     folder = save({"model": TENSORS, "optimizer": optimizer_state()}, tmp_path / "dcp")
     cut_shard(folder)
     with pytest.raises(UnreadableError, match="cut short"):
-        read_tensors(folder)
+        read_contents(folder)
 
 
 # --- chunks
@@ -435,7 +433,7 @@ def shards(folder: Path, form: str = "safetensors") -> Path:
 
 @pytest.mark.parametrize("form", ["safetensors", "bin"])
 def test_shards_with_an_index_are_one_checkpoint(tmp_path: Path, form: str) -> None:
-    assert compare(TENSORS, read_tensors(shards(tmp_path / "hf", form))).ok
+    assert compare(TENSORS, read_contents(shards(tmp_path / "hf", form)).tensors).ok
 
 
 def test_shards_may_be_links_to_elsewhere(tmp_path: Path) -> None:
@@ -443,18 +441,18 @@ def test_shards_may_be_links_to_elsewhere(tmp_path: Path) -> None:
     for file in list(folder.glob("*.safetensors")):
         file.rename(tmp_path / file.name)
         file.symlink_to(tmp_path / file.name)
-    assert compare(TENSORS, read_tensors(folder)).ok
+    assert compare(TENSORS, read_contents(folder).tensors).ok
 
 
 def test_a_whole_file_is_read_before_shards_and_a_bin_file_last(tmp_path: Path) -> None:
     folder = save({"chunked": torch.ones(1)}, tmp_path / "all")
     torch.save({"bin": torch.ones(1)}, folder / "pytorch_model.bin")
-    assert list(read_tensors(folder)) == ["chunked"]
+    assert list(read_contents(folder).tensors) == ["chunked"]
     save_file({"whole": torch.ones(1)}, folder / "model.safetensors")
-    assert list(read_tensors(folder)) == ["whole"]
+    assert list(read_contents(folder).tensors) == ["whole"]
     for name in ("model.safetensors", ".metadata"):
         (folder / name).unlink()
-    assert list(read_tensors(folder)) == ["bin"]
+    assert list(read_contents(folder).tensors) == ["bin"]
 
 
 SECOND = "model-00002-of-00002.safetensors"
@@ -479,7 +477,7 @@ def test_an_index_that_is_not_of_its_shards_is_refused(tmp_path: Path, placed: A
     content["weight_map"] = {**content["weight_map"], **placed} if isinstance(placed, dict) else placed
     file.write_text(json.dumps(content))
     with pytest.raises(UnreadableError, match=message):
-        read_tensors(folder)
+        read_contents(folder)
     assert main(["audit", str(folder), str(folder)]) == 2
 
 
@@ -488,9 +486,9 @@ def test_a_cut_shard_and_a_cut_index_are_refused(tmp_path: Path) -> None:
     for name in (SECOND, "model.safetensors.index.json"):
         (folder / name).write_bytes((folder / name).read_bytes()[:-1])
         with pytest.raises(UnreadableError, match=name):
-            read_tensors(folder)
+            read_contents(folder)
 
 
 def test_a_folder_with_nothing_to_read_says_what_was_looked_for(tmp_path: Path) -> None:
     with pytest.raises(UnreadableError, match=r"none of model.safetensors, .*index.json, .metadata, pytorch_model.bin"):
-        read_tensors(tmp_path)
+        read_contents(tmp_path)

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import json
 import shutil
+from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
@@ -16,9 +17,10 @@ from torch import Tensor, nn
 
 from mtl.audit.cold import audit_run
 from mtl.audit.compare import compare
-from mtl.audit.files import UnreadableError, read_tensors
+from mtl.audit.fingerprint import root
 from mtl.cli import main
 from mtl.run import train
+from mtl.tensor_file import UnreadableError, read_contents
 from runs import read_model, tiny_parts
 
 
@@ -115,6 +117,105 @@ def test_a_run_that_was_cut_short_is_not_clean(run_dir: Path) -> None:
     assert audit_run(run_dir).findings == ["audit.json: the run was not clean, or it was cut short"]
 
 
+def change_audit(run_dir: Path, change: Callable[[dict[str, Any]], None]) -> None:
+    file = run_dir / "audit.json"
+    audit = json.loads(file.read_text())
+    change(audit)
+    for phase in audit["phases"]:
+        phase["frozen"]["root"] = root(phase["frozen"]["fingerprints"])
+        phase["frozen"]["count"] = len(phase["frozen"]["fingerprints"])
+    file.write_text(json.dumps(audit))
+
+
+def test_only_tensors_that_have_the_bytes_of_their_phase_are_counted(
+    run_dir: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    before = audit_run(run_dir).num_tensors
+    flip(run_dir / "checkpoints/step-00000005/frozen.safetensors", "trunk.layer1.0.conv1.weight")
+    assert audit_run(run_dir).num_tensors == before - 1
+    assert main(["audit", str(run_dir)]) == 3
+    have = f"audit: 2 not as frozen; {before - 1} frozen tensors in 3 checkpoints have the bytes of their phase\n"
+    assert capsys.readouterr().out.endswith(have)
+
+
+def test_a_run_that_froze_nothing_is_neither_clean_nor_a_violation(
+    run_dir: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    change_audit(run_dir, lambda audit: [phase["frozen"]["fingerprints"].clear() for phase in audit["phases"]])
+    assert main(["audit", str(run_dir)]) == 1
+    said = capsys.readouterr().out
+    assert "  not proven: nothing was frozen in this run: nothing to prove\naudit: nothing proven; 0 frozen" in said
+    assert "clean" not in said
+    assert main(["audit", str(run_dir), "--json"]) == 1
+    assert json.loads(capsys.readouterr().out)["ok"] is False
+
+
+def test_frozen_names_that_no_checkpoint_holds_are_said_and_those_that_one_holds_are_not(
+    run_dir: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    assert audit_run(run_dir).unproven == []
+    change_audit(run_dir, lambda audit: audit["phases"][0]["frozen"]["fingerprints"].update(unkept="0" * 32))
+    result = audit_run(run_dir)
+    assert result.ok and result.num_unkept == 1
+    assert main(["audit", str(run_dir)]) == 0
+    said = capsys.readouterr().out
+    assert "  not proven: phase 'warm-heads': no checkpoint holds unkept, which it froze\naudit: clean; " in said
+
+
+def test_phases_without_a_checkpoint_and_checkpoints_without_a_phase_are_said(run_dir: Path) -> None:
+    change_audit(run_dir, lambda audit: audit["phases"][0].update(name="another"))
+    result = audit_run(run_dir)
+    num_frozen = len(json.loads((run_dir / "audit.json").read_text())["phases"][0]["frozen"]["fingerprints"])
+    assert result.ok and result.num_foreign == 1
+    assert result.unproven == [
+        "step-00000005: of phase 'warm-heads', of which audit.json has no contract",
+        f"phase 'another': it has no checkpoint; it froze {num_frozen} tensors",
+    ]
+    change_audit(run_dir, lambda audit: audit["phases"][1].update(name="one more"))
+    assert not audit_run(run_dir).ok, "nothing is left that was proven"
+
+
+def test_phases_of_one_name_and_a_wrong_count_are_found(run_dir: Path) -> None:
+    file = run_dir / "audit.json"
+    audit = json.loads(file.read_text())
+    audit["phases"][1]["name"] = "warm-heads"
+    audit["phases"][1]["frozen"]["count"] += 1
+    file.write_text(json.dumps(audit))
+    findings = audit_run(run_dir).findings
+    assert "audit.json: has several phases 'warm-heads'" in findings
+    assert any(finding.startswith("audit.json: says that phase 'warm-heads' has ") for finding in findings)
+
+
+@pytest.mark.parametrize(
+    "content",
+    [
+        "",
+        "{",
+        "[]",
+        "null",
+        "{}",
+        '{"ok": true}',
+        '{"ok": true, "phases": {}}',
+        '{"ok": true, "phases": [{"name": 3}]}',
+    ],
+)
+def test_a_damaged_audit_is_one_line_and_exit_code_2(
+    run_dir: Path, content: str, capsys: pytest.CaptureFixture[str]
+) -> None:
+    (run_dir / "audit.json").write_text(content)
+    assert main(["audit", str(run_dir)]) == 2
+    said = capsys.readouterr()
+    assert said.out == "" and len(said.err.splitlines()) == 1 and "audit.json: " in said.err
+
+
+@pytest.mark.parametrize("content", ["", "[]", '{"digests": []}', '{"digests": {"model": 3}}', '{"phase": 3}'])
+def test_a_damaged_state_is_found_and_named(run_dir: Path, content: str) -> None:
+    file = run_dir / "checkpoints/step-00000010/state.json"
+    file.write_text(content)
+    (finding,) = audit_run(run_dir).findings
+    assert finding.startswith(f"{file}: ")
+
+
 @pytest.mark.parametrize("name", ["audit.json", "checkpoints"])
 def test_what_is_no_run_is_exit_code_2(run_dir: Path, name: str, capsys: pytest.CaptureFixture[str]) -> None:
     path = run_dir / name
@@ -129,6 +230,31 @@ def test_two_checkpoints_of_a_run_are_compared_in_both_files(run_dir: Path, caps
     flip(other / "frozen.safetensors", "trunk.conv1.0.weight")
     assert main(["audit", str(one), str(other), "--freeze", "trunk.conv1"]) == 3
     assert "  trunk.conv1.0.weight: changed by" in capsys.readouterr().out
+
+
+def test_two_runs_are_not_two_checkpoints_and_a_checkpoint_is_no_run(
+    run_dir: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    assert main(["audit", str(run_dir), str(run_dir)]) == 2
+    assert capsys.readouterr().err.endswith(
+        f"; {run_dir} is a run: give one of its checkpoints, such as {run_dir}/checkpoints/last\n"
+    )
+    assert main(["audit", str(run_dir / "checkpoints/last")]) == 2
+    assert "is not the directory of a finished run: it has no audit.json" in capsys.readouterr().err
+
+
+def test_two_checkpoints_of_a_run_are_compared_with_their_optimizers(
+    run_dir: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    last, other = run_dir / "checkpoints/last", run_dir / "other"
+    shutil.copytree(last, other)
+    assert main(["audit", str(last), str(other)]) == 0
+    name = next(name for name, each in load_file(other / "optimizer.safetensors").items() if each.numel())
+    flip(other / "optimizer.safetensors", name)
+    assert main(["audit", str(last), str(other), "--freeze", "trunk", "heads"]) == 0
+    capsys.readouterr()
+    assert main(["audit", str(last), str(other)]) == 3
+    assert f"  optimizer.{name}: changed" in capsys.readouterr().out
 
 
 # --- two checkpoints
@@ -202,7 +328,7 @@ def files(folder: Path, tensors: dict[str, Tensor]) -> dict[str, Path]:
 def test_every_usual_form_of_checkpoint_is_read_and_names_lose_the_prefixes_of_wrappers(tmp_path: Path) -> None:
     forms = files(tmp_path, BEFORE)
     for form, path in forms.items():
-        assert compare(BEFORE, read_tensors(path)).ok, form
+        assert compare(BEFORE, read_contents(path).tensors).ok, form
     assert main(["audit", str(forms["c.pt"]), str(forms["folder"])]) == 0
 
 
@@ -210,12 +336,14 @@ def test_every_usual_form_of_checkpoint_is_read_and_names_lose_the_prefixes_of_w
     ("name", "content", "message"),
     [
         ("no.pth", None, "no such checkpoint"),
-        ("bad.pth", b"nonsense", "a.*cannot be read|holds more than tensors"),
+        ("bad.pth", b"nonsense", "cannot be read"),
         ("bad.safetensors", b"nonsense", "cannot be read"),
-        ("code.pth", nn.Linear(1, 1), "holds more than tensors and plain data; code in it is not run"),
-        ("empty.pth", {"epoch": 3}, "holds no tensors by name"),
-        ("list.pth", [torch.zeros(1)], "holds no tensors by name"),
-        ("twice.pth", {"module.w": torch.zeros(1), "w": torch.ones(1)}, "two tensors are named w"),
+        (
+            "code.pth",
+            nn.Linear(1, 1),
+            r"holds a whole module \(torch.nn.modules.linear.Linear\), whose class is code; not run; save its tensors",
+        ),
+        ("empty.pth", {"epoch": 3}, "holds no tensors"),
     ],
 )
 def test_a_file_that_is_none_is_exit_code_2(
@@ -228,10 +356,63 @@ def test_a_file_that_is_none_is_exit_code_2(
     elif content is not None:
         torch.save(content, path)
     with pytest.raises(UnreadableError, match=message):
-        read_tensors(path)
+        read_contents(path)
     assert main(["audit", str(good), str(path)]) == 2
     said = capsys.readouterr()
     assert said.out == "" and len(said.err.splitlines()) == 1
+
+
+@pytest.mark.parametrize(
+    ("wrap", "name"),
+    [
+        (lambda moved: {"student": BEFORE, "teacher": BEFORE | moved, "center": torch.zeros(1)}, "teacher."),
+        (lambda moved: {"student": BEFORE | moved, "teacher": BEFORE, "center": torch.zeros(1)}, "student."),
+        (lambda moved: {"net": {"w": torch.zeros(1)}, "acc": moved["heads.out.bias"]}, None),
+        (lambda moved: {"model": BEFORE, "model_ema": BEFORE | moved}, "model_ema."),
+        (lambda moved: {"model": {"trunk": {"w": torch.zeros(1)}, "heads": {"out": moved}}}, "heads.out."),
+        (lambda moved: {"model": BEFORE, "optimizer": {"state": {0: moved}}}, "optimizer.state.0."),
+        (lambda moved: {"model": BEFORE, "rest": [torch.zeros(1), (moved,)]}, "rest.1.0."),
+    ],
+)
+def test_no_tensor_of_a_file_is_passed_over(
+    tmp_path: Path, wrap: Callable[[Any], Any], name: str | None, capsys: pytest.CaptureFixture[str]
+) -> None:
+    one, other = tmp_path / "one.pth", tmp_path / "other.pth"
+    torch.save(wrap({"heads.out.bias": torch.zeros(4)}), one)
+    torch.save(wrap({"heads.out.bias": torch.ones(4)}), other)
+    assert main(["audit", str(one), str(one)]) == 0
+    assert main(["audit", str(one), str(other)]) == 3
+    wanted = "acc" if name is None else f"{name}heads.out.bias"
+    assert (
+        f"  {wanted}: changed by up to 1, in 100.0% of its elements\naudit: 1 not as frozen" in capsys.readouterr().out
+    )
+
+
+def test_patterns_mean_the_weights_and_what_else_they_name_in_full(
+    tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    one, other = tmp_path / "one.pth", tmp_path / "other.pth"
+    for file, value in ((one, 0.0), (other, 1.0)):
+        moments = {"trunk.conv.weight": torch.tensor([value])}
+        torch.save({"model": BEFORE, "optimizer": moments, "model_ema": moments, "epoch": value}, file)
+    for patterns in (["trunk"], ["~trunk"], ["trunk", "heads"], ["re:.*weight"]):
+        assert main(["audit", str(one), str(other), "--freeze", *patterns]) == 0, patterns
+    assert f"{one}: the weights are those under model, not those under model_ema\n" in capsys.readouterr().out
+    assert main(["audit", str(one), str(other), "--freeze", "optimizer"]) == 3
+    assert main(["audit", str(one), str(other), "--freeze", "**"]) == 3
+    assert main(["audit", str(one), str(other)]) == 3
+    assert "2 not as frozen; 3 tensors are the same to the bit; 1 plain value next" in capsys.readouterr().out
+
+
+def test_what_was_not_compared_is_not_clean(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    file = tmp_path / "one.pth"
+    torch.save({"model": BEFORE, "odd": {1, 2, torch.zeros(1)}}, file)
+    assert main(["audit", str(file), str(file)]) == 1
+    assert "  odd: not compared: a set\naudit: 1 not compared; 3 tensors are the" in capsys.readouterr().out
+    assert main(["audit", str(file), str(file), "--json"]) == 1
+    plain = json.loads(capsys.readouterr().out)
+    assert plain["ok"] is False and plain["left_out"] == [{"name": "odd", "reason": "a set"}]
+    assert main(["audit", str(file), str(file), "--freeze", "trunk"]) == 0
 
 
 def test_the_command_says_what_differs_and_ends_with_3(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:

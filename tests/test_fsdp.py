@@ -15,10 +15,10 @@ from torch.distributed.checkpoint.hf_storage import HuggingFaceStorageReader
 from torch.distributed.checkpoint.state_dict_loader import load
 
 import fsdp_script
-from mtl.audit.files import read_shards
 from mtl.checkpoint import write_plain
 from mtl.distributed import World, WorldError
 from mtl.fsdp import blocks, shard
+from mtl.tensor_file import read_shards
 from processes import run_in_processes
 
 

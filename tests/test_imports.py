@@ -23,7 +23,7 @@ FLOORS = [
     ["meeting"],
     [
         *("console", "distributed", "moduletree", "storage"),
-        *("disk", "interrupt", "provenance", "randomness"),
+        *("disk", "interrupt", "provenance", "randomness", "run_files"),
     ],
     ["tensor_file", "featurestore", "run_dir"],
     ["tasks"],

@@ -12,13 +12,12 @@ from safetensors.torch import load_file, save_file
 from torch import Tensor, nn
 
 from mtl.audit.cold import audit_run
-from mtl.audit.files import UnreadableError, read_tensors
-from mtl.audit.shards import Shards, described, file_digest
+from mtl.audit.shards import file_digest
 from mtl.checkpoint import CheckpointError, DamagedCheckpoint, load_checkpoint, load_newest, read_state, write_plain
 from mtl.checkpoint.files import complete_state
 from mtl.checkpoint.frozen import FrozenFiles
 from mtl.disk import write_json
-from mtl.tensor_file import TensorFileError
+from mtl.tensor_file import Shards, TensorFileError, UnreadableError, described, read_contents
 
 WEIGHT = torch.arange(15.0).reshape(5, 3)
 BIAS = torch.tensor([1.0, -0.0, 2.0, 3.0, 4.0])
@@ -52,7 +51,7 @@ def test_shards_are_put_together_and_fill_a_module(tmp_path: Path) -> None:
     assert load_checkpoint(folder, module) == ({"step": 1}, {})
     assert torch.equal(module.weight, WEIGHT)
     assert torch.signbit(module.bias[1]) and torch.equal(module.bias, BIAS)
-    assert read_tensors(folder).keys() == {"weight", "bias"}
+    assert read_contents(folder).tensors.keys() == {"weight", "bias"}
 
 
 def test_made_plain_they_are_what_one_process_writes(tmp_path: Path) -> None:
@@ -99,7 +98,7 @@ def test_a_lost_file_is_found_and_the_module_stays(name: str, tmp_path: Path) ->
         load_checkpoint(folder, module)
     assert torch.equal(module.weight, before)
     with pytest.raises(UnreadableError):
-        read_tensors(folder)
+        read_contents(folder)
 
 
 def test_a_file_of_which_nobody_knows_is_not_read(tmp_path: Path) -> None:
@@ -130,7 +129,7 @@ def test_shards_that_do_not_make_a_tensor_are_refused(
     with pytest.raises(TensorFileError, match=reason):
         Shards(folder, read_state(folder), ["model"])["weight"]
     with pytest.raises(UnreadableError, match=reason):
-        read_tensors(folder)
+        read_contents(folder)
 
 
 @pytest.mark.parametrize("text", ["", "load 3", "float32 -3", "float32 x", 3, None])
@@ -157,7 +156,7 @@ def test_a_checkpoint_of_another_model_is_said_without_reading_it(tmp_path: Path
 def test_the_cold_audit_names_the_damaged_file(tmp_path: Path) -> None:
     folder = write(tmp_path / "checkpoints/step-00000001")
     write_json(tmp_path / "audit.json", {"ok": True, "phases": []})
-    assert audit_run(tmp_path).ok
+    assert not audit_run(tmp_path).is_broken
     flip(folder / FILES[1], -1)
     (finding,) = audit_run(tmp_path).findings
     assert finding == f"{folder / FILES[1]}: holds other tensors than were written at this step"

@@ -2,14 +2,18 @@
 
 from __future__ import annotations
 
-import json
+from collections.abc import Mapping
 from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
 
-from mtl.audit.files import UnreadableError, is_in_shards, read_tensors
+from torch import Tensor
+
 from mtl.audit.fingerprint import fingerprint, fingerprint_of_json, root
 from mtl.audit.shards import damaged_shards
+from mtl.names import count, shorten
+from mtl.run_files import AUDIT, RunFileError, read_audit, read_state_file
+from mtl.tensor_file import UnreadableError, is_in_shards, read_contents, read_tensor_file
 
 
 @dataclass
@@ -17,11 +21,12 @@ class ColdAudit:
     """What was looked at, and what was found.
 
     Attributes:
-        num_tensors: Tensors of checkpoints whose bytes were compared with the fingerprints of their phase.
+        num_tensors: Tensors of checkpoints that have the fingerprints with which their phase began.
         num_checkpoints: Checkpoints looked at.
-        num_unkept: Names in a contract that no checkpoint holds, such as buffers that are not kept.
-        num_foreign: Checkpoints taken over from another run, whose contract is not known here.
+        num_unkept: Names in a contract that no checkpoint of its phase holds, such as buffers that are not kept.
+        num_foreign: Checkpoints of a phase that `audit.json` does not know, whose contract is not known here.
         findings: What is wrong, one sentence each.
+        unproven: What nobody can know from the files that there are, one sentence each.
     """
 
     num_tensors: int = 0
@@ -29,13 +34,27 @@ class ColdAudit:
     num_unkept: int = 0
     num_foreign: int = 0
     findings: list[str] = field(default_factory=list)
+    unproven: list[str] = field(default_factory=list)
 
     @property
     def ok(self) -> bool:
-        return not self.findings
+        """Whether something was proven, and nothing is wrong."""
+        return self.num_tensors > 0 and not self.findings
+
+    @property
+    def is_broken(self) -> bool:
+        """Whether something is wrong."""
+        return bool(self.findings)
 
     def to_json(self) -> dict[str, Any]:
         return {"ok": self.ok, **vars(self)}
+
+    def __str__(self) -> str:
+        lines = [f"  {each}" for each in self.findings] + [f"  not proven: {each}" for each in self.unproven]
+        verdict = f"{len(self.findings)} not as frozen" if self.findings else "clean" if self.ok else "nothing proven"
+        tensors, checkpoints = count(self.num_tensors, "frozen tensor"), count(self.num_checkpoints, "checkpoint")
+        have = "has" if self.num_tensors == 1 else "have"
+        return "\n".join([*lines, f"audit: {verdict}; {tensors} in {checkpoints} {have} the bytes of their phase"])
 
 
 def audit_run(run_dir: Path) -> ColdAudit:
@@ -45,73 +64,107 @@ def audit_run(run_dir: Path) -> ColdAudit:
     phase that wrote it had frozen has to have the fingerprints that the phase began with.
 
     Raises:
-        UnreadableError: There is no `audit.json`, or no checkpoint.
+        RunFileError: There is no `audit.json`, or it is damaged.
+        UnreadableError: There is no checkpoint.
     """
-    audit = _read_json(run_dir / "audit.json")
+    if not (run_dir / AUDIT).is_file():
+        raise UnreadableError(f"{run_dir}: is not the directory of a finished run: it has no {AUDIT}")
+    audit = read_audit(run_dir / AUDIT)
     result = ColdAudit()
-    if not audit.get("ok"):
-        result.findings.append("audit.json: the run was not clean, or it was cut short")
+    if not audit["ok"]:
+        result.findings.append(f"{AUDIT}: the run was not clean, or it was cut short")
     for file in sorted(run_dir.glob("audit.rank-*.json")):
         result.findings.append(f"{file.name}: in this process of the run, the freeze was broken")
     phases = {phase["name"]: phase for phase in audit["phases"]}
-    for name, phase in phases.items():
-        if root(phase["frozen"]["fingerprints"]) != phase["frozen"]["root"]:
-            result.findings.append(f"audit.json: the fingerprints of phase {name!r} are not those of its root")
+    result.findings += _contradictions(audit["phases"])
     folders = sorted(path for path in (run_dir / "checkpoints").glob("step-*") if path.is_dir())
     if not folders:
         raise UnreadableError(f"{run_dir}: has no checkpoints")
+    unkept: dict[str, list[set[str]]] = {}
     for folder in folders:
-        _look_at(folder, phases, result)
+        _look_at(folder, phases, result, unkept)
+    _say_what_is_unproven(phases, unkept, result)
     return result
 
 
-def _look_at(folder: Path, phases: dict[str, Any], result: ColdAudit) -> None:
+def _contradictions(phases: list[dict[str, Any]]) -> list[str]:
+    """In what the phases of an `audit.json` are not what was written."""
+    found = []
+    for name in sorted({phase["name"] for phase in phases if sum(p["name"] == phase["name"] for p in phases) > 1}):
+        found.append(f"{AUDIT}: has several phases {name!r}")
+    for phase in phases:
+        frozen = phase["frozen"]
+        if root(frozen["fingerprints"]) != frozen["root"]:
+            found.append(f"{AUDIT}: the fingerprints of phase {phase['name']!r} are not those of its root")
+        if len(frozen["fingerprints"]) != frozen["count"]:
+            said = f"{frozen['count']} frozen tensors, and lists {len(frozen['fingerprints'])}"
+            found.append(f"{AUDIT}: says that phase {phase['name']!r} has {said}")
+    return found
+
+
+def _look_at(folder: Path, phases: Mapping[str, Any], result: ColdAudit, unkept: dict[str, list[set[str]]]) -> None:
+    """Looks at one checkpoint; adds to `unkept`, by phase, the names in its contract that the checkpoint lacks."""
     result.num_checkpoints += 1
     try:
-        state = _read_json(folder / "state.json")
-        tensors = read_tensors(folder)
-    except UnreadableError as error:
+        state = read_state_file(folder / "state.json")
+        digests = {name: fingerprint(tensor) for name, tensor in read_contents(folder).tensors.items()}
+    except (RunFileError, UnreadableError) as error:
         result.findings.append(str(error))
         return
-    digests = {name: fingerprint(tensor) for name, tensor in tensors.items()}
-    written = state.get("digests", {})
-    if is_in_shards(folder):
-        result.findings += damaged_shards(folder, state)
-    elif root(digests) != written.get("model"):
-        result.findings.append(_damage(folder, written.get("frozen")))
-    # Runs of before had no digest of this file.
-    if "state" in written and written.pop("state") != fingerprint_of_json(state):
-        result.findings.append(f"{folder / 'state.json'}: says other things than were written at this step")
+    result.findings += _damage(folder, state, digests)
     phase = phases.get(state.get("phase", ""))
     if phase is None:
         result.num_foreign += 1
+        result.unproven.append(f"{folder.name}: of phase {state.get('phase')!r}, of which {AUDIT} has no contract")
         return
-    for name, digest in phase["frozen"]["fingerprints"].items():
-        if name not in digests:
-            result.num_unkept += 1
-            continue
-        result.num_tensors += 1
-        if digests[name] != digest:
-            result.findings.append(f"{folder.name}: {name} was frozen in phase {state['phase']!r}, and is not the same")
+    fingerprints = phase["frozen"]["fingerprints"]
+    unkept.setdefault(phase["name"], []).append(fingerprints.keys() - digests.keys())
+    for name in fingerprints.keys() & digests.keys():
+        result.num_tensors += digests[name] == fingerprints[name]
+    result.findings += [
+        f"{folder.name}: {name} was frozen in phase {phase['name']!r}, and is not the same"
+        for name, digest in fingerprints.items()
+        if name in digests and digests[name] != digest
+    ]
 
 
-def _damage(folder: Path, frozen: str | None) -> str:
+def _damage(folder: Path, state: dict[str, Any], digests: Mapping[str, str]) -> list[str]:
+    """In what a checkpoint is not what was written, one sentence each."""
+    written, found = dict(state.get("digests", {})), []
+    if is_in_shards(folder):
+        found += damaged_shards(folder, state)
+    elif root({name: each for name, each in digests.items() if name not in state.get("tied", {})}) != written.get(
+        "model"
+    ):
+        found.append(
+            f"{_damaged_file(folder, written.get('frozen'))}: holds other tensors than were written at this step"
+        )
+    # Runs of before had no digest of this file.
+    digest = written.pop("state", None)
+    if digest is not None and digest != fingerprint_of_json({**state, "digests": written}):
+        found.append(f"{folder / 'state.json'}: says other things than were written at this step")
+    return found
+
+
+def _damaged_file(folder: Path, frozen: str | None) -> Path:
     """Which of the two files holds other tensors than were written; `frozen` is the digest of those frozen, if any."""
-    file = folder / "model.safetensors"
-    if frozen is not None:
-        beside = folder / "frozen.safetensors"
-        try:
-            tensors = read_tensors(beside)
-        except UnreadableError as error:
-            return str(error)
-        if root({name: fingerprint(tensor) for name, tensor in tensors.items()}) != frozen:
-            file = beside
-    return f"{file}: holds other tensors than were written at this step"
+    beside = folder / "frozen.safetensors"
+    if frozen is None:
+        return folder / "model.safetensors"
+    tensors: dict[str, Tensor] = read_tensor_file(beside)
+    is_sound = root({name: fingerprint(tensor) for name, tensor in tensors.items()}) == frozen
+    return folder / "model.safetensors" if is_sound else beside
 
 
-def _read_json(file: Path) -> dict[str, Any]:
-    try:
-        content: dict[str, Any] = json.loads(file.read_text(encoding="utf-8"))
-    except (OSError, ValueError) as error:
-        raise UnreadableError(f"{file}: cannot be read: {error}") from error
-    return content
+def _say_what_is_unproven(phases: Mapping[str, Any], unkept: Mapping[str, list[set[str]]], result: ColdAudit) -> None:
+    for name, phase in phases.items():
+        num_frozen = len(phase["frozen"]["fingerprints"])
+        lacking = set.intersection(*unkept[name]) if name in unkept else set()
+        result.num_unkept += len(lacking)
+        if lacking:
+            names = shorten(sorted(lacking), 4)
+            result.unproven.append(f"phase {name!r}: no checkpoint holds {names}, which it froze")
+        if num_frozen and name not in unkept:
+            result.unproven.append(f"phase {name!r}: it has no checkpoint; it froze {count(num_frozen, 'tensor')}")
+    if not any(phase["frozen"]["fingerprints"] for phase in phases.values()):
+        result.unproven.append("nothing was frozen in this run: nothing to prove")

@@ -5,12 +5,11 @@ from __future__ import annotations
 import shutil
 from pathlib import Path
 
-from mtl.audit.shards import FROZEN, MODEL, OPTIMIZER, SHARDS, Shards
 from mtl.checkpoint import files
 from mtl.checkpoint.files import CheckpointError, DamagedCheckpoint, callers_state, plain_content, write_tensors
 from mtl.checkpoint.load import sound_shards
 from mtl.disk import sync, write_json
-from mtl.tensor_file import TensorFileError
+from mtl.tensor_file import FROZEN, MODEL, OPTIMIZER, SHARDS, Shards, TensorFileError
 
 
 def write_plain(checkpoint: Path, folder: Path) -> None:

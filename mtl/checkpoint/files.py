@@ -12,12 +12,12 @@ import torch
 from safetensors.torch import save_file
 from torch import Tensor
 
-from mtl.audit import shards
 from mtl.audit.fingerprint import fingerprint, fingerprint_of_json, root
-from mtl.audit.shards import SHARDS, shard_files
 from mtl.checkpoint.nested import NATIVE, apart, split
 from mtl.disk import sync, without_nan
+from mtl.run_files import RunFileError, read_state_file
 from mtl.storage import local
+from mtl.tensor_file import SHARDS, shard_files, shards
 
 MODEL, FROZEN, OPTIMIZER, STATE = "model.safetensors", "frozen.safetensors", "optimizer.safetensors", "state.json"
 VERSION = 2
@@ -187,11 +187,11 @@ def read_state(folder: Path) -> dict[str, Any]:
         raise DamagedCheckpoint(f"{folder} is no checkpoint: it has no {missing[0]}{instead}")
     file = folder / STATE
     try:
-        state: dict[str, Any] = json.loads(file.read_text(encoding="utf-8"))
-    except (OSError, ValueError, RecursionError) as error:
-        raise DamagedCheckpoint(f"{file} is damaged: {error}") from error
-    digests = state.get("digests") if isinstance(state, dict) else None
-    if not isinstance(digests, dict) or "state" not in digests:
+        state = read_state_file(file)
+    except RunFileError as error:
+        raise DamagedCheckpoint(f"{folder} is damaged: {error}") from error
+    digests = state.get("digests", {})
+    if "state" not in digests:
         raise DamagedCheckpoint(f"{file} is damaged, or of another version: it says nothing of its own digest")
     if digests["state"] != state_digest(state):
         raise DamagedCheckpoint(f"{file} is damaged, or of another version: it is not what was written")

@@ -11,7 +11,6 @@ from typing import Any
 from safetensors import SafetensorError
 from torch import nn
 
-from mtl.audit import shards
 from mtl.checkpoint.files import (
     FROZEN,
     MODEL,
@@ -28,6 +27,7 @@ from mtl.checkpoint.newest import ASIDE, newest_first, step_of
 from mtl.checkpoint.spread import SpreadContent, collect_shards, shard_file, write_shards
 from mtl.disk import sync, write_json
 from mtl.distributed import World
+from mtl.tensor_file import shards
 
 # A checkpoint that is half written or half removed.
 _UNFINISHED = ".tmp"

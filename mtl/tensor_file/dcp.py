@@ -10,7 +10,7 @@ import io
 import math
 import pickle
 from collections.abc import Iterable, Mapping, Sequence
-from dataclasses import dataclass, replace
+from dataclasses import dataclass
 from pathlib import Path, PurePath, PurePosixPath, PureWindowsPath
 from typing import Any
 
@@ -19,7 +19,8 @@ from torch import Tensor
 from torch.nn import Parameter
 
 from mtl.console import first_line
-from mtl.tensor_file import TensorFileError
+from mtl.tensor_file.contents import KeyPath, Leaves
+from mtl.tensor_file.single import TensorFileError, load_pickle
 
 METADATA = ".metadata"
 
@@ -86,24 +87,21 @@ class _Slice:
 class _Entry:
     """A tensor as the metadata describes it; `slices` has None for a box of no elements."""
 
-    path: tuple[str, ...]
     dtype: torch.dtype
     shape: torch.Size
     boxes: tuple[tuple[torch.Size, torch.Size], ...]
     slices: tuple[_Slice | None, ...]
 
 
-def read_dcp(folder: Path, weights: Sequence[str]) -> dict[str, Tensor]:
-    """The whole tensors of a distributed checkpoint, each put together from its chunks.
+def read_dcp(folder: Path) -> Leaves:
+    """All that a distributed checkpoint holds, each tensor whole, put together from its chunks.
 
     Args:
         folder: A folder with `.metadata`.
-        weights: Keys of the state under which the weights may be: those under the first that there is are read,
-            without it, and all other tensors are left out. Without such a key, all are read.
 
     Raises:
-        TensorFileError: A file is missing, damaged, or holds code; the chunks of a tensor leave a gap or overlap; or a
-            slice is compressed, or outside the folder.
+        TensorFileError: A file is missing, damaged, or holds code in the place of a tensor; the chunks of a tensor
+            leave a gap or overlap; or a slice is compressed, or outside the folder.
     """
     metadata = _unpickled(folder / METADATA)
     try:
@@ -112,29 +110,16 @@ def read_dcp(folder: Path, weights: Sequence[str]) -> dict[str, Tensor]:
         raise
     except (LookupError, TypeError, ValueError, AttributeError, ArithmeticError, RuntimeError) as error:
         raise TensorFileError(f"it is not the metadata of a distributed checkpoint: {first_line(error)}") from error
-    tensors: dict[str, Tensor] = {}
-    for entry in _chosen(entries, weights):
-        name = ".".join(entry.path)
-        if name in tensors:
-            raise TensorFileError(f"two tensors are named {name}")
-        tensors[name] = _read(name, entry)
-    return tensors
-
-
-def _chosen(entries: Sequence[_Entry], weights: Sequence[str]) -> list[_Entry]:
-    """The entries under the first key of `weights` that there is, without it; all, if there is none.
-
-    The key may itself be under one key that all share: `{"app": {"model": ..., "optim": ...}}`, as torch teaches it.
-    """
-    inner = [replace(entry, path=entry.path[1:]) for entry in entries if len(entry.path) > 1]
-    outer = [entry.path[0] for entry in entries if len(entry.path) > 1]
-    for key in weights:
-        if key in outer:
-            return [entry for entry, first in zip(inner, outer, strict=True) if first == key]
-    is_under_one = len({entry.path[0] for entry in entries}) == 1
-    if is_under_one and any(len(entry.path) > 1 and entry.path[0] in weights for entry in inner):
-        return _chosen(inner, weights)
-    return list(entries)
+    leaves = Leaves()
+    for path, entry in entries:
+        if isinstance(entry, _Entry):
+            leaves.add(_read(".".join(map(str, path)), entry), path)
+            continue
+        try:
+            leaves.add(_load(entry), path)
+        except TensorFileError as error:
+            leaves.leave_out(path, str(error))
+    return leaves
 
 
 def file_inside(folder: Path, name: object) -> Path:
@@ -200,8 +185,8 @@ def _unpickled(file: Path) -> Any:
         raise TensorFileError(f"it is no pickle of metadata: {first_line(error)}") from error
 
 
-def _entries(folder: Path, metadata: Any) -> list[_Entry]:
-    """The tensors that the metadata names; every file that it names is looked at, whoever needs it."""
+def _entries(folder: Path, metadata: Any) -> list[tuple[KeyPath, _Entry | _Slice]]:
+    """What the metadata names, by path: tensors, and other things, of which each is in one slice."""
     content = vars(metadata)
     slices: dict[tuple[str, torch.Size | None], _Slice] = {}
     for index, info in content["storage_data"].items():
@@ -211,21 +196,22 @@ def _entries(folder: Path, metadata: Any) -> list[_Entry]:
         slices[place["fqn"], None if offset is None else torch.Size(offset)] = _slice(folder, vars(info))
     # How torch has flattened a nested state; without this, nothing was flattened, and a dot is part of a name.
     paths = content.get("planner_data") or {}
-    return [
-        _entry(name, paths.get(name, (name,)), vars(stored), slices)
-        for name, stored in content["state_dict_metadata"].items()
-        if type(stored) is not _STAND_INS["torch.distributed.checkpoint.metadata.BytesStorageMetadata"]
-    ]
+    entries: list[tuple[KeyPath, _Entry | _Slice]] = []
+    for name, stored in content["state_dict_metadata"].items():
+        path = paths.get(name, (name,))
+        is_path = isinstance(path, tuple) and path and all(isinstance(key, str | int) for key in path)
+        if not isinstance(name, str) or not is_path:
+            raise TypeError(f"{name!r} is not described as a part of a state")
+        is_tensor = type(stored) is not _STAND_INS["torch.distributed.checkpoint.metadata.BytesStorageMetadata"]
+        if not is_tensor and (name, None) not in slices:
+            raise TensorFileError(f"{name}: it is in no file")
+        entries.append((path, _entry(name, vars(stored), slices) if is_tensor else slices[name, None]))
+    return entries
 
 
-def _entry(
-    name: str,
-    path: Sequence[object],
-    stored: Mapping[str, Any],
-    slices: Mapping[tuple[str, torch.Size | None], _Slice],
-) -> _Entry:
+def _entry(name: str, stored: Mapping[str, Any], slices: Mapping[tuple[str, torch.Size | None], _Slice]) -> _Entry:
     dtype, shape = vars(stored["properties"])["state"][0], torch.Size(stored["size"])
-    if not isinstance(name, str) or not isinstance(path, tuple) or not path or not isinstance(dtype, torch.dtype):
+    if not isinstance(dtype, torch.dtype):
         raise TypeError(f"{name!r} is not described as a tensor")
     boxes = tuple((torch.Size(vars(chunk)["offsets"]), torch.Size(vars(chunk)["sizes"])) for chunk in stored["chunks"])
     for offsets, sizes in boxes:
@@ -233,7 +219,7 @@ def _entry(
             raise TensorFileError(f"{name}: its chunk at {list(offsets)} is in no file")
     # A process whose share of a tensor is empty writes nothing, and several such shares have one offset.
     found = tuple(slices[name, offsets] if math.prod(sizes) else None for offsets, sizes in boxes)
-    return _Entry(tuple(map(str, path)), dtype, shape, boxes, found)
+    return _Entry(dtype, shape, boxes, found)
 
 
 def _slice(folder: Path, info: Mapping[str, Any]) -> _Slice:
@@ -250,7 +236,7 @@ def _slice(folder: Path, info: Mapping[str, Any]) -> _Slice:
 
 def _read(name: str, entry: _Entry) -> Tensor:
     try:
-        loaded = [None if place is None else _load(place) for place in entry.slices]
+        loaded = [None if place is None else _load_tensor(place) for place in entry.slices]
         for (offsets, sizes), chunk in zip(entry.boxes, loaded, strict=True):
             if chunk is not None and (chunk.shape != sizes or chunk.dtype != entry.dtype):
                 raise TensorFileError(f"its chunk at {list(offsets)} has another shape or type than the metadata says")
@@ -261,15 +247,20 @@ def _read(name: str, entry: _Entry) -> Tensor:
         raise TensorFileError(f"{name}: {first_line(error)}") from error
 
 
-def _load(place: _Slice) -> Tensor:
+def _load(place: _Slice) -> Any:
+    """What torch has saved in a slice."""
     try:
         with place.file.open("rb") as stream:
             stream.seek(place.start)
-            content = torch.load(io.BytesIO(stream.read(place.length)), map_location="cpu", weights_only=True)
-    except Exception as error:  # torch raises a dozen unrelated types for what is not its own
-        is_pickle = "Weights only" in str(error)
-        reason = "holds more than tensors and plain data; code in it is not run" if is_pickle else first_line(error)
-        raise TensorFileError(f"{place.file.name}: {reason}") from error
+            return load_pickle(io.BytesIO(stream.read(place.length)))
+    except OSError as error:
+        raise TensorFileError(f"{place.file.name}: cannot be read: {error.strerror}") from error
+    except TensorFileError as error:
+        raise TensorFileError(f"{place.file.name}: {error}") from error
+
+
+def _load_tensor(place: _Slice) -> Tensor:
+    content = _load(place)
     # Parameters are tensors too; a class with behaviour of its own is not.
     if type(content) not in (Tensor, Parameter) or content.layout != torch.strided or content.device.type != "cpu":
         raise TensorFileError(f"{place.file.name}: holds something else than a plain tensor")

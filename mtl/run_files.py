@@ -1,0 +1,175 @@
+"""The files of a run, read: `metrics.jsonl`, `audit.json`, `state.json` and `config.yaml`, one reader each."""
+
+from __future__ import annotations
+
+import json
+from pathlib import Path
+from typing import Any
+
+from pydantic import BaseModel, ConfigDict, ValidationError
+
+METRICS, AUDIT, STATE, CONFIG = "metrics.jsonl", "audit.json", "state.json", "config.yaml"
+
+
+class RunFileError(ValueError):
+    """A file of a run that is missing, damaged, or not what a run writes; the message names the file."""
+
+
+class _Content(BaseModel):
+    """What a file has to hold, as far as it is read; more keys may be there."""
+
+    model_config = ConfigDict(strict=True, extra="allow")
+
+
+class _Row(_Content):
+    step: int
+    phase: str
+
+
+class _Frozen(_Content):
+    count: int
+    root: str
+    fingerprints: dict[str, str]
+
+
+class _Trainable(_Content):
+    count: int
+    changed: int
+
+
+class _Checks(_Content):
+    steps: int
+    tripwires: int
+    fingerprints: int
+
+
+class _Violation(_Content):
+    kind: str
+    name: str
+    phase: str
+    step: int
+    cause: str
+    detail: str
+
+
+class _Phase(_Content):
+    name: str
+    completed: bool
+    freeze: list[str]
+    frozen: _Frozen
+    trainable: _Trainable
+    checks: _Checks
+    violations: list[_Violation]
+
+
+class _Audit(_Content):
+    ok: bool
+    phases: list[_Phase]
+    ended_the_run: bool = False
+
+
+class _State(_Content):
+    digests: dict[str, str] = {}
+    phase: str = ""
+    tied: dict[str, str] = {}
+    shards: dict[str, dict[str, Any]] = {}
+
+
+def read_audit(file: Path) -> dict[str, Any]:
+    """The content of an `audit.json`, or of the `audit.rank-N.json` of one process.
+
+    Raises:
+        RunFileError: There is no such file, it is damaged, or is not the report of an audit.
+    """
+    return _read_object(file, _Audit)
+
+
+def read_state_file(file: Path) -> dict[str, Any]:
+    """The content of a checkpoint's `state.json`.
+
+    Raises:
+        RunFileError: There is no such file, it is damaged, or is not the state of a run.
+    """
+    return _read_object(file, _State)
+
+
+def read_metrics(file: Path) -> list[dict[str, Any]]:
+    """The rows of a `metrics.jsonl`; half a last row, which a killed process may leave, is left out.
+
+    Raises:
+        RunFileError: There is no such file, or a line is not a row; names the line.
+    """
+    *lines, last = _bytes(file).split(b"\n")
+    rows = [_row(file, number, line) for number, line in enumerate(lines, 1)]
+    if last.strip():
+        try:
+            rows.append(_row(file, len(lines) + 1, last))
+        except RunFileError:
+            if not last.lstrip().startswith(b"{"):
+                raise
+    return rows
+
+
+def read_config_text(file: Path) -> str:
+    """The text of a run's `config.yaml`; `mtl.config.load_config` reads it as settings.
+
+    Raises:
+        RunFileError: There is no such file, or it is not text.
+    """
+    try:
+        return _bytes(file).decode("utf-8")
+    except UnicodeDecodeError as error:
+        raise RunFileError(f"{file}: cannot be read: it is not text: {error}") from error
+
+
+def _row(file: Path, number: int, line: bytes) -> dict[str, Any]:
+    try:
+        row = json.loads(line)
+    except (ValueError, RecursionError) as error:
+        raise RunFileError(f"{file}:{number}: expected one row as JSON, got {_shown(line)} ({error})") from error
+    return _checked(row, _Row, f"{file}:{number}")
+
+
+def _read_object(file: Path, model: type[_Content]) -> dict[str, Any]:
+    try:
+        content = json.loads(_bytes(file))
+    except (ValueError, RecursionError) as error:
+        if isinstance(error, RunFileError):
+            raise
+        raise RunFileError(f"{file}: cannot be read: {error}; it is cut short, or is not JSON") from error
+    return _checked(content, model, str(file))
+
+
+def _checked(content: object, model: type[_Content], where: str) -> dict[str, Any]:
+    if not isinstance(content, dict):
+        raise RunFileError(f"{where}: expected keys and values, got {_shown(content)}")
+    try:
+        model.model_validate(content)
+    except ValidationError as error:
+        raise RunFileError(f"{where}: {_in_words(error)}") from error
+    return content
+
+
+def _in_words(error: ValidationError) -> str:
+    """The first thing that is wrong: which key, what was expected, what came."""
+    first = error.errors()[0]
+    key = ".".join(map(str, first["loc"]))
+    if first["type"] == "missing":
+        return f"{key}: this key is missing"
+    expected = first["msg"].replace("Input should be", "expected")
+    return f"{key}: {expected}, got {_shown(first['input'])}"
+
+
+def _bytes(file: Path) -> bytes:
+    try:
+        return file.read_bytes()
+    except FileNotFoundError:
+        raise RunFileError(f"{file}: no such file") from None
+    except OSError as error:
+        raise RunFileError(f"{file}: cannot be read: {error.strerror}") from error
+
+
+def _shown(value: object) -> str:
+    """A value in at most a few words."""
+    text = repr(value.decode("utf-8", "replace") if isinstance(value, bytes) else value)
+    return text if len(text) <= 60 else f"{text[:57]}..."
