@@ -49,31 +49,28 @@ class ByteWatch:
         Args:
             tripped: Tensors that may show a sign of a write.
         """
+        found = self._ask(tripped)
         self._rotation.turn(self._record.num_steps)
-        return self.look_at(tripped)
+        return found + self._changes(wait=False)
 
     def look_at(self, tripped: Sequence[Watched]) -> list[Finding]:
-        """Reads the bytes of tensors that show a sign of a write, and of all in the same modules."""
-        moved = self.ask(tripped)
-        found = self._changes(wait=False)
-        if moved:
-            self.restart()
-        return found
+        """Between two steps: reads the bytes of tensors that show a sign of a write, and of all in the same modules."""
+        if not any(watched.shows_a_sign() for watched in tripped):
+            return []
+        return self._ask(tripped) + self._changes(wait=False)
 
-    def ask(self, tripped: Sequence[Watched]) -> bool:
-        """Asks for the bytes of tensors that show a sign of a write, and for those of all in the same modules.
-
-        Returns:
-            Whether one of them lies elsewhere in memory.
-        """
+    def _ask(self, tripped: Sequence[Watched]) -> list[Finding]:
+        """Asks for the bytes of what shows a sign; what was asked for before is compared if something has moved."""
         # BatchNorm's statistics move without a sign, its counter does not: the whole module is suspected.
-        suspects = {id(watched.place.owner) for watched in tripped if watched.shows_a_sign()}
-        moved = False
-        for watched in self._watched if suspects else ():
-            if id(watched.place.owner) in suspects:
-                moved |= watched.was_moved()
-                self._rotation.ask(watched, self._record.num_steps)
-        return moved
+        owners = {id(watched.place.owner) for watched in tripped if watched.shows_a_sign()}
+        suspects = [watched for watched in self._watched if id(watched.place.owner) in owners] if owners else []
+        found: list[Finding] = []
+        if any(watched.was_moved() for watched in suspects):
+            found = self.settle()
+            self.restart()
+        for watched in suspects:
+            self._rotation.ask(watched, self._record.num_steps)
+        return found
 
     def settle(self) -> list[Finding]:
         """Waits for what was asked for, and compares it."""
@@ -97,10 +94,12 @@ class ByteWatch:
 
     def restart(self) -> None:
         """Begins the turns anew; the tensors may lie elsewhere in memory."""
+        self._rotation.pass_on()
         self._rotation = Rotation(self._watched)
 
     def state(self) -> dict[str, Any]:
         """What is known of the bytes, as plain data, once all that was asked for has been settled."""
+        self._rotation.pass_on()
         return {
             "watched": {watched.place.name: watched.state() for watched in self._watched},
             "rotation": self._rotation.state(),
@@ -133,6 +132,7 @@ class ByteWatch:
                 # A sign that proved harmless is none the next time.
                 watched.note_signs()
             elif watched.place.look() is watched.tensor:
+                self._rotation.pass_on()
                 found.append(self._changed(watched, content))
                 watched.note_signs()
         return found

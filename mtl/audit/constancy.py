@@ -4,6 +4,7 @@ from __future__ import annotations
 
 from collections import Counter
 from collections.abc import Iterator
+from operator import attrgetter
 
 from torch import nn
 from torch.nn.modules.batchnorm import _BatchNorm, _NormBase
@@ -14,6 +15,8 @@ from mtl.names import parents
 
 # Under these names modules keep how much they drop, each in its own way; `p` of one that is called so.
 _RATES = ("drop_prob", "drop_p", "dropout", "drop_rate")
+
+_IS_TRAINING = attrgetter("training")
 
 
 class Constancy:
@@ -46,13 +49,13 @@ class Constancy:
         ]
         self._with_statistics = [(name, module) for name, module in frozen.items() if isinstance(module, _BatchNorm)]
         self._droppers = [(name, module) for name, module in frozen.items() if _rate(module) > 0]
-
-    @property
-    def num_modules(self) -> int:
-        return len(self.norms)
+        with_modes = [*self.norms, *self._with_statistics, *self._droppers]
+        self._modules = list(dict.fromkeys(module for _, module in with_modes))
 
     def look(self) -> Iterator[tuple[str, str, str, str]]:
         """Kind, name, cause and detail of what is not constant as the modules are now."""
+        if not (self._without_statistics or any(map(_IS_TRAINING, self._modules))):
+            return
         for name, norm in self.norms:
             if norm.training:
                 yield "train_mode", name, causes.TRAIN_MODE, f"{type(norm).__name__} is in train mode"

@@ -9,6 +9,7 @@ from torch import nn
 
 from mtl.audit.places import Inventory, Place, is_readable, is_sparse, take_inventory
 from mtl.audit.rows import num_rows, rows_in_words, split_rows
+from mtl.audit.turns import Turns
 from mtl.moduletree import describe_modules
 from mtl.names import parents
 from mtl.patterns import PatternLike, partition
@@ -67,10 +68,6 @@ class Contract:
     modules: dict[str, nn.Module]
     links: list[tuple[nn.Module, str, nn.Module]]
     pattern_of: dict[str, int]
-
-    def is_unlinked(self) -> bool:
-        """Whether a module on the way to a tensor is no longer the one it was."""
-        return any(_child(module, key) is not child for module, key, child in self.links)
 
     def around(self, place: Place) -> list[nn.Module]:
         """The modules that a tensor hangs in, the innermost first."""
@@ -152,6 +149,23 @@ def _copies(ema: nn.Module, frozen: set[str]) -> Iterator[Place]:
     if frozen and not copies:
         raise ValueError("the average given as ema has no tensor under the name of any frozen one")
     yield from (replace(place, name=f"ema.{place.name}", is_copy=True) for place in copies)
+
+
+class Links:
+    """Tells whether a module on the way to a tensor is no longer the one it was; of many ways, in turn."""
+
+    def __init__(self, contract: Contract) -> None:
+        children: list[_Link] = [(module._modules, key, child) for module, key, child in contract.links]
+        # Nearly all that cuts one is told of by torch, at once; this is for the rest.
+        self._turns: Turns[_Link] = Turns(children, 16)
+
+    def are_cut(self, step: int) -> bool:
+        """Looks at those that are due in a step."""
+        return any(key not in children or children[key] is not child for children, key, child in self._turns.due(step))
+
+
+# The children of a module, the name of one of them, and that child.
+_Link = tuple[Mapping[str, nn.Module | None], str, nn.Module]
 
 
 def _child(module: nn.Module, key: str) -> nn.Module | None:

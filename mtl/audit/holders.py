@@ -54,9 +54,13 @@ class Holders:
         """From now on, what an optimizer holds was given to it in mid-phase."""
         self._has_begun = True
 
-    def is_outdated(self) -> bool:
+    def is_outdated(self, step: int) -> bool:
         """Whether another tensor hangs by now where a parameter hung."""
-        return self._membership.is_outdated()
+        return self._membership.is_outdated(step)
+
+    def is_due(self, step: int) -> bool:
+        """Whether to look after a step."""
+        return self._membership.is_due(step)
 
     def renew(self, contract: Contract) -> None:
         """Holds the optimizers against the contract as it is by now."""

@@ -100,7 +100,7 @@ class Judge:
             is_excused = _is_bias(trainee) and id(trainee.place.owner) not in owners
             if trainee.is_stray:
                 yield from self._judge_stray(trainee)
-            elif trainee.is_not_finite:
+            elif has_changed and trainee.is_nowhere_finite:
                 yield Verdict("not_finite", trainee.place, causes.NOT_FINITE, "has no finite element left")
             elif (stopped := self._stopped(trainee, has_changed, is_excused, are_at_optimum, num_steps)) is not None:
                 yield stopped

@@ -16,11 +16,12 @@ from mtl.audit.membership import HoldsParameters, param_groups
 from mtl.audit.places import is_unmade
 from mtl.audit.readings import Reading
 from mtl.audit.trainee import Trainee, can_train, content_of, digest_of, is_elsewhere
+from mtl.audit.turns import Turns
 from mtl.moduletree import describe_modules
 from mtl.patterns import PatternLike, select
 from mtl.storage import local
 
-# The digests of all that trains are taken after these steps, and then whenever a quarter more have been done.
+# The digests of all that trains are taken after these steps, and then whenever half as many more have been done.
 _FIRST_MARKS = (5, 10, 25, 50)
 
 
@@ -63,9 +64,6 @@ class Liveness:
         self._idle = idle
         self._waiting: list[Trainee] = []
         self._elsewhere = {place.name for place in contract.free if is_elsewhere(place.look())}
-        # Who had a gradient at the last look, and in which steps in a row that was so.
-        self._present: list[bool] = []
-        self._run = (0, 0)
         self._asked: list[tuple[list[Trainee], Reading, int, bool]] = []
         self._read: list[tuple[Trainee, Reading, int]] = []
         self._next_mark = _FIRST_MARKS[0]
@@ -84,7 +82,6 @@ class Liveness:
             id(tensor) for place in contract.frozen if place.rows is None and (tensor := place.look()) is not None
         }
         known = frozen | {id(trainee.tensor) for trainee in self.trainees}
-        self._fold()
         for place in contract.free:
             tensor = place.look()
             if tensor is None or id(tensor) in known or place.name in rest or not can_train(place, tensor):
@@ -92,6 +89,7 @@ class Liveness:
             known.add(id(tensor))
             self.trainees.append(Trainee(place, tensor, digest_of(tensor), step))
             self._waiting.append(self.trainees[-1])
+        self._turns = Turns(self.trainees)
 
     @property
     def num_noted(self) -> int:
@@ -124,11 +122,9 @@ class Liveness:
         Args:
             step: The step that the gradients are for.
         """
-        present = [each.tensor.grad is not None and each.tensor.requires_grad for each in self.trainees]
-        if present != self._present:
-            self._fold()
-            self._present, self._run = present, (step, step)
-        self._run = (self._run[0], max(step, self._run[1]))
+        for trainee in self._turns.due(step):
+            if trainee.tensor.grad is not None and trainee.tensor.requires_grad:
+                trainee.note_gradient(step)
         for trainee in self._waiting:
             trainee.asked |= trainee.tensor.requires_grad
             trainee.had_gradient |= trainee.tensor.grad is not None
@@ -147,7 +143,7 @@ class Liveness:
         if step < self._next_mark:
             return
         later = [mark for mark in _FIRST_MARKS if mark > step]
-        self._next_mark = later[0] if later else max(step + 25, step * 5 // 4)
+        self._next_mark = later[0] if later else max(step + 25, step * 3 // 2)
         for trainee in self.trainees:
             if not is_unmade(trainee.tensor):
                 self._read.append((trainee, Reading(content_of(trainee.tensor)), step))
@@ -163,7 +159,6 @@ class Liveness:
 
     def settle(self) -> None:
         """Waits for all that was asked for."""
-        self._fold()
         self._take_in(wait=True)
 
     def state(self, optimizers: Sequence[HoldsParameters]) -> dict[str, Any]:
@@ -212,6 +207,7 @@ class Liveness:
             if name in place_of:
                 self.trainees.insert(0, Trainee(place_of[name], torch.empty(0, device="cpu"), ""))
                 self.trainees[0].take_over(seen)
+        self._turns = Turns(self.trainees)
         self._waiting = [trainee for trainee in self.trainees if not trainee.had_signal]
         for optimizer, seen in zip(optimizers, state["optimizers"], strict=True):
             if seen["num_steps"]:
@@ -224,14 +220,6 @@ class Liveness:
         self.steps.last_first_signal = state["last_first_signal"]
         self.steps.num_backwards = state["num_backwards"]
         self._next_mark = state.get("next_mark", _FIRST_MARKS[0])
-
-    def _fold(self) -> None:
-        """Notes the steps in which the same parameters had gradients."""
-        first, last = self._run
-        for trainee, is_there in zip(self.trainees, self._present, strict=False):
-            if is_there:
-                trainee.note_gradients(first, last)
-        self._present = []
 
     def _measure(self, trainees: Iterable[Trainee], step: int, is_mark: bool) -> None:
         """Asks for the largest elements of gradients."""

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from collections import Counter
-from collections.abc import Collection, Iterator, Sequence
+from collections.abc import Collection, Iterator, Mapping, Sequence
 from typing import Any, Protocol, TypeGuard
 
 from torch import Tensor
@@ -11,6 +11,7 @@ from torch.optim import Optimizer
 
 from mtl.audit.contract import Contract
 from mtl.audit.places import Place
+from mtl.audit.turns import A_LOOK, AT_FIRST, Turns
 
 
 class HoldsParameters(Protocol):
@@ -75,6 +76,10 @@ def param_groups(optimizers: Sequence[HoldsParameters]) -> list[dict[str, Any]]:
     return list({id(group): group for optimizer in optimizers for group in optimizer.param_groups}.values())
 
 
+# Where a parameter is registered, its key there, and the parameter.
+_Row = tuple[Mapping[str, Tensor | None], str, Tensor]
+
+
 class Membership:
     """Compares what the optimizers hold with the contract, anew whenever one of the two has changed."""
 
@@ -84,7 +89,8 @@ class Membership:
         # What hangs in a Python list is not expected in an optimizer: a teacher may be hidden there on purpose.
         free = [place for place in contract.free if place.kind == "param" and not place.hidden]
         self._free = [(place, tensor) for place in free if (tensor := place.look()) is not None]
-        self._rows = [(place.held, place.key, tensor) for place, tensor in self._free]
+        rows: list[_Row] = [(place.held, place.key, tensor) for place, tensor in self._free]
+        self._turns: Turns[_Row] = Turns(rows, 16)
         self._seen: tuple[list[int], list[bool]] | None = None
 
     @property
@@ -92,9 +98,13 @@ class Membership:
         """The parameters that are not frozen, by every name."""
         return {place.name: tensor for place, tensor in self._free}
 
-    def is_outdated(self) -> bool:
-        """Whether another tensor hangs by now where a parameter hung."""
-        return any(key not in held or held[key] is not tensor for held, key, tensor in self._rows)
+    def is_outdated(self, step: int) -> bool:
+        """Whether another tensor hangs by now where a parameter hung; of many, they are looked at in turn."""
+        return any(key not in held or held[key] is not tensor for held, key, tensor in self._turns.due(step))
+
+    def is_due(self, step: int) -> bool:
+        """Whether to look after a step: the more there are, the less often."""
+        return self._seen is None or step <= AT_FIRST or step % (1 + len(self._free) // A_LOOK) == 0
 
     def forget(self) -> None:
         """Has the next look say all again."""

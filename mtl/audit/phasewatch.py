@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 from collections.abc import Collection, Mapping, Sequence
-from dataclasses import replace
 from typing import TYPE_CHECKING, Any
 
 from torch import Tensor, nn
@@ -13,7 +12,7 @@ from mtl.audit import causes
 from mtl.audit.agreement import compare_ranks
 from mtl.audit.bytewatch import ByteWatch
 from mtl.audit.constancy import Constancy
-from mtl.audit.contract import Contract, Subject, draw_contract, shared_memory
+from mtl.audit.contract import Contract, Links, Subject, draw_contract, shared_memory
 from mtl.audit.findings import Findings
 from mtl.audit.fingerprint import root
 from mtl.audit.holders import Holders
@@ -76,9 +75,11 @@ class PhaseWatch:
         self._were_frozen = {*were_frozen, *(id(each.tensor) for each in self._liveness.trainees if each.was_fixed)}
         self._holders = Holders(self._contract, optimizers, self._were_frozen, self._findings)
         self._frozen_earlier = were_frozen
+        self._links = Links(self._contract)
         self._identity = Identity(self._watched, self._findings)
         self._bytes = ByteWatch(self._watched, self.record, optimizers, self._findings)
         self._modules = {id(module) for module in self._contract.modules.values()}
+        self._with_gradients: set[int] = set()
         self._is_rebuilt = False
         self._found_within: list[Finding] = []
         self._num_looks_behind_backward = 0
@@ -136,7 +137,7 @@ class PhaseWatch:
                 detail = f"has a gradient before the {'next' if self.record.num_steps else 'first'} step"
                 found.append(self._findings.violation("grad_present", watched.place, causes.STALE_GRADIENT, detail))
                 self._note_gradient(watched)
-        found += self._flags(self._whole) + self._holders.look(self._with_gradients()) + self._modes()
+        found += self._flags(self._whole) + self._holders.look(self._with_gradients) + self._modes()
         self._holders.begun()
         return found
 
@@ -169,12 +170,14 @@ class PhaseWatch:
         self._liveness.look_at_bytes(step)
         tripped = list(self._tripwires.tripped(step))
         found = self._gradients(tripped)
-        if self._is_rebuilt or self._contract.is_unlinked() or self._holders.is_outdated():
+        if self._is_rebuilt or self._links.are_cut(step) or self._holders.is_outdated(step):
             found += self._rebuilt()
         else:
             found += [finding for each in tripped for finding in self._identity.of(each, each.place)]
         found += self._flags(tripped) + self._identity.of_attributes() + self._bytes.look(tripped)
-        return found + self._modes() + self._holders.look(self._with_gradients())
+        # Those after the backward are the ones that its forward had.
+        found += [] if looked else self._modes()
+        return found + self._holders.look(self._with_gradients) if self._holders.is_due(step) else found
 
     def _is_due(self, step: int) -> bool:
         return step <= FEW or step % self.every == 0
@@ -182,7 +185,7 @@ class PhaseWatch:
     def verify(self, bytes_only: bool = False, counted: bool = True) -> list[Finding]:
         """Every byte of every frozen tensor, whatever the signs say."""
         found = [] if bytes_only else self._rebuilt()
-        return found + self._bytes.verify(counted) + self._modes() + self._holders.look(self._with_gradients())
+        return found + self._bytes.verify(counted) + self._modes() + self._holders.look(self._with_gradients)
 
     def at_end(self) -> list[Finding]:
         """Every byte once more, and whether what was meant to train did."""
@@ -259,7 +262,9 @@ class PhaseWatch:
         self.record.take_over(state["record"])
         self._liveness.take_over(state["liveness"], self._optimizers)
         self.every, self.agreed_at = state["every"], state["agreed_at"]
-        return self._bytes.go_on(state["bytes"])
+        found = self._bytes.go_on(state["bytes"])
+        self._with_gradients = {id(each.tensor) for each in self._whole if each.had_gradient}
+        return found
 
     def _gradients(self, watched: Sequence[Watched]) -> list[Finding]:
         found: list[Finding] = []
@@ -275,11 +280,9 @@ class PhaseWatch:
     def _note_gradient(self, watched: Watched) -> None:
         if not watched.had_gradient:
             watched.had_gradient = True
+            self._with_gradients.add(id(watched.tensor))
             # Whoever holds it could move it from now on.
             self._holders.forget()
-
-    def _with_gradients(self) -> set[int]:
-        return {id(each.tensor) for each in self._whole if each.had_gradient}
 
     def _flags(self, watched: Sequence[Watched]) -> list[Finding]:
         """Flags that are on; one alone moves nothing, as behind a detach, but with a gradient it breaks the freeze."""
@@ -302,7 +305,7 @@ class PhaseWatch:
         self._holders.renew(now)
         self._findings.know(now)
         self._liveness.adopt(now, self.record.num_steps)
-        self._contract = replace(self._contract, links=now.links)
+        self._links = Links(now)
         self._modules |= {id(module) for module in now.modules.values()}
         return self._identity.compare(now)
 

@@ -14,11 +14,11 @@ from mtl.storage import bytes_of
 
 # Parameters are read in turn, this many bytes a step on average: some hundredths of a millisecond on a CPU.
 BYTES_A_STEP = 256 * 1024
-# A reading costs as much as so many bytes, however small the tensor: of hundreds of small ones, a few are read a step.
-LEAST_CHARGE = 64 * 1024
+# A reading costs as much as so many bytes, however small the tensor: of hundreds, a few are read a step.
+LEAST_CHARGE = 128 * 1024
 # Buffers up to this size are read at every step, so many together; of further ones, as many in turn.
 SMALL = 64 * 1024
-AT_ONCE = 128
+AT_ONCE = 64
 
 
 class Reading:
@@ -88,6 +88,11 @@ class Rotation:
             else:
                 yield watched, content, step
 
+    def pass_on(self) -> None:
+        """Has every tensor know after which step it was last found to be right."""
+        for bundle in self._bundles:
+            bundle.pass_on()
+
     def state(self) -> dict[str, Any]:
         """Whose turn it is, as plain data; what was asked for has to have arrived."""
         return {
@@ -112,12 +117,14 @@ class _Bundle:
     Attributes:
         members: The tensors.
         first: The fingerprint of their first bytes.
+        proven_at: The last step after which they were found to be these.
     """
 
     def __init__(self, members: Sequence[Watched]) -> None:
         self.members = members
         self._views = [bytes_of(each.part()) for each in members]
-        self.first = fingerprint(torch.cat(self._views))
+        self.first = fingerprint(torch.cat([bytes_of(each.original.contiguous()) for each in members]))
+        self.proven_at = 0
         self._asked: list[tuple[Reading, int]] = []
 
     @property
@@ -137,8 +144,12 @@ class _Bundle:
             elif fingerprint(content) != self.first:
                 yield step
             else:
-                for watched in self.members:
-                    watched.proven_at = max(watched.proven_at, step)
+                self.proven_at = max(self.proven_at, step)
+
+    def pass_on(self) -> None:
+        """Tells the members after which step they were last found to be right; too much for every step."""
+        for watched in self.members:
+            watched.proven_at = max(watched.proven_at, self.proven_at)
 
 
 def _by_device(watched: Sequence[Watched]) -> list[list[list[Watched]]]:

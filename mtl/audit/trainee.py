@@ -32,16 +32,14 @@ class Trainee:
         asked: Whether it has required a gradient at any look.
         had_gradient: Whether it has had one, were it all zeros.
         had_signal: Whether it has had one that was not all zeros.
-        num_gradients: Steps in which it asked for a gradient and had one.
-        last_gradient: The last of them.
+        num_gradients: Looks at which it asked for a gradient and had one.
+        last_gradient: The step of the last of them.
         longest_wait: The most steps between two of them, or before the first.
         last_digest: Its fingerprint when it was last taken.
         still_since: The step after which that was first found; it has had the same bits ever since.
         peak: The largest element of its gradient, of those looks that measured it.
         slope: The same at the last of them.
         last_slope: The same at the last of them where it was not zero.
-        was_finite: Whether some of its elements were finite numbers then.
-        is_not_finite: Whether none of them has been since, at some look.
     """
 
     place: Place
@@ -60,22 +58,17 @@ class Trainee:
     peak: float = 0.0
     slope: float | None = None
     last_slope: float = 0.0
-    was_finite: bool = True
-    is_not_finite: bool = False
 
     def __post_init__(self) -> None:
         self.last_digest = self.digest
         self.still_since = self.last_gradient = self.born
         self.was_fixed = not self.tensor.requires_grad
-        self.was_finite = is_unmade(self.tensor) or not _is_nowhere_finite(self.tensor)
 
-    def note_gradients(self, first: int, last: int) -> None:
-        """Notes that it had a gradient in some steps in a row; the first of them may have been noted already."""
-        if last <= self.last_gradient:
-            return
-        self.longest_wait = max(self.longest_wait, first - self.last_gradient)
-        self.num_gradients += last - max(first - 1, self.last_gradient)
-        self.last_gradient = last
+    def note_gradient(self, step: int) -> None:
+        """Notes that it had a gradient in a step; the same step may be noted again."""
+        if step > self.last_gradient:
+            self.longest_wait = max(self.longest_wait, step - self.last_gradient)
+            self.num_gradients, self.last_gradient = self.num_gradients + 1, step
 
     def note_slope(self, largest: float) -> None:
         """Notes how large its gradient is now; one that is NaN or infinite says nothing."""
@@ -87,7 +80,14 @@ class Trainee:
         """Notes its bytes as they were after a step."""
         if (digest := fingerprint(content)) != self.last_digest:
             self.last_digest, self.still_since = digest, step
-            self.is_not_finite = self.was_finite and _is_nowhere_finite(content)
+
+    @property
+    def is_nowhere_finite(self) -> bool:
+        """Whether none of its elements is a finite number; the first one mostly tells."""
+        here = content_of(self.tensor).detach()
+        if not here.numel() or bool(here.flatten()[0].isfinite()):
+            return False
+        return not bool(here.isfinite().any())
 
     @property
     def is_stray(self) -> bool:
@@ -145,13 +145,3 @@ def can_train(place: Place, tensor: Tensor) -> bool:
 def is_elsewhere(tensor: Tensor | None) -> bool:
     """Whether other processes have all of a tensor that is spread over them."""
     return tensor is not None and is_spread(tensor) and tensor.numel() > 0 and not local(tensor).numel()
-
-
-def _is_nowhere_finite(content: Tensor) -> bool:
-    """Whether there is no finite number in a tensor; the first element mostly tells."""
-    here = content_of(content).detach()
-    if not here.numel() or not (here.is_floating_point() or here.is_complex()):
-        return False
-    if bool(here.flatten()[0].isfinite()):
-        return False
-    return not bool(here.isfinite().any())

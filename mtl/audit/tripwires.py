@@ -6,50 +6,36 @@ from collections.abc import Iterator, Mapping, Sequence
 
 from torch import Tensor
 
+from mtl.audit.turns import Turns
 from mtl.audit.watched import Watched
-
-# So many tensors are looked at after a backward and after a step; of more, the others in the next steps.
-A_LOOK = 256
-# In the first steps of a phase all are, however many there are.
-AT_FIRST = 3
 
 # A frozen tensor, the tensor itself, the dictionary of its module in which it is registered, and its key there.
 _Row = tuple[Watched, Tensor, Mapping[str, Tensor | None], str]
 
 
 class Tripwires:
-    """Tells which of the tensors that are frozen whole have something about them that wants a closer look.
-
-    Of more than `A_LOOK` tensors, each is looked at every few steps only, in an order that meets no period of the loop.
-    """
+    """Tells which of the tensors that are frozen whole have something about them that wants a closer look."""
 
     def __init__(self, watched: Sequence[Watched]) -> None:
         plain = [(each, each.tensor, each.place.held, each.place.key) for each in watched if each.is_plain]
-        self._slices = [plain[start : start + A_LOOK] for start in range(0, len(plain), A_LOOK)]
+        self._turns: Turns[_Row] = Turns(plain)
         self._others = [each for each in watched if not each.is_plain]
 
     def num_looked_at(self, step: int) -> int:
         """How many are looked at in a step."""
-        return sum(len(each) for each in self._due(step)) + len(self._others)
+        return len(self._turns.due(step)) + len(self._others)
 
     def tripped(self, step: int) -> Iterator[Watched]:
         """Those that have a gradient, require one, were replaced, or may have been written to; and all odd ones."""
-        for rows in self._due(step):
-            # As few calls as can be: this is what the audit costs in every step.
-            for watched, tensor, held, key in rows:
-                if (
-                    tensor.grad is not None
-                    or tensor.requires_grad
-                    or tensor._version != watched.version
-                    or tensor.data_ptr() != watched.address
-                    or key not in held
-                    or held[key] is not tensor
-                ):
-                    yield watched
+        # As few calls as can be: this is what the audit costs in every step.
+        for watched, tensor, held, key in self._turns.due(step):
+            if (
+                tensor.grad is not None
+                or tensor.requires_grad
+                or tensor._version != watched.version
+                or tensor.data_ptr() != watched.address
+                or key not in held
+                or held[key] is not tensor
+            ):
+                yield watched
         yield from self._others
-
-    def _due(self, step: int) -> list[list[_Row]]:
-        count = len(self._slices)
-        if count < 2 or step <= AT_FIRST:
-            return self._slices
-        return [self._slices[(step + step // count) % count]]
