@@ -91,17 +91,17 @@ BAD: dict[str, tuple[dict[str, Any], list[str], str]] = {
     "dead pattern": (
         {"phases": [{"name": "a", "epochs": 1, "freeze": ["trunk.layer9"]}]},
         [],
-        r"tiny.yaml:\d+: phases.0.freeze.0: pattern 'trunk.layer9' matches nothing \(nearest: trunk.layer",
+        r"tiny.yaml:\d+: phases.a.freeze.0: pattern 'trunk.layer9' matches nothing \(nearest: trunk.layer",
     ),
     "too many depth groups": (
         {"phases": [{"name": "a", "epochs": 1, "freeze": ["trunk@first:9"]}]},
         [],
-        r"tiny.yaml:\d+: phases.0.freeze.0: pattern 'trunk@first:9' asks for 9 of the 5 depth groups of 'trunk'",
+        r"tiny.yaml:\d+: phases.a.freeze.0: pattern 'trunk@first:9' asks for 9 of the 5 depth groups of 'trunk'",
     ),
     "wrong count": (
         {"phases": [{"name": "a", "epochs": 1, "freeze": [{"pattern": "heads.object", "must_match": 3}]}]},
         [],
-        r"tiny.yaml:\d+: phases.0.freeze.0: pattern 'heads.object' must match 3 names, but matches 2",
+        r"tiny.yaml:\d+: phases.a.freeze.0: pattern 'heads.object' must match 3 names, but matches 2",
     ),
     "dead classic pattern": (
         {"MODEL": {"NOT_TRAIN_IN_MULTI_TASK": ["encoder"]}},
@@ -111,12 +111,12 @@ BAD: dict[str, tuple[dict[str, Any], list[str], str]] = {
     "phase that trains nothing": (
         {"phases": [{"name": "a", "epochs": 1, "freeze": ["trunk", "heads"]}]},
         [],
-        r"tiny.yaml:\d+: phases.0.freeze: phase 'a' trains nothing",
+        r"tiny.yaml:\d+: phases.a.freeze: phase 'a' trains nothing",
     ),
     "uncovered learning rate": (
         {},
         ["phases.finetune.lr={trunk: 1.0}"],
-        r"command line: phases.1.lr: no pattern covers \d+ trainable parameters, such as heads.",
+        r"command line: phases.finetune.lr: no pattern covers \d+ trainable parameters, such as heads.",
     ),
     "unknown trunk": ({"trunk": {"name": "resnt18"}}, [], r"tiny.yaml:\d+: trunk.name: .*nearest: resnet18"),
     "missing weights": (
@@ -165,7 +165,7 @@ BAD: dict[str, tuple[dict[str, Any], list[str], str]] = {
     "freezing a method that steps itself": (
         {"balance": {"method": "famo"}},
         ["phases.0.freeze=[trunk, balance]"],
-        "command line: phases.0.freeze: balance cannot be frozen, since its method steps its own weights",
+        "command line: phases.warm-heads.freeze: balance cannot be frozen, since its method steps its own weights",
     ),
     "unknown balance": ({}, ["balance.method=uv"], "command line: balance.method: no method 'uv'; nearest: uw"),
     "no such device": ({}, ["device=cuda:9"], "command line: device: there is no device 'cuda:9' here"),
@@ -173,7 +173,7 @@ BAD: dict[str, tuple[dict[str, Any], list[str], str]] = {
     "length of both kinds": (
         {"phases": [{"name": "a", "epochs": 1, "steps": 1}]},
         [],
-        r"tiny.yaml:\d+: phases.0: expected exactly one of epochs, steps, until, evaluate_only",
+        r"tiny.yaml:\d+: phases.a: expected exactly one of epochs, steps, until, evaluate_only",
     ),
 }
 

@@ -117,7 +117,7 @@ def test_train_takes_patterns_that_overlap_as_freeze_does(patterns: list[str]) -
 def test_train_refuses_to_take_back_what_it_did_not_name_as_freeze_does(patterns: list[str]) -> None:
     for key in ("freeze", "train"):
         (mistake,) = mistakes([f"name: a, epochs: 1, {key}: {patterns}"])
-        assert mistake.startswith(f"run.yaml:6: phases.0.{key}.1: pattern {patterns[1]!r} takes nothing back")
+        assert mistake.startswith(f"run.yaml:6: phases.a.{key}.1: pattern {patterns[1]!r} takes nothing back")
 
 
 @settings(max_examples=25, deadline=None, derandomize=True)
@@ -349,54 +349,54 @@ _UNCOVERED = "no pattern covers {} trainable parameters, such as {}; add one for
     ("phase", "below", "mistake"),
     [
         # patterns that match nothing
-        ("freeze: [trunk, hedas]", "", f"6: phases.0.freeze.1: pattern 'hedas' {START.format('heads')}"),
+        ("freeze: [trunk, hedas]", "", f"6: phases.a.freeze.1: pattern 'hedas' {START.format('heads')}"),
         ("", "freeze_always: [heads, tronk]", f"7: freeze_always.1: pattern 'tronk' {START.format('trunk')}"),
         ("", "MODEL: {NOT_TRAIN_IN_MULTI_TASK: [conv1, zz]}", f"7: {_CLASSIC}.1: pattern '~zz' {_NO_START}"),
         ("freeze: trunk", "MODEL: {NOT_TRAIN_IN_MULTI_TASK: zz}", f"7: {_CLASSIC}.0: pattern '~zz' {_NO_START}"),
-        ("lr: {trunk: 1, hedas: 2}", "", f"6: phases.0.lr.hedas: pattern 'hedas' {_PARAMETERS.format('heads')}"),
+        ("lr: {trunk: 1, hedas: 2}", "", f"6: phases.a.lr.hedas: pattern 'hedas' {_PARAMETERS.format('heads')}"),
         ("", "optim: {lr: {tronk: 1}}", f"7: optim.lr.tronk: pattern 'tronk' {_PARAMETERS.format('trunk')}"),
         ("weight_decay: {tronk: 1}", "",
-         f"6: phases.0.weight_decay.tronk: pattern 'tronk' {_PARAMETERS.format('trunk')}"),
+         f"6: phases.a.weight_decay.tronk: pattern 'tronk' {_PARAMETERS.format('trunk')}"),
         # tables that leave something uncovered
-        ("lr: {trunk: 1}", "", "6: phases.0.lr: " + _UNCOVERED.format(18, "heads.depth.lateral.0.weight")),
+        ("lr: {trunk: 1}", "", "6: phases.a.lr: " + _UNCOVERED.format(18, "heads.depth.lateral.0.weight")),
         ("", "optim: {weight_decay: {heads: 1}}",
          "7: optim.weight_decay: " + _UNCOVERED.format(15, "trunk.conv1.0.weight")),
         ("weight_decay: {trunk: 1}", "",
-         "6: phases.0.weight_decay: " + _UNCOVERED.format(8, "heads.depth.lateral.0.weight")),
+         "6: phases.a.weight_decay: " + _UNCOVERED.format(8, "heads.depth.lateral.0.weight")),
         # nothing trains
-        ("freeze: [trunk, heads]", "balance: {method: uw}", f"6: phases.0.freeze: {_NOTHING}"),
+        ("freeze: [trunk, heads]", "balance: {method: uw}", f"6: phases.a.freeze: {_NOTHING}"),
         ("", "freeze_always: '**'",
-         f"6: phases.0.freeze: phase 'a' trains nothing: every parameter is frozen (freeze_always freezes in every"
+         f"6: phases.a.freeze: phase 'a' trains nothing: every parameter is frozen (freeze_always freezes in every"
          f" phase); {HINT}"),
         ("train: heads.depth, tasks: [object]", "",
-         f"6: phases.0.train: phase 'a' trains nothing: no active task reaches what is not frozen; {HINT}"),
+         f"6: phases.a.train: phase 'a' trains nothing: no active task reaches what is not frozen; {HINT}"),
         ("tasks: [object], freeze: trunk", "unreached: error",
-         "6: phases.0: phase 'a' would train 16 tensors that no active task reaches: heads.depth;"
+         "6: phases.a: phase 'a' would train 16 tensors that no active task reaches: heads.depth;"
          " freeze them, or set unreached to freeze"),
         ("train: heads", "balance: {method: famo}",
-         "6: phases.0.train: balance cannot be frozen, since its method steps its own weights:"
+         "6: phases.a.train: balance cannot be frozen, since its method steps its own weights:"
          " leave it out of freeze, or add it to train"),
         # names that there are not
         ("tasks: [object, depht]", "",
-         "6: phases.0.tasks.1: no task 'depht'; there are: depth, object; nearest: depth"),
+         "6: phases.a.tasks.1: no task 'depht'; there are: depth, object; nearest: depth"),
         ("restore: {which: best, metric: val/scor}", "",
-         f"6: phases.0.restore.metric: no metric 'val/scor'; nearest: val/score; {THERE}"),
+         f"6: phases.a.restore.metric: no metric 'val/scor'; nearest: val/score; {THERE}"),
         ("lr_schedule: {name: plateau, metric: train/los}", "",
-         f"6: phases.0.lr_schedule.metric: no metric 'train/los'; nearest: train/loss; {THERE}"),
+         f"6: phases.a.lr_schedule.metric: no metric 'train/los'; nearest: train/loss; {THERE}"),
         ("", "optim: {lr_schedule: {name: plateau, metric: zz}}",
          f"7: optim.lr_schedule.metric: no metric 'zz'; {THERE}"),
-        ("restore: {which: best, metric: val/depth/rmse}", "", f"6: phases.0.restore.direction: {_BETTER}"),
+        ("restore: {which: best, metric: val/depth/rmse}", "", f"6: phases.a.restore.direction: {_BETTER}"),
         ("", "optim: {lr_schedule: {name: plateau, metric: val/depth/rmse}}",
          f"7: optim.lr_schedule.direction: {_BETTER}"),
-        ("optimizer: admw", "", f"6: phases.0.optimizer.name: {_NO_OPTIMIZER}"),
+        ("optimizer: admw", "", f"6: phases.a.optimizer.name: {_NO_OPTIMIZER}"),
         ("", "optim: {optimizer: admw}", f"7: optim.optimizer.name: {_NO_OPTIMIZER}"),
-        ("optimizer: {options: {lr: 1}}", "", f"6: phases.0.optimizer.options: {_RESERVED}"),
+        ("optimizer: {options: {lr: 1}}", "", f"6: phases.a.optimizer.options: {_RESERVED}"),
         ("", "optim: {optimizer: {options: {lr: 1}}}", f"7: optim.optimizer.options: {_RESERVED}"),
-        ("lr_schedule: {name: cosine, warmup_steps: 5}", "", f"6: phases.0.lr_schedule.warmup_steps: {_FEWER}5"),
+        ("lr_schedule: {name: cosine, warmup_steps: 5}", "", f"6: phases.a.lr_schedule.warmup_steps: {_FEWER}5"),
         ("", "optim: {lr_schedule: {name: linear, warmup_steps: 6}}",
          f"7: optim.lr_schedule.warmup_steps: {_FEWER}6"),
         ("balance: {method: fixed, weights: {depth: 1}}", "",
-         "6: phases.0.balance.weights: expected a weight for each of depth, object, got depth"),
+         "6: phases.a.balance.weights: expected a weight for each of depth, object, got depth"),
     ],
     ids=str,
 )  # fmt: skip
@@ -406,7 +406,7 @@ def test_a_mistake_is_told_at_the_place_where_it_was_written(phase: str, below: 
 
 def test_a_dead_pattern_of_train_is_told_as_it_was_written() -> None:
     (mistake,) = mistakes(["name: a, epochs: 1, train: [heads.depth, hedas]"])
-    assert mistake == f"run.yaml:6: phases.0.train.1: pattern 'hedas' {START.format('heads')}"
+    assert mistake == f"run.yaml:6: phases.a.train.1: pattern 'hedas' {START.format('heads')}"
 
 
 @pytest.mark.parametrize(
@@ -422,7 +422,7 @@ def test_a_dead_pattern_of_train_is_told_as_it_was_written() -> None:
     ],
 )
 def test_a_mistake_in_a_condition_is_told_at_its_place(until: str, mistake: str) -> None:
-    assert mistakes([f"name: a, max_epochs: 1, until: {until}"]) == [f"run.yaml:6: phases.0.until.{mistake}"]
+    assert mistakes([f"name: a, max_epochs: 1, until: {until}"]) == [f"run.yaml:6: phases.a.until.{mistake}"]
 
 
 @pytest.mark.parametrize("place", ["phase", "optim"])
@@ -430,7 +430,7 @@ def test_options_that_an_optimizer_does_not_take_are_told_with_those_that_it_tak
     option = "optimizer: {name: sgd, options: {momentun: 1}}"
     phase, below = (f", {option}", "") if place == "phase" else ("", f"optim: {{{option}}}")
     (mistake,) = mistakes([f"name: a, epochs: 1{phase}"], below)
-    assert mistake.startswith("run.yaml:6: phases.0.optim" if place == "phase" else "run.yaml:7: optim.optim")
+    assert mistake.startswith("run.yaml:6: phases.a.optim" if place == "phase" else "run.yaml:7: optim.optim")
     assert "izer.options: sgd takes the options momentum, dampening, nesterov, " in mistake
     assert mistake.endswith("got an unexpected keyword argument 'momentun'")
 
@@ -441,27 +441,27 @@ def test_mistakes_of_several_phases_are_told_at_once_and_that_of_a_repeated_one_
         ["name: a, epochs: 1, freeze: '**'", f"repeat: 3, phases: [{inner}]", "name: c, epochs: 1, train: [hed]"]
     )
     assert [mistake.split(": ")[:2] for mistake in found] == [
-        ["run.yaml:6", "phases.0.freeze"],
-        ["run.yaml:7", "phases.1.phases.0.lr_schedule.warmup_steps"],
-        ["run.yaml:8", "phases.2.train.0"],
+        ["run.yaml:6", "phases.a.freeze"],
+        ["run.yaml:7", "phases.b.lr_schedule.warmup_steps"],
+        ["run.yaml:8", "phases.c.train.0"],
     ]
 
 
 def test_unknown_tasks_are_told_together_with_the_mistakes_of_other_phases() -> None:
     found = mistakes(["name: a, epochs: 1, tasks: [zz]", "name: b, epochs: 1, freeze: zz"])
-    assert [mistake.split(": ")[1] for mistake in found] == ["phases.0.tasks.0", "phases.1.freeze.0"]
+    assert [mistake.split(": ")[1] for mistake in found] == ["phases.a.tasks.0", "phases.b.freeze.0"]
 
 
 @pytest.mark.parametrize(
     ("phase", "mistake"),
     [
-        ("steps: 2, lr_schedule: plateau", "phases.0.lr_schedule: a plateau is judged after whole passes of"),
-        ("until: {plateau: val/score}, max_steps: 2", "phases.0.until: a metric is judged after whole passes of"),
-        ("until: {any: [{steps: 1}, {metric: val/score, at_least: 1}]}, max_steps: 2", "phases.0.until: a metric is"),
-        ("steps: 2, batch_size: 1", "phases.0.batch_size: expected batches of two images or more"),
+        ("steps: 2, lr_schedule: plateau", "phases.a.lr_schedule: a plateau is judged after whole passes of"),
+        ("until: {plateau: val/score}, max_steps: 2", "phases.a.until: a metric is judged after whole passes of"),
+        ("until: {any: [{steps: 1}, {metric: val/score, at_least: 1}]}, max_steps: 2", "phases.a.until: a metric is"),
+        ("steps: 2, batch_size: 1", "phases.a.batch_size: expected batches of two images or more"),
         (
             "steps: 2, tasks: [object], train: heads.depth, balance: mean",
-            "phases.0.train: phase 'a' trains nothing: no active task reaches what is not frozen",
+            "phases.a.train: phase 'a' trains nothing: no active task reaches what is not frozen",
         ),
     ],
 )
@@ -474,6 +474,6 @@ def test_all_that_is_wrong_with_a_phase_is_told_at_once() -> None:
     phase = "name: a, epochs: 1, freeze: [trnk], lr: {hds: 1.0}, weight_decay: {hds: 1.0}, restore: best"
     found = mistakes([f"{phase}, batch_size: 1", "name: b, epochs: 1, tasks: [dept]"], "freeze_always: [zz]")
     assert [mistake.split(": ")[1] for mistake in found] == [
-        *("phases.1.tasks.0", "freeze_always.0"),
-        *("phases.0.freeze.0", "phases.0.lr.hds", "phases.0.batch_size"),
+        *("phases.b.tasks.0", "freeze_always.0"),
+        *("phases.a.freeze.0", "phases.a.lr.hds", "phases.a.batch_size"),
     ]

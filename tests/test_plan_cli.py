@@ -154,7 +154,7 @@ def test_planning_writes_nothing_and_makes_no_data(
 BAD: dict[str, tuple[list[str], str]] = {
     "dead pattern": (
         ["phases.0.freeze=[trunk.layer9]"],
-        r"command line: phases.0.freeze.0: pattern 'trunk.layer9' matches nothing \(nearest: trunk.layer",
+        r"command line: phases.warm-heads.freeze.0: pattern 'trunk.layer9' matches nothing \(nearest: trunk.layer",
     ),
     "picture in a missing directory": (
         ["--plot", "nowhere/plan.png"],
@@ -174,9 +174,12 @@ BAD: dict[str, tuple[list[str], str]] = {
     "no epochs": (["--generate", "gradual", "--epochs", "0"], "--epochs: expected 1 or more, got 0"),
     "nothing trains": (
         ["phases.warm-heads.freeze=[trunk, heads]"],
-        "command line: phases.0.freeze: phase 'warm-heads' trains nothing: every parameter is frozen",
+        "command line: phases.warm-heads.freeze: phase 'warm-heads' trains nothing: every parameter is frozen",
     ),
-    "unknown key": (["phases.0.frieze=[trunk]"], "command line: phases.0.frieze: unknown key; nearest: freeze"),
+    "unknown key": (
+        ["phases.0.frieze=[trunk]"],
+        "command line: phases.warm-heads.frieze: unknown key; nearest: freeze",
+    ),
     "unknown trunk": (["trunk.name=resnt18", "--generate", "gradual"], "trunk.name: .*nearest: resnet18"),
 }
 

@@ -16,10 +16,10 @@ from pydantic_core import PydanticCustomError
 from mtl.config.cache import CacheConfig, cache_word
 from mtl.config.checkpoint import CheckpointConfig
 from mtl.config.distributed import DistributedConfig
-from mtl.config.mistakes import describe
+from mtl.config.mistakes import describe, told
 from mtl.config.optim import BalanceConfig, OptimConfig, word_for
 from mtl.config.phase import PhaseConfig, PhaseEntry, WrittenPhase, num_unrolled, unroll
-from mtl.config.source import ConfigError, KeyPath, Source, dotted, read_source
+from mtl.config.source import ConfigError, KeyPath, Source, read_source
 from mtl.config.types import Count, Patterns, Seed, Strict, one_as_list
 from mtl.names import shorten
 
@@ -249,7 +249,7 @@ class RunConfig(Strict):
 
     def mistake(self, path: KeyPath, message: str) -> ConfigError:
         """An error about a value that only later turns out wrong, with the place where it was written."""
-        return ConfigError([f"{self._source.where(path)}: {dotted(path)}: {message}"])
+        return ConfigError([told(path, message, self._source)])
 
     @cached_property
     def written_phases(self) -> list[WrittenPhase]:
