@@ -80,7 +80,7 @@ class Saver:
         settings = self.parts.config.checkpoint
         if settings.every_steps is not None and step % settings.every_steps == 0:
             return True
-        if settings.every_minutes is None:
+        if not settings.every_minutes:
             return False
         self.waited_s += self.consensus.seconds
         return self.waited_s >= 60 * settings.every_minutes

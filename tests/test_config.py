@@ -7,11 +7,13 @@ import pytest
 import yaml
 from hypothesis import given, settings
 from hypothesis import strategies as st
+from pydantic import ValidationError
 
 from config_file import RUN, load, mistakes
 from mtl.config import RunConfig, load_config
 from mtl.config.phase import patterns_of
 from mtl.config.source import ConfigError, dump_yaml
+from mtl.config.types import Strict
 from mtl.optim import UncoveredError, by_pattern
 from mtl.patterns import Counted, PatternError
 
@@ -152,13 +154,24 @@ def test_the_config_that_the_scripts_train_is_in_the_repository() -> None:
         (
             9,
             "  - {name: tune, epochs: 3, steps: 4}",
-            "run.yaml:9: phases.tune: expected exactly one of epochs, steps, until, evaluate_only, not epochs and steps",
+            "run.yaml:9: phases.tune: expected exactly one of epochs, steps, until, evaluate_only,"
+            " not epochs and steps",
         ),
         (10, "balance: {method: fixed}", "run.yaml:10: balance: expected weights exactly if the method is 'fixed'"),
         (
             10,
             "balance: {method: uw, weights: {depth: 1}}",
             "run.yaml:10: balance: expected weights exactly if the method is 'fixed'",
+        ),
+        (
+            10,
+            "balance: {method: fixed, weights: {depth: 1}, options: {x: 1}}",
+            "run.yaml:10: balance: expected options only for a method of TorchJD, not for 'fixed'",
+        ),
+        (
+            3,
+            "data: {augment: {}}",
+            "run.yaml:3: data.augment: expected brightness or contrast above 0",
         ),
         # learning rates
         *(
@@ -342,7 +355,8 @@ def test_overrides_reach_every_depth() -> None:
         ("phases.0.steps=1.5", "command line: phases.warm.steps: expected a valid integer, got 1.5"),
         (
             "phases.tune.steps=4",
-            "run.yaml:9: phases.tune: expected exactly one of epochs, steps, until, evaluate_only, not epochs and steps",
+            "run.yaml:9: phases.tune: expected exactly one of epochs, steps, until, evaluate_only,"
+            " not epochs and steps",
         ),
         ("phases.fine.steps=4", "command line: 'phases.fine.steps=4': 'fine' is none of warm, tune, 0 to 1"),
         ("name", "command line: 'name': expected key=value, such as optim.lr=3e-4"),
@@ -379,6 +393,56 @@ def test_a_file_changes_its_base_key_by_key_and_replaces_lists() -> None:
     assert (config.name, config.trunk.name) == ("mine", "resnet18")
     assert (config.data.image_size, config.data.batch_size) == (32, 4)
     assert [phase.name for phase in config.phases] == ["only"]
+
+
+# Null
+
+
+def _models(kind: type[Strict] = Strict) -> list[type[Strict]]:
+    """All models that configurations are made of."""
+    return [each for below in kind.__subclasses__() for each in (below, *_models(below))]
+
+
+def test_no_key_of_any_model_may_be_written_without_a_value() -> None:
+    taken = [
+        f"{kind.__name__}.{name}"
+        for kind in _models()
+        for name in kind.model_fields
+        if name not in {error["loc"][0] for error in _errors_of(kind, {name: None}) if error["type"] != "missing"}
+    ]
+    assert len(_models()) > 20 and taken == []
+
+
+def _errors_of(kind: type[Strict], data: dict[str, Any]) -> list[Any]:
+    try:
+        kind.model_validate(data)
+    except ValidationError as error:
+        return error.errors()
+    return []
+
+
+@pytest.mark.parametrize("written", ["", " null", " ~"])
+def test_a_key_with_nothing_behind_it_is_an_error_beside_all_others(written: str) -> None:
+    lines = [*LINES[:7], "  - name: warm", "    steps: 2", f"    freeze:{written}", "    tasks: 3"]
+    assert mistakes(lines) == [
+        "run.yaml:10: phases.warm.freeze: expected a value, got nothing; without the key, its default holds",
+        "run.yaml:11: phases.warm.tasks: expected a valid list, got 3",
+    ]
+
+
+def test_a_null_in_words_takes_back_what_is_written_below_and_nothing_else_does() -> None:
+    Path("base.yaml").write_text("\n".join([*LINES, "optim: {lr: 2, clip_norm: 3}", "data: {num_train: 9}"][3:]))
+    top = ["_base_: base.yaml", *LINES[:2]]
+    config = load([*top, "optim: {clip_norm: null}", "data: ~"], "phases.tune.lr=null")
+    assert (config.optim.lr, config.optim.clip_norm, config.data.num_train) == (2.0, None, None)
+    assert config.phases[1].lr is None
+    assert str(config.mistake(("phases", 1, "lr"), "x")) == "base.yaml:6: phases.tune.lr: x"
+    nothing = "expected a value, got nothing; without the key, its default holds"
+    assert mistakes([*top, "optim: {clip_norm: }"], "phases.tune.lr=", "phases.warm.lr=null") == [
+        f"run.yaml:4: optim.clip_norm: {nothing}",
+        f"command line: phases.warm.lr: {nothing}",
+        f"command line: phases.tune.lr: {nothing}",
+    ]
 
 
 # Round trip

@@ -49,6 +49,8 @@ def describe(error: ErrorDetails, model: type[BaseModel], source: Source) -> str
         expected, got, near = f"expected one of {', '.join(choices)}", f", got {came!r}", hint(str(came), choices)
     elif kind in ("model_type", "model_attributes_type"):
         expected = "expected keys and values"
+    elif kind == "null":
+        got, near = ", got nothing", "; without the key, its default holds"
     elif kind == "too_short":
         expected, got = "expected at least one", ", got none"
     elif isinstance(came, dict | list):

@@ -34,6 +34,10 @@ class BalanceConfig(Strict):
     def _weights_go_with_fixed(self) -> BalanceConfig:
         if (self.method == "fixed") != (self.weights is not None):
             raise PydanticCustomError("balance", "Input should have weights exactly if the method is 'fixed'")
+        if self.method == "fixed" and self.options:
+            raise PydanticCustomError(
+                "balance", "Input should have options only for a method of TorchJD, not for 'fixed'"
+            )
         return self
 
 

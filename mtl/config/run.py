@@ -10,7 +10,7 @@ from functools import cached_property
 from pathlib import Path
 from typing import Annotated, Any, Literal
 
-from pydantic import BeforeValidator, Field, PrivateAttr, ValidationError, field_validator
+from pydantic import BeforeValidator, Field, PrivateAttr, ValidationError, field_validator, model_validator
 from pydantic_core import PydanticCustomError
 
 from mtl.config.cache import CacheConfig, cache_word
@@ -21,6 +21,7 @@ from mtl.config.optim import BalanceConfig, OptimConfig, word_for
 from mtl.config.phase import PhaseConfig, PhaseEntry, WrittenPhase, num_unrolled, unroll
 from mtl.config.source import ConfigError, KeyPath, Source, read_source
 from mtl.config.types import Count, Patterns, Seed, Strict, one_as_list
+from mtl.config.watch import AuditConfig, TrackingConfig
 from mtl.names import shorten
 
 # A phase costs at least an optimizer, a contract and a validation.
@@ -67,6 +68,12 @@ class AugmentConfig(Strict):
 
     brightness: Annotated[float, Field(ge=0, lt=1)] = 0.0
     contrast: Annotated[float, Field(ge=0, lt=1)] = 0.0
+
+    @model_validator(mode="after")
+    def _changes_something(self) -> AugmentConfig:
+        if not self.brightness and not self.contrast:
+            raise PydanticCustomError("augment", "Input should have brightness or contrast above 0")
+        return self
 
 
 class DataConfig(Strict):
@@ -140,34 +147,6 @@ class ClassificationConfig(Strict):
 TaskConfig = Annotated[
     SegmentationConfig | DepthConfig | NormalsConfig | ClassificationConfig, Field(discriminator="type")
 ]
-
-
-class AuditConfig(Strict):
-    """What is looked at beyond the losses.
-
-    Attributes:
-        policy: What a violation of the contract does: `raise` stops the run, `warn` and `collect` go on, `restore`
-            mends it.
-        gradients_every_steps: The tasks' gradients on the trunk are compared on the first step of each phase and on
-            every such step after it; 0 for never. Costs a backward per task.
-    """
-
-    policy: Literal["raise", "warn", "collect", "restore"] = "raise"
-    gradients_every_steps: Annotated[int, Field(ge=0)] = 500
-
-
-class TrackingConfig(Strict):
-    """wandb.
-
-    Attributes:
-        project: The project's name.
-        mode: `auto`: online if wandb knows a key, else offline.
-        log_every_steps: How many steps are logged at once.
-    """
-
-    project: str = "mtl"
-    mode: Literal["auto", "online", "offline", "disabled"] = "auto"
-    log_every_steps: Count = 20
 
 
 class ClassicConfig(Strict):

@@ -31,10 +31,12 @@ class Source:
     Attributes:
         data: Nested dicts and lists.
         places: Where each key path was written: "file:line", or "command line".
+        nulls: Keys of which `null` was written in words: they take back what is below, and have nothing else to say.
     """
 
     data: dict[str, Any] = field(default_factory=dict)
     places: dict[KeyPath, str] = field(default_factory=dict)
+    nulls: set[KeyPath] = field(default_factory=set)
 
     def where(self, path: KeyPath) -> str:
         """The place of a key, or of the nearest key around it that was written down."""
@@ -167,6 +169,8 @@ def _read_node(
             source.places[(*path, index)] = place(item.start_mark.line + 1)
             items.append(_read_node(item, (*path, index), source, place, (*around, node)))
         return items
+    if node.tag == _NULL and node.value:
+        source.nulls.add(path)
     return _read_scalar(node, f"{here}: {dotted(path)}")
 
 
@@ -190,7 +194,7 @@ def dotted(path: KeyPath) -> str:
 
 
 def _merge(below: Source, above: Source) -> None:
-    """Lays one source over another: mappings are merged key by key, everything else is replaced whole."""
+    """Lays one source over another: mappings are merged key by key, everything else is replaced whole or taken back."""
 
     def lay(under: dict[str, Any], over: dict[str, Any], path: KeyPath) -> None:
         for key, value in over.items():
@@ -200,6 +204,9 @@ def _merge(below: Source, above: Source) -> None:
             else:
                 for place in [place for place in below.places if place[: len(here)] == here]:
                     del below.places[place]
+                if here in above.nulls and under.get(key) is not None:
+                    del under[key]
+                    continue
                 under[key] = value
                 below.places.update({p: where for p, where in above.places.items() if p[: len(here)] == here})
 
@@ -226,9 +233,14 @@ def _override(source: Source, override: str) -> None:
     path += [*around, step]
     for place in [place for place in source.places if place[: len(path)] == tuple(path)]:
         del source.places[place]
-    source.places[tuple(path)] = "command line"
+    source.nulls.discard(tuple(path))
     node = _compose(text, lambda _: f"command line: {override!r}")
-    target[step] = None if node is None else _read_node(node, tuple(path), source, lambda _: "command line")
+    value = None if node is None else _read_node(node, tuple(path), source, lambda _: "command line")
+    if tuple(path) in source.nulls and isinstance(target, dict) and target.get(last) is not None:
+        del target[last]
+        return
+    source.places[tuple(path)] = "command line"
+    target[step] = value
 
 
 def _steps(target: Any, segment: str, override: str) -> list[int | str]:
