@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import logging
 from collections.abc import Iterator
 from contextlib import contextmanager, nullcontext
 from pathlib import Path
@@ -122,5 +123,5 @@ def _start_files(parts: Parts, run_dir: Path, resumption: Resumption | None, wor
         announce_classic(parts)
     wandb_id = None if resumption is None else resumption.state["wandb_id"]
     tracker = Tracker(config.tracking, run_dir, config.name, resolved, wandb_id, is_silent=not world.leads)
-    logger.info(tracker.message)
+    logger.log(logging.WARNING if tracker.is_less else logging.INFO, tracker.message)
     return tracker

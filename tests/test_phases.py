@@ -18,6 +18,7 @@ from mtl.config.source import ConfigError
 from mtl.moduletree import describe
 from mtl.patterns import ModuleTree, PatternError, PatternLike, select
 from mtl.phases import Phase
+from mtl.plan import make_plan
 
 RUN = Path("run.yaml")
 HEAD = [
@@ -226,6 +227,23 @@ def test_layer_decay_multiplies_a_table_of_rates() -> None:
     rates = table(run, run.phases[0])
     names = ["trunk.layer3.0.conv1.weight", "trunk.layer4.0.conv1.weight", "heads.object.out.bias"]
     assert [rates[name][0] for name in names] == pytest.approx([0.01, 0.3, 7])
+
+
+def test_a_scale_multiplies_every_rate_of_every_phase_and_nothing_else() -> None:
+    phases = [
+        "name: a, epochs: 1, freeze: trunk",
+        "name: b, epochs: 1, lr: {trunk: 1.0e-4, heads: 1.0e-3, balance: 2.0e-2}",
+        "name: c, epochs: 1, lr: 3.0e-3, layer_decay: 0.5, freeze: heads",
+    ]
+    below = ["balance: {method: uw}", "optim: {lr: 2.0e-3}"]
+    plain, scaled = drawn(phases, *below), drawn(phases, *below, overrides=("optim.lr_scale=0.25",))
+    for one, other in zip(plain.phases, scaled.phases, strict=True):
+        before = table(plain, one)
+        assert table(scaled, other) == {name: (lr * 0.25, decay) for name, (lr, decay) in before.items()}
+    shown = [make_plan(run).phases for run in (plain, scaled)]
+    assert [{g.lr for g in phase.groups} for phase in shown[1]] == [
+        {g.lr * 0.25 for g in phase.groups} for phase in shown[0]
+    ]
 
 
 def test_vectors_and_what_the_trunk_itself_excepts_are_not_decayed() -> None:

@@ -28,7 +28,8 @@ class TrackingConfig(Strict):
 
     Attributes:
         project: The project's name.
-        mode: `auto`: online if wandb knows a key, else offline.
+        mode: `auto`: as WANDB_MODE says, else online if wandb knows a key, else offline. Any other word goes before
+            WANDB_MODE.
         log_every_steps: How many steps are logged at once.
     """
 

@@ -228,7 +228,7 @@ class _Resolver:
         parameters = {n: p for n, p in trainable.items() if id(p) not in steps_itself}
         excepted = self._excepted_from_decay()
         decayed = [name for name, parameter in parameters.items() if is_decayed(name, parameter, excepted)]
-        lr_of = self._by_pattern("lr", list(parameters))
+        lr_of = {name: lr * self.optim.lr_scale for name, lr in self._by_pattern("lr", list(parameters)).items()}
         decay_of = self._by_pattern("weight_decay", decayed)
         if self.optim.layer_decay < 1:
             factors = layer_factors(self.optim.layer_decay, self.tree.depth_groups("trunk"))
