@@ -121,9 +121,9 @@ def settled(config: RunConfig, origin: Origin) -> RunConfig:
     found = differences(saved, config.model_dump(mode="json", exclude_none=True))
     fixed = [each for each in found if each.is_fixed]
     if fixed:
-        raise config.mistake(
-            ("resume",), f"{_listed(fixed)}; a run cannot go on with another value; begin a new one, with another name"
-        )
+        # From a checkpoint of another run, this one has a name of its own already.
+        advice = "begin a new one, with another name" if origin.in_place else "without resume, a run begins with it"
+        raise config.mistake(("resume",), f"{_listed(fixed)}; a run cannot go on with another value; {advice}")
     if found and not config.resume_override:
         raise config.mistake(
             ("resume",),

@@ -50,6 +50,7 @@ def same_bits(a: Tensor, b: Tensor) -> bool:
 def test_a_run_leaves_every_promised_file(finished: tuple[Parts, Outcome]) -> None:
     folder = finished[1].run_dir
     assert {path.name for path in folder.iterdir()} == {
+        ".mtl-run",
         "config.yaml",
         "plan.json",
         "metrics.jsonl",
