@@ -22,6 +22,7 @@ from mtl.nearest import hint
 from mtl.phases import Phase, live_tasks, resolve_phases
 from mtl.phases.freeze import Surroundings
 from mtl.phases.length import Metrics
+from mtl.phases.unread import unread_settings
 from mtl.reach import reached_parameters
 from mtl.tasks import Task, build_tasks
 
@@ -39,6 +40,7 @@ class Blueprint:
         root: One module around all that has parameters, under the names that users write: trunk, heads, balance.
         fixed: Parameters that the model itself keeps from training.
         phases: The phases, resolved.
+        unread: Settings of the configuration's files that no phase reads, each in a line with its place.
     """
 
     config: RunConfig
@@ -47,6 +49,7 @@ class Blueprint:
     root: nn.Module
     fixed: list[str]
     phases: list[Phase]
+    unread: list[str]
 
 
 def draw_up(config: RunConfig, device: str = "cpu", num_train: int | None = None) -> Blueprint:
@@ -80,7 +83,11 @@ def draw_up(config: RunConfig, device: str = "cpu", num_train: int | None = None
     fixed = fixed_parameters(root)
     num_train = num_train or num_images(config.data)[0]
     around = Surroundings(config, root, fixed, Metrics(config, tasks), balance_of, tasks_of, reached, num_train)
-    return Blueprint(config, tasks, model, root, fixed, resolve_phases(around, mistakes))
+    phases = resolve_phases(around, mistakes)
+    in_vain, unread = unread_settings(config, phases)
+    if in_vain:
+        raise ConfigError(in_vain)
+    return Blueprint(config, tasks, model, root, fixed, phases, unread)
 
 
 def draw_up_without_weights(config: RunConfig, num_train: int | None = None) -> Blueprint:

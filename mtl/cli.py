@@ -204,9 +204,11 @@ def _plan(options: argparse.Namespace, overrides: Sequence[str]) -> int:
             command += ["--epochs", str(options.epochs)] if options.epochs else []
             sys.stdout.write(generate_config(options.generate, config, command, options.epochs or 1))
             return DONE
-        plan = make_plan(draw_up_without_weights(config), options.world_size or 1, with_forecast=True)
+        blueprint = draw_up_without_weights(config)
+        plan = make_plan(blueprint, options.world_size or 1, with_forecast=True)
     except ConfigError as error:
         return _complain(error)
+    sys.stderr.writelines(f"warning: {line}\n" for line in blueprint.unread)
     if options.plot is not None:
         try:
             draw_plan(plan, options.plot)

@@ -121,6 +121,8 @@ def _start_files(parts: Parts, run_dir: Path, resumption: Resumption | None, wor
         write_text(run_dir / "config.yaml", dump_yaml(resolved))
         write_json(run_dir / "plan.json", parts.plan.to_json())
         announce_classic(parts)
+        for line in parts.unread:
+            logger.warning(line)
     wandb_id = None if resumption is None else resumption.state["wandb_id"]
     tracker = Tracker(config.tracking, run_dir, config.name, resolved, wandb_id, is_silent=not world.leads)
     logger.log(logging.WARNING if tracker.is_less else logging.INFO, tracker.message)

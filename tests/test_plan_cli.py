@@ -77,7 +77,7 @@ def test_the_parameter_map_has_one_row_per_parameter_and_one_column_per_phase(
     tmp_path: Path, capsys: pytest.CaptureFixture[str]
 ) -> None:
     phases: list[dict[str, Any]] = [
-        {"name": "warm", "freeze": ["trunk"], "steps": 1, "lr": {"trunk": 1e-4, "heads": 2e-3, "balance": 0.02}},
+        {"name": "warm", "freeze": ["trunk"], "steps": 1, "lr": {"heads": 2e-3}},
         {"name": "fine", "freeze": ["trunk.conv1"], "steps": 1, "lr": {"**": 3e-4, "heads.depth": 1e-3}},
         {"name": "depth", "tasks": ["depth"], "freeze": ["trunk.layer4"], "steps": 1, "lr": 5e-4},
         {"name": "end", "evaluate_only": True},

@@ -16,7 +16,7 @@ from pydantic_core import PydanticCustomError
 from mtl.config.cache import CacheConfig, cache_word
 from mtl.config.checkpoint import CheckpointConfig
 from mtl.config.distributed import DistributedConfig
-from mtl.config.mistakes import describe, told
+from mtl.config.mistakes import describe, key_of, told
 from mtl.config.optim import BalanceConfig, OptimConfig, word_for
 from mtl.config.phase import PhaseConfig, PhaseEntry, WrittenPhase, num_unrolled, unroll
 from mtl.config.source import ConfigError, KeyPath, Source, read_source
@@ -225,6 +225,15 @@ class RunConfig(Strict):
     @property
     def run_dir(self) -> Path:
         return Path(self.runs_dir) / self.name
+
+    @property
+    def source(self) -> Source:
+        """What was read, with the place of every key that was written."""
+        return self._source
+
+    def key_of(self, path: KeyPath) -> str:
+        """A key as it is written on the command line, phases by name."""
+        return key_of(path, self._source.data)
 
     def mistake(self, path: KeyPath, message: str) -> ConfigError:
         """An error about a value that only later turns out wrong, with the place where it was written."""
