@@ -70,7 +70,7 @@ def draw_up(config: RunConfig, device: str = "cpu", num_train: int | None = None
     tasks = build_tasks(config.tasks)
     # Where it is to be found out, a run begins with the first one.
     layout = MEMORY_FORMATS["contiguous" if config.memory_format == "auto" else config.memory_format]
-    trunk = (_without_weights(config) if device == "meta" else config).trunk
+    trunk = (without_weights(config) if device == "meta" else config).trunk
     try:
         with torch.device(device):
             model = MultiTaskModel(trunk, tasks, config.data.image_size, layout)
@@ -96,7 +96,7 @@ def draw_up_without_weights(config: RunConfig, num_train: int | None = None) -> 
     Raises:
         ConfigError: As `draw_up`.
     """
-    without = _without_weights(config)
+    without = without_weights(config)
     return _on_meta_or_cpu(lambda device: draw_up(without, device, num_train))
 
 
@@ -110,7 +110,7 @@ def build_trunk_without_weights(config: RunConfig) -> nn.Module:
     def build(device: str) -> nn.Module:
         try:
             with torch.device(device):
-                return build_trunk(_without_weights(config).trunk, config.data.image_size)
+                return build_trunk(without_weights(config).trunk, config.data.image_size)
         except SettingError as error:
             raise mistake_of(config, error) from error
 
@@ -125,7 +125,8 @@ def _on_meta_or_cpu(make: Callable[[str], _Made]) -> _Made:
         return make("cpu")
 
 
-def _without_weights(config: RunConfig) -> RunConfig:
+def without_weights(config: RunConfig) -> RunConfig:
+    """The configuration with a trunk that begins with random weights."""
     return config.with_changes(trunk=config.trunk.model_copy(update={"weights": "none"}))
 
 

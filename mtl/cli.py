@@ -118,7 +118,7 @@ def _train(file: Path, overrides: Sequence[str], quiet: bool) -> int:
         show_log(quiet or not world.leads, only_errors=not world.leads)
         origin = find_origin(config)
         config = config if origin is None else settled(config, origin)
-        parts = assemble(config, quiet, world)
+        parts = assemble(config, quiet, world, begins=origin is None)
         logger.info(short_plan(parts.plan))
         outcome = train(parts, quiet, world)
     except (ConfigError, WorldError) as error:

@@ -52,6 +52,7 @@ def test_a_run_leaves_every_promised_file(finished: tuple[Parts, Outcome]) -> No
     assert {path.name for path in folder.iterdir()} == {
         ".mtl-run",
         "config.yaml",
+        "history.json",
         "plan.json",
         "metrics.jsonl",
         "audit.json",

@@ -5,6 +5,7 @@ Keys and types are declared as pydantic models; `source` reads the files and rem
 
 from __future__ import annotations
 
+import shlex
 from collections.abc import Sequence
 from functools import cached_property
 from pathlib import Path
@@ -208,6 +209,7 @@ class RunConfig(Strict):
     MODEL: ClassicConfig = ClassicConfig()
 
     _source: Source = PrivateAttr(default_factory=Source)
+    _command: str | None = PrivateAttr(default=None)
 
     @field_validator("phases")
     @classmethod
@@ -230,6 +232,11 @@ class RunConfig(Strict):
     def source(self) -> Source:
         """What was read, with the place of every key that was written."""
         return self._source
+
+    @property
+    def command(self) -> str | None:
+        """The command that trains this configuration, for a shell; None if it was not read from a file."""
+        return self._command
 
     def key_of(self, path: KeyPath) -> str:
         """A key as it is written on the command line, phases by name."""
@@ -283,4 +290,5 @@ def load_config(file: Path, overrides: Sequence[str] = ()) -> RunConfig:
     except ValidationError as error:
         raise ConfigError([describe(details, RunConfig, source) for details in error.errors()]) from None
     config._source = source
+    config._command = shlex.join(["mtl", "train", str(file), *overrides])
     return config
