@@ -54,7 +54,7 @@ def _parser() -> tuple[argparse.ArgumentParser, Mapping[str, argparse.ArgumentPa
     train = verbs.add_parser("train", help="train a configuration", description=_train.__doc__)
     train.add_argument("config", type=Path, metavar="CONFIG", help="a YAML file, such as configs/scenes.yaml")
     train.add_argument(
-        "overrides", nargs="*", metavar="key=value", help="such as optim.lr=3e-4 phases.finetune.epochs=2"
+        "overrides", nargs="*", metavar="key=value", help="such as optim.lr_scale=0.5 phases.finetune.epochs=2"
     )
     train.add_argument("-q", "--quiet", action="store_true", help="show nothing but warnings and errors")
     plan = verbs.add_parser(

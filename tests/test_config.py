@@ -359,7 +359,7 @@ def test_overrides_reach_every_depth() -> None:
             " not epochs and steps",
         ),
         ("phases.fine.steps=4", "command line: 'phases.fine.steps=4': 'fine' is none of warm, tune, 0 to 1"),
-        ("name", "command line: 'name': expected key=value, such as optim.lr=3e-4"),
+        ("name", "command line: 'name': expected key=value, such as optim.lr_scale=0.5"),
         ("tasks.depth={type: depth, x: 1}", "command line: tasks.depth.x: unknown key; the keys here are type"),
         (
             "data={image_size: 9, num_val: 0}",

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import re
 from pathlib import Path
 
 import pytest
@@ -42,6 +43,27 @@ def refused(phases: list[str], *below: str, overrides: tuple[str, ...]) -> list[
 @pytest.mark.parametrize("file", sorted((ROOT / "configs").glob("*.yaml")), ids=lambda file: file.name)
 def test_a_config_of_the_repository_writes_nothing_in_vain(file: Path) -> None:
     assert draw_up_without_weights(load_config(file)).unread == []
+
+
+def _examples() -> list[str]:
+    """What README, docs and scripts tell users to type behind `train_mtl.sh`."""
+    files = [ROOT / "README.md", *(ROOT / "docs").glob("*.md"), *(ROOT / "scripts").glob("*.sh")]
+    found = [
+        line
+        for file in files
+        for line in re.findall(r"bash scripts/train_mtl\.sh( [^`#\n]*=[^`#\n]*)", file.read_text())
+    ]
+    return sorted({" ".join(each.split("  ")[0].split()) for each in found})
+
+
+def test_there_are_examples_of_overrides() -> None:
+    assert "configs/multifashion.yaml optim.lr_scale=0.5 name=mine" in _examples()
+
+
+@pytest.mark.parametrize("words", _examples())
+def test_an_example_of_ours_changes_what_it_says(words: str) -> None:
+    file, *overrides = words.split() if words.startswith("configs") else ["configs/scenes.yaml", *words.split()]
+    assert draw_up_without_weights(load_config(ROOT / file, overrides)).unread == []
 
 
 def test_the_command_line_is_refused_what_every_phase_outvotes_and_told_by_what() -> None:

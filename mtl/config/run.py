@@ -279,7 +279,7 @@ def load_config(file: Path, overrides: Sequence[str] = ()) -> RunConfig:
 
     Args:
         file: A YAML file; `_base_: other.yaml` takes everything from another one first.
-        overrides: Dotted `key=value` pairs, such as `optim.lr=3e-4` or `phases.finetune.epochs=2`.
+        overrides: Dotted `key=value` pairs, such as `optim.lr_scale=0.5` or `phases.finetune.epochs=2`.
 
     Raises:
         ConfigError: Anything that is wrong, all of it at once, each with its file and line.

@@ -216,7 +216,7 @@ def _merge(below: Source, above: Source) -> None:
 def _override(source: Source, override: str) -> None:
     key, equals, text = override.partition("=")
     if not equals or not key or not all(key.split(".")):
-        raise ConfigError([f"command line: {override!r}: expected key=value, such as optim.lr=3e-4"])
+        raise ConfigError([f"command line: {override!r}: expected key=value, such as optim.lr_scale=0.5"])
     target: Any = source.data
     path: list[int | str] = []
     *parents, last = key.split(".")
