@@ -439,6 +439,19 @@ def test_phases_that_contain_themselves_are_a_clear_error() -> None:
 # Phases by name
 
 
+@pytest.mark.parametrize(
+    ("keys", "mistake"),
+    [
+        ("lr: 1, steps: 1, lr: 2, name: a", "phases.a.lr: this key is given twice"),
+        ("name: a, lr: !!int x", "phases.a.lr: cannot be read as int"),
+        ("name: a, until: &u {any: [*u]}", "phases.a.until.any.0: the value contains itself"),
+    ],
+)
+def test_what_cannot_even_be_read_is_told_by_the_phases_name_too(keys: str, mistake: str) -> None:
+    assert mistakes([*HEAD, f"  - {{{keys}}}"]) == [f"run.yaml:5: {mistake}"]
+    assert mistakes([*HEAD, "  - repeat: 2", "    phases:", f"      - {{{keys}}}"]) == [f"run.yaml:7: {mistake}"]
+
+
 def test_a_phase_is_told_by_its_name_wherever_it_stands_and_one_without_by_its_place() -> None:
     config = load(NESTED)
     told = {written.name: str(config.mistake((*written.path, "freeze", 0), "x")) for written in config.written_phases}

@@ -9,7 +9,7 @@ from typing import Annotated, Any, Literal, Union, get_args, get_origin
 from pydantic import BaseModel, Tag
 from pydantic_core import ErrorDetails
 
-from mtl.config.source import KeyPath, Source
+from mtl.config.source import KeyPath, Source, dotted, phase_name
 from mtl.nearest import hint
 
 _SENTENCES = [
@@ -64,30 +64,16 @@ def told(path: KeyPath, message: str, source: Source) -> str:
 
 
 def key_of(path: KeyPath, data: Any) -> str:
-    """A key as it is written on the command line: `phases.warm.freeze`, phases by name, inside repeats too."""
-    segments: list[str] = []
-    for segment in path:
-        if isinstance(data, Mapping):
-            data = data.get(segment)
-        elif isinstance(data, list) and isinstance(segment, int) and segment < len(data):
-            data = data[segment]
-        else:
-            data = None
-        name = _phase_name(data) if path[0] == "phases" and isinstance(segment, int) else None
-        if name is None:
-            segments.append(str(segment))
-        else:
-            # Names are unique among all phases: those of a repeat need not be looked for below it.
-            segments = ["phases", name]
-    return ".".join(segments) or "the configuration"
+    """A key as it is written on the command line, phases by the names that they have in some data."""
 
+    def name_at(place: KeyPath) -> str | None:
+        at = data
+        for key in place:
+            is_there = isinstance(at, Mapping) or (isinstance(at, list) and isinstance(key, int) and key < len(at))
+            at = None if not is_there else at.get(key) if isinstance(at, Mapping) else at[key]
+        return phase_name(at)
 
-def _phase_name(entry: Any) -> str | None:
-    """The name of an entry of `phases`; None for a repeat, and where there is none that a key can be read with."""
-    if not isinstance(entry, Mapping) or entry.keys() & {"repeat", "phases"}:
-        return None
-    name = entry.get("name")
-    return name if isinstance(name, str) and name and ":" not in name else None
+    return dotted(path, name_at)
 
 
 def _tag_key(context: Mapping[str, Any]) -> str:
