@@ -131,7 +131,8 @@ def history_from(
     standing = Standing(phases, index if index < len(phases) else None, is_inside=state["change"] is None)
     found = differences_from(as_of_today(state["config"]), config)
     in_vain = [(each, why) for each in found if each.kind == "weighty" and (why := why_in_vain(each, standing))]
-    if in_vain:
+    # Of a run that is over, none of another name can go on, whatever it changes; that is told elsewhere.
+    if in_vain and (in_place or standing.index is not None):
         listed = "; ".join(f"{each}, but {why}" for each, why in in_vain[:5])
         raise CheckpointError(f"{listed}: that would change nothing after {folder.name}; leave it as it was")
     before = History.from_json(state.get("history"))

@@ -267,3 +267,14 @@ def replayed(config: RunConfig, history: History) -> dict[str, Any]:
         assert values.get(change.key) == change.old
         values[change.key] = change.new
     return {key: value for key, value in values.items() if value is not None}
+
+
+def test_phases_are_compared_by_name_inside_repeats_too() -> None:
+    inner = [{"name": "b", "steps": 5}, {"name": "c", "steps": 3}]
+    before = {"phases": [{"name": "a", "steps": 1}, {"repeat": 2, "phases": inner}]}
+    now = {"phases": [{"name": "a", "steps": 2}, {"repeat": 3, "phases": [inner[0] | {"steps": 6}, inner[1]]}]}
+    assert [str(each) for each in differences(before, now)] == [
+        "phases (order): ['a', [2, ['b', 'c']]] -> ['a', [3, ['b', 'c']]]",
+        "phases.a.steps: 1 -> 2",
+        "phases.b.steps: 5 -> 6",
+    ]

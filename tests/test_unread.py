@@ -9,7 +9,7 @@ import pytest
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
-from mtl.blueprint import draw_up_without_weights
+from mtl.blueprint import Blueprint, draw_up_without_weights
 from mtl.cli import main
 from mtl.config import load_config
 from mtl.config.source import ConfigError
@@ -28,10 +28,14 @@ HEAD = [
 BOTH = ["name: a, epochs: 2, lr: 1.0e-3", "name: b, epochs: 1, lr: {trunk: 1.0e-4, heads: 1.0e-3, balance: 1.0e-2}"]
 
 
-def warned(phases: list[str], *below: str, overrides: tuple[str, ...] = ()) -> list[str]:
-    """Warnings for a run of these phases, on lines 7 and following, with top-level keys below them."""
+def drawn(phases: list[str], *below: str, overrides: tuple[str, ...] = ()) -> Blueprint:
+    """A run of these phases, on lines 7 and following, with top-level keys below them."""
     RUN.write_text("\n".join([*HEAD, *(f"  - {{{phase}}}" for phase in phases), *below]) + "\n")
-    return draw_up_without_weights(load_config(RUN, overrides)).unread
+    return draw_up_without_weights(load_config(RUN, overrides))
+
+
+def warned(phases: list[str], *below: str, overrides: tuple[str, ...] = ()) -> list[str]:
+    return drawn(phases, *below, overrides=overrides).unread
 
 
 def refused(phases: list[str], *below: str, overrides: tuple[str, ...]) -> list[str]:
@@ -237,7 +241,7 @@ _OWN = st.lists(st.sampled_from(_KEYS), unique=True)
 _VALUES = {"optimizer": "adam", "lr": 3.0, "layer_decay": 0.7, "weight_decay": 0.3, "lr_schedule": "cosine"}
 
 
-@settings(max_examples=25, deadline=None, derandomize=True)
+@settings(max_examples=10, deadline=None, derandomize=True)
 @given(first=_OWN, second=_OWN, key=st.sampled_from([*_VALUES, "batch_size"]))
 def test_a_setting_of_the_run_is_taken_if_and_only_if_it_changes_some_phase(
     first: list[str], second: list[str], key: str
@@ -252,9 +256,8 @@ def test_a_setting_of_the_run_is_taken_if_and_only_if_it_changes_some_phase(
 def _outcome(phases: list[str], *overrides: str) -> object:
     """How each phase steps which batches; None if the command line is refused."""
     try:
-        warned(phases, overrides=overrides)
+        run = drawn(phases, overrides=overrides)
     except ConfigError:
         return None
-    run = draw_up_without_weights(load_config(RUN, overrides))
     rates = [[(g["lr"], g["weight_decay"]) for g in phase.groups] for phase in run.phases]
     return rates, [(p.optim.optimizer, p.optim.lr_schedule, p.batch_size) for p in run.phases]

@@ -82,7 +82,7 @@ def _flat(value: Any, key: str = "", phase: str | None = None) -> Iterator[tuple
         for name, inner in value.items():
             yield from _flat(inner, f"{key}.{name}" if key else str(name), phase)
     elif key == "phases" and phase is None:
-        yield (None, "phases"), _order(value)
+        yield (None, "phases (order)"), _order(value)
         for name, settings in _phases(value):
             yield from _flat(settings, "", name)
     else:
