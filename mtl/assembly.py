@@ -49,7 +49,7 @@ def assemble(config: RunConfig, quiet: bool = False, world: World = ALONE, begin
         quiet: Whether to show no progress bar while data is made.
         world: The processes that train together, which have not met yet.
         begins: Whether the trunk's weights are needed; a checkpoint has them all, and those of the trunk's own file may
-            be gone by the time a run goes on.
+            be gone when a run is resumed.
 
     Raises:
         ConfigError: Anything in the configuration that turns out not to work, with the place where it was written.

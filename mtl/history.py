@@ -1,4 +1,4 @@
-"""What a run was told over time: the command that began it, and what was changed where it went on."""
+"""The history of a run: the command that began it, and the settings that were changed when it was resumed."""
 
 from __future__ import annotations
 
@@ -33,7 +33,7 @@ class Change:
 
 @dataclass(frozen=True)
 class History:
-    """What `config.yaml` does not say: it has the settings that hold now.
+    """What `config.yaml` does not record: it has the settings that hold now.
 
     Every checkpoint has the history up to it, so that changes go with the steps that were made with them.
 
@@ -74,7 +74,7 @@ UNKNOWN = History()
 
 @dataclass(frozen=True)
 class Standing:
-    """Where a run stands when it goes on.
+    """The position of a run when it is resumed.
 
     Attributes:
         phases: All phases.
@@ -114,11 +114,11 @@ def _why_not_in_phase(difference: Difference, standing: Standing, index: int) ->
 def history_from(
     state: Mapping[str, Any], config: RunConfig, phases: Sequence[Phase], folder: Path, in_place: bool
 ) -> History:
-    """What a run was told up to a checkpoint, with what changes there.
+    """The history of a run up to a checkpoint, with what changes there.
 
     Args:
         state: The checkpoint's plain data.
-        config: With which it goes on.
+        config: The configuration with which it is resumed.
         phases: The phases that this comes to.
         folder: The checkpoint.
         in_place: Whether it is the run's own.
@@ -131,7 +131,7 @@ def history_from(
     standing = Standing(phases, index if index < len(phases) else None, is_inside=state["change"] is None)
     found = differences_from(as_of_today(state["config"]), config)
     in_vain = [(each, why) for each in found if each.kind == "weighty" and (why := why_in_vain(each, standing))]
-    # Of a run that is over, none of another name can go on, whatever it changes; that is told elsewhere.
+    # A run of another name cannot resume one that is over, whatever it changes; another message says that.
     if in_vain and (in_place or standing.index is not None):
         listed = "; ".join(f"{each}, but {why}" for each, why in in_vain[:5])
         raise CheckpointError(f"{listed}: that would change nothing after {folder.name}; leave it as it was")

@@ -63,7 +63,7 @@ class Resumption:
         in_place: Whether it is the run's own, which goes on in its directory.
         state: Plain data: counters, schedules, the audit's state.
         memory: What has tensors in it: moments, random numbers.
-        history: What the run was told over time, with what changes now.
+        history: The run's history, with what changes now.
     """
 
     folder: Path

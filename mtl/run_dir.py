@@ -53,7 +53,7 @@ def check_run_dir(config: RunConfig) -> None:
         while config.run_dir.with_name(f"{config.name}-{number}").exists():
             number += 1
         is_run, is_auto = _is_run(run_dir), config.resume == "auto"
-        what = "a run" if is_run else "files, but no run that could go on" if is_auto else "files"
+        what = "a run" if is_run else "files, but no run to resume" if is_auto else "files"
         raise config.mistake(
             ("name",),
             f"{run_dir} already holds {what}; give this one another name, such as name={config.name}-{number}"

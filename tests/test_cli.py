@@ -229,7 +229,7 @@ def test_a_folder_that_is_no_run_of_ours_is_refused_and_stays_as_it_is(
         (folder / name).write_text(FOREIGN[name])
     before = {path: path.is_file() and path.read_bytes() for path in folder.rglob("*")}
     assert main(["train", str(file), *resume]) == 2
-    what = "files, but no run that could go on" if resume else "files"
+    what = "files, but no run to resume" if resume else "files"
     said = f"error: {file}:3: name: {folder} already holds {what}; give this one another name, such as name=tiny-2\n"
     assert re.sub(r"yaml:\d+", "yaml:3", capsys.readouterr().err) == said
     assert {path: path.is_file() and path.read_bytes() for path in folder.rglob("*")} == before

@@ -1,4 +1,4 @@
-"""What a run was told over time: commands and changes are kept, and what can have no effect any more is refused."""
+"""The history of a run: commands and changes are kept, and what can have no effect any more is refused."""
 
 from __future__ import annotations
 

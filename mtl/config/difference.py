@@ -6,7 +6,7 @@ from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import dataclass
 from typing import Any, Literal
 
-# They say which run goes on and how, and are not of it.
+# They choose the run and how it is resumed; they are no settings of it.
 _OF_THE_CALL = ("name", "runs_dir", "resume", "resume_override")
 # What changes neither what is trained nor how: where things lie, what is logged, how often it is saved; and what
 # becomes of steps that no checkpoint has seen.
@@ -22,7 +22,7 @@ _AT_BEGIN = ("trunk.weights",)
 CHOSEN = ("memory_format", "precision")
 
 # `free`: may change at any time; `weighty`: may change if that is asked for, and where it has an effect; `at-begin`:
-# has no effect any more; `fixed`: no run can go on with another value.
+# has no effect any more; `fixed`: no run resumes with another value.
 Kind = Literal["free", "weighty", "at-begin", "fixed"]
 
 _ABSENT = object()

@@ -1,4 +1,4 @@
-"""Settings that were written down and that no phase reads: each is told, with what goes before it."""
+"""Settings that were written down and that no phase reads, each with the settings that override it."""
 
 from __future__ import annotations
 
