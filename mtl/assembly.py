@@ -7,8 +7,10 @@ from dataclasses import dataclass, replace
 import torch
 
 from mtl.balance import is_by_gradients
-from mtl.blueprint import Blueprint, draw_up, draw_up_without_weights
+from mtl.blueprint import Blueprint, draw_up, draw_up_without_weights, without_weights
 from mtl.config import RunConfig, SettingError, mistake_of
+from mtl.config.distributed import DistributedConfig
+from mtl.config.written import Rank, is_written, rank_of
 from mtl.console import logger
 from mtl.data import Split, load_data
 from mtl.distributed import ALONE, World, WorldError
@@ -39,13 +41,15 @@ class Parts(Blueprint):
     plan: Plan
 
 
-def assemble(config: RunConfig, quiet: bool = False, world: World = ALONE) -> Parts:
+def assemble(config: RunConfig, quiet: bool = False, world: World = ALONE, begins: bool = True) -> Parts:
     """Makes the parts of a run. Generated data may be put in the data cache; nothing else is written.
 
     Args:
         config: The run.
         quiet: Whether to show no progress bar while data is made.
         world: The processes that train together, which have not met yet.
+        begins: Whether the trunk's weights are needed; a checkpoint has them all, and those of the trunk's own file may
+            be gone when a run is resumed.
 
     Raises:
         ConfigError: Anything in the configuration that turns out not to work, with the place where it was written.
@@ -56,7 +60,7 @@ def assemble(config: RunConfig, quiet: bool = False, world: World = ALONE) -> Pa
     world.start(device, config.distributed.timeout_s)
     # Without weights first: what is wrong with the configuration is found before any are loaded.
     plan = make_plan(draw_up_without_weights(config))
-    blueprint = draw_up(config)
+    blueprint = draw_up(config if begins else without_weights(config))
     tasks = blueprint.tasks
     try:
         # Data that has to be made is made once.
@@ -67,7 +71,7 @@ def assemble(config: RunConfig, quiet: bool = False, world: World = ALONE) -> Pa
     if train.num_skipped:
         # An epoch has fewer steps than were planned.
         plan = make_plan(draw_up_without_weights(config, len(train)))
-        blueprint = draw_up(config, num_train=len(train))
+        blueprint = draw_up(blueprint.config, num_train=len(train))
         tasks = blueprint.tasks
     constants = {name: task.fit(train.labels[name]) for name, task in tasks.items()}
     for name, constant in constants.items():
@@ -76,6 +80,8 @@ def assemble(config: RunConfig, quiet: bool = False, world: World = ALONE) -> Pa
     _try_out_optimizers(blueprint, device)
     blueprint.root.to(device)
     _check_processes(blueprint, world)
+    if world.is_alone:
+        _warn_of_distributed(config)
     batch = train.batch(torch.arange(min(config.data.batch_size, len(train)))).to(device)
     choice = choose(blueprint, batch, device, excepted)
     if choice.why:
@@ -122,6 +128,14 @@ def _check_processes(blueprint: Blueprint, world: World) -> None:
             raise config.mistake(
                 ("unreached",), "several processes wait for the gradients of all that trains; expected freeze"
             )
+
+
+def _warn_of_distributed(config: RunConfig) -> None:
+    """Says what was asked for on the command line and needs several processes; a file may be for both."""
+    for key in DistributedConfig.model_fields:
+        path = ("distributed", key)
+        if is_written(config.source, path) and rank_of(config.source, path) == Rank.COMMAND_LINE:
+            logger.warning(f"command line: distributed.{key}: this process trains alone, and does not read it")
 
 
 def _check_spread(config: RunConfig, world: World) -> tuple[str, ...]:

@@ -56,6 +56,9 @@ def build_balance(config: BalanceConfig, tasks: Sequence[str], every_task: Seque
     if config.method == "fixed":
         return Balance(Constant(_fixed_weights(config.weights or {}, tasks, every_task or tasks)))
     method = config.method.lower()
+    for name in ("weights", "pref_vector"):
+        if isinstance(given := config.options.get(name), list) and given and not any(given):
+            raise SettingError("balance.options", f"expected a number other than 0 in {name}, got {given}")
     # What both know by one name (mean, sum, random) is the scalarizer: the same, and without a look at gradients.
     if is_by_gradients(method):
         return Balance(Sum(), build_weighting(method, config.options, len(tasks)))
@@ -89,6 +92,8 @@ def _fixed_weights(weights: Mapping[str, float], tasks: Sequence[str], every_tas
         extra = [name for name in weights if name not in every_task]
         got = f"; there is no task {extra[0]!r}{hint(extra[0], every_task)}" if extra else f", got {', '.join(weights)}"
         raise SettingError("balance.weights", f"expected a weight for each of {', '.join(tasks)}{got}")
+    if not any(weights[task] for task in tasks):
+        raise SettingError("balance.weights", f"expected a weight above 0 for one of {', '.join(tasks)} at least")
     return torch.tensor([weights[task] for task in tasks])
 
 

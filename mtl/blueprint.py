@@ -22,6 +22,7 @@ from mtl.nearest import hint
 from mtl.phases import Phase, live_tasks, resolve_phases
 from mtl.phases.freeze import Surroundings
 from mtl.phases.length import Metrics
+from mtl.phases.unread import unread_settings
 from mtl.reach import reached_parameters
 from mtl.tasks import Task, build_tasks
 
@@ -39,6 +40,7 @@ class Blueprint:
         root: One module around all that has parameters, under the names that users write: trunk, heads, balance.
         fixed: Parameters that the model itself keeps from training.
         phases: The phases, resolved.
+        unread: Settings of the configuration's files that no phase reads, each in a line with its place.
     """
 
     config: RunConfig
@@ -47,6 +49,7 @@ class Blueprint:
     root: nn.Module
     fixed: list[str]
     phases: list[Phase]
+    unread: list[str]
 
 
 def draw_up(config: RunConfig, device: str = "cpu", num_train: int | None = None) -> Blueprint:
@@ -67,7 +70,7 @@ def draw_up(config: RunConfig, device: str = "cpu", num_train: int | None = None
     tasks = build_tasks(config.tasks)
     # Where it is to be found out, a run begins with the first one.
     layout = MEMORY_FORMATS["contiguous" if config.memory_format == "auto" else config.memory_format]
-    trunk = (_without_weights(config) if device == "meta" else config).trunk
+    trunk = (without_weights(config) if device == "meta" else config).trunk
     try:
         with torch.device(device):
             model = MultiTaskModel(trunk, tasks, config.data.image_size, layout)
@@ -80,7 +83,11 @@ def draw_up(config: RunConfig, device: str = "cpu", num_train: int | None = None
     fixed = fixed_parameters(root)
     num_train = num_train or num_images(config.data)[0]
     around = Surroundings(config, root, fixed, Metrics(config, tasks), balance_of, tasks_of, reached, num_train)
-    return Blueprint(config, tasks, model, root, fixed, resolve_phases(around, mistakes))
+    phases = resolve_phases(around, mistakes)
+    in_vain, unread = unread_settings(config, phases)
+    if in_vain:
+        raise ConfigError(in_vain)
+    return Blueprint(config, tasks, model, root, fixed, phases, unread)
 
 
 def draw_up_without_weights(config: RunConfig, num_train: int | None = None) -> Blueprint:
@@ -89,7 +96,7 @@ def draw_up_without_weights(config: RunConfig, num_train: int | None = None) -> 
     Raises:
         ConfigError: As `draw_up`.
     """
-    without = _without_weights(config)
+    without = without_weights(config)
     drawn = _on_meta_or_cpu(lambda device: draw_up(without, device, num_train))
     return replace(drawn, config=config)
 
@@ -104,7 +111,7 @@ def build_trunk_without_weights(config: RunConfig) -> nn.Module:
     def build(device: str) -> nn.Module:
         try:
             with torch.device(device):
-                return build_trunk(_without_weights(config).trunk, config.data.image_size)
+                return build_trunk(without_weights(config).trunk, config.data.image_size)
         except SettingError as error:
             raise mistake_of(config, error) from error
 
@@ -119,7 +126,8 @@ def _on_meta_or_cpu(make: Callable[[str], _Made]) -> _Made:
         return make("cpu")
 
 
-def _without_weights(config: RunConfig) -> RunConfig:
+def without_weights(config: RunConfig) -> RunConfig:
+    """The configuration with a trunk that begins with random weights."""
     return config.with_changes(trunk=config.trunk.model_copy(update={"weights": "none"}))
 
 

@@ -54,7 +54,7 @@ def _parser() -> tuple[argparse.ArgumentParser, Mapping[str, argparse.ArgumentPa
     train = verbs.add_parser("train", help="train a configuration", description=_train.__doc__)
     train.add_argument("config", type=Path, metavar="CONFIG", help="a YAML file, such as configs/scenes.yaml")
     train.add_argument(
-        "overrides", nargs="*", metavar="key=value", help="such as optim.lr=3e-4 phases.finetune.epochs=2"
+        "overrides", nargs="*", metavar="key=value", help="such as optim.lr_scale=0.5 phases.finetune.epochs=2"
     )
     train.add_argument("-q", "--quiet", action="store_true", help="show nothing but warnings and errors")
     plan = verbs.add_parser(
@@ -118,7 +118,7 @@ def _train(file: Path, overrides: Sequence[str], quiet: bool) -> int:
         show_log(quiet or not world.leads, only_errors=not world.leads)
         origin = find_origin(config)
         config = config if origin is None else settled(config, origin)
-        parts = assemble(config, quiet, world)
+        parts = assemble(config, quiet, world, begins=origin is None)
         logger.info(short_plan(parts.plan))
         outcome = train(parts, quiet, world)
     except (ConfigError, WorldError) as error:
@@ -206,9 +206,11 @@ def _plan(options: argparse.Namespace, overrides: Sequence[str]) -> int:
             command += ["--epochs", str(options.epochs)] if options.epochs else []
             sys.stdout.write(generate_config(options.generate, config, command, options.epochs or 1))
             return DONE
-        plan = make_plan(draw_up_without_weights(config), options.world_size or 1, with_forecast=True)
+        blueprint = draw_up_without_weights(config)
+        plan = make_plan(blueprint, options.world_size or 1, with_forecast=True)
     except ConfigError as error:
         return _complain(error)
+    sys.stderr.writelines(f"warning: {line}\n" for line in blueprint.unread)
     if options.plot is not None:
         try:
             draw_plan(plan, options.plot)

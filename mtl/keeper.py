@@ -16,7 +16,7 @@ from mtl.assembly import Parts
 from mtl.balance import Balance
 from mtl.best import Direction
 from mtl.best_weights import BestWeights
-from mtl.checkpoint import CheckpointError, Checkpoints, load_checkpoint
+from mtl.checkpoint import Checkpoints, load_checkpoint
 from mtl.console import logger
 from mtl.distributed import ALONE, World
 from mtl.ema import Ema
@@ -192,17 +192,10 @@ class Keeper:
         return list(self._parts.root.get_submodule("balance").children())  # type: ignore[arg-type]
 
     def take_up(self, resumption: Resumption) -> None:
-        """Goes on where a checkpoint stands whose weights are in the model: its moments, its last and best weights.
-
-        Raises:
-            CheckpointError: It has another balancing method's memory.
-        """
+        """Goes on where a checkpoint stands whose weights are in the model: its moments, its last and best weights."""
         self._load(resumption.memory)
-        try:
-            for balance, memory in zip(self._balances(), resumption.memory["balance"], strict=True):
-                balance.load_memory(memory, self._parts.device)
-        except ValueError as error:
-            raise CheckpointError(f"{resumption.folder} was balanced otherwise: {error}") from error
+        for balance, memory in zip(self._balances(), resumption.memory["balance"], strict=True):
+            balance.load_memory(memory, self._parts.device)
         steps = self.best.load_state_dict(resumption.state["best"])
         if not self._world.leads:
             self._world.barrier()

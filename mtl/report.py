@@ -19,9 +19,10 @@ from mtl.data import Batch, validation_batches
 from mtl.disk import write_text
 from mtl.gradient_picture import draw_gradients, png_of
 from mtl.gradients import GradientAnalysis
+from mtl.history import History
 from mtl.model.trunk import in_eval_mode
 from mtl.names import count
-from mtl.run_files import AUDIT, CONFIG, METRICS, read_audit, read_config_text, read_metrics
+from mtl.run_files import AUDIT, CONFIG, HISTORY, METRICS, read_audit, read_config_text, read_history, read_metrics
 from mtl.storage import is_spread
 from mtl.tasks import Depth, Normals, Segmentation, Task
 
@@ -77,6 +78,7 @@ def write_report(parts: Parts, run_dir: Path, picture: Path | None = None) -> Pa
         f" {state['step']}, val/score {rounded}).</p>"
         f"{_img(image, 'course of validation and example predictions')}"
         f"{gradients_html([row for row in rows if 'grad/unreached' in row])}"
+        f"{history_html(run_dir)}"
         f"<h2>Configuration</h2><pre>{escape(read_config_text(run_dir / CONFIG))}</pre></html>"
     )
     write_text(run_dir / "report.html", page)
@@ -103,6 +105,28 @@ def _audit_html(audit: dict[str, Any]) -> str:
         for v in phase["violations"]
     )
     return f"<h2>Audit: {verdict}</h2><table>{head}{body}</table>" + (f"<ul>{found}</ul>" if found else "")
+
+
+def history_html(run_dir: Path) -> str:
+    """The command that began a run, and what was changed while it went on; nothing of a run from before histories."""
+    file = run_dir / HISTORY
+    if not file.is_file():
+        return ""
+    history = History.from_json(read_history(file))
+    command = escape(history.command or "not known")
+    origin = "" if history.origin is None else f"<p>It began from <code>{escape(history.origin)}</code>.</p>"
+    rows = "".join(
+        f"<tr><td>{change.step}<td><code>{escape(change.key)}</code><td>{escape(_value(change.old))}"
+        f"<td>{escape(_value(change.new))}</tr>"
+        for change in history.changes
+    )
+    head = "<tr><th>after step<th>key<th>before<th>since then</tr>"
+    changes = f"<h2>Changed on the way</h2><table>{head}{rows}</table>" if rows else ""
+    return f"<h2>Command</h2><pre>{command}</pre>{origin}{changes}"
+
+
+def _value(value: Any) -> str:
+    return "nothing" if value is None else str(value)
 
 
 def _img(png: bytes, alt: str) -> str:

@@ -2,8 +2,8 @@
 
 from __future__ import annotations
 
-import json
 from collections.abc import Mapping
+from contextlib import suppress
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -21,15 +21,17 @@ from mtl.checkpoint import (
     read_state,
 )
 from mtl.config import RunConfig
-from mtl.config.difference import CHOSEN, differences
+from mtl.config.difference import CHOSEN
 from mtl.console import logger
 from mtl.distributed import ALONE, World
+from mtl.history import History, as_of_today, differences_from, history_from
 from mtl.lr_schedule import LrScheduleState
 from mtl.patterns import text_of
 from mtl.phases import Phase
 from mtl.run_dir import goes_on_in_place
 from mtl.run_files import RunFileError, read_audit
 from mtl.scheduler import PhaseChange, TaskScheduler
+from mtl.weighting import check_same_kept
 
 _NEEDED = (
     *("step", "epoch", "change", "audit", "scores", "metrics_bytes", "train_s", "wandb_id", "features", "num_skipped"),
@@ -61,12 +63,14 @@ class Resumption:
         in_place: Whether it is the run's own, which goes on in its directory.
         state: Plain data: counters, schedules, the audit's state.
         memory: What has tensors in it: moments, random numbers.
+        history: The run's history, with what changes now.
     """
 
     folder: Path
     in_place: bool
     state: Mapping[str, Any]
     memory: Mapping[str, Any]
+    history: History
 
     @property
     def step(self) -> int:
@@ -118,13 +122,17 @@ def settled(config: RunConfig, origin: Origin) -> RunConfig:
     Raises:
         ConfigError: It is another one than the run began with, and `resume_override` is not given or cannot help.
     """
-    saved = _config_of(config, origin)
-    found = differences(saved, config.model_dump(mode="json", exclude_none=True))
-    fixed = [each for each in found if each.is_fixed]
+    saved = _newest_state(config, origin)[1]["config"]
+    found = differences_from(saved, config)
+    fixed = [each for each in found if each.kind == "fixed"]
     if fixed:
-        raise config.mistake(
-            ("resume",), f"{_listed(fixed)}; a run cannot go on with another value; begin a new one, with another name"
-        )
+        # From a checkpoint of another run, this one has a name of its own already.
+        advice = "begin a new one, with another name" if origin.in_place else "without resume, a run begins with it"
+        raise config.mistake(("resume",), f"{_listed(fixed)}; a run cannot go on with another value; {advice}")
+    in_vain = [each for each in found if each.kind == "at-begin"]
+    if in_vain:
+        raise config.mistake(("resume",), f"{_listed(in_vain)}; it is read only where a run begins: leave it as it was")
+    found = [each for each in found if each.kind == "weighty"]
     if found and not config.resume_override:
         raise config.mistake(
             ("resume",),
@@ -141,7 +149,8 @@ def what_is_overridden(config: RunConfig, origin: Origin | None) -> list[str]:
     ended = _what_ended_it(config) if goes_on_in_place(config) else None
     lines = [f"{ended}; what was saved before that is taken up"] if ended else []
     if origin is not None:
-        found = differences(_config_of(config, origin), config.model_dump(mode="json", exclude_none=True))
+        saved = _newest_state(config, origin)[1]["config"]
+        found = [each for each in differences_from(saved, config) if each.kind != "free"]
         lines += [f"goes on with another {_listed(found)}"] if found else []
     return lines
 
@@ -163,15 +172,14 @@ def _what_ended_it(config: RunConfig) -> str | None:
     return None
 
 
-def _config_of(config: RunConfig, origin: Origin) -> dict[str, Any]:
-    """The configuration that the checkpoints were written with, with today's defaults where it had none."""
+def _newest_state(config: RunConfig, origin: Origin) -> tuple[Path, dict[str, Any]]:
+    """The newest checkpoint that says where it stands, and what it says, its configuration as of today."""
     folders = [origin.folder] if origin.is_one else newest_first(origin.folder)
     refused = []
     for folder in folders:
         try:
-            written = read_state(folder)["config"]
-            # Some values are of types that JSON has not, such as tuples.
-            return RunConfig.model_validate(json.loads(json.dumps(written))).model_dump(mode="json", exclude_none=True)
+            state = read_state(folder)
+            return folder, {**state, "config": as_of_today(state["config"])}
         except (CheckpointError, KeyError) as error:
             refused.append(str(error) if isinstance(error, CheckpointError) else f"{folder} is of another version")
         except ValidationError as error:
@@ -192,14 +200,20 @@ def resume_from(origin: Origin, parts: Parts, world: World = ALONE) -> Resumptio
             checkpoint is whole.
     """
     try:
+        newest, there = _newest_state(parts.config, origin)
+        with suppress(KeyError, TypeError):
+            # What is asked for in vain is said as such, before weights are found not to fit.
+            history_from(there, parts.config, parts.phases, newest, origin.in_place)
         folder, state, memory = _load(origin, parts, world)
         try:
             _check(folder, state, parts, origin.in_place)
+            _check_balances(folder, memory, parts)
+            history = history_from(state, parts.config, parts.phases, folder, origin.in_place)
         except (KeyError, TypeError, AttributeError) as error:
             raise DamagedCheckpoint(f"{folder} is damaged, or of another version: {error!r}") from error
     except CheckpointError as error:
         raise parts.config.mistake(("resume",), str(error)) from error
-    return Resumption(folder, origin.in_place, state, memory)
+    return Resumption(folder, origin.in_place, state, memory, history)
 
 
 def _load(origin: Origin, parts: Parts, world: World) -> tuple[Path, Mapping[str, Any], Mapping[str, Any]]:
@@ -248,6 +262,16 @@ def _check(folder: Path, state: Mapping[str, Any], parts: Parts, in_place: bool)
     missing = [key for key in _NEEDED if key not in state]
     if missing:
         raise KeyError(missing[0])
+
+
+def _check_balances(folder: Path, memory: Mapping[str, Any], parts: Parts) -> None:
+    """Raises `CheckpointError` if the balancing methods are others than those that remember something there."""
+    balances: Any = parts.root.get_submodule("balance").children()
+    try:
+        for balance, there in zip(balances, memory["balance"], strict=True):
+            check_same_kept(balance.memory(), there)
+    except ValueError as error:
+        raise CheckpointError(f"{folder} was balanced otherwise: {error}") from error
 
 
 def frozen_names(phase: Phase) -> list[str]:

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import logging
 from collections.abc import Iterator
 from contextlib import contextmanager, nullcontext
 from pathlib import Path
@@ -15,6 +16,7 @@ from mtl.console import logger
 from mtl.disk import write_json, write_text
 from mtl.distributed import ALONE, World
 from mtl.fsdp import spread
+from mtl.history import History
 from mtl.interrupt import Interrupt
 from mtl.notfinite import NotFiniteError
 from mtl.outcome import Outcome
@@ -57,8 +59,9 @@ def train(parts: Parts, quiet: bool = False, world: World = ALONE) -> Outcome:
     resumption = None if origin is None else resume_from(origin, parts, world)
     in_place = resumption is not None and resumption.in_place
     with _directory(parts, in_place, world) as run_dir, Interrupt(not world.is_alone) as asked:
-        tracker = _start_files(parts, run_dir, resumption if in_place else None, world)
-        trainer = Trainer(parts, run_dir, tracker, quiet, asked, world)
+        history = History(parts.config.command) if resumption is None else resumption.history
+        tracker = _start_files(parts, run_dir, resumption if in_place else None, history, world)
+        trainer = Trainer(parts, run_dir, tracker, quiet, asked, world, history)
         ended: dict[str, Any] = {}
         try:
             if resumption is not None:
@@ -112,17 +115,21 @@ def _directory(parts: Parts, in_place: bool, world: World) -> Iterator[Path]:
         yield run_dir
 
 
-def _start_files(parts: Parts, run_dir: Path, resumption: Resumption | None, world: World) -> Tracker:
+def _start_files(parts: Parts, run_dir: Path, resumption: Resumption | None, history: History, world: World) -> Tracker:
     """Writes what is known before training, and starts tracking."""
     config = parts.config
     resolved = config.model_dump(mode="json", exclude_none=True)
     if world.leads:
         for file in run_dir.glob("audit.rank-*.json"):
             file.unlink()
+        # First, so that no setting is there whose change is not.
+        write_json(run_dir / "history.json", history.to_json())
         write_text(run_dir / "config.yaml", dump_yaml(resolved))
         write_json(run_dir / "plan.json", parts.plan.to_json())
         announce_classic(parts)
+        for line in parts.unread:
+            logger.warning(line)
     wandb_id = None if resumption is None else resumption.state["wandb_id"]
     tracker = Tracker(config.tracking, run_dir, config.name, resolved, wandb_id, is_silent=not world.leads)
-    logger.info(tracker.message)
+    logger.log(logging.WARNING if tracker.is_less else logging.INFO, tracker.message)
     return tracker

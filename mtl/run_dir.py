@@ -11,9 +11,12 @@ from pathlib import Path
 
 from mtl.config import RunConfig
 from mtl.console import logger
+from mtl.run_files import RunFileError, read_state_file
 
+# Lies in every run directory of ours from its first moment on; what lies in other directories is not ours to touch.
+MARK = ".mtl-run"
 # What a run has written that never got as far as a checkpoint.
-_OF_A_START = ("metrics.jsonl", "audit*.json", "plan.json", "report.html")
+_OF_A_START = ("metrics.jsonl", "audit*.json", "plan.json", "history.json", "report.html")
 
 
 def goes_on_in_place(config: RunConfig) -> bool:
@@ -25,8 +28,19 @@ def goes_on_in_place(config: RunConfig) -> bool:
 
 
 def _is_run(run_dir: Path) -> bool:
-    """Whether a run has written here. A checkpoint says all that config.yaml does, which may have been lost."""
-    return (run_dir / "config.yaml").is_file() or any((run_dir / "checkpoints").glob("step-*"))
+    """Whether a run of ours has written here: one has left its mark, or, before there were marks, a checkpoint."""
+    if (run_dir / MARK).is_file():
+        return True
+    return any(map(_is_of_a_checkpoint, (run_dir / "checkpoints").glob("*step-*/state.json")))
+
+
+def _is_of_a_checkpoint(file: Path) -> bool:
+    """Whether a file says where a run of ours stood, as that of each checkpoint does."""
+    try:
+        state = read_state_file(file)
+    except RunFileError:
+        return False
+    return {"step", "phases", "scheduler", "audit"} <= state.keys()
 
 
 def check_run_dir(config: RunConfig) -> None:
@@ -38,11 +52,11 @@ def check_run_dir(config: RunConfig) -> None:
         number = 2
         while config.run_dir.with_name(f"{config.name}-{number}").exists():
             number += 1
-        is_run = _is_run(run_dir)
+        is_run, is_auto = _is_run(run_dir), config.resume == "auto"
+        what = "a run" if is_run else "files, but no run to resume" if is_auto else "files"
         raise config.mistake(
             ("name",),
-            f"{run_dir} already holds {'a run' if is_run else 'files'};"
-            f" give this one another name, such as name={config.name}-{number}"
+            f"{run_dir} already holds {what}; give this one another name, such as name={config.name}-{number}"
             + (", or go on with that one: resume=auto" if is_run and config.resume is None else ""),
         )
     if run_dir.is_dir():
@@ -91,8 +105,9 @@ def claimed_run_dir(config: RunConfig, go_on: bool) -> Iterator[Path]:
     try:
         try:
             fcntl.flock(lock, fcntl.LOCK_EX | fcntl.LOCK_NB)
-            if is_new:
-                (config.run_dir / "config.yaml").touch(exist_ok=False)
+            if is_new and any(config.run_dir.iterdir()):
+                raise FileExistsError
+            (config.run_dir / MARK).touch()
         except (FileExistsError, BlockingIOError) as error:
             raise config.mistake(("name",), f"another process trains in {config.run_dir} just now") from error
         except OSError as error:

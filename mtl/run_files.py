@@ -1,4 +1,4 @@
-"""The files of a run, read: `metrics.jsonl`, `audit.json`, `state.json` and `config.yaml`, one reader each."""
+"""The files of a run, read: metrics, audit, history, the state of a checkpoint and the configuration, one reader each."""
 
 from __future__ import annotations
 
@@ -9,6 +9,7 @@ from typing import Any
 from pydantic import BaseModel, ConfigDict, ValidationError
 
 METRICS, AUDIT, STATE, CONFIG = "metrics.jsonl", "audit.json", "state.json", "config.yaml"
+HISTORY = "history.json"
 
 
 class RunFileError(ValueError):
@@ -73,6 +74,27 @@ class _State(_Content):
     phase: str = ""
     tied: dict[str, str] = {}
     shards: dict[str, dict[str, Any]] = {}
+
+
+class _Change(_Content):
+    step: int
+    key: str
+    old: Any
+    new: Any
+
+
+class _History(_Content):
+    command: str | None
+    changes: list[_Change]
+
+
+def read_history(file: Path) -> dict[str, Any]:
+    """The content of a `history.json`: the command that began a run, and what was changed since.
+
+    Raises:
+        RunFileError: There is no such file, it is damaged, or is no history.
+    """
+    return _read_object(file, _History)
 
 
 def read_audit(file: Path) -> dict[str, Any]:

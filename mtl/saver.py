@@ -16,6 +16,7 @@ from mtl.audit import GradientAudit
 from mtl.consensus import Consensus, put_back
 from mtl.distributed import World
 from mtl.features import FeatureSource
+from mtl.history import History
 from mtl.interrupt import Stopped
 from mtl.keeper import Keeper, Stepping
 from mtl.outcome import Outcome
@@ -66,6 +67,7 @@ class Saver:
     outcome: Outcome
     consensus: Consensus
     world: World
+    history: History
     waited_s: float = 0.0
 
     def is_time(self, step: int, is_last: bool) -> bool:
@@ -80,7 +82,7 @@ class Saver:
         settings = self.parts.config.checkpoint
         if settings.every_steps is not None and step % settings.every_steps == 0:
             return True
-        if settings.every_minutes is None:
+        if not settings.every_minutes:
             return False
         self.waited_s += self.consensus.seconds
         return self.waited_s >= 60 * settings.every_minutes
@@ -125,6 +127,7 @@ class Saver:
             "metrics_bytes": self.tracker.settle(),
             "wandb_id": self.tracker.wandb_id,
             "world_size": self.world.size,
+            "history": self.history.to_json(),
             "config": self.parts.config.model_dump(mode="json", exclude_none=True),
             **provenance(),
         }

@@ -23,6 +23,7 @@ class Tracker:
 
     Attributes:
         message: How wandb was resolved, in one line.
+        is_less: Whether that is less than what was asked for, or could be had.
     """
 
     def __init__(
@@ -46,6 +47,7 @@ class Tracker:
         self._run: Any = None
         self._wandb_id = wandb_id
         self._is_silent = is_silent
+        self.is_less = False
         self.message = "wandb: in the first process"
         if not is_silent:
             self.message = self._start_wandb(config, run_dir, name, run_config)
@@ -118,29 +120,36 @@ class Tracker:
             self._guard("finishing", lambda: self._run.finish(exit_code=int(failed)))
 
     def _start_wandb(self, config: TrackingConfig, run_dir: Path, name: str, run_config: Mapping[str, Any]) -> str:
-        mode = os.environ.get("WANDB_MODE") or ("" if config.mode == "auto" else config.mode)
+        mode = os.environ.get("WANDB_MODE", "") if config.mode == "auto" else config.mode
         if mode == "disabled":
             return "wandb: disabled"
         # Look-ups that wandb would make before it knows whether there is a network.
         os.environ.setdefault("WANDB_ERROR_REPORTING", "false")
         os.environ.setdefault("WANDB_SILENT", "true")
+        if config.mode == "online":
+            # Else wandb looks for no key where WANDB_MODE says otherwise.
+            os.environ["WANDB_MODE"] = config.mode
+        why = "no key, or asked for"
         try:
             wandb = _wandb()
-            if not mode:
-                mode = "online" if wandb.login(prompt=False, verify=False) else "offline"
+            if mode in ("", "online") and not wandb.login(prompt=False, verify=False):
+                # Asked for without a key, wandb would ask for one, and wait.
+                self.is_less = mode == "online"
+                mode, why = "offline", "wandb knows no key: wandb login" if mode else why
             try:
-                self._run = self._init(wandb, config, run_dir, name, run_config, mode)
+                self._run = self._init(wandb, config, run_dir, name, run_config, mode or "online")
             except Exception as error:  # a failed connection has many types; the run goes on without it
                 if mode == "offline":
                     raise
+                self.is_less = True
                 self._run = self._init(wandb, config, run_dir, name, run_config, "offline")
                 return f"wandb: offline, since online failed ({first_line(error)}); wandb sync {self._folder()}"
         except Exception as error:  # noqa: BLE001 - nothing that wandb does ends a run
-            self._run = None
+            self._run, self.is_less = None, True
             return f"wandb: off, since it failed ({first_line(error)}); the numbers are in metrics.jsonl"
         if mode == "offline":
-            return f"wandb: offline (no key, or asked for); upload later with: wandb sync {self._folder()}"
-        return f"wandb: {mode}, {self._run.url or 'no address'}"
+            return f"wandb: offline ({why}); upload later with: wandb sync {self._folder()}"
+        return f"wandb: {mode or 'online'}, {self._run.url or 'no address'}"
 
     def _init(
         self, wandb: Any, config: TrackingConfig, run_dir: Path, name: str, run_config: Mapping[str, Any], mode: str

@@ -23,6 +23,7 @@ from mtl.distributed import ALONE, World
 from mtl.features import FeatureSource
 from mtl.freeze import enforce, is_frozen
 from mtl.gradientlog import GradientLog
+from mtl.history import UNKNOWN, History
 from mtl.interrupt import Interrupt, Stopped
 from mtl.keeper import Keeper, Stepping
 from mtl.notfinite import NotFiniteError
@@ -55,6 +56,7 @@ class Trainer:
         quiet: bool,
         asked: Interrupt | None = None,
         world: World = ALONE,
+        history: History = UNKNOWN,
     ) -> None:
         self.parts = parts
         self.config = parts.config
@@ -75,7 +77,7 @@ class Trainer:
         self.outcome = Outcome(run_dir, parts.trivial, report=self.audit.report)
         self.saver = Saver(
             *(parts, self.keeper, tracker, self.scheduler, self.audit, self.features, self.scaler),
-            *(self.outcome, self.consensus, world),
+            *(self.outcome, self.consensus, world, history),
         )
         self.validate = Validator(parts, self.autocast, self.features, self.consensus, world)
         self.index = self.step = self.epoch = self.num_skipped = 0

@@ -129,7 +129,7 @@ def _of_devices(cases: Sequence[Case], a: Assumptions) -> list[list[str]]:
     outputs = 4 * sum(task.num_outputs * (last.image_size**2 if task.output == "dense" else 1) for task in tasks)
     metrics = sum(tensor.nbytes for task in tasks for tensor in task.metrics().state())
     whole, (frozen, saved) = int(1e9 * a.device_gb / outputs), checkpoint_bytes(last)
-    every, on = 60 * (CheckpointConfig().every_minutes or 0), f"on {_MANY:,}"
+    every, on = 60 * CheckpointConfig().every_minutes, f"on {_MANY:,}"
     failure, read = 3600 * a.device_mtbf_h / _MANY, _MANY * (frozen + saved)
     ends = f"batches of {in_words(whole)}: {whole // a.batch_per_device} devices of {a.batch_per_device}, at most"
     pause = f"{saved / (1e9 * a.write_gb_s) / every:.1%} of the time; {in_bytes(1e9 * a.write_gb_s * TIMEOUT_S)}"

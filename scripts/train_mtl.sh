@@ -2,7 +2,7 @@
 # Trains a model: sets itself up on the first call, then starts at once.
 #
 #   bash scripts/train_mtl.sh                                     trains configs/scenes.yaml
-#   bash scripts/train_mtl.sh configs/multifashion.yaml optim.lr=3e-4 name=mine
+#   bash scripts/train_mtl.sh configs/multifashion.yaml optim.lr_scale=0.5 name=mine
 #
 # Paths, runs/ too, are relative to where it is called from.
 set -euo pipefail

@@ -330,7 +330,7 @@ def test_a_run_without_checkpoints_begins_anew_and_says_so(
 # --- where to go on from
 
 NASTY: dict[str, tuple[list[str], str]] = {
-    "nothing": (["resume="], r"already holds a run; give this one another name, such as name=tiny-2, or go on"),
+    "nothing": (["resume="], r"command line: resume: expected a value, got nothing"),
     "an empty text": (["resume=''"], r"command line: resume: expected text of at least 1 character"),
     "here": (["resume=.", "name=again"], r"command line: resume: \. is no checkpoint: it has no model\.safetensors"),
     "nowhere": (
@@ -340,7 +340,7 @@ NASTY: dict[str, tuple[list[str], str]] = {
     "a file": (["resume=tiny.yaml", "name=again"], r"command line: resume: tiny\.yaml is no checkpoint"),
     "other data": (
         ["resume=runs/tiny", "name=again", "data.num_train=41", "resume_override=true"],
-        r"resume: data\.num_train: 40 -> 41; a run cannot go on with another value; begin a new one",
+        r"resume: data\.num_train: 40 -> 41; a run cannot go on with another value; without resume, a run begins",
     ),
     "another trunk": (
         ["resume=auto", "trunk.name=test_vit", "resume_override=true"],

@@ -18,6 +18,7 @@ from mtl import __version__
 from mtl.assembly import assemble
 from mtl.cli import main
 from mtl.config import load_config
+from mtl.run_dir import MARK
 from runs import read_metrics, tiny_config
 
 ROOT = Path(__file__).parent.parent
@@ -91,17 +92,17 @@ BAD: dict[str, tuple[dict[str, Any], list[str], str]] = {
     "dead pattern": (
         {"phases": [{"name": "a", "epochs": 1, "freeze": ["trunk.layer9"]}]},
         [],
-        r"tiny.yaml:\d+: phases.0.freeze.0: pattern 'trunk.layer9' matches nothing \(nearest: trunk.layer",
+        r"tiny.yaml:\d+: phases.a.freeze.0: pattern 'trunk.layer9' matches nothing \(nearest: trunk.layer",
     ),
     "too many depth groups": (
         {"phases": [{"name": "a", "epochs": 1, "freeze": ["trunk@first:9"]}]},
         [],
-        r"tiny.yaml:\d+: phases.0.freeze.0: pattern 'trunk@first:9' asks for 9 of the 5 depth groups of 'trunk'",
+        r"tiny.yaml:\d+: phases.a.freeze.0: pattern 'trunk@first:9' asks for 9 of the 5 depth groups of 'trunk'",
     ),
     "wrong count": (
         {"phases": [{"name": "a", "epochs": 1, "freeze": [{"pattern": "heads.object", "must_match": 3}]}]},
         [],
-        r"tiny.yaml:\d+: phases.0.freeze.0: pattern 'heads.object' must match 3 names, but matches 2",
+        r"tiny.yaml:\d+: phases.a.freeze.0: pattern 'heads.object' must match 3 names, but matches 2",
     ),
     "dead classic pattern": (
         {"MODEL": {"NOT_TRAIN_IN_MULTI_TASK": ["encoder"]}},
@@ -111,12 +112,12 @@ BAD: dict[str, tuple[dict[str, Any], list[str], str]] = {
     "phase that trains nothing": (
         {"phases": [{"name": "a", "epochs": 1, "freeze": ["trunk", "heads"]}]},
         [],
-        r"tiny.yaml:\d+: phases.0.freeze: phase 'a' trains nothing",
+        r"tiny.yaml:\d+: phases.a.freeze: phase 'a' trains nothing",
     ),
     "uncovered learning rate": (
         {},
         ["phases.finetune.lr={trunk: 1.0}"],
-        r"command line: phases.1.lr: no pattern covers \d+ trainable parameters, such as heads.",
+        r"command line: phases.finetune.lr: no pattern covers \d+ trainable parameters, such as heads.",
     ),
     "unknown trunk": ({"trunk": {"name": "resnt18"}}, [], r"tiny.yaml:\d+: trunk.name: .*nearest: resnet18"),
     "missing weights": (
@@ -165,7 +166,7 @@ BAD: dict[str, tuple[dict[str, Any], list[str], str]] = {
     "freezing a method that steps itself": (
         {"balance": {"method": "famo"}},
         ["phases.0.freeze=[trunk, balance]"],
-        "command line: phases.0.freeze: balance cannot be frozen, since its method steps its own weights",
+        "command line: phases.warm-heads.freeze: balance cannot be frozen, since its method steps its own weights",
     ),
     "unknown balance": ({}, ["balance.method=uv"], "command line: balance.method: no method 'uv'; nearest: uw"),
     "no such device": ({}, ["device=cuda:9"], "command line: device: there is no device 'cuda:9' here"),
@@ -173,7 +174,7 @@ BAD: dict[str, tuple[dict[str, Any], list[str], str]] = {
     "length of both kinds": (
         {"phases": [{"name": "a", "epochs": 1, "steps": 1}]},
         [],
-        r"tiny.yaml:\d+: phases.0: expected exactly one of epochs, steps, until, evaluate_only",
+        r"tiny.yaml:\d+: phases.a: expected exactly one of epochs, steps, until, evaluate_only",
     ),
 }
 
@@ -196,11 +197,42 @@ def test_bad_input_is_one_clear_message_exit_code_2_and_nothing_written(
 def test_a_run_directory_that_holds_a_run_is_not_touched(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
     file = tiny_config(tmp_path)
     (tmp_path / "runs/tiny").mkdir(parents=True)
-    (tmp_path / "runs/tiny/config.yaml").write_text("mine")
+    (tmp_path / "runs/tiny" / MARK).touch()
     (tmp_path / "runs/tiny-2").mkdir()
     assert main(["train", str(file)]) == 2
-    assert "already holds a run; give this one another name, such as name=tiny-3" in capsys.readouterr().err
-    assert (tmp_path / "runs/tiny/config.yaml").read_text() == "mine"
+    said = "already holds a run; give this one another name, such as name=tiny-3, or go on with that one: resume=auto"
+    assert said in capsys.readouterr().err
+    assert [path.name for path in (tmp_path / "runs/tiny").iterdir()] == [MARK]
+
+
+# What other programs leave in a folder of that name.
+FOREIGN = {
+    "config.yaml": "mine",
+    "metrics.jsonl": "{}",
+    "checkpoints/step-00000001/state.json": '{"step": 1}',
+    "checkpoints/step-00000002/state.json": "[",
+    "checkpoints/step-00000003/model.safetensors": "",
+    "checkpoints/last.pt": "weights",
+    "history.json": "[]",
+    "notes.txt": "",
+}
+
+
+@pytest.mark.parametrize("names", [[name] for name in FOREIGN] + [list(FOREIGN)], ids=" ".join)
+@pytest.mark.parametrize("resume", [[], ["resume=auto"]])
+def test_a_folder_that_is_no_run_of_ours_is_refused_and_stays_as_it_is(
+    tmp_path: Path, capsys: pytest.CaptureFixture[str], names: list[str], resume: list[str]
+) -> None:
+    file, folder = tiny_config(tmp_path), tmp_path / "runs/tiny"
+    for name in names:
+        (folder / name).parent.mkdir(parents=True, exist_ok=True)
+        (folder / name).write_text(FOREIGN[name])
+    before = {path: path.is_file() and path.read_bytes() for path in folder.rglob("*")}
+    assert main(["train", str(file), *resume]) == 2
+    what = "files, but no run to resume" if resume else "files"
+    said = f"error: {file}:3: name: {folder} already holds {what}; give this one another name, such as name=tiny-2\n"
+    assert re.sub(r"yaml:\d+", "yaml:3", capsys.readouterr().err) == said
+    assert {path: path.is_file() and path.read_bytes() for path in folder.rglob("*")} == before
 
 
 def test_a_missing_configuration_lists_those_there_are(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:

@@ -7,11 +7,13 @@ import pytest
 import yaml
 from hypothesis import given, settings
 from hypothesis import strategies as st
+from pydantic import ValidationError
 
 from config_file import RUN, load, mistakes
 from mtl.config import RunConfig, load_config
 from mtl.config.phase import patterns_of
 from mtl.config.source import ConfigError, dump_yaml
+from mtl.config.types import Strict
 from mtl.optim import UncoveredError, by_pattern
 from mtl.patterns import Counted, PatternError
 
@@ -80,7 +82,11 @@ def test_the_config_that_the_scripts_train_is_in_the_repository() -> None:
             "  object: {type: classification, num_classes: 10, num_class: 3}",
             "run.yaml:6: tasks.object.num_class: unknown key; nearest: num_classes",
         ),
-        (8, "  - {name: warm, steps: 2, frezee: [trunk]}", "run.yaml:8: phases.0.frezee: unknown key; nearest: freeze"),
+        (
+            8,
+            "  - {name: warm, steps: 2, frezee: [trunk]}",
+            "run.yaml:8: phases.warm.frezee: unknown key; nearest: freeze",
+        ),
         (
             10,
             "MODEL: {NOT_TRAIN: [a]}",
@@ -103,11 +109,11 @@ def test_the_config_that_the_scripts_train_is_in_the_repository() -> None:
         (2, "trunk: {name: true}", "run.yaml:2: trunk.name: expected a valid string, got True"),
         (10, "optim: {lr: '1e-3'}", "run.yaml:10: optim.lr: expected a valid number, got '1e-3'"),
         (10, "optim: {lr: true}", "run.yaml:10: optim.lr: expected a valid number, got True"),
-        (8, "  - {name: warm, freeze: 3, steps: 2}", "run.yaml:8: phases.0.freeze: expected a valid list, got 3"),
+        (8, "  - {name: warm, freeze: 3, steps: 2}", "run.yaml:8: phases.warm.freeze: expected a valid list, got 3"),
         (
             8,
             "  - {name: warm, freeze: [trunk, 3], steps: 2}",
-            "run.yaml:8: phases.0.freeze.1: expected a valid string, got 3",
+            "run.yaml:8: phases.warm.freeze.1: expected a valid string, got 3",
         ),
         # out of range
         (
@@ -121,7 +127,7 @@ def test_the_config_that_the_scripts_train_is_in_the_repository() -> None:
         (
             8,
             "  - {name: warm, steps: 0}",
-            "run.yaml:8: phases.0.steps: expected a number greater than or equal to 1, got 0",
+            "run.yaml:8: phases.warm.steps: expected a number greater than or equal to 1, got 0",
         ),
         (
             10,
@@ -144,11 +150,12 @@ def test_the_config_that_the_scripts_train_is_in_the_repository() -> None:
         (10, "precision: x", "run.yaml:10: precision: expected one of fp32, bf16, fp16, auto, got 'x'"),
         (10, "precision: 16", "run.yaml:10: precision: expected one of fp32, bf16, fp16, auto, got 16; nearest: fp16"),
         # what two keys say together
-        (8, "  - {name: warm}", "run.yaml:8: phases.0: expected exactly one of epochs, steps, until, evaluate_only"),
+        (8, "  - {name: warm}", "run.yaml:8: phases.warm: expected exactly one of epochs, steps, until, evaluate_only"),
         (
             9,
             "  - {name: tune, epochs: 3, steps: 4}",
-            "run.yaml:9: phases.1: expected exactly one of epochs, steps, until, evaluate_only, not epochs and steps",
+            "run.yaml:9: phases.tune: expected exactly one of epochs, steps, until, evaluate_only,"
+            " not epochs and steps",
         ),
         (10, "balance: {method: fixed}", "run.yaml:10: balance: expected weights exactly if the method is 'fixed'"),
         (
@@ -156,12 +163,22 @@ def test_the_config_that_the_scripts_train_is_in_the_repository() -> None:
             "balance: {method: uw, weights: {depth: 1}}",
             "run.yaml:10: balance: expected weights exactly if the method is 'fixed'",
         ),
+        (
+            10,
+            "balance: {method: fixed, weights: {depth: 1}, options: {x: 1}}",
+            "run.yaml:10: balance: expected options only for a method of TorchJD, not for 'fixed'",
+        ),
+        (
+            3,
+            "data: {augment: {}}",
+            "run.yaml:3: data.augment: expected brightness or contrast above 0",
+        ),
         # learning rates
         *(
             (
                 9,
                 f"  - {{name: tune, epochs: 3, lr: {lr}}}",
-                f"run.yaml:9: phases.1.lr: expected {expected}",
+                f"run.yaml:9: phases.tune.lr: expected {expected}",
             )
             for lr, expected in [
                 ("0", "a number greater than 0, got 0"),
@@ -174,7 +191,7 @@ def test_the_config_that_the_scripts_train_is_in_the_repository() -> None:
         (
             9,
             "  - {name: tune, epochs: 3, lr: {}}",
-            "run.yaml:9: phases.1.lr: expected at least one, got none",
+            "run.yaml:9: phases.tune.lr: expected at least one, got none",
         ),
     ],
 )
@@ -223,7 +240,7 @@ def test_a_run_is_never_named_like_a_folder_above_it(name: str) -> None:
 
 @pytest.mark.parametrize(
     ("line", "text", "key"),
-    [(10, "optim: {lr: .inf}", "optim.lr"), (9, "  - {name: tune, epochs: 3, lr: .inf}", "phases.1.lr")],
+    [(10, "optim: {lr: .inf}", "optim.lr"), (9, "  - {name: tune, epochs: 3, lr: .inf}", "phases.tune.lr")],
 )
 def test_an_infinite_rate_is_an_error(line: int, text: str, key: str) -> None:
     (mistake,) = mistakes(with_line(line, text))
@@ -234,7 +251,7 @@ def test_an_infinite_rate_is_an_error(line: int, text: str, key: str) -> None:
 def test_a_bad_rate_in_a_table_is_named_by_its_pattern_and_line(rate: str) -> None:
     lines = [*LINES[:-1], "  - name: tune", "    epochs: 3", "    lr:", "      trunk: 1e-3", f"      heads: {rate}"]
     (mistake,) = mistakes(lines)
-    assert mistake.startswith("run.yaml:13: phases.1.lr.heads: expected a ")
+    assert mistake.startswith("run.yaml:13: phases.tune.lr.heads: expected a ")
 
 
 def test_an_unknown_key_may_be_called_like_the_tasks_type() -> None:
@@ -288,8 +305,8 @@ def test_an_empty_config_lists_every_required_key() -> None:
 
 def test_a_later_mistake_is_placed_where_its_value_was_written() -> None:
     config = load(LINES, "phases.tune.lr.trunk=1e-5")
-    assert str(config.mistake(("phases", 0, "freeze", 0), "is dead")) == "run.yaml:8: phases.0.freeze.0: is dead"
-    assert str(config.mistake(("phases", 1, "lr", "trunk"), "is dead")) == "command line: phases.1.lr.trunk: is dead"
+    assert str(config.mistake(("phases", 0, "freeze", 0), "is dead")) == "run.yaml:8: phases.warm.freeze.0: is dead"
+    assert str(config.mistake(("phases", 1, "lr", "trunk"), "is dead")) == "command line: phases.tune.lr.trunk: is dead"
     assert str(config.mistake(("optim", "lr"), "is high")) == "run.yaml:1: optim.lr: is high"
 
 
@@ -332,16 +349,17 @@ def test_overrides_reach_every_depth() -> None:
     ("override", "mistake"),
     [
         ("optim.rl=1", "command line: optim.rl: unknown key; nearest: lr"),
-        ("phases.tune.epoch=1", "command line: phases.1.epoch: unknown key; nearest: epochs"),
+        ("phases.tune.epoch=1", "command line: phases.tune.epoch: unknown key; nearest: epochs"),
         ("trnk.name=a", "command line: trnk: unknown key; nearest: trunk"),
         ("optim.lr=fast", "command line: optim.lr: expected a valid number, got 'fast'"),
-        ("phases.0.steps=1.5", "command line: phases.0.steps: expected a valid integer, got 1.5"),
+        ("phases.0.steps=1.5", "command line: phases.warm.steps: expected a valid integer, got 1.5"),
         (
             "phases.tune.steps=4",
-            "run.yaml:9: phases.1: expected exactly one of epochs, steps, until, evaluate_only, not epochs and steps",
+            "run.yaml:9: phases.tune: expected exactly one of epochs, steps, until, evaluate_only,"
+            " not epochs and steps",
         ),
         ("phases.fine.steps=4", "command line: 'phases.fine.steps=4': 'fine' is none of warm, tune, 0 to 1"),
-        ("name", "command line: 'name': expected key=value, such as optim.lr=3e-4"),
+        ("name", "command line: 'name': expected key=value, such as optim.lr_scale=0.5"),
         ("tasks.depth={type: depth, x: 1}", "command line: tasks.depth.x: unknown key; the keys here are type"),
         (
             "data={image_size: 9, num_val: 0}",
@@ -375,6 +393,56 @@ def test_a_file_changes_its_base_key_by_key_and_replaces_lists() -> None:
     assert (config.name, config.trunk.name) == ("mine", "resnet18")
     assert (config.data.image_size, config.data.batch_size) == (32, 4)
     assert [phase.name for phase in config.phases] == ["only"]
+
+
+# Null
+
+
+def _models(kind: type[Strict] = Strict) -> list[type[Strict]]:
+    """All models that configurations are made of."""
+    return [each for below in kind.__subclasses__() for each in (below, *_models(below))]
+
+
+def test_no_key_of_any_model_may_be_written_without_a_value() -> None:
+    taken = [
+        f"{kind.__name__}.{name}"
+        for kind in _models()
+        for name in kind.model_fields
+        if name not in {error["loc"][0] for error in _errors_of(kind, {name: None}) if error["type"] != "missing"}
+    ]
+    assert len(_models()) > 20 and taken == []
+
+
+def _errors_of(kind: type[Strict], data: dict[str, Any]) -> list[Any]:
+    try:
+        kind.model_validate(data)
+    except ValidationError as error:
+        return error.errors()
+    return []
+
+
+@pytest.mark.parametrize("written", ["", " null", " ~"])
+def test_a_key_with_nothing_behind_it_is_an_error_beside_all_others(written: str) -> None:
+    lines = [*LINES[:7], "  - name: warm", "    steps: 2", f"    freeze:{written}", "    tasks: 3"]
+    assert mistakes(lines) == [
+        "run.yaml:10: phases.warm.freeze: expected a value, got nothing; without the key, its default holds",
+        "run.yaml:11: phases.warm.tasks: expected a valid list, got 3",
+    ]
+
+
+def test_a_null_in_words_takes_back_what_is_written_below_and_nothing_else_does() -> None:
+    Path("base.yaml").write_text("\n".join([*LINES, "optim: {lr: 2, clip_norm: 3}", "data: {num_train: 9}"][3:]))
+    top = ["_base_: base.yaml", *LINES[:2]]
+    config = load([*top, "optim: {clip_norm: null}", "data: ~"], "phases.tune.lr=null")
+    assert (config.optim.lr, config.optim.clip_norm, config.data.num_train) == (2.0, None, None)
+    assert config.phases[1].lr is None
+    assert str(config.mistake(("phases", 1, "lr"), "x")) == "base.yaml:6: phases.tune.lr: x"
+    nothing = "expected a value, got nothing; without the key, its default holds"
+    assert mistakes([*top, "optim: {clip_norm: }"], "phases.tune.lr=", "phases.warm.lr=null") == [
+        f"run.yaml:4: optim.clip_norm: {nothing}",
+        f"command line: phases.warm.lr: {nothing}",
+        f"command line: phases.tune.lr: {nothing}",
+    ]
 
 
 # Round trip
@@ -509,15 +577,15 @@ def test_a_pattern_may_say_how_many_tensors_it_must_match() -> None:
     assert patterns_of(config.phases[0].freeze) == ["trunk", Counted("heads.depth", 2)]
     assert load(dump(config).splitlines()).model_dump() == config.model_dump()
     for entry, mistake in [
-        ("{pattern: trunk}", "run.yaml:8: phases.0.freeze.0.must_match: this key is required"),
+        ("{pattern: trunk}", "run.yaml:8: phases.warm.freeze.0.must_match: this key is required"),
         (
             "{patern: trunk, must_match: 1}",
-            "run.yaml:8: phases.0.freeze.0.patern: unknown key; nearest: pattern",
+            "run.yaml:8: phases.warm.freeze.0.patern: unknown key; nearest: pattern",
         ),
         (
             "{pattern: trunk, must_match: 0}",
-            "run.yaml:8: phases.0.freeze.0.must_match: expected a number greater than or equal to 1, got 0",
+            "run.yaml:8: phases.warm.freeze.0.must_match: expected a number greater than or equal to 1, got 0",
         ),
-        ("3", "run.yaml:8: phases.0.freeze.0: expected a valid string, got 3"),
+        ("3", "run.yaml:8: phases.warm.freeze.0: expected a valid string, got 3"),
     ]:
         assert mistake in mistakes(with_line(8, f"  - {{name: warm, freeze: [{entry}], steps: 2}}"))

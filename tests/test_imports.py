@@ -43,7 +43,7 @@ FLOORS = [
     ],
     ["phases", "moments"],
     ["blueprint", "best_weights", "notfinite"],
-    ["plan", "tracking", "validation", "trial"],
+    ["plan", "tracking", "validation", "trial", "history"],
     ["steplog", "assembly", "outcome", "outofmemory"],
     ["resume"],
     ["keeper", "gradientlog", "announce", "features"],

@@ -292,16 +292,16 @@ def test_an_override_changes_how_often_phases_are_repeated() -> None:
 @pytest.mark.parametrize(
     ("override", "mistake"),
     [
-        ("phases.b.epoch=2", "command line: phases.1.phases.0.epoch: unknown key; nearest: epochs"),
+        ("phases.b.epoch=2", "command line: phases.b.epoch: unknown key; nearest: epochs"),
         (
             "phases.c.steps=0",
-            "command line: phases.1.phases.1.phases.0.steps: expected a number greater than or equal to 1, got 0",
+            "command line: phases.c.steps: expected a number greater than or equal to 1, got 0",
         ),
-        ("phases.d.epochs=3", f"run.yaml:12: phases.1.phases.1.phases.1{_ONE_OF}, not epochs and steps"),
+        ("phases.d.epochs=3", f"run.yaml:12: phases.d{_ONE_OF}, not epochs and steps"),
         ("phases.1.repeat=0", "command line: phases.1.repeat: expected a number greater than or equal to 1, got 0"),
         ("phases.f.steps=2", "command line: 'phases.f.steps=2': 'f' is none of a, b, c, d, e, 0 to 2"),
         ("phases.c=3", "command line: phases.1.phases.1.phases.0: expected keys and values, got 3"),
-        ("phases.b.1.epochs=2", f"command line: phases.1.phases.0.1: unknown key; the keys here are {PHASE_KEYS}"),
+        ("phases.b.1.epochs=2", f"command line: phases.b.1: unknown key; the keys here are {PHASE_KEYS}"),
     ],
 )
 def test_a_mistake_in_an_override_is_placed_at_the_phase_that_it_reaches(override: str, mistake: str) -> None:
@@ -347,9 +347,9 @@ _NAMES = ".lr_schedule.name: expected one of constant, cosine, linear, step, pla
     ],
 )
 def test_a_mistake_in_a_phase_is_told_with_place_key_and_what_was_expected(keys: str, mistake: str) -> None:
-    assert mistakes([*HEAD, f"  - {{name: a, {keys}}}"]) == [f"run.yaml:5: phases.0{mistake}"]
+    assert mistakes([*HEAD, f"  - {{name: a, {keys}}}"]) == [f"run.yaml:5: phases.a{mistake}"]
     inside = [*HEAD, "  - repeat: 2", "    phases:", f"      - {{name: a, {keys}}}"]
-    assert mistakes(inside) == [f"run.yaml:7: phases.0.phases.0{mistake}"]
+    assert mistakes(inside) == [f"run.yaml:7: phases.a{mistake}"]
 
 
 _KINDS = ": expected exactly one of plateau, metric, wall_time_s, epochs, steps, any, all"
@@ -384,7 +384,7 @@ _MARK = ": expected either at_least or at_most beside metric"
 )
 def test_a_mistake_in_a_condition_is_told_with_its_place(until: str, mistake: str) -> None:
     lines = [*HEAD, "  - name: a", "    max_epochs: 1", f"    until: {until}"]
-    assert mistakes(lines) == [f"run.yaml:7: phases.0.until{mistake}"]
+    assert mistakes(lines) == [f"run.yaml:7: phases.a.until{mistake}"]
 
 
 @pytest.mark.parametrize(
@@ -403,7 +403,7 @@ def test_a_mistake_in_a_condition_is_told_with_its_place(until: str, mistake: st
 def test_an_unknown_key_is_compared_with_the_keys_at_its_own_place(key: str, written: str, mistake: str) -> None:
     length = "max_epochs: 1" if key == "until" else "epochs: 1"
     lines = [*HEAD, f"  - {{name: a, {length}, {key}: {written}}}"]
-    assert mistakes(lines) == [f"run.yaml:5: phases.0.{key}.{mistake}"]
+    assert mistakes(lines) == [f"run.yaml:5: phases.a.{key}.{mistake}"]
 
 
 _A, _B = "{name: a, steps: 1}", "phases: [{name: b, steps: 1}]"
@@ -434,3 +434,31 @@ def test_a_mistake_in_the_list_of_phases_is_told_with_its_place(entries: list[st
 def test_phases_that_contain_themselves_are_a_clear_error() -> None:
     lines = [*HEAD[:-1], "phases: &p [{repeat: 2, phases: *p}]"]
     assert mistakes(lines) == ["run.yaml:4: phases.0.phases: the value contains itself"]
+
+
+# Phases by name
+
+
+@pytest.mark.parametrize(
+    ("keys", "mistake"),
+    [
+        ("lr: 1, steps: 1, lr: 2, name: a", "phases.a.lr: this key is given twice"),
+        ("name: a, lr: !!int x", "phases.a.lr: cannot be read as int"),
+        ("name: a, until: &u {any: [*u]}", "phases.a.until.any.0: the value contains itself"),
+    ],
+)
+def test_what_cannot_even_be_read_is_told_by_the_phases_name_too(keys: str, mistake: str) -> None:
+    assert mistakes([*HEAD, f"  - {{{keys}}}"]) == [f"run.yaml:5: {mistake}"]
+    assert mistakes([*HEAD, "  - repeat: 2", "    phases:", f"      - {{{keys}}}"]) == [f"run.yaml:7: {mistake}"]
+
+
+def test_a_phase_is_told_by_its_name_wherever_it_stands_and_one_without_by_its_place() -> None:
+    config = load(NESTED)
+    told = {written.name: str(config.mistake((*written.path, "freeze", 0), "x")) for written in config.written_phases}
+    assert told["a"] == "run.yaml:5: phases.a.freeze.0: x"
+    assert told["c.2.1"] == told["c.1.2"] == "run.yaml:11: phases.c.freeze.0: x"
+    assert str(config.mistake(("phases", 1, "phases", 1, "repeat"), "x")) == "run.yaml:9: phases.1.phases.1.repeat: x"
+    lines = [*HEAD, "  - {epochs: 1, lr: 0}", "  - {name: 3, epochs: 0}", "  - {name: 'a: b', epochs: 0}"]
+    assert [mistake.split(": ")[1] for mistake in mistakes(lines)] == [
+        *("phases.0.name", "phases.0.lr", "phases.1.name", "phases.1.epochs", "phases.2.epochs")
+    ]

@@ -18,6 +18,7 @@ from mtl.config.source import ConfigError
 from mtl.moduletree import describe
 from mtl.patterns import ModuleTree, PatternError, PatternLike, select
 from mtl.phases import Phase
+from mtl.plan import make_plan
 
 RUN = Path("run.yaml")
 HEAD = [
@@ -117,7 +118,7 @@ def test_train_takes_patterns_that_overlap_as_freeze_does(patterns: list[str]) -
 def test_train_refuses_to_take_back_what_it_did_not_name_as_freeze_does(patterns: list[str]) -> None:
     for key in ("freeze", "train"):
         (mistake,) = mistakes([f"name: a, epochs: 1, {key}: {patterns}"])
-        assert mistake.startswith(f"run.yaml:6: phases.0.{key}.1: pattern {patterns[1]!r} takes nothing back")
+        assert mistake.startswith(f"run.yaml:6: phases.a.{key}.1: pattern {patterns[1]!r} takes nothing back")
 
 
 @settings(max_examples=25, deadline=None, derandomize=True)
@@ -153,14 +154,16 @@ def test_statistics_beside_weights_that_train_move_whether_a_phase_says_freeze_o
     assert moving == {name for name in trained.freeze.plan.names.free_buffers if name.startswith("trunk.")}
 
 
-@pytest.mark.parametrize("own", ["freeze: []", "train: '**'", "freeze: [trunk, '!trunk']"])
+@pytest.mark.parametrize("own", ["freeze: []", "train: '**'", "freeze: [trunk, '!trunk', trunk.bn1.weight]"])
 def test_statistics_beside_weights_that_are_always_frozen_rest_however_a_phase_is_written(own: str) -> None:
     (phase,) = drawn([f"name: a, epochs: 1, {own}"], "freeze_always: [trunk.bn1.weight, trunk.bn1.bias]").phases
     assert phase.freeze.plan.names.frozen == ("trunk.bn1.weight", "trunk.bn1.bias")
     assert {"trunk.bn1.running_mean", "trunk.bn1.running_var"} <= {*phase.freeze.plan.names.frozen_buffers}
 
 
-@pytest.mark.parametrize("own", ["freeze: []", "train: '**'", "freeze: [trunk, '!trunk']", "tasks: [depth, object]"])
+@pytest.mark.parametrize(
+    "own", ["freeze: []", "train: '**'", "freeze: [trunk, '!trunk', trunk.layer1]", "tasks: [depth, object]"]
+)
 def test_the_classic_list_freezes_by_substring_in_every_phase(own: str) -> None:
     run = drawn([f"name: a, epochs: 1, {own}"], "MODEL: {NOT_TRAIN_IN_MULTI_TASK: [layer1, th.out]}")
     expected = [name for name in tensor_names(run)[0] if "layer1" in name or "th.out" in name]
@@ -228,6 +231,23 @@ def test_layer_decay_multiplies_a_table_of_rates() -> None:
     assert [rates[name][0] for name in names] == pytest.approx([0.01, 0.3, 7])
 
 
+def test_a_scale_multiplies_every_rate_of_every_phase_and_nothing_else() -> None:
+    phases = [
+        "name: a, epochs: 1, freeze: trunk",
+        "name: b, epochs: 1, lr: {trunk: 1.0e-4, heads: 1.0e-3, balance: 2.0e-2}",
+        "name: c, epochs: 1, lr: 3.0e-3, layer_decay: 0.5, freeze: heads",
+    ]
+    below = ["balance: {method: uw}", "optim: {lr: 2.0e-3}"]
+    plain, scaled = drawn(phases, *below), drawn(phases, *below, overrides=("optim.lr_scale=0.25",))
+    for one, other in zip(plain.phases, scaled.phases, strict=True):
+        before = table(plain, one)
+        assert table(scaled, other) == {name: (lr * 0.25, decay) for name, (lr, decay) in before.items()}
+    shown = [make_plan(run).phases for run in (plain, scaled)]
+    assert [{g.lr for g in phase.groups} for phase in shown[1]] == [
+        {g.lr * 0.25 for g in phase.groups} for phase in shown[0]
+    ]
+
+
 def test_vectors_and_what_the_trunk_itself_excepts_are_not_decayed() -> None:
     run = drawn(["name: a, epochs: 1"], overrides=("trunk.name=test_vit", "data.image_size=64"))
     decays = {name: decay for name, (_, decay) in table(run, run.phases[0]).items()}
@@ -247,10 +267,9 @@ def test_vectors_and_what_the_trunk_itself_excepts_are_not_decayed() -> None:
         ("epochs: 1", 1, 8, 5, 5),
         ("epochs: 3, batch_size: 7", 1, 7, 5, 15),  # the five images that fill no batch are left out
         ("epochs: 2, batch_size: 16", 1, 16, 2, 4),
-        ("epochs: 2, batch_size: 100", 1, 100, 1, 2),
+        ("epochs: 2, batch_size: 40", 1, 40, 1, 2),
         ("epochs: 2", 2, 8, 3, 6),
         ("epochs: 2", 5, 8, 1, 2),
-        ("epochs: 2", 9, 8, 1, 2),
         ("steps: 9", 3, 8, 2, 9),
         ("until: {steps: 1}, max_epochs: 3", 3, 8, 2, 6),
         ("until: {steps: 1}, max_steps: 11", 1, 8, 5, 11),
@@ -349,54 +368,54 @@ _UNCOVERED = "no pattern covers {} trainable parameters, such as {}; add one for
     ("phase", "below", "mistake"),
     [
         # patterns that match nothing
-        ("freeze: [trunk, hedas]", "", f"6: phases.0.freeze.1: pattern 'hedas' {START.format('heads')}"),
+        ("freeze: [trunk, hedas]", "", f"6: phases.a.freeze.1: pattern 'hedas' {START.format('heads')}"),
         ("", "freeze_always: [heads, tronk]", f"7: freeze_always.1: pattern 'tronk' {START.format('trunk')}"),
         ("", "MODEL: {NOT_TRAIN_IN_MULTI_TASK: [conv1, zz]}", f"7: {_CLASSIC}.1: pattern '~zz' {_NO_START}"),
         ("freeze: trunk", "MODEL: {NOT_TRAIN_IN_MULTI_TASK: zz}", f"7: {_CLASSIC}.0: pattern '~zz' {_NO_START}"),
-        ("lr: {trunk: 1, hedas: 2}", "", f"6: phases.0.lr.hedas: pattern 'hedas' {_PARAMETERS.format('heads')}"),
+        ("lr: {trunk: 1, hedas: 2}", "", f"6: phases.a.lr.hedas: pattern 'hedas' {_PARAMETERS.format('heads')}"),
         ("", "optim: {lr: {tronk: 1}}", f"7: optim.lr.tronk: pattern 'tronk' {_PARAMETERS.format('trunk')}"),
         ("weight_decay: {tronk: 1}", "",
-         f"6: phases.0.weight_decay.tronk: pattern 'tronk' {_PARAMETERS.format('trunk')}"),
+         f"6: phases.a.weight_decay.tronk: pattern 'tronk' {_PARAMETERS.format('trunk')}"),
         # tables that leave something uncovered
-        ("lr: {trunk: 1}", "", "6: phases.0.lr: " + _UNCOVERED.format(18, "heads.depth.lateral.0.weight")),
+        ("lr: {trunk: 1}", "", "6: phases.a.lr: " + _UNCOVERED.format(18, "heads.depth.lateral.0.weight")),
         ("", "optim: {weight_decay: {heads: 1}}",
          "7: optim.weight_decay: " + _UNCOVERED.format(15, "trunk.conv1.0.weight")),
         ("weight_decay: {trunk: 1}", "",
-         "6: phases.0.weight_decay: " + _UNCOVERED.format(8, "heads.depth.lateral.0.weight")),
+         "6: phases.a.weight_decay: " + _UNCOVERED.format(8, "heads.depth.lateral.0.weight")),
         # nothing trains
-        ("freeze: [trunk, heads]", "balance: {method: uw}", f"6: phases.0.freeze: {_NOTHING}"),
+        ("freeze: [trunk, heads]", "balance: {method: uw}", f"6: phases.a.freeze: {_NOTHING}"),
         ("", "freeze_always: '**'",
-         f"6: phases.0.freeze: phase 'a' trains nothing: every parameter is frozen (freeze_always freezes in every"
+         f"6: phases.a.freeze: phase 'a' trains nothing: every parameter is frozen (freeze_always freezes in every"
          f" phase); {HINT}"),
         ("train: heads.depth, tasks: [object]", "",
-         f"6: phases.0.train: phase 'a' trains nothing: no active task reaches what is not frozen; {HINT}"),
+         f"6: phases.a.train: phase 'a' trains nothing: no active task reaches what is not frozen; {HINT}"),
         ("tasks: [object], freeze: trunk", "unreached: error",
-         "6: phases.0: phase 'a' would train 16 tensors that no active task reaches: heads.depth;"
+         "6: phases.a: phase 'a' would train 16 tensors that no active task reaches: heads.depth;"
          " freeze them, or set unreached to freeze"),
         ("train: heads", "balance: {method: famo}",
-         "6: phases.0.train: balance cannot be frozen, since its method steps its own weights:"
+         "6: phases.a.train: balance cannot be frozen, since its method steps its own weights:"
          " leave it out of freeze, or add it to train"),
         # names that there are not
         ("tasks: [object, depht]", "",
-         "6: phases.0.tasks.1: no task 'depht'; there are: depth, object; nearest: depth"),
+         "6: phases.a.tasks.1: no task 'depht'; there are: depth, object; nearest: depth"),
         ("restore: {which: best, metric: val/scor}", "",
-         f"6: phases.0.restore.metric: no metric 'val/scor'; nearest: val/score; {THERE}"),
+         f"6: phases.a.restore.metric: no metric 'val/scor'; nearest: val/score; {THERE}"),
         ("lr_schedule: {name: plateau, metric: train/los}", "",
-         f"6: phases.0.lr_schedule.metric: no metric 'train/los'; nearest: train/loss; {THERE}"),
+         f"6: phases.a.lr_schedule.metric: no metric 'train/los'; nearest: train/loss; {THERE}"),
         ("", "optim: {lr_schedule: {name: plateau, metric: zz}}",
          f"7: optim.lr_schedule.metric: no metric 'zz'; {THERE}"),
-        ("restore: {which: best, metric: val/depth/rmse}", "", f"6: phases.0.restore.direction: {_BETTER}"),
+        ("restore: {which: best, metric: val/depth/rmse}", "", f"6: phases.a.restore.direction: {_BETTER}"),
         ("", "optim: {lr_schedule: {name: plateau, metric: val/depth/rmse}}",
          f"7: optim.lr_schedule.direction: {_BETTER}"),
-        ("optimizer: admw", "", f"6: phases.0.optimizer.name: {_NO_OPTIMIZER}"),
+        ("optimizer: admw", "", f"6: phases.a.optimizer.name: {_NO_OPTIMIZER}"),
         ("", "optim: {optimizer: admw}", f"7: optim.optimizer.name: {_NO_OPTIMIZER}"),
-        ("optimizer: {options: {lr: 1}}", "", f"6: phases.0.optimizer.options: {_RESERVED}"),
+        ("optimizer: {options: {lr: 1}}", "", f"6: phases.a.optimizer.options: {_RESERVED}"),
         ("", "optim: {optimizer: {options: {lr: 1}}}", f"7: optim.optimizer.options: {_RESERVED}"),
-        ("lr_schedule: {name: cosine, warmup_steps: 5}", "", f"6: phases.0.lr_schedule.warmup_steps: {_FEWER}5"),
+        ("lr_schedule: {name: cosine, warmup_steps: 5}", "", f"6: phases.a.lr_schedule.warmup_steps: {_FEWER}5"),
         ("", "optim: {lr_schedule: {name: linear, warmup_steps: 6}}",
          f"7: optim.lr_schedule.warmup_steps: {_FEWER}6"),
         ("balance: {method: fixed, weights: {depth: 1}}", "",
-         "6: phases.0.balance.weights: expected a weight for each of depth, object, got depth"),
+         "6: phases.a.balance.weights: expected a weight for each of depth, object, got depth"),
     ],
     ids=str,
 )  # fmt: skip
@@ -406,7 +425,7 @@ def test_a_mistake_is_told_at_the_place_where_it_was_written(phase: str, below: 
 
 def test_a_dead_pattern_of_train_is_told_as_it_was_written() -> None:
     (mistake,) = mistakes(["name: a, epochs: 1, train: [heads.depth, hedas]"])
-    assert mistake == f"run.yaml:6: phases.0.train.1: pattern 'hedas' {START.format('heads')}"
+    assert mistake == f"run.yaml:6: phases.a.train.1: pattern 'hedas' {START.format('heads')}"
 
 
 @pytest.mark.parametrize(
@@ -422,7 +441,7 @@ def test_a_dead_pattern_of_train_is_told_as_it_was_written() -> None:
     ],
 )
 def test_a_mistake_in_a_condition_is_told_at_its_place(until: str, mistake: str) -> None:
-    assert mistakes([f"name: a, max_epochs: 1, until: {until}"]) == [f"run.yaml:6: phases.0.until.{mistake}"]
+    assert mistakes([f"name: a, max_epochs: 1, until: {until}"]) == [f"run.yaml:6: phases.a.until.{mistake}"]
 
 
 @pytest.mark.parametrize("place", ["phase", "optim"])
@@ -430,7 +449,7 @@ def test_options_that_an_optimizer_does_not_take_are_told_with_those_that_it_tak
     option = "optimizer: {name: sgd, options: {momentun: 1}}"
     phase, below = (f", {option}", "") if place == "phase" else ("", f"optim: {{{option}}}")
     (mistake,) = mistakes([f"name: a, epochs: 1{phase}"], below)
-    assert mistake.startswith("run.yaml:6: phases.0.optim" if place == "phase" else "run.yaml:7: optim.optim")
+    assert mistake.startswith("run.yaml:6: phases.a.optim" if place == "phase" else "run.yaml:7: optim.optim")
     assert "izer.options: sgd takes the options momentum, dampening, nesterov, " in mistake
     assert mistake.endswith("got an unexpected keyword argument 'momentun'")
 
@@ -441,27 +460,53 @@ def test_mistakes_of_several_phases_are_told_at_once_and_that_of_a_repeated_one_
         ["name: a, epochs: 1, freeze: '**'", f"repeat: 3, phases: [{inner}]", "name: c, epochs: 1, train: [hed]"]
     )
     assert [mistake.split(": ")[:2] for mistake in found] == [
-        ["run.yaml:6", "phases.0.freeze"],
-        ["run.yaml:7", "phases.1.phases.0.lr_schedule.warmup_steps"],
-        ["run.yaml:8", "phases.2.train.0"],
+        ["run.yaml:6", "phases.a.freeze"],
+        ["run.yaml:7", "phases.b.lr_schedule.warmup_steps"],
+        ["run.yaml:8", "phases.c.train.0"],
     ]
 
 
 def test_unknown_tasks_are_told_together_with_the_mistakes_of_other_phases() -> None:
     found = mistakes(["name: a, epochs: 1, tasks: [zz]", "name: b, epochs: 1, freeze: zz"])
-    assert [mistake.split(": ")[1] for mistake in found] == ["phases.0.tasks.0", "phases.1.freeze.0"]
+    assert [mistake.split(": ")[1] for mistake in found] == ["phases.a.tasks.0", "phases.b.freeze.0"]
 
 
 @pytest.mark.parametrize(
     ("phase", "mistake"),
     [
-        ("steps: 2, lr_schedule: plateau", "phases.0.lr_schedule: a plateau is judged after whole passes of"),
-        ("until: {plateau: val/score}, max_steps: 2", "phases.0.until: a metric is judged after whole passes of"),
-        ("until: {any: [{steps: 1}, {metric: val/score, at_least: 1}]}, max_steps: 2", "phases.0.until: a metric is"),
-        ("steps: 2, batch_size: 1", "phases.0.batch_size: expected batches of two images or more"),
+        ("steps: 2, lr_schedule: plateau", "phases.a.lr_schedule: a plateau is judged after whole passes of"),
+        ("until: {plateau: val/score}, max_steps: 2", "phases.a.until: a metric is judged after whole passes of"),
+        ("until: {any: [{steps: 1}, {metric: val/score, at_least: 1}]}, max_steps: 2", "phases.a.until: a metric is"),
+        (
+            "steps: 2, batch_size: 1",
+            "phases.a.batch_size: expected batches of two images or more: BatchNorm (trunk.conv1.1) cannot train on",
+        ),
+        (
+            "steps: 2, batch_size: 1, freeze: ['trunk@first:50%', trunk.layer4.0.bn1.weight]",
+            "phases.a.batch_size: expected batches of two images or more: BatchNorm (trunk.layer",
+        ),
+        ("steps: 2, batch_size: 41", "phases.a.batch_size: expected batches of at most the 40 training images, got 41"),
+        ("steps: 2, freeze: [trunk, '!trunk']", "phases.a.freeze: the patterns select nothing in the end"),
+        ("steps: 2, freeze: [heads, '!heads.object', '!heads']", "phases.a.freeze: the patterns select nothing in"),
+        (
+            "steps: 2, balance: {method: fixed, weights: {depth: 0, object: 0}}",
+            "phases.a.balance.weights: expected a weight above 0 for one of depth, object at least",
+        ),
+        (
+            "steps: 2, tasks: [depth], balance: {method: fixed, weights: {depth: 0, object: 1}}",
+            "phases.a.balance.weights: expected a weight above 0 for one of depth at least",
+        ),
+        (
+            "steps: 2, balance: {method: stch, options: {mu: 1.0, weights: [0, 0.0]}}",
+            "phases.a.balance.options: expected a number other than 0 in weights, got [0, 0.0]",
+        ),
+        (
+            "steps: 2, balance: {method: upgrad, options: {pref_vector: [0, 0]}}",
+            "phases.a.balance.options: expected a number other than 0 in pref_vector, got [0, 0]",
+        ),
         (
             "steps: 2, tasks: [object], train: heads.depth, balance: mean",
-            "phases.0.train: phase 'a' trains nothing: no active task reaches what is not frozen",
+            "phases.a.train: phase 'a' trains nothing: no active task reaches what is not frozen",
         ),
     ],
 )
@@ -470,10 +515,45 @@ def test_what_could_never_happen_in_a_phase_is_refused(phase: str, mistake: str)
     assert found.startswith(f"run.yaml:6: {mistake}")
 
 
+def test_the_same_holds_for_what_is_written_for_the_whole_run() -> None:
+    for below, mistake in [
+        ("freeze_always: [trunk, '!trunk']", "freeze_always: the patterns select nothing in the end"),
+        ("optim: {accumulate: 6}", "optim.accumulate: expected at most the 5 batches of an epoch of 'a', got 6"),
+        (
+            "balance: {method: fixed, weights: {depth: 0, object: 0.0}}",
+            "balance.weights: expected a weight above 0 for one of depth, object at least",
+        ),
+    ]:
+        (found,) = mistakes(["name: a, epochs: 1", "name: b, epochs: 1"], below)
+        assert found.startswith(f"run.yaml:8: {mistake}")
+    with pytest.raises(
+        ConfigError, match=r"^command line: data\.num_train: expected batches of at most the 7 training"
+    ):
+        drawn(["name: a, epochs: 1"], overrides=("data.num_train=7", "data.batch_size=null"))
+    with pytest.raises(
+        ConfigError, match=r"^run\.yaml:3: data\.batch_size: expected batches of at most the 7 training"
+    ):
+        drawn(["name: a, epochs: 1"], overrides=("data.num_train=7",))
+
+
+@pytest.mark.parametrize(
+    "phase",
+    [
+        "epochs: 1, freeze: trunk, tasks: [object]",
+        "epochs: 1, freeze: 'type:BatchNorm2d'",
+        "epochs: 1, train: [heads.object, '**.conv1.weight']",
+        "evaluate_only: true",
+    ],
+)
+def test_batches_of_one_image_are_taken_where_no_norm_trains(phase: str) -> None:
+    (resolved,) = drawn([f"name: a, batch_size: 1, {phase}"]).phases
+    assert resolved.batch_size == 1
+
+
 def test_all_that_is_wrong_with_a_phase_is_told_at_once() -> None:
     phase = "name: a, epochs: 1, freeze: [trnk], lr: {hds: 1.0}, weight_decay: {hds: 1.0}, restore: best"
-    found = mistakes([f"{phase}, batch_size: 1", "name: b, epochs: 1, tasks: [dept]"], "freeze_always: [zz]")
+    found = mistakes([f"{phase}, batch_size: 100", "name: b, epochs: 1, tasks: [dept]"], "freeze_always: [zz]")
     assert [mistake.split(": ")[1] for mistake in found] == [
-        *("phases.1.tasks.0", "freeze_always.0"),
-        *("phases.0.freeze.0", "phases.0.lr.hds", "phases.0.batch_size"),
+        *("phases.b.tasks.0", "freeze_always.0"),
+        *("phases.a.freeze.0", "phases.a.lr.hds", "phases.a.batch_size"),
     ]

@@ -77,7 +77,7 @@ def test_the_parameter_map_has_one_row_per_parameter_and_one_column_per_phase(
     tmp_path: Path, capsys: pytest.CaptureFixture[str]
 ) -> None:
     phases: list[dict[str, Any]] = [
-        {"name": "warm", "freeze": ["trunk"], "steps": 1, "lr": {"trunk": 1e-4, "heads": 2e-3, "balance": 0.02}},
+        {"name": "warm", "freeze": ["trunk"], "steps": 1, "lr": {"heads": 2e-3}},
         {"name": "fine", "freeze": ["trunk.conv1"], "steps": 1, "lr": {"**": 3e-4, "heads.depth": 1e-3}},
         {"name": "depth", "tasks": ["depth"], "freeze": ["trunk.layer4"], "steps": 1, "lr": 5e-4},
         {"name": "end", "evaluate_only": True},
@@ -154,7 +154,7 @@ def test_planning_writes_nothing_and_makes_no_data(
 BAD: dict[str, tuple[list[str], str]] = {
     "dead pattern": (
         ["phases.0.freeze=[trunk.layer9]"],
-        r"command line: phases.0.freeze.0: pattern 'trunk.layer9' matches nothing \(nearest: trunk.layer",
+        r"command line: phases.warm-heads.freeze.0: pattern 'trunk.layer9' matches nothing \(nearest: trunk.layer",
     ),
     "picture in a missing directory": (
         ["--plot", "nowhere/plan.png"],
@@ -174,9 +174,12 @@ BAD: dict[str, tuple[list[str], str]] = {
     "no epochs": (["--generate", "gradual", "--epochs", "0"], "--epochs: expected 1 or more, got 0"),
     "nothing trains": (
         ["phases.warm-heads.freeze=[trunk, heads]"],
-        "command line: phases.0.freeze: phase 'warm-heads' trains nothing: every parameter is frozen",
+        "command line: phases.warm-heads.freeze: phase 'warm-heads' trains nothing: every parameter is frozen",
     ),
-    "unknown key": (["phases.0.frieze=[trunk]"], "command line: phases.0.frieze: unknown key; nearest: freeze"),
+    "unknown key": (
+        ["phases.0.frieze=[trunk]"],
+        "command line: phases.warm-heads.frieze: unknown key; nearest: freeze",
+    ),
     "unknown trunk": (["trunk.name=resnt18", "--generate", "gradual"], "trunk.name: .*nearest: resnet18"),
 }
 

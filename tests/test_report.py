@@ -35,6 +35,7 @@ def test_the_report_shows_verdict_phases_picture_and_configuration(
     assert f"<td>warm-heads<td>trunk<td>{num_frozen}<td>" in page
     assert "<td>finetune<td>trunk.conv1, trunk.bn1, heads.object<td>" in page
     assert "name: test_resnet" in page
+    assert re.search(r"<h2>Command</h2><pre>mtl train \S+tiny.yaml</pre><h2>Configuration</h2>", page)
     assert "http" not in page, "nothing is loaded from elsewhere"
     assert "<h3>finetune, step 6</h3>" in page and "arXiv 2001.06782" in page
     assert "<h3>warm-heads" not in page, "of a frozen trunk there is nothing to say"

@@ -19,7 +19,7 @@ from mtl.audit import AuditError, GradientAudit
 from mtl.cli import main
 from mtl.config import ConfigError, load_config
 from mtl.run import train
-from mtl.run_dir import claimed_run_dir
+from mtl.run_dir import MARK, claimed_run_dir
 from runs import TINY, read_metrics, tiny_config, tiny_parts
 
 HERE = Path(__file__).parent
@@ -160,6 +160,22 @@ def test_where_every_checkpoint_is_damaged_nothing_is_trained(tmp_path: Path) ->
     with pytest.raises(ConfigError, match=r"resume: .* has no checkpoint that is sound: .*model\.safetensors"):
         go_on(tmp_path)
     assert (run_dir / "metrics.jsonl").read_bytes() == before
+
+
+def test_a_run_from_before_there_were_marks_goes_on_by_its_checkpoints(tmp_path: Path, whole_short: Path) -> None:
+    run_dir = crashed(tmp_path, 6)
+    (run_dir / MARK).unlink()
+    (run_dir / "history.json").unlink(missing_ok=True)
+    assert_same(go_on(tmp_path), whole_short)
+    assert (run_dir / MARK).is_file()
+
+
+def test_nobody_who_gave_a_name_is_advised_to_give_another_one(tmp_path: Path) -> None:
+    run_dir = crashed(tmp_path, 4)
+    with pytest.raises(ConfigError, match=r"another value; without resume, a run begins with it$"):
+        go_on(tmp_path, f"resume={run_dir}", "name=again", "seed=1")
+    with pytest.raises(ConfigError, match=r"another value; begin a new one, with another name$"):
+        go_on(tmp_path, "seed=1")
 
 
 def test_another_configuration_is_refused_with_the_difference(tmp_path: Path) -> None:

@@ -387,18 +387,30 @@ def test_unreached_parameters_are_frozen_by_default_warned_of_or_refused(
     assert outcome.report.ok and "trunk.conv_head.weight" not in outcome.report.phases[0].fingerprints
     assert any(r.levelno == logging.WARNING and "NOT frozen" in r.message for r in caplog.records)
 
-    with pytest.raises(ConfigError, match=r"phases\.0: phase 'a' would train 3 tensors that no active task reaches"):
+    with pytest.raises(ConfigError, match=r"phases\.a: phase 'a' would train 3 tensors that no active task reaches"):
         parts_with(tmp_path, phases, "unreached=error", **dense)
 
 
 def test_freeze_always_holds_in_every_phase_against_any_take_back(tmp_path: Path) -> None:
-    phases = [{"name": "a", "freeze": ["heads", "!heads"], "steps": 1}, {"name": "b", "train": ["trunk"], "steps": 2}]
+    phases = [
+        {"name": "a", "freeze": ["heads", "trunk.layer4", "!trunk", "!heads.depth"], "steps": 1},
+        {"name": "b", "train": ["trunk"], "steps": 2},
+    ]
     parts = parts_with(tmp_path, phases, freeze_always=["trunk", "!trunk.layer4"])
     before = tensors(parts)
     outcome = train(parts, quiet=True)
     changed = moved(before, tensors(parts))
     assert outcome.report.ok
     assert {name.split(".")[1] for name in changed if name.startswith("trunk.")} == {"layer4"}
+
+
+def test_a_batch_of_one_image_trains_where_every_norm_is_frozen(tmp_path: Path) -> None:
+    parts = parts_with(tmp_path, [{"name": "a", "freeze": ["type:BatchNorm2d"], "steps": 2, "batch_size": 1}])
+    before = tensors(parts)
+    assert train(parts, quiet=True).report.ok
+    changed = moved(before, tensors(parts))
+    assert {name.split(".")[0] for name in changed} >= {"trunk", "heads"}
+    assert not any("bn" in name for name in changed)
 
 
 def test_batch_size_and_balancing_method_may_change_from_phase_to_phase(tmp_path: Path) -> None:
@@ -450,7 +462,7 @@ def test_a_phase_that_only_evaluates_is_validated_once_and_proves_every_byte(tmp
 
 
 def test_everything_frozen_is_refused_unless_the_phase_says_that_it_only_evaluates(tmp_path: Path) -> None:
-    with pytest.raises(ConfigError, match=r"phases\.0\.freeze: phase 'a' trains nothing: .*evaluate_only: true"):
+    with pytest.raises(ConfigError, match=r"phases\.a\.freeze: phase 'a' trains nothing: .*evaluate_only: true"):
         parts_with(tmp_path, [{"name": "a", "freeze": ["**"], "steps": 1}])
 
 

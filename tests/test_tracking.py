@@ -8,6 +8,7 @@ import os
 import subprocess
 import sys
 from pathlib import Path
+from typing import Any
 
 import pytest
 from PIL import Image
@@ -15,6 +16,7 @@ from PIL import Image
 import wandb_file
 from mtl.config import TrackingConfig
 from mtl.tracking import Tracker
+from runs import tiny_config
 
 ROWS = [
     {"step": 1, "epoch": 1, "phase": "warm", "train/loss": 2.5},
@@ -81,11 +83,25 @@ def test_disabled_makes_no_wandb_files(tmp_path: Path) -> None:
     assert tracker.message == "wandb: disabled" and not (tmp_path / "wandb").exists()
 
 
-def test_the_environment_goes_before_the_configuration(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setenv("WANDB_MODE", "disabled")
-    tracker = Tracker(TrackingConfig(mode="online"), tmp_path, "name", {})
+@pytest.mark.parametrize(
+    ("environment", "mode", "said"),
+    [
+        ("disabled", "auto", "wandb: disabled"),
+        ("disabled", "offline", "wandb: offline (no key, or asked for)"),
+        ("offline", "disabled", "wandb: disabled"),
+        ("offline", "auto", "wandb: offline (no key, or asked for)"),
+        ("", "offline", "wandb: offline (no key, or asked for)"),
+        ("disabled", "online", "wandb: offline (wandb knows no key: wandb login)"),
+    ],
+)
+def test_a_mode_in_words_goes_before_the_environment_and_auto_leaves_it_the_choice(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, environment: str, mode: Any, said: str
+) -> None:
+    monkeypatch.setenv("WANDB_MODE", environment)
+    monkeypatch.setenv("HOME", str(tmp_path))
+    tracker = Tracker(TrackingConfig(mode=mode), tmp_path, "name", {})
     tracker.finish({}, failed=False)
-    assert tracker.message == "wandb: disabled"
+    assert tracker.message.startswith(said) and tracker.is_less == (mode == "online")
 
 
 def test_a_wandb_that_cannot_start_never_ends_a_run(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
@@ -95,6 +111,7 @@ def test_a_wandb_that_cannot_start_never_ends_a_run(tmp_path: Path, monkeypatch:
     monkeypatch.setattr("wandb.init", fail)
     tracker = Tracker(TrackingConfig(), tmp_path, "name", {})
     assert tracker.message == "wandb: off, since it failed (no room); the numbers are in metrics.jsonl"
+    assert tracker.is_less
     tracker.log(ROWS[0])
     tracker.finish({}, failed=True)
     assert json.loads((tmp_path / "metrics.jsonl").read_text()) == ROWS[0]
@@ -157,3 +174,21 @@ def test_a_key_without_a_server_falls_back_to_offline(tmp_path: Path) -> None:
     # An address on this machine where nothing listens.
     said = track_in_a_process_of_its_own(tmp_path, WANDB_API_KEY="0" * 40, WANDB_BASE_URL="http://127.0.0.1:9")
     assert "wandb: offline, since online failed" in said
+
+
+@pytest.mark.slow
+def test_a_quiet_run_warns_of_tracking_that_it_does_not_get(tmp_path: Path) -> None:
+    file = tiny_config(tmp_path, phases=[{"name": "a", "freeze": ["trunk"], "steps": 1}])
+    clean = {k: v for k, v in os.environ.items() if not k.startswith("WANDB")} | {"HOME": str(tmp_path)}
+    # An address on this machine where nothing listens.
+    key = {"WANDB_API_KEY": "0" * 40, "WANDB_BASE_URL": "http://127.0.0.1:9"}
+    for surroundings, said in [
+        ({"WANDB_MODE": "disabled"}, "wandb: offline (wandb knows no key: wandb login); upload later with"),
+        ({"WANDB_MODE": "disabled"} | key, "wandb: offline, since online failed"),
+    ]:
+        name = f"name=n{len(surroundings)}"
+        command = [sys.executable, "-m", "mtl", "train", str(file), "-q", "tracking.mode=online", name]
+        done = subprocess.run(
+            command, capture_output=True, text=True, timeout=180, env=clean | surroundings, check=True
+        )
+        assert said in done.stdout + done.stderr

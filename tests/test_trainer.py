@@ -50,7 +50,9 @@ def same_bits(a: Tensor, b: Tensor) -> bool:
 def test_a_run_leaves_every_promised_file(finished: tuple[Parts, Outcome]) -> None:
     folder = finished[1].run_dir
     assert {path.name for path in folder.iterdir()} == {
+        ".mtl-run",
         "config.yaml",
+        "history.json",
         "plan.json",
         "metrics.jsonl",
         "audit.json",

@@ -413,10 +413,10 @@ def test_an_override_lies_over_file_and_base() -> None:
 @pytest.mark.parametrize(
     ("override", "complaint"),
     [
-        ("a", "expected key=value, such as optim.lr=3e-4"),
-        ("=1", "expected key=value, such as optim.lr=3e-4"),
-        ("a..b=1", "expected key=value, such as optim.lr=3e-4"),
-        (".a=1", "expected key=value, such as optim.lr=3e-4"),
+        ("a", "expected key=value, such as optim.lr_scale=0.5"),
+        ("=1", "expected key=value, such as optim.lr_scale=0.5"),
+        ("a..b=1", "expected key=value, such as optim.lr_scale=0.5"),
+        (".a=1", "expected key=value, such as optim.lr_scale=0.5"),
         ("a=[1", "not valid YAML: expected ',' or ']', but got '<stream end>'"),
         ("a.b=1", "there is nothing below 'b''s parent"),
         ("items.warn.x=1", "'warn' is none of warm, tune, 0 to 1"),

@@ -10,12 +10,12 @@ from mtl.config.run import (
     SegmentationConfig,
     SettingError,
     TaskConfig,
-    TrackingConfig,
     TrunkConfig,
     load_config,
     mistake_of,
 )
 from mtl.config.source import ConfigError
+from mtl.config.watch import TrackingConfig
 
 __all__ = [
     "AugmentConfig",

@@ -9,7 +9,7 @@ from typing import Annotated, Any, Literal, Union, get_args, get_origin
 from pydantic import BaseModel, Tag
 from pydantic_core import ErrorDetails
 
-from mtl.config.source import KeyPath, Source, dotted
+from mtl.config.source import KeyPath, Source, dotted, phase_name
 from mtl.nearest import hint
 
 _SENTENCES = [
@@ -49,11 +49,31 @@ def describe(error: ErrorDetails, model: type[BaseModel], source: Source) -> str
         expected, got, near = f"expected one of {', '.join(choices)}", f", got {came!r}", hint(str(came), choices)
     elif kind in ("model_type", "model_attributes_type"):
         expected = "expected keys and values"
+    elif kind == "null":
+        got, near = ", got nothing", "; without the key, its default holds"
     elif kind == "too_short":
         expected, got = "expected at least one", ", got none"
     elif isinstance(came, dict | list):
         got = ""
-    return f"{source.where(path)}: {dotted(path)}: {expected}{got}{near}"
+    return told(path, f"{expected}{got}{near}", source)
+
+
+def told(path: KeyPath, message: str, source: Source) -> str:
+    """A mistake in one line: the place, the key, and what is wrong with its value."""
+    return f"{source.where(path)}: {key_of(path, source.data)}: {message}"
+
+
+def key_of(path: KeyPath, data: Any) -> str:
+    """A key as it is written on the command line, phases by the names that they have in some data."""
+
+    def name_at(place: KeyPath) -> str | None:
+        at = data
+        for key in place:
+            is_there = isinstance(at, Mapping) or (isinstance(at, list) and isinstance(key, int) and key < len(at))
+            at = None if not is_there else at.get(key) if isinstance(at, Mapping) else at[key]
+        return phase_name(at)
+
+    return dotted(path, name_at)
 
 
 def _tag_key(context: Mapping[str, Any]) -> str:

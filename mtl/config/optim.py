@@ -34,6 +34,10 @@ class BalanceConfig(Strict):
     def _weights_go_with_fixed(self) -> BalanceConfig:
         if (self.method == "fixed") != (self.weights is not None):
             raise PydanticCustomError("balance", "Input should have weights exactly if the method is 'fixed'")
+        if self.method == "fixed" and self.options:
+            raise PydanticCustomError(
+                "balance", "Input should have options only for a method of TorchJD, not for 'fixed'"
+            )
         return self
 
 
@@ -126,6 +130,8 @@ class OptimConfig(Strict):
     Attributes:
         optimizer: What steps them: a name, or name and options.
         lr: Peak learning rate, or pattern -> rate.
+        lr_scale: Every peak rate of every phase is multiplied by it, that of a balancing method's weights too; not what
+            a method has among its own options (`famo`).
         layer_decay: The trunk's rates shrink by this factor from one depth group to the one below it; the topmost group
             already has the factor once (BEiT, arXiv 2106.08254).
         weight_decay: Decay of weights, or pattern -> decay. Biases, norms, other vectors, and what the trunk itself
@@ -139,6 +145,7 @@ class OptimConfig(Strict):
 
     optimizer: Annotated[OptimizerConfig, word_for("name")] = OptimizerConfig()
     lr: PositiveByPattern = 1e-3
+    lr_scale: Positive = 1.0
     layer_decay: Annotated[float, Field(gt=0, le=1)] = 1.0
     weight_decay: NotNegativeByPattern = 0.05
     lr_schedule: LrScheduleConfig = OneCycleConfig(name="one-cycle")

@@ -5,22 +5,24 @@ Keys and types are declared as pydantic models; `source` reads the files and rem
 
 from __future__ import annotations
 
+import shlex
 from collections.abc import Sequence
 from functools import cached_property
 from pathlib import Path
 from typing import Annotated, Any, Literal
 
-from pydantic import BeforeValidator, Field, PrivateAttr, ValidationError, field_validator
+from pydantic import BeforeValidator, Field, PrivateAttr, ValidationError, field_validator, model_validator
 from pydantic_core import PydanticCustomError
 
 from mtl.config.cache import CacheConfig, cache_word
 from mtl.config.checkpoint import CheckpointConfig
 from mtl.config.distributed import DistributedConfig
-from mtl.config.mistakes import describe
+from mtl.config.mistakes import describe, key_of, told
 from mtl.config.optim import BalanceConfig, OptimConfig, word_for
 from mtl.config.phase import PhaseConfig, PhaseEntry, WrittenPhase, num_unrolled, unroll
-from mtl.config.source import ConfigError, KeyPath, Source, dotted, read_source
+from mtl.config.source import ConfigError, KeyPath, Source, read_source
 from mtl.config.types import Count, Patterns, Seed, Strict, one_as_list
+from mtl.config.watch import AuditConfig, TrackingConfig
 from mtl.names import shorten
 
 # A phase costs at least an optimizer, a contract and a validation.
@@ -67,6 +69,12 @@ class AugmentConfig(Strict):
 
     brightness: Annotated[float, Field(ge=0, lt=1)] = 0.0
     contrast: Annotated[float, Field(ge=0, lt=1)] = 0.0
+
+    @model_validator(mode="after")
+    def _changes_something(self) -> AugmentConfig:
+        if not self.brightness and not self.contrast:
+            raise PydanticCustomError("augment", "Input should have brightness or contrast above 0")
+        return self
 
 
 class DataConfig(Strict):
@@ -142,34 +150,6 @@ TaskConfig = Annotated[
 ]
 
 
-class AuditConfig(Strict):
-    """What is looked at beyond the losses.
-
-    Attributes:
-        policy: What a violation of the contract does: `raise` stops the run, `warn` and `collect` go on, `restore`
-            mends it.
-        gradients_every_steps: The tasks' gradients on the trunk are compared on the first step of each phase and on
-            every such step after it; 0 for never. Costs a backward per task.
-    """
-
-    policy: Literal["raise", "warn", "collect", "restore"] = "raise"
-    gradients_every_steps: Annotated[int, Field(ge=0)] = 500
-
-
-class TrackingConfig(Strict):
-    """wandb.
-
-    Attributes:
-        project: The project's name.
-        mode: `auto`: online if wandb knows a key, else offline.
-        log_every_steps: How many steps are logged at once.
-    """
-
-    project: str = "mtl"
-    mode: Literal["auto", "online", "offline", "disabled"] = "auto"
-    log_every_steps: Count = 20
-
-
 class ClassicConfig(Strict):
     """The classic way to freeze: substrings of parameter names, frozen in every phase."""
 
@@ -229,6 +209,7 @@ class RunConfig(Strict):
     MODEL: ClassicConfig = ClassicConfig()
 
     _source: Source = PrivateAttr(default_factory=Source)
+    _command: str | None = PrivateAttr(default=None)
 
     @field_validator("phases")
     @classmethod
@@ -251,9 +232,23 @@ class RunConfig(Strict):
         """The file and line of a value, `command line`, or `defaults`."""
         return self._source.where(path)
 
+    @property
+    def source(self) -> Source:
+        """What was read, with the place of every key that was written."""
+        return self._source
+
+    @property
+    def command(self) -> str | None:
+        """The command that trains this configuration, for a shell; None if it was not read from a file."""
+        return self._command
+
+    def key_of(self, path: KeyPath) -> str:
+        """A key as it is written on the command line, phases by name."""
+        return key_of(path, self._source.data)
+
     def mistake(self, path: KeyPath, message: str) -> ConfigError:
         """An error about a value that only later turns out wrong, with the place where it was written."""
-        return ConfigError([f"{self._source.where(path)}: {dotted(path)}: {message}"])
+        return ConfigError([told(path, message, self._source)])
 
     @cached_property
     def written_phases(self) -> list[WrittenPhase]:
@@ -288,7 +283,7 @@ def load_config(file: Path, overrides: Sequence[str] = ()) -> RunConfig:
 
     Args:
         file: A YAML file; `_base_: other.yaml` takes everything from another one first.
-        overrides: Dotted `key=value` pairs, such as `optim.lr=3e-4` or `phases.finetune.epochs=2`.
+        overrides: Dotted `key=value` pairs, such as `optim.lr_scale=0.5` or `phases.finetune.epochs=2`.
 
     Raises:
         ConfigError: Anything that is wrong, all of it at once, each with its file and line.
@@ -299,4 +294,5 @@ def load_config(file: Path, overrides: Sequence[str] = ()) -> RunConfig:
     except ValidationError as error:
         raise ConfigError([describe(details, RunConfig, source) for details in error.errors()]) from None
     config._source = source
+    config._command = shlex.join(["mtl", "train", str(file), *overrides])
     return config

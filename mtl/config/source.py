@@ -31,10 +31,14 @@ class Source:
     Attributes:
         data: Nested dicts and lists.
         places: Where each key path was written: "file:line", or "command line".
+        names: Names of phases, by the place where each was read.
+        nulls: Keys of which `null` was written in words: they take back what is below, and have nothing else to say.
     """
 
     data: dict[str, Any] = field(default_factory=dict)
     places: dict[KeyPath, str] = field(default_factory=dict)
+    names: dict[KeyPath, str | None] = field(default_factory=dict)
+    nulls: set[KeyPath] = field(default_factory=set)
 
     def where(self, path: KeyPath) -> str:
         """The place of a key, or of the nearest key around it that was written down."""
@@ -148,7 +152,7 @@ def _read_node(
     """A YAML node as plain data; the place of everything below it is noted in `source` on the way."""
     here = place(node.start_mark.line + 1)
     if node in around:
-        raise ConfigError([f"{here}: {dotted(path)}: the value contains itself"])
+        raise ConfigError([f"{here}: {dotted(path, source.names.get)}: the value contains itself"])
     if isinstance(node, yaml.MappingNode) and node.tag == _MAPPING:
         result: dict[str, Any] = {}
         for key_node, value_node in node.value:
@@ -157,7 +161,8 @@ def _read_node(
                 raise ConfigError([f"{where}: expected a plain key"])
             key = key_node.value
             if key in result:
-                raise ConfigError([f"{where}: {dotted((*path, key))}: this key is given twice"])
+                told = dotted((*path, key), source.names.get)
+                raise ConfigError([f"{where}: {told}: this key is given twice"])
             source.places[(*path, key)] = where
             result[key] = _read_node(value_node, (*path, key), source, place, (*around, node))
         return result
@@ -165,9 +170,13 @@ def _read_node(
         items = []
         for index, item in enumerate(node.value):
             source.places[(*path, index)] = place(item.start_mark.line + 1)
+            if isinstance(item, yaml.MappingNode):
+                source.names[(*path, index)] = phase_name({str(key.value): each.value for key, each in item.value})
             items.append(_read_node(item, (*path, index), source, place, (*around, node)))
         return items
-    return _read_scalar(node, f"{here}: {dotted(path)}")
+    if node.tag == _NULL and node.value:
+        source.nulls.add(path)
+    return _read_scalar(node, f"{here}: {dotted(path, source.names.get)}")
 
 
 def _read_scalar(node: yaml.Node, where: str) -> Any:
@@ -185,12 +194,31 @@ def _read_scalar(node: yaml.Node, where: str) -> Any:
     raise ConfigError([f"{where}: cannot be read as {node.tag.removeprefix('tag:yaml.org,2002:')}{quoted}"])
 
 
-def dotted(path: KeyPath) -> str:
-    return ".".join(str(key) for key in path) or "the configuration"
+def dotted(path: KeyPath, name_at: Callable[[KeyPath], str | None] = lambda _: None) -> str:
+    """A key as it is written on the command line: `phases.warm.freeze`, also where that phase is inside a repeat.
+
+    Args:
+        path: The key path.
+        name_at: The name of the phase at a place in `phases`; None if there is none.
+    """
+    segments: list[str] = []
+    for end, key in enumerate(path, 1):
+        name = name_at(path[:end]) if path[0] == "phases" and isinstance(key, int) else None
+        # Names are unique among all phases: one that is inside a repeat is known by its name alone.
+        segments = [*segments, str(key)] if name is None else ["phases", name]
+    return ".".join(segments) or "the configuration"
+
+
+def phase_name(entry: Any) -> str | None:
+    """The name of an entry of `phases`; None for a repeat, and where there is none that a key can be read with."""
+    if not isinstance(entry, dict) or entry.keys() & {"repeat", "phases"}:
+        return None
+    name = entry.get("name")
+    return name if isinstance(name, str) and name and ":" not in name else None
 
 
 def _merge(below: Source, above: Source) -> None:
-    """Lays one source over another: mappings are merged key by key, everything else is replaced whole."""
+    """Lays one source over another: mappings are merged key by key, everything else is replaced whole or taken back."""
 
     def lay(under: dict[str, Any], over: dict[str, Any], path: KeyPath) -> None:
         for key, value in over.items():
@@ -200,6 +228,9 @@ def _merge(below: Source, above: Source) -> None:
             else:
                 for place in [place for place in below.places if place[: len(here)] == here]:
                     del below.places[place]
+                if here in above.nulls and under.get(key) is not None:
+                    del under[key]
+                    continue
                 under[key] = value
                 below.places.update({p: where for p, where in above.places.items() if p[: len(here)] == here})
 
@@ -209,7 +240,7 @@ def _merge(below: Source, above: Source) -> None:
 def _override(source: Source, override: str) -> None:
     key, equals, text = override.partition("=")
     if not equals or not key or not all(key.split(".")):
-        raise ConfigError([f"command line: {override!r}: expected key=value, such as optim.lr=3e-4"])
+        raise ConfigError([f"command line: {override!r}: expected key=value, such as optim.lr_scale=0.5"])
     target: Any = source.data
     path: list[int | str] = []
     *parents, last = key.split(".")
@@ -226,9 +257,14 @@ def _override(source: Source, override: str) -> None:
     path += [*around, step]
     for place in [place for place in source.places if place[: len(path)] == tuple(path)]:
         del source.places[place]
-    source.places[tuple(path)] = "command line"
+    source.nulls.discard(tuple(path))
     node = _compose(text, lambda _: f"command line: {override!r}")
-    target[step] = None if node is None else _read_node(node, tuple(path), source, lambda _: "command line")
+    value = None if node is None else _read_node(node, tuple(path), source, lambda _: "command line")
+    if tuple(path) in source.nulls and isinstance(target, dict) and target.get(last) is not None:
+        del target[last]
+        return
+    source.places[tuple(path)] = "command line"
+    target[step] = value
 
 
 def _steps(target: Any, segment: str, override: str) -> list[int | str]:

@@ -2,9 +2,10 @@
 
 from __future__ import annotations
 
-from typing import Annotated
+from typing import Annotated, Any
 
-from pydantic import BaseModel, BeforeValidator, ConfigDict, Discriminator, Field, Tag
+from pydantic import BaseModel, BeforeValidator, ConfigDict, Discriminator, Field, Tag, field_validator
+from pydantic_core import PydanticCustomError
 
 Positive = Annotated[float, Field(gt=0, allow_inf_nan=False)]
 NotNegative = Annotated[float, Field(ge=0, allow_inf_nan=False)]
@@ -15,9 +16,20 @@ Seed = Annotated[int, Field(ge=0, lt=2**32)]
 
 
 class Strict(BaseModel):
-    """Unknown keys and near-miss types are errors: nothing is ignored or converted in silence."""
+    """Unknown keys, near-miss types and keys without a value are errors: nothing is ignored or converted in silence.
+
+    A setting that is off by default is left out, or has a word or number for it: in what a run writes down, nulls are
+    left out, and must not have meant anything.
+    """
 
     model_config = ConfigDict(extra="forbid", strict=True, frozen=True)
+
+    @field_validator("*", mode="after")
+    @classmethod
+    def _has_a_value(cls, value: Any) -> Any:
+        if value is None:
+            raise PydanticCustomError("null", "Input should be a value")
+        return value
 
 
 def one_as_list(value: object) -> object:

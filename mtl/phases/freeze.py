@@ -18,6 +18,8 @@ from mtl.names import condense, shorten
 from mtl.patterns import ModuleTree, PatternError, PatternLike, partition, select, text_of
 from mtl.phases.length import Metrics
 
+_ALL_TAKEN_BACK = "the patterns select nothing in the end: all that they select is taken back"
+
 
 @dataclass(frozen=True)
 class WrittenPattern:
@@ -103,6 +105,8 @@ def frozen_always(around: Surroundings) -> list[str]:
     except PatternError as error:
         raise around.config.mistake(("freeze_always", error.index), str(error)) from error
     always = condense([*split.frozen, *split.frozen_buffers], [*parameters, *buffers])
+    if patterns and not always:
+        raise around.config.mistake(("freeze_always",), _ALL_TAKEN_BACK)
     try:
         plan_freeze(around.root, list(always))
     except FreezeError as error:
@@ -154,6 +158,8 @@ class FreezeResolver:
         ]
         freeze = [*own, *self.always, *classic, *self.around.fixed, *resting]
         plan = self._plan(freeze, len(own))
+        if self.wrote.freeze and not select(own, [n for names in _names_in(self.root) for n in names], self.tree).names:
+            raise self.config.mistake((*self.written.path, "freeze"), _ALL_TAKEN_BACK)
         reached = frozenset().union(*(self.around.reached[task] for task in tasks))
         unreached = tuple(n for n in plan.names.trainable if n not in reached and not n.startswith("balance."))
         if unreached and self.config.unreached == "error":

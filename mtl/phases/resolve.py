@@ -6,22 +6,22 @@ from collections.abc import Callable, Sequence
 from dataclasses import dataclass, replace
 from typing import Any, TypeVar
 
-from torch.nn.modules.batchnorm import _NormBase
+from torch.nn.modules.batchnorm import _BatchNorm
 
 from mtl.balance import Balance
 from mtl.best import Direction
-from mtl.config import SettingError
 from mtl.config.optim import OneCycleConfig, OptimConfig, PlateauConfig
 from mtl.config.phase import PhaseConfig, WrittenPhase
 from mtl.config.source import ConfigError, KeyPath
+from mtl.config.written import is_written
 from mtl.data import num_batches
-from mtl.freeze import FreezePlan, trainable_parameters
+from mtl.freeze import FreezePlan
 from mtl.lengths import PhaseLength, Plateau, Reached, leaves_of
-from mtl.moduletree import join
-from mtl.optim import UncoveredError, build_optimizer, by_pattern, group_parameters, is_decayed, layer_factors
-from mtl.patterns import PatternError
+from mtl.moduletree import named_modules
 from mtl.phases.freeze import FreezeResolver, PhaseFreeze, Surroundings, frozen_always
+from mtl.phases.groups import GroupResolver
 from mtl.phases.length import SCORE
+from mtl.phases.reads import Reads, reads_of
 
 
 @dataclass(frozen=True)
@@ -31,6 +31,7 @@ class Phase:
     Attributes:
         name: Its name, with the round's number if it is repeated.
         config: What the user wrote.
+        written: The same with its place; rounds of a repeat have one.
         optim: How its parameters are stepped: the run's settings with the phase's own on top.
         length: What the scheduler has to know.
         tasks: The tasks whose losses are active, and train something.
@@ -38,6 +39,7 @@ class Phase:
         balance: The balancing method, for exactly these tasks.
         freeze: What it freezes, and why.
         groups: What the optimizer trains, in groups with peak learning rate and weight decay.
+        reads: Which of the settings that not every phase reads it reads.
         batch_size: Images in one batch.
         steps_per_epoch: Optimizer steps in one pass over the training data.
         num_steps: Its length in optimizer steps, at most.
@@ -47,6 +49,7 @@ class Phase:
 
     name: str
     config: PhaseConfig
+    written: WrittenPhase
     optim: OptimConfig
     length: PhaseLength
     tasks: tuple[str, ...]
@@ -54,6 +57,7 @@ class Phase:
     balance: Balance
     freeze: PhaseFreeze
     groups: list[dict[str, Any]]
+    reads: Reads
     batch_size: int
     steps_per_epoch: int
     num_steps: int
@@ -144,24 +148,26 @@ class _Resolver:
         freeze = _attempt(mistakes, lambda: resolver.resolve(tasks, place))
         length = _attempt(mistakes, lambda: self.around.metrics.length(self.written))
         plan = None if freeze is None else freeze.plan
-        groups = _attempt(mistakes, lambda: [] if self.wrote.evaluate_only else self._groups(plan, balance))
+        groups = _attempt(mistakes, lambda: GroupResolver(self.around, self.written).resolve(plan, balance))
         num_steps = self._num_steps(length) if length is not None else 0
         direction = _attempt(mistakes, lambda: self._check_course(num_steps, length))
         restore = _attempt(mistakes, self._restore)
-        _attempt(mistakes, self._check_batch_size)
+        _attempt(mistakes, lambda: self._check_batch_size(plan, tasks))
         _attempt(mistakes, lambda: self._check_balance(balance))
         if mistakes or freeze is None or length is None or groups is None or direction is None:
             raise ConfigError(mistakes)
         return Phase(
             name=self.written.name,
             config=self.wrote,
+            written=self.written,
             optim=self.optim,
             length=length,
             tasks=tasks,
             sharing=self._sharing(tasks, freeze.plan),
             balance=balance,
             freeze=freeze,
-            groups=groups,
+            groups=groups.groups,
+            reads=reads_of(self.config, self.written, tasks, groups, num_steps, self.steps_per_epoch),
             batch_size=self.batch_size,
             steps_per_epoch=self.steps_per_epoch,
             num_steps=num_steps,
@@ -200,13 +206,31 @@ class _Resolver:
         metric, here = restore.metric or SCORE, (*self.written.path, "restore")
         return metric, self.around.metrics.direction(metric, restore.direction, here)
 
-    def _check_batch_size(self) -> None:
-        one = min(self.batch_size, self.around.num_train) == 1 and not self.wrote.evaluate_only
-        if one and any(isinstance(module, _NormBase) for module in self.root.modules()):
-            own = self.wrote.batch_size is not None
-            place: KeyPath = (*self.written.path, "batch_size") if own else ("data", "batch_size")
-            place = place if self.batch_size == 1 else ("data", "num_train")
-            raise self.config.mistake(place, "expected batches of two images or more: BatchNorm cannot train on one")
+    def _check_batch_size(self, plan: FreezePlan | None, tasks: Sequence[str]) -> None:
+        if self.wrote.evaluate_only:
+            return
+        own = self.wrote.batch_size is not None
+        place: KeyPath = (*self.written.path, "batch_size") if own else ("data", "batch_size")
+        num_images = self.around.num_train
+        if self.batch_size > num_images:
+            place = place if is_written(self.config.source, place) else ("data", "num_train")
+            message = f"expected batches of at most the {num_images} training images, got {self.batch_size}"
+            raise self.config.mistake(place, message)
+        norm = None if plan is None or self.batch_size > 1 else self._norm_over_images(plan, tasks)
+        if norm is not None:
+            message = f"expected batches of two images or more: BatchNorm ({norm}) cannot train on one"
+            raise self.config.mistake(place, message)
+        if self.optim.accumulate > (num := num_batches(num_images, self.batch_size)):
+            message = f"expected at most the {num} batches of an epoch of {self.wrote.name!r}, got"
+            raise self.config.mistake(("optim", "accumulate"), f"{message} {self.optim.accumulate}")
+
+    def _norm_over_images(self, plan: FreezePlan, tasks: Sequence[str]) -> str | None:
+        """A norm that is run in train mode, and takes its statistics over the images of a batch."""
+        run, held = ("trunk", *(f"heads.{task}" for task in tasks)), set(plan.held_in_eval)
+        for name, module in named_modules(self.root):
+            if isinstance(module, _BatchNorm) and name not in held and any(name.startswith(f"{part}.") for part in run):
+                return name
+        return None
 
     def _check_balance(self, balance: Balance) -> None:
         if balance.weighting is not None and self.optim.accumulate > 1 and not self.wrote.evaluate_only:
@@ -220,52 +244,6 @@ class _Resolver:
     def _sharing(self, tasks: Sequence[str], plan: FreezePlan) -> tuple[str, ...]:
         trained = {name for name in plan.names.trainable if name.startswith("trunk.")}
         return tuple(task for task in tasks if not trained.isdisjoint(self.around.reached[task]))
-
-    def _groups(self, plan: FreezePlan | None, balance: Balance) -> list[dict[str, Any]]:
-        """The optimizer's groups; without a plan, their settings are only checked."""
-        steps_itself = {id(parameter) for group in balance.param_groups for parameter in group["params"]}
-        trainable = {} if plan is None else trainable_parameters(self.root, plan)
-        parameters = {n: p for n, p in trainable.items() if id(p) not in steps_itself}
-        excepted = self._excepted_from_decay()
-        decayed = [name for name, parameter in parameters.items() if is_decayed(name, parameter, excepted)]
-        lr_of = self._by_pattern("lr", list(parameters))
-        decay_of = self._by_pattern("weight_decay", decayed)
-        if self.optim.layer_decay < 1:
-            factors = layer_factors(self.optim.layer_decay, self.tree.depths("trunk"))
-            lr_of = {name: lr * factors.get(name, 1.0) for name, lr in lr_of.items()}
-        # The balancing method's apart: the model may be spread over processes, and torch steps no list of both.
-        own = {name: p for name, p in parameters.items() if name.startswith("balance.")}
-        model = {name: p for name, p in parameters.items() if name not in own}
-        groups = group_parameters(model, lr_of, decay_of) + group_parameters(own, lr_of, decay_of)
-        try:
-            if groups:
-                build_optimizer(self.optim.optimizer, groups)
-        except SettingError as error:
-            raise self._mistake_about("optimizer", error.message, *error.key.split(".")[1:]) from error
-        return groups
-
-    def _by_pattern(self, key: str, names: list[str]) -> dict[str, float]:
-        value = getattr(self.optim, key)
-        otherwise = {}
-        if isinstance(value, dict) and key == "lr":
-            default = self.config.optim.lr
-            if not list(self.root.get_submodule("balance").parameters()):
-                # A rate for the balancing method's weights may stay when the method is changed for one without any.
-                value = {pattern: rate for pattern, rate in value.items() if pattern.split(".")[0] != "balance"}
-            if isinstance(default, float):
-                otherwise = {name: default for name in names if name.startswith("balance.")}
-        every_name = [name for name, _ in self.root.named_parameters(remove_duplicate=False)]
-        try:
-            return by_pattern(value, names, every_name, self.tree, otherwise)
-        except PatternError as error:
-            raise self._mistake_about(key, str(error), list(value)[error.index]) from error
-        except UncoveredError as error:
-            raise self._mistake_about(key, str(error)) from error
-
-    def _excepted_from_decay(self) -> list[str]:
-        """What the trunk itself says should not be decayed, such as position embeddings."""
-        method: Any = getattr(self.root.get_submodule("trunk"), "no_weight_decay", None)
-        return [] if method is None else [join("trunk", name) for name in method()]
 
     def _num_steps(self, length: PhaseLength) -> int:
         lengths = [length.steps, length.max_steps]

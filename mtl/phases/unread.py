@@ -1,0 +1,135 @@
+"""Settings that were written down and that no phase reads, each with the settings that override it."""
+
+from __future__ import annotations
+
+from collections.abc import Iterator, Sequence
+from dataclasses import dataclass
+
+from mtl.config import RunConfig
+from mtl.config.cache import CacheConfig
+from mtl.config.optim import OptimConfig
+from mtl.config.source import KeyPath
+from mtl.config.written import Rank, is_default, is_written, rank_of
+from mtl.names import shorten
+from mtl.phases.reads import OF_OPTIM, balance_path
+from mtl.phases.resolve import Phase
+
+# The run's settings that a phase may set itself, and under which key.
+_OF_PHASES: dict[KeyPath, str] = {
+    **{("optim", key): key for key in OF_OPTIM},
+    ("balance",): "balance",
+    ("data", "batch_size"): "batch_size",
+    ("cache", "mode"): "cache",
+}
+_SCALE = "; optim.lr_scale multiplies every rate"
+
+
+@dataclass(frozen=True)
+class _Unread:
+    """A setting that would change nothing.
+
+    Attributes:
+        path: Its key path.
+        why: Why, in words.
+        before: The key paths of what goes before it, as far as that is settings.
+        hint: What may have been meant.
+    """
+
+    path: KeyPath
+    why: str
+    before: tuple[KeyPath, ...] = ()
+    hint: str = ""
+
+
+def unread_settings(config: RunConfig, phases: Sequence[Phase]) -> tuple[list[str], list[str]]:
+    """Finds what was written and is read by no phase.
+
+    What the command line asks for has to have an effect. A file may write out defaults, and what the command line, or
+    a file that is based on it, goes before.
+
+    Args:
+        config: The run.
+        phases: All its phases.
+
+    Returns:
+        Mistakes: what the command line asks for in vain. And what is to be warned of: what a file does.
+    """
+    mistakes: list[str] = []
+    warnings: list[str] = []
+    reads = set[KeyPath]().union(*(phase.reads.keys for phase in phases))
+    for each in _candidates(config, phases):
+        if each.path in reads or not is_written(config.source, each.path):
+            continue
+        # For one reason, that of the first phase.
+        reads.add(each.path)
+        rank = rank_of(config.source, each.path)
+        told = config.mistake(each.path, each.why + _outvoted_by(config, each.before) + each.hint).mistakes
+        if rank == Rank.COMMAND_LINE:
+            mistakes += told
+        elif not is_default(config, each.path) and all(rank_of(config.source, by) <= rank for by in each.before):
+            warnings += told
+    return mistakes, [*warnings, *_lr_of_balance_only(config, phases)]
+
+
+def _outvoted_by(config: RunConfig, before: Sequence[KeyPath]) -> str:
+    shown = shorten([f"{config.key_of(path)} ({config.source.where(path)})" for path in before], 3)
+    return f": {shown} {'goes' if len(before) == 1 else 'go'} before it" if before else ""
+
+
+def _candidates(config: RunConfig, phases: Sequence[Phase]) -> Iterator[_Unread]:
+    """All that a phase may or may not read, with the reason if none does."""
+    written = list({phase.written.path: phase.written for phase in phases}.values())
+    for path, key in _OF_PHASES.items():
+        before = tuple((*each.path, key) for each in written if getattr(each.config, key) is not None)
+        yield _Unread(path, "no phase reads it", before, _SCALE if key == "lr" else "")
+    for key in OptimConfig.model_fields:
+        if key not in OF_OPTIM:
+            yield _Unread(("optim", key), "no phase reads it, since none trains")
+    frozen = tuple((*each.path, each.config.patterns_key) for each in written)
+    for path in (("trunk", "checkpointing"), ("audit", "gradients_every_steps")):
+        yield _Unread(path, "no phase trains anything of the trunk", frozen)
+    own = tuple((*each.path, "tasks") for each in written if each.config.tasks is not None)
+    for task in config.tasks:
+        yield _Unread(("tasks", task), "no phase trains it, and it is validated as it begins", own)
+    off = tuple(dict.fromkeys(("cache", "mode") if e.config.cache is None else (*e.path, "cache") for e in written))
+    for key in CacheConfig.model_fields:
+        if key == "views" and config.data.augment is None:
+            yield _Unread(("cache", key), "there are views only of images that data.augment changes")
+        elif key != "mode":
+            yield _Unread(("cache", key), "no phase keeps anything", off)
+    if config.resume is None:
+        yield _Unread(("resume_override",), "resume is not given")
+    for phase in {phase.written.path: phase for phase in phases}.values():
+        yield from _of_phase(config, phase)
+    first = phases[0].written.path
+    if all(phase.written.path != first for phase in phases[1:]):
+        if phases[0].config.optimizer_state == "reset":
+            yield _Unread((*first, "optimizer_state"), "before the first phase, optimizers have no state")
+        if phases[0].config.restore.which == "best":
+            yield _Unread((*first, "restore"), "before the first phase, no weights are the best")
+
+
+def _of_phase(config: RunConfig, phase: Phase) -> Iterator[_Unread]:
+    """Numbers that a phase has for some of its parameters, tasks, epochs or steps."""
+    path, balance = phase.written.path, balance_path(phase.written)
+    freeze = (*path, phase.config.patterns_key)
+    for key, table in (("lr", phase.optim.lr), ("weight_decay", phase.optim.weight_decay)):
+        for pattern in table if isinstance(table, dict) and not phase.config.evaluate_only else ():
+            before = (*balance, "method") if pattern.split(".")[0] == "balance" else freeze
+            why = "no parameter that trains has this number"
+            yield _Unread((*config.path_of(phase.written, key), pattern), why, (before,))
+    for task in (phase.config.balance or config.balance).weights or {}:
+        yield _Unread((*balance, "weights", task), "no phase with these weights trains this task")
+    yield _Unread((*path, "layer_decay"), "the phase trains nothing of the trunk", (freeze,))
+    for never in phase.reads.never:
+        yield _Unread(never, f"the phase ends before that, after {phase.num_steps} steps")
+
+
+def _lr_of_balance_only(config: RunConfig, phases: Sequence[Phase]) -> list[str]:
+    """A rate that looks like the run's, and is that of balancing methods' weights alone."""
+    borrowing = [phase.name for phase in phases if phase.reads.borrows_lr]
+    is_read = any(phase.config.lr is None and not phase.config.evaluate_only for phase in phases)
+    if not borrowing or is_read or not is_written(config.source, ("optim", "lr")):
+        return []
+    said = f"only the balancing method's weights have this rate, in {shorten(borrowing, 3)}{_SCALE}"
+    return config.mistake(("optim", "lr"), said).mistakes
