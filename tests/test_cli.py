@@ -8,7 +8,6 @@ import re
 import signal
 import subprocess
 import sys
-import time
 from pathlib import Path
 from typing import Any
 
@@ -18,6 +17,7 @@ from mtl import __version__
 from mtl.assembly import assemble
 from mtl.cli import main
 from mtl.config import load_config
+from processes import HANGS_S, wait_until
 from runs import read_metrics, tiny_config
 
 ROOT = Path(__file__).parent.parent
@@ -28,7 +28,7 @@ def run(*arguments: str, **surroundings: str) -> subprocess.CompletedProcess[str
         [sys.executable, "-m", "mtl", *arguments],
         capture_output=True,
         text=True,
-        timeout=120,
+        timeout=HANGS_S,
         stdin=subprocess.DEVNULL,
         env=os.environ | surroundings,
         check=False,
@@ -250,7 +250,7 @@ def test_of_two_runs_that_start_at_once_with_one_name_one_is_refused(tmp_path: P
     file = tiny_config(tmp_path)
     call = [sys.executable, "-m", "mtl", "train", str(file), "-q"]
     processes = [subprocess.Popen(call, stderr=subprocess.PIPE, text=True) for _ in range(2)]
-    results = sorted((process.wait(timeout=120), process.communicate()[1]) for process in processes)
+    results = sorted((process.wait(timeout=HANGS_S), process.communicate()[1]) for process in processes)
     assert [code for code, _ in results] == [0, 2], results
     assert "another process trains in" in results[1][1] or "already holds a run" in results[1][1]
     steps = [row["step"] for row in read_metrics(tmp_path / "runs/tiny") if "train/loss" in row]
@@ -270,10 +270,8 @@ def test_a_loss_that_is_not_finite_is_exit_code_1_and_says_how_to_go_on(
 def test_a_run_that_is_killed_is_not_called_clean(tmp_path: Path) -> None:
     file = tiny_config(tmp_path, phases=[{"name": "a", "freeze": ["trunk"], "epochs": 1}, {"name": "b", "epochs": 500}])
     process = subprocess.Popen([sys.executable, "-m", "mtl", "train", str(file), "-q"])
-    deadline = time.monotonic() + 60
     audit = tmp_path / "runs/tiny/audit.json"
-    while time.monotonic() < deadline and not (audit.exists() and '"name": "b"' in audit.read_text()):
-        time.sleep(0.02)
+    wait_until(lambda: audit.exists() and '"name": "b"' in audit.read_text())
     process.kill()
     process.wait()
     report = json.loads(audit.read_text())
@@ -288,12 +286,10 @@ def test_a_run_that_is_interrupted_says_how_to_go_on(tmp_path: Path) -> None:
     file = tiny_config(tmp_path, phases=[{"name": "a", "epochs": 500}])
     command = [sys.executable, "-m", "mtl", "train", str(file), "-q"]
     process = subprocess.Popen(command, stderr=subprocess.PIPE, text=True)
-    deadline = time.monotonic() + 60
     last = tmp_path / "runs/tiny/checkpoints/last"
-    while time.monotonic() < deadline and not last.exists():
-        time.sleep(0.02)
+    wait_until(last.exists)
     process.send_signal(signal.SIGINT)
-    _, said = process.communicate(timeout=60)
+    _, said = process.communicate(timeout=HANGS_S)
     assert process.returncode == 1
     why, how = said.strip().splitlines()
     assert re.fullmatch(r"stopped by SIGINT after step \d+; all is saved", why)

@@ -437,7 +437,7 @@ _RUNS = st.fixed_dictionaries(
 )
 
 
-@settings(max_examples=60, deadline=None, derandomize=True)
+@settings(max_examples=60, derandomize=True)
 @given(run=_RUNS, lengths=st.lists(st.sampled_from([{"epochs": 1}, {"steps": 20}]), min_size=3, max_size=3))
 def test_a_config_written_and_read_back_is_the_same(run: dict[str, Any], lengths: list[dict[str, int]]) -> None:
     phases = [{"name": f"p{place}", **phase, **lengths[place]} for place, phase in enumerate(run["phases"])]

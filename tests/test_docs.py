@@ -58,7 +58,8 @@ def test_the_commands_of_the_documentation_are_found() -> None:
 
 # Figures: each is read out of the page that states it, and computed from the default configuration
 
-NUMBERS = dict(zip("one two three four five six seven eight nine ten eleven twelve".split(), range(1, 13), strict=True))
+WORDS = ("one", "two", "three", "four", "five", "six", "seven", "eight", "nine", "ten", "eleven", "twelve")
+NUMBERS = dict(zip(WORDS, range(1, 13), strict=True))
 
 
 @pytest.fixture(scope="module")
@@ -85,7 +86,7 @@ def test_the_number_of_frozen_blocks_is_the_one_stated(page: str, default: Bluep
     assert [NUMBERS[word] for word in stated(page, r"the stem and the first (\w+) blocks")] == [len(blocks)]
 
 
-def test_the_tasks_steps_and_tensors_of_the_default_run_are_those_stated(default: Blueprint, plan: Plan) -> None:
+def test_the_tasks_steps_and_tensors_of_the_default_run_are_those_stated(default: Blueprint) -> None:
     tasks = default.config.tasks
     assert [NUMBERS[word] for word in stated("README.md", r"trains (\w+) tasks")] == [len(tasks)]
     assert stated("README.md", r"segmentation into (\d+) classes") == [str(default.tasks["segmentation"].num_outputs)]

@@ -15,6 +15,7 @@ from PIL import Image
 import wandb_file
 from mtl.config import TrackingConfig
 from mtl.tracking import Tracker
+from processes import HANGS_S
 
 ROWS = [
     {"step": 1, "epoch": 1, "phase": "warm", "train/loss": 2.5},
@@ -137,7 +138,7 @@ tracker.finish({{}}, failed=False)
         [sys.executable, "-c", code],
         capture_output=True,
         text=True,
-        timeout=180,
+        timeout=HANGS_S,
         stdin=subprocess.DEVNULL,
         env=clean | {"HOME": str(folder)} | surroundings,
         check=True,

@@ -336,7 +336,7 @@ def _leaves(tree: Any, path: KeyPath = ()) -> Iterator[tuple[KeyPath, int]]:
             yield from _leaves(value, (*path, key))
 
 
-@settings(max_examples=60, deadline=None, derandomize=True)
+@settings(max_examples=60, derandomize=True)
 @given(trees=st.lists(_TREES, min_size=1, max_size=3), chained=st.booleans())
 def test_bases_merge_like_nested_dicts_and_every_leaf_knows_its_line(
     trees: list[dict[str, Any]], chained: bool
