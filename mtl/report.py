@@ -30,6 +30,12 @@ if TYPE_CHECKING:
     from matplotlib.figure import Figure
 
 _NUM_EXAMPLES = 6
+
+
+class ReportError(ValueError):
+    """A run whose files cannot be read."""
+
+
 _STYLE = (
     "body{font:15px/1.5 system-ui,sans-serif;max-width:70rem;margin:2rem auto;padding:0 1rem;color:#222}"
     "table{border-collapse:collapse;margin:1rem 0}"
@@ -49,9 +55,15 @@ def write_report(parts: Parts, run_dir: Path, picture: Path | None = None) -> Pa
 
     Returns:
         The file.
+
+    Raises:
+        ReportError: The metrics or the audit of the run cannot be read.
+        CheckpointError: Its weights cannot be.
     """
-    rows = [json.loads(line) for line in (run_dir / "metrics.jsonl").read_text(encoding="utf-8").splitlines()]
-    audit = json.loads((run_dir / "audit.json").read_text(encoding="utf-8"))
+    rows = _read_json(run_dir / "metrics.jsonl", by_line=True)
+    (audit,) = _read_json(run_dir / "audit.json")
+    if not isinstance(audit.get("phases"), list):
+        raise ReportError(f"{run_dir / 'audit.json'}: expected the phases of a run under 'phases'")
     # A run whose score never was a number has no best weights.
     which = "best" if (run_dir / "checkpoints" / "best").exists() else "last"
     if any(is_spread(parameter) for parameter in parts.root.parameters()):
@@ -78,6 +90,22 @@ def write_report(parts: Parts, run_dir: Path, picture: Path | None = None) -> Pa
     )
     write_text(run_dir / "report.html", page)
     return run_dir / "report.html"
+
+
+def _read_json(file: Path, by_line: bool = False) -> list[dict[str, Any]]:
+    """The objects in a JSON file: one, or one a line."""
+    found = []
+    text = file.read_text(encoding="utf-8", errors="replace")
+    for number, part in enumerate(text.splitlines() if by_line else [text], start=1):
+        place = f"{file}:{number}" if by_line else str(file)
+        try:
+            content = json.loads(part)
+        except ValueError as error:
+            raise ReportError(f"{place}: damaged, not JSON: {error}") from error
+        if not isinstance(content, dict):
+            raise ReportError(f"{place}: expected an object, got {part[:50]}")
+        found.append(content)
+    return found
 
 
 def _audit_html(audit: dict[str, Any]) -> str:

@@ -13,10 +13,10 @@ from typing import Any
 
 import pytest
 
-from mtl import __version__
 from mtl.assembly import assemble
 from mtl.cli import main
 from mtl.config import load_config
+from mtl.version import __version__
 from processes import HANGS_S, wait_until
 from runs import read_metrics, tiny_config
 
@@ -78,7 +78,7 @@ def test_a_broken_freeze_is_exit_code_3_and_named(tmp_path: Path) -> None:
         "            model.trunk.bn1.weight[0] += 1\n"
         "AdamW.step = step\n"
     )
-    result = run("train", str(file), "-q", PYTHONPATH=str(tmp_path))
+    result = run("train", str(file), "-q", PYTHONPATH=f"{tmp_path}:{ROOT}")
     assert result.returncode == 3, result.stderr
     assert "phase 'warm-heads', step 1, trunk.bn1.weight: param_changed" in result.stderr
     assert "likely cause: written" in result.stderr
