@@ -149,7 +149,7 @@ BAD: dict[str, tuple[dict[str, Any], list[str], str]] = {
     "images too small for the trunk": (
         {"trunk": {"name": "inception_v3"}, "phases": [{"name": "a", "steps": 1}]},
         [],
-        r"tiny.yaml:\d+: trunk.name: 'inception_v3' with options {} gives no features for images of 32 x 32 pixels",
+        r"tiny.yaml:\d+: data.image_size: 'inception_v3' takes no images of 32 x 32 pixels; sizes that fit: .*299 \(",
     ),
     "options that leave no pooled vector": (
         {},

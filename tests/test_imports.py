@@ -16,7 +16,7 @@ ROOT = Path(__file__).parent.parent
 # The lowest first. A name is a module of `mtl`, or a package with all that is in it; `mtl` itself are the names that it
 # offers from all floors below.
 FLOORS = [
-    ["nearest", "names", "best", "version"],
+    ["nearest", "names", "best", "version", "links"],
     ["matching", "lengths", "plugin"],
     ["patterns"],
     ["config"],
@@ -156,6 +156,7 @@ def test_freeze_and_audit_never_import_each_other() -> None:
 PURE = [
     "mtl",
     "version",
+    "links",
     "guard",
     "training",
     "nearest",

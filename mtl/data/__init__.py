@@ -139,8 +139,11 @@ def check_room(config: DataConfig) -> None:
     size, on_disk, num_made = config.image_size, 0, 0
     check_image(size)
     for split, key, num in zip(("train", "val"), ("num_train", "num_val"), num_images(config), strict=True):
-        if entry_of(_cache_dir(config), _key(data, config, split, num)).exists():
-            continue
+        try:
+            if entry_of(_cache_dir(config), _key(data, config, split, num)).exists():
+                continue
+        except OSError as error:
+            raise SettingError("data.cache_dir", f"{_cache_dir(config)} cannot be read: {error.strerror}") from error
         block = data.module.BLOCK
         # Images are made in whole blocks.
         check_memory("data.image_size", size, block, data.module.stored(block, size))

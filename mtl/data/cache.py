@@ -16,6 +16,7 @@ from safetensors.torch import load_file, save_file
 from torch import Tensor
 
 from mtl.console import logger
+from mtl.links import dead_link
 
 Shape = tuple[int, ...]
 
@@ -93,7 +94,8 @@ def _write(entry: Path, key: Mapping[str, Any], tensors: dict[str, Tensor]) -> N
         entry.parent.mkdir(parents=True, exist_ok=True)
         temporary = Path(tempfile.mkdtemp(prefix=f".{entry.name}.", dir=entry.parent))
     except OSError as error:
-        raise DataError(f"the data cache {entry.parent} cannot be written: {error}; set data.cache_dir") from error
+        why = f"{error.strerror}{dead_link(entry.parent)}"
+        raise DataError(f"the data cache {entry.parent} cannot be written: {why}; set data.cache_dir") from error
     try:
         save_file(tensors, temporary / _TENSORS)
         card = {"key": dict(key), "checksum": _checksum(temporary / _TENSORS)}
