@@ -100,6 +100,15 @@ class MultiTaskModel(nn.Module):
         """
         return self.decode(self.encode(images, tasks), (images.shape[1], images.shape[2]), tasks)
 
+    def __getstate__(self) -> dict[str, Any]:
+        """What a copy or a file gets: no compiled code, which runs this model's weights; a layout as text."""
+        layout = next(name for name, known in MEMORY_FORMATS.items() if known == self.memory_format)
+        return self.__dict__ | {"_compiled": {}, "memory_format": layout}
+
+    def __setstate__(self, state: dict[str, Any]) -> None:
+        layout = MEMORY_FORMATS[state["memory_format"]]
+        super().__setstate__(state | {"memory_format": layout})  # type: ignore[no-untyped-call]  # torch's
+
     def compile_anew(self) -> None:
         """Has trunk and heads compiled when they are next run; what was compiled for another freeze is forgotten."""
         torch.compiler.reset()
