@@ -21,6 +21,7 @@ from mtl.config.optim import BalanceConfig, OptimConfig, word_for
 from mtl.config.phase import PhaseConfig, PhaseEntry, WrittenPhase, num_unrolled, unroll
 from mtl.config.source import ConfigError, KeyPath, Source, dotted, read_source
 from mtl.config.types import Count, Patterns, Seed, Strict, one_as_list
+from mtl.config.words import Device, RunName
 from mtl.names import shorten
 
 # A phase costs at least an optimizer, a contract and a validation.
@@ -203,10 +204,10 @@ class RunConfig(Strict):
         resume_override: Whether to go on although the configuration is another one than the run began with.
     """
 
-    name: str = Field(pattern=r"^[\w\-][\w.\-]*$")
+    name: RunName
     runs_dir: str = "runs"
     seed: Seed = 0
-    device: Annotated[str, Field(pattern=r"^(auto|cpu|cuda(:\d+)?)$")] = "auto"
+    device: Device = "auto"
     memory_format: Literal["contiguous", "channels_last", "auto"] = "contiguous"
     precision: Literal["fp32", "bf16", "fp16", "auto"] = "fp32"
     compile: bool = False
