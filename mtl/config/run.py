@@ -108,7 +108,7 @@ class SegmentationConfig(Strict):
     """
 
     type: Literal["segmentation"]
-    num_classes: Annotated[int, Field(ge=2)]
+    num_classes: Annotated[int, Field(ge=2, le=2**20)]
     ignore_index: int = 255
     balance_power: Annotated[float, Field(ge=0, le=1)] = 0.5
 
@@ -134,7 +134,7 @@ class ClassificationConfig(Strict):
     """
 
     type: Literal["classification"]
-    num_classes: Annotated[int, Field(ge=2)]
+    num_classes: Annotated[int, Field(ge=2, le=2**20)]
     ignore_index: int = -1
 
 

@@ -11,6 +11,9 @@ import yaml
 from mtl.config.nodes import TreeError, expand
 from mtl.config.quotes import quote_hint, quoted
 
+# All of them fit into 64 bits, which is what torch counts with.
+_MOST_DIGITS = 18
+
 
 class ConfigError(ValueError):
     """Mistakes in a configuration, one line each."""
@@ -82,6 +85,8 @@ def compose(text: str, place: Callable[[int], str]) -> yaml.Node | None:
 
 def read_scalar(node: yaml.Node, where: str) -> Any:
     text = node.value
+    if node.tag == _INT and isinstance(text, str) and (digits := len(text.lstrip("+-0"))) > _MOST_DIGITS:
+        raise ConfigError([f"{where}: expected a whole number of at most {_MOST_DIGITS} digits, got one of {digits}"])
     try:
         if isinstance(text, str) and b"\0" in text.encode():
             raise ValueError

@@ -225,6 +225,9 @@ def _create(name: str, pretrained: bool, options: dict[str, Any]) -> nn.Module:
 
 def _options(config: TrunkConfig, image_size: int) -> dict[str, Any]:
     """What timm is given: models with a fixed number of tokens are told the size; the others take any."""
+    for key, instead in (("pretrained", "trunk.weights says"), ("num_classes", "the heads say")):
+        if key in config.options:
+            raise SettingError("trunk.options", f"{key!r} is no option here: that is what {instead}")
     is_fixed = timm.models.get_pretrained_cfg_value(config.name, "fixed_input_size")
     return ({"img_size": image_size} if is_fixed else {}) | config.options
 
