@@ -1,3 +1,42 @@
-"""Multi-task learning with a shared trunk, task heads, and freezes that are declared, enforced and proven."""
+"""Multi-task learning with a shared trunk, task heads, and freezes that are declared, enforced and proven.
 
-__version__ = "0.1.0"
+The names below are imported when they are first used: `import mtl` itself loads neither torch nor anything else.
+"""
+
+from __future__ import annotations
+
+from importlib import import_module
+from typing import TYPE_CHECKING, Any
+
+from mtl.version import __version__
+
+if TYPE_CHECKING:
+    from mtl.audit import GradientAudit, attach
+    from mtl.freeze import enforce, plan_freeze
+    from mtl.scheduler import TaskScheduler
+    from mtl.training import train_config as train
+
+__all__ = ["GradientAudit", "TaskScheduler", "__version__", "attach", "enforce", "plan_freeze", "train"]
+
+_PLACES = {
+    "GradientAudit": ("mtl.audit", "GradientAudit"),
+    "TaskScheduler": ("mtl.scheduler", "TaskScheduler"),
+    "attach": ("mtl.audit", "attach"),
+    "enforce": ("mtl.freeze", "enforce"),
+    "plan_freeze": ("mtl.freeze", "plan_freeze"),
+    "train": ("mtl.training", "train_config"),
+}
+
+
+def __getattr__(name: str) -> Any:
+    if name not in _PLACES:
+        from mtl.nearest import hint
+
+        raise AttributeError(f"module 'mtl' has no attribute {name!r}{hint(name, __all__)}")
+    module, inside = _PLACES[name]
+    found = globals()[name] = getattr(import_module(module), inside)
+    return found
+
+
+def __dir__() -> list[str]:
+    return sorted({*globals(), *__all__})

@@ -12,7 +12,7 @@ from mtl.config import RunConfig, SettingError, mistake_of
 from mtl.config.distributed import DistributedConfig
 from mtl.config.written import Rank, is_written, rank_of
 from mtl.console import logger
-from mtl.data import Split, load_data
+from mtl.data import Split, check_room, load_data
 from mtl.distributed import ALONE, World, WorldError
 from mtl.freeze import trained_statistics
 from mtl.model import start_from
@@ -57,6 +57,10 @@ def assemble(config: RunConfig, quiet: bool = False, world: World = ALONE, begin
     """
     excepted = _check_spread(config, world)
     device = _device(config, world)
+    try:
+        check_room(config.data)
+    except SettingError as error:
+        raise mistake_of(config, error) from error
     world.start(device, config.distributed.timeout_s)
     # Without weights first: what is wrong with the configuration is found before any are loaded.
     plan = make_plan(draw_up_without_weights(config))

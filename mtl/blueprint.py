@@ -14,7 +14,7 @@ from torch import nn
 from mtl.balance import build_balance
 from mtl.config import RunConfig, SettingError, mistake_of
 from mtl.config.source import ConfigError, KeyPath
-from mtl.data import BUILT_IN, num_images
+from mtl.data import BUILT_IN, check_image, num_images
 from mtl.freeze import fixed_parameters
 from mtl.model import MultiTaskModel, build_trunk
 from mtl.model.network import MEMORY_FORMATS
@@ -66,6 +66,11 @@ def draw_up(config: RunConfig, device: str = "cpu", num_train: int | None = None
         ConfigError: Anything in the configuration that turns out not to work, with the place where it was written.
     """
     _check_labels(config)
+    if device != "meta":
+        try:
+            check_image(config.data.image_size)
+        except SettingError as error:
+            raise mistake_of(config, error) from error
     _seed_everything(config.seed)
     tasks = build_tasks(config.tasks)
     # Where it is to be found out, a run begins with the first one.

@@ -3,20 +3,72 @@
 from __future__ import annotations
 
 import logging
+import os
 import sys
 from collections.abc import Sequence
-from typing import Never
+from typing import Never, TextIO
 
 from tqdm import tqdm
 
 logger = logging.getLogger("mtl")
 
 
+class OutputError(Exception):
+    """Standard output does not take what a command has to say: it is closed, or its disk is full."""
+
+
+def say(text: str) -> None:
+    """Prints what a command was asked for.
+
+    Raises:
+        OutputError: Standard output does not take it.
+    """
+    try:
+        sys.stdout.write(text if text.endswith("\n") else f"{text}\n")
+    except OSError as error:
+        raise OutputError(f"standard output cannot be written: {error.strerror}") from error
+    flush_stdout()
+
+
+def flush_stdout() -> None:
+    """Prints what is still in the buffer of standard output.
+
+    Raises:
+        OutputError: Standard output does not take it.
+    """
+    try:
+        sys.stdout.flush()
+    except OSError as error:
+        raise OutputError(f"standard output cannot be written: {error.strerror}") from error
+
+
+def tell(text: str) -> None:
+    """Prints a line on standard error; where that is closed, nobody can be told."""
+    try:
+        sys.stderr.write(text if text.endswith("\n") else f"{text}\n")
+        sys.stderr.flush()
+    except OSError:
+        drop(sys.stderr)
+
+
+def drop(stream: TextIO) -> None:
+    """Sends a standard stream nowhere from here on: Python would fail on what is left in it when it ends."""
+    nowhere = os.open(os.devnull, os.O_WRONLY)
+    os.dup2(nowhere, stream.fileno())
+    os.close(nowhere)
+
+
 class _BesideTheBar(logging.Handler):
     """Prints records as plain lines above a progress bar that may be running."""
 
     def emit(self, record: logging.LogRecord) -> None:
-        tqdm.write(self.format(record), file=sys.stdout)
+        try:
+            tqdm.write(self.format(record), file=sys.stdout)
+            sys.stdout.flush()
+        except OSError as error:
+            # Nothing of a run gets lost by it: its numbers are in its files.
+            drop(sys.stdout)
+            tell(f"standard output cannot be written ({error.strerror}): the run continues without it")
 
 
 def first_line(error: Exception) -> str:

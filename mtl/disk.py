@@ -16,6 +16,25 @@ def is_full(error: Exception) -> bool:
     return isinstance(error, OSError) and error.errno in (errno.ENOSPC, errno.EDQUOT)
 
 
+# What a disk, or who looks after it, does to any program: no room, no right, a fault, a mount that is gone.
+_OF_THE_MACHINE = (
+    *(errno.ENOSPC, errno.EDQUOT, errno.EFBIG, errno.EACCES, errno.EPERM, errno.EROFS),
+    *(errno.EIO, errno.ENXIO, errno.ENODEV, errno.ESTALE, errno.ENOTCONN, errno.EMFILE, errno.ENFILE),
+)
+
+
+def is_of_the_machine(error: Exception) -> bool:
+    """Whether an error is a disk's or the system's, and none of ours."""
+    return isinstance(error, OSError) and error.errno in _OF_THE_MACHINE
+
+
+def in_one_line(error: Exception) -> str:
+    """`file: reason` of a system's error; what it says itself, if it is none."""
+    if isinstance(error, OSError) and error.filename is not None and error.strerror is not None:
+        return f"{error.filename}: {error.strerror}"
+    return str(error)
+
+
 def sync(path: Path) -> None:
     """Forces a file, or what a folder lists, to disk."""
     descriptor = os.open(path, os.O_RDONLY)

@@ -1,9 +1,11 @@
-"""Signals that ask a run to end: it is let finish its step and save what it has."""
+"""Signals that ask a program to end: raised before and after training; in training, the step is finished and saved."""
 
 from __future__ import annotations
 
 import signal
 import threading
+from collections.abc import Iterator
+from contextlib import contextmanager
 from types import FrameType, TracebackType
 from typing import Any
 
@@ -12,10 +14,39 @@ class Stopped(Exception):  # noqa: N818  it is no error
     """A run that was asked to end, and has saved where it stands."""
 
 
-class Interrupt:
-    """Takes note of SIGTERM (as Slurm sends it before it takes a machine back) and SIGINT (Ctrl-C) in a `with` block.
+def asking_signals() -> list[signal.Signals]:
+    """SIGTERM (as Slurm sends it before it takes a machine back), SIGINT (Ctrl-C), and SIGHUP (a closed terminal).
 
-    The first one is only noted. The second one acts as if nobody took note.
+    The last one only if it is not ignored already: `nohup` does that, to let a program live on.
+    """
+    is_kept_alive = signal.getsignal(signal.SIGHUP) is signal.SIG_IGN
+    return [signal.SIGTERM, signal.SIGINT, *([] if is_kept_alive else [signal.SIGHUP])]
+
+
+@contextmanager
+def raised_signals() -> Iterator[None]:
+    """Signals that ask the program to end are raised in the block as `KeyboardInterrupt` with their name.
+
+    A second one ends the program at once, since the first one can be lost: Python drops what a destructor raises.
+    """
+    before: dict[signal.Signals, Any] = {}
+
+    def raise_it(number: int, _: FrameType | None) -> None:
+        for each in before:
+            signal.signal(each, signal.SIG_DFL)
+        raise KeyboardInterrupt(signal.Signals(number).name)
+
+    _set_handlers(before, raise_it)
+    try:
+        yield
+    finally:
+        _restore_handlers(before)
+
+
+class Interrupt:
+    """Records the signals that ask a run to end in a `with` block.
+
+    The first one is only recorded. The second one acts as if nobody listened.
 
     Attributes:
         name: The signal that came; empty if none did.
@@ -31,24 +62,30 @@ class Interrupt:
         self._before: dict[signal.Signals, Any] = {}
 
     def __enter__(self) -> Interrupt:
-        # Python lets the main thread alone listen.
-        if threading.current_thread() is threading.main_thread():
-            for each in (signal.SIGTERM, signal.SIGINT):
-                self._before[each] = signal.signal(each, self._note)
+        _set_handlers(self._before, self._note)
         return self
 
     def __exit__(
         self, kind: type[BaseException] | None, error: BaseException | None, trace: TracebackType | None
     ) -> None:
-        self._restore()
+        _restore_handlers(self._before)
 
     def _note(self, number: int, _: FrameType | None) -> None:
         self.name = signal.Signals(number).name
         if not self._is_patient:
-            self._restore()
+            _restore_handlers(self._before)
 
-    def _restore(self) -> None:
-        while self._before:
-            each, handler = self._before.popitem()
-            # None stands for a handler that was not set from Python, which Python cannot set again.
-            signal.signal(each, signal.SIG_DFL if handler is None else handler)
+
+def _set_handlers(before: dict[signal.Signals, Any], handler: Any) -> None:
+    """Sets a handler for each of the signals, and puts those that were set into `before`."""
+    # Python lets the main thread alone listen.
+    if threading.current_thread() is threading.main_thread():
+        for each in asking_signals():
+            before[each] = signal.signal(each, handler)
+
+
+def _restore_handlers(before: dict[signal.Signals, Any]) -> None:
+    while before:
+        each, handler = before.popitem()
+        # None stands for a handler that was not set from Python, which Python cannot set again.
+        signal.signal(each, signal.SIG_DFL if handler is None else handler)

@@ -13,9 +13,10 @@ from torch.optim import Optimizer
 
 from mtl.config import SettingError
 from mtl.config.optim import OptimizerConfig
+from mtl.console import first_line
 from mtl.nearest import hint
 from mtl.patterns import NO_TREE, ModuleTree, PatternError, select
-from mtl.plugin import PluginError, find_class
+from mtl.plugin import PluginError, find_class, where_it_failed
 
 # They do not step parameters of all shapes from one backward: LBFGS wants a closure, SparseAdam sparse gradients, Muon
 # matrices only.
@@ -24,6 +25,11 @@ _NOT_FOR_THIS_LOOP = ("LBFGS", "SparseAdam", "Muon")
 
 # What options of a user's can make an optimizer raise.
 _THEIR_ERRORS = (TypeError, ValueError, RuntimeError, AssertionError, IndexError, KeyError, AttributeError)
+
+
+def _errors_of(config: OptimizerConfig) -> tuple[type[Exception], ...]:
+    """What an optimizer can raise for which its user is to be told: anything, if it is the user's own."""
+    return (Exception,) if ":" in config.name else _THEIR_ERRORS
 
 
 class UncoveredError(ValueError):
@@ -127,6 +133,7 @@ def build_optimizer(config: OptimizerConfig, groups: Sequence[Mapping[str, Any]]
         SettingError: There is no such optimizer, or it does not take these options or these groups.
     """
     kind = _optimizer_class(config.name)
+    errors = _errors_of(config)
     takes = inspect.signature(kind).parameters
     closure = inspect.signature(kind.step).parameters.get("closure")
     if closure is not None and closure.default is closure.empty:
@@ -137,6 +144,8 @@ def build_optimizer(config: OptimizerConfig, groups: Sequence[Mapping[str, Any]]
     if config.options.get("differentiable"):
         raise SettingError("optimizer.options", "differentiable is for steps that are differentiated, not for training")
     takes_all = any(parameter.kind is parameter.VAR_KEYWORD for parameter in takes.values())
+    if "lr" not in takes and not takes_all:
+        raise SettingError("optimizer.name", f"{config.name} takes no lr, which every phase and schedule sets")
     if "weight_decay" not in takes and not takes_all and any(group["weight_decay"] for group in groups):
         raise SettingError("optimizer.name", f"{config.name} takes no weight decay; set weight_decay to 0")
     options = dict(config.options)
@@ -155,9 +164,10 @@ def build_optimizer(config: OptimizerConfig, groups: Sequence[Mapping[str, Any]]
         # Copies: an optimizer writes the current rate into its groups.
         make: Any = kind
         optimizer: Optimizer = make([dict(group) for group in groups], **options)
-    except _THEIR_ERRORS as error:
-        known = ", ".join(key for key in takes if key not in ("params", "lr", "weight_decay"))
-        raise SettingError("optimizer.options", f"{config.name} takes the options {known}: {error}") from error
+    except errors as error:
+        known = ", ".join(key for key in takes if key not in ("params", "lr", "weight_decay")) or "none"
+        said = where_it_failed(error) if ":" in config.name else first_line(error)
+        raise SettingError("optimizer.options", f"{config.name} takes the options {known}: {said}") from error
     return optimizer
 
 
@@ -195,8 +205,9 @@ def try_out(config: OptimizerConfig, device: torch.device) -> None:
     parameter.grad = torch.zeros_like(parameter)
     try:
         optimizer.step()
-    except _THEIR_ERRORS as error:
-        raise SettingError("optimizer.options", f"{config.name} cannot step on {device.type}: {error}") from error
+    except _errors_of(config) as error:
+        said = where_it_failed(error) if ":" in config.name else first_line(error)
+        raise SettingError("optimizer.options", f"{config.name} cannot step on {device.type}: {said}") from error
 
 
 def _optimizer_class(name: str) -> type[Optimizer]:

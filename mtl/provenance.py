@@ -9,7 +9,7 @@ from importlib.metadata import PackageNotFoundError, version
 from pathlib import Path
 from typing import Any
 
-from mtl import __version__
+from mtl.version import __version__
 
 _PACKAGES = ("torch", "torchvision", "timm", "torchjd", "numpy", "safetensors")
 

@@ -31,6 +31,8 @@ if TYPE_CHECKING:
     from matplotlib.figure import Figure
 
 _NUM_EXAMPLES = 6
+
+
 _STYLE = (
     "body{font:15px/1.5 system-ui,sans-serif;max-width:70rem;margin:2rem auto;padding:0 1rem;color:#222}"
     "table{border-collapse:collapse;margin:1rem 0}"
@@ -53,6 +55,7 @@ def write_report(parts: Parts, run_dir: Path, picture: Path | None = None) -> Pa
 
     Raises:
         RunFileError: A file of the run is damaged.
+        CheckpointError: Its weights cannot be read.
         OSError: The page cannot be written.
     """
     rows, audit = read_metrics(run_dir / METRICS), read_audit(run_dir / AUDIT)

@@ -11,6 +11,7 @@ from pathlib import Path
 
 from mtl.config import RunConfig
 from mtl.console import logger
+from mtl.links import dead_link
 from mtl.run_files import RunFileError, read_state_file
 
 # Lies in every run directory of ours from its first moment on; what lies in other directories is not ours to touch.
@@ -46,6 +47,12 @@ def _is_of_a_checkpoint(file: Path) -> bool:
 def check_run_dir(config: RunConfig) -> None:
     """Raises `ConfigError` if the run directory is taken or cannot be made, or its checkpoints cannot be seen."""
     run_dir = config.run_dir
+    try:
+        if why := dead_link(run_dir):
+            raise config.mistake(("name",) if run_dir.is_symlink() else ("runs_dir",), f"{run_dir} cannot be made{why}")
+        run_dir.exists()
+    except OSError as error:
+        raise config.mistake(("runs_dir",), f"{run_dir} cannot be made: {error.strerror}") from error
     if run_dir.exists() and not run_dir.is_dir():
         raise config.mistake(("name",), f"{run_dir} is a file; expected a directory, or nothing yet")
     if run_dir.is_dir() and any(run_dir.iterdir()) and not goes_on_in_place(config):

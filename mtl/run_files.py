@@ -1,4 +1,4 @@
-"""The files of a run, read: metrics, audit, history, the state of a checkpoint and the configuration, one reader each."""
+"""The files of a run, read: metrics, audit, history, state and configuration, one reader each."""
 
 from __future__ import annotations
 

@@ -154,7 +154,9 @@ class Tracker:
     def _init(
         self, wandb: Any, config: TrackingConfig, run_dir: Path, name: str, run_config: Mapping[str, Any], mode: str
     ) -> Any:
-        settings = wandb.Settings(init_timeout=30, x_disable_stats=True, console="off", silent=True)
+        # Only a server may never answer; wandb's own process comes, if late where others want the processor, too.
+        timeout_s = 30 if mode == "online" else 300
+        settings = wandb.Settings(init_timeout=timeout_s, x_disable_stats=True, console="off", silent=True)
         return wandb.init(
             project=config.project,
             name=name,

@@ -40,6 +40,17 @@ machines="$(scontrol show hostnames "$SLURM_JOB_NODELIST")"
 first="${machines%%$'\n'*}"
 port=$((20000 + SLURM_JOB_ID % 20000))
 
+signals=0
+job=
+hand_on() {
+    signals=$((signals + 1))
+    # srun hands it on to the torchrun of every machine, and that to its processes, which it gives 30 s. A second one
+    # would end them at once.
+    if [ "$signals" = 1 ] && [ -n "$job" ]; then kill -TERM "$job" || true; fi
+}
+# Before anything is started: without it, a signal would end this script, and nobody would queue the job again.
+trap hand_on TERM
+
 # One torchrun on each machine. MAX_RESTARTS=3 has it start its processes again if one of them fails; a run that its audit
 # ended does not go on. If a machine fails, Slurm queues the job again.
 srun --kill-on-bad-exit=1 "$PYTHON" -m torch.distributed.run \
@@ -47,15 +58,7 @@ srun --kill-on-bad-exit=1 "$PYTHON" -m torch.distributed.run \
     --rdzv-id="$SLURM_JOB_ID" --rdzv-backend=c10d --rdzv-endpoint="$first:$port" \
     -m mtl train "$@" resume=auto &
 job=$!
-
-signals=0
-hand_on() {
-    signals=$((signals + 1))
-    # srun hands it on to the torchrun of every machine, and that to its processes, which it gives 30 s. A second one
-    # would end them at once.
-    if [ "$signals" = 1 ]; then kill -TERM "$job" || true; fi
-}
-trap hand_on TERM
+if [ "$signals" != 0 ]; then kill -TERM "$job" || true; fi
 
 # A signal breaks a wait off; then it is waited again, for the processes to save and end.
 seen=-1

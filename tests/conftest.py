@@ -11,6 +11,11 @@ from pathlib import Path
 
 import pytest
 import torch
+from hypothesis import HealthCheck, settings
+
+# How long an example takes says nothing of the code, and a lot of what else the machine does.
+settings.register_profile("any-machine", deadline=None, suppress_health_check=[HealthCheck.too_slow])
+settings.load_profile("any-machine")
 
 
 @pytest.fixture(scope="session")
@@ -25,6 +30,8 @@ def _own_surroundings(monkeypatch: pytest.MonkeyPatch, tmp_path: Path, cache_dir
     monkeypatch.setenv("MTL_CACHE_DIR", str(cache_dir))
     monkeypatch.delenv("WANDB_MODE", raising=False)
     monkeypatch.delenv("WANDB_API_KEY", raising=False)
+    # wandb's own process may be long in coming where others want the processor, too.
+    monkeypatch.setenv("WANDB_X_SERVICE_WAIT", "300")
     torch.manual_seed(0)
     # The command line takes the logger over for its process; every test has it as it was.
     logger = logging.getLogger("mtl")

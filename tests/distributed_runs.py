@@ -8,7 +8,7 @@ import subprocess
 from pathlib import Path
 from typing import Any
 
-from processes import started, torchrun
+from processes import HANGS_S, started, torchrun
 from runs import TINY, tiny_config
 
 PROGRAM = str(Path(__file__).parent / "planted_run.py")
@@ -42,14 +42,14 @@ def surroundings(cache_dir: Path, planted: dict[str, Any] | None = None, folder:
     return found if folder is None else found | {"MTL_TEST_FOLDER": str(folder)}
 
 
-def finish(command: list[str], environment: dict[str, str], seconds: float = 120) -> tuple[int, str]:
+def finish(command: list[str], environment: dict[str, str], seconds: float = HANGS_S) -> tuple[int, str]:
     """Runs a command to its end; returns its exit code, and what it said on standard error."""
     with started(command, **environment) as process:
         _, said = process.communicate(timeout=seconds)
     return process.returncode, said
 
 
-def ask_to_end(process: subprocess.Popen[str], seconds: float = 60) -> str:
+def ask_to_end(process: subprocess.Popen[str], seconds: float = HANGS_S) -> str:
     """Sends SIGTERM, as Slurm does; returns what was said on standard error."""
     process.send_signal(signal.SIGTERM)
     return process.communicate(timeout=seconds)[1]

@@ -132,7 +132,7 @@ def validation(size: int = 4, number: int = 11) -> dict[str, Any]:
 
 
 if __name__ == "__main__":
-    WORLD.start(torch.device("cpu"), timeout_s=60)
+    WORLD.start(torch.device("cpu"), timeout_s=600)
     everything = {"messages": messages(), "phases": phases(), "validation": validation()}
     Path(sys.argv[1], f"{WORLD.rank}.json").write_text(json.dumps(everything))
     # At an ordinary exit, after the group was destroyed, some runs were aborted by a thread of gloo.

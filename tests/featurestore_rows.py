@@ -139,13 +139,13 @@ def kill_at_random(folder: Path, trials: int) -> list[list[str]]:
     duration = time.perf_counter() - begin
     chance = random.Random(0)
     found = []
-    for _ in range(trials):
+    for delay_s in [0.0, None, *(chance.uniform(0, 1.2 * duration) for _ in range(trials))]:
         with open_store(folder, 48, BIG) as store:
             for file in store.path.glob("*"):
                 file.unlink()
         if store.path.exists():
             store.path.rmdir()
-        survived = "survived" if _run_child(work, chance.uniform(0, 1.2 * duration)) else "killed"
+        survived = "survived" if _run_child(work, delay_s) else "killed"
         found.append([survived, _look(folder, "k", 48, BIG)])
     return found
 

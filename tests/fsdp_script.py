@@ -136,7 +136,7 @@ def check(name: str, first: str, folder: Path) -> dict[str, Any]:
 
 
 if __name__ == "__main__":
-    WORLD.start(torch.device("cpu"), timeout_s=60)
+    WORLD.start(torch.device("cpu"), timeout_s=600)
     folder = Path(sys.argv[1])
     everything = {
         name: check(name, first, folder)

@@ -88,7 +88,7 @@ def run(file: str, seed: int, num_kills: int) -> None:
     while deaths < num_kills:
         by_clock = deaths % 2 == 0
         child = live(file, None if by_clock else draw.randrange(5, 120))
-        before, deadline = size(run_dir), time.monotonic() + 60
+        before, deadline = size(run_dir), time.monotonic() + 600
         is_waited_for = by_clock
         while True:
             done, status = os.waitpid(child, os.WNOHANG)

@@ -11,6 +11,9 @@ from collections.abc import Callable, Iterator, Sequence
 from contextlib import contextmanager, suppress
 from pathlib import Path
 
+# After so long, a process hangs: no test waits for it, and none fails since a machine is slow.
+HANGS_S = 600
+
 
 def run_in_two_processes(script: str, folder: Path) -> None:
     """Runs a script under torchrun, on this machine's loopback; it is given the folder."""
@@ -27,7 +30,7 @@ def run_in_processes(script: str, folder: Path, number: int) -> None:
     file.write_text(script)
     command = torchrun(number, str(file), str(folder))
     with started(command) as process:
-        _, said = process.communicate(timeout=240)
+        _, said = process.communicate(timeout=HANGS_S)
     if process.returncode:
         sys.stderr.write(said[-4000:])
         raise subprocess.CalledProcessError(process.returncode, command, said[-4000:])
@@ -82,7 +85,7 @@ def kill_all(process: subprocess.Popen[str]) -> None:
     process.wait()
 
 
-def wait_until(condition: Callable[[], bool], seconds: float = 60) -> None:
+def wait_until(condition: Callable[[], bool], seconds: float = HANGS_S) -> None:
     """Waits for something that another process does.
 
     Raises:

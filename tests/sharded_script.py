@@ -68,7 +68,7 @@ def on_disk(num_rows: int) -> FeatureStore:
 
 
 if __name__ == "__main__":
-    WORLD.start(CPU, timeout_s=60)
+    WORLD.start(CPU, timeout_s=600)
     with torch.inference_mode():
         found = {
             "ram": check(ShardedStore(NUM, FIELDS, WORLD, lambda num: RamStore(num, FIELDS)), lambda _: None),

@@ -349,7 +349,7 @@ def cut_out(whole: Tensor, boxes: list[tuple[list[int], list[int]]]) -> Iterator
         yield offsets, sizes, whole[tuple(slice(o, o + s) for o, s in zip(offsets, sizes, strict=True))]
 
 
-@settings(max_examples=80, deadline=None)
+@settings(max_examples=80)
 @given(split=splits(), data=st.data())
 def test_chunks_that_cover_make_the_tensor_and_others_are_refused(
     split: tuple[list[int], list[tuple[list[int], list[int]]]], data: st.DataObject

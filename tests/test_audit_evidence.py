@@ -24,7 +24,7 @@ NUMBERS = st.sampled_from([0.0, -0.0, 1.0, -2.5, 1e-30, math.inf, math.nan])
 
 
 @given(st.lists(st.tuples(NUMBERS, NUMBERS), min_size=1, max_size=8))
-@settings(deadline=None, derandomize=True, database=None, max_examples=100)
+@settings(derandomize=True, database=None, max_examples=100)
 def test_the_size_of_a_change_is_that_of_a_loop_over_the_elements(pairs: list[tuple[float, float]]) -> None:
     before, after = (torch.tensor(column, dtype=torch.float64) for column in zip(*pairs, strict=True))
     differ = [before.view(torch.int64)[i] != after.view(torch.int64)[i] for i in range(len(pairs))]

@@ -10,7 +10,7 @@ from hypothesis import strategies as st
 
 from mtl.best import Best, Direction
 
-CHECKED = settings(max_examples=100, deadline=None, derandomize=True)
+CHECKED = settings(max_examples=100, derandomize=True)
 NAN, INF = math.nan, math.inf
 
 

@@ -108,7 +108,7 @@ VALUES = st.sampled_from([0.0, 0.25, 0.5, 0.75, NAN, INF])
 
 
 @given(before=st.lists(st.tuples(VALUES, VALUES)), after=st.lists(st.tuples(VALUES, VALUES)))
-@settings(max_examples=100, deadline=None, derandomize=True)
+@settings(max_examples=100, derandomize=True)
 def test_a_run_taken_up_goes_on_as_if_it_had_not_been_left(
     before: list[tuple[float, float]], after: list[tuple[float, float]]
 ) -> None:

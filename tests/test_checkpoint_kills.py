@@ -15,6 +15,7 @@ import pytest
 from torch import nn
 
 from mtl.checkpoint import Checkpoints, SaveError, load_newest, newest_first
+from processes import HANGS_S
 
 ROOT = Path(__file__).parent.parent
 
@@ -26,7 +27,7 @@ def outcomes(verb: str, *arguments: str) -> list[list[Any]]:
         check=True,
         stdout=subprocess.PIPE,
         text=True,
-        timeout=300,
+        timeout=HANGS_S,
         env={**os.environ, "PYTHONPATH": str(ROOT), "OMP_NUM_THREADS": "1"},
     )
     found: list[list[Any]] = json.loads(done.stdout)

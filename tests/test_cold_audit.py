@@ -295,7 +295,7 @@ def test_whatever_is_not_the_same_to_the_bit_is_found(name: str, value: Tensor, 
     assert (difference.name, difference.kind, difference.share) == (name, kind, share)
 
 
-@settings(max_examples=60, deadline=None)
+@settings(max_examples=60)
 @given(
     values=st.lists(st.floats(width=32), min_size=1, max_size=9),
     place=st.integers(0, 8),

@@ -2,15 +2,22 @@
 
 from __future__ import annotations
 
+import json
+import re
+import shutil
 from pathlib import Path
+from typing import Any
 
 import numpy as np
 import pytest
 import torch
+from safetensors.torch import load_file, save_file
 
 from mtl.config import DataConfig, SettingError
 from mtl.data import (
     DataError,
+    cache,
+    check_room,
     load_data,
     multifashion,
     num_batches,
@@ -19,6 +26,7 @@ from mtl.data import (
     validation_batches,
 )
 from mtl.data.dataset import Split
+from mtl.data.room import bytes_of
 from mtl.data.sprites import Sprites, load_sprites
 from mtl.tasks import Classification, Depth, Normals, Segmentation
 
@@ -150,10 +158,31 @@ def test_labels_that_do_not_fit_a_task_are_an_error() -> None:
         load_data(config, {"segmentation": Segmentation(5)}, quiet=True)
 
 
-@pytest.mark.parametrize("harm", ["flip", "truncate", "swap", "card", "missing"])
-def test_a_damaged_data_cache_is_named_and_never_used(tmp_path: Path, harm: str) -> None:
+HARMS = [
+    "flip",
+    "truncate",
+    "empty",
+    "swap",
+    "card",
+    "empty card",
+    "list card",
+    "missing",
+    "file",
+    "link",
+    "shape",
+    "name",
+]
+
+
+@pytest.mark.parametrize("harm", HARMS)
+def test_a_damaged_data_cache_is_made_again_with_a_warning(
+    tmp_path: Path, harm: str, caplog: pytest.LogCaptureFixture
+) -> None:
     config = DataConfig(name="scenes", image_size=16, num_train=10, num_val=5, cache_dir=str(tmp_path))
-    load_data(config, SCENE_TASKS, quiet=True)
+    train, _ = load_data(config, SCENE_TASKS, quiet=True)
+    # What was read is a view of the file that is harmed.
+    sound = Split(train.images.clone(), {name: label.clone() for name, label in train.labels.items()})
+    del train
     entry = next(tmp_path.glob("scenes-train-*"))
     file, card = entry / "data.safetensors", entry / "card.json"
     content = bytearray(file.read_bytes())
@@ -164,12 +193,96 @@ def test_a_damaged_data_cache_is_named_and_never_used(tmp_path: Path, harm: str)
         file.write_bytes(content[:-10])
     elif harm == "swap":
         file.write_bytes((next(tmp_path.glob("scenes-val-*")) / "data.safetensors").read_bytes())
-    elif harm == "card":
-        card.write_text("{")
-    else:
+    elif harm == "empty":
+        file.write_bytes(b"")
+    elif harm in ("card", "empty card", "list card"):
+        card.write_text({"card": "{", "empty card": "", "list card": "[]"}[harm])
+    elif harm == "missing":
         file.unlink()
-    with pytest.raises(DataError, match=rf"the data cache {entry} is damaged .*remove that folder"):
+    elif harm in ("file", "link"):
+        shutil.rmtree(entry)
+        entry.write_text("") if harm == "file" else entry.symlink_to("nowhere")
+    else:
+        # Whole by its own checksum, but not what belongs there.
+        tensors = load_file(file)
+        tensors["depth" if harm == "shape" else "dept"] = tensors.pop("depth")[:, :, :8].contiguous()
+        save_file(tensors, file)
+        card.write_text(json.dumps(json.loads(card.read_text()) | {"checksum": cache._checksum(file)}))
+    again, _ = load_data(config, SCENE_TASKS, quiet=True)
+    (warned,) = [record.getMessage() for record in caplog.records]
+    assert warned.startswith(f"the data cache {entry} is damaged (") and warned.endswith("): the data is made again")
+    assert torch.equal(again.images, sound.images)
+    assert all(torch.equal(again.labels[name], sound.labels[name]) for name in sound.labels)
+    caplog.clear()
+    load_data(config, SCENE_TASKS, quiet=True)
+    assert not caplog.records and not list(tmp_path.glob(".*"))
+
+
+def test_a_cache_that_cannot_keep_what_is_written_is_named(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    config = DataConfig(name="scenes", image_size=16, num_train=5, num_val=5, cache_dir=str(tmp_path))
+    numbers = iter(range(100))
+    monkeypatch.setattr(cache, "_checksum", lambda _: next(numbers))
+    with pytest.raises(DataError, match=r"is not what was written a moment ago .*set data\.cache_dir"):
         load_data(config, SCENE_TASKS, quiet=True)
+
+
+@pytest.mark.parametrize("module", [scenes, multifashion])
+def test_what_a_data_set_is_said_to_take_is_what_it_takes(module: Any) -> None:
+    block = module.render_block(load_sprites("val"), 16, 0, 0)
+    assert module.stored(module.BLOCK, 16) == {name: (array.shape, array.itemsize) for name, array in block.items()}
+    assert bytes_of(module.stored(module.BLOCK, 16)) == sum(array.nbytes for array in block.values())
+
+
+@pytest.mark.parametrize(
+    ("changes", "key", "message"),
+    [
+        (
+            {"image_size": 10**9},
+            "data.image_size",
+            r"one image of 1,000,000,000 x 1,000,000,000 pixels takes 12,000,000,000 GB",
+        ),
+        (
+            {"image_size": 20_000},
+            "data.image_size",
+            r"50 images of 20,000 x 20,000 pixels with their labels take 560 GB",
+        ),
+        (
+            {"num_train": 10**9},
+            "data.num_train",
+            r"1,000,000,000 images of 64 x 64 pixels with their labels take 114,704 GB",
+        ),
+        ({"num_val": 10**9}, "data.num_val", r"1,000,000,000 images of 64 x 64 pixels"),
+    ],
+)
+def test_data_that_is_certain_not_to_fit_into_memory_is_refused_with_its_bytes(
+    changes: dict[str, int], key: str, message: str, tmp_path: Path
+) -> None:
+    config = DataConfig(name="scenes", cache_dir=str(tmp_path / "cache"), **changes)
+    with pytest.raises(
+        SettingError, match=rf"^{re.escape(key)}: {message}.* and this machine has [\d.]+ \wB of memory"
+    ):
+        check_room(config)
+    assert list(tmp_path.iterdir()) == []
+
+
+def test_data_that_is_certain_not_to_fit_on_the_disk_is_refused_with_its_bytes(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    usage = shutil.disk_usage(tmp_path)._replace(free=100_000)
+    monkeypatch.setattr("mtl.data.room.shutil.disk_usage", lambda _: usage)
+    folder = tmp_path / "deep/cache"
+    config = DataConfig(name="scenes", image_size=16, num_train=20, num_val=10, cache_dir=str(folder))
+    message = (
+        "30 images of 16 x 16 pixels with their labels take 108 kB in the data cache .*, and 100 kB are free there"
+    )
+    with pytest.raises(SettingError, match=rf"^data\.num_train: {message}; another disk: data\.cache_dir"):
+        check_room(config)
+    assert not folder.exists()
+    fewer = config.model_copy(update={"num_train": 10})
+    check_room(fewer)
+    load_data(fewer, SCENE_TASKS, quiet=True)
+    monkeypatch.setattr("mtl.data.room.shutil.disk_usage", lambda _: usage._replace(free=0))
+    check_room(fewer)  # it is there already
 
 
 def test_the_cache_is_read_the_second_time(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:

@@ -6,14 +6,13 @@ import json
 import os
 import signal
 import subprocess
-import time
 from pathlib import Path
 
 import pytest
 
 from distributed_runs import command, surroundings
 from distributed_runs import finish as ended
-from processes import torchrun, wait_until, workers
+from processes import HANGS_S, torchrun, wait_until, workers
 from runs import tiny_config
 
 
@@ -30,7 +29,7 @@ def start(number: int, file: Path, *arguments: str) -> subprocess.Popen[str]:
 
 
 def finish(process: subprocess.Popen[str], expected: int = 0) -> str:
-    said, _ = process.communicate(timeout=200)
+    said, _ = process.communicate(timeout=HANGS_S)
     assert process.returncode == expected, said[-3000:]
     return said
 
@@ -47,9 +46,8 @@ def started_and_signalled(folder: Path, sent: signal.Signals) -> subprocess.Pope
 @pytest.mark.slow
 def test_a_process_that_is_killed_ends_all_with_a_clear_error(tmp_path: Path) -> None:
     process = started_and_signalled(tmp_path, signal.SIGKILL)
-    started = time.monotonic()
+    # Long before `distributed.timeout_s` would end them, or this wait.
     said = finish(process, 1)
-    assert time.monotonic() - started < 60
     assert "error: another process of this run has ended" in said or "Signal 9 (SIGKILL)" in said
 
 

@@ -13,7 +13,7 @@ from torch import Tensor
 from crashes import assert_same, results
 from distributed_runs import EQUAL, ask_to_end, command, finish, surroundings
 from mtl.run import train
-from processes import kill_all, started, wait_until
+from processes import HANGS_S, kill_all, started, wait_until
 from runs import TINY, read_metrics, read_model, tiny_parts
 from test_resume import PHASES
 
@@ -158,7 +158,7 @@ def test_two_machines_with_a_torchrun_each_train_what_one_process_does(
     options = ("--nnodes=2", "--rdzv-id=mtl", f"--rdzv-endpoint=127.0.0.1:{port}")
     whole, environment = command(1, tmp_path, options=options), surroundings(cache_dir)
     with started(whole, **environment) as first, started(whole, **environment) as second:
-        said = [machine.communicate(timeout=120)[1] for machine in (first, second)]
+        said = [machine.communicate(timeout=HANGS_S)[1] for machine in (first, second)]
         assert [first.returncode, second.returncode] == [0, 0], said
     assert_close(tmp_path / "runs/tiny", one)
     assert_is_one_run(tmp_path / "runs/tiny")

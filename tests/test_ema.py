@@ -30,7 +30,7 @@ def bits(tensors: dict[str, Any]) -> dict[str, bytes]:
     return {name: tensor.detach().numpy().tobytes() for name, tensor in tensors.items()}
 
 
-@settings(max_examples=40, deadline=None, derandomize=True)
+@settings(max_examples=40, derandomize=True)
 @given(decay=st.floats(0.01, 0.999), num_steps=st.integers(0, 30), seed=st.integers(0, 1000))
 def test_the_average_is_that_of_a_loop_by_hand(decay: float, num_steps: int, seed: int) -> None:
     generator = torch.Generator().manual_seed(seed)

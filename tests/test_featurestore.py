@@ -45,7 +45,7 @@ def make(request: pytest.FixtureRequest, tmp_path: Path) -> Make:
 a_field = st.builds(Field, st.lists(st.integers(1, 4), max_size=3).map(tuple), st.sampled_from(DTYPES))
 
 
-@settings(max_examples=60, deadline=None)
+@settings(max_examples=60)
 @given(data=st.data(), kind=st.sampled_from(["ram", "disk"]))
 def test_what_is_read_is_bit_for_bit_what_was_written(data: st.DataObject, kind: str) -> None:
     fields = data.draw(st.lists(a_field, min_size=1, max_size=3))

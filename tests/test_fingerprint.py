@@ -24,7 +24,7 @@ DTYPES = [
     torch.bool,
     torch.complex64,
 ]
-quick = settings(deadline=None, derandomize=True, database=None, max_examples=60)
+quick = settings(derandomize=True, database=None, max_examples=60)
 
 
 def raw(tensor: Tensor) -> Tensor:

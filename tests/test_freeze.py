@@ -615,7 +615,7 @@ PATTERN_LISTS = st.lists(
 
 
 @given(PATTERN_LISTS)
-@settings(deadline=None, derandomize=True, database=None, max_examples=200)
+@settings(derandomize=True, database=None, max_examples=200)
 def test_any_plan_is_a_partition_and_enforcing_it_makes_it_so(patterns: list[str]) -> None:
     model = Tree()
     parameters = dict(model.named_parameters())
@@ -655,7 +655,7 @@ NEVER_REFUSED = st.lists(
 
 
 @given(NEVER_REFUSED, NEVER_REFUSED)
-@settings(deadline=None, derandomize=True, database=None, max_examples=60)
+@settings(derandomize=True, database=None, max_examples=60)
 def test_enforcing_a_plan_forgets_the_plan_before(first: list[str], second: list[str]) -> None:
     model, fresh = Tree(), Tree()
     plans = [plan_freeze(model, first), plan_freeze(model, second)]

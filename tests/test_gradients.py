@@ -161,7 +161,7 @@ def network(seed: int, num_tasks: int, dtype: torch.dtype) -> tuple[nn.Sequentia
     }
 
 
-@settings(max_examples=25, deadline=None, derandomize=True)
+@settings(max_examples=25, derandomize=True)
 @given(seed=st.integers(0, 10**6), num_tasks=st.integers(1, 4))
 def test_it_agrees_with_a_reference_in_float64(seed: int, num_tasks: int) -> None:
     trunk, losses = network(seed, num_tasks, torch.float64)
@@ -187,7 +187,7 @@ def test_it_agrees_with_a_reference_in_float64(seed: int, num_tasks: int) -> Non
         assert -1 <= pair.cosine <= 1 and 0 <= pair.magnitude_similarity <= 1
 
 
-@settings(max_examples=25, deadline=None, derandomize=True)
+@settings(max_examples=25, derandomize=True)
 @given(seed=st.integers(0, 10**6), num_tasks=st.integers(1, 4))
 def test_a_row_can_be_read_again(seed: int, num_tasks: int) -> None:
     trunk, losses = network(seed, num_tasks, torch.float32)

@@ -27,7 +27,7 @@ from mtl.config.optim import (
 from mtl.lr_schedule import LrSchedule, factor_at
 from mtl.optim import build_optimizer
 
-CHECKED = settings(max_examples=100, deadline=None, derandomize=True)
+CHECKED = settings(max_examples=100, derandomize=True)
 NAN = math.nan
 HIGH, LOW = (1 + math.sqrt(0.5)) / 2, (1 - math.sqrt(0.5)) / 2
 CONSTANT, COSINE = ConstantConfig(name="constant"), CosineConfig(name="cosine")
@@ -211,7 +211,7 @@ def test_step_is_that_of_torch(every_epochs: int, steps_per_epoch: int, factor: 
     min_delta=st.sampled_from([0.0, 0.05, 0.1]),
     direction=st.sampled_from(["higher", "lower"]),
 )
-@settings(max_examples=300, deadline=None, derandomize=True)
+@settings(max_examples=300, derandomize=True)
 def test_plateau_is_that_of_torch(metrics: list[float], patience: int, min_delta: float, direction: Direction) -> None:
     ours, theirs = optimizer_of(1.0, 0.3), optimizer_of(1.0, 0.3)
     config = PlateauConfig(name="plateau", metric="val/m", patience=patience, min_delta=min_delta, factor=0.5)

@@ -6,7 +6,7 @@ import pytest
 import timm
 import torch
 
-from mtl.config import TrunkConfig
+from mtl.config import SettingError, TrunkConfig
 from mtl.model import MultiTaskModel, start_from
 from mtl.model.heads import enlarge
 from mtl.model.network import Normalize, build_trunk
@@ -168,6 +168,32 @@ def test_an_unknown_trunk_is_refused_with_the_nearest_names() -> None:
 def test_options_that_timm_does_not_take_are_refused() -> None:
     with pytest.raises(ValueError, match=r"timm cannot build 'resnet18' with \{'colour': 3\}.*colour"):
         build_trunk(TrunkConfig(name="resnet18", options={"colour": 3}), 32)
+
+
+@pytest.mark.parametrize(
+    ("name", "size", "options", "fitting"),
+    [
+        ("test_vit", 50, {}, [48, 64, 160]),
+        ("vit_tiny_patch16_224", 8, {}, [16, 224]),
+        ("hiera_tiny_224", 50, {}, [32, 64, 224]),
+        ("vit_tiny_patch16_224", 64, {"img_size": 224}, [224]),
+        pytest.param("maxvit_tiny_tf_224", 100, {}, [96, 128, 224], marks=pytest.mark.slow),
+        pytest.param("xcit_nano_12_p16_224", 100, {}, [96, 112, 224], marks=pytest.mark.slow),
+        pytest.param("convnext_atto", 16, {}, [32, 224], marks=pytest.mark.slow),
+    ],
+)
+def test_a_size_that_the_trunk_does_not_take_is_blamed_with_sizes_that_fit(
+    name: str, size: int, options: dict[str, int], fitting: list[int]
+) -> None:
+    config = TrunkConfig(name=name, options=options)
+    with torch.device("meta"):
+        with pytest.raises(SettingError) as caught:
+            MultiTaskModel(config, {"depth": Depth()}, size)
+        assert caught.value.key == "data.image_size"
+        start = f"{name!r} takes no images of {size} x {size} pixels; sizes that fit: {', '.join(map(str, fitting))} ("
+        assert caught.value.message.startswith(start)
+        for each in fitting:
+            MultiTaskModel(config, {"depth": Depth()}, each)
 
 
 @pytest.mark.parametrize("layout", [torch.contiguous_format, torch.channels_last])

@@ -169,7 +169,7 @@ def test_freezing_by_plan_gives_the_bits_of_training_only_the_rest_by_hand(confi
     phases=st.lists(st.tuples(st.sets(st.sampled_from(NAMES), min_size=1), st.integers(0, 3)), min_size=1, max_size=6),
     config=st.sampled_from([SGD, ADAM, ADAMW]),
 )
-@settings(max_examples=60, deadline=None, derandomize=True)
+@settings(max_examples=60, derandomize=True)
 def test_phases_are_one_optimizer_that_skips_what_is_frozen(
     phases: list[tuple[set[str], int]], config: OptimizerConfig
 ) -> None:

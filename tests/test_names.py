@@ -61,7 +61,7 @@ def names_of_tensors(draw: st.DrawFn) -> list[str]:
 
 
 @given(every=names_of_tensors(), data=st.data())
-@settings(max_examples=300, deadline=None, derandomize=True)
+@settings(max_examples=300, derandomize=True)
 def test_exactly_the_names_are_covered_each_once_by_the_largest_modules(every: list[str], data: st.DataObject) -> None:
     wanted = data.draw(st.lists(st.sampled_from(every), unique=True))
     short = condense(wanted, every)
@@ -74,7 +74,7 @@ def test_exactly_the_names_are_covered_each_once_by_the_largest_modules(every: l
 
 
 @given(every=names_of_tensors())
-@settings(max_examples=100, deadline=None, derandomize=True)
+@settings(max_examples=100, derandomize=True)
 def test_all_names_are_the_outermost_modules(every: list[str]) -> None:
     assert condense(every, every) == list(dict.fromkeys(name.split(".")[0] for name in every))
 

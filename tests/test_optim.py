@@ -399,6 +399,47 @@ def test_an_optimizer_of_ones_own_that_cannot_be_had_is_refused(own_module: str,
         build_optimizer(OptimizerConfig(name=name), groups_of(tiny()))
 
 
+@pytest.mark.parametrize(
+    ("body", "key", "message"),
+    [
+        ("def __init__(self, params, weight_decay=0): ...", "optimizer.name", "takes no lr, which every phase"),
+        ("@abstractmethod\n    def more(self): ...", "optimizer.name", "is abstract: it lacks more"),
+        (
+            "def __init__(self, params, lr): 1 / 0",
+            "optimizer.options",
+            r"takes the options none: ZeroDiv.*own_bad\.py:5",
+        ),
+        (
+            "def __init__(self, params, lr, size): ...",
+            "optimizer.options",
+            r"takes the options size: TypeError: .*missing 1 required positional argument: 'size'",
+        ),
+        (
+            "def __init__(self, params, lr): super().__init__(params, {'lr': lr})",
+            "optimizer.options",
+            "cannot step on cpu: NotImplementedError",
+        ),
+        (
+            "def __init__(self, params, lr): super().__init__(params, {'lr': lr})\n    def step(self): 1 / 0",
+            "optimizer.options",
+            r"cannot step on cpu: ZeroDivisionError: .* \(.*own_bad\.py:6\)",
+        ),
+    ],
+)
+def test_a_class_of_ones_own_that_does_not_work_is_told_at_its_key(
+    own_module: str, tmp_path: Path, body: str, key: str, message: str
+) -> None:
+    assert own_module
+    head = "from abc import ABC, abstractmethod\nfrom torch.optim import Optimizer\n\nclass Bad(Optimizer, ABC):\n    "
+    (tmp_path / "own_bad.py").write_text(head + body + "\n")
+    try:
+        with pytest.raises(SettingError, match=message) as caught:
+            try_out(OptimizerConfig(name="own_bad:Bad"), torch.device("cpu"))
+    finally:
+        sys.modules.pop("own_bad", None)
+    assert caught.value.key == key and "\n" not in caught.value.message
+
+
 def test_ones_own_that_takes_no_decay_or_other_options_is_refused(own_module: str) -> None:
     name = f"{own_module}:Halves"
     with pytest.raises(SettingError, match=r"^optimizer\.name: own_optimizers:Halves takes no weight decay"):

@@ -211,7 +211,7 @@ def run_with(phases: list[dict[str, Any]]) -> RunConfig:
     return load_config(RUN)
 
 
-@settings(max_examples=60, deadline=None, derandomize=True)
+@settings(max_examples=60, derandomize=True)
 @given(entries=_ENTRIES)
 def test_phases_written_back_as_the_trainer_does_are_the_same(entries: list[dict[str, Any]]) -> None:
     config = run_with(named(entries))
@@ -252,7 +252,7 @@ def test_repeats_are_written_out_in_this_order_under_these_names() -> None:
     assert [phase.config.name for phase in written] == [name.split(".")[0] for name, _ in table]
 
 
-@settings(max_examples=60, deadline=None, derandomize=True)
+@settings(max_examples=60, derandomize=True)
 @given(entries=_ENTRIES)
 def test_as_many_phases_are_counted_as_are_written_out(entries: list[dict[str, Any]]) -> None:
     phases = run_with(named(entries)).phases

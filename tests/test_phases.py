@@ -90,7 +90,7 @@ def accepted(patterns: list[str]) -> list[str]:
     return kept
 
 
-@settings(max_examples=25, deadline=None, derandomize=True)
+@settings(max_examples=25, derandomize=True)
 @given(patterns=_LISTS)
 def test_train_freezes_exactly_what_its_patterns_do_not_select(patterns: list[str]) -> None:
     patterns = accepted(patterns)
@@ -121,7 +121,7 @@ def test_train_refuses_to_take_back_what_it_did_not_name_as_freeze_does(patterns
         assert mistake.startswith(f"run.yaml:6: phases.a.{key}.1: pattern {patterns[1]!r} takes nothing back")
 
 
-@settings(max_examples=25, deadline=None, derandomize=True)
+@settings(max_examples=25, derandomize=True)
 @given(always=_LISTS, own=_LISTS, key=st.sampled_from(["freeze", "train"]))
 def test_no_phase_takes_back_what_is_always_frozen(always: list[str], own: list[str], key: str) -> None:
     always, own = accepted(always), accepted(own)

@@ -161,7 +161,7 @@ def is_in(name: str, sets: list[set[str]]) -> bool:
     return any(name in each for each in sets)
 
 
-@settings(max_examples=40, deadline=None)
+@settings(max_examples=40)
 @given(freezes=st.lists(PATTERNS, min_size=1, max_size=3))
 def test_whatever_the_patterns_frozen_and_trained_are_a_partition_and_each_match_is_claimed_once(
     resolver: tuple[nn.Module, Resolver], freezes: list[list[str]]

@@ -65,7 +65,7 @@ def test_the_search_path_is_as_it_was_after_success_and_after_every_failure(writ
     for text in ("own_layers:Nothing", "own_nothing:Layer"):
         with pytest.raises(PluginError):
             find_class(text, nn.Module)
-    with pytest.raises(ZeroDivisionError):
+    with pytest.raises(PluginError):
         find_class("own_broken:Layer", nn.Module)
     assert sys.path == before
 
@@ -114,7 +114,41 @@ def test_a_module_that_misses_another_is_refused_with_that_ones_name(write_modul
         find_class("own_layers:Layer", nn.Module)
 
 
-def test_an_error_inside_the_module_is_raised_as_it_is(write_module: WriteModule) -> None:
-    write_module("own_layers", "raise KeyError('inside')\n")
-    with pytest.raises(KeyError, match="inside"):
+@pytest.mark.parametrize(
+    ("text", "said"),
+    [
+        ("import json\n\nraise KeyError('inside')\n", "KeyError: 'inside' ({file}:3)"),
+        ("1 / 0\n", "ZeroDivisionError: division by zero ({file}:1)"),
+        ("x = 1\nclass Layer(:\n", "SyntaxError: invalid syntax ({file}:2)"),
+        ("x = 1\n  y = 2\n", "SyntaxError: unexpected indent ({file}:2)"),
+        ("from torch import nothing_like_it\n", "ImportError: cannot import name 'nothing_like_it' from 'torch'"),
+        ("from . import neighbour\n", "ImportError: attempted relative import with no known parent package ({file}:1)"),
+        ("import sys\nsys.exit(3)\n", "SystemExit: 3 ({file}:2)"),
+        ("assert False\n", "AssertionError ({file}:1)"),
+        ("raise ValueError('two\\nlines')\n", "ValueError: two lines ({file}:1)"),
+    ],
+)
+def test_a_module_that_fails_is_one_line_with_the_place(
+    write_module: WriteModule, tmp_path: Path, text: str, said: str
+) -> None:
+    write_module("own_layers", text)
+    with pytest.raises(PluginError) as caught:
+        find_class("own_layers:Layer", nn.Module)
+    expected = f"'own_layers' cannot be imported: {said.format(file=tmp_path / 'own_layers.py')}"
+    assert str(caught.value).startswith(expected) and "\n" not in str(caught.value)
+
+
+def test_what_interrupts_an_import_is_no_mistake_of_the_module(write_module: WriteModule) -> None:
+    write_module("own_layers", "raise KeyboardInterrupt\n")
+    with pytest.raises(KeyboardInterrupt):
+        find_class("own_layers:Layer", nn.Module)
+
+
+def test_an_abstract_class_is_refused_with_what_it_lacks(write_module: WriteModule) -> None:
+    write_module(
+        "own_layers",
+        "from abc import ABC, abstractmethod\nfrom torch import nn\nclass Layer(nn.Module, ABC):\n"
+        "    @abstractmethod\n    def width(self): ...\n    @abstractmethod\n    def depth(self): ...\n",
+    )
+    with pytest.raises(PluginError, match=r"^own_layers:Layer is abstract: it lacks depth, width$"):
         find_class("own_layers:Layer", nn.Module)

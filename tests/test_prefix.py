@@ -419,7 +419,7 @@ KINDS = ["conv", "add", "add in place", "act in place", "norm", "pair", "view", 
 LINES = st.lists(st.tuples(st.sampled_from(KINDS), st.integers(0, 9), st.integers(0, 9)), min_size=1, max_size=8)
 
 
-@settings(max_examples=60, deadline=None, derandomize=True)
+@settings(max_examples=60, derandomize=True)
 @given(LINES, st.lists(st.booleans(), min_size=2, max_size=4))
 def test_any_program_is_kept_to_the_bit_or_refused(lines: list[tuple[str, int, int]], is_frozen: list[bool]) -> None:
     trunk = Program(lines, [True, *is_frozen])

@@ -7,7 +7,6 @@ import os
 import signal
 import subprocess
 import sys
-import time
 from pathlib import Path
 from typing import Any
 
@@ -20,6 +19,7 @@ from mtl.cli import main
 from mtl.config import ConfigError, load_config
 from mtl.run import train
 from mtl.run_dir import MARK, claimed_run_dir
+from processes import HANGS_S, wait_until
 from runs import TINY, read_metrics, tiny_config, tiny_parts
 
 HERE = Path(__file__).parent
@@ -73,7 +73,7 @@ def test_a_run_that_is_killed_at_random_moments_ends_with_the_bits_of_one_that_n
         capture_output=True,
         text=True,
         check=False,
-        timeout=500,
+        timeout=HANGS_S,
         env={**os.environ, "PYTHONPATH": f"{HERE.parent}:{HERE}"},
     )
     assert killed.returncode == 0, killed.stderr[-2000:]
@@ -242,11 +242,9 @@ def test_a_signal_saves_within_the_step_and_the_run_goes_on_to_the_same_bits(
     command = [sys.executable, "-m", "mtl", "train", str(file), "-q", "resume=auto"]
     process = subprocess.Popen(command, stderr=subprocess.PIPE, text=True)
     metrics = tmp_path / "runs/tiny/metrics.jsonl"
-    deadline = time.monotonic() + 60
-    while time.monotonic() < deadline and not (metrics.exists() and metrics.read_text().count("\n") > 20):
-        time.sleep(0.01)
+    wait_until(lambda: metrics.exists() and metrics.read_text().count("\n") > 20)
     process.send_signal(asked)
-    _, said = process.communicate(timeout=60)
+    _, said = process.communicate(timeout=HANGS_S)
     assert process.returncode == 1
     assert f"stopped by {asked.name} after step" in said and "to go on: the same command with resume=auto" in said
     assert main(command[3:]) == 0

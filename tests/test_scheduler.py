@@ -15,7 +15,7 @@ from hypothesis import strategies as st
 from mtl.lengths import AllOf, AnyOf, Condition, PhaseLength, Plateau, Reached, Spent
 from mtl.scheduler import PhaseChange, TaskScheduler
 
-CHECKED = settings(max_examples=100, deadline=None, derandomize=True)
+CHECKED = settings(max_examples=100, derandomize=True)
 NAN, INF = math.nan, math.inf
 
 # `s` is a step, a number the seconds that passed, a dictionary an epoch's metrics, `e` an epoch without metrics.

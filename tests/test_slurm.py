@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import json
 import os
+import re
 import signal
 import subprocess
 import sys
@@ -11,7 +12,7 @@ from pathlib import Path
 
 import pytest
 
-from processes import wait_until
+from processes import HANGS_S, wait_until
 
 SCRIPT = Path(__file__).parent.parent / "scripts/slurm.sh"
 # Each writes down how it was called; srun then does as the test says.
@@ -20,14 +21,16 @@ import json, os, signal, sys, time
 kept = {{key: os.environ.get(key) for key in ("OMP_NUM_THREADS", "PYTHONPATH", "TORCH_DISABLE_SHARE_RDZV_TCP_STORE")}}
 def end(number, frame):
     open("{folder}/got-term", "a").write("x")
-    time.sleep(float(os.environ.get("TAKES", "0.3")))
+    while os.environ.get("SAVES") and not os.path.exists("{folder}/saved"):
+        time.sleep(0.01)
     sys.exit(int(os.environ.get("ENDS", "0")))
 signal.signal(signal.SIGTERM, end)
+signal.alarm(600)  # nothing is left of a test that failed
 with open("{folder}/srun.json", "w") as stream:
     json.dump({{"arguments": sys.argv[1:], "cwd": os.getcwd(), **kept}}, stream)
 os.rename("{folder}/srun.json", "{folder}/srun-called.json")
-if os.environ.get("WAITS"):
-    time.sleep(30)
+while os.environ.get("WAITS"):
+    signal.pause()
 sys.exit(int(os.environ.get("ENDS", "0")))
 """
 SCONTROL = """#!/bin/bash
@@ -71,9 +74,17 @@ def start(slurm: Path, *arguments: str, **changes: str) -> subprocess.Popen[str]
 
 
 def finish(process: subprocess.Popen[str]) -> tuple[int, str]:
-    out, err = process.communicate(timeout=60)
+    out, err = process.communicate(timeout=HANGS_S)
     assert err == ""
     return process.returncode, out
+
+
+def is_pending(pid: int, sent: signal.Signals) -> bool:
+    """Whether a process has not taken note of a signal yet."""
+    status = Path(f"/proc/{pid}/status").read_text()
+    return any(
+        int(mask, 16) >> (sent - 1) & 1 for mask in re.findall(r"^(?:SigPnd|ShdPnd):\s+(\w+)$", status, re.MULTILINE)
+    )
 
 
 def requeued(slurm: Path) -> bool:
@@ -132,11 +143,13 @@ def test_when_the_time_is_up_it_waits_for_the_checkpoint_and_is_queued_again(
 
 
 def test_a_second_signal_does_not_queue_it_again_before_the_processes_have_saved(slurm: Path) -> None:
-    process = start(slurm, "c.yaml", ENDS="0", WAITS="1", TAKES="2")
+    process = start(slurm, "c.yaml", ENDS="0", WAITS="1", SAVES="1")
     wait_until((slurm / "srun-called.json").exists)
     process.send_signal(signal.SIGTERM)
     wait_until((slurm / "got-term").exists)
     process.send_signal(signal.SIGTERM)
+    wait_until(lambda: not is_pending(process.pid, signal.SIGTERM))
+    (slurm / "saved").touch()
     # They had saved all and were over: nothing is left to go on with.
     assert finish(process) == (0, "")
     assert not requeued(slurm)

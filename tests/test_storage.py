@@ -178,7 +178,7 @@ def addresses(shape: Shape) -> set[tuple[int, int]]:
 
 @pytest.mark.parametrize("device", ["cpu", "meta"])
 @given(first=st.lists(shapes(), max_size=5), second=st.lists(shapes(), max_size=5))
-@settings(max_examples=200, deadline=None, derandomize=True)
+@settings(max_examples=200, derandomize=True)
 def test_pairs_are_those_whose_sets_of_addresses_meet(device: str, first: list[Shape], second: list[Shape]) -> None:
     buffers = [torch.zeros(NUM_BYTES, dtype=torch.uint8, device=device) for _ in range(2)]
     found = overlapping([made(shape, buffers) for shape in first], [made(shape, buffers) for shape in second])

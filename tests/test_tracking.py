@@ -16,6 +16,7 @@ from PIL import Image
 import wandb_file
 from mtl.config import TrackingConfig
 from mtl.tracking import Tracker
+from processes import HANGS_S
 from runs import tiny_config
 
 ROWS = [
@@ -154,7 +155,7 @@ tracker.finish({{}}, failed=False)
         [sys.executable, "-c", code],
         capture_output=True,
         text=True,
-        timeout=180,
+        timeout=HANGS_S,
         stdin=subprocess.DEVNULL,
         env=clean | {"HOME": str(folder)} | surroundings,
         check=True,

@@ -4,7 +4,6 @@ from __future__ import annotations
 
 import builtins
 import socket
-import time
 from importlib.util import find_spec
 from pathlib import Path
 
@@ -61,19 +60,21 @@ def test_a_missing_package_is_named_with_the_command_that_installs_it(monkeypatc
         packaged_weights()
 
 
-def test_the_hub_without_a_network_fails_in_seconds_and_names_the_other_choices(
+def test_the_hub_without_a_network_is_tried_once_and_the_other_choices_are_named(
     monkeypatch: pytest.MonkeyPatch, tmp_path: Path
 ) -> None:
-    def refuse(*_args: object, **_kwargs: object) -> None:
+    tried = []
+
+    def refuse(*arguments: object, **_kwargs: object) -> None:
+        tried.append(arguments)
         raise OSError("no network")
 
     monkeypatch.setattr(socket, "create_connection", refuse)
     monkeypatch.setattr(weights, "getproxies", dict)
     monkeypatch.setattr("huggingface_hub.constants.HF_HUB_CACHE", str(tmp_path))
-    started = time.perf_counter()
     with pytest.raises(WeightsError, match=r"hub cannot be reached.*Other choices: packaged .*none, or the path"):
         build_trunk(TrunkConfig(name="resnet18", weights="hub"), 64)
-    assert time.perf_counter() - started < 20
+    assert len(tried) == 1, "nothing that waits and tries again"
 
 
 @pytest.mark.parametrize("suffix", [".pth", ".safetensors"])

@@ -66,7 +66,7 @@ def summary(file: Path) -> dict[str, Any]:
     return found
 
 
-def offline_file(folder: Path, timeout_s: float = 30) -> Path:
+def offline_file(folder: Path, timeout_s: float = 600) -> Path:
     """The file of a run that has been finished; wandb's own process writes it, perhaps a moment later."""
     (file,) = folder.glob("wandb/offline-run-*/*.wandb")
     deadline = time.monotonic() + timeout_s

@@ -9,9 +9,10 @@ from typing import Annotated, Any, Literal, Union, get_args, get_origin
 from pydantic import BaseModel, Tag
 from pydantic_core import ErrorDetails
 
-from mtl.config.source import KeyPath, Source, dotted, phase_name
+from mtl.config.source import BASE_KEY, KeyPath, Source, dotted, phase_name
 from mtl.nearest import hint
 
+_MOST_SHOWN = 100
 _SENTENCES = [
     ("Input should be greater", "expected a number greater"),
     ("Input should be less", "expected a number less"),
@@ -33,11 +34,17 @@ def describe(error: ErrorDetails, model: type[BaseModel], source: Source) -> str
     """
     path, innermost = _resolve(error["loc"], model)
     kind, came, context = error["type"], error["input"], error.get("ctx", {})
-    expected, got, near = _plain(error["msg"]), f", got {came!r}", ""
+    expected, got, near = _plain(error["msg"]), f", got {_shown(came)}", ""
+    if "nearest" in context:
+        near = f"; nearest: {context['nearest']}"
     if kind == "extra_forbidden":
         keys = list(innermost.model_fields)
         near = hint(str(path[-1]), keys)
         expected, got = "unknown key", "" if near else f"; the keys here are {', '.join(keys)}"
+        if path[-1] == BASE_KEY:
+            got, near = "; a base is taken at the top of a file", ""
+        elif len(path) == 1 and isinstance(came, dict | list) and not near:
+            near = "; what only holds an anchor goes below a key that starts with x-"
     elif kind in ("missing", "union_tag_not_found"):
         path = (*path, _tag_key(context)) if kind == "union_tag_not_found" else path
         expected, got = "this key is required", ""
@@ -46,7 +53,7 @@ def describe(error: ErrorDetails, model: type[BaseModel], source: Source) -> str
             path, came = (*path, _tag_key(context)), came[_tag_key(context)]
         listed = context.get("expected_tags") or context["expected"]
         choices = [choice.strip().strip("'") for choice in listed.replace(" or ", ", ").split(",")]
-        expected, got, near = f"expected one of {', '.join(choices)}", f", got {came!r}", hint(str(came), choices)
+        expected, got, near = f"expected one of {', '.join(choices)}", f", got {_shown(came)}", hint(str(came), choices)
     elif kind in ("model_type", "model_attributes_type"):
         expected = "expected keys and values"
     elif kind == "null":
@@ -74,6 +81,12 @@ def key_of(path: KeyPath, data: Any) -> str:
         return phase_name(at)
 
     return dotted(path, name_at)
+
+
+def _shown(value: Any) -> str:
+    """A value as a message shows it."""
+    text = repr(value)
+    return text if len(text) <= _MOST_SHOWN else f"{text[:_MOST_SHOWN]}... ({len(text):,} characters)"
 
 
 def _tag_key(context: Mapping[str, Any]) -> str:

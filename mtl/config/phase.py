@@ -25,6 +25,7 @@ from mtl.config.types import (
     Strict,
     one_as_list,
 )
+from mtl.config.words import PhaseName
 from mtl.patterns import Counted, PatternLike
 
 # What has no meaning in a phase that trains nothing.
@@ -132,7 +133,7 @@ class PhaseConfig(Strict):
         restore: Weights to begin with: `last`, `best`, or which, metric and direction.
     """
 
-    name: Annotated[str, Field(min_length=1)]
+    name: PhaseName
     freeze: Patterns | None = None
     train: Annotated[Patterns, Field(min_length=1)] | None = None
     epochs: Count | None = None

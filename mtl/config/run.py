@@ -23,6 +23,7 @@ from mtl.config.phase import PhaseConfig, PhaseEntry, WrittenPhase, num_unrolled
 from mtl.config.source import ConfigError, KeyPath, Source, read_source
 from mtl.config.types import Count, Patterns, Seed, Strict, one_as_list
 from mtl.config.watch import AuditConfig, TrackingConfig
+from mtl.config.words import Device, RunName
 from mtl.names import shorten
 
 # A phase costs at least an optimizer, a contract and a validation.
@@ -115,7 +116,7 @@ class SegmentationConfig(Strict):
     """
 
     type: Literal["segmentation"]
-    num_classes: Annotated[int, Field(ge=2)]
+    num_classes: Annotated[int, Field(ge=2, le=2**20)]
     ignore_index: int = 255
     balance_power: Annotated[float, Field(ge=0, le=1)] = 0.5
 
@@ -141,7 +142,7 @@ class ClassificationConfig(Strict):
     """
 
     type: Literal["classification"]
-    num_classes: Annotated[int, Field(ge=2)]
+    num_classes: Annotated[int, Field(ge=2, le=2**20)]
     ignore_index: int = -1
 
 
@@ -183,10 +184,10 @@ class RunConfig(Strict):
         resume_override: Whether to go on although the configuration is another one than the run began with.
     """
 
-    name: str = Field(pattern=r"^[\w\-][\w.\-]*$")
+    name: RunName
     runs_dir: str = "runs"
     seed: Seed = 0
-    device: Annotated[str, Field(pattern=r"^(auto|cpu|cuda(:\d+)?)$")] = "auto"
+    device: Device = "auto"
     memory_format: Literal["contiguous", "channels_last", "auto"] = "contiguous"
     precision: Literal["fp32", "bf16", "fp16", "auto"] = "fp32"
     compile: bool = False

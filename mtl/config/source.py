@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import re
 from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass, field
 from pathlib import Path
@@ -10,18 +9,17 @@ from typing import Any
 
 import yaml
 
+from mtl.config.yaml_text import LIST, MAPPING, NULL, ConfigError, compose, dump_yaml, read_scalar
+from mtl.links import dead_link
+
 KeyPath = tuple[int | str, ...]
 BASE_KEY = "_base_"
+__all__ = ["BASE_KEY", "ConfigError", "KeyPath", "Source", "dotted", "dump_yaml", "read_source"]
 
-_QUOTE = 'a value that starts with ! must be in quotes: "!pattern"'
-
-
-class ConfigError(ValueError):
-    """Mistakes in a configuration, one line each."""
-
-    def __init__(self, mistakes: Sequence[str]) -> None:
-        super().__init__("\n".join(mistakes))
-        self.mistakes = list(mistakes)
+# Keys that hold nothing but anchors, for `<<` and aliases elsewhere in the file.
+_ANCHORS = "x-"
+# Bytes; more is no configuration, and some files never end.
+_MOST_CHARACTERS = 10_000_000
 
 
 @dataclass
@@ -48,45 +46,6 @@ class Source:
         return "defaults"
 
 
-class _Loader(yaml.SafeLoader):
-    """YAML 1.2's scalars: `1e-3` is a number, `010` is ten, and `on`, `off`, `yes`, `no` are words."""
-
-
-class _Dumper(yaml.SafeDumper):
-    """Writes what `_Loader` reads: text that looks like a number to it is quoted, and nothing is abbreviated."""
-
-    def ignore_aliases(self, data: Any) -> bool:  # noqa: ARG002 - PyYAML's signature
-        return True
-
-
-_NULL, _BOOL, _INT, _FLOAT, _TEXT, _LIST, _MAPPING = (
-    f"tag:yaml.org,2002:{kind}" for kind in ("null", "bool", "int", "float", "str", "seq", "map")
-)
-_SCALARS = [
-    (_NULL, r"~|null|Null|NULL|", "~nN"),
-    (_BOOL, r"true|True|TRUE|false|False|FALSE", "tTfF"),
-    (_INT, r"[-+]?[0-9]+", "-+0123456789"),
-    (
-        _FLOAT,
-        r"[-+]?(\.[0-9]+|[0-9]+(\.[0-9]*)?)([eE][-+]?[0-9]+)?|[-+]?\.(inf|Inf|INF)|\.(nan|NaN|NAN)",
-        "-+0123456789.",
-    ),
-]
-_RESOLVERS: dict[str, list[tuple[str, re.Pattern[str]]]] = {}
-for _tag, _expression, _first in _SCALARS:
-    # PyYAML looks resolvers up by the first character; empty text, which is null, by none.
-    for _character in [*_first, *([""] if _tag == _NULL else [])]:
-        _RESOLVERS.setdefault(_character, []).append((_tag, re.compile(f"^(?:{_expression})$")))
-_Loader.yaml_implicit_resolvers = _RESOLVERS
-_Dumper.yaml_implicit_resolvers = _RESOLVERS
-
-
-def dump_yaml(data: Any) -> str:
-    """Writes plain data as YAML that `read_source` reads back as the same data."""
-    text: str = yaml.dump(data, Dumper=_Dumper, sort_keys=False, allow_unicode=True)
-    return text
-
-
 def read_source(file: Path, overrides: Sequence[str] = ()) -> Source:
     """Reads a YAML file, the files it is based on, and the overrides on top.
 
@@ -100,20 +59,17 @@ def read_source(file: Path, overrides: Sequence[str] = ()) -> Source:
 
 
 def _read_file(file: Path, inside: tuple[Path, ...], wanted_by: str = "") -> Source:
+    text = _read_text(file, wanted_by)
     if file.resolve() in inside:
         raise ConfigError([f"{wanted_by}{file} is based on itself"])
-    try:
-        text = file.read_text(encoding="utf-8")
-    except FileNotFoundError:
-        raise ConfigError([f"{wanted_by}{file}: no such file{_near_files(file)}"]) from None
-    except (OSError, UnicodeDecodeError) as error:
-        raise ConfigError([f"{wanted_by}{file}: cannot be read: {error}"]) from None
-    node = _compose(text, lambda line: f"{file}:{line}")
+    node = compose(text, lambda line: f"{file}:{line}")
     if not isinstance(node, yaml.MappingNode):
         came = "nothing" if node is None else "something else"
         raise ConfigError([f"{file}:1: expected keys and values, got {came}"])
     own = Source(places={(): f"{file}:1"})
     own.data = _read_node(node, (), own, lambda line: f"{file}:{line}")
+    for key in [key for key in own.data if key.startswith(_ANCHORS)]:
+        del own.data[key]
     bases = own.data.pop(BASE_KEY, [])
     result = Source(places={(): f"{file}:1"})
     for base in bases if isinstance(bases, list) else [bases]:
@@ -125,25 +81,25 @@ def _read_file(file: Path, inside: tuple[Path, ...], wanted_by: str = "") -> Sou
     return result
 
 
+def _read_text(file: Path, wanted_by: str) -> str:
+    try:
+        with file.open(encoding="utf-8") as stream:
+            text = stream.read(_MOST_CHARACTERS + 1)
+    except FileNotFoundError:
+        why = dead_link(file) or _near_files(file)
+        raise ConfigError([f"{wanted_by}{file}: no such file{why}"]) from None
+    except (OSError, UnicodeDecodeError) as error:
+        reason = error.strerror if isinstance(error, OSError) else error
+        raise ConfigError([f"{wanted_by}{file}: cannot be read: {reason}"]) from None
+    if len(text) > _MOST_CHARACTERS:
+        raise ConfigError([f"{wanted_by}{file}: more than {_MOST_CHARACTERS:,} characters, which no configuration has"])
+    return text
+
+
 def _near_files(file: Path) -> str:
     folder = file.parent if file.parent.is_dir() else Path("configs")
     there = sorted(str(other) for other in folder.glob("*.yaml")) if folder.is_dir() else []
     return f"; there are: {', '.join(there)}" if there else ""
-
-
-def _compose(text: str, place: Callable[[int], str]) -> yaml.Node | None:
-    """Parses YAML to its node tree; `place` names a line."""
-    try:
-        node: yaml.Node | None = yaml.compose(text, Loader=_Loader)
-    except yaml.reader.ReaderError as error:
-        line = text[: error.position].count("\n") + 1
-        raise ConfigError([f"{place(line)}: not valid YAML: the character {chr(error.character)!r}"]) from None
-    except yaml.YAMLError as error:
-        mark = getattr(error, "problem_mark", None)
-        problem = " ".join(str(getattr(error, "problem", None) or error).split())
-        hint = f"; {_QUOTE}" if re.search(r"(^|[\s\[,])![^\s\"']", text) else ""
-        raise ConfigError([f"{place(mark.line + 1 if mark else 1)}: not valid YAML: {problem}{hint}"]) from None
-    return node
 
 
 def _read_node(
@@ -153,7 +109,7 @@ def _read_node(
     here = place(node.start_mark.line + 1)
     if node in around:
         raise ConfigError([f"{here}: {dotted(path, source.names.get)}: the value contains itself"])
-    if isinstance(node, yaml.MappingNode) and node.tag == _MAPPING:
+    if isinstance(node, yaml.MappingNode) and node.tag == MAPPING:
         result: dict[str, Any] = {}
         for key_node, value_node in node.value:
             where = place(key_node.start_mark.line + 1)
@@ -166,7 +122,7 @@ def _read_node(
             source.places[(*path, key)] = where
             result[key] = _read_node(value_node, (*path, key), source, place, (*around, node))
         return result
-    if isinstance(node, yaml.SequenceNode) and node.tag == _LIST:
+    if isinstance(node, yaml.SequenceNode) and node.tag == LIST:
         items = []
         for index, item in enumerate(node.value):
             source.places[(*path, index)] = place(item.start_mark.line + 1)
@@ -174,24 +130,9 @@ def _read_node(
                 source.names[(*path, index)] = phase_name({str(key.value): each.value for key, each in item.value})
             items.append(_read_node(item, (*path, index), source, place, (*around, node)))
         return items
-    if node.tag == _NULL and node.value:
+    if node.tag == NULL and node.value:
         source.nulls.add(path)
-    return _read_scalar(node, f"{here}: {dotted(path, source.names.get)}")
-
-
-def _read_scalar(node: yaml.Node, where: str) -> Any:
-    text = node.value
-    try:
-        if isinstance(text, str) and node.tag in (_NULL, _BOOL, _INT, _FLOAT, _TEXT):
-            if node.tag == _FLOAT:
-                return float(text.replace(".inf", "inf").replace(".nan", "nan") if text[-1:].isalpha() else text)
-            return {_NULL: lambda: None, _BOOL: lambda: text.lower() == "true", _INT: lambda: int(text)}.get(
-                node.tag, lambda: text
-            )()
-    except ValueError:
-        pass
-    quoted = f"; {_QUOTE}" if node.tag.startswith("!") else ""
-    raise ConfigError([f"{where}: cannot be read as {node.tag.removeprefix('tag:yaml.org,2002:')}{quoted}"])
+    return read_scalar(node, f"{here}: {dotted(path, source.names.get)}")
 
 
 def dotted(path: KeyPath, name_at: Callable[[KeyPath], str | None] = lambda _: None) -> str:
@@ -239,6 +180,8 @@ def _merge(below: Source, above: Source) -> None:
 
 def _override(source: Source, override: str) -> None:
     key, equals, text = override.partition("=")
+    if BASE_KEY in key.split("."):
+        raise ConfigError([f"command line: {override!r}: a file takes bases, at its top: {BASE_KEY}: [FILE, ...]"])
     if not equals or not key or not all(key.split(".")):
         raise ConfigError([f"command line: {override!r}: expected key=value, such as optim.lr_scale=0.5"])
     target: Any = source.data
@@ -258,7 +201,7 @@ def _override(source: Source, override: str) -> None:
     for place in [place for place in source.places if place[: len(path)] == tuple(path)]:
         del source.places[place]
     source.nulls.discard(tuple(path))
-    node = _compose(text, lambda _: f"command line: {override!r}")
+    node = compose(text, lambda _: f"command line: {override!r}")
     value = None if node is None else _read_node(node, tuple(path), source, lambda _: "command line")
     if tuple(path) in source.nulls and isinstance(target, dict) and target.get(last) is not None:
         del target[last]

@@ -6,6 +6,7 @@ from collections.abc import Callable, Mapping
 from dataclasses import dataclass
 from pathlib import Path
 from types import ModuleType
+from typing import Any
 
 import numpy as np
 import torch
@@ -17,9 +18,10 @@ from mtl.config import DataConfig, SettingError
 from mtl.console import logger
 from mtl.data import multifashion, scenes, sprites
 from mtl.data.augment import View, draw_view
-from mtl.data.cache import DataError, cached, default_cache_dir
+from mtl.data.cache import DataError, cached, default_cache_dir, entry_of
 from mtl.data.dataset import Batch, Split
 from mtl.data.loading import Loading, num_batches, training_batches, validation_batches, validation_rounds
+from mtl.data.room import bytes_of, check_disk, check_image, check_memory
 from mtl.data.sprites import load_sprites
 from mtl.names import shorten
 from mtl.tasks import Task
@@ -31,6 +33,8 @@ __all__ = [
     "Loading",
     "Split",
     "View",
+    "check_image",
+    "check_room",
     "draw_view",
     "load_data",
     "num_images",
@@ -46,7 +50,7 @@ class BuiltIn:
     """A data set that is made, not downloaded.
 
     Attributes:
-        module: Where its `render_block` and `BLOCK` live.
+        module: Where its `render_block`, `stored` and `BLOCK` live.
         num_train: Training images, unless the configuration says otherwise.
         num_val: Validation images, likewise.
         labels: The labels that it gives; tasks are named after them.
@@ -76,7 +80,7 @@ def load_data(config: DataConfig, tasks: Mapping[str, Task], quiet: bool = False
         The training and the validation split.
 
     Raises:
-        DataError: The data cache is damaged or cannot be written.
+        DataError: The data cache cannot be written or read.
         SettingError: The labels do not fit a task.
     """
     data = BUILT_IN[config.name]
@@ -127,8 +131,35 @@ def num_images(config: DataConfig) -> tuple[int, int]:
     return config.num_train or data.num_train, config.num_val or data.num_val
 
 
-def _load_split(data: BuiltIn, config: DataConfig, split: str, num: int, quiet: bool) -> Split:
-    key = {
+def check_room(config: DataConfig) -> None:
+    """Raises `SettingError` if what is to be made is certain not to fit into memory, or on the data cache's disk."""
+    data = BUILT_IN.get(config.name)
+    if data is None:
+        return  # said where the labels are checked
+    size, on_disk, num_made = config.image_size, 0, 0
+    check_image(size)
+    for split, key, num in zip(("train", "val"), ("num_train", "num_val"), num_images(config), strict=True):
+        try:
+            if entry_of(_cache_dir(config), _key(data, config, split, num)).exists():
+                continue
+        except OSError as error:
+            raise SettingError("data.cache_dir", f"{_cache_dir(config)} cannot be read: {error.strerror}") from error
+        block = data.module.BLOCK
+        # Images are made in whole blocks.
+        check_memory("data.image_size", size, block, data.module.stored(block, size))
+        check_memory(f"data.{key}", size, num, data.module.stored(num, size))
+        on_disk, num_made = on_disk + bytes_of(data.module.stored(num, size)), num_made + num
+    key = "data.image_size" if config.num_train is None else "data.num_train"
+    check_disk(key, size, num_made, on_disk, _cache_dir(config))
+
+
+def _cache_dir(config: DataConfig) -> Path:
+    return Path(config.cache_dir).expanduser() if config.cache_dir else default_cache_dir()
+
+
+def _key(data: BuiltIn, config: DataConfig, split: str, num: int) -> dict[str, Any]:
+    """Everything that a split depends on."""
+    return {
         "name": config.name,
         # Data made by other code is other data.
         "code": _code_digest(data.module),
@@ -137,9 +168,12 @@ def _load_split(data: BuiltIn, config: DataConfig, split: str, num: int, quiet: 
         "image_size": config.image_size,
         "seed": config.seed,
     }
-    folder = Path(config.cache_dir).expanduser() if config.cache_dir else default_cache_dir()
+
+
+def _load_split(data: BuiltIn, config: DataConfig, split: str, num: int, quiet: bool) -> Split:
     render: Callable[[], dict[str, Tensor]] = lambda: _render(data, config, split, num, quiet)  # noqa: E731
-    tensors = cached(folder, key, render)
+    shapes = {name: shape for name, (shape, _) in data.module.stored(num, config.image_size).items()}
+    tensors = cached(_cache_dir(config), _key(data, config, split, num), shapes, render)
     return Split(tensors.pop("images"), tensors)
 
 

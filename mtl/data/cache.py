@@ -6,7 +6,7 @@ import json
 import os
 import shutil
 import tempfile
-from collections.abc import Callable
+from collections.abc import Callable, Mapping
 from pathlib import Path
 from typing import Any
 
@@ -14,6 +14,11 @@ import xxhash
 from safetensors import SafetensorError
 from safetensors.torch import load_file, save_file
 from torch import Tensor
+
+from mtl.console import logger
+from mtl.links import dead_link
+
+Shape = tuple[int, ...]
 
 _TENSORS, _CARD = "data.safetensors", "card.json"
 
@@ -29,34 +34,71 @@ def default_cache_dir() -> Path:
     return Path(own) if own else Path(user) / "mtl"
 
 
-def cached(folder: Path, key: dict[str, Any], make: Callable[[], dict[str, Tensor]]) -> dict[str, Tensor]:
-    """Reads tensors that were made before, or makes and keeps them.
+class _DamagedError(Exception):
+    """An entry that is not what was written."""
+
+
+def entry_of(folder: Path, key: Mapping[str, Any]) -> Path:
+    """Where the tensors of a key are kept."""
+    digest = xxhash.xxh3_64_hexdigest(json.dumps(key, sort_keys=True).encode())
+    return folder / f"{key['name']}-{key['split']}-{digest}"
+
+
+def cached(
+    folder: Path, key: Mapping[str, Any], shapes: Mapping[str, Shape], make: Callable[[], dict[str, Tensor]]
+) -> dict[str, Tensor]:
+    """Reads tensors that were made before, or makes and keeps them; what is damaged is made again, with a warning.
 
     Args:
         folder: The cache directory.
         key: Everything that the tensors depend on, as JSON; it is kept beside them.
+        shapes: The shape of each tensor.
         make: Makes the tensors.
 
     Raises:
-        DataError: What is there is damaged, or the folder cannot be written.
+        DataError: The folder cannot be written, or what was just written cannot be read.
     """
-    digest = xxhash.xxh3_64_hexdigest(json.dumps(key, sort_keys=True).encode())
-    entry = folder / f"{key['name']}-{key['split']}-{digest}"
-    if not entry.exists():
-        _write(entry, key, make())
-    return _read(entry)
+    entry = entry_of(folder, key)
+    if entry.exists() or entry.is_symlink():
+        try:
+            return _read(entry, key, shapes)
+        except _DamagedError as error:
+            logger.warning(f"the data cache {entry} is damaged ({error}): the data is made again")
+            _remove(entry)
+    _write(entry, key, make())
+    try:
+        return _read(entry, key, shapes)
+    except _DamagedError as error:
+        raise DataError(
+            f"the data cache {entry} is not what was written a moment ago ({error}); set data.cache_dir to another disk"
+        ) from error
 
 
-def _write(entry: Path, key: dict[str, Any], tensors: dict[str, Tensor]) -> None:
+def _remove(entry: Path) -> None:
+    try:
+        if entry.is_dir() and not entry.is_symlink():
+            shutil.rmtree(entry)
+        else:
+            entry.unlink()
+    except FileNotFoundError:
+        pass  # another process was first
+    except OSError as error:
+        raise DataError(
+            f"the damaged data cache {entry} cannot be removed: {error.strerror}; remove it, or set data.cache_dir"
+        ) from error
+
+
+def _write(entry: Path, key: Mapping[str, Any], tensors: dict[str, Tensor]) -> None:
     """Writes an entry under another name and renames it: it is there whole or not at all."""
     try:
         entry.parent.mkdir(parents=True, exist_ok=True)
         temporary = Path(tempfile.mkdtemp(prefix=f".{entry.name}.", dir=entry.parent))
     except OSError as error:
-        raise DataError(f"the data cache {entry.parent} cannot be written: {error}; set data.cache_dir") from error
+        why = f"{error.strerror}{dead_link(entry.parent)}"
+        raise DataError(f"the data cache {entry.parent} cannot be written: {why}; set data.cache_dir") from error
     try:
         save_file(tensors, temporary / _TENSORS)
-        card = {"key": key, "checksum": _checksum(temporary / _TENSORS)}
+        card = {"key": dict(key), "checksum": _checksum(temporary / _TENSORS)}
         (temporary / _CARD).write_text(json.dumps(card, indent=2))
         temporary.rename(entry)
     except (OSError, SafetensorError) as error:
@@ -67,16 +109,24 @@ def _write(entry: Path, key: dict[str, Any], tensors: dict[str, Tensor]) -> None
         shutil.rmtree(temporary, ignore_errors=True)
 
 
-def _read(entry: Path) -> dict[str, Tensor]:
+def _read(entry: Path, key: Mapping[str, Any], shapes: Mapping[str, Shape]) -> dict[str, Tensor]:
+    """Raises `_DamagedError` if a byte, a name or a shape is another one than was written."""
     try:
-        checksum = json.loads((entry / _CARD).read_text())["checksum"]
+        card = json.loads((entry / _CARD).read_text(encoding="utf-8"))
+        checksum, written = card["checksum"], card["key"]
         if checksum != _checksum(entry / _TENSORS):
-            raise ValueError("its bytes are not those that were written")
-        return load_file(entry / _TENSORS)
-    except (OSError, ValueError, KeyError, TypeError, SafetensorError) as error:
-        raise DataError(
-            f"the data cache {entry} is damaged ({error}); remove that folder and the data is made again"
-        ) from error
+            raise _DamagedError("its bytes are not those that were written")
+        tensors = load_file(entry / _TENSORS)
+    except PermissionError as error:
+        raise DataError(f"the data cache {entry} cannot be read: {error.strerror}; set data.cache_dir") from error
+    except OSError as error:
+        raise _DamagedError(f"{entry.name}: {error.strerror or error}") from error
+    except (ValueError, KeyError, TypeError, SafetensorError) as error:
+        raise _DamagedError(str(error) or type(error).__name__) from error
+    found = {name: tuple(tensor.shape) for name, tensor in tensors.items()}
+    if written != key or found != dict(shapes):
+        raise _DamagedError(f"it holds {found}, expected {dict(shapes)}" if written == key else "it is of other data")
+    return tensors
 
 
 def _checksum(file: Path) -> str:

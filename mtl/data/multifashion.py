@@ -13,10 +13,16 @@ from einops import rearrange
 from numpy.typing import NDArray
 from torch.nn import functional
 
+from mtl.data.room import Stored
 from mtl.data.sprites import Sprites
 
 CANVAS = 36
 BLOCK = 1000
+
+
+def stored(num: int, size: int) -> Stored:
+    """What is stored of some pairs: see `render_block`."""
+    return {"images": ((num, size, size, 1), 1), "left": ((num,), 8), "right": ((num,), 8)}
 
 
 def render_block(sprites: Sprites, size: int, seed: int, block: int) -> dict[str, NDArray[np.generic]]:

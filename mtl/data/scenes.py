@@ -17,6 +17,7 @@ import numpy as np
 from einops import rearrange
 from numpy.typing import NDArray
 
+from mtl.data.room import Stored
 from mtl.data.sprites import ALPHA, Sprites
 
 FLOOR, WALL, SPHERE, FIRST_GARMENT = 0, 1, 2, 3
@@ -26,6 +27,17 @@ MAX_OBJECTS = 3
 BLOCK = 50
 
 Array = NDArray[np.floating[Any]]
+
+
+def stored(num: int, size: int) -> Stored:
+    """What is stored of some scenes: see `render_block`."""
+    return {
+        "images": ((num, size, size, 3), 1),
+        "segmentation": ((num, size, size), 1),
+        "depth": ((num, 1, size, size), 4),
+        "normals": ((num, 3, size, size), 2),
+        "object": ((num,), 8),
+    }
 
 
 @dataclass(frozen=True)

@@ -102,6 +102,7 @@ def _work(pipe: Connection, split: Split, with_images: bool) -> None:
     """What a worker does until its pipe is closed, or the process that it works for is gone."""
     # Whoever stops the run stops the main process, which ends its workers.
     signal.signal(signal.SIGINT, signal.SIG_IGN)
+    signal.signal(signal.SIGHUP, signal.SIG_IGN)
     signal.signal(signal.SIGTERM, signal.SIG_DFL)
     torch.set_num_threads(1)
     init_reductions()  # type: ignore[no-untyped-call]  # tensors are sent as shared memory

@@ -82,7 +82,10 @@ class MultiTaskModel(nn.Module):
         super().__init__()
         trunk = build_trunk(config, image_size)
         dense = any(task.output == "dense" for task in tasks.values())
-        self.levels, shape = _probe(trunk, dense, image_size, config)
+        try:
+            self.levels, shape = _probe(trunk, dense, image_size, config)
+        except _UnfitError as error:
+            raise _blamed(error, config, image_size, dense) from error
         trained_on: Any = trunk.pretrained_cfg
         self.normalize = Normalize(trained_on["mean"], trained_on["std"])
         self.trunk = trunk
@@ -104,6 +107,15 @@ class MultiTaskModel(nn.Module):
             By task, "b c h w" from dense heads and "b c" from vector heads.
         """
         return self.decode(self.encode(images, tasks), (images.shape[1], images.shape[2]), tasks)
+
+    def __getstate__(self) -> dict[str, Any]:
+        """What a copy or a file gets: no compiled code, which runs this model's weights; a layout as text."""
+        layout = next(name for name, known in MEMORY_FORMATS.items() if known == self.memory_format)
+        return self.__dict__ | {"_compiled": {}, "memory_format": layout}
+
+    def __setstate__(self, state: dict[str, Any]) -> None:
+        layout = MEMORY_FORMATS[state["memory_format"]]
+        super().__setstate__(state | {"memory_format": layout})  # type: ignore[no-untyped-call]  # torch's
 
     def compile_anew(self) -> None:
         """Has trunk and heads compiled when they are next run; what was compiled for another freeze is forgotten."""
@@ -175,10 +187,7 @@ def build_trunk(config: TrunkConfig, image_size: int) -> nn.Module:
         near = hint(config.name, timm.list_models(), most=3, cutoff=0.6)
         raise SettingError("trunk.name", f"timm knows no model {config.name!r}{near}")
     check_tag(config.name)
-    options = dict(config.options)
-    # Models with a fixed number of tokens are told the size; the others take any.
-    if timm.models.get_pretrained_cfg_value(config.name, "fixed_input_size"):
-        options.setdefault("img_size", image_size)
+    options = _options(config, image_size)
     if config.weights == "packaged" and config.name != PACKAGED_TRUNK:
         raise WeightsError(
             f"packaged holds weights of {PACKAGED_TRUNK} only, not of {config.name};"
@@ -190,8 +199,11 @@ def build_trunk(config: TrunkConfig, image_size: int) -> nn.Module:
         state = packaged_weights()
     elif config.weights not in ("hub", "none"):
         state = file_weights(Path(config.weights))
-    with hub_or_cache() if config.weights == "hub" else nullcontext():
-        trunk = _create(config.name, pretrained=config.weights == "hub", options=options)
+    try:
+        with hub_or_cache() if config.weights == "hub" else nullcontext():
+            trunk = _create(config.name, pretrained=config.weights == "hub", options=options)
+    except _UnfitError as error:
+        raise _blamed(error, config, image_size, dense=False) from error
     if state is not None:
         load_into(trunk, state, config.weights)
     if config.checkpointing:
@@ -206,14 +218,27 @@ def build_trunk(config: TrunkConfig, image_size: int) -> nn.Module:
 _TIMM_ERRORS = (TypeError, ValueError, AssertionError, RuntimeError, AttributeError, IndexError, KeyError)
 
 
+class _UnfitError(SettingError):
+    """A trunk that cannot be built or run, be it for its options or for the size of the images."""
+
+
 def _create(name: str, pretrained: bool, options: dict[str, Any]) -> nn.Module:
     try:
         trunk: nn.Module = timm.create_model(name, pretrained=pretrained, num_classes=0, **options)
     except _TIMM_ERRORS as error:
         if pretrained and isinstance(error, RuntimeError):
             raise  # no weights for this architecture: hub_or_cache says so
-        raise SettingError("trunk.options", f"timm cannot build {name!r} with {options}: {error}") from error
+        raise _UnfitError("trunk.options", f"timm cannot build {name!r} with {options}: {error}") from error
     return trunk
+
+
+def _options(config: TrunkConfig, image_size: int) -> dict[str, Any]:
+    """What timm is given: models with a fixed number of tokens are told the size; the others take any."""
+    for key, instead in (("pretrained", "trunk.weights says"), ("num_classes", "the heads say")):
+        if key in config.options:
+            raise SettingError("trunk.options", f"{key!r} is no option here: that is what {instead}")
+    is_fixed = timm.models.get_pretrained_cfg_value(config.name, "fixed_input_size")
+    return ({"img_size": image_size} if is_fixed else {}) | config.options
 
 
 def _probe(trunk: nn.Module, dense: bool, image_size: int, config: TrunkConfig) -> tuple[list[int], FeatureShape]:
@@ -223,8 +248,39 @@ def _probe(trunk: nn.Module, dense: bool, image_size: int, config: TrunkConfig) 
         return levels, feature_shape(trunk, levels, image_size)
     except _TIMM_ERRORS as error:
         key = "trunk.options" if config.options else "trunk.name"
-        raise SettingError(
+        raise _UnfitError(
             key,
             f"{config.name!r} with options {config.options} gives no features for images of"
             f" {image_size} x {image_size} pixels with 3 channels: {first_line(error)}",
         ) from error
+
+
+# Patches, windows and strides of nearly all trunks are among these, or divide one of them.
+_GRIDS = (14, 16, 32, 64, 256)
+
+
+def _blamed(error: _UnfitError, config: TrunkConfig, image_size: int, dense: bool) -> SettingError:
+    """The error, at the size of the images if the trunk takes others: with the nearest sizes that fit."""
+    usual = timm.models.get_pretrained_cfg_value(config.name, "input_size")
+    if usual is None or not _takes(config, usual[-1], dense):
+        return error
+    below = sorted({image_size // grid * grid for grid in _GRIDS} - {0, image_size}, reverse=True)
+    above = sorted({(image_size // grid + 1) * grid for grid in _GRIDS})
+    nearest = (next((size for size in sizes if _takes(config, size, dense)), None) for sizes in (below, above))
+    fitting = sorted({*(size for size in nearest if size is not None), usual[-1]})
+    return SettingError(
+        "data.image_size",
+        f"{config.name!r} takes no images of {image_size} x {image_size} pixels; sizes that fit:"
+        f" {', '.join(map(str, fitting))} ({error.message})",
+    )
+
+
+def _takes(config: TrunkConfig, image_size: int, dense: bool) -> bool:
+    """Whether a trunk can be built for a size and gives features, tried without weights and computing nothing."""
+    try:
+        with torch.device("meta"):
+            trunk = _create(config.name, pretrained=False, options=_options(config, image_size))
+            _probe(trunk, dense, image_size, config)
+    except _UnfitError:
+        return False
+    return True

@@ -1,0 +1,91 @@
+"""What a data set takes in memory and on the disk, told before any of it is made."""
+
+from __future__ import annotations
+
+import math
+import shutil
+from collections.abc import Mapping
+from pathlib import Path
+
+from mtl.config import SettingError
+from mtl.data.cache import Shape
+from mtl.names import in_bytes
+
+# Of each tensor of some images: its shape, and the bytes of one element.
+Stored = Mapping[str, tuple[Shape, int]]
+
+
+def bytes_of(stored: Stored) -> int:
+    return sum(math.prod(shape) * width for shape, width in stored.values())
+
+
+def machine_memory() -> int | None:
+    """Bytes of memory and swap that a process here can have at most; None if the system does not say."""
+    try:
+        lines = Path("/proc/meminfo").read_text(encoding="ascii").splitlines()
+        sizes = {key: 1024 * int(rest.split()[0]) for key, _, rest in (line.partition(":") for line in lines)}
+        total = sizes["MemTotal"] + sizes["SwapTotal"]
+    except (OSError, ValueError, KeyError, IndexError):
+        return None
+    # A container has less.
+    limit = Path("/sys/fs/cgroup/memory.max")
+    try:
+        return min(total, int(limit.read_text(encoding="ascii")))
+    except (OSError, ValueError):
+        return total
+
+
+def check_image(image_size: int) -> None:
+    """Raises `SettingError` if not even one image, as the trunk takes it, fits into memory."""
+    needed, memory = 3 * 4 * image_size**2, machine_memory()
+    if memory is not None and needed > memory:
+        raise SettingError(
+            "data.image_size",
+            f"one image of {_pixels(image_size)} takes {in_bytes(needed)} in the trunk,"
+            f" and this machine has {in_bytes(memory)} of memory",
+        )
+
+
+def check_memory(key: str, image_size: int, num: int, stored: Stored) -> None:
+    """Raises `SettingError` if images that are to be made do not fit into memory.
+
+    Args:
+        key: The setting to blame, if one image would fit.
+        image_size: Their height and width in pixels.
+        num: How many are made.
+        stored: What is made.
+    """
+    # Parts are joined in the end, and then are there twice.
+    needed, memory = 2 * bytes_of(stored), machine_memory()
+    if memory is not None and needed > memory:
+        raise SettingError(
+            key,
+            f"{num:,} images of {_pixels(image_size)} with their labels take {in_bytes(needed)} while they are made,"
+            f" and this machine has {in_bytes(memory)} of memory",
+        )
+
+
+def check_disk(key: str, image_size: int, num: int, num_bytes: int, folder: Path) -> None:
+    """Raises `SettingError` if so many bytes do not fit on the disk of the data cache.
+
+    Args:
+        key: The setting to blame.
+        image_size: Height and width of the images in pixels.
+        num: How many there are.
+        num_bytes: What they take.
+        folder: The data cache's, which need not be there.
+    """
+    there = next((each for each in [folder, *folder.absolute().parents] if each.is_dir()), None)
+    if there is None:
+        return
+    free = shutil.disk_usage(there).free
+    if num_bytes > free:
+        raise SettingError(
+            key,
+            f"{num:,} images of {_pixels(image_size)} with their labels take {in_bytes(num_bytes)} in the data cache"
+            f" {folder}, and {in_bytes(free)} are free there; another disk: data.cache_dir",
+        )
+
+
+def _pixels(image_size: int) -> str:
+    return f"{image_size:,} x {image_size:,} pixels"
