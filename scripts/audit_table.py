@@ -22,12 +22,12 @@ import torch
 from torch import Tensor
 
 from mtl.audit.contract import Subject
-from mtl.audit.places import places_in
 from mtl.patterns import select
 
 sys.path.insert(0, str(Path(__file__).resolve().parents[1] / "tests"))
 
-from audit_faults import CORRECT, FAULTS, Entry, Scene, audited, quiet
+from audit_faults import Scene, quiet
+from audit_suite import CORRECT, FAULTS, HAZARDS, Entry, audited
 
 Named = list[tuple[str, Tensor]]
 # A checker runs one phase of a scene, and says whether it complains.
@@ -44,7 +44,7 @@ def main() -> None:
         "torchtest": by_torchtest if is_there("torchtest") else None,
         "requires_grad": by_flags,
     }
-    for title, entries in (("Planted faults", FAULTS), ("Correct loops", CORRECT)):
+    for title, entries in (("Planted faults", FAULTS), ("Hazards", HAZARDS), ("Correct loops", CORRECT)):
         sys.stdout.write(f"## {title}\n\n| family | loop | mtl | {' | '.join(checkers)} |\n")
         sys.stdout.write(f"|---|---|---|{'---|' * len(checkers)}\n")
         counts: dict[str, Counter[str]] = {name: Counter() for name in ("mtl", *checkers)}
@@ -71,16 +71,20 @@ def is_there(package: str) -> bool:
 
 
 def by_audit(entry: Entry) -> str:
-    """The kinds found; a fault is caught only if all that was expected is among them."""
+    """The kinds found; a fault is caught, and a hazard listed, only if all that was expected is among them."""
     if entry.needs and not is_there(entry.needs):
         return f"not runnable: needs {entry.needs}"
     try:
-        violations = audited(entry).violations
+        report = audited(entry)
     except Exception as error:  # noqa: BLE001
         return f"not runnable: {type(error).__name__}"
+    violations = report.violations
     kinds = ", ".join(sorted({violation.kind for violation in violations}))
     if not entry.expected:
-        return f"false alarm: {kinds}" if violations else "silent"
+        if violations:
+            return f"false alarm: {kinds}"
+        listed = ", ".join(sorted({hazard.kind for hazard in report.hazards}))
+        return f"listed: {listed}" if listed else "silent"
     found = {(violation.kind, violation.name) for violation in violations}
     if entry.expected <= found:
         return f"caught: {kinds}"
@@ -102,6 +106,8 @@ def verdict(entry: Entry, checker: Checker | None) -> str:
         return f"not runnable: {type(error).__name__}"
     if entry.expected:
         return "caught" if complains else "missed"
+    if entry.hazards:
+        return "complains" if complains else "silent"
     return "false alarm" if complains else "silent"
 
 
@@ -118,7 +124,7 @@ def declared(scene: Scene, freeze: Sequence[str]) -> tuple[Named, Named]:
     """The parameters that were meant to be frozen, and all others, as far as `named_parameters` sees them."""
     if any("[" in pattern for pattern in freeze):
         raise NotRunnable("rows of a tensor")
-    places = list(places_in(Subject(scene.model, scene.also, None).modules()))
+    places = Subject(scene.model, scene.also, None).inventory().places
     names = set(select(freeze, [place.name for place in places]).names) if freeze else set()
     visible = [
         (place.name, tensor)

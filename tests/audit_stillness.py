@@ -190,6 +190,38 @@ def forgotten_optimizer() -> Scene:
     return Scene(model, list(optimizers), update=update, num_steps=LONG)
 
 
+@fault("stillness", "an optimizer is stepped in one of ten iterations", ("gradients_dropped", "head.bias"))
+def stepped_now_and_then() -> Scene:
+    scene = plain(Noisy(), num_steps=LONG)
+    scene.update = lambda step: scene.optimizers[0].step() if step % 10 == 0 else None
+    return scene
+
+
+@fault("stillness", "an optimizer is stepped in one of ten iterations, attach()", ("gradients_dropped", "head.bias"))
+def stepped_now_and_then_attached() -> Scene:
+    scene = stepped_now_and_then()
+    scene.attach = True
+    return scene
+
+
+@correct("stillness", "five tasks whose gradients are projected by hand")
+def projected_by_hand() -> Scene:
+    scene = plain(Noisy(), num_steps=LONG)
+    parameters = trainable(scene.model)
+
+    def backward(_: int) -> None:
+        rows = []
+        for task in range(5):
+            scene.optimizers[0].zero_grad()
+            (distance(scene.model(X)) * 0.01 * (task + 1)).backward()
+            rows.append([parameter.grad.clone() for parameter in parameters])
+        for parameter, gradients in zip(parameters, zip(*rows, strict=True), strict=True):
+            parameter.grad = torch.stack(gradients).mean(0)
+
+    scene.backward = backward
+    return scene
+
+
 @fault("stillness", "written back after every step from the tenth on", *stopped(*HEAD))
 def written_back_later() -> Scene:
     model = Noisy()

@@ -190,6 +190,6 @@ def test_a_quiet_run_warns_of_tracking_that_it_does_not_get(tmp_path: Path) -> N
         name = f"name=n{len(surroundings)}"
         command = [sys.executable, "-m", "mtl", "train", str(file), "-q", "tracking.mode=online", name]
         done = subprocess.run(
-            command, capture_output=True, text=True, timeout=180, env=clean | surroundings, check=True
+            command, capture_output=True, text=True, timeout=HANGS_S, env=clean | surroundings, check=True
         )
         assert said in done.stdout + done.stderr

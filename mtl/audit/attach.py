@@ -7,7 +7,8 @@ from collections.abc import Sequence
 from torch import nn
 from torch.optim import Optimizer
 
-from mtl.audit.audit import GradientAudit, Policy
+from mtl.audit.audit import GradientAudit
+from mtl.audit.reporting import Policy
 from mtl.patterns import PatternLike
 
 

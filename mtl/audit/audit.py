@@ -2,11 +2,10 @@
 
 from __future__ import annotations
 
-import warnings
 from collections.abc import Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from copy import deepcopy
-from typing import TYPE_CHECKING, Any, Literal, get_args
+from typing import TYPE_CHECKING, Any, get_args
 
 from torch import Tensor, nn
 from torch.optim import Optimizer
@@ -15,14 +14,13 @@ from mtl.audit.contract import Subject
 from mtl.audit.hooks import Hooks
 from mtl.audit.membership import HoldsParameters, checked, optimizers_inside
 from mtl.audit.phasewatch import PhaseWatch
-from mtl.audit.report import AuditError, Finding, Hazard, PhaseRecord, Report, Violation, grouped
-from mtl.audit.stack import depth_outside
+from mtl.audit.report import Finding, PhaseRecord, Report
+from mtl.audit.reporting import Policy, Reporter
 from mtl.patterns import PatternLike, as_list
 
 if TYPE_CHECKING:
     from torch.distributed import ProcessGroup
 
-Policy = Literal["raise", "warn", "collect", "restore"]
 _FORMAT = 1  # of the state
 
 
@@ -71,13 +69,10 @@ class GradientAudit:
         self._subject = Subject(model, dict(also or {}), ema)
         self._freeze = as_list(freeze)
         self._optimizers = checked(optimizers)
-        self._policy = policy
         self._whole = whole
-        self._strict = strict
         self._open: PhaseWatch | None = None
         self._stopped: dict[str, Any] | None = None
-        self._seen: set[tuple[str, str, str]] = set()
-        self._warned: set[tuple[str, str]] = set()
+        self._reporter = Reporter(policy, strict)
         self._hooks: Hooks | None = None
         self._attached: list[Optimizer] = []
         # By identity; held, so that no other tensor takes the place of one in memory.
@@ -185,10 +180,7 @@ class GradientAudit:
         )
         found = watch.go_on(self._stopped) if self._stopped is not None else []
         self._open, self._stopped = watch, None
-        # What was recorded before the run was stopped is not recorded again.
-        self._seen = {
-            (type(each).__name__, each.kind, each.name) for each in (*watch.record.violations, *watch.record.hazards)
-        }
+        self._reporter.begin(watch.record)
         self.report.phases.append(watch.record)
         try:
             self._hang_hooks(watch)
@@ -324,29 +316,5 @@ class GradientAudit:
         return self._open
 
     def _settle(self, found: Sequence[Finding]) -> None:
-        """Records what has not been recorded in this phase, and does what the policy says."""
         watch = self._watch()
-        if self._strict:
-            found = [Violation(**vars(each)) if isinstance(each, Hazard) else each for each in found]
-        if self._policy == "restore" and any(isinstance(each, Violation) for each in found):
-            watch.put_back()
-        new = [each for each in found if (type(each).__name__, each.kind, each.name) not in self._seen]
-        self._seen |= {(type(each).__name__, each.kind, each.name) for each in new}
-        hazards = [each for each in new if isinstance(each, Hazard)]
-        violations = [each for each in new if isinstance(each, Violation)]
-        watch.record.hazards.extend(hazards)
-        watch.record.violations.extend(violations)
-        self._warn_of(hazards)
-        if violations and self._policy == "raise":
-            raise AuditError(violations)
-        if self._policy == "warn":
-            for violation in violations:
-                warnings.warn(str(violation), stacklevel=depth_outside(__name__))
-
-    def _warn_of(self, hazards: Sequence[Hazard]) -> None:
-        """Says each hazard once, whatever the number of phases that have it."""
-        new = [each for each in hazards if (each.kind, each.name) not in self._warned]
-        self._warned |= {(each.kind, each.name) for each in new}
-        if self._policy != "collect":
-            for line in grouped(new):
-                warnings.warn(f"hazard: {line}", stacklevel=depth_outside(__name__))
+        self._reporter.settle(watch.record, found, watch.put_back)

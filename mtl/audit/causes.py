@@ -95,6 +95,10 @@ NOT_FINITE = (
     "NaN or infinite gradients were stepped (a loss of log 0, x / 0, a rate too high, fp16 without a scaler); clip, and"
     " leave out steps whose loss is not finite"
 )
+DROPPED = (
+    "zero_grad() comes after every backward, and step() after few of them; to accumulate gradients, clear them after"
+    " the step only"
+)
 REBOUND = "code of {owner} puts another tensor there; take it out of the freeze if it is meant to change"
 PASSING = "a buffer that no checkpoint holds was made again, as caches are; register it as persistent if it is state"
 NO_STEP_SEEN = "{number} backwards were seen, but no step"

@@ -6,11 +6,12 @@ from collections.abc import Sequence
 
 from torch import nn
 
-from mtl.audit.audit import GradientAudit, Policy
+from mtl.audit.audit import GradientAudit
 from mtl.audit.contract import Subject, draw_contract
 from mtl.audit.epochs import EpochFreeze, FreezeByEpoch, Span
 from mtl.audit.membership import HoldsParameters
 from mtl.audit.report import Report
+from mtl.audit.reporting import Policy
 
 
 class FitAudit:

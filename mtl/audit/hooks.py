@@ -6,14 +6,16 @@ from collections.abc import Callable, Iterable, Sequence
 from functools import partial
 from typing import Any
 
-from torch import nn
+from torch import Tensor, nn
 from torch.autograd.graph import register_multi_grad_hook
 from torch.nn.modules import module as torch_module
 from torch.optim import Optimizer
 from torch.utils.hooks import RemovableHandle
 
+from mtl.audit.liveness import Steps
 from mtl.audit.membership import HoldsParameters, fires_hooks
 from mtl.audit.phasewatch import PhaseWatch
+from mtl.audit.places import is_unmade
 
 
 class Hooks:
@@ -54,6 +56,10 @@ class Hooks:
         if is_attached:
             handles.append(optimizer.register_step_pre_hook(lambda *_: self._before_step()))
         handles.append(optimizer.register_step_post_hook(partial(self._note_step, is_attached)))
+        held = [p for group in optimizer.param_groups for p in group["params"] if p.requires_grad and p.is_leaf]
+        if probes := [each for each in held if not is_unmade(each)]:
+            # One stands for all: a hook on each would cost more than the rest of the audit.
+            handles.append(_Dropped(self._watch.steps, optimizer, min(probes, key=Tensor.numel)).listen())
 
     def listen_to_backwards(self) -> None:
         """Counts backwards: a loop that never steps is seen by these alone."""
@@ -78,7 +84,7 @@ class Hooks:
             handle.remove()
 
     def _note_backward(self) -> None:
-        self._watch.note_backward()
+        self._watch.steps.num_backwards += 1
         if self._attached:
             # What was changed for the forward and is put back before the step can only be seen now.
             self._watch.note_writes()
@@ -86,6 +92,27 @@ class Hooks:
     def _note_step(self, is_attached: bool, optimizer: Optimizer, *_: Any) -> None:
         self._after_step(is_attached, optimizer)
         self.note_step()
+
+
+class _Dropped:
+    """Counts the gradients of one parameter that were cleared before its optimizer stepped."""
+
+    def __init__(self, steps: Steps, optimizer: Optimizer, probe: Tensor) -> None:
+        self._steps = steps
+        self._optimizer = optimizer
+        self._probe = probe
+        self._steps_at_last: int | None = None
+
+    def listen(self) -> RemovableHandle:
+        handle: RemovableHandle = self._probe.register_hook(self._note)  # type: ignore[no-untyped-call]
+        return handle
+
+    def _note(self, _: Tensor) -> None:
+        # Called with the new gradient, before it is added to the one that is there.
+        num_steps = self._steps.taken[id(self._optimizer)]
+        if self._probe.grad is None and self._steps_at_last == num_steps:
+            self._steps.note_dropped(self._optimizer, self._probe)
+        self._steps_at_last = num_steps
 
 
 def _note_new(watch: PhaseWatch, registry: str, module: nn.Module, name: str, value: object) -> None:

@@ -29,6 +29,8 @@ MANY = 50
 ENOUGH = 10
 # And, if it is, so many times the step at which the last parameter got its first gradient.
 TIMES = 4
+# So many gradients that were cleared for each step that was taken are a mistake.
+DROPPED = 8
 # What has kept every bit for MANY steps and this share of the phase stands still.
 STILL = 1 / 3
 
@@ -104,6 +106,9 @@ class Judge:
                 yield Verdict("not_finite", trainee.place, causes.NOT_FINITE, "has no finite element left")
             elif (stopped := self._stopped(trainee, has_changed, is_excused, are_at_optimum, num_steps)) is not None:
                 yield stopped
+            elif number := self._num_dropped(trainee):
+                detail = f"{number} gradients were cleared before its optimizer stepped, in {num_steps} steps"
+                yield Verdict("gradients_dropped", trainee.place, causes.DROPPED, detail)
             elif has_changed and trainee.had_signal:
                 continue
             elif not has_changed and not (trainee.asked or trainee.tensor.requires_grad):
@@ -124,6 +129,12 @@ class Judge:
         if trainee.had_gradient and id(trainee.tensor) not in self._groups_of:
             cause = causes.HIDDEN if trainee.place.hidden else causes.PLAIN_TENSOR
             yield Verdict("not_in_optimizer", trainee.place, cause, "received a gradient, but nothing steps it")
+
+    def _num_dropped(self, trainee: Trainee) -> int:
+        """How many gradients were thrown away, if nearly all were; a penalty, or a step in two parts, takes a few."""
+        optimizer = self._steps.dropped_at.get(id(trainee.tensor), 0)
+        dropped, taken = self._steps.dropped[optimizer], self._steps.taken[optimizer]
+        return dropped if taken and dropped >= max(MANY, DROPPED * taken) else 0
 
     def _judge_fixed(self, trainee: Trainee) -> Verdict:
         """What has required no gradient in the whole phase, though no pattern freezes it."""

@@ -34,6 +34,7 @@ class Steps:
         taken: The steps of each optimizer.
         last: The phase's step at which each took its last one.
         empty: How often each was called with no gradient there.
+        dropped: How many gradients were cleared before it stepped, and the parameter at which that was seen.
         last_first_signal: The step at which the last parameter received its first gradient that was not zero.
         num_backwards: Backwards that reached something which trains, counted until the first step.
     """
@@ -42,8 +43,15 @@ class Steps:
     taken: Counter[int] = field(default_factory=Counter)
     last: dict[int, int] = field(default_factory=dict)
     empty: Counter[int] = field(default_factory=Counter)
+    dropped: Counter[int] = field(default_factory=Counter)
+    dropped_at: dict[int, int] = field(default_factory=dict)
     last_first_signal: int = 0
     num_backwards: int = 0
+
+    def note_dropped(self, optimizer: Optimizer, probe: Tensor) -> None:
+        """Notes a gradient that was cleared before its optimizer stepped."""
+        self.dropped[id(optimizer)] += 1
+        self.dropped_at[id(probe)] = id(optimizer)
 
 
 class Liveness:
@@ -175,6 +183,7 @@ class Liveness:
                     "num_steps": self.steps.taken[id(optimizer)],
                     "last_step": self.steps.last.get(id(optimizer), 0),
                     "num_empty": self.steps.empty[id(optimizer)],
+                    "num_dropped": self.steps.dropped[id(optimizer)],
                     "moving_groups": [self.steps.moving.get(id(group), 0) for group in optimizer.param_groups],
                 }
                 for optimizer in optimizers
@@ -215,6 +224,8 @@ class Liveness:
                 self.steps.last[id(optimizer)] = seen.get("last_step", seen["num_steps"])
             if seen.get("num_empty"):
                 self.steps.empty[id(optimizer)] = seen["num_empty"]
+            if seen.get("num_dropped"):
+                self.steps.dropped[id(optimizer)] = seen["num_dropped"]
             groups = zip(optimizer.param_groups, seen["moving_groups"], strict=True)
             self.steps.moving |= {id(group): int(step) for group, step in groups if step}
         self.steps.last_first_signal = state["last_first_signal"]

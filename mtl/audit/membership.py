@@ -29,6 +29,12 @@ def fires_hooks(optimizer: HoldsParameters) -> TypeGuard[Optimizer]:
     return isinstance(optimizer, Optimizer) and hooks is not None and getattr(type(optimizer).step, "hooked", False)
 
 
+def was_skipped(optimizer: Optimizer) -> bool:
+    """Whether a grad scaler had a fused optimizer leave its parameters alone; on a device, nobody waits to know."""
+    overflow = getattr(optimizer, "found_inf", None)
+    return isinstance(overflow, Tensor) and overflow.device.type == "cpu" and bool(overflow)
+
+
 def optimizers_inside(optimizer: HoldsParameters) -> list[Optimizer]:
     """The optimizers that do the steps of one that is to be listened to: itself, or those that it wraps.
 

@@ -18,8 +18,8 @@ from mtl.audit.fingerprint import root
 from mtl.audit.holders import Holders
 from mtl.audit.identity import Identity
 from mtl.audit.judgement import FEW, Judge
-from mtl.audit.liveness import Liveness
-from mtl.audit.membership import HoldsParameters
+from mtl.audit.liveness import Liveness, Steps
+from mtl.audit.membership import HoldsParameters, was_skipped
 from mtl.audit.report import Finding, PhaseRecord, Violation
 from mtl.audit.tripwires import Tripwires
 from mtl.audit.watched import Watched
@@ -90,7 +90,7 @@ class PhaseWatch:
         Returns:
             Whether it is one that no other optimizer has done yet: several of them may share the steps of a loop.
         """
-        if _was_skipped(optimizer):
+        if was_skipped(optimizer):
             return False
         is_empty = all(p.grad is None for group in optimizer.param_groups for p in group["params"])
         step = self.record.num_steps + 1
@@ -114,9 +114,10 @@ class PhaseWatch:
         """Takes note that something new was registered on a module."""
         self._is_rebuilt |= id(module) in self._modules
 
-    def note_backward(self) -> None:
-        """Takes note of a backward that reached something which trains."""
-        self._liveness.steps.num_backwards += 1
+    @property
+    def steps(self) -> Steps:
+        """What was seen of the optimizers."""
+        return self._liveness.steps
 
     def note_writes(self) -> None:
         """Inside a backward: looks at the bytes of what shows a sign of a write; the next look says what was found."""
@@ -311,9 +312,3 @@ class PhaseWatch:
 
     def _modes(self) -> list[Finding]:
         return [self._findings.hazard_of(*said) for said in self._constancy.look()]
-
-
-def _was_skipped(optimizer: Optimizer) -> bool:
-    """Whether a grad scaler had a fused optimizer leave its parameters alone; on a device, nobody waits to know."""
-    overflow = getattr(optimizer, "found_inf", None)
-    return isinstance(overflow, Tensor) and overflow.device.type == "cpu" and bool(overflow)

@@ -13,7 +13,7 @@ from mtl.names import shorten
 
 # Kinds that say that what should train does not; all others but `ranks_differ` are about what is frozen.
 LIVENESS = (
-    *("never_trained", "never_received_grad", "stopped_training", "not_finite"),
+    *("never_trained", "never_received_grad", "stopped_training", "not_finite", "gradients_dropped"),
     *("not_in_optimizer", "in_several_groups"),
 )
 
@@ -26,8 +26,8 @@ class Finding:
         kind: `param_changed`, `buffer_changed`, `attr_changed`, `grad_present`, `requires_grad`, `in_optimizer`,
             `not_in_optimizer`, `in_several_groups`, `identity_changed`, `train_mode`, `batch_statistics`,
             `active_dropout`, `shared_storage`, `fixed_parameter`, `never_trained`, `never_received_grad`,
-            `stopped_training`, `not_finite`, or `ranks_differ`: the processes of a run hold other bytes, or other
-            tensors.
+            `stopped_training`, `not_finite`, `gradients_dropped`, or `ranks_differ`: the processes of a run hold other
+            bytes, or other tensors.
         name: The tensor's full name; a module's for `train_mode`, `batch_statistics` and `active_dropout`.
         phase: The phase in which it was found.
         step: Steps done in the phase when it was found.

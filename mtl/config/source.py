@@ -13,6 +13,8 @@ from mtl.config.yaml_text import LIST, MAPPING, NULL, ConfigError, compose, dump
 from mtl.links import dead_link
 
 KeyPath = tuple[int | str, ...]
+# A phase with a longer name is told by its number.
+_LONGEST_NAME = 80
 BASE_KEY = "_base_"
 __all__ = ["BASE_KEY", "ConfigError", "KeyPath", "Source", "dotted", "dump_yaml", "read_source"]
 
@@ -155,7 +157,9 @@ def phase_name(entry: Any) -> str | None:
     if not isinstance(entry, dict) or entry.keys() & {"repeat", "phases"}:
         return None
     name = entry.get("name")
-    return name if isinstance(name, str) and name and ":" not in name else None
+    if not isinstance(name, str) or not 0 < len(name) <= _LONGEST_NAME or not name.isprintable():
+        return None
+    return name if ":" not in name else None
 
 
 def _merge(below: Source, above: Source) -> None:
