@@ -11,6 +11,7 @@ from torch.nn.modules.batchnorm import _BatchNorm, _NormBase
 
 from mtl.audit import causes
 from mtl.audit.contract import Contract
+from mtl.audit.turns import Turns
 from mtl.names import parents
 
 # Under these names modules keep how much they drop, each in its own way; `p` of one that is called so.
@@ -50,11 +51,11 @@ class Constancy:
         self._with_statistics = [(name, module) for name, module in frozen.items() if isinstance(module, _BatchNorm)]
         self._droppers = [(name, module) for name, module in frozen.items() if _rate(module) > 0]
         with_modes = [*self.norms, *self._with_statistics, *self._droppers]
-        self._modules = list(dict.fromkeys(module for _, module in with_modes))
+        self._turns = Turns(list(dict.fromkeys(module for _, module in with_modes)))
 
-    def look(self) -> Iterator[tuple[str, str, str, str]]:
+    def look(self, step: int) -> Iterator[tuple[str, str, str, str]]:
         """Kind, name, cause and detail of what is not constant as the modules are now."""
-        if not (self._without_statistics or any(map(_IS_TRAINING, self._modules))):
+        if not (self._without_statistics or any(map(_IS_TRAINING, self._turns.due(step)))):
             return
         for name, norm in self.norms:
             if norm.training:

@@ -98,7 +98,8 @@ class PhaseWatch:
             self._holders.note_step(optimizer, self._liveness.steps.last)
         self._liveness.note_step(optimizer, step, is_empty)
         noted = self._liveness.num_noted
-        if not is_empty:
+        # Whoever calls after_backward has looked already.
+        if not is_empty and not self._num_looks_behind_backward:
             self._liveness.look_at_gradients(noted)
             self._liveness.look_at_rates([optimizer], step)
             if noted > step:
@@ -154,7 +155,7 @@ class PhaseWatch:
         tripped = list(self._tripwires.tripped(step))
         found, self._found_within = self._found_within, []
         found += self._gradients(tripped) + self._flags(tripped)
-        return found + self._bytes.look_at(tripped) + self._modes()
+        return found + self._bytes.look_at(tripped) + self._modes(step)
 
     def after_step(self, is_new: bool = True) -> list[Finding]:
         """Counts the step, if it is a new one; flags, identities, signs, and what the rotation has read."""
@@ -177,7 +178,7 @@ class PhaseWatch:
             found += [finding for each in tripped for finding in self._identity.of(each, each.place)]
         found += self._flags(tripped) + self._identity.of_attributes() + self._bytes.look(tripped)
         # Those after the backward are the ones that its forward had.
-        found += [] if looked else self._modes()
+        found += [] if looked else self._modes(step)
         return found + self._holders.look(self._with_gradients) if self._holders.is_due(step) else found
 
     def _is_due(self, step: int) -> bool:
@@ -310,5 +311,6 @@ class PhaseWatch:
         self._modules |= {id(module) for module in now.modules.values()}
         return self._identity.compare(now)
 
-    def _modes(self) -> list[Finding]:
-        return [self._findings.hazard_of(*said) for said in self._constancy.look()]
+    def _modes(self, step: int = 0) -> list[Finding]:
+        """What is not constant by the modes of modules; of many, in turn, unless no step is given."""
+        return [self._findings.hazard_of(*said) for said in self._constancy.look(step)]

@@ -14,11 +14,11 @@ from mtl.storage import bytes_of
 
 # Parameters are read in turn, this many bytes a step on average: some hundredths of a millisecond on a CPU.
 BYTES_A_STEP = 256 * 1024
-# A reading costs as much as so many bytes, however small the tensor: of hundreds, a few are read a step.
-LEAST_CHARGE = 128 * 1024
-# Buffers up to this size are read at every step, so many together; of further ones, as many in turn.
+# A reading costs as much as so many bytes, however small the tensor; of many tensors, one is read at every fourth step.
+FEW, LEAST_CHARGE, LEAST_CHARGE_OF_MANY = 32, BYTES_A_STEP, 4 * BYTES_A_STEP
+# Buffers up to this size are read at every step, so many together; of more, as many at every fourth step, in turn.
 SMALL = 64 * 1024
-AT_ONCE = 64
+AT_ONCE = 32
 
 
 class Reading:
@@ -46,19 +46,24 @@ class Rotation:
     def __init__(self, watched: Sequence[Watched]) -> None:
         small = {each for each in watched if _is_small(each)}
         in_turn = [each for each in watched if each not in small and each.place.kind != "attr"]
-        self._in_turn = [(each, max(_num_bytes(each), LEAST_CHARGE)) for each in in_turn]
+        least = LEAST_CHARGE if len(in_turn) <= FEW else LEAST_CHARGE_OF_MANY
+        self._in_turn = [(each, max(_num_bytes(each), least)) for each in in_turn]
         self._most_credit = max((size for _, size in self._in_turn), default=0) + BYTES_A_STEP
         self._in_chunks = [
             [_Bundle(chunk) for chunk in chunks] for chunks in _by_device([each for each in watched if each in small])
         ]
         self._bundles = [bundle for chunks in self._in_chunks for bundle in chunks]
         self._next, self._credit = 0, 0
+        self._waiting: dict[int, _Bundle] = {}
         self._asked: dict[tuple[int, Watched], Reading] = {}
 
     def turn(self, step: int) -> None:
         """Asks for what is to be read after this step."""
         for chunks in self._in_chunks:
-            chunks[step % len(chunks)].ask(step)
+            if len(chunks) == 1 or step % 4 == 1:
+                bundle = chunks[step // 4 % len(chunks)]
+                bundle.ask(step)
+                self._waiting[id(bundle)] = bundle
         # A tensor of more bytes than a step may read waits until enough steps have saved for it.
         self._credit = min(self._credit + BYTES_A_STEP, self._most_credit)
         for _ in self._in_turn:
@@ -76,10 +81,13 @@ class Rotation:
 
     def arrived(self, wait: bool = False) -> Iterator[tuple[Watched, Tensor, int]]:
         """Tensors whose bytes have come, each with the step after which they were asked for."""
-        for bundle in self._bundles:
+        waiting, self._waiting = self._waiting, {}
+        for key, bundle in waiting.items():
             for step in bundle.differences(wait):
                 for watched in bundle.members:
                     self.ask(watched, step)
+            if bundle.is_waiting:
+                self._waiting[key] = bundle
         asked, self._asked = self._asked, {}
         for (step, watched), reading in asked.items():
             content = reading.get(wait)
@@ -130,6 +138,11 @@ class _Bundle:
     @property
     def names(self) -> list[str]:
         return [watched.place.name for watched in self.members]
+
+    @property
+    def is_waiting(self) -> bool:
+        """Whether something was asked for that has not come yet."""
+        return bool(self._asked)
 
     def ask(self, step: int) -> None:
         self._asked.append((Reading(torch.cat(self._views)), step))

@@ -7,7 +7,7 @@ from typing import Generic, TypeVar
 
 # So many are looked at in a step; of more, the others in the next steps. What has not been touched for a step is no
 # longer in the processor's caches: a look at one costs about a microsecond.
-A_LOOK = 48
+A_LOOK = 32
 # In the first steps of a phase all are, however many there are.
 AT_FIRST = 3
 
