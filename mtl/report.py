@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import base64
+from collections.abc import Mapping
 from dataclasses import replace
 from html import escape
 from pathlib import Path
@@ -103,11 +104,17 @@ def _audit_html(audit: dict[str, Any]) -> str:
     )
     found = "".join(
         f"<li>{escape(v['phase'])}, step {v['step']}: <code>{escape(v['name'])}</code> {escape(v['kind'])}:"
-        f" {escape(v['detail'])}; likely cause: {escape(v['cause'])}</li>"
+        f" {escape(v['detail'])}{_frozen_by(v)}; likely cause: {escape(v['cause'])}</li>"
         for phase in audit["phases"]
         for v in phase["violations"]
     )
     return f"<h2>Audit: {verdict}</h2><table>{head}{body}</table>" + (f"<ul>{found}</ul>" if found else "")
+
+
+def _frozen_by(violation: Mapping[str, Any]) -> str:
+    """The pattern that froze a tensor; reports of earlier runs do not have it."""
+    pattern = violation.get("pattern")
+    return f"; frozen by <code>{escape(pattern)}</code>" if pattern else ""
 
 
 def history_html(run_dir: Path) -> str:

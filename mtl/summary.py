@@ -34,6 +34,9 @@ def verdict(outcome: Outcome) -> str:
     frozen = shorten([f"{phase.name}: {len(phase.fingerprints)}" for phase in report.phases], _MOST_PHASES)
     if report.ok:
         return f"audit: clean; frozen tensors bit-identical ({frozen}), no gradients; {looks:,} checks in {steps} steps"
+    if not report.violations:
+        unproven = [f"{phase.name}: {phase.unproven or 'it was not ended'}" for phase in report.phases if not phase.ok]
+        return f"audit: not proven: {shorten(unproven, _MOST_PHASES) or 'there was no phase'}"
     lines = grouped(report.violations)[:10]
     return "\n".join([f"audit: {len(report.violations)} violations", *(f"  {line}" for line in lines)])
 

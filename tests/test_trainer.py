@@ -343,6 +343,9 @@ def test_a_broken_freeze_stops_the_run_and_is_recorded(tmp_path: Path, monkeypat
     assert report["ok"] is False
     (phase,) = report["phases"]
     assert [(v["kind"], v["name"]) for v in phase["violations"]] == [("param_changed", "trunk.layer2.0.bn1.weight")]
+    written = (tmp_path / "tiny.yaml").read_text().splitlines()
+    line = 1 + next(number for number, text in enumerate(written) if text.strip() == "- trunk")
+    assert phase["violations"][0]["pattern"] == f"'trunk' ({tmp_path / 'tiny.yaml'}:{line})"
     assert not (tmp_path / "runs/tiny/checkpoints").exists(), "what the audit did not pass is not kept"
 
 
