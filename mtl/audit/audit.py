@@ -101,9 +101,9 @@ class GradientAudit:
         gone = {id(each) for each in inner}
         if not any(id(each) in gone for each in self._optimizers):
             raise ValueError("expected an optimizer that is watched, got another one")
-        # In place: an open phase looks at this very list.
+        # In place: an open phase looks at these very lists.
         self._optimizers[:] = [each for each in self._optimizers if id(each) not in gone]
-        self._attached = [each for each in self._attached if id(each) not in gone]
+        self._attached[:] = [each for each in self._attached if id(each) not in gone]
         if self._hooks is not None:
             self._hooks.drop(gone)
 
