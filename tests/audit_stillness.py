@@ -405,3 +405,127 @@ def long_warm_up() -> Scene:
     schedule = LambdaLR(scene.optimizers[0], lambda step: min(1.0, step / 40))
     scene.after = lambda _: schedule.step()
     return scene
+
+
+OPTIMIZERS: dict[str, Callable[..., Any]] = {
+    "Adam": lambda parameters: Adam(parameters, lr=0.01),
+    "AdamW": lambda parameters: AdamW(parameters, lr=0.01),
+    "SGD, momentum": lambda parameters: SGD(parameters, lr=0.01, momentum=0.9),
+    "SGD, decay": lambda parameters: SGD(parameters, lr=0.01, weight_decay=1e-3),
+}
+
+
+def dead_from(step: int, num_steps: int, make: Callable[..., Any]) -> Scene:
+    """The loss of head b counts nothing from a step on; decay and moments go on moving it."""
+    scene = noisy_heads(lambda number: float(number < step))
+    scene.optimizers, scene.num_steps = [make(trainable(scene.model))], num_steps
+    return scene
+
+
+for _name, _make in OPTIMIZERS.items():
+    for _from, _steps in ((20, 120), (100, 300)):
+        fault("stillness", f"a loss weight of 0 from step {_from} of {_steps}, {_name}", *stopped(*HEAD_B))(
+            lambda start=_from, num_steps=_steps, make=_make: dead_from(start, num_steps, make)  # type: ignore[misc]
+        )
+
+
+def steps_cease(scaler: bool) -> Scene:
+    scene = plain(Noisy(), num_steps=200, attach=True)
+    if scaler:
+        scene = scaler_gives_up()
+        scene.attach, scene.num_steps = True, 200
+        return scene
+    scene.update = lambda step: scene.optimizers[0].step() if step <= 40 else None
+    return scene
+
+
+@fault("stillness", "attach(): step() is no longer called", *stopped(*HEAD))
+def steps_cease_attached() -> Scene:
+    return steps_cease(scaler=False)
+
+
+@fault("stillness", "attach(): a grad scaler gives up", *stopped(*HEAD))
+def scaler_gives_up_attached() -> Scene:
+    return steps_cease(scaler=True)
+
+
+@fault("stillness", "stepped in one of ten iterations, gradients set to zero", ("gradients_dropped", "head.bias"))
+def zeroed_now_and_then() -> Scene:
+    scene = stepped_now_and_then()
+    scene.clear = lambda _: scene.optimizers[0].zero_grad(set_to_none=False)
+    return scene
+
+
+@fault("stillness", "some rows become not-a-number", ("not_finite", "words.weight"))
+def some_rows_are_nan() -> Scene:
+    scene = unused_rows()
+
+    def spoil() -> None:
+        with torch.no_grad():
+            scene.model.words.weight[4] = math.nan
+
+    scene.after = at(20, spoil)
+    return scene
+
+
+@correct("stillness", "LBFGS with a closure that clears, strong Wolfe")
+def closure_that_clears() -> Scene:
+    model = Tiny()
+    optimizer = torch.optim.LBFGS(trainable(model), lr=0.1, max_iter=20, line_search_fn="strong_wolfe")
+
+    def closure() -> Tensor:
+        optimizer.zero_grad()
+        loss = distance(model(X))
+        loss.backward()
+        return loss
+
+    return Scene(model, [optimizer], backward=lambda _: None, update=lambda _: optimizer.step(closure), num_steps=60)
+
+
+def gradients_by_task(num_tasks: int) -> Scene:
+    scene = plain(Noisy(), num_steps=60)
+    parameters = trainable(scene.model)
+
+    def backward(_: int) -> None:
+        rows = []
+        for _task in range(num_tasks):
+            scene.optimizers[0].zero_grad()
+            (distance(scene.model(X)) * 0.001).backward()
+            rows.append([parameter.grad.clone() for parameter in parameters])
+        for parameter, gradients in zip(parameters, zip(*rows, strict=True), strict=True):
+            parameter.grad = torch.stack(gradients).sum(0)
+
+    scene.backward = backward
+    return scene
+
+
+@correct("stillness", "twenty tasks whose gradients are put together by hand")
+def twenty_tasks() -> Scene:
+    return gradients_by_task(20)
+
+
+@correct("stillness", "300 backwards of an analysis before the first step")
+def analysis_first() -> Scene:
+    scene = plain(Noisy(), num_steps=60)
+    inner = scene._backward
+
+    def backward(step: int) -> None:
+        for _ in range(300 if step == 1 else 0):
+            distance(scene.model(X)).backward()
+            scene.optimizers[0].zero_grad()
+        inner(step)
+
+    scene.backward = backward
+    return scene
+
+
+@correct("stillness", "a task with a loss weight of 0 or 1, drawn")
+def drawn_by_weight() -> Scene:
+    return noisy_heads(lambda _: float(torch.rand(()) < 0.2))
+
+
+@correct("liveness", "a head in no optimizer, which is named idle", idle=("heads.b",))
+def idle_in_no_optimizer() -> Scene:
+    model = NoisyHeads()
+    optimizer = SGD(model.heads["a"].parameters(), lr=0.05)
+    return Scene(model, [optimizer], clear=lambda _: model.zero_grad())

@@ -425,3 +425,49 @@ def test_an_optimizer_that_is_not_watched_cannot_be_left_out() -> None:
     audit = GradientAudit(model, ["trunk"])
     with pytest.raises(ValueError, match="expected an optimizer that is watched"):
         audit.unwatch(SGD(trainable(model), lr=0.1))
+
+
+def test_what_is_left_of_the_frozen_part_is_not_said_to_be_gone_with_the_rest() -> None:
+    model = Tiny()
+    model.aux = nn.Linear(2, 2).requires_grad_(False)
+    optimizer = SGD(trainable(model), lr=0.1)
+    audit = GradientAudit(model, ["trunk", "aux"], [optimizer], policy="collect")
+    with audit.phase("frozen"):
+        train(audit, model, [optimizer], after_step={2: lambda: delattr(model, "aux")})
+    assert {each.name for each in audit.report.violations} == {"aux.weight", "aux.bias"}
+    assert all(each.cause.startswith("the module or tensor was deleted") for each in audit.report.violations)
+
+
+def test_an_optimizer_that_held_a_tensor_from_the_start_is_said_to_be_of_before_the_freeze() -> None:
+    model = Tiny()
+    model.trunk.requires_grad_(True)
+    optimizer = SGD(model.parameters(), lr=0.1)
+    audit = GradientAudit(model, ["trunk"], [optimizer], policy="collect")
+    with audit.phase("frozen"):
+        train(audit, model, [optimizer])
+    causes = {each.kind: each.cause for each in audit.report.violations}
+    assert causes["in_optimizer"].startswith("the optimizer was built before the freeze")
+
+
+def test_a_passing_buffer_that_is_made_again_with_other_bytes_is_a_violation() -> None:
+    model = Tiny()
+    model.trunk.register_buffer("positions", torch.zeros(4), persistent=False)
+    optimizer = SGD(trainable(model), lr=0.1)
+    audit = GradientAudit(model, ["trunk"], [optimizer], policy="collect")
+    with audit.phase("frozen"):
+        again = {2: lambda: setattr(model.trunk, "positions", torch.ones(4))}
+        train(audit, model, [optimizer], after_step=again)
+    assert [(each.kind, each.name) for each in audit.report.violations] == [("identity_changed", "trunk.positions")]
+
+
+def test_an_embedding_that_renormalises_is_named_as_that() -> None:
+    model = nn.ModuleDict({"trunk": nn.Embedding(5, 2, max_norm=0.1), "head": nn.Linear(2, 1)})
+    freeze_by_hand(model["trunk"])
+    optimizer = SGD(model["head"].parameters(), lr=0.1)
+    audit = GradientAudit(model, ["trunk"], [optimizer], policy="collect")
+    with audit.phase("frozen"):
+        model["head"](model["trunk"](torch.arange(3))).sum().backward()
+        audit.after_backward()
+        optimizer.step()
+        audit.after_step()
+    assert only(audit.report).cause.startswith("the forward of Embedding renormalises the rows")

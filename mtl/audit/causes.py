@@ -71,7 +71,8 @@ PLAIN_TENSOR = "a plain tensor is no parameter, so that parameters() left it out
 NOT_THAWED = "requires_grad was left off; switch it on when the phase begins, or name it in freeze"
 FIXED = "fixed when the model was built, such as a table of positions; name it in freeze to have its bits proven"
 ZERO_GRADIENT = (
-    "its path to the loss is multiplied by zero (a dead layer, a mask, a loss weight of 0); or name it in freeze"
+    "its path to the loss is multiplied by zero (a dead layer, a mask, a loss weight of 0), or the loss itself is 0; or"
+    " name it in freeze or idle"
 )
 NO_GRADIENT = "no loss depends on it (not called, detached, under no_grad, a task left out); or name it in freeze"
 UNDERFLOW = (
@@ -89,6 +90,9 @@ ZEROED_TOO_EARLY = (
 NO_LONGER_STEPPED = (
     "its optimizer has taken no step since (no longer called, or a grad scaler skips every one, as with gradients that"
     " are NaN or infinite)"
+)
+NO_LONGER_SEEN = (
+    "step() is no longer called, a grad scaler skips every step, or the optimizer was rebuilt; attach the new one, too"
 )
 RATE_FELL = "the learning rate of its param group has been 0 since; see the schedule and its milestones"
 NOT_FINITE = (
@@ -175,6 +179,20 @@ def of_replacement(place: Place) -> str:
     return REPLACED
 
 
+def of_removal(place: Place) -> str:
+    """Why nothing has a frozen tensor's name any more."""
+    if place.key in getattr(place.owner, "parametrizations", {}) or f"{place.key}_orig" in place.owner._parameters:
+        return of_replacement(place)
+    return "the module or tensor was deleted, replaced or wrapped after the freeze; do it before"
+
+
+def of_addition(place: Place) -> str:
+    """Why a tensor has come into the frozen part."""
+    if place.key.endswith(("_orig", "_mask")):
+        return "pruning was put on after the freeze; do it before"
+    return ADDED
+
+
 def of_copy(follows: bool) -> str:
     """Why the average of a frozen tensor may have changed; `follows` if the tensor itself has."""
     if follows:
@@ -208,6 +226,8 @@ def of_change(watched: Watched, content: Tensor, groups: Sequence[dict[str, Any]
             f"code writes to this buffer though {owner} is in eval mode (its forward, load_state_dict, DDP's"
             " broadcast_buffers); stop that, or take it back with !pattern"
         )
+    if isinstance(place.owner, nn.Embedding | nn.EmbeddingBag) and place.owner.max_norm is not None:
+        return f"the forward of {owner} renormalises the rows that it looks up (max_norm); leave max_norm out"
     group = next((group for group in groups if any(p is tensor for p in group["params"])), None)
     # An optimizer leaves alone what has no gradient.
     if group is None or (place.rows is None and not watched.had_gradient):

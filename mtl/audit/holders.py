@@ -28,14 +28,17 @@ class Holders:
         contract: Contract,
         optimizers: Sequence[HoldsParameters],
         were_frozen: Collection[int],
+        idle: Collection[str],
         findings: Findings,
     ) -> None:
         """Args:
         contract: The phase's contract.
         optimizers: The optimizers; the list may grow and shrink.
         were_frozen: The identities of what was frozen in an earlier phase, or required no gradient at this one's begin.
+        idle: Names of parameters that need not be in an optimizer.
         findings: Makes findings.
         """
+        self._idle = idle
         self._contract = contract
         self._optimizers = optimizers
         self._were_frozen = were_frozen
@@ -43,6 +46,7 @@ class Holders:
         self._membership = Membership(contract)
         self._free_at_first = self._membership.free
         self._has_begun = False
+        self._held_at_first: set[int] = set()
         self._replaced: set[int] = set()
 
     @property
@@ -51,7 +55,8 @@ class Holders:
         return {id(tensor) for tensor in self._membership.free.values()}
 
     def begun(self) -> None:
-        """From now on, what an optimizer holds was given to it in mid-phase."""
+        """From now on, what an optimizer holds and did not hold before was given to it in mid-phase."""
+        self._held_at_first = {id(p) for group in param_groups(self._optimizers) for p in group["params"]}
         self._has_begun = True
 
     def is_outdated(self, step: int) -> bool:
@@ -89,6 +94,8 @@ class Holders:
         """
         found: list[Finding] = []
         for kind, place in self._membership.look(self._optimizers, self._replaced):
+            if kind == "not_in_optimizer" and place.name in self._idle:
+                continue
             is_harmless = kind == "in_optimizer" and id(place.look()) not in with_gradients
             make = self._findings.hazard if is_harmless else self._findings.violation
             found.append(make(kind, place, self._why(kind, place), _DETAILS[kind]))
@@ -96,7 +103,8 @@ class Holders:
 
     def _why(self, kind: str, place: Place) -> str:
         if kind == "in_optimizer":
-            return causes.ADDED_LATER if self._has_begun else causes.EARLY_OPTIMIZER
+            is_early = not self._has_begun or id(place.look()) in self._held_at_first
+            return causes.EARLY_OPTIMIZER if is_early else causes.ADDED_LATER
         if kind == "in_several_groups":
             return causes.TWICE
         tensor = place.look()

@@ -59,7 +59,7 @@ class Hooks:
         held = [p for group in optimizer.param_groups for p in group["params"] if p.requires_grad and p.is_leaf]
         if probes := [each for each in held if not is_unmade(each)]:
             # One stands for all: a hook on each would cost more than the rest of the audit.
-            handles.append(_Dropped(self._watch.steps, optimizer, min(probes, key=Tensor.numel)).listen())
+            handles += _Dropped(self._watch.steps, optimizer, min(probes, key=Tensor.numel)).listen()
 
     def listen_to_backwards(self) -> None:
         """Counts backwards: a loop that never steps is seen by these alone."""
@@ -95,24 +95,53 @@ class Hooks:
 
 
 class _Dropped:
-    """Counts the gradients of one parameter that were cleared before its optimizer stepped."""
+    """Counts the gradients of one parameter that were cleared before its optimizer stepped.
+
+    Not counted are those inside a step (a closure), those before the first step (an analysis), and those of a loop that
+    puts gradients together itself, such as one that projects those of its tasks.
+    """
 
     def __init__(self, steps: Steps, optimizer: Optimizer, probe: Tensor) -> None:
         self._steps = steps
         self._optimizer = optimizer
         self._probe = probe
-        self._steps_at_last: int | None = None
+        self._is_stepping = False
+        # The gradient as the last backward left it, how often it had been written to, and the steps taken by then.
+        self._last: tuple[Tensor, int, int] | None = None
 
-    def listen(self) -> RemovableHandle:
-        handle: RemovableHandle = self._probe.register_hook(self._note)  # type: ignore[no-untyped-call]
-        return handle
+    def listen(self) -> list[RemovableHandle]:
+        probe: Any = self._probe
+        return [
+            probe.register_hook(self._before_it_is_added),
+            probe.register_post_accumulate_grad_hook(self._after_it_is_added),
+            self._optimizer.register_step_pre_hook(self._before_step),
+            self._optimizer.register_step_post_hook(self._after_step),
+        ]
 
-    def _note(self, _: Tensor) -> None:
-        # Called with the new gradient, before it is added to the one that is there.
+    def _before_it_is_added(self, _: Tensor) -> None:
         num_steps = self._steps.taken[id(self._optimizer)]
-        if self._probe.grad is None and self._steps_at_last == num_steps:
-            self._steps.note_dropped(self._optimizer, self._probe)
-        self._steps_at_last = num_steps
+        if self._is_stepping or self._last is None or not num_steps:
+            return
+        left, version, then = self._last
+        if then != num_steps:
+            return
+        # On a device, nobody waits to know whether it was set to zero.
+        is_zeroed = self._probe.grad is left and left._version != version and left.device.type == "cpu"
+        if self._probe.grad is None or (is_zeroed and not bool(left.any())):
+            self._steps.dropped[id(self._optimizer)] += 1
+
+    def _after_it_is_added(self, probe: Tensor) -> None:
+        if probe.grad is not None:
+            self._last = probe.grad, probe.grad._version, self._steps.taken[id(self._optimizer)]
+
+    def _before_step(self, *_: Any) -> None:
+        self._is_stepping = True
+        if self._last is not None and self._probe.grad is not None and self._probe.grad is not self._last[0]:
+            # Put there by the loop: the ones before it were made use of.
+            self._steps.dropped[id(self._optimizer)] = 0
+
+    def _after_step(self, *_: Any) -> None:
+        self._is_stepping = False
 
 
 def _note_new(watch: PhaseWatch, registry: str, module: nn.Module, name: str, value: object) -> None:

@@ -4,6 +4,8 @@ from __future__ import annotations
 
 from collections.abc import Sequence
 
+from torch import Tensor
+
 from mtl.audit import causes
 from mtl.audit.contract import Contract
 from mtl.audit.findings import Findings
@@ -33,7 +35,8 @@ class Identity:
         newcomers = [p for p in now.frozen if p.kind != "attr" and not p.is_passing and p.name not in self._known]
         detail = "was not there when the phase began"
         return found + [
-            self._findings.violation("identity_changed", place, causes.ADDED, detail) for place in newcomers
+            self._findings.violation("identity_changed", place, causes.of_addition(place), detail)
+            for place in newcomers
         ]
 
     def of(self, watched: Watched, place: Place | None) -> list[Finding]:
@@ -43,10 +46,12 @@ class Identity:
         if current is watched.tensor or watched.place.kind == "attr":
             return []
         detail = "is gone" if current is None else "is another tensor than when the phase began"
-        if current is not None and watched.place.is_passing:
+        if current is not None and watched.place.is_passing and not _is_rewritten(watched, current):
             return [self._findings.hazard("identity_changed", watched.place, causes.PASSING, detail)]
-        is_same_module = place is None or place.owner is watched.place.owner
+        is_same_module = place is not None and place.owner is watched.place.owner
         cause = causes.of_replacement(watched.place) if is_same_module else causes.REPLACED
+        if current is None:
+            cause = causes.of_removal(watched.place)
         return [self._findings.violation("identity_changed", watched.place, cause, detail)]
 
     def of_attributes(self) -> list[Finding]:
@@ -67,3 +72,9 @@ class Identity:
                 found.append(self._findings.violation("attr_changed", watched.place, cause, detail))
             watched.is_result = True
         return found
+
+
+def _is_rewritten(watched: Watched, current: Tensor) -> bool:
+    """Whether a buffer was made again as the same kind of tensor with other bytes, which a cache would not be."""
+    is_alike = (current.shape, current.dtype) == (watched.tensor.shape, watched.tensor.dtype)
+    return is_alike and is_readable(current) and fingerprint(current) != watched.digest

@@ -10,6 +10,7 @@ from collections.abc import Collection, Iterator, Sequence
 from dataclasses import dataclass
 
 from torch import nn
+from torch.optim import LBFGS
 
 from mtl.audit import causes
 from mtl.audit.contract import Contract
@@ -87,7 +88,9 @@ class Judge:
         dead = [
             trainee
             for trainee in self._trainees
-            if not (trainee.had_signal and id(trainee.tensor) in changed) or _stands_still(trainee, num_steps)
+            if not (trainee.had_signal and id(trainee.tensor) in changed)
+            or _stands_still(trainee, num_steps)
+            or _is_cut_off(trainee, num_steps)
         ]
         owners = {id(trainee.place.owner) for trainee in dead if not _is_bias(trainee)}
         are_at_optimum = all(
@@ -102,8 +105,9 @@ class Judge:
             is_excused = _is_bias(trainee) and id(trainee.place.owner) not in owners
             if trainee.is_stray:
                 yield from self._judge_stray(trainee)
-            elif has_changed and trainee.is_nowhere_finite:
-                yield Verdict("not_finite", trainee.place, causes.NOT_FINITE, "has no finite element left")
+            elif has_changed and trainee.was_finite and (number := trainee.num_not_finite):
+                detail = f"{number} of its {trainee.tensor.numel()} elements are NaN or infinite"
+                yield Verdict("not_finite", trainee.place, causes.NOT_FINITE, detail)
             elif (stopped := self._stopped(trainee, has_changed, is_excused, are_at_optimum, num_steps)) is not None:
                 yield stopped
             elif number := self._num_dropped(trainee):
@@ -132,9 +136,9 @@ class Judge:
 
     def _num_dropped(self, trainee: Trainee) -> int:
         """How many gradients were thrown away, if nearly all were; a penalty, or a step in two parts, takes a few."""
-        optimizer = self._steps.dropped_at.get(id(trainee.tensor), 0)
-        dropped, taken = self._steps.dropped[optimizer], self._steps.taken[optimizer]
-        return dropped if taken and dropped >= max(MANY, DROPPED * taken) else 0
+        holders = [id(each) for each in self._holders(trainee)]
+        numbers = [(self._steps.dropped[each], self._steps.taken[each]) for each in holders]
+        return max((dropped for dropped, taken in numbers if dropped >= max(MANY, DROPPED * taken)), default=0)
 
     def _judge_fixed(self, trainee: Trainee) -> Verdict:
         """What has required no gradient in the whole phase, though no pattern freezes it."""
@@ -155,6 +159,12 @@ class Judge:
             cause = causes.CUT_OFF if trainee.tensor.requires_grad else causes.SWITCHED_OFF
             detail = f"had its last gradient in step {trainee.last_gradient} of {num_steps}"
             return Verdict("stopped_training", trainee.place, cause, detail)
+        if unstepped := self._unstepped(trainee):
+            return unstepped
+        if not (is_excused or are_at_optimum) and _is_cut_off(trainee, num_steps):
+            cause = causes.of_zero_gradient(trainee.tensor.dtype)
+            detail = f"its gradient has been zero since step {trainee.zero_since} of {num_steps}"
+            return Verdict("stopped_training", trainee.place, cause, detail)
         is_still = has_changed and _stands_still(trainee, num_steps)
         if not is_still or is_excused or id(trainee.tensor) not in self._groups_of:
             return None
@@ -163,10 +173,25 @@ class Judge:
             return None
         cause = self._why_still(trainee)
         # A scalar that is held at a bound, such as a logit scale, keeps its bits while its gradient lives.
-        if trainee.tensor.numel() == 1 and cause == causes.TOO_SMALL and not _is_bias(trainee):
+        is_bound = trainee.tensor.numel() == 1 and not _is_bias(trainee)
+        # And L-BFGS ends by itself at its optimum.
+        if cause == causes.TOO_SMALL and (is_bound or any(isinstance(o, LBFGS) for o in self._holders(trainee))):
             return None
         detail = f"has kept every bit since step {trainee.still_since} of {num_steps}"
         return Verdict("stopped_training", trainee.place, cause, detail)
+
+    def _unstepped(self, trainee: Trainee) -> Verdict | None:
+        """Whether backwards went on without a step: nobody calls `after_step` where an optimizer is attached."""
+        steps = self._steps
+        silent = steps.num_backwards - steps.num_backwards_stepped
+        if (
+            not steps.taken
+            or silent < max(MANY, STILL * steps.num_backwards)
+            or id(trainee.tensor) not in self._groups_of
+        ):
+            return None
+        detail = f"no step was seen in the last {silent} of {steps.num_backwards} backwards"
+        return Verdict("stopped_training", trainee.place, causes.NO_LONGER_SEEN, detail)
 
     def _why_still(self, trainee: Trainee) -> str:
         since = trainee.still_since
@@ -227,6 +252,14 @@ def _stands_still(trainee: Trainee, num_steps: int) -> bool:
     """Whether it has changed, and then kept every bit for long."""
     still = num_steps - trainee.still_since
     return trainee.still_since > trainee.born and still >= max(MANY, STILL * (num_steps - trainee.born))
+
+
+def _is_cut_off(trainee: Trainee, num_steps: int) -> bool:
+    """Whether its gradient has been zero for much longer than ever before; decay and momentum may move it all along."""
+    if trainee.zero_since is None or not trainee.num_slopes:
+        return False
+    least = max(MANY, STILL * (num_steps - trainee.born), TIMES * trainee.longest_zero)
+    return num_steps - trainee.zero_since >= least
 
 
 def _is_bias(trainee: Trainee) -> bool:

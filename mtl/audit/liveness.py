@@ -34,9 +34,10 @@ class Steps:
         taken: The steps of each optimizer.
         last: The phase's step at which each took its last one.
         empty: How often each was called with no gradient there.
-        dropped: How many gradients were cleared before it stepped, and the parameter at which that was seen.
+        dropped: How many gradients were cleared before it stepped.
         last_first_signal: The step at which the last parameter received its first gradient that was not zero.
-        num_backwards: Backwards that reached something which trains, counted until the first step.
+        num_backwards: Backwards that reached something which trains; until the first step, if no optimizer is attached.
+        num_backwards_stepped: Those of them that were seen when the last step was taken.
     """
 
     moving: dict[int, int] = field(default_factory=dict)
@@ -44,14 +45,9 @@ class Steps:
     last: dict[int, int] = field(default_factory=dict)
     empty: Counter[int] = field(default_factory=Counter)
     dropped: Counter[int] = field(default_factory=Counter)
-    dropped_at: dict[int, int] = field(default_factory=dict)
     last_first_signal: int = 0
     num_backwards: int = 0
-
-    def note_dropped(self, optimizer: Optimizer, probe: Tensor) -> None:
-        """Notes a gradient that was cleared before its optimizer stepped."""
-        self.dropped[id(optimizer)] += 1
-        self.dropped_at[id(probe)] = id(optimizer)
+    num_backwards_stepped: int = 0
 
 
 class Liveness:
@@ -60,6 +56,7 @@ class Liveness:
     Attributes:
         trainees: The parameters.
         steps: What was seen of the optimizers.
+        idle: The names of parameters that may stay as they are.
     """
 
     def __init__(self, contract: Contract, idle: Sequence[PatternLike]) -> None:
@@ -69,10 +66,12 @@ class Liveness:
         """
         self.steps = Steps()
         self.trainees: list[Trainee] = []
-        self._idle = idle
+        self._patterns_of_idle = idle
+        self.idle: set[str] = set()
         self._waiting: list[Trainee] = []
         self._elsewhere = {place.name for place in contract.free if is_elsewhere(place.look())}
-        self._asked: list[tuple[list[Trainee], Reading, int, bool]] = []
+        self._zero: list[Trainee] = []
+        self._asked: list[tuple[list[Trainee], Reading, int]] = []
         self._read: list[tuple[Trainee, Reading, int]] = []
         self._next_mark = _FIRST_MARKS[0]
         self.adopt(contract, 0)
@@ -85,14 +84,15 @@ class Liveness:
             step: Steps done.
         """
         names = [place.name for place in contract.free]
-        rest = set(select(self._idle, names, describe_modules(contract.modules)).names) if self._idle else set()
+        if self._patterns_of_idle:
+            self.idle = set(select(self._patterns_of_idle, names, describe_modules(contract.modules)).names)
         frozen = {
             id(tensor) for place in contract.frozen if place.rows is None and (tensor := place.look()) is not None
         }
         known = frozen | {id(trainee.tensor) for trainee in self.trainees}
         for place in contract.free:
             tensor = place.look()
-            if tensor is None or id(tensor) in known or place.name in rest or not can_train(place, tensor):
+            if tensor is None or id(tensor) in known or place.name in self.idle or not can_train(place, tensor):
                 continue
             known.add(id(tensor))
             self.trainees.append(Trainee(place, tensor, digest_of(tensor), step))
@@ -124,21 +124,28 @@ class Liveness:
         """How many of `changed` are parameters that were to train from the phase's begin on."""
         return sum(id(each.tensor) in changed for each in self.trainees if not each.is_stray and not each.born)
 
-    def look_at_gradients(self, step: int) -> None:
+    def look_at_gradients(self, step: int) -> bool:
         """Looks who has a gradient, and into the gradients of those that have had none but zeros so far.
 
         Args:
             step: The step that the gradients are for.
+
+        Returns:
+            Whether there was any, of those whose turn it is.
         """
+        is_any = False
         for trainee in self._turns.due(step):
             if trainee.tensor.grad is not None and trainee.tensor.requires_grad:
                 trainee.note_gradient(step)
+                is_any = True
         for trainee in self._waiting:
             trainee.asked |= trainee.tensor.requires_grad
             trainee.had_gradient |= trainee.tensor.grad is not None
         is_mark = step >= self._next_mark
-        self._measure(self.trainees if is_mark else self._waiting, step, is_mark)
+        # What has a gradient of zeros is looked at until it has another one.
+        self._measure(self.trainees if is_mark else [*self._waiting, *self._zero], step)
         self._take_in(wait=False)
+        return is_any
 
     def look_at_rates(self, optimizers: Sequence[HoldsParameters], step: int) -> None:
         """Notes which groups have a rate above zero."""
@@ -164,6 +171,7 @@ class Liveness:
         else:
             self.steps.taken[id(optimizer)] += 1
             self.steps.last[id(optimizer)] = step
+            self.steps.num_backwards_stepped = self.steps.num_backwards
 
     def settle(self) -> None:
         """Waits for all that was asked for."""
@@ -190,6 +198,7 @@ class Liveness:
             ],
             "last_first_signal": self.steps.last_first_signal,
             "num_backwards": self.steps.num_backwards,
+            "num_backwards_stepped": self.steps.num_backwards_stepped,
             "next_mark": self._next_mark,
         }
 
@@ -218,6 +227,7 @@ class Liveness:
                 self.trainees[0].take_over(seen)
         self._turns = Turns(self.trainees)
         self._waiting = [trainee for trainee in self.trainees if not trainee.had_signal]
+        self._zero = [trainee for trainee in self.trainees if trainee.zero_since is not None]
         for optimizer, seen in zip(optimizers, state["optimizers"], strict=True):
             if seen["num_steps"]:
                 self.steps.taken[id(optimizer)] = seen["num_steps"]
@@ -230,9 +240,10 @@ class Liveness:
             self.steps.moving |= {id(group): int(step) for group, step in groups if step}
         self.steps.last_first_signal = state["last_first_signal"]
         self.steps.num_backwards = state["num_backwards"]
+        self.steps.num_backwards_stepped = state.get("num_backwards_stepped", state["num_backwards"])
         self._next_mark = state.get("next_mark", _FIRST_MARKS[0])
 
-    def _measure(self, trainees: Iterable[Trainee], step: int, is_mark: bool) -> None:
+    def _measure(self, trainees: Iterable[Trainee], step: int) -> None:
         """Asks for the largest elements of gradients."""
         groups: dict[tuple[torch.device, torch.dtype], list[Trainee]] = {}
         for trainee in trainees:
@@ -240,21 +251,23 @@ class Liveness:
                 groups.setdefault((gradient.device, gradient.dtype), []).append(trainee)
         for group in groups.values():
             largest = torch.stack([_largest(trainee.tensor.grad) for trainee in group])
-            self._asked.append((group, Reading(largest), step, is_mark))
+            self._asked.append((group, Reading(largest), step))
 
     def _take_in(self, wait: bool) -> None:
         asked, self._asked = self._asked, []
-        for group, reading, step, is_mark in asked:
+        for group, reading, step in asked:
             if (largest := reading.get(wait)) is None:
-                self._asked.append((group, reading, step, is_mark))
+                self._asked.append((group, reading, step))
                 continue
             for trainee, size in zip(group, largest.tolist(), strict=True):
                 if size != 0 and not trainee.had_signal:
                     trainee.had_signal = True
                     self.steps.last_first_signal = max(self.steps.last_first_signal, step - trainee.born)
-                if is_mark:
-                    trainee.note_slope(size)
-        self._waiting = [trainee for trainee in self._waiting if not trainee.had_signal]
+                if trainee.had_signal:
+                    trainee.note_slope(size, step)
+        if asked:
+            self._waiting = [trainee for trainee in self._waiting if not trainee.had_signal]
+            self._zero = [trainee for trainee in self.trainees if trainee.zero_since is not None]
         read, self._read = self._read, []
         for trainee, content, step in read:
             if (arrived := content.get(wait)) is None:

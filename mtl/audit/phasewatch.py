@@ -73,7 +73,7 @@ class PhaseWatch:
         )
         self._findings = Findings(self.record, self._contract, written_at)
         self._were_frozen = {*were_frozen, *(id(each.tensor) for each in self._liveness.trainees if each.was_fixed)}
-        self._holders = Holders(self._contract, optimizers, self._were_frozen, self._findings)
+        self._holders = Holders(self._contract, optimizers, self._were_frozen, self._liveness.idle, self._findings)
         self._frozen_earlier = were_frozen
         self._links = Links(self._contract)
         self._identity = Identity(self._watched, self._findings)
@@ -82,7 +82,8 @@ class PhaseWatch:
         self._with_gradients: set[int] = set()
         self._is_rebuilt = False
         self._found_within: list[Finding] = []
-        self._num_looks_behind_backward = 0
+        self._num_unstepped = 0
+        self._has_looked = False
 
     def note_step(self, optimizer: Optimizer) -> bool:
         """Takes note of a step of one optimizer, right behind it.
@@ -98,8 +99,7 @@ class PhaseWatch:
             self._holders.note_step(optimizer, self._liveness.steps.last)
         self._liveness.note_step(optimizer, step, is_empty)
         noted = self._liveness.num_noted
-        # Whoever calls after_backward has looked already.
-        if not is_empty and not self._num_looks_behind_backward:
+        if not is_empty and not self._has_looked:
             self._liveness.look_at_gradients(noted)
             self._liveness.look_at_rates([optimizer], step)
             if noted > step:
@@ -146,11 +146,12 @@ class PhaseWatch:
     def after_backward(self) -> list[Finding]:
         """Gradients, modes, and what was written to before the backward."""
         step = self.record.num_steps + 1
-        self._num_looks_behind_backward += 1
+        self._num_unstepped += 1
         if not self._is_due(step):
             return []
         self.record.num_tripwire_checks += self._tripwires.num_looked_at(step) + len(self._constancy.norms)
-        self._liveness.look_at_gradients(step)
+        # Whoever steps with a closure has no gradient here, but after the step.
+        self._has_looked |= self._liveness.look_at_gradients(step)
         self._liveness.look_at_rates(self._optimizers, step)
         tripped = list(self._tripwires.tripped(step))
         found, self._found_within = self._found_within, []
@@ -161,12 +162,12 @@ class PhaseWatch:
         """Counts the step, if it is a new one; flags, identities, signs, and what the rotation has read."""
         record = self.record
         record.num_steps += is_new
-        step, looked, self._num_looks_behind_backward = record.num_steps, self._num_looks_behind_backward, 0
+        step, has_looked, self._has_looked = record.num_steps, self._has_looked, False
+        self._num_unstepped = 0
         if not self._is_due(step):
             return []
         record.num_tripwire_checks += self._tripwires.num_looked_at(step) + len(self._constancy.norms)
-        if not looked:
-            # Whoever does not call after_backward (closures) has the gradients here.
+        if not has_looked:
             self._liveness.look_at_gradients(step)
             self._liveness.look_at_rates(self._optimizers, step)
         self._liveness.look_at_bytes(step)
@@ -178,7 +179,7 @@ class PhaseWatch:
             found += [finding for each in tripped for finding in self._identity.of(each, each.place)]
         found += self._flags(tripped) + self._identity.of_attributes() + self._bytes.look(tripped)
         # Those after the backward are the ones that its forward had.
-        found += [] if looked else self._modes(step)
+        found += [] if has_looked else self._modes(step)
         return found + self._holders.look(self._with_gradients) if self._holders.is_due(step) else found
 
     def _is_due(self, step: int) -> bool:
@@ -204,7 +205,7 @@ class PhaseWatch:
             found.append(
                 self._findings.hazard(*said) if verdict.is_hazard else self._findings.violation(*said, since=0)
             )
-        backwards = max(self._num_looks_behind_backward, self._liveness.steps.num_backwards)
+        backwards = max(self._num_unstepped, self._liveness.steps.num_backwards)
         if backwards and not self.record.num_steps:
             self.record.unproven = causes.NO_STEP_SEEN.format(number=backwards)
         return found
@@ -302,8 +303,9 @@ class PhaseWatch:
         try:
             now = draw_contract(self._subject, self._contract.patterns)
         except PatternError:
-            # Nothing of what was frozen is left; each tensor is found to be gone.
-            return self._identity.compare(Contract((), [], [], {}, [], {}))
+            # A pattern selects nothing any more: what it froze is gone, and the rest is known by name.
+            left = [place for place in self._subject.inventory().places if place.name in self.record.fingerprints]
+            return self._identity.compare(Contract((), left, [], {}, [], {}))
         self._holders.renew(now)
         self._findings.know(now)
         self._liveness.adopt(now, self.record.num_steps)

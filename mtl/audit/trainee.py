@@ -17,6 +17,8 @@ from mtl.storage import is_spread, local
 
 # A gradient that has shrunk so much is that of a parameter at its optimum.
 _SHRUNK = 1e-3
+# And one that was so small when it was first seen.
+_SMALL = 1e-5
 
 
 @dataclass
@@ -40,6 +42,10 @@ class Trainee:
         peak: The largest element of its gradient, of those looks that measured it.
         slope: The same at the last of them.
         last_slope: The same at the last of them where it was not zero.
+        num_slopes: Looks at which it was measured and not zero.
+        zero_since: The step since which its gradient has been zero at every look, if it is.
+        longest_zero: The most steps for which it was so before.
+        was_finite: Whether all of its elements were finite when the phase began.
     """
 
     place: Place
@@ -58,11 +64,16 @@ class Trainee:
     peak: float = 0.0
     slope: float | None = None
     last_slope: float = 0.0
+    num_slopes: int = 0
+    zero_since: int | None = None
+    longest_zero: int = 0
+    was_finite: bool = True
 
     def __post_init__(self) -> None:
         self.last_digest = self.digest
         self.still_since = self.last_gradient = self.born
         self.was_fixed = not self.tensor.requires_grad
+        self.was_finite = is_unmade(self.tensor) or self.num_not_finite == 0
 
     def note_gradient(self, step: int) -> None:
         """Notes that it had a gradient in a step; the same step may be noted again."""
@@ -70,11 +81,16 @@ class Trainee:
             self.longest_wait = max(self.longest_wait, step - self.last_gradient)
             self.num_gradients, self.last_gradient = self.num_gradients + 1, step
 
-    def note_slope(self, largest: float) -> None:
-        """Notes how large its gradient is now; one that is NaN or infinite says nothing."""
+    def note_slope(self, largest: float, step: int) -> None:
+        """Notes how large its gradient is for a step; one that is NaN or infinite says nothing."""
         self.slope = largest if math.isfinite(largest) else None
         if self.slope:
             self.peak, self.last_slope = max(self.peak, self.slope), self.slope
+            self.num_slopes += 1
+        if largest != 0 and self.zero_since is not None:
+            self.longest_zero, self.zero_since = max(self.longest_zero, step - self.zero_since), None
+        elif largest == 0 and self.zero_since is None:
+            self.zero_since = step
 
     def note_bytes(self, content: Tensor, step: int) -> None:
         """Notes its bytes as they were after a step."""
@@ -82,12 +98,10 @@ class Trainee:
             self.last_digest, self.still_since = digest, step
 
     @property
-    def is_nowhere_finite(self) -> bool:
-        """Whether none of its elements is a finite number; the first one mostly tells."""
+    def num_not_finite(self) -> int:
+        """How many of its elements are NaN or infinite."""
         here = content_of(self.tensor).detach()
-        if not here.numel() or bool(here.flatten()[0].isfinite()):
-            return False
-        return not bool(here.isfinite().any())
+        return int(here.numel() - here.isfinite().sum()) if here.numel() else 0
 
     @property
     def is_stray(self) -> bool:
@@ -97,7 +111,7 @@ class Trainee:
     @property
     def is_at_its_optimum(self) -> bool:
         """Whether its gradient has shrunk to next to nothing over several looks; one that is cut off has not."""
-        return self.slope is not None and self.last_slope <= _SHRUNK * self.peak
+        return self.slope is not None and self.last_slope <= max(_SHRUNK * self.peak, _SMALL)
 
     def state(self) -> dict[str, Any]:
         """What was seen of it, as plain data."""
