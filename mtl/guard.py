@@ -131,7 +131,7 @@ def _explain_by_parts(error: Exception, attempt: Attempt) -> int | None:
     if attempt.world is not None and not attempt.world.is_alone and is_lost(error):
         lost = f"another process of this run has ended; what it said says why ({error})"
         return _end(FAILED, f"error: {lost}", attempt)
-    if isinstance(error, OSError) and error.errno in (errno.ENAMETOOLONG, errno.ELOOP):
+    if isinstance(error, OSError) and error.errno in (errno.ENAMETOOLONG, errno.ELOOP, errno.EISDIR, errno.ENOTDIR):
         # A path that somebody wrote; nobody else makes such ones.
         return _end(WRONG_INPUT, f"error: {in_one_line(error)}")
     if is_of_the_machine(error):

@@ -24,6 +24,7 @@ class Outcome:
         best_step: The step after which it was reached.
         train_s: Seconds of training and validation, without set-up, up to when it last went on.
         started: When that was, by `time.perf_counter`.
+        asked_to_end: The signal that asked it to end and came too late for that; empty if none did.
     """
 
     run_dir: Path
@@ -34,6 +35,7 @@ class Outcome:
     best_step: int = 0
     train_s: float = 0.0
     started: float = field(default_factory=time.perf_counter)
+    asked_to_end: str = ""
 
     def seconds_so_far(self) -> float:
         """Seconds of training and validation until now."""

@@ -11,7 +11,11 @@ from mtl.names import in_bytes
 from mtl.plan import Plan
 from mtl.plan.records import MemoryPlan
 
-_SIGNS = ("DefaultCPUAllocator: can't allocate memory", "not enough memory", "bad_alloc", "start new thread")
+_SIGNS = (
+    *("DefaultCPUAllocator: can't allocate memory", "not enough memory", "bad_alloc", "start new thread"),
+    # Of a file in shared memory, as processes that read data pass batches on.
+    "Cannot allocate memory",
+)
 
 
 def is_out_of_memory(error: Exception) -> bool:

@@ -46,8 +46,6 @@ def train(parts: Parts, quiet: bool = False, world: World = ALONE) -> Outcome:
     origin = find_origin(parts.config)
     if origin is not None:
         settled(parts.config, origin)
-    for line in what_is_overridden(parts.config, origin):
-        logger.warning(f"resume: {line}")
     if origin is None and world.leads:
         warn_of_dead_branches(parts)
     if parts.config.distributed.strategy == "fsdp2":
@@ -57,6 +55,8 @@ def train(parts: Parts, quiet: bool = False, world: World = ALONE) -> Outcome:
         synchronise(parts.model, world)
     # Each process keeps its part of what it reads, of moments too.
     resumption = None if origin is None else resume_from(origin, parts, world)
+    for line in what_is_overridden(parts.config, origin):
+        logger.warning(f"resume: {line}")
     in_place = resumption is not None and resumption.in_place
     with _directory(parts, in_place, world) as run_dir, Interrupt(not world.is_alone) as asked:
         history = History(parts.config.command) if resumption is None else resumption.history
@@ -66,7 +66,9 @@ def train(parts: Parts, quiet: bool = False, world: World = ALONE) -> Outcome:
         try:
             if resumption is not None:
                 trainer.take_up(resumption)
-            return trainer.run()
+            outcome = trainer.run()
+            outcome.asked_to_end = asked.name
+            return outcome
         except AuditError:
             ended = {"ended_the_run": True}
             raise

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import fcntl
 import os
+import re
 import shutil
 from collections.abc import Iterator
 from contextlib import contextmanager
@@ -12,11 +13,13 @@ from pathlib import Path
 from mtl.config import RunConfig
 from mtl.console import logger
 from mtl.links import dead_link
+from mtl.names import shorten
 from mtl.run_files import RunFileError, read_state_file
 
 # Lies in every run directory of ours from its first moment on; what lies in other directories is not ours to touch.
 MARK = ".mtl-run"
 # What a run has written that never got as far as a checkpoint.
+_CHECKPOINT = re.compile(r"step-\d{8,}|\.step-\d{8,}\.old")
 _OF_A_START = ("metrics.jsonl", "audit*.json", "plan.json", "history.json", "report.html")
 
 
@@ -32,7 +35,11 @@ def _is_run(run_dir: Path) -> bool:
     """Whether a run of ours has written here: one has left its mark, or, before there were marks, a checkpoint."""
     if (run_dir / MARK).is_file():
         return True
-    return any(map(_is_of_a_checkpoint, (run_dir / "checkpoints").glob("*step-*/state.json")))
+    return any(
+        _is_of_a_checkpoint(file)
+        for file in (run_dir / "checkpoints").glob("*step-*/state.json")
+        if _CHECKPOINT.fullmatch(file.parent.name)
+    )
 
 
 def _is_of_a_checkpoint(file: Path) -> bool:
@@ -41,7 +48,7 @@ def _is_of_a_checkpoint(file: Path) -> bool:
         state = read_state_file(file)
     except RunFileError:
         return False
-    return {"step", "phases", "scheduler", "audit"} <= state.keys()
+    return {"step", "phases", "scheduler", "audit", "config", "digests"} <= state.keys()
 
 
 def check_run_dir(config: RunConfig) -> None:
@@ -79,7 +86,15 @@ def _check_checkpoints(config: RunConfig) -> None:
     """Raises `ConfigError` if there are checkpoints that cannot be seen: without, a run would begin anew over them."""
     folder = config.run_dir / "checkpoints"
     try:
-        any(folder.iterdir())
+        names = sorted(path.name for path in folder.iterdir())
+        # What a first checkpoint leaves that was broken off is ours to clear away, and nothing else is.
+        others = [name for name in names if not name.startswith(".") and name != "frozen"]
+        if others and not any(map(_CHECKPOINT.fullmatch, names)):
+            raise config.mistake(
+                ("resume",),
+                f"{folder} holds {shorten(others, 3)}, and no checkpoint to resume from (step-00000010 and the like);"
+                " a run would begin from scratch over it: move it away first, or give another name",
+            )
     except FileNotFoundError:
         if folder.is_symlink():
             raise config.mistake(

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import logging
 import math
 from collections.abc import Sequence
 from pathlib import Path
@@ -69,6 +70,9 @@ def run_config(file: Path, overrides: Sequence[str], quiet: bool, attempt: Attem
     logger.info(short_plan(parts.plan))
     outcome = train(parts, quiet, world)
     attempt.is_trained = True
+    if outcome.asked_to_end and world.is_alone:
+        # It came too late to end training; what is left is the report.
+        raise KeyboardInterrupt(outcome.asked_to_end)
     return outcome, _close(parts, outcome, world)
 
 
@@ -81,7 +85,9 @@ def _close(parts: Parts, outcome: Outcome, world: World) -> bool:
 
     is_clean = not world.agree(broken=not outcome.report.ok).broken
     if world.leads:
-        logger.info("\n".join([results_table(outcome), verdict(outcome), closing_line(outcome)]))
+        logger.info(results_table(outcome))
+        logger.log(logging.INFO if outcome.report.ok else logging.ERROR, verdict(outcome))
+        logger.info(closing_line(outcome))
         if outcome.report.ok and not is_clean:
             logger.error(f"audit: another process found the freeze broken: {outcome.run_dir}/audit.rank-N.json")
         # Last, since all else is on disk by now: a drawing that fails costs nothing.

@@ -64,7 +64,7 @@ def settings(row: Mapping[str, Any]) -> dict[str, Any]:
         "cache": {"mode": row["cache"]},
         "balance": fixed if row["balance"] == "fixed" else {"method": row["balance"]},
         "data": TINY["data"] | _DATA[row["data"]],
-        "optim": {key: row[key] for key in ("accumulate", "clip_norm", "ema_decay")},
+        "optim": {key: row[key] for key in ("accumulate", "clip_norm", "ema_decay") if row[key] is not None},
         "checkpoint": {"every_steps": 2},
         "phases": PHASES,
     }

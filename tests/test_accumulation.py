@@ -75,7 +75,7 @@ def furthest(one: Path, other: Path) -> float:
 def test_accumulated_steps_give_the_weights_of_large_batches_across_phases(
     tmp_path: Path, monkeypatch: pytest.MonkeyPatch, accumulate: int, ema_decay: float | None
 ) -> None:
-    optim = {**SETTINGS["optim"], "accumulate": accumulate, "ema_decay": ema_decay}
+    optim = {**SETTINGS["optim"], "accumulate": accumulate} | ({"ema_decay": ema_decay} if ema_decay else {})
     parts = trained(tmp_path, "parts", patch=monkeypatch, optim=optim)
     with pytest.MonkeyPatch.context() as patch:
         patch.setattr("mtl.trainer.windows", as_one_batch)

@@ -406,7 +406,7 @@ def test_a_run_whose_folder_of_wandb_is_gone_goes_on_in_another(
     tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     monkeypatch.setenv("WANDB_MODE", "offline")
-    file = tiny_config(tmp_path, **SHORT)
+    file = tiny_config(tmp_path, **SHORT | {"tracking": {"mode": "offline"}})
     assert "Crash" in run(file, before=CRASH.format(number=6)).stderr
     run_dir = tmp_path / "runs/tiny"
     shutil.rmtree(run_dir / "wandb")

@@ -359,6 +359,6 @@ def test_a_picture_that_cannot_be_written_is_exit_code_2(tmp_path: Path, capsys:
 
 @pytest.mark.slow
 def test_the_default_configuration_takes_a_method_that_learns_nothing() -> None:
-    config = load_config(ROOT / "configs/scenes.yaml", ["balance.method=mean", "data.num_train=8", "data.num_val=8"])
+    config = load_config(ROOT / "configs/scenes.yaml", ["balance.method=mean", "data.num_train=32", "data.num_val=8"])
     phases = assemble(config, quiet=True).phases
     assert {group["lr"] for group in phases[0].groups} == {3e-3}

@@ -447,3 +447,13 @@ def test_a_mistake_of_the_command_is_exit_code_2(
     save_file(BEFORE, file)
     assert main(["audit", str(file), str(file), *arguments]) == 2
     assert message in capsys.readouterr().err
+
+
+def test_patterns_that_select_nothing_in_the_end_are_refused(
+    tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    for name, value in (("one.pt", 0.0), ("other.pt", 1.0)):
+        torch.save({"a": torch.full((2,), value)}, tmp_path / name)
+    paths = [str(tmp_path / name) for name in ("one.pt", "other.pt")]
+    assert main(["audit", *paths, "--freeze", "a", "!a"]) == 2
+    assert "select nothing in the end" in capsys.readouterr().err

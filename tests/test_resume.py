@@ -249,3 +249,19 @@ def test_a_signal_saves_within_the_step_and_the_run_goes_on_to_the_same_bits(
     assert f"stopped by {asked.name} after step" in said and "to go on: the same command with resume=auto" in said
     assert main(command[3:]) == 0
     assert_same(tmp_path / "runs/tiny", whole)
+
+
+@pytest.mark.parametrize("inside", ["checkpoints/good-step-00000012/state.json", "checkpoints/notes.txt"])
+def test_checkpoints_that_no_run_can_resume_from_are_not_cleared_away(
+    tmp_path: Path, inside: str, capsys: pytest.CaptureFixture[str]
+) -> None:
+    file = tmp_path / "runs/tiny" / inside
+    file.parent.mkdir(parents=True)
+    file.write_text('{"step": 12, "phases": [], "scheduler": {}, "audit": {}, "config": {}, "digests": {}}')
+    for mark in (False, True):
+        if mark:
+            (tmp_path / "runs/tiny" / MARK).touch()
+        assert main(["train", str(tiny_config(tmp_path)), "resume=auto"]) == 2
+        said = capsys.readouterr().err
+        assert ("no checkpoint to resume from" if mark else "already holds files") in said
+        assert file.is_file()

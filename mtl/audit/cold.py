@@ -65,7 +65,7 @@ def audit_run(run_dir: Path) -> ColdAudit:
 
     Raises:
         RunFileError: There is no `audit.json`, or it is damaged.
-        UnreadableError: There is no checkpoint.
+        UnreadableError: There is no checkpoint of a run that was clean.
     """
     if not (run_dir / AUDIT).is_file():
         raise UnreadableError(f"{run_dir}: is not the directory of a finished run: it has no {AUDIT}")
@@ -78,7 +78,7 @@ def audit_run(run_dir: Path) -> ColdAudit:
     phases = {phase["name"]: phase for phase in audit["phases"]}
     result.findings += _contradictions(audit["phases"])
     folders = sorted(path for path in (run_dir / "checkpoints").glob("step-*") if path.is_dir())
-    if not folders:
+    if not folders and audit["ok"]:
         raise UnreadableError(f"{run_dir}: has no checkpoints")
     unkept: dict[str, list[set[str]]] = {}
     for folder in folders:

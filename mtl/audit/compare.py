@@ -165,6 +165,8 @@ def compare(
         assert isinstance(one, Tensor) and isinstance(other, Tensor), "what has rows is a tensor"
         if name not in chosen:
             pairs += [(rows_in_words(name, each), one[each], other[each]) for each in slices]
+    if not pairs:
+        raise PatternError(len(freeze) - 1, "the patterns select nothing in the end: there is nothing to compare")
     found = [difference for pair in pairs if (difference := _difference(*pair))]
     differences = tuple(each for each in found if isinstance(each, Difference))
     left_out = tuple(each for each in found if isinstance(each, NotCompared))

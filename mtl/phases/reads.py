@@ -6,7 +6,6 @@ from collections.abc import Iterator, Sequence
 from dataclasses import dataclass
 
 from mtl.config import RunConfig
-from mtl.config.cache import CacheConfig
 from mtl.config.optim import OptimConfig, PlateauConfig, StepConfig
 from mtl.config.phase import UntilConfig, WrittenPhase
 from mtl.config.source import KeyPath
@@ -48,9 +47,12 @@ def reads_of(
     keys: set[KeyPath] = {("tasks", task) for task in tasks}
     keys.add(("data", "batch_size") if phase.batch_size is None else (*written.path, "batch_size"))
     keys.add(("cache", "mode") if phase.cache is None else (*written.path, "cache"))
-    if (phase.cache or config.cache.mode) != "off":
-        keys |= {("cache", key) for key in CacheConfig.model_fields if key not in ("mode", "views")}
+    mode = phase.cache or config.cache.mode
+    if mode != "off":
+        keys.add(("cache", "dtype"))
         keys |= {("cache", "views")} if config.data.augment is not None else set()
+        keys |= {("cache", "ram_gb")} if mode in ("auto", "ram") else set()
+        keys |= {("cache", "disk_gb"), ("cache", "dir")} if mode in ("auto", "disk") else set()
     never: list[KeyPath] = []
     if not phase.evaluate_only:
         keys |= set(_of_training(config, written, tasks, groups))

@@ -21,6 +21,7 @@ _OF_PHASES: dict[KeyPath, str] = {
     ("data", "batch_size"): "batch_size",
     ("cache", "mode"): "cache",
 }
+_KEPT_WHERE = {"ram_gb": "in memory", "disk_gb": "on disk", "dir": "on disk"}
 _SCALE = "; optim.lr_scale multiplies every rate"
 
 
@@ -96,7 +97,7 @@ def _candidates(config: RunConfig, phases: Sequence[Phase]) -> Iterator[_Unread]
         if key == "views" and config.data.augment is None:
             yield _Unread(("cache", key), "there are views only of images that data.augment changes")
         elif key != "mode":
-            yield _Unread(("cache", key), "no phase keeps anything", off)
+            yield _Unread(("cache", key), f"no phase keeps anything {_KEPT_WHERE.get(key, '')}".rstrip(), off)
     if config.resume is None:
         yield _Unread(("resume_override",), "resume is not given")
     for phase in {phase.written.path: phase for phase in phases}.values():
