@@ -103,6 +103,26 @@ def test_a_signal_while_the_report_is_drawn_says_that_training_is_over(tmp_path:
     assert main(["report", str(run_dir)]) == 0
 
 
+def test_a_signal_after_the_last_step_is_not_lost(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+) -> None:
+    from mtl.trainer import Trainer
+
+    train = Trainer.run
+
+    def signalled(trainer: Trainer) -> object:
+        outcome = train(trainer)
+        signal.raise_signal(signal.SIGTERM)
+        return outcome
+
+    monkeypatch.setattr(Trainer, "run", signalled)
+    assert main(["train", str(tiny_config(tmp_path, phases=[{"name": "a", "steps": 1}])), "-q"]) == 1
+    run_dir = tmp_path / "runs/tiny"
+    report = f"training is complete, and all is saved; to write the report: mtl report {run_dir}"
+    assert capsys.readouterr().err.splitlines() == ["", "stopped by SIGTERM", report]
+    assert not (run_dir / "report.html").exists()
+
+
 @pytest.mark.slow
 def test_a_signal_while_data_is_made_leaves_nothing_behind(tmp_path: Path) -> None:
     cache = tmp_path / "cache"

@@ -261,3 +261,10 @@ def _outcome(phases: list[str], *overrides: str) -> object:
         return None
     rates = [[(g["lr"], g["weight_decay"]) for g in phase.groups] for phase in run.phases]
     return rates, [(p.optim.optimizer, p.optim.lr_schedule, p.batch_size) for p in run.phases]
+
+
+def test_an_entry_that_later_ones_replace_is_told_with_these() -> None:
+    phase = "name: a, epochs: 2, freeze: [trunk], lr: {heads.depth: 5.0e-3, heads: 1.0e-3, balance: 1.0e-2}"
+    (said,) = warned([phase])
+    assert "phases.a.lr.heads.depth: no parameter that trains has this number: phases.a.lr.heads (run.yaml:7)" in said
+    assert "freeze" not in said

@@ -185,7 +185,7 @@ class RunConfig(Strict):
     """
 
     name: RunName
-    runs_dir: str = "runs"
+    runs_dir: Annotated[str, Field(min_length=1)] = "runs"
     seed: Seed = 0
     device: Device = "auto"
     memory_format: Literal["contiguous", "channels_last", "auto"] = "contiguous"

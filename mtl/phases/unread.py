@@ -11,6 +11,7 @@ from mtl.config.optim import OptimConfig
 from mtl.config.source import KeyPath
 from mtl.config.written import Rank, is_default, is_written, rank_of
 from mtl.names import shorten
+from mtl.patterns import PatternError, select
 from mtl.phases.reads import OF_OPTIM, balance_path
 from mtl.phases.resolve import Phase
 
@@ -115,15 +116,28 @@ def _of_phase(config: RunConfig, phase: Phase) -> Iterator[_Unread]:
     path, balance = phase.written.path, balance_path(phase.written)
     freeze = (*path, phase.config.patterns_key)
     for key, table in (("lr", phase.optim.lr), ("weight_decay", phase.optim.weight_decay)):
-        for pattern in table if isinstance(table, dict) and not phase.config.evaluate_only else ():
-            before = (*balance, "method") if pattern.split(".")[0] == "balance" else freeze
-            why = "no parameter that trains has this number"
-            yield _Unread((*config.path_of(phase.written, key), pattern), why, (before,))
+        where = config.path_of(phase.written, key)
+        patterns = list(table) if isinstance(table, dict) and not phase.config.evaluate_only else []
+        for place, pattern in enumerate(patterns):
+            before: tuple[KeyPath, ...] = (freeze,)
+            if pattern.split(".")[0] == "balance":
+                before = ((*balance, "method"),)
+            elif _matches_some(pattern, phase.freeze.plan.names.trainable):
+                before = tuple((*where, later) for later in patterns[place + 1 :])
+            yield _Unread((*where, pattern), "no parameter that trains has this number", before)
     for task in (phase.config.balance or config.balance).weights or {}:
         yield _Unread((*balance, "weights", task), "no phase with these weights trains this task")
     yield _Unread((*path, "layer_decay"), "the phase trains nothing of the trunk", (freeze,))
     for never in phase.reads.never:
         yield _Unread(never, f"the phase ends before that, after {phase.num_steps} steps")
+
+
+def _matches_some(pattern: str, names: Sequence[str]) -> bool:
+    """Whether a pattern of names matches one of some; what asks for a module tree is taken to match none."""
+    try:
+        return bool(select([pattern], names).names)
+    except PatternError:
+        return False
 
 
 def _lr_of_balance_only(config: RunConfig, phases: Sequence[Phase]) -> list[str]:
