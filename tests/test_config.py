@@ -16,6 +16,7 @@ from mtl.config.source import ConfigError, dump_yaml
 from mtl.config.types import Strict
 from mtl.optim import UncoveredError, by_pattern
 from mtl.patterns import Counted, PatternError
+from runs import tiny_config
 
 CONFIGS = sorted((Path(__file__).parent.parent / "configs").glob("*.yaml"))
 
@@ -103,7 +104,7 @@ def test_the_config_that_the_scripts_train_is_in_the_repository() -> None:
         (3, "data: {image_size: true}", "run.yaml:3: data.image_size: expected a valid integer, got True"),
         (3, "data: {image_size: 32.0}", "run.yaml:3: data.image_size: expected a valid integer, got 32.0"),
         (3, "data: {image_size: '32'}", "run.yaml:3: data.image_size: expected a valid integer, got '32'"),
-        (3, "data: {image_size:}", "run.yaml:3: data.image_size: expected a valid integer, got None"),
+        (3, "data: {image_size:}", "run.yaml:3: data.image_size: expected a valid integer, got nothing"),
         (3, "data: {image_size: [32]}", "run.yaml:3: data.image_size: expected a valid integer"),
         (2, "trunk: {name: 18}", "run.yaml:2: trunk.name: expected a valid string, got 18"),
         (2, "trunk: {name: true}", "run.yaml:2: trunk.name: expected a valid string, got True"),
@@ -223,7 +224,7 @@ def test_a_mistake_is_named_with_place_key_and_what_was_expected(line: int, text
             "run.yaml:10: audit.gradients_every_steps: expected a valid integer",
             ", got 'often'",
         ),
-        (10, "audit:", "run.yaml:10: audit: expected keys and values", ", got None"),
+        (10, "audit:", "run.yaml:10: audit: expected keys and values", ", got nothing"),
     ],
 )
 def test_a_malformed_value_is_named_with_place_key_and_what_came(line: int, text: str, start: str, end: str) -> None:
@@ -589,3 +590,18 @@ def test_a_pattern_may_say_how_many_tensors_it_must_match() -> None:
         ("3", "run.yaml:8: phases.warm.freeze.0: expected a valid string, got 3"),
     ]:
         assert mistake in mistakes(with_line(8, f"  - {{name: warm, freeze: [{entry}], steps: 2}}"))
+
+
+def test_keys_that_do_not_go_together_are_blamed_on_the_one_of_the_command_line(tmp_path: Path) -> None:
+    with pytest.raises(ConfigError) as caught:
+        load_config(tiny_config(tmp_path), ["balance.weights={depth: 1.0}"])
+    assert caught.value.mistakes == [
+        "command line: balance.weights: expected weights exactly if the method is 'fixed'",
+    ]
+
+
+def test_nothing_is_told_as_nothing(tmp_path: Path) -> None:
+    file = tmp_path / "nothing.yaml"
+    file.write_text(tiny_config(tmp_path).read_text() + "optim: {lr: }\n")
+    with pytest.raises(ConfigError, match=r"optim\.lr: expected .*, got nothing"):
+        load_config(file)

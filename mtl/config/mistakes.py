@@ -13,6 +13,8 @@ from mtl.config.source import BASE_KEY, KeyPath, Source, dotted, phase_name
 from mtl.nearest import hint
 
 _MOST_SHOWN = 100
+# Mistakes of keys that do not go together: what the command line says is the one to look at.
+_OF_SEVERAL_KEYS = ("balance", "until", "length", "freeze", "restore", "checkpoint")
 _SENTENCES = [
     ("Input should be greater", "expected a number greater"),
     ("Input should be less", "expected a number less"),
@@ -34,7 +36,7 @@ def describe(error: ErrorDetails, model: type[BaseModel], source: Source) -> str
     """
     path, innermost = _resolve(error["loc"], model)
     kind, came, context = error["type"], error["input"], error.get("ctx", {})
-    expected, got, near = _plain(error["msg"]), f", got {_shown(came)}", ""
+    expected, got, near = _plain(error["msg"]), f", got {_shown(came)}" if came is not None else ", got nothing", ""
     if "nearest" in context:
         near = f"; nearest: {context['nearest']}"
     if kind == "extra_forbidden":
@@ -62,6 +64,8 @@ def describe(error: ErrorDetails, model: type[BaseModel], source: Source) -> str
         expected, got = "expected at least one", ", got none"
     elif isinstance(came, dict | list):
         got = ""
+    if kind in _OF_SEVERAL_KEYS:
+        path = source.overridden_below(path)
     return told(path, f"{expected}{got}{near}", source)
 
 

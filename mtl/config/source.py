@@ -13,6 +13,7 @@ from mtl.config.yaml_text import LIST, MAPPING, NULL, ConfigError, compose, dump
 from mtl.links import dead_link
 
 KeyPath = tuple[int | str, ...]
+_COMMAND_LINE = "command line"
 # A phase with a longer name is told by its number.
 _LONGEST_NAME = 80
 BASE_KEY = "_base_"
@@ -46,6 +47,11 @@ class Source:
             if path[:end] in self.places:
                 return self.places[path[:end]]
         return "defaults"
+
+    def overridden_below(self, path: KeyPath) -> KeyPath:
+        """The first key below another one that the command line gives; that one itself if there is none."""
+        below = (each for each, where in self.places.items() if where == _COMMAND_LINE and each[: len(path)] == path)
+        return min(below, key=len, default=path)
 
 
 def read_source(file: Path, overrides: Sequence[str] = ()) -> Source:
@@ -196,7 +202,7 @@ def _override(source: Source, override: str) -> None:
             path.append(step)
             if isinstance(target, dict) and step not in target:
                 target[step] = {}
-                source.places[tuple(path)] = "command line"
+                source.places[tuple(path)] = _COMMAND_LINE
             target = target[step]
     *around, step = _steps(target, last, override)
     for each in around:
@@ -206,11 +212,11 @@ def _override(source: Source, override: str) -> None:
         del source.places[place]
     source.nulls.discard(tuple(path))
     node = compose(text, lambda _: f"command line: {override!r}")
-    value = None if node is None else _read_node(node, tuple(path), source, lambda _: "command line")
+    value = None if node is None else _read_node(node, tuple(path), source, lambda _: _COMMAND_LINE)
     if tuple(path) in source.nulls and isinstance(target, dict) and target.get(last) is not None:
         del target[last]
         return
-    source.places[tuple(path)] = "command line"
+    source.places[tuple(path)] = _COMMAND_LINE
     target[step] = value
 
 
