@@ -221,8 +221,8 @@ def _draw_course(axes: Axes, name: str, task: Task, epochs: list[dict[str, Any]]
     )
     axes.title.set_fontsize(9)
     axes.set_xlabel("step")
-    # More names than these would hide the curve; they are in the table above.
-    if len(phases) <= 6:
+    # More names than these would hide the curve; they are in the table above. A run that was killed early has none.
+    if 0 < len(phases) <= 6:
         axes.legend(fontsize=7)
 
 

@@ -48,9 +48,10 @@ def reads_of(
     keys.add(("data", "batch_size") if phase.batch_size is None else (*written.path, "batch_size"))
     keys.add(("cache", "mode") if phase.cache is None else (*written.path, "cache"))
     mode = phase.cache or config.cache.mode
+    # Whether or not they are kept, so many views are taken in turn: a run without a cache ends with the same bits.
+    keys |= {("cache", "views")} if config.data.augment is not None else set()
     if mode != "off":
         keys.add(("cache", "dtype"))
-        keys |= {("cache", "views")} if config.data.augment is not None else set()
         keys |= {("cache", "ram_gb")} if mode in ("auto", "ram") else set()
         keys |= {("cache", "disk_gb"), ("cache", "dir")} if mode in ("auto", "disk") else set()
     never: list[KeyPath] = []
