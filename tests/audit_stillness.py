@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import math
 from collections.abc import Callable
+from functools import partial
 from typing import Any
 
 import torch
@@ -290,12 +291,12 @@ def milestones() -> Scene:
     return scene
 
 
-@correct("stillness", "a regression that has reached its optimum")
+@correct("stillness", "a regression that has reached its optimum", slow=True)
 def at_the_optimum() -> Scene:
     return Scene(model := Tiny(), [SGD(trainable(model), lr=0.03)], num_steps=900)
 
 
-@correct("stillness", "two heads that both have reached their optimum")
+@correct("stillness", "two heads that both have reached their optimum", slow=True)
 def both_at_the_optimum() -> Scene:
     scene = two_heads(lambda model, _: distance(model.task("b", X)))
     scene.optimizers, scene.num_steps = [SGD(trainable(scene.model), lr=0.1)], 2000
@@ -424,9 +425,8 @@ def dead_from(step: int, num_steps: int, make: Callable[..., Any]) -> Scene:
 
 for _name, _make in OPTIMIZERS.items():
     for _from, _steps in ((20, 120), (100, 300)):
-        fault("stillness", f"a loss weight of 0 from step {_from} of {_steps}, {_name}", *stopped(*HEAD_B))(
-            lambda start=_from, num_steps=_steps, make=_make: dead_from(start, num_steps, make)  # type: ignore[misc]
-        )
+        _loop = f"a loss weight of 0 from step {_from} of {_steps}, {_name}"
+        fault("stillness", _loop, *stopped(*HEAD_B), slow=_steps == 300)(partial(dead_from, _from, _steps, _make))
 
 
 def steps_cease(scaler: bool) -> Scene:

@@ -73,6 +73,7 @@ def assert_is_one_run(run_dir: Path) -> None:
     assert not list(run_dir.glob("audit.rank-*"))
 
 
+@pytest.mark.slow
 def test_two_processes_train_what_one_does(one: Path, two: Path) -> None:
     run_dir = two / "runs/tiny"
     assert_close(run_dir, one)

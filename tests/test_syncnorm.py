@@ -78,7 +78,8 @@ os._exit(0)
 """
 
 
-@pytest.mark.parametrize("number", [2, pytest.param(3, marks=pytest.mark.slow)])
+@pytest.mark.slow
+@pytest.mark.parametrize("number", [2, 3])
 def test_shares_of_a_batch_have_outputs_gradients_and_statistics_of_the_whole(tmp_path: Path, number: int) -> None:
     run_in_processes(SCRIPT, tmp_path, number)
     ranks: list[dict[str, Any]] = [json.loads((tmp_path / f"{rank}.json").read_text()) for rank in range(number)]
