@@ -43,12 +43,9 @@ class Constancy:
             for name, module in contract.modules.items()
             if isinstance(module, _NormBase) and (id(module) in own_buffers)
         ]
-        self._without_statistics = [
-            (name, module)
-            for name, module in frozen.items()
-            if isinstance(module, _BatchNorm) and module.running_mean is None
-        ]
-        self._with_statistics = [(name, module) for name, module in frozen.items() if isinstance(module, _BatchNorm)]
+        batch_norms = [(name, module) for name, module in frozen.items() if isinstance(module, _BatchNorm)]
+        self._without_statistics = [(name, norm) for name, norm in batch_norms if norm.running_mean is None]
+        self._with_statistics = [(name, norm) for name, norm in batch_norms if norm.running_mean is not None]
         self._droppers = [(name, module) for name, module in frozen.items() if _rate(module) > 0]
         with_modes = [*self.norms, *self._with_statistics, *self._droppers]
         self._turns = Turns(list(dict.fromkeys(module for _, module in with_modes)))
@@ -60,13 +57,12 @@ class Constancy:
         for name, norm in self.norms:
             if norm.training:
                 yield "train_mode", name, causes.TRAIN_MODE, f"{type(norm).__name__} is in train mode"
-        known = {name for name, _ in self._without_statistics}
         for name, norm in self._without_statistics:
             detail = f"{type(norm).__name__} normalises by the statistics of each batch"
             yield "batch_statistics", name, causes.BATCH_STATISTICS, detail
         for name, norm in self._with_statistics:
             # Lightning's freeze, for one, sets this on a layer that has its statistics, and leaves it in train mode.
-            if name not in known and norm.training and not norm.track_running_stats:
+            if norm.training and not norm.track_running_stats:
                 detail = f"{type(norm).__name__} is in train mode and normalises by the statistics of each batch"
                 yield "batch_statistics", name, causes.BATCH_STATISTICS, detail
         for name, module in self._droppers:

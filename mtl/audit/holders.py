@@ -9,7 +9,7 @@ from torch.optim import Optimizer
 from mtl.audit import causes
 from mtl.audit.contract import Contract
 from mtl.audit.findings import Findings
-from mtl.audit.membership import HoldsParameters, Membership, param_groups
+from mtl.audit.membership import HoldsParameters, Membership, ids_held, param_groups
 from mtl.audit.places import Place
 from mtl.audit.report import Finding
 
@@ -56,7 +56,7 @@ class Holders:
 
     def begun(self) -> None:
         """From now on, what an optimizer holds and did not hold before was given to it in mid-phase."""
-        self._held_at_first = {id(p) for group in param_groups(self._optimizers) for p in group["params"]}
+        self._held_at_first = ids_held(self._optimizers)
         self._has_begun = True
 
     def is_outdated(self, step: int) -> bool:
@@ -116,9 +116,6 @@ class Holders:
 
     def _sharing(self, optimizer: HoldsParameters) -> list[HoldsParameters]:
         """The other optimizers that hold one of the same parameters."""
-        mine = {id(p) for group in optimizer.param_groups for p in group["params"]}
-        return [
-            other
-            for other in self._optimizers
-            if other is not optimizer and any(id(p) in mine for group in other.param_groups for p in group["params"])
-        ]
+        mine = ids_held([optimizer])
+        others = [other for other in self._optimizers if other is not optimizer]
+        return [other for other in others if not mine.isdisjoint(ids_held([other]))]

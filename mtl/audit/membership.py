@@ -52,7 +52,7 @@ def optimizers_inside(optimizer: HoldsParameters) -> list[Optimizer]:
             waiting += value.values()
         elif hasattr(value, "param_groups") and value is not optimizer and id(value) not in found:
             found |= {id(each): each for each in optimizers_inside(value)}
-    mine, theirs = _held([optimizer]), _held([*found.values()])
+    mine, theirs = ids_held([optimizer]), ids_held([*found.values()])
     if not found or not mine <= theirs:
         raise TypeError(
             f"the steps of a {type(optimizer).__name__} cannot be seen: it is no torch.optim.Optimizer whose"
@@ -60,10 +60,6 @@ def optimizers_inside(optimizer: HoldsParameters) -> list[Optimizer]:
             " in the loop"
         )
     return list(found.values())
-
-
-def _held(optimizers: Sequence[HoldsParameters]) -> set[int]:
-    return {id(parameter) for group in param_groups(optimizers) for parameter in group["params"]}
 
 
 def checked(optimizers: Sequence[HoldsParameters]) -> list[HoldsParameters]:
@@ -80,6 +76,11 @@ def checked(optimizers: Sequence[HoldsParameters]) -> list[HoldsParameters]:
 def param_groups(optimizers: Sequence[HoldsParameters]) -> list[dict[str, Any]]:
     """Every group once: an optimizer around another one shows that one's groups."""
     return list({id(group): group for optimizer in optimizers for group in optimizer.param_groups}.values())
+
+
+def ids_held(optimizers: Sequence[HoldsParameters]) -> set[int]:
+    """The identities of the parameters that the optimizers hold."""
+    return {id(parameter) for group in param_groups(optimizers) for parameter in group["params"]}
 
 
 # Where a parameter is registered, its key there, and the parameter.
