@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import json
 from collections.abc import Mapping, Sequence
-from dataclasses import dataclass
+from dataclasses import asdict, dataclass
 from pathlib import Path
 from typing import Any
 
@@ -54,7 +54,7 @@ class History:
 
     def to_json(self) -> dict[str, Any]:
         """The content of `history.json`, and of a checkpoint's `history`."""
-        changes = [{"step": c.step, "key": c.key, "old": c.old, "new": c.new} for c in self.changes]
+        changes = [asdict(change) for change in self.changes]
         return {"command": self.command, "from": self.origin, "changes": changes}
 
     @classmethod

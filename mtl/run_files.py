@@ -153,11 +153,10 @@ def _row(file: Path, number: int, line: bytes) -> dict[str, Any]:
 
 
 def _read_object(file: Path, model: type[_Content]) -> dict[str, Any]:
+    written = _bytes(file)
     try:
-        content = json.loads(_bytes(file))
+        content = json.loads(written)
     except (ValueError, RecursionError) as error:
-        if isinstance(error, RunFileError):
-            raise
         raise RunFileError(f"{file}: cannot be read: {error}; it is cut short, or is not JSON") from error
     return _checked(content, model, str(file))
 

@@ -13,11 +13,11 @@ from mtl.config.yaml_text import LIST, MAPPING, NULL, ConfigError, compose, dump
 from mtl.links import dead_link
 
 KeyPath = tuple[int | str, ...]
-_COMMAND_LINE = "command line"
+COMMAND_LINE = "command line"
 # A phase with a longer name is told by its number.
 _LONGEST_NAME = 80
 BASE_KEY = "_base_"
-__all__ = ["BASE_KEY", "ConfigError", "KeyPath", "Source", "dotted", "dump_yaml", "read_source"]
+__all__ = ["BASE_KEY", "COMMAND_LINE", "ConfigError", "KeyPath", "Source", "dotted", "dump_yaml", "read_source"]
 
 # Keys that hold nothing but anchors, for `<<` and aliases elsewhere in the file.
 _ANCHORS = "x-"
@@ -50,7 +50,7 @@ class Source:
 
     def overridden_below(self, path: KeyPath) -> KeyPath:
         """The first key below another one that the command line gives; that one itself if there is none."""
-        below = (each for each, where in self.places.items() if where == _COMMAND_LINE and each[: len(path)] == path)
+        below = (each for each, where in self.places.items() if where == COMMAND_LINE and each[: len(path)] == path)
         return min(below, key=len, default=path)
 
 
@@ -202,7 +202,7 @@ def _override(source: Source, override: str) -> None:
             path.append(step)
             if isinstance(target, dict) and step not in target:
                 target[step] = {}
-                source.places[tuple(path)] = _COMMAND_LINE
+                source.places[tuple(path)] = COMMAND_LINE
             target = target[step]
     *around, step = _steps(target, last, override)
     for each in around:
@@ -212,11 +212,11 @@ def _override(source: Source, override: str) -> None:
         del source.places[place]
     source.nulls.discard(tuple(path))
     node = compose(text, lambda _: f"command line: {override!r}")
-    value = None if node is None else _read_node(node, tuple(path), source, lambda _: _COMMAND_LINE)
+    value = None if node is None else _read_node(node, tuple(path), source, lambda _: COMMAND_LINE)
     if tuple(path) in source.nulls and isinstance(target, dict) and target.get(last) is not None:
         del target[last]
         return
-    source.places[tuple(path)] = _COMMAND_LINE
+    source.places[tuple(path)] = COMMAND_LINE
     target[step] = value
 
 

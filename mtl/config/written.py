@@ -7,7 +7,7 @@ from typing import Any
 
 from pydantic import BaseModel
 
-from mtl.config.source import KeyPath, Source
+from mtl.config.source import COMMAND_LINE, KeyPath, Source
 
 
 class Rank(IntEnum):
@@ -21,7 +21,7 @@ class Rank(IntEnum):
 def rank_of(source: Source, path: KeyPath) -> Rank:
     """The rank of the place where a key, or the nearest one around it, was written."""
     place = source.where(path)
-    if place == "command line":
+    if place == COMMAND_LINE:
         return Rank.COMMAND_LINE
     return Rank.FILE if _file(place) == _file(source.where(())) else Rank.BASE
 

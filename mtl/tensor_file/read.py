@@ -111,21 +111,18 @@ def _of_run(folder: Path) -> Leaves:
 def _leaves(path: Path) -> Leaves:
     main = _main_file(path)
     leaves, read = Leaves(), {main}
-    if main.name == METADATA:
-        try:
+    try:
+        if main.name == METADATA:
             leaves = read_dcp(main.parent)
-        except TensorFileError as error:
-            raise UnreadableError(f"{main}: cannot be read: {error}") from error
-    elif main.name.endswith(_INDEX):
-        try:
+        elif main.name.endswith(_INDEX):
             parts = _indexed(main)
-        except TensorFileError as error:
-            raise UnreadableError(f"{main}: cannot be read: {error}") from error
-        read |= parts.keys()
-        for tensors in parts.values():
-            leaves.add(tensors)
-    else:
-        leaves.add(_readable(main))
+            read |= parts.keys()
+            for tensors in parts.values():
+                leaves.add(tensors)
+        else:
+            leaves.add(_readable(main))
+    except TensorFileError as error:
+        raise UnreadableError(f"{main}: cannot be read: {error}") from error
     for file in sorted(path.rglob("*")) if path.is_dir() else ():
         if file.suffix in _OF_TENSORS and file.is_file() and file not in read:
             leaves.leave_out((file.relative_to(path).as_posix(),), "a file of the folder that is not read", file)
