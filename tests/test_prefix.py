@@ -16,6 +16,7 @@ from torch import Tensor, nn
 from torch.nn import functional
 from torch.utils.checkpoint import checkpoint
 
+from device_sync import no_device_sync
 from mtl.freeze import enforce, plan_freeze
 from mtl.model.prefix import Prefix, PrefixError
 from mtl.model.trace import tensors_of, untouched
@@ -558,12 +559,9 @@ def test_on_a_gpu_nothing_waits_for_it() -> None:
     with torch.backends.cudnn.flags(deterministic=True, benchmark=False):
         prefix = Prefix.record(trunk, read, images)
         assert prefix.agrees(images)
-        torch.cuda.set_sync_debug_mode("error")
-        try:
+        with no_device_sync():
             features, kept = prefix.run(images)
             replayed = prefix.replay(prefix.compute(images))
-        finally:
-            torch.cuda.set_sync_debug_mode("default")
     assert all(tensor.is_cuda for tensor in [*kept, *tensors_of(features), *tensors_of(replayed)])
 
 
