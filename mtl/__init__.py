@@ -8,29 +8,29 @@ from __future__ import annotations
 from importlib import import_module
 from typing import TYPE_CHECKING, Any
 
-from mtl.version import __version__
+from mtl.runtime.version import __version__
 
 if TYPE_CHECKING:
     from mtl.audit import GradientAudit, attach
+    from mtl.cli.train import train_config as train
     from mtl.freeze import enforce, plan_freeze
-    from mtl.scheduler import TaskScheduler
-    from mtl.training import train_config as train
+    from mtl.phases.scheduler import TaskScheduler
 
 __all__ = ["GradientAudit", "TaskScheduler", "__version__", "attach", "enforce", "plan_freeze", "train"]
 
 _PLACES = {
     "GradientAudit": ("mtl.audit", "GradientAudit"),
-    "TaskScheduler": ("mtl.scheduler", "TaskScheduler"),
+    "TaskScheduler": ("mtl.phases.scheduler", "TaskScheduler"),
     "attach": ("mtl.audit", "attach"),
     "enforce": ("mtl.freeze", "enforce"),
     "plan_freeze": ("mtl.freeze", "plan_freeze"),
-    "train": ("mtl.training", "train_config"),
+    "train": ("mtl.cli.train", "train_config"),
 }
 
 
 def __getattr__(name: str) -> Any:
     if name not in _PLACES:
-        from mtl.nearest import hint
+        from mtl.runtime.text import hint
 
         raise AttributeError(f"module 'mtl' has no attribute {name!r}{hint(name, __all__)}")
     module, inside = _PLACES[name]

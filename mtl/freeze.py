@@ -19,10 +19,10 @@ from functools import partial
 from torch import Tensor, nn
 from torch.nn.modules.batchnorm import _NormBase
 
-from mtl.moduletree import describe, join, named_buffers, named_modules, named_parameters
-from mtl.names import parents
 from mtl.patterns import Partition, PatternLike, as_list, partition, text_of
-from mtl.storage import overlapping
+from mtl.patterns.module_tree import describe, join, named_buffers, named_modules, named_parameters
+from mtl.runtime.tensors import overlapping
+from mtl.runtime.text import parents
 
 
 class FreezeError(ValueError):

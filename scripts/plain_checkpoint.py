@@ -11,7 +11,8 @@ import argparse
 import sys
 from pathlib import Path
 
-from mtl.checkpoint import CheckpointError, write_plain
+from mtl.checkpoint.convert import write_plain
+from mtl.checkpoint.files import CheckpointError
 
 if __name__ == "__main__":
     parser = argparse.ArgumentParser(description=(__doc__ or "").splitlines()[0])

@@ -7,11 +7,11 @@ from pathlib import Path
 
 import pytest
 
-from mtl.blueprint import Blueprint, draw_up_without_weights
 from mtl.cli import main
 from mtl.config import load_config
-from mtl.plan import Plan, make_plan
-from mtl.plan.text import full_plan
+from mtl.phases.plan import Plan, make_plan
+from mtl.phases.plan.text import full_plan
+from mtl.phases.setup import Blueprint, draw_up_without_weights
 
 ROOT = Path(__file__).parent.parent
 

@@ -13,7 +13,7 @@ from pathlib import Path
 import pytest
 
 import mtl
-from mtl.version import __version__
+from mtl.runtime.version import __version__
 from runs import read_metrics, tiny_config
 
 ROOT = Path(__file__).parent.parent
@@ -75,7 +75,7 @@ def test_it_is_installed_under_a_name_that_no_other_program_has_and_imported_as_
     settings = configparser.ConfigParser()
     settings.read(ROOT / "setup.cfg", encoding="utf-8")
     assert settings["metadata"]["name"] == "mtl-freeze"
-    assert settings["metadata"]["version"] == "attr: mtl.version.__version__"
+    assert settings["metadata"]["version"] == "attr: mtl.runtime.version.__version__"
     assert settings["options.packages.find"]["include"] == "mtl*"
     assert "mtl = mtl.cli:main" in settings["options.entry_points"]["console_scripts"]
 

@@ -46,7 +46,7 @@ def _hasty(tree: ast.AST, may_wait: bool) -> Iterator[tuple[int, str]]:
             yield node.lineno, "a comparison with the clock"
 
 
-@pytest.mark.parametrize("file", sorted(HERE.glob("*.py")), ids=lambda file: file.name)
+@pytest.mark.parametrize("file", sorted(HERE.rglob("*.py")), ids=lambda file: file.name)
 def test_no_test_is_hasty(file: Path) -> None:
     assert hasty(file.read_text(encoding="utf-8"), file.name in WAITS) == []
 

@@ -13,12 +13,12 @@ It is given patterns, looks at tensors, and imports nothing from the code that f
     assert audit.report.ok
 """
 
-from mtl.audit.agreement import found_anywhere
 from mtl.audit.attach import attach
 from mtl.audit.audit import GradientAudit
-from mtl.audit.fingerprint import fingerprint
-from mtl.audit.membership import HoldsParameters
 from mtl.audit.report import AuditError, Finding, Hazard, PhaseRecord, Report, Violation
+from mtl.audit.watch.membership import HoldsParameters
+from mtl.audit.watch.ranks import found_anywhere
+from mtl.runtime.fingerprint import fingerprint
 
 __all__ = [
     "AuditError",

@@ -8,7 +8,7 @@ from torch import nn
 from torch.optim import Optimizer
 
 from mtl.audit.audit import GradientAudit
-from mtl.audit.reporting import Policy
+from mtl.audit.watch.reporting import Policy
 from mtl.patterns import PatternLike
 
 

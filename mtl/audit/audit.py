@@ -10,12 +10,12 @@ from typing import TYPE_CHECKING, Any, get_args
 from torch import Tensor, nn
 from torch.optim import Optimizer
 
-from mtl.audit.contract import Subject
-from mtl.audit.hooks import Hooks
-from mtl.audit.membership import HoldsParameters, checked, optimizers_inside
-from mtl.audit.phasewatch import PhaseWatch
 from mtl.audit.report import Finding, PhaseRecord, Report
-from mtl.audit.reporting import Policy, Reporter
+from mtl.audit.watch.contract import Subject
+from mtl.audit.watch.hooks import Hooks
+from mtl.audit.watch.membership import HoldsParameters, checked, optimizers_inside
+from mtl.audit.watch.phase import PhaseWatch
+from mtl.audit.watch.reporting import Policy, Reporter
 from mtl.patterns import PatternLike, as_list
 
 if TYPE_CHECKING:
@@ -256,7 +256,7 @@ class GradientAudit:
         """Compares this process's tensors with those of all others: they must be the same in every bit.
 
         Every process calls it after the same step, and each records the same: what another one has found, too. See
-        `mtl.audit.agreement`.
+        `mtl.audit.watch.ranks`.
 
         Args:
             group: The processes, with a backend for the CPU (gloo); all of them by default.

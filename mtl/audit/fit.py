@@ -7,11 +7,11 @@ from collections.abc import Sequence
 from torch import nn
 
 from mtl.audit.audit import GradientAudit
-from mtl.audit.contract import Subject, draw_contract
-from mtl.audit.epochs import EpochFreeze, FreezeByEpoch, Span
-from mtl.audit.membership import HoldsParameters
 from mtl.audit.report import Report
-from mtl.audit.reporting import Policy
+from mtl.audit.watch.contract import Subject, draw_contract
+from mtl.audit.watch.epochs import EpochFreeze, FreezeByEpoch, Span
+from mtl.audit.watch.membership import HoldsParameters
+from mtl.audit.watch.reporting import Policy
 
 
 class FitAudit:

@@ -10,9 +10,9 @@ from typing import Any
 from accelerate.optimizer import AcceleratedOptimizer
 from transformers import TrainerCallback, TrainerControl, TrainerState, TrainingArguments
 
-from mtl.audit.epochs import EpochFreeze
 from mtl.audit.fit import FitAudit
-from mtl.audit.reporting import Policy
+from mtl.audit.watch.epochs import EpochFreeze
+from mtl.audit.watch.reporting import Policy
 
 
 class AuditCallback(TrainerCallback):

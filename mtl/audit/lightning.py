@@ -15,9 +15,9 @@ from typing import TYPE_CHECKING, Any
 from torch.optim import Optimizer
 from torch.utils.hooks import RemovableHandle
 
-from mtl.audit.epochs import EpochFreeze
 from mtl.audit.fit import FitAudit
-from mtl.audit.reporting import Policy
+from mtl.audit.watch.epochs import EpochFreeze
+from mtl.audit.watch.reporting import Policy
 
 if TYPE_CHECKING or find_spec("lightning"):
     from lightning.pytorch import Callback, LightningModule, Trainer

@@ -9,7 +9,7 @@ from dataclasses import asdict, dataclass, field
 from itertools import zip_longest
 from typing import Any
 
-from mtl.names import shorten
+from mtl.runtime.text import shorten
 
 # Kinds that say that what should train does not; all others but `ranks_differ` are about what is frozen.
 LIVENESS = (

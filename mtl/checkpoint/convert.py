@@ -8,8 +8,8 @@ from pathlib import Path
 from mtl.checkpoint import files
 from mtl.checkpoint.files import CheckpointError, DamagedCheckpoint, callers_state, plain_content, write_tensors
 from mtl.checkpoint.load import sound_shards
-from mtl.disk import sync, write_json
-from mtl.tensor_file import FROZEN, MODEL, OPTIMIZER, SHARDS, Shards, TensorFileError
+from mtl.checkpoint.tensor_file import FROZEN, MODEL, OPTIMIZER, SHARDS, Shards, TensorFileError
+from mtl.runtime.files import sync, write_json
 
 
 def write_plain(checkpoint: Path, folder: Path) -> None:

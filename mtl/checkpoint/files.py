@@ -12,12 +12,12 @@ import torch
 from safetensors.torch import save_file
 from torch import Tensor
 
-from mtl.audit.fingerprint import fingerprint, fingerprint_of_json, root
 from mtl.checkpoint.nested import NATIVE, apart, split
-from mtl.disk import sync, without_nan
-from mtl.run_files import RunFileError, read_state_file
-from mtl.storage import local
-from mtl.tensor_file import SHARDS, shard_files, shards
+from mtl.checkpoint.run_files import RunFileError, read_state_file
+from mtl.checkpoint.tensor_file import SHARDS, shard_files, shards
+from mtl.runtime.files import sync, without_nan
+from mtl.runtime.fingerprint import fingerprint, fingerprint_of_json, root
+from mtl.runtime.tensors import local
 
 MODEL, FROZEN, OPTIMIZER, STATE = "model.safetensors", "frozen.safetensors", "optimizer.safetensors", "state.json"
 VERSION = 2

@@ -25,9 +25,9 @@ from mtl.checkpoint.files import (
 from mtl.checkpoint.frozen import FrozenFiles
 from mtl.checkpoint.newest import ASIDE, newest_first, step_of
 from mtl.checkpoint.spread import SpreadContent, collect_shards, shard_file, write_shards
-from mtl.disk import sync, write_json
-from mtl.distributed import World
-from mtl.tensor_file import shards
+from mtl.checkpoint.tensor_file import shards
+from mtl.distributed.world import World
+from mtl.runtime.files import sync, write_json
 
 # A checkpoint that is half written or half removed.
 _UNFINISHED = ".tmp"

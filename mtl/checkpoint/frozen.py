@@ -7,12 +7,12 @@ import shutil
 from collections.abc import Callable, Iterable, Mapping
 from pathlib import Path
 
-from mtl.audit.fingerprint import root
-from mtl.audit.shards import file_digest
 from mtl.checkpoint.files import FROZEN, fingerprint_of
-from mtl.disk import sync
-from mtl.distributed import World
-from mtl.tensor_file import TensorFileError, read_tensor_file, shards
+from mtl.checkpoint.shard_digests import file_digest
+from mtl.checkpoint.tensor_file import TensorFileError, read_tensor_file, shards
+from mtl.distributed.world import World
+from mtl.runtime.files import sync
+from mtl.runtime.fingerprint import root
 
 
 class FrozenFiles:

@@ -9,8 +9,6 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
-from mtl.audit.fingerprint import fingerprint
-from mtl.audit.shards import damaged_shards
 from mtl.checkpoint.files import (
     FROZEN,
     MODEL,
@@ -24,8 +22,10 @@ from mtl.checkpoint.files import (
     read_state,
 )
 from mtl.checkpoint.nested import join
-from mtl.storage import is_spread, spread_like
-from mtl.tensor_file import SHARDS, Shards, TensorFileError, read_tensor_file, shards
+from mtl.checkpoint.shard_digests import damaged_shards
+from mtl.checkpoint.tensor_file import SHARDS, Shards, TensorFileError, read_tensor_file, shards
+from mtl.runtime.fingerprint import fingerprint
+from mtl.runtime.tensors import is_spread, spread_like
 
 
 class OnDemand(Mapping[str, Tensor]):

@@ -9,7 +9,7 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from mtl.storage import bytes_of, whole
+from mtl.runtime.tensors import bytes_of, whole
 
 # What every version of safetensors knows; tensors of other types are kept as bytes.
 NATIVE = frozenset(

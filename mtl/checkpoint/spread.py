@@ -18,13 +18,13 @@ from torch.distributed.checkpoint.hf_storage import HuggingFaceStorageWriter
 from torch.distributed.checkpoint.state_dict_saver import save
 from torch.distributed.tensor._utils import compute_local_shape_and_global_offset
 
-from mtl.audit.shards import shards_digest
 from mtl.checkpoint.files import MomentsState, check_kept, complete_state
 from mtl.checkpoint.nested import apart, split
-from mtl.disk import sync
-from mtl.distributed import World
-from mtl.storage import is_spread, local
-from mtl.tensor_file import FROZEN, MODEL, OPTIMIZER, SHARDS, described
+from mtl.checkpoint.shard_digests import shards_digest
+from mtl.checkpoint.tensor_file import FROZEN, MODEL, OPTIMIZER, SHARDS, described
+from mtl.distributed.world import World
+from mtl.runtime.files import sync
+from mtl.runtime.tensors import is_spread, local
 
 
 @dataclass(frozen=True)

@@ -10,7 +10,7 @@ from pydantic import BaseModel, Tag
 from pydantic_core import ErrorDetails
 
 from mtl.config.source import BASE_KEY, KeyPath, Source, dotted, phase_name
-from mtl.nearest import hint
+from mtl.runtime.text import hint
 
 _MOST_SHOWN = 100
 # Mistakes of keys that do not go together: what the command line says is the one to look at.

@@ -7,8 +7,8 @@ from typing import Annotated, Any, Literal
 from pydantic import BeforeValidator, Field, model_validator
 from pydantic_core import PydanticCustomError
 
-from mtl.best import Direction
 from mtl.config.types import Count, NotNegative, NotNegativeByPattern, Positive, PositiveByPattern, Strict
+from mtl.runtime.best import Direction
 
 
 def word_for(key: str) -> BeforeValidator:

@@ -9,7 +9,6 @@ from typing import Annotated, Literal
 from pydantic import BeforeValidator, Discriminator, Field, Tag, model_validator
 from pydantic_core import PydanticCustomError
 
-from mtl.best import Direction
 from mtl.config.cache import CacheMode
 from mtl.config.optim import BalanceConfig, LrScheduleConfig, OptimizerConfig, word_for
 from mtl.config.source import KeyPath
@@ -27,6 +26,7 @@ from mtl.config.types import (
 )
 from mtl.config.words import PhaseName
 from mtl.patterns import Counted, PatternLike
+from mtl.runtime.best import Direction
 
 # What has no meaning in a phase that trains nothing.
 _OF_TRAINING = ("freeze", "train", "tasks", "lr", "layer_decay", "optimizer", "lr_schedule", "weight_decay", "balance")

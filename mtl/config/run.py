@@ -24,7 +24,7 @@ from mtl.config.source import ConfigError, KeyPath, Source, read_source
 from mtl.config.types import Count, Patterns, Seed, Strict, one_as_list
 from mtl.config.watch import AuditConfig, TrackingConfig
 from mtl.config.words import Device, RunName
-from mtl.names import shorten
+from mtl.runtime.text import shorten
 
 # A phase costs at least an optimizer, a contract and a validation.
 _MOST_PHASES = 1000

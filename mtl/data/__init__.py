@@ -15,7 +15,6 @@ from torch import Tensor
 from tqdm import tqdm
 
 from mtl.config import DataConfig, SettingError
-from mtl.console import logger
 from mtl.data import multifashion, scenes, sprites
 from mtl.data.augment import View, draw_view
 from mtl.data.cache import DataError, cached, default_cache_dir, entry_of
@@ -23,7 +22,8 @@ from mtl.data.dataset import Batch, Split
 from mtl.data.loading import Loading, num_batches, training_batches, validation_batches, validation_rounds
 from mtl.data.room import bytes_of, check_disk, check_image, check_memory
 from mtl.data.sprites import load_sprites
-from mtl.names import shorten
+from mtl.runtime.console import logger
+from mtl.runtime.text import shorten
 from mtl.tasks import Task
 
 __all__ = [

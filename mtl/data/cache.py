@@ -15,8 +15,8 @@ from safetensors import SafetensorError
 from safetensors.torch import load_file, save_file
 from torch import Tensor
 
-from mtl.console import logger
-from mtl.links import dead_link
+from mtl.runtime.console import logger
+from mtl.runtime.links import dead_link
 
 Shape = tuple[int, ...]
 

@@ -15,7 +15,7 @@ from torch import Tensor
 from mtl.data.augment import View
 from mtl.data.dataset import Batch, Rows, Split
 from mtl.data.workers import rows_by_workers
-from mtl.distributed import ALONE, World
+from mtl.distributed.world import ALONE, World
 
 THREAD_NAME = "mtl-batches"
 _NUM_AHEAD = 2

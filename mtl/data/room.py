@@ -9,7 +9,7 @@ from pathlib import Path
 
 from mtl.config import SettingError
 from mtl.data.cache import Shape
-from mtl.names import in_bytes
+from mtl.runtime.text import in_bytes
 
 # Of each tensor of some images: its shape, and the bytes of one element.
 Stored = Mapping[str, tuple[Shape, int]]

@@ -11,10 +11,10 @@ from typing import Any
 
 from torch import Tensor
 
-from mtl.console import logger
 from mtl.featurestore.base import FeatureStore, Field, StoreError, new_places
 from mtl.featurestore.entry import DamagedEntry, Entry, Layout
 from mtl.featurestore.folder import NoRoom, StoreFolder, damage
+from mtl.runtime.console import logger
 
 
 class DiskStore(FeatureStore):

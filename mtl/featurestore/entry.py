@@ -17,8 +17,8 @@ import numpy as np
 import xxhash
 from numpy.typing import NDArray
 
-from mtl.disk import sync
 from mtl.featurestore.base import Bytes, Field, Indices
+from mtl.runtime.files import sync
 
 ROWS, SUMS, CARD, LOCK = "rows.bin", "sums.bin", "card.json", "lock"
 _VERSION = 1

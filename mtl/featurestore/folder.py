@@ -12,9 +12,9 @@ import shutil
 from collections.abc import Iterator
 from pathlib import Path
 
-from mtl.console import logger
-from mtl.disk import sync
 from mtl.featurestore.entry import LOCK, DamagedEntry, Entry, Layout
+from mtl.runtime.console import logger
+from mtl.runtime.files import sync
 
 _ENTRY = re.compile(r"[0-9a-f]{32}")
 _TEMPORARY = re.compile(r"\.[0-9a-f]{32}\.[0-9a-f]{8}")

@@ -8,7 +8,7 @@ import torch
 import torch.distributed as dist
 from torch import Tensor
 
-from mtl.distributed import World
+from mtl.distributed.world import World
 from mtl.featurestore.base import FeatureStore, Field
 
 Compute = Callable[[Tensor], Sequence[Tensor]]

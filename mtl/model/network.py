@@ -13,10 +13,9 @@ from einops import rearrange
 from torch import Tensor, nn
 
 from mtl.config import SettingError, TrunkConfig
-from mtl.console import first_line
+from mtl.model.grad_checkpointing import compute_again
 from mtl.model.heads import DenseHead, VectorHead, build_head
 from mtl.model.prefix import Prefix
-from mtl.model.recompute import compute_again
 from mtl.model.trunk import Features, FeatureShape, feature_shape, pyramid_levels, read_features
 from mtl.model.weights import (
     PACKAGED_TRUNK,
@@ -27,7 +26,8 @@ from mtl.model.weights import (
     load_into,
     packaged_weights,
 )
-from mtl.nearest import hint
+from mtl.runtime.console import first_line
+from mtl.runtime.text import hint
 from mtl.tasks.base import Task
 
 MEMORY_FORMATS = {"contiguous": torch.contiguous_format, "channels_last": torch.channels_last}

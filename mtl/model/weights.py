@@ -16,11 +16,10 @@ import torch
 from timm.models import get_arch_pretrained_cfgs
 from torch import Tensor
 
+from mtl.checkpoint.tensor_file import UnreadableError, read_contents
 from mtl.config import SettingError
-from mtl.console import logger
-from mtl.names import condense, count, shorten
-from mtl.nearest import hint
-from mtl.tensor_file import UnreadableError, read_contents
+from mtl.runtime.console import logger
+from mtl.runtime.text import condense, count, hint, shorten
 
 # What `trunk.weights` may be, other than a file.
 WORDS = ("hub", "packaged", "none")
@@ -93,7 +92,7 @@ def _stage_and_block(number: int) -> tuple[int, int]:
 
 
 def file_weights(path: Path) -> dict[str, Tensor]:
-    """The weights in a file or folder that `mtl.tensor_file` can read, with no code executed.
+    """The weights in a file or folder that `mtl.checkpoint.tensor_file` can read, with no code executed.
 
     Raises:
         WeightsError: There is no such file, it cannot be read, or holds no tensors.

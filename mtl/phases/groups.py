@@ -6,13 +6,12 @@ from collections.abc import Collection, Mapping
 from dataclasses import dataclass
 from typing import Any
 
-from mtl.balance import Balance
 from mtl.config import SettingError
 from mtl.config.phase import WrittenPhase
 from mtl.config.source import ConfigError
 from mtl.freeze import FreezePlan, trainable_parameters
-from mtl.moduletree import join
-from mtl.optim import (
+from mtl.optim.balance.balance import Balance
+from mtl.optim.optimizers import (
     UncoveredError,
     build_optimizer,
     by_pattern,
@@ -21,7 +20,8 @@ from mtl.optim import (
     layer_factors,
 )
 from mtl.patterns import PatternError, select
-from mtl.phases.freeze import Surroundings
+from mtl.patterns.module_tree import join
+from mtl.phases.freeze_rules import Surroundings
 
 
 @dataclass(frozen=True)

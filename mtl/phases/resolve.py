@@ -8,20 +8,20 @@ from typing import Any, TypeVar
 
 from torch.nn.modules.batchnorm import _BatchNorm
 
-from mtl.balance import Balance
-from mtl.best import Direction
 from mtl.config.optim import OneCycleConfig, OptimConfig, PlateauConfig
 from mtl.config.phase import PhaseConfig, WrittenPhase
 from mtl.config.source import ConfigError, KeyPath
 from mtl.config.written import is_written
 from mtl.data import num_batches
 from mtl.freeze import FreezePlan
-from mtl.lengths import PhaseLength, Plateau, Reached, leaves_of
-from mtl.moduletree import named_modules
-from mtl.phases.freeze import FreezeResolver, PhaseFreeze, Surroundings, frozen_always
+from mtl.optim.balance.balance import Balance
+from mtl.patterns.module_tree import named_modules
+from mtl.phases.conditions import PhaseLength, Plateau, Reached, leaves_of
+from mtl.phases.freeze_rules import FreezeResolver, PhaseFreeze, Surroundings, frozen_always
 from mtl.phases.groups import GroupResolver
-from mtl.phases.length import SCORE
+from mtl.phases.phase_length import SCORE
 from mtl.phases.reads import Reads, reads_of
+from mtl.runtime.best import Direction
 
 
 @dataclass(frozen=True)

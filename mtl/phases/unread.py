@@ -10,10 +10,10 @@ from mtl.config.cache import CacheConfig
 from mtl.config.optim import OptimConfig
 from mtl.config.source import KeyPath
 from mtl.config.written import Rank, is_default, is_written, rank_of
-from mtl.names import shorten
 from mtl.patterns import PatternError, select
 from mtl.phases.reads import OF_OPTIM, balance_path
 from mtl.phases.resolve import Phase
+from mtl.runtime.text import shorten
 
 # The run's settings that a phase may set itself, and under which key.
 _OF_PHASES: dict[KeyPath, str] = {

@@ -1,8 +1,8 @@
 """Whether two checkouts of this project train to the same bits: for a change that must not change any result.
 
 Trains small configurations that together use every part of the loop, and prints digests of what each run left: the
-tensors of its last and best checkpoints, its metrics but for times, and its audit. One is killed inside an epoch and resumed, and
-some can be killed under one checkout and resumed under the other. Bits are those of one machine, so both sides run here.
+tensors of its last and best checkpoints, its metrics but for times, and its audit. Some are also killed inside an epoch
+and resumed, which can be under another checkout. Bits are those of one machine, so both sides run here.
 
 python scripts/bench/same_bits.py --write before.json             # with the checkout that this file lies in
 python scripts/bench/same_bits.py --checkout ../old --write before.json

@@ -1,0 +1,1 @@
+"""Proofs from files: a finished run, or two checkpoints."""

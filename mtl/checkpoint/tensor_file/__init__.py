@@ -1,0 +1,39 @@
+"""The one reader of files of tensors: anyone's checkpoints, by name; nothing in them is ever run."""
+
+from mtl.checkpoint.tensor_file.contents import Contents, LeftOut
+from mtl.checkpoint.tensor_file.dcp import assemble, file_inside
+from mtl.checkpoint.tensor_file.read import UnreadableError, is_in_shards, read_contents, read_shards
+from mtl.checkpoint.tensor_file.shards import (
+    FROZEN,
+    MODEL,
+    OPTIMIZER,
+    SHARDS,
+    ShardFile,
+    Shards,
+    described,
+    files_of,
+    shard_files,
+)
+from mtl.checkpoint.tensor_file.single import TensorFileError, read_tensor_file
+
+__all__ = [
+    "FROZEN",
+    "MODEL",
+    "OPTIMIZER",
+    "SHARDS",
+    "Contents",
+    "LeftOut",
+    "ShardFile",
+    "Shards",
+    "TensorFileError",
+    "UnreadableError",
+    "assemble",
+    "described",
+    "file_inside",
+    "files_of",
+    "is_in_shards",
+    "read_contents",
+    "read_shards",
+    "read_tensor_file",
+    "shard_files",
+]

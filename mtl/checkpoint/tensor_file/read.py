@@ -1,0 +1,175 @@
+"""One checkpoint, whatever its form: a file, or a folder of files that belong together."""
+
+from __future__ import annotations
+
+import json
+from collections.abc import Collection, Mapping
+from pathlib import Path
+from typing import Any
+
+from torch import Tensor
+
+from mtl.checkpoint.run_files import STATE, RunFileError, read_state_file
+from mtl.checkpoint.tensor_file.contents import Contents, Leaves, named
+from mtl.checkpoint.tensor_file.dcp import METADATA, file_inside, read_dcp
+from mtl.checkpoint.tensor_file.shards import FROZEN, MODEL, OPTIMIZER, Shards
+from mtl.checkpoint.tensor_file.single import TensorFileError, read_safetensors, read_tensor_file
+
+# What a folder may hold, the first that there is: whole, in shards with an index, or in chunks.
+_MODEL = "model.safetensors"
+_INDEX = ".index.json"
+_IN_FOLDERS = (
+    _MODEL,
+    f"{_MODEL}{_INDEX}",
+    METADATA,
+    "pytorch_model.bin",
+    f"pytorch_model.bin{_INDEX}",
+)
+# Next to the model's file in a folder that `mtl` wrote.
+_FROZEN, _OPTIMIZER = "frozen.safetensors", "optimizer.safetensors"
+# Files that may hold tensors; one in a folder that is not read is left out, and said.
+_OF_TENSORS = (".safetensors", ".bin", ".pt", ".pth", ".ckpt")
+
+
+class UnreadableError(ValueError):
+    """A file that holds no tensors, or not all that it should hold."""
+
+
+def read_contents(path: Path) -> Contents:
+    """All tensors of a checkpoint by name, and what in it was not read as tensors.
+
+    Args:
+        path: A `.safetensors` file; a file of `torch.save`, read with `weights_only`; or a folder: a checkpoint of a
+            run of `mtl`, plain or in shards of its processes; one with `model.safetensors`; one with shards and their
+            index, as Hugging Face writes them; or one with the chunks of `torch.distributed.checkpoint`.
+
+    Raises:
+        UnreadableError: There is no such file, it is damaged, holds code, or holds no tensors.
+    """
+    if path.name == _MODEL and is_of_run(path.parent):
+        # What a run froze is in a file of its own.
+        path = path.parent
+    try:
+        leaves = _of_run(path) if is_of_run(path) else _leaves(path)
+    except RecursionError as error:
+        raise UnreadableError(f"{path}: cannot be read: it is nested too deeply") from error
+    contents = named(leaves)
+    if not any(isinstance(value, Tensor) for value in contents.everything.values()):
+        # What could not be read says more.
+        reasons = [f": {name}: {each.reason}" for name, each in contents.rest.items() if not isinstance(each, Tensor)]
+        raise UnreadableError(f"{path}: holds no tensors{reasons[0] if reasons else ''}")
+    return contents
+
+
+def is_of_run(path: Path) -> bool:
+    """Whether a folder is a checkpoint that a run of `mtl` wrote."""
+    return (path / STATE).is_file() and ((path / MODEL).is_dir() or (path / _MODEL).is_file())
+
+
+def is_in_shards(path: Path) -> bool:
+    """Whether a folder is a checkpoint of `mtl` of which each process wrote its part."""
+    return is_of_run(path) and (path / MODEL).is_dir()
+
+
+def read_shards(folder: Path, kinds: Collection[str] = (MODEL, FROZEN)) -> dict[str, Tensor]:
+    """The whole tensors of a checkpoint for which `is_in_shards` holds: of its model, or of other folders of it.
+
+    Raises:
+        UnreadableError: It is damaged.
+    """
+    try:
+        return dict(Shards(folder, read_state_file(folder / STATE), kinds))
+    except RunFileError as error:
+        raise UnreadableError(str(error)) from error
+    except TensorFileError as error:
+        raise UnreadableError(f"{folder}: cannot be read: {error}") from error
+    except (LookupError, TypeError, AttributeError) as error:
+        raise UnreadableError(f"{folder / STATE}: cannot be read: {error!r}") from error
+
+
+def _of_run(folder: Path) -> Leaves:
+    """The model under its own names, with all names of tied tensors; and the tensors of optimizers."""
+    try:
+        state = read_state_file(folder / STATE)
+    except RunFileError as error:
+        raise UnreadableError(str(error)) from error
+    if is_in_shards(folder):
+        model, optimizer = read_shards(folder), read_shards(folder, [OPTIMIZER])
+    else:
+        model = _readable(folder / _MODEL)
+        # Where some was frozen, there has to be its file.
+        if "frozen" in state.get("digests", {}) or (folder / _FROZEN).is_file():
+            model |= _readable(folder / _FROZEN)
+        optimizer = _readable(folder / _OPTIMIZER) if (folder / _OPTIMIZER).is_file() else {}
+    tied: Mapping[str, str] = state.get("tied", {})
+    leaves = Leaves()
+    leaves.add(model | {name: model[first] for name, first in tied.items() if first in model}, (MODEL,))
+    leaves.add(optimizer, (OPTIMIZER,))
+    return leaves
+
+
+def _leaves(path: Path) -> Leaves:
+    main = _main_file(path)
+    leaves, read = Leaves(), {main}
+    try:
+        if main.name == METADATA:
+            leaves = read_dcp(main.parent)
+        elif main.name.endswith(_INDEX):
+            parts = _indexed(main)
+            read |= parts.keys()
+            for tensors in parts.values():
+                leaves.add(tensors)
+        else:
+            leaves.add(_readable(main))
+    except TensorFileError as error:
+        raise UnreadableError(f"{main}: cannot be read: {error}") from error
+    for file in sorted(path.rglob("*")) if path.is_dir() else ():
+        if file.suffix in _OF_TENSORS and file.is_file() and file not in read:
+            leaves.leave_out((file.relative_to(path).as_posix(),), "a file of the folder that is not read", file)
+    return leaves
+
+
+def _readable(file: Path) -> Any:
+    if not file.is_file():
+        raise UnreadableError(f"{file}: no such checkpoint")
+    try:
+        return read_tensor_file(file)
+    except TensorFileError as error:
+        raise UnreadableError(f"{file}: cannot be read: {error}") from error
+
+
+def _main_file(path: Path) -> Path:
+    """The file to begin with."""
+    if not path.is_dir():
+        return path
+    found = next((path / name for name in _IN_FOLDERS if (path / name).is_file()), None)
+    if found is None:
+        inside = path / "checkpoints"
+        hint = f"; {path} is a run: give one of its checkpoints, such as {inside / 'last'}" if inside.is_dir() else ""
+        raise UnreadableError(f"{path}: no such checkpoint (a folder with none of {', '.join(_IN_FOLDERS)}){hint}")
+    return found
+
+
+def _indexed(index: Path) -> dict[Path, dict[str, Tensor]]:
+    """The tensors of each file that an index names; each has to hold those that the index says, and no others."""
+    try:
+        placed = json.loads(index.read_text(encoding="utf-8"))["weight_map"].items()
+    except (OSError, ValueError, LookupError, TypeError, AttributeError, RecursionError) as error:
+        raise TensorFileError("it is no index with a weight_map") from error
+    expected: dict[Path, set[str]] = {}
+    for name, shard in placed:
+        expected.setdefault(file_inside(index.parent, shard), set()).add(name)
+    parts: dict[Path, dict[str, Tensor]] = {}
+    for file, names in expected.items():
+        try:
+            tensors, tied = read_safetensors(file) if file.suffix == ".safetensors" else (read_tensor_file(file), {})
+        except TensorFileError as error:
+            raise TensorFileError(f"{file.name}: {error}") from error
+        if not isinstance(tensors, Mapping) or not all(isinstance(each, Tensor) for each in tensors.values()):
+            raise TensorFileError(f"{file.name}: holds no tensors by name, or other things next to them")
+        for name in sorted(names ^ set(map(str, tensors))):
+            if name not in tied:
+                what = "lacks" if name in names else "holds, and the index not,"
+                raise TensorFileError(f"{file.name}: {what} {name}")
+        parts[file] = {**tensors, **{name: tensors[kept] for name, kept in tied.items()}}
+    return parts

@@ -1,0 +1,105 @@
+"""Reads one file of tensors, whoever wrote it; nothing in it is ever run."""
+
+from __future__ import annotations
+
+import io
+import re
+import warnings
+import zipfile
+from pathlib import Path
+from typing import Any
+
+import torch
+from safetensors import safe_open
+from safetensors.torch import load_file
+from torch import Tensor
+
+from mtl.checkpoint.tensor_file.plain_data import STAND_INS
+from mtl.runtime.console import first_line
+from mtl.runtime.text import with_article
+
+# What safetensors itself keeps in the metadata, beside names of tied tensors.
+_FORMAT = "format"
+# What the pickle of every module has in it.
+_OF_A_MODULE = (b"_parameters", b"_buffers", b"_modules")
+_INSTEAD = "save its tensors where its code is at hand: torch.save(model.state_dict(), FILE)"
+
+
+class TensorFileError(ValueError):
+    """A file that cannot be read as tensors; says why."""
+
+
+def read_tensor_file(file: Path) -> Any:
+    """What a `.safetensors` file, or one of `torch.save`, holds: mostly tensors by name, perhaps inside other things.
+
+    Tied tensors of a `.safetensors` file have all their names.
+
+    Raises:
+        TensorFileError: It is damaged, is no such file, or holds code.
+    """
+    if file.suffix != ".safetensors":
+        return load_pickle(file)
+    tensors, tied = read_safetensors(file)
+    return tensors | {name: tensors[kept] for name, kept in tied.items()}
+
+
+def read_safetensors(file: Path) -> tuple[dict[str, Tensor], dict[str, str]]:
+    """The tensors of a `.safetensors` file, and other names of some of them, each with the name that is in the file.
+
+    Raises:
+        TensorFileError: It is damaged, or is no such file.
+    """
+    try:
+        tensors: dict[str, Tensor] = load_file(file)
+        with safe_open(file, framework="pt") as opened:
+            metadata: dict[str, str] = opened.metadata() or {}
+    except Exception as error:  # the library raises a dozen unrelated types for a file that is not its own
+        raise TensorFileError(first_line(error)) from error
+    # `safetensors.torch.save_model` keeps one of several names, and notes the others in the metadata.
+    tied = {name: kept for name, kept in metadata.items() if kept in tensors and name not in tensors}
+    return tensors, {name: kept for name, kept in tied.items() if name != _FORMAT}
+
+
+def load_pickle(source: Path | io.BytesIO) -> Any:
+    """What `torch.save` wrote: tensors and plain data, of which some classes are read as stand-ins.
+
+    Raises:
+        TensorFileError: It is damaged, is no such file, or holds code; names the class.
+    """
+    try:
+        with warnings.catch_warnings(), torch.serialization.safe_globals([(c, name) for name, c in STAND_INS.items()]):
+            # Of old forms and rare layouts, which are read all the same.
+            warnings.simplefilter("ignore")
+            return torch.load(source, map_location="cpu", weights_only=True)
+    except Exception as error:  # torch raises a dozen unrelated types for a file that is not its own
+        raise TensorFileError(_reason(error, source)) from error
+
+
+def _reason(error: Exception, source: Path | io.BytesIO) -> str:
+    """Why torch refuses a file. It advises to load such a file with the code in it, which is not passed on."""
+    text = str(error)
+    if "TorchScript" in text:
+        return f"it is a TorchScript archive, which is code; not run; {_INSTEAD}"
+    if found := re.search(r"GLOBAL (\S+)", text) or re.search(r"got <class '([^']+)'>", text):
+        name = found[1]
+        if _holds_module(source):
+            return f"it holds a whole module ({name}), whose class is code; not run; {_INSTEAD}"
+        return f"it holds {with_article(name)}, which is code; not run"
+    if "DTensor" in text:
+        return "it holds a torch.distributed.tensor.DTensor, one process's part of a tensor; save full tensors instead"
+    if isinstance(error, EOFError):
+        return "it is empty, or was cut short"
+    if "Weights only" in text:
+        return "it is damaged, or holds more than tensors and plain data; code in it is not run"
+    return first_line(error)
+
+
+def _holds_module(source: Path | io.BytesIO) -> bool:
+    """Whether a pickle looks like that of a whole module; its text is searched, nothing is unpickled."""
+    try:
+        with zipfile.ZipFile(source) as archive:
+            pickles = [archive.read(name) for name in archive.namelist() if name.endswith("/data.pkl")]
+    except (OSError, zipfile.BadZipFile):
+        # The form before zip files: a pickle from the first byte on.
+        pickles = [source.getvalue() if isinstance(source, io.BytesIO) else source.read_bytes()]
+    return any(all(word in content for word in _OF_A_MODULE) for content in pickles)

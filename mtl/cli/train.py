@@ -1,0 +1,105 @@
+"""`mtl train`, from a file to a trained run and its report; in Python `mtl.train`."""
+
+from __future__ import annotations
+
+import logging
+import math
+from collections.abc import Sequence
+from pathlib import Path
+from typing import TYPE_CHECKING
+
+from mtl.cli.guard import Attempt
+from mtl.config import load_config
+from mtl.training.run_dir import check_run_dir
+
+if TYPE_CHECKING:
+    from mtl.distributed.world import World
+    from mtl.training.result import Outcome
+    from mtl.training.setup import Parts
+
+
+def train_config(config: str | Path, *overrides: str, quiet: bool = False) -> Outcome:
+    """Trains a configuration as the command `mtl train` does, and writes its run directory.
+
+    Args:
+        config: A YAML file.
+        overrides: Dotted `key=value` pairs, such as `phases.finetune.epochs=2`.
+        quiet: Whether only warnings are shown.
+
+    Returns:
+        What the run came to: its directory, scores by phase, and the audit's report.
+
+    Raises:
+        ConfigError: Anything in the configuration that does not work, with the place where it was written.
+        DataError: The data cannot be had.
+        AuditError: The freeze was broken, and the audit's policy is to raise.
+        NotFiniteError: A loss or a gradient is not finite, and the policy is to raise.
+        SaveError: A checkpoint cannot be written.
+        Stopped: It was asked to end, and has saved where it stands.
+    """
+    return run_config(Path(config), overrides, quiet, Attempt())[0]
+
+
+def run_config(file: Path, overrides: Sequence[str], quiet: bool, attempt: Attempt) -> tuple[Outcome, bool]:
+    """As `train_config`, and notes in `attempt` how far it has come.
+
+    Returns:
+        What the run came to, and whether the audit is clean in all processes.
+
+    Raises: as `train_config`.
+    """
+    attempt.trains = True
+    # The configuration is checked before torch and timm are loaded, which takes seconds.
+    config = load_config(file, overrides)
+    check_run_dir(config)
+    attempt.config = config
+
+    from mtl.distributed.world import World
+    from mtl.phases.plan.text import short_plan
+    from mtl.runtime.console import logger, show_log
+    from mtl.training.resume import find_origin, settled
+    from mtl.training.run import train
+    from mtl.training.setup import assemble
+
+    world = attempt.world = World.from_environment()
+    show_log(quiet or not world.leads, only_errors=not world.leads)
+    origin = find_origin(config)
+    config = attempt.config = config if origin is None else settled(config, origin)
+    parts = assemble(config, quiet, world, begins=origin is None)
+    attempt.plan = parts.plan
+    logger.info(short_plan(parts.plan))
+    outcome = train(parts, quiet, world)
+    attempt.is_trained = True
+    if outcome.asked_to_end and world.is_alone:
+        # It came too late to end training; what is left is the report.
+        raise KeyboardInterrupt(outcome.asked_to_end)
+    return outcome, _close(parts, outcome, world)
+
+
+def _close(parts: Parts, outcome: Outcome, world: World) -> bool:
+    """Says what a run came to, and parts from the other processes; whether the audit is clean in all of them."""
+    from mtl.checkpoint.run_files import RunFileError
+    from mtl.results.report import write_report
+    from mtl.results.summary import closing_line, results_table, verdict
+    from mtl.runtime.console import logger
+
+    is_clean = not world.agree(broken=not outcome.report.ok).broken
+    if world.leads:
+        logger.info(results_table(outcome))
+        logger.log(logging.INFO if outcome.report.ok else logging.ERROR, verdict(outcome))
+        logger.info(closing_line(outcome))
+        if outcome.report.ok and not is_clean:
+            logger.error(f"audit: another process found the freeze broken: {outcome.run_dir}/audit.rank-N.json")
+        # Last, since all else is on disk by now: a drawing that fails costs nothing.
+        kept = "last" if math.isnan(outcome.best_score) else "{best,last}"
+        files = [f"checkpoints/{kept}", "metrics.jsonl", "audit.json", "plan.json", "config.yaml"]
+        try:
+            files.insert(0, write_report(parts, outcome.run_dir).name)
+        except (OSError, RunFileError) as error:
+            reason = error.strerror if isinstance(error, OSError) else error
+            logger.warning(f"report.html cannot be written ({reason}); later: mtl report {outcome.run_dir}")
+        logger.info(f"{outcome.run_dir}: {', '.join(files)}")
+    # torchrun ends all processes as soon as one has failed.
+    world.barrier()
+    world.close()
+    return is_clean

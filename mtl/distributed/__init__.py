@@ -1,0 +1,1 @@
+"""Several processes that train one model: how they find each other, what they exchange, DDP, SyncBatchNorm."""

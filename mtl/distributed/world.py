@@ -1,0 +1,295 @@
+"""Several processes that train one model: which one this is, and what they tell each other.
+
+Started by torchrun, every process takes its share of each global batch. Alone, every method here gives back what it was
+given, and torch.distributed is not called.
+"""
+
+from __future__ import annotations
+
+import json
+import os
+from collections.abc import Collection, Iterable, Iterator, Mapping, Sequence
+from contextlib import contextmanager
+from dataclasses import dataclass
+from typing import Any, Protocol
+
+import torch
+import torch.distributed as dist
+from torch import Tensor, nn
+
+from mtl.distributed.rendezvous import meet
+
+TIMEOUT_S = 600.0
+_VARIABLES = ("RANK", "WORLD_SIZE", "LOCAL_RANK")
+
+
+class WorldError(ValueError):
+    """Processes that cannot work together."""
+
+
+class HasSums(Protocol):
+    """Statistics that add up over parts of a data set."""
+
+    def state(self) -> list[Tensor]: ...
+
+    def take(self, state: Sequence[Tensor]) -> None: ...
+
+
+@dataclass(frozen=True)
+class Agreement:
+    """What all processes know after a step's message.
+
+    Attributes:
+        stop: Whether any wants to stop.
+        broken: Whether any has found something broken.
+        seconds: Those of rank 0, whose clock counts.
+        weights: Sums over all processes.
+    """
+
+    stop: bool
+    broken: bool
+    seconds: float
+    weights: tuple[float, ...]
+
+
+@dataclass(frozen=True)
+class World:
+    """The processes of a run, seen from one of them.
+
+    Attributes:
+        rank: Which one this is, from 0.
+        size: How many there are.
+        local_rank: Which one this is on its machine: the number of its GPU.
+    """
+
+    rank: int = 0
+    size: int = 1
+    local_rank: int = 0
+
+    def __post_init__(self) -> None:
+        if not (0 <= self.rank < self.size and 0 <= self.local_rank < self.size):
+            raise WorldError(f"expected ranks from 0 to {self.size - 1}, got {self.rank}, local {self.local_rank}")
+
+    @classmethod
+    def alone(cls) -> World:
+        """One process."""
+        return cls()
+
+    @classmethod
+    def from_environment(cls, environment: Mapping[str, str] | None = None) -> World:
+        """What torchrun says; alone if this process was not started by it.
+
+        Raises:
+            WorldError: The variables are incomplete, or are no numbers that fit each other.
+        """
+        environment = os.environ if environment is None else environment
+        found = {name: environment[name] for name in _VARIABLES if name in environment}
+        if not found:
+            return cls.alone()
+        if len(found) < len(_VARIABLES) or not all(text.isdecimal() for text in found.values()):
+            got = ", ".join(f"{name}={text}" for name, text in found.items())
+            raise WorldError(
+                f"expected {', '.join(_VARIABLES)} as whole numbers, as torchrun sets them, got {got};"
+                " start with torchrun, or unset them"
+            )
+        rank, size, local_rank = (int(found[name]) for name in _VARIABLES)
+        return cls(rank, size, local_rank)
+
+    @property
+    def is_alone(self) -> bool:
+        return self.size == 1
+
+    @property
+    def leads(self) -> bool:
+        """Whether this process is the one that writes files and speaks."""
+        return self.rank == 0
+
+    def start(self, device: torch.device, timeout_s: float = TIMEOUT_S) -> torch.device:
+        """Meets the other processes.
+
+        Args:
+            device: The kind of device to compute on; a number of a GPU is not looked at.
+            timeout_s: How long a process waits for another one before it gives up.
+
+        Returns:
+            The device of this process.
+
+        Raises:
+            WorldError: There are fewer GPUs on this machine than processes.
+        """
+        if self.is_alone:
+            return device
+        if device.type == "cuda":
+            device = self.gpu()
+            torch.cuda.set_device(device)
+        meet("cpu:gloo,cuda:nccl" if device.type == "cuda" else "gloo", self.rank, self.size, timeout_s)
+        return device
+
+    def gpu(self) -> torch.device:
+        """The GPU of this process.
+
+        Raises:
+            WorldError: There are fewer GPUs on this machine than processes.
+        """
+        if self.local_rank >= torch.cuda.device_count():
+            raise WorldError(
+                f"expected a GPU for every process on this machine, got {torch.cuda.device_count()} for process"
+                f" {self.local_rank + 1}; start fewer: torchrun --nproc-per-node"
+            )
+        return torch.device("cuda", self.local_rank)
+
+    @contextmanager
+    def first_one_first(self) -> Iterator[None]:
+        """Lets the first process do something before the others do it as well."""
+        if not self.leads:
+            self.barrier()
+        yield
+        if self.leads:
+            self.barrier()
+
+    def close(self) -> None:
+        """Parts from the other processes; may be called again."""
+        if not self.is_alone and dist.is_initialized():
+            dist.destroy_process_group()
+
+    # Who does what
+
+    def shares(self, indices: Tensor) -> list[Tensor]:
+        """The shares of a global batch by rank: in a row, of sizes that differ by one image at most.
+
+        Args:
+            indices: "b".
+
+        Raises:
+            WorldError: A process would be left without an image, which cannot go through the model.
+        """
+        if len(indices) < self.size:
+            raise WorldError(
+                f"expected a batch of at least {self.size} images, one for each process, got {len(indices)};"
+                " raise data.batch_size, or start fewer processes"
+            )
+        return list(indices.tensor_split(self.size))
+
+    # What they tell each other
+
+    def agree(
+        self, stop: bool = False, broken: bool = False, seconds: float = 0.0, weights: Sequence[float] = ()
+    ) -> Agreement:
+        """One message a step, between the CPUs: no device is waited for."""
+        if self.is_alone:
+            return Agreement(stop, broken, seconds, tuple(map(float, weights)))
+        message = [float(stop), float(broken), seconds if self.leads else 0.0, *weights]
+        sums = torch.tensor(message, dtype=torch.float64)
+        dist.all_reduce(sums)
+        stops, breaks, told, *totals = sums.tolist()
+        return Agreement(stops > 0, breaks > 0, told, tuple(totals))
+
+    def mean(self, tensor: Tensor) -> Tensor:
+        """The mean of a small tensor over the processes, detached."""
+        if self.is_alone:
+            return tensor.detach()
+        total = tensor.detach().clone()
+        dist.all_reduce(total)
+        return total / self.size
+
+    def global_losses(self, losses: Tensor) -> Tensor:
+        """The means of losses over the processes, whose gradient is that of this process's own.
+
+        DDP's mean over the processes' gradients is then the gradient of any function of the global losses.
+        """
+        return losses if self.is_alone else losses + (self.mean(losses) - losses.detach())
+
+    def average_buffers(self, module: nn.Module, names: Collection[str]) -> None:
+        """Makes buffers one over the processes: means of floats, and for whole numbers those of rank 0.
+
+        Meant for the statistics of norm layers that train, which each process has of its own share.
+        """
+        if self.is_alone or not names:
+            return
+        buffers = dict(module.named_buffers(remove_duplicate=False))
+        by_type: dict[torch.dtype, dict[int, Tensor]] = {}
+        for name in sorted(names):
+            buffer = buffers[name].detach()
+            # A tensor of two names is taken once.
+            by_type.setdefault(buffer.dtype, {})[id(buffers[name])] = buffer
+        for dtype, found in by_type.items():
+            flat = torch.cat([buffer.flatten() for buffer in found.values()])
+            if dtype.is_floating_point or dtype.is_complex:
+                dist.all_reduce(flat)
+                flat /= self.size
+            else:
+                dist.broadcast(flat, src=0)
+            for buffer, part in zip(
+                found.values(), flat.split_with_sizes([b.numel() for b in found.values()]), strict=True
+            ):
+                buffer.copy_(part.view_as(buffer))
+
+    def sum_metrics(self, metrics: Iterable[HasSums]) -> None:
+        """Makes statistics those of all processes together: whole numbers exactly, floats in their own precision.
+
+        Args:
+            metrics: The same kinds in the same order on every process; one that has counted nothing adds zeros.
+        """
+        if self.is_alone:
+            return
+        each = list(metrics)
+        # On the CPU, where they are read next.
+        states = [[tensor.detach().cpu() for tensor in one.state()] for one in each]
+        everything = [tensor for state in states for tensor in state]
+        summed: dict[int, Tensor] = {}
+        for dtype in sorted({tensor.dtype for tensor in everything}, key=str):
+            places = [place for place, tensor in enumerate(everything) if tensor.dtype == dtype]
+            flat = torch.cat([everything[place].flatten() for place in places])
+            dist.all_reduce(flat)
+            parts = flat.split_with_sizes([everything[place].numel() for place in places])
+            summed |= {place: part.view_as(everything[place]) for place, part in zip(places, parts, strict=True)}
+        start = 0
+        for one, state in zip(each, states, strict=True):
+            one.take([summed[place] for place in range(start, start + len(state))])
+            start += len(state)
+
+    def same_from_rank_0(self, value: Any) -> Any:
+        """What rank 0 gives, on every process: anything that JSON can hold; others may give None."""
+        if self.is_alone:
+            return value
+        content = json.dumps(value).encode() if self.leads else b""
+        length = torch.tensor([len(content)])
+        dist.broadcast(length, src=0)
+        message = torch.frombuffer(bytearray(content), dtype=torch.uint8) if self.leads else None
+        if message is None:
+            message = torch.empty(int(length), dtype=torch.uint8)
+        dist.broadcast(message, src=0)
+        return json.loads(bytes(message.tolist()))
+
+    def barrier(self) -> None:
+        """Waits until every process is here; between the CPUs, so that no GPU has to be guessed."""
+        self.agree()
+
+
+ALONE = World.alone()
+
+
+def shares_of_means(weights: Tensor, totals: Tensor, world_size: int) -> Tensor:
+    """What each local mean loss is multiplied by, so that their mean is the mean over all labelled entries.
+
+    A step has m micro-batches on each of w processes. The mean over these m w of `share * local mean loss` is then the
+    mean that one batch of all images would have, and so are the gradients.
+
+    Args:
+        weights: "m t": the denominator of each local mean, by micro-batch and task.
+        totals: "t": their sums over micro-batches and processes.
+        world_size: w.
+
+    Returns:
+        "m t", float64; 0 where nothing is labelled anywhere.
+    """
+    weights, totals = weights.double(), totals.double()
+    shares = weights * (len(weights) * world_size) / torch.where(totals > 0, totals, 1.0)
+    return torch.where(totals > 0, shares, 0.0)
+
+
+def is_lost(error: Exception) -> bool:
+    """Whether an error says that another process is gone, or has not answered in time."""
+    return isinstance(error, dist.DistError) or any(
+        sign in str(error) for sign in ("Connection closed by peer", "Connection reset", "gloo", "Timed out waiting")
+    )

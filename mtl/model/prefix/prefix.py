@@ -1,0 +1,279 @@
+"""The frozen first part of a trunk, kept per image: computed once, and in later epochs not at all.
+
+    prefix = Prefix.record(trunk, read, images)      # raises PrefixError if there is nothing to keep
+    features, kept = prefix.run(images)              # a plain pass, and what is to be kept of it
+    features = prefix.replay(rows_of_several_kept)   # the same features; no frozen module is run
+
+The trunk's own code runs in a replay too, with its frozen modules' `forward` swapped for the time of the call: those
+whose output is read by what trains return the kept tensors, the others tensors of the right shape without numbers. A
+prefix holds for the freeze and the modes it was recorded under; record another after a change.
+"""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Callable, Iterator, Sequence
+from contextlib import contextmanager, nullcontext
+from functools import partial
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+from torch.utils._pytree import tree_leaves
+
+from mtl.model.prefix.cut import Cut, PrefixError, find_cut
+from mtl.model.prefix.standin import Skip, hollow_tensor, kept_tensor, skips
+from mtl.model.prefix.trace import Trace, record_trace, tensors_of, untouched
+from mtl.model.trunk import Features
+from mtl.runtime.tensors import bytes_of
+
+__all__ = ["Prefix", "PrefixError"]
+
+Read = Callable[[Tensor], Features]
+Forward = Callable[..., Any]
+# Two passes of these sizes tell what grows with the batch: no two sizes of a tensor are both by chance.
+_FEW, _FEWER = 3, 2
+# What a model's own code can raise when it is given tensors without numbers.
+_ERRORS = (RuntimeError, ValueError, TypeError, IndexError, KeyError, AttributeError, AssertionError, ArithmeticError)
+
+
+class _Complete(BaseException):
+    """All that is to be kept is there. No `Exception`, so that no model's code catches it."""
+
+
+class Prefix:
+    """What of a trunk need not be computed again, and how to do without.
+
+    Attributes:
+        shapes: Shape of each kept tensor for one image.
+        dtypes: Type of each kept tensor.
+        orders: Of each kept tensor, the dimensions, batch included, from the widest stride to the narrowest.
+        bytes_per_image: Size of all kept tensors for one image.
+        modules: Names of the modules that a replay skips; empty if it skips the whole trunk.
+        readers: Names of the modules in which kept tensors meet what trains; empty if nothing trains.
+    """
+
+    def __init__(self, trunk: nn.Module, read: Read, trace: Trace, cut: Cut) -> None:
+        """For `record` only."""
+        self._trunk, self._read = trunk, read
+        self._kept = [kept_tensor(trace, cut, value) for value in cut.kept]
+        self._images = hollow_tensor(trace, cut, 0)
+        self._plan = skips(trace, cut)
+        self._is_first = cut.is_first
+        # With nothing that trains, the features themselves are kept; this is their place among the kept.
+        self._results = [cut.kept.index(value) for value in trace.results] if cut.all_still else None
+        self._has_pooled = trace.has_pooled
+        self._trained = _trained(trunk)
+        self.shapes = [kept.shape for kept in self._kept]
+        self.dtypes = [kept.dtype for kept in self._kept]
+        self.orders = [kept.order for kept in self._kept]
+        self.bytes_per_image = sum(math.prod(kept.shape) * kept.dtype.itemsize for kept in self._kept)
+        self.modules = tuple(dict.fromkeys(trace.calls[call].name for call in cut.skipped))
+        self.readers = tuple(cut.readers)
+
+    @classmethod
+    def record(cls, trunk: nn.Module, read: Read, images: Tensor) -> Prefix:
+        """Finds the prefix, with passes of a few images that leave no trace in the trunk.
+
+        Args:
+            trunk: The trunk, frozen and in the modes in which it is going to be run.
+            read: Reads the features off the trunk, such as `partial(read_features, trunk, levels=..., pooled=...)`.
+            images: "b 3 h w", at least one; of the size, type, layout and device of all later ones. Autocast must be as
+                it is going to be.
+
+        Raises:
+            PrefixError: Nothing can be kept, or what is kept does not give the same features.
+        """
+        if any(_is_compiled(module) for module in trunk.modules()):
+            raise PrefixError("a compiled module does not show what it computes from what")
+        # Of a single image three different ones are made.
+        few = (images if len(images) >= _FEW else torch.cat([images, images.flip(-1), images.flip(-2)]))[:_FEW]
+        trace = record_trace(trunk, read, few)
+        prefix = cls(trunk, read, trace, find_cut(trace, record_trace(trunk, read, few[:_FEWER])))
+        try:
+            same = prefix.agrees(few)
+        except _ERRORS as error:
+            raise PrefixError(f"the trunk does not run without its frozen modules: {error}") from error
+        if not same:
+            raise PrefixError("without its frozen modules the trunk does not give the same features")
+        return prefix
+
+    @classmethod
+    def forecast(cls, trunk: nn.Module, read: Read, images: Tensor) -> Prefix:
+        """What `record` would find, as far as shapes tell: nothing is computed and compared. Of use on the meta device.
+
+        Args, Raises: as for `record`, with three images.
+        """
+        trace = record_trace(trunk, read, images)
+        return cls(trunk, read, trace, find_cut(trace, record_trace(trunk, read, images[:_FEWER])))
+
+    def bytes_in(self, dtype: torch.dtype) -> int:
+        """Size of all kept tensors for one image, if floats are kept in this type."""
+        return sum(
+            math.prod(shape) * (dtype if own.is_floating_point else own).itemsize
+            for shape, own in zip(self.shapes, self.dtypes, strict=True)
+        )
+
+    def run(self, images: Tensor) -> tuple[Features, list[Tensor]]:
+        """A plain pass.
+
+        Args:
+            images: "b 3 h w".
+
+        Returns:
+            The features, and what is to be kept: batch first, detached.
+        """
+        # Not under no_grad: nothing in the prefix asks for a gradient, so nothing is recorded, and views made under
+        # no_grad may not be changed in place by what trains.
+        kept: dict[int, Tensor] = {}
+        with self._in_place_of_modules(partial(self._capture, kept)):
+            features = self._read(images)
+        return features, self._in_order(kept, features)
+
+    def compute(self, images: Tensor) -> list[Tensor]:
+        """What is to be kept, and no more: the pass stops there.
+
+        Args:
+            images: "b 3 h w".
+
+        Returns:
+            As the second part of what `run` returns.
+        """
+        kept: dict[int, Tensor] = {}
+
+        def capture(skip: Skip, forward: Forward, args: Any, kwargs: Any) -> Any:
+            output = self._capture(kept, skip, forward, args, kwargs)
+            if len(kept) == len(self._kept):
+                raise _Complete
+            return output
+
+        features = Features([], None)
+        # A part that trains may lie before the end of the prefix, on another path: its statistics must not move.
+        with nullcontext() if self._is_first else untouched(self._trunk, images.device):
+            try:
+                with torch.no_grad(), self._in_place_of_modules(capture):
+                    features = self._read(images)
+            except _Complete:
+                pass
+        return self._in_order(kept, features)
+
+    def replay(self, kept: Sequence[Tensor]) -> Features:
+        """The features of the images of which tensors were kept; gradients reach what trains as in a plain pass.
+
+        Args:
+            kept: What `run` or `compute` returned, or rows of it for any images in any layout; left unchanged.
+
+        Raises:
+            ValueError: The tensors are not such.
+        """
+        for tensor, expected in zip(kept, self._kept, strict=True):
+            if tuple(tensor.shape[1:]) != expected.shape or tensor.dtype != expected.dtype:
+                raise ValueError(
+                    f"expected a kept tensor of shape (b, {str(expected.shape)[1:]} and type {expected.dtype},"
+                    f" got {tuple(tensor.shape)} and {tensor.dtype}"
+                )
+        tensors = [expected.laid_out(tensor) for tensor, expected in zip(kept, self._kept, strict=True)]
+        if self._results is not None:
+            return self._as_features([tensors[number] for number in self._results])
+        batch, device = len(tensors[0]), tensors[0].device
+
+        def fill(skip: Skip, forward: Forward, args: Any, kwargs: Any) -> Any:
+            del forward, args, kwargs
+            return skip.output(tensors, batch, device)
+
+        with self._in_place_of_modules(fill):
+            return self._read(self._images.make(batch, device))
+
+    def agrees(self, images: Tensor) -> bool:
+        """Whether `run`, `compute` and `replay` give the bits of a plain pass, which it runs; leaves no trace.
+
+        Never so if other parameters train than when the prefix was recorded: gradients would be missing.
+
+        Args:
+            images: "b 3 h w".
+        """
+        if _trained(self._trunk) != self._trained:
+            return False
+        # Detached at once: three passes' activations need not be in memory together.
+        with untouched(self._trunk, images.device), torch.enable_grad():
+            plain = [tensor.detach() for tensor in tensors_of(self._read(images))]
+        with untouched(self._trunk, images.device), torch.enable_grad():
+            features, kept = self.run(images)
+            ran = [tensor.detach() for tensor in tensors_of(features)]
+            del features
+        # In the layout of rows that were stored.
+        kept = [tensor.clone(memory_format=torch.contiguous_format) for tensor in kept]
+        with untouched(self._trunk, images.device), torch.enable_grad():
+            replayed = [tensor.detach() for tensor in tensors_of(self.replay(kept))]
+        with untouched(self._trunk, images.device):
+            computed = self.compute(images)
+        pairs = [(plain, ran), (plain, replayed), (kept, computed)]
+        return all(len(one) == len(two) and all(map(_same_bits, one, two)) for one, two in pairs)
+
+    def _capture(self, kept: dict[int, Tensor], skip: Skip, forward: Forward, args: Any, kwargs: Any) -> Any:
+        """Runs a module of the prefix and takes down what is to be kept of it."""
+        output = forward(*args, **kwargs)
+        for slot, leaf in zip(skip.slots, tree_leaves(output), strict=True):
+            if slot.kept is not None:
+                kept[slot.kept] = leaf.detach().clone() if self._kept[slot.kept].changes else leaf.detach()
+        return output
+
+    def _in_order(self, kept: dict[int, Tensor], features: Features) -> list[Tensor]:
+        if self._results is not None:
+            kept = {n: tensor.detach() for n, tensor in zip(self._results, tensors_of(features), strict=True)}
+        return [kept[number] for number in range(len(self._kept))]
+
+    def _as_features(self, tensors: list[Tensor]) -> Features:
+        return Features(tensors[:-1], tensors[-1]) if self._has_pooled else Features(tensors, None)
+
+    @contextmanager
+    def _in_place_of_modules(self, stand_in: Callable[[Skip, Forward, Any, Any], Any]) -> Iterator[None]:
+        """Has `stand_in` called in place of the `forward` of every module call that a replay skips."""
+        inside = False
+
+        def swapped(name: str, forward: Forward, skips: Iterator[Skip | None]) -> Forward:
+            def call(*args: Any, **kwargs: Any) -> Any:
+                nonlocal inside
+                if inside:
+                    return forward(*args, **kwargs)
+                try:
+                    skip = next(skips)
+                except StopIteration:
+                    message = f"the trunk calls {name} more often than when its prefix was recorded"
+                    raise PrefixError(message) from None
+                if skip is None:
+                    return forward(*args, **kwargs)
+                inside = True
+                try:
+                    return stand_in(skip, forward, args, kwargs)
+                finally:
+                    inside = False
+
+            return call
+
+        before = {module: module.__dict__.get("forward") for module in self._plan}
+        try:
+            for module, skips in self._plan.items():
+                # An attribute of the instance goes before the class's method.
+                module.__dict__["forward"] = swapped(type(module).__name__, module.forward, iter(skips))
+            yield
+        finally:
+            for module, own in before.items():
+                module.__dict__.pop("forward", None)
+                if own is not None:
+                    module.__dict__["forward"] = own
+
+
+def _trained(trunk: nn.Module) -> set[str]:
+    return {name for name, parameter in trunk.named_parameters() if parameter.requires_grad}
+
+
+def _is_compiled(module: nn.Module) -> bool:
+    compiled = getattr(module, "_compiled_call_impl", None) is not None or "_orig_mod" in module._modules
+    return compiled or isinstance(module, torch.jit.ScriptModule)
+
+
+def _same_bits(one: Tensor, two: Tensor) -> bool:
+    if (one.shape, one.dtype) != (two.shape, two.dtype):
+        return False
+    return torch.equal(bytes_of(one.contiguous()), bytes_of(two.contiguous()))

@@ -1,0 +1,1 @@
+"""What changes weights: optimizers and their state, learning-rate schedules, averages, balanced losses."""

@@ -1,0 +1,134 @@
+"""The course of the learning rate over one phase."""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Mapping
+from typing import TypedDict
+
+from torch.optim import Optimizer
+
+from mtl.config.optim import (
+    ConstantConfig,
+    CosineConfig,
+    LinearConfig,
+    LrScheduleConfig,
+    OneCycleConfig,
+    PlateauConfig,
+    StepConfig,
+)
+from mtl.runtime.best import Best, BestState, Direction
+
+# One-cycle (Smith and Topin, arXiv 1708.07120): from a 25th of the peak up, then down to nothing, in cosine halves.
+_WARM_UP_SHARE, _START_FACTOR = 0.3, 0.04
+
+
+class LrScheduleState(TypedDict):
+    """An `LrSchedule` as plain data: steps done, what plateaus have brought the peak down to, what they remember."""
+
+    step: int
+    scale: float
+    best: BestState
+
+
+class LrSchedule:
+    """Sets the rate of every group of an optimizer before each step: its own peak times one factor for all.
+
+    Call `step` after each of the optimizer's, and `epoch_done` after each validation.
+    """
+
+    def __init__(
+        self,
+        config: LrScheduleConfig,
+        optimizer: Optimizer,
+        num_steps: int,
+        steps_per_epoch: int,
+        direction: Direction = "higher",
+    ) -> None:
+        """Args:
+        config: Which course.
+        optimizer: Whose groups have their peak rates.
+        num_steps: Length of the phase in steps, at most; a course that falls to 0 does so at its end.
+        steps_per_epoch: Steps in one pass over the data.
+        direction: Which values of the metric of `plateau` are better.
+        """
+        self._config = config
+        self._optimizer = optimizer
+        self._peaks = [group["lr"] for group in optimizer.param_groups]
+        self._num_steps = num_steps
+        self._steps_per_epoch = steps_per_epoch
+        self._step = 0
+        self._scale = 1.0
+        self._best = Best(direction, config.min_delta if isinstance(config, PlateauConfig) else 0.0)
+        self._set()
+
+    def step(self) -> None:
+        """Reports one optimizer step."""
+        self._step += 1
+        self._set()
+
+    def epoch_done(self, metrics: Mapping[str, float]) -> None:
+        """Reports one completed pass over the training data and what its validation found."""
+        config = self._config
+        if not isinstance(config, PlateauConfig) or self._best.see(metrics[config.metric]):
+            return
+        if self._best.num_since >= config.patience:
+            self._scale *= config.factor
+            self._best.num_since = 0
+            self._set()
+
+    @property
+    def highest(self) -> float:
+        """The highest rate that the next step will use."""
+        return max(float(group["lr"]) for group in self._optimizer.param_groups)
+
+    def state_dict(self) -> LrScheduleState:
+        return LrScheduleState(step=self._step, scale=self._scale, best=self._best.state_dict())
+
+    def load_state_dict(self, state: LrScheduleState) -> None:
+        self._step, self._scale = state["step"], state["scale"]
+        self._best.load_state_dict(state["best"])
+        self._set()
+
+    def _set(self) -> None:
+        factor = self._scale * factor_at(self._config, self._step, self._num_steps, self._steps_per_epoch)
+        for group, peak in zip(self._optimizer.param_groups, self._peaks, strict=True):
+            group["lr"] = peak * factor
+
+
+def factor_at(config: LrScheduleConfig, step: int, num_steps: int, steps_per_epoch: int) -> float:
+    """The share of the peak rate that a step uses; steps count from 0.
+
+    Args:
+        config: Which course; what a `plateau` has brought down comes on top.
+        step: Steps done before.
+        num_steps: Length of the phase in steps.
+        steps_per_epoch: Steps in one pass over the data.
+    """
+    if isinstance(config, OneCycleConfig):
+        return _one_cycle(step, num_steps)
+    if step < config.warmup_steps:
+        return (step + 1) / (config.warmup_steps + 1)
+    share = min(1.0, (step - config.warmup_steps) / max(1, num_steps - config.warmup_steps))
+    match config:
+        case CosineConfig():
+            return _half_cosine(1.0, 0.0, share)
+        case LinearConfig():
+            return 1.0 - share
+        case StepConfig():
+            return config.factor ** (step // steps_per_epoch // config.every_epochs)
+        case ConstantConfig() | PlateauConfig():
+            return 1.0
+
+
+def _one_cycle(step: int, num_steps: int) -> float:
+    if step >= num_steps:
+        return 0.0
+    peak = max(1, round(_WARM_UP_SHARE * num_steps))
+    if step < peak:
+        return _half_cosine(_START_FACTOR, 1.0, step / peak)
+    return _half_cosine(1.0, 0.0, (step - peak) / max(1, num_steps - peak))
+
+
+def _half_cosine(start: float, end: float, share: float) -> float:
+    return end + (start - end) * (1 + math.cos(math.pi * min(1.0, share))) / 2

@@ -1,0 +1,251 @@
+"""What a phase freezes, and why: the user's patterns, what holds in every phase, and what no active task reaches."""
+
+from __future__ import annotations
+
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass
+from functools import cached_property
+
+from torch import nn
+
+from mtl.config import RunConfig
+from mtl.config.phase import WrittenPhase, patterns_of
+from mtl.config.source import KeyPath
+from mtl.freeze import FreezeError, FreezePlan, plan_freeze
+from mtl.optim.balance.balance import Balance
+from mtl.patterns import ModuleTree, PatternError, PatternLike, partition, select, text_of
+from mtl.patterns.module_tree import describe
+from mtl.phases.phase_length import Metrics
+from mtl.runtime.text import condense, shorten
+
+_ALL_TAKEN_BACK = "the patterns select nothing in the end: all that they select is taken back"
+
+
+@dataclass(frozen=True)
+class WrittenPattern:
+    """A pattern as a user wrote it.
+
+    Attributes:
+        key: Where: `freeze`, `train`, `freeze_always`, or `NOT_TRAIN_IN_MULTI_TASK`.
+        text: The pattern, or several that stand for one list of names.
+        places: Its places among the patterns that hold.
+        where: File and line.
+    """
+
+    key: str
+    text: str
+    places: range
+    where: str
+
+
+@dataclass(frozen=True)
+class Surroundings:
+    """What phases are resolved against.
+
+    Attributes:
+        config: The run.
+        root: One module around all that has parameters, under the names that users write: trunk, heads, balance.
+        fixed: Parameters that the model itself keeps from training.
+        metrics: The metrics by name.
+        balance_of: The place in `root.balance` of each written phase's balancing method, by the phase's key path.
+        tasks_of: The tasks whose losses are computed in each written phase, by the phase's key path.
+        reached: Full names of the parameters that each task's loss depends on.
+        num_train: Images in the training data.
+    """
+
+    config: RunConfig
+    root: nn.Module
+    fixed: Sequence[str]
+    metrics: Metrics
+    balance_of: Mapping[KeyPath, int]
+    tasks_of: Mapping[KeyPath, tuple[str, ...]]
+    reached: Mapping[str, frozenset[str]]
+    num_train: int
+
+    @cached_property
+    def tree(self) -> ModuleTree:
+        """The description of `root`."""
+        return describe(self.root)
+
+
+@dataclass(frozen=True)
+class PhaseFreeze:
+    """What a phase freezes.
+
+    Attributes:
+        patterns: All patterns that hold: the phase's own, those of every phase, what the model itself keeps fixed, and
+            what no active task reaches.
+        written: Those of them that a user wrote, as they were written.
+        plan: What they freeze.
+        unreached: Parameters that would train, but that no active task's loss depends on.
+    """
+
+    patterns: list[PatternLike]
+    written: tuple[WrittenPattern, ...]
+    plan: FreezePlan
+    unreached: tuple[str, ...]
+
+    @property
+    def written_at(self) -> list[str]:
+        """Of each of `patterns`, file and line; or why it is there, if no user wrote it."""
+        by_place = {place: each.where for each in self.written for place in each.places}
+        unreached = set(self.unreached)
+        return [
+            by_place.get(place, "no active task reaches it" if text_of(each) in unreached else "fixed by the model")
+            for place, each in enumerate(self.patterns)
+        ]
+
+
+def frozen_always(around: Surroundings) -> list[str]:
+    """The modules and tensors that every phase freezes, statistics too; patterns take back among themselves only."""
+    patterns = patterns_of(around.config.freeze_always)
+    parameters, buffers = _names_in(around.root)
+    try:
+        split = partition(patterns, parameters, buffers, around.tree)
+    except PatternError as error:
+        raise around.config.mistake(("freeze_always", error.index), str(error)) from error
+    always = condense([*split.frozen, *split.frozen_buffers], [*parameters, *buffers])
+    if patterns and not always:
+        raise around.config.mistake(("freeze_always",), _ALL_TAKEN_BACK)
+    try:
+        plan_freeze(around.root, list(always))
+    except FreezeError as error:
+        raise around.config.mistake(("freeze_always",), str(error)) from error
+    return always
+
+
+def _names_in(root: nn.Module) -> tuple[list[str], list[str]]:
+    """The names of all parameters and of all buffers, aliases included."""
+    return (
+        [name for name, _ in root.named_parameters(remove_duplicate=False)],
+        [name for name, _ in root.named_buffers(remove_duplicate=False)],
+    )
+
+
+class FreezeResolver:
+    """Works out what one written phase freezes; `resolve` is the way in."""
+
+    def __init__(self, around: Surroundings, written: WrittenPhase, always: list[str]) -> None:
+        """Args:
+        around: What the phase is resolved against.
+        written: The phase.
+        always: From `frozen_always`.
+        """
+        self.around = around
+        self.config = around.config
+        self.root = around.root
+        self.written = written
+        self.wrote = written.config
+        self.always = always
+        self.tree = around.tree
+
+    def resolve(self, tasks: Sequence[str], balance: int) -> PhaseFreeze:
+        """Resolves the freeze.
+
+        Args:
+            tasks: The tasks whose losses are active.
+            balance: The place of the balancing method in `root.balance`; the others rest.
+
+        Raises:
+            ConfigError: A pattern cannot be read or selects nothing, the line cannot be drawn there, or nothing trains.
+        """
+        own = self._own_patterns()
+        classic = [f"~{text}" for text in self.config.MODEL.NOT_TRAIN_IN_MULTI_TASK]
+        resting = [
+            name
+            for name, _ in self.root.named_parameters()
+            if name.startswith("balance.") and not name.startswith(f"balance.{balance}.")
+        ]
+        freeze = [*own, *self.always, *classic, *self.around.fixed, *resting]
+        plan = self._plan(freeze, len(own))
+        if self.wrote.freeze and not select(own, [n for names in _names_in(self.root) for n in names], self.tree).names:
+            raise self.config.mistake((*self.written.path, "freeze"), _ALL_TAKEN_BACK)
+        reached = frozenset().union(*(self.around.reached[task] for task in tasks))
+        unreached = tuple(n for n in plan.names.trainable if n not in reached and not n.startswith("balance."))
+        if unreached and self.config.unreached == "error":
+            self._complain_of_unreached(unreached)
+        if unreached and self.config.unreached == "freeze":
+            freeze += unreached
+            plan = self._plan(freeze, len(own))
+        self._check_that_something_trains(plan, unreached, balance)
+        return PhaseFreeze(freeze, self._as_written(len(own)), plan, unreached)
+
+    def _own_patterns(self) -> list[PatternLike]:
+        """What the phase itself freezes.
+
+        `train` becomes the modules and tensors that cover all parameters but those that it lists. Statistics go with
+        the parameters beside them, as ever, but those that it lists by name.
+        """
+        if self.wrote.evaluate_only:
+            return ["**"]
+        if self.wrote.train is None:
+            return patterns_of(self.wrote.freeze or [])
+        parameters, buffers = _names_in(self.root)
+        try:
+            listed = set(select(patterns_of(self.wrote.train), [*parameters, *buffers], self.tree).names)
+        except PatternError as error:
+            raise self.config.mistake((*self.written.path, "train", error.index), str(error)) from error
+        # Statistics without any parameter beside them go with none.
+        beside = {name.rpartition(".")[0] for name in parameters}
+        alone = [name for name in buffers if name.rpartition(".")[0] not in beside]
+        rest = condense([name for name in [*parameters, *alone] if name not in listed], [*parameters, *alone])
+        split = partition(rest, parameters, buffers, self.tree)
+        return [*rest, *(f"!{name}" for name in split.frozen_buffers if name in listed)]
+
+    def _as_written(self, num_own: int) -> tuple[WrittenPattern, ...]:
+        key, path = self.wrote.patterns_key, self.written.path
+        written: list[WrittenPattern] = []
+        if key == "freeze":
+            texts = [text_of(pattern) for pattern in patterns_of(self.wrote.freeze or [])]
+            written = [
+                WrittenPattern(key, text, range(n, n + 1), self.config.where((*path, key, n)))
+                for n, text in enumerate(texts)
+            ]
+        elif key == "train":
+            text = ", ".join(text_of(pattern) for pattern in patterns_of(self.wrote.train or []))
+            written = [WrittenPattern(key, text, range(num_own), self.config.where((*path, key)))]
+        behind = num_own
+        if self.always:
+            text = ", ".join(text_of(pattern) for pattern in patterns_of(self.config.freeze_always))
+            places = range(behind, behind + len(self.always))
+            written.append(WrittenPattern("freeze_always", text, places, self.config.where(("freeze_always",))))
+        behind += len(self.always)
+        for number, text in enumerate(self.config.MODEL.NOT_TRAIN_IN_MULTI_TASK, behind):
+            where = self.config.where(("MODEL", "NOT_TRAIN_IN_MULTI_TASK", number - behind))
+            written.append(WrittenPattern("NOT_TRAIN_IN_MULTI_TASK", text, range(number, number + 1), where))
+        return tuple(written)
+
+    def _plan(self, freeze: list[PatternLike], num_own: int) -> FreezePlan:
+        key = self.wrote.patterns_key
+        try:
+            return plan_freeze(self.root, freeze)
+        except PatternError as error:
+            place: KeyPath = (*self.written.path, key, error.index)
+            if error.index >= num_own:
+                place = ("MODEL", "NOT_TRAIN_IN_MULTI_TASK", error.index - num_own - len(self.always))
+            raise self.config.mistake(place, str(error)) from error
+        except FreezeError as error:
+            raise self.config.mistake((*self.written.path, key), str(error)) from error
+
+    def _complain_of_unreached(self, names: Sequence[str]) -> None:
+        shown = shorten(condense(names, _names_in(self.root)[0]), 6)
+        message = f"phase {self.wrote.name!r} would train {len(names)} tensors that no active task reaches: {shown}"
+        raise self.config.mistake(self.written.path, f"{message}; freeze them, or set unreached to freeze")
+
+    def _check_that_something_trains(self, plan: FreezePlan, unreached: Sequence[str], balance: int) -> None:
+        key = (*self.written.path, self.wrote.patterns_key)
+        own_balance = [name for name in plan.names.frozen if name.startswith(f"balance.{balance}.")]
+        balancing: Balance = self.root.get_submodule(f"balance.{balance}")  # type: ignore[assignment]
+        if balancing.param_groups and own_balance and not self.wrote.evaluate_only:
+            raise self.config.mistake(
+                key,
+                "balance cannot be frozen, since its method steps its own weights: leave it out of freeze, or add it to"
+                " train",
+            )
+        training = [name for name in plan.names.trainable if name not in unreached and not name.startswith("balance.")]
+        if self.wrote.evaluate_only or training:
+            return
+        why = "no active task reaches what is not frozen" if unreached else "every parameter is frozen"
+        why += " (freeze_always freezes in every phase)" if self.always and not unreached else ""
+        message = f"phase {self.wrote.name!r} trains nothing: {why}"
+        raise self.config.mistake(key, f"{message}; a phase that shall only evaluate says evaluate_only: true")

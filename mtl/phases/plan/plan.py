@@ -1,0 +1,164 @@
+"""The plan of a run: what every phase freezes, trains and costs, found out without training."""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from dataclasses import replace
+from typing import Any
+
+from mtl.freeze import FreezePlan
+from mtl.phases.phase_length import length_in_words
+from mtl.phases.plan.dead import dead_branches
+from mtl.phases.plan.forecast import forecast
+from mtl.phases.plan.records import Claim, FlopsPlan, GroupPlan, MemoryPlan, PhasePlan, Plan, Side
+from mtl.phases.plan.rehearsal import Cost, rehearse
+from mtl.phases.resolve import Phase
+from mtl.phases.setup import Blueprint, draw_up
+from mtl.runtime.text import condense
+
+# Larger models are not made with their weights for the sake of a plan.
+_MOST_BYTES = 10**9
+
+
+def make_plan(blueprint: Blueprint, world_size: int = 1, with_forecast: bool = False) -> Plan:
+    """Finds out what every phase freezes, trains and costs.
+
+    The blueprint's model is used for a rehearsal of every phase: it is to be one without weights.
+
+    Args:
+        blueprint: A run's model and phases.
+        world_size: Processes among which gradients are reduced.
+        with_forecast: Whether to tell what each phase could keep of the trunk, and what in it cannot train, too.
+    """
+    planner = _Planner(blueprint, world_size)
+    phases = planner.phases()
+    if with_forecast:
+        phases = [replace(phase, kept=forecast(blueprint, index)) for index, phase in enumerate(phases)]
+        # Initial values are known without reading any file if there are no trained weights to begin with.
+        if blueprint.config.trunk.weights == "none" and planner.weights <= _MOST_BYTES:
+            dead = dead_branches(draw_up(blueprint.config))
+            phases = [replace(phase, dead=dead.get(phase.name)) for phase in phases]
+    return Plan(blueprint.config.trunk.name, world_size, tuple(planner.parameters), tuple(phases))
+
+
+# What has been rehearsed in this process: phases that freeze and train the same parts of the same model cost the same.
+_COSTS: dict[tuple[object, ...], Cost] = {}
+
+
+class _Planner:
+    def __init__(self, blueprint: Blueprint, world_size: int) -> None:
+        self.blueprint = blueprint
+        self.world_size = world_size
+        root = blueprint.root
+        self.parameters = dict(root.named_parameters())
+        self.every_name = [name for name, _ in root.named_parameters(remove_duplicate=False)]
+        self.every_module = [name for name, _ in root.named_modules(remove_duplicate=False) if name]
+        self.weights = sum(tensor.nbytes for tensor in [*root.parameters(), *root.buffers()])
+        self.cost_of_all = self.cost(None)
+
+    def phases(self) -> list[PhasePlan]:
+        plans: list[PhasePlan] = []
+        before: Phase | None = None
+        for phase in self.blueprint.phases:
+            plans.append(self.phase(phase, before))
+            # An evaluation freezes everything, but nothing is thawed by it.
+            before = before if phase.config.evaluate_only else phase
+        return plans
+
+    def phase(self, phase: Phase, before: Phase | None) -> PhasePlan:
+        was_frozen = set((before or phase).freeze.plan.names.frozen)
+        cost, of_all = self.cost(phase), self.cost_of_all
+        trains = self.side(phase.freeze.plan.names.trainable)
+        # What no task reaches has no gradient, frozen or not.
+        reached = self.side([name for name in phase.freeze.plan.names.trainable if name not in phase.freeze.unreached])
+        # A method that steps its own weights looks at the losses once more.
+        num_forwards = 2 if phase.balance.param_groups and not phase.config.evaluate_only else 1
+        # A method that weighs gradients has those of the trunk once more for each task.
+        of_trunk = self.side([name for name in reached.names if name.startswith("trunk.")])
+        by_task = len(phase.tasks) * of_trunk.bytes if phase.balances_gradients else 0
+        average = 0 if self.blueprint.config.optim.ema_decay is None else trains.bytes
+        reduced = reached.bytes + by_task
+        return PhasePlan(
+            name=phase.name,
+            length=length_in_words(phase.config, phase.num_steps),
+            num_steps=phase.num_steps,
+            batch_size=phase.batch_size,
+            tasks=phase.tasks,
+            optimizer=None if phase.config.evaluate_only else phase.optim.optimizer.name,
+            lr_schedule=_settings(phase.optim.lr_schedule.model_dump(exclude_none=True), "name"),
+            balance=_settings((phase.config.balance or self.blueprint.config.balance).model_dump(), "method"),
+            optimizer_state=phase.config.optimizer_state,
+            restore=None if phase.restore is None else phase.restore[0],
+            freeze=tuple(pattern.text for pattern in phase.freeze.written if pattern.key != "train"),
+            train=tuple(pattern.text for pattern in phase.freeze.written if pattern.key == "train"),
+            claims=self.claims(phase),
+            frozen=self.side(phase.freeze.plan.names.frozen),
+            trainable=trains,
+            frozen_buffers=len(phase.freeze.plan.names.frozen_buffers),
+            unreached=phase.freeze.unreached,
+            held_in_eval=self.held_in_eval(phase.freeze.plan),
+            groups=tuple(
+                GroupPlan(g["lr"], g["weight_decay"], len(g["params"]), sum(p.numel() for p in g["params"]))
+                for g in phase.groups
+            ),
+            memory=MemoryPlan(self.weights, reduced, cost.optimizer_state, average),
+            flops=FlopsPlan(
+                num_forwards * cost.forward_flops, cost.backward_flops, of_all.forward_flops, of_all.backward_flops
+            ),
+            reduced_bytes=reduced,
+            sent_bytes=2 * (self.world_size - 1) * reduced // self.world_size,
+            thawed=self.side([name for name in phase.freeze.plan.names.trainable if name in was_frozen]),
+            newly_frozen=self.side([name for name in phase.freeze.plan.names.frozen if name not in was_frozen]),
+            lr_of=self.lr_of(phase),
+        )
+
+    def side(self, names: Sequence[str]) -> Side:
+        own = [name for name in names if name in self.parameters]
+        return Side(
+            len(own),
+            sum(self.parameters[name].numel() for name in own),
+            sum(self.parameters[name].nbytes for name in own),
+            tuple(condense(names, self.every_name)),
+            tuple(own),
+        )
+
+    def claims(self, phase: Phase) -> tuple[Claim, ...]:
+        names = phase.freeze.plan.names
+        parameters = {*names.frozen, *names.trainable}
+        decided = list(names.decided_by.items())
+        return tuple(
+            Claim(
+                pattern.key,
+                pattern.text,
+                sum(by in pattern.places and name in parameters for name, by in decided),
+                sum(by in pattern.places and name not in parameters for name, by in decided),
+            )
+            for pattern in phase.freeze.written
+        )
+
+    def held_in_eval(self, plan: FreezePlan) -> tuple[str, ...]:
+        held = [name for name in plan.held_in_eval if name.startswith(("trunk", "heads"))]
+        return tuple(condense(held, self.every_module))
+
+    def lr_of(self, phase: Phase) -> dict[str, float]:
+        rate = {id(parameter): group["lr"] for group in phase.groups for parameter in group["params"]}
+        return {name: rate[id(p)] for name, p in self.parameters.items() if id(p) in rate}
+
+    def cost(self, phase: Phase | None) -> Cost:
+        """What a phase costs; None stands for one in which nothing is frozen."""
+        config = self.blueprint.config
+        model = config.model_dump_json(include={"trunk", "tasks", "memory_format"})
+        key: tuple[object, ...] = (model, config.data.image_size)
+        if phase is not None:
+            optimizer = phase.optim.optimizer.model_dump_json()
+            stepped = sum(p.numel() for group in phase.groups for p in group["params"])
+            key = (*key, phase.freeze.plan.names.frozen, phase.tasks, phase.balances_gradients, optimizer, stepped)
+        if key not in _COSTS:
+            _COSTS[key] = rehearse(self.blueprint, phase)
+        return _COSTS[key]
+
+
+def _settings(values: dict[str, Any], name: str) -> str:
+    """A name, and what is set beside it."""
+    others = [f"{key} {value}" for key, value in values.items() if key != name and value]
+    return f"{values[name]}" + (f" ({', '.join(others)})" if others else "")

@@ -1,0 +1,111 @@
+"""What a step of a phase costs: rehearsed on a model without weights, counted by torch itself."""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from dataclasses import dataclass
+from math import prod
+from typing import Any
+
+import torch
+from torch import Tensor
+from torch.nn.attention import SDPBackend, sdpa_kernel
+from torch.utils.flop_counter import FlopCounterMode
+
+from mtl.freeze import enforce, is_frozen, plan_freeze
+from mtl.optim.optimizers import build_optimizer, held_by
+from mtl.phases.resolve import Phase
+from mtl.phases.setup import Blueprint
+from mtl.runtime.console import first_line
+
+# BatchNorm cannot train on one image.
+_NUM_IMAGES = 2
+
+
+@dataclass(frozen=True)
+class Cost:
+    """The cost of one step.
+
+    Attributes:
+        forward_flops: Floating-point operations of the forward, on one image.
+        backward_flops: Of the backward.
+        optimizer_state: Bytes that the optimizer keeps once it has stepped; None if it does not step such tensors.
+    """
+
+    forward_flops: int
+    backward_flops: int
+    optimizer_state: int | None
+
+
+def rehearse(blueprint: Blueprint, phase: Phase | None) -> Cost:
+    """Runs one step of a phase on blank images, and leaves the model with the phase's freeze enforced.
+
+    On the meta device, where the model should be, nothing is computed.
+
+    Args:
+        blueprint: A model and its phases.
+        phase: The phase; if None, nothing is frozen, all tasks are active, and nothing is stepped.
+    """
+    model, root = blueprint.model, blueprint.root
+    plan = plan_freeze(root, blueprint.fixed) if phase is None else phase.freeze.plan
+    enforce(root, plan)
+    model.trunk_is_frozen = is_frozen(plan, "trunk")
+    size = blueprint.config.data.image_size
+    device = next(model.parameters()).device
+    blank = torch.zeros(_NUM_IMAGES, size, size, 3, dtype=torch.uint8, device=device)
+    evaluates = phase is not None and phase.config.evaluate_only
+    # On a CPU, torch counts no attention that is computed in one piece.
+    with _counter() as forward, torch.set_grad_enabled(not evaluates), sdpa_kernel(SDPBackend.MATH):
+        try:
+            outputs = model(blank, None if phase is None else phase.tasks)
+        except (RuntimeError, ValueError, AssertionError, IndexError, TypeError) as error:
+            # It was run in eval mode before: this is what its options do in training.
+            key = ("trunk", "options") if blueprint.config.trunk.options else ("trunk", "name")
+            raise blueprint.config.mistake(
+                key, f"the model cannot be run in train mode: {first_line(error)}"
+            ) from error
+    with _counter() as backward:
+        if not evaluates:
+            # A frozen head on a frozen trunk has an output that no gradient leaves.
+            sums = [output.sum() for output in outputs.values() if output.requires_grad]
+            apart = phase is not None and phase.balances_gradients
+            for each in [[one] for one in sums] if apart else [sums]:
+                torch.autograd.backward(each, retain_graph=apart)
+    state = None if phase is None else 0 if evaluates else _optimizer_state(blueprint, phase)
+    for parameter in root.parameters():
+        parameter.grad = None
+    return Cost(forward.get_total_flops() // _NUM_IMAGES, backward.get_total_flops() // _NUM_IMAGES, state)
+
+
+def _counter() -> FlopCounterMode:
+    return FlopCounterMode(display=False, custom_mapping={torch.ops.aten.convolution_backward: _convolution_backward})
+
+
+def _convolution_backward(
+    output_shape: Sequence[int],
+    input_shape: Sequence[int],
+    weight_shape: Sequence[int],
+    *settings: Any,
+    **_: Any,
+) -> int:
+    """The gradients of input and weight each cost as much as the forward.
+
+    torch's own formula takes a grouped convolution's weight for a full one, which makes a depthwise one dear.
+    """
+    _bias, _stride, _padding, _dilation, transposed, _output_padding, _groups, wanted = settings[:8]
+    positions = prod((input_shape if transposed else output_shape)[2:])
+    flops = 2 * output_shape[0] * positions * prod(weight_shape)
+    return flops * (int(wanted[0]) + int(wanted[1]))
+
+
+def _optimizer_state(blueprint: Blueprint, phase: Phase) -> int | None:
+    optimizer = build_optimizer(phase.optim.optimizer, phase.groups)
+    unreached = {id(blueprint.root.get_parameter(name)) for name in phase.freeze.unreached}
+    for parameter in held_by(optimizer):
+        parameter.grad = None if id(parameter) in unreached else torch.zeros_like(parameter)
+    try:
+        optimizer.step()
+    except Exception:  # noqa: BLE001 - an optimizer that looks at values has none to look at here, whatever it raises
+        return None
+    kept = [value for state in optimizer.state.values() for value in state.values() if isinstance(value, Tensor)]
+    return sum(value.nbytes for value in kept)

@@ -1,0 +1,205 @@
+"""From a configuration to the model of a run and its resolved phases, with no data and nothing written."""
+
+from __future__ import annotations
+
+import random
+from collections.abc import Callable, Mapping
+from dataclasses import dataclass, replace
+from typing import TypeVar
+
+import numpy as np
+import torch
+from torch import nn
+
+from mtl.config import RunConfig, SettingError, mistake_of
+from mtl.config.source import ConfigError, KeyPath
+from mtl.data import BUILT_IN, check_image, num_images
+from mtl.freeze import fixed_parameters
+from mtl.model import MultiTaskModel, build_trunk
+from mtl.model.network import MEMORY_FORMATS
+from mtl.model.reachability import reached_parameters
+from mtl.optim.balance.balance import build_balance
+from mtl.phases.active_tasks import live_tasks
+from mtl.phases.freeze_rules import Surroundings
+from mtl.phases.phase_length import Metrics
+from mtl.phases.resolve import Phase, resolve_phases
+from mtl.phases.unread import unread_settings
+from mtl.runtime.text import hint
+from mtl.tasks import Task, build_tasks
+
+_Made = TypeVar("_Made")
+
+
+@dataclass(frozen=True)
+class Blueprint:
+    """The model of a run and its phases, without data.
+
+    Attributes:
+        config: The configuration they were made from.
+        tasks: The tasks by name.
+        model: Trunk and heads.
+        root: One module around all that has parameters, under the names that users write: trunk, heads, balance.
+        fixed: Parameters that the model itself keeps from training.
+        phases: The phases, resolved.
+        unread: Settings of the configuration's files that no phase reads, each in a line with its place.
+    """
+
+    config: RunConfig
+    tasks: dict[str, Task]
+    model: MultiTaskModel
+    root: nn.Module
+    fixed: list[str]
+    phases: list[Phase]
+    unread: list[str]
+
+
+def draw_up(config: RunConfig, device: str = "cpu", num_train: int | None = None) -> Blueprint:
+    """Makes the model of a run and resolves its phases.
+
+    The model's initial weights follow from the run's seed; on the meta device it has none, and costs nothing.
+
+    Args:
+        config: The run.
+        device: `cpu` or `meta`.
+        num_train: Training images, if they are not as many as the configuration says.
+
+    Raises:
+        ConfigError: Anything in the configuration that turns out not to work, with the place where it was written.
+    """
+    _check_labels(config)
+    if device != "meta":
+        try:
+            check_image(config.data.image_size)
+        except SettingError as error:
+            raise mistake_of(config, error) from error
+    _seed_everything(config.seed)
+    tasks = build_tasks(config.tasks)
+    # Where it is to be found out, a run begins with the first one.
+    layout = MEMORY_FORMATS["contiguous" if config.memory_format == "auto" else config.memory_format]
+    trunk = (without_weights(config) if device == "meta" else config).trunk
+    try:
+        with torch.device(device):
+            model = MultiTaskModel(trunk, tasks, config.data.image_size, layout)
+            reached = reached_parameters(model, config.data.image_size)
+            tasks_of, mistakes = _tasks_of_phases(config, model, reached)
+            balances, balance_of = _build_balances(config, tasks_of, mistakes)
+    except SettingError as error:
+        raise mistake_of(config, error) from error
+    root = nn.ModuleDict({**dict(model.named_children()), "balance": balances})
+    fixed = fixed_parameters(root)
+    num_train = num_train or num_images(config.data)[0]
+    around = Surroundings(config, root, fixed, Metrics(config, tasks), balance_of, tasks_of, reached, num_train)
+    phases = resolve_phases(around, mistakes)
+    in_vain, unread = unread_settings(config, phases)
+    if in_vain:
+        raise ConfigError(in_vain)
+    return Blueprint(config, tasks, model, root, fixed, phases, unread)
+
+
+def draw_up_without_weights(config: RunConfig, num_train: int | None = None) -> Blueprint:
+    """As `draw_up`, on the meta device, or on the CPU for a trunk that cannot be built there.
+
+    Raises:
+        ConfigError: As `draw_up`.
+    """
+    without = without_weights(config)
+    drawn = _on_meta_or_cpu(lambda device: draw_up(without, device, num_train))
+    return replace(drawn, config=config)
+
+
+def build_trunk_without_weights(config: RunConfig) -> nn.Module:
+    """The trunk alone, as an architecture.
+
+    Raises:
+        ConfigError: timm knows no such model, or cannot build it.
+    """
+
+    def build(device: str) -> nn.Module:
+        try:
+            with torch.device(device):
+                return build_trunk(without_weights(config).trunk, config.data.image_size)
+        except SettingError as error:
+            raise mistake_of(config, error) from error
+
+    return _on_meta_or_cpu(build)
+
+
+def _on_meta_or_cpu(make: Callable[[str], _Made]) -> _Made:
+    try:
+        return make("meta")
+    except ConfigError:
+        # Either the configuration is wrong, which then shows again, or this trunk has to compute while it is built.
+        return make("cpu")
+
+
+def without_weights(config: RunConfig) -> RunConfig:
+    """The configuration with a trunk that begins with random weights."""
+    return config.with_changes(trunk=config.trunk.model_copy(update={"weights": "none"}))
+
+
+def _tasks_of_phases(
+    config: RunConfig, model: MultiTaskModel, reached: Mapping[str, frozenset[str]]
+) -> tuple[dict[KeyPath, tuple[str, ...]], list[str]]:
+    """The tasks whose losses are computed in each written phase, and what is wrong with phases that are left out."""
+    mistakes: list[str] = []
+    tasks_of: dict[KeyPath, tuple[str, ...]] = {}
+    for written in config.written_phases:
+        if written.path in tasks_of:
+            continue
+        unknown = [task for task in written.config.tasks or [] if task not in config.tasks]
+        for task in unknown:
+            path = (*written.path, "tasks", (written.config.tasks or []).index(task))
+            there = f"there are: {', '.join(config.tasks)}{hint(task, config.tasks)}"
+            mistakes += config.mistake(path, f"no task {task!r}; {there}").mistakes
+        if not unknown:
+            tasks_of[written.path] = live_tasks(config, written.config, model, reached)
+    return tasks_of, list(dict.fromkeys(mistakes))
+
+
+def _build_balances(
+    config: RunConfig, tasks_of: Mapping[KeyPath, tuple[str, ...]], mistakes: list[str]
+) -> tuple[nn.ModuleList, dict[KeyPath, int]]:
+    """The balancing methods of a run, one for each method and set of tasks, and which phase uses which.
+
+    Args:
+        config: The run.
+        tasks_of: The tasks of the phases that are not left out.
+        mistakes: What is wrong with others is added here.
+
+    Returns:
+        The methods, and their places by the phases' key paths.
+    """
+    balances, keys = nn.ModuleList(), list[tuple[str, tuple[str, ...]]]()
+    balance_of: dict[KeyPath, int] = {}
+    for written in config.written_phases:
+        if written.path in balance_of or written.path not in tasks_of:
+            continue
+        own, tasks = written.config.balance, tasks_of[written.path]
+        settings, place = (config.balance, ()) if own is None else (own, written.path)
+        key = (settings.model_dump_json(), tasks)
+        if key not in keys:
+            try:
+                balances.append(build_balance(settings, tasks, list(config.tasks)))
+            except SettingError as error:
+                mistakes += config.mistake((*place, *error.key.split(".")), error.message).mistakes
+                continue
+            keys.append(key)
+        balance_of[written.path] = keys.index(key)
+    return balances, balance_of
+
+
+def _check_labels(config: RunConfig) -> None:
+    data = BUILT_IN.get(config.data.name)
+    if data is None:
+        there = f"there are: {', '.join(BUILT_IN)}{hint(config.data.name, BUILT_IN)}"
+        raise config.mistake(("data", "name"), f"no data set {config.data.name!r}; {there}")
+    for task in config.tasks:
+        if task not in data.labels:
+            there = f"it has: {', '.join(data.labels)}{hint(task, data.labels)}"
+            raise config.mistake(("tasks", task), f"{config.data.name} has no labels of that name; {there}")
+
+
+def _seed_everything(seed: int) -> None:
+    random.seed(seed)
+    np.random.seed(seed % 2**32)
+    torch.manual_seed(seed)

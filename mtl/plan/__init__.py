@@ -1,6 +1,0 @@
-"""The plan of a run: what every phase freezes, trains and costs, found out without training."""
-
-from mtl.plan.plan import make_plan
-from mtl.plan.records import Claim, GroupPlan, PhasePlan, Plan, Side
-
-__all__ = ["Claim", "GroupPlan", "PhasePlan", "Plan", "Side", "make_plan"]

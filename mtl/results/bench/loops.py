@@ -1,0 +1,131 @@
+"""The three loops that `mtl bench` times, each as a function that trains for one epoch."""
+
+from __future__ import annotations
+
+import copy
+import time
+from collections.abc import Callable, Iterable, Iterator
+from contextlib import contextmanager
+from pathlib import Path
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+from torch.optim import AdamW
+
+from mtl.data import Batch, training_batches
+from mtl.freeze import enforce, is_frozen
+from mtl.model import MultiTaskModel
+from mtl.model.prefix import Prefix
+from mtl.model.trunk import Features
+from mtl.training.keeper import Stepping
+from mtl.training.loop import Trainer
+from mtl.training.setup import Parts
+from mtl.training.tracking.tracker import Tracker
+
+
+@contextmanager
+def mtl_loop(parts: Parts, index: int, folder: Path) -> Iterator[tuple[Callable[[], None], list[float]]]:
+    """An epoch of the real loop, without the validation and the checkpoint that follow one."""
+    phase = parts.phases[index]
+    trainer = Trainer(parts, folder, Tracker(parts.config.tracking, folder, "bench", {}), quiet=True)
+    spent: list[float] = []
+    audit: Any = trainer.audit
+    for name in ("after_backward", "after_step", "verify"):
+        setattr(audit, name, _timed(getattr(audit, name), spent))
+    enforce(parts.root, phase.freeze.plan)
+    stepping: Stepping = trainer.keeper.build_stepping(index)
+    patterns = list(phase.freeze.patterns)
+    with trainer.audit.phase(phase.name, patterns, [stepping.optimizer, phase.balance]) as record:
+        parts.model.trunk_is_frozen = is_frozen(phase.freeze.plan, "trunk")
+        trainer.gradients.enter(phase.name, phase.tasks, 1)
+        is_entered = False
+
+        def epoch() -> None:
+            nonlocal is_entered
+            if not is_entered:
+                trainer.keep_features(index, record, 0)
+                is_entered = True
+            if trainer.features.keeps:
+                trainer.audit.verify(bytes_only=True)
+            trainer.train_epoch(phase, stepping)
+            trainer.audit.verify()
+
+        yield epoch, spent
+        trainer.features.leave()
+
+
+def _timed(call: Callable[..., None], spent: list[float]) -> Callable[..., None]:
+    def timed(**options: bool) -> None:
+        started = time.perf_counter()
+        call(**options)
+        spent.append(time.perf_counter() - started)
+
+    return timed
+
+
+def naive_loop(parts: Parts, index: int) -> Callable[[], None]:
+    model = copy.deepcopy(parts.model)
+    return _plain_loop(parts, index, model, lambda batch: model(batch.images))
+
+
+def limit_loop(parts: Parts, index: int) -> Callable[[], None]:
+    phase, model = parts.phases[index], copy.deepcopy(parts.model)
+    if not any(name.startswith("trunk.") for name in phase.freeze.plan.names.frozen):
+        return _plain_loop(parts, index, model, lambda batch: model(batch.images))
+    _freeze_as_tutorials_do(model, phase.freeze.plan.names.frozen)
+    _rest(model)
+    batches = [parts.train.batch(each).to(parts.device) for each in torch.split(torch.arange(len(parts.train)), 64)]
+    prefix = Prefix.record(model.trunk, model.read, model.prepare(batches[0].images))
+    by_batch = [prefix.compute(model.prepare(batch.images)) for batch in batches]
+    extracted = [torch.cat(field) for field in zip(*by_batch, strict=True)]
+
+    def outputs(batch: Batch) -> dict[str, Tensor]:
+        indices = batch.indices.to(parts.device)
+        features: Features = prefix.replay([field.index_select(0, indices) for field in extracted])
+        return model.decode(features, batch.size)
+
+    return _plain_loop(parts, index, model, outputs)
+
+
+def _plain_loop(
+    parts: Parts, index: int, model: MultiTaskModel, outputs: Callable[[Batch], dict[str, Tensor]]
+) -> Callable[[], None]:
+    phase = parts.phases[index]
+    balance = copy.deepcopy(phase.balance)
+    _freeze_as_tutorials_do(model, phase.freeze.plan.names.frozen)
+    _rest(model)
+    parameters = [p for p in [*model.parameters(), *balance.parameters()] if p.requires_grad]
+    optimizer = AdamW(parameters, lr=1e-3, fused=True)
+    epochs = 0
+
+    def epoch() -> None:
+        nonlocal epochs
+        epochs += 1
+        for batch in training_batches(parts.train, phase.batch_size, 0, epochs):
+            batch = batch.to(parts.device)
+            predicted = outputs(batch)
+            losses = torch.stack([task.loss(predicted[name], batch.labels[name]) for name, task in parts.tasks.items()])
+            balance(losses).backward()
+            optimizer.step()
+            optimizer.zero_grad()
+
+    return epoch
+
+
+def _freeze_as_tutorials_do(model: nn.Module, frozen: Iterable[str]) -> None:
+    names = set(frozen)
+    for name, parameter in model.named_parameters():
+        parameter.requires_grad = name not in names
+
+
+def _rest(model: nn.Module) -> None:
+    """Puts modules of frozen parameters in eval mode, since the loops shall all compute the same."""
+    model.trunk_is_frozen = False  # type: ignore[assignment]
+    for module in model.modules():
+        module.__dict__.pop("train", None)
+    model.train()
+    for module in model.modules():
+        own = list(module.parameters(recurse=False))
+        if own and not any(parameter.requires_grad for parameter in own):
+            module.eval()

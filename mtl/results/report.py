@@ -1,0 +1,258 @@
+"""The report of a run: one HTML file with what was trained, what came out, and what the audit proved."""
+
+from __future__ import annotations
+
+import base64
+from collections.abc import Mapping
+from dataclasses import replace
+from html import escape
+from pathlib import Path
+from typing import TYPE_CHECKING, Any
+
+import torch
+from einops import rearrange
+from torch import Tensor
+
+from mtl.checkpoint.load import load_checkpoint
+from mtl.checkpoint.run_files import (
+    AUDIT,
+    CONFIG,
+    HISTORY,
+    METRICS,
+    read_audit,
+    read_config_text,
+    read_history,
+    read_metrics,
+)
+from mtl.data import Batch, validation_batches
+from mtl.model.trunk import in_eval_mode
+from mtl.optim.task_gradients import GradientAnalysis
+from mtl.phases.setup import draw_up
+from mtl.runtime.files import write_text
+from mtl.runtime.tensors import is_spread
+from mtl.runtime.text import count
+from mtl.tasks import Depth, Normals, Segmentation, Task
+from mtl.training.history import History
+from mtl.training.setup import Parts
+from mtl.training.tracking.gradient_figure import draw_gradients, png_of
+
+if TYPE_CHECKING:
+    from matplotlib.axes import Axes
+    from matplotlib.figure import Figure
+
+_NUM_EXAMPLES = 6
+
+
+_STYLE = (
+    "body{font:15px/1.5 system-ui,sans-serif;max-width:70rem;margin:2rem auto;padding:0 1rem;color:#222}"
+    "table{border-collapse:collapse;margin:1rem 0}"
+    "td,th{padding:.2rem .8rem;border-bottom:1px solid #ddd;text-align:right}"
+    "td:first-child,th:first-child,td:nth-child(2),th:nth-child(2){text-align:left}img{max-width:100%}"
+    ".ok{color:#087f23}.broken{color:#b00020}"
+)
+
+
+def write_report(parts: Parts, run_dir: Path, picture: Path | None = None) -> Path:
+    """Writes `report.html` into a run directory.
+
+    Args:
+        parts: The parts of the run; the model gets the run's best weights.
+        run_dir: A finished run.
+        picture: Where to put the report's picture as a file of its own, if anywhere.
+
+    Returns:
+        The file.
+
+    Raises:
+        RunFileError: A file of the run is damaged.
+        CheckpointError: Its weights cannot be read.
+        OSError: The page cannot be written.
+    """
+    rows, audit = read_metrics(run_dir / METRICS), read_audit(run_dir / AUDIT)
+    # A run whose score never was a number has no best weights.
+    which = "best" if (run_dir / "checkpoints" / "best").exists() else "last"
+    if any(is_spread(parameter) for parameter in parts.root.parameters()):
+        # The other processes have gone: a model that this one can run alone.
+        trunk = parts.config.trunk.model_copy(update={"weights": "none"})
+        own = draw_up(parts.config.with_changes(trunk=trunk))
+        own.root.to(parts.device)
+        parts = replace(parts, model=own.model, root=own.root)
+    state, _ = load_checkpoint(run_dir / "checkpoints" / which, parts.root)
+    rounded = "none" if state["val/score"] is None else f"{state['val/score']:.3f}"
+    figure = draw_run(parts, [row for row in rows if "val/score" in row])
+    image = png_of(figure)
+    if picture is not None:
+        picture.write_bytes(image)
+    name = escape(parts.config.name)
+    page = (
+        f"<!doctype html><html lang=en><meta charset=utf-8><title>{name}</title><style>{_STYLE}</style>"
+        f"<h1>{name}</h1>{_audit_html(audit)}"
+        f"<h2>Course and examples</h2><p>Validation after every epoch; predictions of the {which} weights (step"
+        f" {state['step']}, val/score {rounded}).</p>"
+        f"{_img(image, 'course of validation and example predictions')}"
+        f"{gradients_html([row for row in rows if 'grad/unreached' in row])}"
+        f"{history_html(run_dir)}"
+        f"<h2>Configuration</h2><pre>{escape(read_config_text(run_dir / CONFIG))}</pre></html>"
+    )
+    write_text(run_dir / "report.html", page)
+    return run_dir / "report.html"
+
+
+def _audit_html(audit: dict[str, Any]) -> str:
+    unfinished = not all(phase["completed"] for phase in audit["phases"])
+    bad = (
+        "violations" if any(phase["violations"] for phase in audit["phases"]) else "not finished" if unfinished else ""
+    )
+    verdict = f'<b class="broken">{bad}</b>' if bad else '<b class="ok">clean</b>'
+    head = "<tr><th>phase<th>freeze<th>frozen tensors<th>trained tensors<th>steps<th>looks<th>violations</tr>"
+    body = "".join(
+        f"<tr><td>{escape(phase['name'])}<td>{escape(', '.join(phase['freeze']) or '-')}<td>{phase['frozen']['count']}"
+        f"<td>{phase['trainable']['changed']} of {phase['trainable']['count']}<td>{phase['checks']['steps']}"
+        f"<td>{phase['checks']['tripwires'] + phase['checks']['fingerprints']:,}<td>{len(phase['violations'])}</tr>"
+        for phase in audit["phases"]
+    )
+    found = "".join(
+        f"<li>{escape(v['phase'])}, step {v['step']}: <code>{escape(v['name'])}</code> {escape(v['kind'])}:"
+        f" {escape(v['detail'])}{_frozen_by(v)}; likely cause: {escape(v['cause'])}</li>"
+        for phase in audit["phases"]
+        for v in phase["violations"]
+    )
+    return f"<h2>Audit: {verdict}</h2><table>{head}{body}</table>" + (f"<ul>{found}</ul>" if found else "")
+
+
+def _frozen_by(violation: Mapping[str, Any]) -> str:
+    """The pattern that froze a tensor; reports of earlier runs do not have it."""
+    pattern = violation.get("pattern")
+    return f"; frozen by <code>{escape(pattern)}</code>" if pattern else ""
+
+
+def history_html(run_dir: Path) -> str:
+    """The command that began a run, and what was changed while it went on; nothing of a run from before histories."""
+    file = run_dir / HISTORY
+    if not file.is_file():
+        return ""
+    history = History.from_json(read_history(file))
+    command = escape(history.command or "not known")
+    origin = "" if history.origin is None else f"<p>It began from <code>{escape(history.origin)}</code>.</p>"
+    rows = "".join(
+        f"<tr><td>{change.step}<td><code>{escape(change.key)}</code><td>{escape(_value(change.old))}"
+        f"<td>{escape(_value(change.new))}</tr>"
+        for change in history.changes
+    )
+    head = "<tr><th>after step<th>key<th>before<th>since then</tr>"
+    changes = f"<h2>Changed on the way</h2><table>{head}{rows}</table>" if rows else ""
+    return f"<h2>Command</h2><pre>{command}</pre>{origin}{changes}"
+
+
+def _value(value: Any) -> str:
+    return "nothing" if value is None else str(value)
+
+
+def _img(png: bytes, alt: str) -> str:
+    return f'<img alt="{escape(alt)}" src="data:image/png;base64,{base64.b64encode(png).decode()}">'
+
+
+def gradients_html(rows: list[dict[str, Any]]) -> str:
+    """The last analysis of every phase that has one; nothing if none has."""
+    if not rows:
+        return ""
+    last = {row["phase"]: row for row in rows}
+    return (
+        "<h2>Gradients</h2><p>Each task's gradient on the trunk's depth groups that train, on one batch. Two tasks are"
+        " in conflict if the cosine of their gradients is below 0, and their magnitude similarity is 2|a||b| / (|a|² +"
+        " |b|²), 1 for gradients of one length (Yu et al. 2020, arXiv 2001.06782, Definitions 1 and 2).</p>"
+        + "".join(_analysis_html(phase, row) for phase, row in last.items())
+    )
+
+
+def _analysis_html(phase: str, row: dict[str, Any]) -> str:
+    analysis = GradientAnalysis.from_row(row)
+    title = f"{phase}, step {row['step']}"
+    unreached = row["grad/unreached"]
+    note = f"<p>No task reaches {count(unreached, 'depth group')} that would train.</p>" if unreached else ""
+    head = "<tr><th>task<th>task<th>cosine<th>magnitude similarity<th>conflict</tr>"
+    body = "".join(
+        f"<tr><td>{escape(pair.tasks[0])}<td>{escape(pair.tasks[1])}<td>{pair.cosine:.3f}"
+        f"<td>{pair.magnitude_similarity:.3f}<td>{'yes' if pair.conflicts else 'no'}</tr>"
+        for pair in analysis.pairs
+    )
+    pairs = f"<table>{head}{body}</table>" if body else ""
+    return f"<h3>{escape(title)}</h3>{_img(png_of(draw_gradients(analysis)), f'gradients of {title}')}{note}{pairs}"
+
+
+def draw_run(parts: Parts, epochs: list[dict[str, Any]]) -> Figure:
+    """Draws the course of each task's main metric over the phases, above examples of what the model predicts.
+
+    Args:
+        parts: The run's parts, the model with the weights to show.
+        epochs: Rows of `metrics.jsonl` with validation metrics.
+    """
+    from matplotlib.figure import Figure
+
+    dense = {name: task for name, task in parts.tasks.items() if task.output == "dense"}
+    figure = Figure(figsize=(11, 3 + 1.6 * (1 + 2 * len(dense))), layout="constrained")
+    above, below = figure.subfigures(2, 1, squeeze=False, height_ratios=[3, 1.6 * (1 + 2 * len(dense))])[:, 0]
+    for axes, (name, task) in zip(
+        above.subplots(1, len(parts.tasks), squeeze=False)[0], parts.tasks.items(), strict=True
+    ):
+        _draw_course(axes, name, task, epochs)
+    batch, outputs = _predict(parts)
+    grid = below.subplots(1 + 2 * len(dense), _NUM_EXAMPLES, squeeze=False)
+    pictures = [("image", batch.images)]
+    for name, task in dense.items():
+        pictures += [(f"{name}\ntruth", _picture(task, batch.labels[name], truth=True))]
+        pictures += [(f"{name}\npredicted", _picture(task, outputs[name], truth=False))]
+    for axes_row, (title, images) in zip(grid, pictures, strict=True):
+        axes_row[0].set_ylabel(title, fontsize=8)
+        for axes, image in zip(axes_row, images.numpy(), strict=False):
+            axes.imshow(image, cmap="gray" if image.shape[-1] == 1 else None)
+    vector = [name for name in parts.tasks if name not in dense]
+    for i, axes in enumerate(grid[0][: len(batch)]):
+        said = [f"{name}: {int(outputs[name][i].argmax())} (truth {int(batch.labels[name][i])})" for name in vector]
+        axes.set_title("\n".join(said), fontsize=8)
+    for axes in grid.flat:
+        axes.set(xticks=[], yticks=[])
+    return figure
+
+
+def _draw_course(axes: Axes, name: str, task: Task, epochs: list[dict[str, Any]]) -> None:
+    key = f"val/{name}/{task.goal.metric}"
+    steps = [row["step"] for row in epochs]
+    axes.plot(steps, [row[key] for row in epochs], marker="o", color="tab:blue")
+    phases = list(dict.fromkeys(row["phase"] for row in epochs))
+    begin = 0
+    for number, phase in enumerate(phases):
+        end = max(row["step"] for row in epochs if row["phase"] == phase)
+        axes.axvspan(begin, end, color="tab:orange" if number % 2 else "tab:gray", alpha=0.12, label=phase)
+        begin = end
+    axes.set_title(
+        f"{name}: {task.goal.metric} {'(up is better)' if task.goal.higher_is_better else '(down is better)'}"
+    )
+    axes.title.set_fontsize(9)
+    axes.set_xlabel("step")
+    # More names than these would hide the curve; they are in the table above. A run that was killed early has none.
+    if 0 < len(phases) <= 6:
+        axes.legend(fontsize=7)
+
+
+def _predict(parts: Parts) -> tuple[Batch, dict[str, Tensor]]:
+    batch = next(validation_batches(parts.val, _NUM_EXAMPLES))
+    with in_eval_mode(parts.model), torch.no_grad():
+        outputs = parts.model(batch.images.to(parts.device))
+    return batch, {name: output.float().cpu() for name, output in outputs.items()}
+
+
+def _picture(task: Task, values: Tensor, truth: bool) -> Tensor:
+    """Labels or outputs of a dense task as images, "b h w c", floats from 0 to 1."""
+    from matplotlib import colormaps
+
+    match task:
+        case Segmentation():
+            classes = values if truth else values.argmax(dim=1)
+            return torch.from_numpy(colormaps["tab20"](classes.clamp(max=19).numpy())[..., :3])
+        case Depth():
+            metres = (values if truth else values.exp()).squeeze(1)
+            return torch.from_numpy(colormaps["viridis"]((metres / 8).clamp(0, 1).numpy())[..., :3])
+        case Normals():
+            return rearrange(torch.nn.functional.normalize(values, dim=1), "b c h w -> b h w c") / 2 + 0.5
+    return rearrange(values, "b c h w -> b h w c")[..., :1]

@@ -1,0 +1,39 @@
+"""Fingerprints: exact, position-sensitive digests of tensors, and of plain data."""
+
+from __future__ import annotations
+
+import json
+from collections.abc import Mapping
+from typing import Any
+
+import xxhash
+from torch import Tensor
+
+from mtl.runtime.tensors import bytes_of
+
+
+def fingerprint(tensor: Tensor) -> str:
+    """The XXH3-128 digest of a tensor's type, shape and bytes, in hexadecimal.
+
+    It sees what `==` does not (the sign of zero) and is not disturbed by what `==` trips over (NaN). Elements are taken
+    in logical order: the memory format does not matter.
+    """
+    data = tensor.detach().cpu().resolve_conj().resolve_neg().contiguous()
+    digest = xxhash.xxh3_128(f"{data.dtype} {tuple(data.shape)}".encode())
+    if data.numel():
+        digest.update(bytes_of(data).numpy().data)
+    return digest.hexdigest()
+
+
+def root(fingerprints: Mapping[str, str]) -> str:
+    """One digest of many named fingerprints, whatever their order."""
+    digest = xxhash.xxh3_128()
+    for name in sorted(fingerprints):
+        digest.update(f"{name}\0{fingerprints[name]}\n".encode())
+    return digest.hexdigest()
+
+
+def fingerprint_of_json(content: Any) -> str:
+    """The XXH3-128 digest of plain data as JSON, whatever the order of its keys."""
+    canonical = json.dumps(content, sort_keys=True, separators=(",", ":"))
+    return xxhash.xxh3_128_hexdigest(canonical.encode())

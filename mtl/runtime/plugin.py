@@ -1,0 +1,65 @@
+"""Finds what a user names as `package.module:Name`."""
+
+from __future__ import annotations
+
+import importlib
+import sys
+import traceback
+from contextlib import suppress
+from pathlib import Path
+
+from mtl.runtime.text import hint
+
+_NOT_THEIRS = (__file__, importlib.__file__)
+
+
+class PluginError(ValueError):
+    """What was named cannot be had."""
+
+
+def find_class(text: str, base: type) -> type:
+    """Imports a class by name; modules of the working directory are found as well.
+
+    Args:
+        text: `package.module:Name`.
+        base: What it has to be a subclass of.
+
+    Raises:
+        PluginError: The module cannot be imported, or fails while it is; it has no such class; or that is of another
+            kind, or abstract.
+    """
+    module_name, _, name = text.partition(":")
+    if not all(part.isidentifier() for part in [*module_name.split("."), name]):
+        raise PluginError(f"{text!r}: expected package.module:Name")
+    here = str(Path.cwd())
+    sys.path.insert(0, here)
+    try:
+        module = importlib.import_module(module_name)
+    except (Exception, SystemExit) as error:
+        raise PluginError(f"{module_name!r} cannot be imported: {where_it_failed(error)}") from error
+    finally:
+        # The module may have changed it.
+        with suppress(ValueError):
+            sys.path.remove(here)
+    found = getattr(module, name, None)
+    if found is None:
+        raise PluginError(f"{module_name} has no {name!r}{hint(name, dir(module))}")
+    if not (isinstance(found, type) and issubclass(found, base)):
+        raise PluginError(f"{text} is no subclass of {base.__module__}.{base.__qualname__}")
+    if lacks := sorted(getattr(found, "__abstractmethods__", ())):
+        raise PluginError(f"{text} is abstract: it lacks {', '.join(lacks)}")
+    return found
+
+
+def where_it_failed(error: BaseException) -> str:
+    """An error in code of a user's in one line: what it says, and the file and line that raised it."""
+    said = " ".join(str(error).split())
+    if isinstance(error, ModuleNotFoundError):
+        return said
+    if isinstance(error, SyntaxError):
+        return f"SyntaxError: {error.msg} ({error.filename}:{error.lineno})"
+    frames = traceback.extract_tb(error.__traceback__)
+    # Python's own import machinery is of no help to who wrote the module.
+    own = [frame for frame in frames if not frame.filename.startswith("<") and frame.filename not in _NOT_THEIRS]
+    place = f" ({own[-1].filename}:{own[-1].lineno})" if own else ""
+    return f"{type(error).__name__}{': ' if said else ''}{said}{place}"

@@ -1,0 +1,79 @@
+"""Which epochs had the best weights, by every metric that somebody goes by."""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Iterable, Mapping
+from typing import Any
+
+from mtl.phases.phase_length import SCORE
+from mtl.runtime.best import Best, Direction
+
+
+class BestWeights:
+    """The best epoch of a run by `val/score`, and by every metric that a phase goes back to the best weights of."""
+
+    def __init__(self, restores: Iterable[tuple[str, Direction] | None]) -> None:
+        """Args:
+        restores: Metric and direction that each phase goes back to, if it does.
+        """
+        goals: dict[tuple[str, Direction], None] = {(SCORE, "higher"): None}
+        goals |= dict.fromkeys(goal for goal in restores if goal is not None)
+        self._best = {goal: Best(goal[1]) for goal in goals}
+        self._step = dict.fromkeys(goals, 0)
+
+    @staticmethod
+    def link(metric: str, direction: Direction) -> str:
+        """The name under which the best checkpoint by a metric is found."""
+        if (metric, direction) == (SCORE, "higher"):
+            return "best"
+        return f"best-{direction}-{metric.replace('/', '-')}"
+
+    def see(self, metrics: Mapping[str, float], step: int) -> tuple[list[str], list[str]]:
+        """Takes note of a validation after a step.
+
+        Returns:
+            The links of which these weights are the new best, and the metrics that are not finite, which never count.
+        """
+        links = []
+        for (metric, direction), best in self._best.items():
+            if best.see(metrics[metric]):
+                self._step[metric, direction] = step
+                links.append(self.link(metric, direction))
+        return links, sorted({metric for metric, _ in self._best if not math.isfinite(metrics[metric])})
+
+    @property
+    def score(self) -> float:
+        """The best `val/score`; NaN before there is one."""
+        value = self._best[SCORE, "higher"].value
+        return math.nan if value is None else value
+
+    @property
+    def step(self) -> int:
+        """The step after which it was reached."""
+        return self._step[SCORE, "higher"]
+
+    def state_dict(self) -> dict[str, Any]:
+        return {
+            self.link(*goal): {"best": best.state_dict(), "step": self._step[goal]} for goal, best in self._best.items()
+        }
+
+    def load_state_dict(self, state: Mapping[str, Any]) -> dict[str, int]:
+        """Takes over what another run with the same goals had found; goals that it did not have begin anew.
+
+        Returns:
+            By link, the step of the best weights.
+        """
+        steps = {}
+        for goal, best in self._best.items():
+            saved = state.get(self.link(*goal))
+            if saved is not None and saved["best"]["value"] is not None:
+                best.load_state_dict(saved["best"])
+                self._step[goal] = steps[self.link(*goal)] = saved["step"]
+        return steps
+
+    def forget(self, link: str) -> None:
+        """Begins anew with the goal of a link."""
+        for goal in self._best:
+            if self.link(*goal) == link:
+                self._best[goal], self._step[goal] = Best(goal[1]), 0

@@ -1,0 +1,41 @@
+"""What kept activations depend on."""
+
+from __future__ import annotations
+
+from typing import Any
+
+import timm
+import torch
+
+from mtl.audit import PhaseRecord, fingerprint
+from mtl.model.prefix import Prefix
+from mtl.runtime.fingerprint import root
+from mtl.training.setup import Parts
+
+
+def feature_key(parts: Parts, prefix: Prefix, record: PhaseRecord, num_views: int, batch_size: int) -> dict[str, Any]:
+    """All that kept activations depend on but the images, as JSON.
+
+    Args:
+        parts: The run.
+        prefix: What of the trunk is computed once.
+        record: The audit's of the phase, with the fingerprints of what is frozen.
+        batch_size: Images in one batch; in another one, a kernel may add up in another order.
+        num_views: How many views of each training image are kept.
+    """
+    config, augment = parts.config, parts.config.data.augment
+    frozen = {name: digest for name, digest in record.fingerprints.items() if name.startswith("trunk.")}
+    return {
+        "frozen": root(frozen),
+        "trunk": config.trunk.model_dump(exclude={"weights", "checkpointing"}),
+        "modules": prefix.modules,
+        "kept": [[list(shape), str(dtype)] for shape, dtype in zip(prefix.shapes, prefix.dtypes, strict=True)],
+        "levels": parts.model.levels,
+        "normalize": [fingerprint(buffer) for buffer in parts.model.normalize.buffers()],
+        "computed": [parts.device.type, config.precision, config.memory_format, batch_size],
+        "stored": config.cache.dtype,
+        "views": None if augment is None else [augment.model_dump(), config.seed, num_views],
+        # On a CPU, kernels and their sums depend on these.
+        "kernels": [torch.get_num_threads(), torch.backends.cpu.get_cpu_capability()],
+        "versions": [torch.__version__, timm.__version__],
+    }

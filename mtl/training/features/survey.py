@@ -1,0 +1,51 @@
+"""What of a trunk can be kept, found out on one batch."""
+
+from __future__ import annotations
+
+import time
+
+import torch
+from torch import Tensor
+
+from mtl.model import MultiTaskModel
+from mtl.model.prefix import Prefix
+from mtl.model.prefix.trace import tensors_of, untouched
+
+
+class NotKept(Exception):  # noqa: N818
+    """Why nothing is kept in a phase."""
+
+
+def survey(model: MultiTaskModel, images: Tensor) -> tuple[Prefix, float, bool]:
+    """Finds what can be kept, and leaves no trace in the model.
+
+    Args:
+        model: The model, with the phase's freeze in force.
+        images: A batch as training has them, prepared for the trunk.
+
+    Returns:
+        What can be kept, how long it takes to compute for a batch, in seconds, and whether an image's activations have
+        the same bits at another place in the batch.
+
+    Raises:
+        PrefixError: Nothing can be kept.
+        NotKept: The trunk gives other features when it is cut.
+    """
+    trunk = model.trunk
+    prefix = Prefix.record(trunk, model.read, images)
+    with torch.no_grad():
+        # A whole batch, as they are going to be; this also warms up what is timed next.
+        with untouched(trunk, images.device):
+            plain = model.read(images)
+        started = time.perf_counter()
+        kept = prefix.compute(images)
+        if images.is_cuda:
+            torch.cuda.synchronize(images.device)
+        seconds = time.perf_counter() - started
+        with untouched(trunk, images.device):
+            replayed = prefix.replay(kept)
+        elsewhere = prefix.compute(images.flip(0).contiguous(memory_format=model.memory_format))
+    if not all(map(torch.equal, tensors_of(plain), tensors_of(replayed))):
+        raise NotKept("the trunk gives other features without its frozen modules")
+    # Kernels may compute the tail of a tensor, or of a thread's part of it, in another way (sigmoid, SiLU).
+    return prefix, seconds, all(torch.equal(one, other.flip(0)) for one, other in zip(kept, elsewhere, strict=True))

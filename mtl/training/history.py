@@ -1,0 +1,156 @@
+"""The history of a run: the command that began it, and the settings that were changed when it was resumed."""
+
+from __future__ import annotations
+
+import json
+from collections.abc import Mapping, Sequence
+from dataclasses import asdict, dataclass
+from pathlib import Path
+from typing import Any
+
+from mtl.checkpoint.files import CheckpointError
+from mtl.config import RunConfig
+from mtl.config.difference import Difference, differences
+from mtl.phases.resolve import Phase
+
+
+@dataclass(frozen=True)
+class Change:
+    """A setting that has had another value since a step.
+
+    Attributes:
+        step: Steps done before.
+        key: The key, as it is written on the command line.
+        old: The value before; None if there was none.
+        new: The value since then; None if there is none.
+    """
+
+    step: int
+    key: str
+    old: Any
+    new: Any
+
+
+@dataclass(frozen=True)
+class History:
+    """What `config.yaml` does not record: it has the settings that hold now.
+
+    Every checkpoint has the history up to it, so that changes go with the steps that were made with them.
+
+    Attributes:
+        command: The command that began the run, for a shell; None if it is not known.
+        origin: The checkpoint of another run that it began from, if it did.
+        changes: In the order in which they were made; those of the run that it began from as well.
+    """
+
+    command: str | None = None
+    origin: str | None = None
+    changes: tuple[Change, ...] = ()
+
+    def after(self, step: int, differences: Sequence[Difference]) -> History:
+        """The history with what is changed after a step."""
+        new = (Change(step, each.key, each.before, each.now) for each in differences)
+        return History(self.command, self.origin, (*self.changes, *new))
+
+    def to_json(self) -> dict[str, Any]:
+        """The content of `history.json`, and of a checkpoint's `history`."""
+        changes = [asdict(change) for change in self.changes]
+        return {"command": self.command, "from": self.origin, "changes": changes}
+
+    @classmethod
+    def from_json(cls, content: Mapping[str, Any] | None) -> History:
+        """From `to_json`; of a checkpoint that is older than histories nothing is known.
+
+        Raises:
+            KeyError, TypeError: It is none.
+        """
+        if content is None:
+            return cls()
+        return cls(content["command"], content["from"], tuple(Change(**change) for change in content["changes"]))
+
+
+UNKNOWN = History()
+
+
+@dataclass(frozen=True)
+class Standing:
+    """The position of a run when it is resumed.
+
+    Attributes:
+        phases: All phases.
+        index: The place of the phase that is next, or in which it stands; None if the run is over.
+        is_inside: Whether that phase has begun.
+    """
+
+    phases: Sequence[Phase]
+    index: int | None
+    is_inside: bool
+
+
+def why_in_vain(difference: Difference, standing: Standing) -> str | None:
+    """Why a difference would change nothing from where a run stands; None if it would change something."""
+    if standing.index is None:
+        return "the run is over"
+    if difference.phase is not None:
+        return _why_not_in_phase(difference, standing, standing.index)
+    reads = set().union(*(phase.reads.keys for phase in standing.phases[standing.index :]))
+    section, _, key = difference.inner.partition(".")
+    path = (section,) if section == "balance" else (section, key.split(".")[0])
+    if section in ("optim", "balance", "cache", "audit") and path != ("audit", "policy") and path not in reads:
+        return "no phase that is left reads it"
+    return None
+
+
+def _why_not_in_phase(difference: Difference, standing: Standing, index: int) -> str | None:
+    rounds = [place for place, phase in enumerate(standing.phases) if phase.config.name == difference.phase]
+    if rounds and rounds[-1] < index:
+        return f"phase {difference.phase} is over"
+    at_begin = difference.inner.split(".")[0] in ("restore", "optimizer_state")
+    if at_begin and rounds and rounds[-1] == index and standing.is_inside:
+        return f"phase {difference.phase} has begun"
+    return None
+
+
+def history_from(
+    state: Mapping[str, Any], config: RunConfig, phases: Sequence[Phase], folder: Path, in_place: bool
+) -> History:
+    """The history of a run up to a checkpoint, with what changes there.
+
+    Args:
+        state: The checkpoint's plain data.
+        config: The configuration with which it is resumed.
+        phases: The phases that this comes to.
+        folder: The checkpoint.
+        in_place: Whether it is the run's own.
+
+    Raises:
+        CheckpointError: Something is to be changed that has no effect any more: the record would say that it had.
+    """
+    index = state["scheduler"]["index"]
+    # The end of a phase is noted with its last step: the next one has not begun then.
+    standing = Standing(phases, index if index < len(phases) else None, is_inside=state["change"] is None)
+    found = differences_from(as_of_today(state["config"]), config)
+    in_vain = [(each, why) for each in found if each.kind == "weighty" and (why := why_in_vain(each, standing))]
+    # A run of another name cannot resume one that is over, whatever it changes; another message says that.
+    if in_vain and (in_place or standing.index is not None):
+        listed = "; ".join(f"{each}, but {why}" for each, why in in_vain[:5])
+        raise CheckpointError(f"{listed}: that would change nothing after {folder.name}; leave it as it was")
+    before = History.from_json(state.get("history"))
+    if not in_place:
+        before = History(config.command, str(folder), before.changes)
+    return before.after(state["step"], found)
+
+
+def as_of_today(written: Mapping[str, Any]) -> dict[str, Any]:
+    """A checkpoint's configuration, with today's defaults where it had none.
+
+    Raises:
+        ValidationError: It is of another version.
+    """
+    # Some values are of types that JSON has not, such as tuples.
+    return RunConfig.model_validate(json.loads(json.dumps(written))).model_dump(mode="json", exclude_none=True)
+
+
+def differences_from(before: Mapping[str, Any], config: RunConfig) -> list[Difference]:
+    """How a configuration differs from one as plain data."""
+    return differences(before, config.model_dump(mode="json", exclude_none=True))

@@ -1,0 +1,87 @@
+"""What becomes of a step whose loss or gradient is no number, or infinite."""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+
+from mtl.optim.balance.balance import Balance
+from mtl.runtime.rng import random_state, set_random_state
+from mtl.runtime.tensors import in_kinds, is_spread, whole
+
+
+class NotFiniteError(FloatingPointError):
+    """A loss or gradient that is not finite.
+
+    Attributes:
+        fact: What is so, without advice.
+        what: The metric that is not.
+        step: The step.
+        indices: The places of the images it came from, in the training split.
+    """
+
+    def __init__(self, what: str, value: float, step: int, phase: str, indices: Sequence[int]) -> None:
+        self.fact = f"{what} is {value} at step {step} of phase {phase!r}"
+        super().__init__(
+            f"{self.fact}; a lower learning rate or fp32 precision may help, and not_finite=skip leaves such steps out"
+        )
+        self.what, self.step, self.indices = what, step, list(indices)
+
+    def to_json(self, epoch: int) -> dict[str, Any]:
+        """What `not_finite.json` says."""
+        return {"what": self.what, "step": self.step, "epoch": epoch, "indices": self.indices}
+
+
+class StepGuard:
+    """Remembers what the forward of a step changes, so that a step can be left out as if it had not been tried."""
+
+    def __init__(self, root: nn.Module, balance: Balance) -> None:
+        self._balance = balance
+        self._buffers = [buffer for buffer in root.buffers() if buffer.is_floating_point() or buffer.numel() == 1]
+
+    def before(self) -> None:
+        """Call before the first forward of a step."""
+        self._before = [buffer.clone() for buffer in self._buffers]
+        self._memory = self._balance.memory()
+        self._random = random_state(self._device())
+
+    @torch.no_grad()
+    def undo(self) -> None:
+        """Puts running statistics, what the balancing method has gathered, and random numbers back."""
+        for buffer, before in zip(self._buffers, self._before, strict=True):
+            # What is frozen is not even written to.
+            if not torch.equal(buffer, before):
+                buffer.copy_(before)
+        self._balance.load_memory(self._memory, self._device())
+        set_random_state(self._random, self._device())
+
+    def _device(self) -> torch.device:
+        return self._buffers[0].device if self._buffers else torch.device("cpu")
+
+
+def is_finite(tensors: Sequence[Tensor]) -> bool:
+    """Whether all losses and norms are numbers; waits for the device."""
+    return bool(torch.cat([tensor.detach().reshape(-1) for tensor in tensors]).isfinite().all())
+
+
+def gradient_norm(parameters: Sequence[nn.Parameter], clip_norm: float | None) -> Tensor:
+    """The norm of all gradients, a scalar; they are scaled down to `clip_norm`, if that is given."""
+    if any(is_spread(parameter) for parameter in parameters):
+        return _norm_of_spread([each for each in parameters if each.grad is not None], clip_norm)
+    if clip_norm is not None:
+        return nn.utils.clip_grad_norm_(parameters, clip_norm)
+    return nn.utils.get_total_norm([each.grad for each in parameters if each.grad is not None])
+
+
+def _norm_of_spread(parameters: Sequence[nn.Parameter], clip_norm: float | None) -> Tensor:
+    """`gradient_norm` of parameters of which some are spread over the processes; all of them have a gradient."""
+    kinds = [[parameters[place] for place in places] for places in in_kinds(parameters)]
+    norms = [whole(nn.utils.get_total_norm([each.grad for each in kind if each.grad is not None])) for kind in kinds]
+    norm = nn.utils.get_total_norm(norms)
+    if clip_norm is not None:
+        for kind in kinds:
+            nn.utils.clip_grads_with_norm_(kind, clip_norm, norm)
+    return norm

@@ -1,0 +1,90 @@
+"""From a batch to the losses of the tasks and the one number that is minimised."""
+
+from __future__ import annotations
+
+from collections.abc import Iterator, Sequence
+from contextlib import contextmanager
+
+import torch
+from torch import Tensor
+from torch.amp import GradScaler
+
+from mtl.data import Batch
+from mtl.distributed.world import ALONE, World
+from mtl.optim.balance.gradient_balance import balance_gradients
+from mtl.phases.resolve import Phase
+from mtl.training.features import FeatureSource
+from mtl.training.setup import Parts
+
+
+class Objective:
+    """The forward of a training step."""
+
+    def __init__(
+        self,
+        parts: Parts,
+        features: FeatureSource,
+        autocast: torch.autocast,
+        scaler: GradScaler,
+        world: World = ALONE,
+    ) -> None:
+        self._parts = parts
+        self._features = features
+        self._autocast = autocast
+        self._scaler = scaler
+        self._world = world
+
+    def __call__(
+        self, batch: Batch, phase: Phase, share: Tensor | None = None, step: int = 0
+    ) -> tuple[Tensor, Tensor, list[Tensor]]:
+        """Args:
+            batch: This process's part of a batch.
+            phase: The active phase.
+            share: What its mean losses count among those of the whole step, "t"; 1 each if not given.
+            step: Steps done in the run.
+
+        Returns:
+            The loss to minimise, a scalar; the losses of the phase's tasks over all processes, "t"; and this process's
+            own, apart: their graphs part at the heads.
+        """
+        each = self.each_loss(batch, phase.tasks)
+        losses = self._world.global_losses(_shared(each, share))
+        with self._same_draws(step):
+            if phase.balances_gradients:
+                return self._by_gradients(phase, each, share, losses.detach()), losses.detach(), each
+            return phase.balance(losses), losses, each
+
+    def _by_gradients(self, phase: Phase, each: Sequence[Tensor], share: Tensor | None, losses: Tensor) -> Tensor:
+        """The loss whose gradients a method has balanced; `losses` are those over all processes."""
+        assert phase.balance.weighting is not None
+        trunk = [parameter for parameter in self._parts.model.trunk.parameters() if parameter.requires_grad]
+        of_trunk = {id(parameter) for parameter in trunk}
+        others = [p for p in self._parts.root.parameters() if p.requires_grad and id(p) not in of_trunk]
+        # Not taken from the stacked losses, through which each would go back through the heads of all.
+        own = list(each) if share is None else [loss * part for loss, part in zip(each, share.to(each[0]), strict=True)]
+        total = phase.balance(losses)
+        return balance_gradients(total, own, trunk, others, phase.balance.weighting, self._world, self._scaler)
+
+    def each_loss(self, batch: Batch, tasks: Sequence[str]) -> list[Tensor]:
+        """The losses of some tasks on a batch, scalars, float32."""
+        with self._autocast:
+            outputs = self._parts.model.decode(self._features(batch, tasks), batch.size, tasks)
+        return [self._parts.tasks[name].loss(outputs[name], batch.labels[name]) for name in tasks]
+
+    @torch.no_grad()
+    def losses(self, batch: Batch, phase: Phase, share: Tensor | None) -> Tensor:
+        """The losses of the phase's tasks over all processes, "t", without a graph."""
+        return self._world.mean(_shared(self.each_loss(batch, phase.tasks), share))
+
+    @contextmanager
+    def _same_draws(self, step: int) -> Iterator[None]:
+        """Lets a balancing method that draws weights draw the same ones with any number of processes."""
+        device = self._parts.device
+        with torch.random.fork_rng([device] if device.type == "cuda" else []):
+            torch.manual_seed(self._parts.config.seed * 1_000_003 + step)
+            yield
+
+
+def _shared(each: Sequence[Tensor], share: Tensor | None) -> Tensor:
+    losses = torch.stack(list(each))
+    return losses if share is None else losses * share.to(losses)

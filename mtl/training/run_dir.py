@@ -1,0 +1,145 @@
+"""The run directory: made for one run alone, or gone on with, and used by one process at a time."""
+
+from __future__ import annotations
+
+import fcntl
+import os
+import re
+import shutil
+from collections.abc import Iterator
+from contextlib import contextmanager
+from pathlib import Path
+
+from mtl.checkpoint.run_files import RunFileError, read_state_file
+from mtl.config import RunConfig
+from mtl.runtime.console import logger
+from mtl.runtime.links import dead_link
+from mtl.runtime.text import shorten
+
+# Lies in every run directory of ours from its first moment on; what lies in other directories is not ours to touch.
+MARK = ".mtl-run"
+# What a run has written that never got as far as a checkpoint.
+_CHECKPOINT = re.compile(r"step-\d{8,}|\.step-\d{8,}\.old")
+_OF_A_START = ("metrics.jsonl", "audit*.json", "plan.json", "history.json", "report.html")
+
+
+def goes_on_in_place(config: RunConfig) -> bool:
+    """Whether a run goes on in its own directory, in which there is something already."""
+    if config.resume is None or not _is_run(config.run_dir):
+        return False
+    own = [config.run_dir, config.run_dir / "checkpoints", config.run_dir / "checkpoints" / "last"]
+    return config.resume == "auto" or Path(config.resume).resolve() in [path.resolve() for path in own]
+
+
+def _is_run(run_dir: Path) -> bool:
+    """Whether a run of ours has written here: one has left its mark, or, before there were marks, a checkpoint."""
+    if (run_dir / MARK).is_file():
+        return True
+    return any(
+        _is_of_a_checkpoint(file)
+        for file in (run_dir / "checkpoints").glob("*step-*/state.json")
+        if _CHECKPOINT.fullmatch(file.parent.name)
+    )
+
+
+def _is_of_a_checkpoint(file: Path) -> bool:
+    """Whether a file says where a run of ours stood, as that of each checkpoint does."""
+    try:
+        state = read_state_file(file)
+    except RunFileError:
+        return False
+    return {"step", "phases", "scheduler", "audit", "config", "digests"} <= state.keys()
+
+
+def check_run_dir(config: RunConfig) -> None:
+    """Raises `ConfigError` if the run directory is taken or cannot be made, or its checkpoints cannot be seen."""
+    run_dir = config.run_dir
+    try:
+        if why := dead_link(run_dir):
+            raise config.mistake(("name",) if run_dir.is_symlink() else ("runs_dir",), f"{run_dir} cannot be made{why}")
+        run_dir.exists()
+    except OSError as error:
+        raise config.mistake(("runs_dir",), f"{run_dir} cannot be made: {error.strerror}") from error
+    if run_dir.exists() and not run_dir.is_dir():
+        raise config.mistake(("name",), f"{run_dir} is a file; expected a directory, or nothing yet")
+    if run_dir.is_dir() and any(run_dir.iterdir()) and not goes_on_in_place(config):
+        number = 2
+        while config.run_dir.with_name(f"{config.name}-{number}").exists():
+            number += 1
+        is_run, is_auto = _is_run(run_dir), config.resume == "auto"
+        what = "a run" if is_run else "files, but no run to resume" if is_auto else "files"
+        raise config.mistake(
+            ("name",),
+            f"{run_dir} already holds {what}; give this one another name, such as name={config.name}-{number}"
+            + (", or go on with that one: resume=auto" if is_run and config.resume is None else ""),
+        )
+    if run_dir.is_dir():
+        _check_checkpoints(config)
+    parent = next(folder for folder in [run_dir, *run_dir.absolute().parents] if folder.exists())
+    if not parent.is_dir() or not os.access(parent, os.W_OK | os.X_OK):
+        raise config.mistake(
+            ("runs_dir",), f"{run_dir} cannot be made: {parent} is not a directory that you may write to"
+        )
+
+
+def _check_checkpoints(config: RunConfig) -> None:
+    """Raises `ConfigError` if there are checkpoints that cannot be seen: without, a run would begin anew over them."""
+    folder = config.run_dir / "checkpoints"
+    try:
+        names = sorted(path.name for path in folder.iterdir())
+        # What a first checkpoint leaves that was broken off is ours to clear away, and nothing else is.
+        others = [name for name in names if not name.startswith(".") and name != "frozen"]
+        if others and not any(map(_CHECKPOINT.fullmatch, names)):
+            raise config.mistake(
+                ("resume",),
+                f"{folder} holds {shorten(others, 3)}, and no checkpoint to resume from (step-00000010 and the like);"
+                " a run would begin from scratch over it: move it away first, or give another name",
+            )
+    except FileNotFoundError:
+        if folder.is_symlink():
+            raise config.mistake(
+                ("resume",), f"{folder} is a link to {folder.readlink()}, which is not there; is its disk mounted?"
+            ) from None
+    except OSError as error:
+        raise config.mistake(
+            ("resume",), f"{folder} cannot be read ({error.strerror}), so nobody knows where the run stands; mend that"
+        ) from error
+
+
+@contextmanager
+def claimed_run_dir(config: RunConfig, go_on: bool) -> Iterator[Path]:
+    """The run directory, made if need be, and this process's alone while the block runs.
+
+    Args:
+        config: The run.
+        go_on: Whether it goes on from a checkpoint in it. If not, but something is there, it is what a run left that
+            never got as far as a checkpoint, and is cleared away.
+
+    Raises:
+        ConfigError: It cannot be made, or another process has it.
+    """
+    is_new = not goes_on_in_place(config)
+    try:
+        config.run_dir.mkdir(parents=True, exist_ok=True)
+        lock = os.open(config.run_dir, os.O_RDONLY)
+    except OSError as error:
+        raise config.mistake(("runs_dir",), f"{config.run_dir} cannot be made: {error.strerror}") from error
+    try:
+        try:
+            fcntl.flock(lock, fcntl.LOCK_EX | fcntl.LOCK_NB)
+            if is_new and any(config.run_dir.iterdir()):
+                raise FileExistsError
+            (config.run_dir / MARK).touch()
+        except (FileExistsError, BlockingIOError) as error:
+            raise config.mistake(("name",), f"another process trains in {config.run_dir} just now") from error
+        except OSError as error:
+            raise config.mistake(("runs_dir",), f"{config.run_dir} cannot be made: {error.strerror}") from error
+        if not is_new and not go_on:
+            if (config.run_dir / "metrics.jsonl").exists():
+                logger.warning(f"{config.run_dir} has no checkpoint: the run begins anew, and its metrics with it")
+            for file in (file for name in _OF_A_START for file in config.run_dir.glob(name)):
+                file.unlink(missing_ok=True)
+            shutil.rmtree(config.run_dir / "checkpoints", ignore_errors=True)
+        yield config.run_dir
+    finally:
+        os.close(lock)

@@ -1,0 +1,183 @@
+"""From a configuration to the parts of a run, with everything checked and nothing written."""
+
+from __future__ import annotations
+
+from dataclasses import dataclass, replace
+
+import torch
+
+from mtl.config import RunConfig, SettingError, mistake_of
+from mtl.config.distributed import DistributedConfig
+from mtl.config.written import Rank, is_written, rank_of
+from mtl.data import Split, check_room, load_data
+from mtl.distributed.world import ALONE, World, WorldError
+from mtl.freeze import trained_statistics
+from mtl.model import start_from
+from mtl.optim.balance.balance import is_by_gradients
+from mtl.optim.optimizers import try_out
+from mtl.phases.plan import Plan, make_plan
+from mtl.phases.setup import Blueprint, draw_up, draw_up_without_weights, without_weights
+from mtl.runtime.console import logger
+from mtl.training.autotune import choose, lay_out
+from mtl.training.evaluate import Scores, validate_constant
+
+
+@dataclass(frozen=True)
+class Parts(Blueprint):
+    """The parts of a run.
+
+    Attributes:
+        device: Where the run computes.
+        train: Training data.
+        val: Validation data.
+        trivial: Metrics of the trivial predictor, which gives one constant output per task.
+        plan: What every phase freezes, trains and costs.
+    """
+
+    device: torch.device
+    train: Split
+    val: Split
+    trivial: Scores
+    plan: Plan
+
+
+def assemble(config: RunConfig, quiet: bool = False, world: World = ALONE, begins: bool = True) -> Parts:
+    """Makes the parts of a run. Generated data may be put in the data cache; nothing else is written.
+
+    Args:
+        config: The run.
+        quiet: Whether to show no progress bar while data is made.
+        world: The processes that train together, which have not met yet.
+        begins: Whether the trunk's weights are needed; a checkpoint has them all, and those of the trunk's own file may
+            be gone when a run is resumed.
+
+    Raises:
+        ConfigError: Anything in the configuration that turns out not to work, with the place where it was written.
+        DataError: The data cannot be had.
+    """
+    excepted = _check_spread(config, world)
+    device = _device(config, world)
+    try:
+        check_room(config.data)
+    except SettingError as error:
+        raise mistake_of(config, error) from error
+    world.start(device, config.distributed.timeout_s)
+    # Without weights first: what is wrong with the configuration is found before any are loaded.
+    plan = make_plan(draw_up_without_weights(config))
+    blueprint = draw_up(config if begins else without_weights(config))
+    tasks = blueprint.tasks
+    try:
+        # Data that has to be made is made once.
+        with world.first_one_first():
+            train, val = load_data(config.data, tasks, quiet)
+    except SettingError as error:
+        raise mistake_of(config, error) from error
+    if train.num_skipped:
+        # An epoch has fewer steps than were planned.
+        plan = make_plan(draw_up_without_weights(config, len(train)))
+        blueprint = draw_up(blueprint.config, num_train=len(train))
+        tasks = blueprint.tasks
+    constants = {name: task.fit(train.labels[name]) for name, task in tasks.items()}
+    for name, constant in constants.items():
+        start_from(blueprint.model.heads[name], constant)
+    trivial = validate_constant(tasks, constants, val, config.data.batch_size)
+    _try_out_optimizers(blueprint, device)
+    blueprint.root.to(device)
+    _check_processes(blueprint, world)
+    if world.is_alone:
+        _warn_of_distributed(config)
+    batch = train.batch(torch.arange(min(config.data.batch_size, len(train)))).to(device)
+    choice = choose(blueprint, batch, device, excepted)
+    if choice.why:
+        logger.info(choice.why)
+    # What is fastest may be found out otherwise in another process.
+    layout, precision = world.same_from_rank_0([choice.memory_format, choice.precision])
+    lay_out(blueprint, layout)
+    blueprint = replace(blueprint, config=config.with_changes(memory_format=layout, precision=precision))
+    return Parts(**vars(blueprint), device=device, train=train, val=val, trivial=trivial, plan=plan)
+
+
+def _try_out_optimizers(blueprint: Blueprint, device: torch.device) -> None:
+    config, tried = blueprint.config, set[str]()
+    for phase, written in zip(blueprint.phases, config.written_phases, strict=True):
+        optimizer = phase.optim.optimizer
+        if phase.config.evaluate_only or optimizer.model_dump_json() in tried:
+            continue
+        tried.add(optimizer.model_dump_json())
+        try:
+            try_out(optimizer, device)
+        except SettingError as error:
+            raise config.mistake((*config.path_of(written, "optimizer"), "options"), error.message) from error
+
+
+def _check_processes(blueprint: Blueprint, world: World) -> None:
+    """Raises `ConfigError` if the run cannot be shared by so many processes."""
+    config = blueprint.config
+    if world.is_alone:
+        return
+    if config.distributed.sync_batchnorm and config.compile:
+        raise config.mistake(("compile",), "with distributed.sync_batchnorm=true code is not compiled; expected false")
+    for phase, written in zip(blueprint.phases, config.written_phases, strict=True):
+        own = written.config.batch_size is not None
+        place = (*written.path, "batch_size") if own else ("data", "batch_size")
+        trains_norms = bool(trained_statistics(blueprint.root, phase.freeze.plan)) and not phase.config.evaluate_only
+        least = world.size * (2 if trains_norms and not config.distributed.sync_batchnorm else 1)
+        if phase.batch_size < least:
+            why = ", two each, since BatchNorm cannot train on one" if trains_norms else ""
+            raise config.mistake(
+                place,
+                f"expected batches of {least} images or more for {world.size} processes{why}, got {phase.batch_size}",
+            )
+        if phase.freeze.unreached and config.unreached != "freeze":
+            raise config.mistake(
+                ("unreached",), "several processes wait for the gradients of all that trains; expected freeze"
+            )
+
+
+def _warn_of_distributed(config: RunConfig) -> None:
+    """Says what was asked for on the command line and needs several processes; a file may be for both."""
+    for key in DistributedConfig.model_fields:
+        path = ("distributed", key)
+        if is_written(config.source, path) and rank_of(config.source, path) == Rank.COMMAND_LINE:
+            logger.warning(f"command line: distributed.{key}: this process trains alone, and does not read it")
+
+
+def _check_spread(config: RunConfig, world: World) -> tuple[str, ...]:
+    """What `auto` must not take where the model is spread over processes (fsdp2); nothing if it is not.
+
+    Raises:
+        ConfigError: The configuration asks for something that FSDP does not go with here.
+    """
+    if world.is_alone or config.distributed.strategy != "fsdp2":
+        return ()
+    for key, got, expected, why in (
+        ("memory_format", config.memory_format, "contiguous", "it spreads contiguous tensors only"),
+        ("precision", config.precision, "fp32 or bf16", "losses are not scaled for spread gradients"),
+        ("compile", config.compile, "false", "compiled code does not gather what is spread"),
+    ):
+        if got in ("channels_last", "fp16", True):
+            raise config.mistake((key,), f"with distributed.strategy=fsdp2 {why}; expected {expected}, got {got}")
+    for written in config.written_phases:
+        own = written.config.balance
+        method, place = (own or config.balance).method, (*(written.path if own else ()), "balance", "method")
+        if is_by_gradients(method):
+            why = "a task's gradients alone are not brought together"
+            raise config.mistake(place, f"with distributed.strategy=fsdp2 {why}; expected a scalarizer, got {method}")
+    return ("channels_last", "fp16")
+
+
+def _device(config: RunConfig, world: World) -> torch.device:
+    if not world.is_alone and config.device.startswith("cuda:"):
+        raise config.mistake(("device",), f"each process has a GPU of its own; expected cuda, got {config.device}")
+    if not world.is_alone and config.device != "cpu" and torch.cuda.is_available():
+        try:
+            return world.gpu()
+        except WorldError as error:
+            raise config.mistake(("device",), str(error)) from error
+    if config.device == "auto":
+        return torch.device("cuda" if torch.cuda.is_available() else "cpu")
+    device = torch.device(config.device)
+    there = {"cpu": True, "cuda": torch.cuda.is_available()}[device.type]
+    if not there or (device.type == "cuda" and (device.index or 0) >= torch.cuda.device_count()):
+        raise config.mistake(("device",), f"there is no device {config.device!r} here; use auto or cpu")
+    return device

@@ -1,0 +1,110 @@
+"""What is said of the freezes of a run besides its numbers."""
+
+from __future__ import annotations
+
+import inspect
+import logging
+from collections.abc import Mapping
+from typing import Any
+
+from mtl.model.dead_branch import DeadBranch
+from mtl.phases.active_tasks import active_tasks
+from mtl.phases.phase_length import SCORE
+from mtl.phases.plan.dead import dead_branches
+from mtl.phases.resolve import Phase
+from mtl.runtime.console import logger
+from mtl.runtime.text import condense, count, shorten
+from mtl.training.setup import Parts
+from mtl.training.tracking.steps import StepLog
+
+
+def announce_classic(parts: Parts) -> None:
+    """Says what the classic list of substrings freezes, in the words in which it has always been said."""
+    substrings = parts.config.MODEL.NOT_TRAIN_IN_MULTI_TASK
+    if not substrings:
+        return
+    logger.info(f"use freeze for {substrings}")
+    for name in parts.phases[0].freeze.plan.names.frozen:
+        if any(substring in name for substring in substrings):
+            logger.info(f"freezing {name}")
+
+
+def warn_of_dead_branches(parts: Parts) -> None:
+    """Warns of what would train in a phase but cannot, since frozen tensors of zeros stand in its way.
+
+    Args:
+        parts: The run, with the weights that it begins with and no freeze enforced yet.
+    """
+    phases_of: dict[DeadBranch, list[str]] = {}
+    for name, branch in dead_branches(parts).items():
+        phases_of.setdefault(branch, []).append(name)
+    for branch, phases in phases_of.items():
+        dead = condense(branch.parameters, [name for name, _ in parts.root.named_parameters()])
+        are = "is" if len(branch.zeros) == 1 else "are"
+        logger.warning(
+            f"{shorten(phases, 3)}: {count(len(branch.parameters), 'trainable tensor')} ({shorten(dead, 4)}) cannot"
+            f" train: gradients there stay zero, since {count(len(branch.zeros), 'frozen tensor')} in their way {are}"
+            f" zero in every element ({shorten(list(branch.zeros), 4)}); {_remedy(parts, branch)}"
+        )
+
+
+def _remedy(parts: Parts, branch: DeadBranch) -> str:
+    ways = [f"leave {'it' if len(branch.zeros) == 1 else 'them'} out of the freeze"]
+    if any(name.startswith("trunk.") for name in branch.zeros):
+        if "zero_init_last" in inspect.signature(type(parts.model.trunk)).parameters:
+            ways.append("set trunk.options.zero_init_last=false")
+        if parts.config.trunk.weights == "none":
+            ways.append("begin with trained weights (trunk.weights)")
+    return " or ".join(ways)
+
+
+def tell_idle_tasks(parts: Parts, phase: Phase) -> None:
+    """Says which of a phase's tasks have no loss in it, since all that it would train is frozen."""
+    idle = [task for task in active_tasks(parts.config, phase.config) if task not in phase.tasks]
+    if idle:
+        logger.info(f"{phase.name}: no losses of {', '.join(idle)}: everything that they would train is frozen")
+
+
+def tell_balance(phase: Phase) -> None:
+    """Says where a balancing method does something else in a phase than its name says."""
+    if phase.config.evaluate_only:
+        return
+    if phase.balance.weighting is not None and not phase.balances_gradients:
+        what = f"only {phase.sharing[0]} reaches" if phase.sharing else "no task reaches"
+        logger.info(f"{phase.name}: gradients are not balanced: {what} what trains of the trunk; losses add up")
+    if phase.optim.accumulate > 1 and not phase.balance.adds_up:
+        logger.warning(
+            f"{phase.name}: the balancing method combines each of a step's {phase.optim.accumulate} batches by itself,"
+            " which is not the step of one large batch; mean, uw or fixed weights would make it that"
+        )
+
+
+def tell_epoch(parts: Parts, row: Mapping[str, Any], log: StepLog | None) -> None:
+    """One line for a validation.
+
+    Args:
+        parts: The run.
+        row: What is logged of it.
+        log: The steps before it, if there were any.
+    """
+    goals = [f"{name} {task.goal.metric}" for name, task in parts.tasks.items()]
+    values = [row[f"val/{goal.replace(' ', '/')}"] for goal in goals]
+    logger.info(
+        f"{row['phase']}  epoch {row['epoch']}  step {row['step']}"
+        + (f"  loss {log.mean_loss:.3f}" if log is not None else "")
+        + f"  {SCORE} {row[SCORE]:.3f}  "
+        + "  ".join(f"{goal} {value:.3f}" for goal, value in zip(goals, values, strict=True))
+        + (f"  {log.images_per_s:.0f} img/s" if log is not None else "")
+    )
+
+
+def tell_unreached(parts: Parts, phase: Phase) -> None:
+    """Says which parameters would train in a phase, but get no gradient, and what becomes of them."""
+    every_name = [name for name, _ in parts.root.named_parameters(remove_duplicate=False)]
+    names = shorten(condense(phase.freeze.unreached, every_name), 6)
+    is_frozen = parts.config.unreached == "freeze"
+    treated = "frozen for this phase" if is_frozen else "NOT frozen; it will not train"
+    level = logging.INFO if is_frozen else logging.WARNING
+    logger.log(
+        level, f"{phase.name}: no active task reaches {len(phase.freeze.unreached)} parameters ({names}): {treated}"
+    )

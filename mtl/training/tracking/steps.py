@@ -1,0 +1,145 @@
+"""Per-step numbers, collected on the device and logged a few steps at a time, so that no step waits for the device."""
+
+from __future__ import annotations
+
+import math
+import time
+from collections.abc import Mapping, Sequence
+
+import torch
+from torch import Tensor
+
+from mtl.training.nonfinite import NotFiniteError
+from mtl.training.tracking.tracker import Tracker
+
+GRAD_NORM = "train/grad_norm"
+
+
+class StepLog:
+    """The steps of one epoch.
+
+    Attributes:
+        latest: The newest known losses, for the progress bar.
+        num_skipped: Steps that were left out, since a loss or gradient was not finite.
+    """
+
+    def __init__(
+        self,
+        tracker: Tracker,
+        tasks: Sequence[str],
+        every_steps: int,
+        phase: str,
+        epoch: int,
+        skips_gradients: bool = False,
+    ) -> None:
+        """Args:
+        tracker: Where rows go.
+        tasks: The tasks whose losses are logged.
+        every_steps: How many steps are logged at once.
+        phase: The phase's name.
+        epoch: The epoch's number.
+        skips_gradients: Whether a step whose gradient is not finite was left out (by the scaler of fp16).
+        """
+        self._tracker = tracker
+        self._names = ["train/loss", *[f"train/loss/{task}" for task in tasks], GRAD_NORM]
+        self._skips_gradients = skips_gradients
+        self.num_skipped = 0
+        self._short = ["loss", *tasks]
+        self._every_steps = every_steps
+        self._common: dict[str, int | str] = {"epoch": epoch, "phase": phase}
+        self._pending: list[tuple[int, float, Tensor, list[Tensor]]] = []
+        self._num_images = self._pending_images = 0
+        self._start = self._since = time.perf_counter()
+        self._loss_sum, self._num_steps = 0.0, 0
+        self.latest = ""
+
+    def add(self, step: int, losses: Sequence[Tensor], norm: Tensor, lr: float, indices: list[Tensor]) -> None:
+        """Takes note of a step.
+
+        Args:
+            step: Steps done in the run, this one included.
+            losses: For each of its batches the balanced loss and the tasks' losses, "1+t".
+            norm: The norm of the gradients of all that trains, a scalar.
+            lr: The highest learning rate used.
+            indices: For each of its batches the images' places, on the CPU.
+        """
+        self._pending.append((step, lr, _row(losses, norm), indices))
+        self._pending_images += sum(map(len, indices))
+        if len(self._pending) >= self._every_steps:
+            self.flush()
+
+    def flush(self) -> None:
+        """Logs the steps since the last flush; the only place that waits for the device.
+
+        Raises:
+            NotFiniteError: A loss or gradient is not finite.
+        """
+        if not self._pending:
+            return
+        values = torch.stack([row for _, _, row, _ in self._pending]).tolist()
+        now = time.perf_counter()
+        rate = self._pending_images / (now - self._since)
+        for (step, lr, _, indices), row in zip(self._pending, values, strict=True):
+            numbers = dict(zip(self._names, row, strict=True))
+            self._tracker.log({"step": step, **self._common, **numbers, "train/lr": lr, "perf/images_per_s": rate})
+            self._check(numbers, step, indices)
+            self._loss_sum += row[0]
+        self._num_steps += len(values)
+        self._num_images += self._pending_images
+        self.latest = " ".join(f"{name} {value:.3f}" for name, value in zip(self._short, values[-1], strict=False))
+        self._pending, self._pending_images, self._since = [], 0, now
+
+    def _check(self, numbers: Mapping[str, float], step: int, indices: Sequence[Tensor]) -> None:
+        """Raises `NotFiniteError`, with a task's loss before what follows from it."""
+        wrong = [name for name, value in numbers.items() if not math.isfinite(value)]
+        if wrong == [GRAD_NORM] and self._skips_gradients:
+            self.num_skipped += 1
+        elif wrong:
+            raise self._error(wrong, numbers, step, indices)
+
+    def _error(
+        self, wrong: Sequence[str], numbers: Mapping[str, float], step: int, indices: Sequence[Tensor]
+    ) -> NotFiniteError:
+        name = next((each for each in wrong if each.startswith("train/loss/")), wrong[0])
+        places = torch.cat(list(indices)).tolist()
+        return NotFiniteError(name, numbers[name], step, str(self._common["phase"]), places)
+
+    def what_is_wrong(
+        self, step: int, losses: Sequence[Tensor], norm: Tensor, indices: Sequence[Tensor]
+    ) -> NotFiniteError:
+        """What is not finite in a step that is not to be added; waits for the device."""
+        numbers = dict(zip(self._names, _row(losses, norm).tolist(), strict=True))
+        wrong = [name for name, value in numbers.items() if not math.isfinite(value)]
+        return self._error(wrong, numbers, step, indices)
+
+    def skip(self) -> None:
+        """Takes note of a step that was left out."""
+        self.num_skipped += 1
+
+    def add_row(self, step: int, numbers: Mapping[str, float]) -> None:
+        """Logs other numbers of a step that is still to be added, behind the steps before it: no step goes back."""
+        self.flush()
+        self._tracker.log({"step": step, **self._common, **numbers})
+
+    def state_dict(self) -> dict[str, float]:
+        """Sums over the epoch so far, all of which is flushed."""
+        return {"loss_sum": self._loss_sum, "num_steps": self._num_steps, "num_skipped": self.num_skipped}
+
+    def load_state_dict(self, state: Mapping[str, float]) -> None:
+        """Goes on with the sums of an epoch that was broken off; time counts from now on."""
+        self._loss_sum, self._num_steps = state["loss_sum"], int(state["num_steps"])
+        self.num_skipped = int(state["num_skipped"])
+
+    @property
+    def mean_loss(self) -> float:
+        return self._loss_sum / max(1, self._num_steps)
+
+    @property
+    def images_per_s(self) -> float:
+        """Training images a second from the epoch's begin to the last flush."""
+        return self._num_images / max(1e-9, self._since - self._start)
+
+
+def _row(losses: Sequence[Tensor], norm: Tensor) -> Tensor:
+    mean = losses[0] if len(losses) == 1 else torch.stack(list(losses)).mean(0)
+    return torch.cat([mean, norm.detach().reshape(1).to(mean)])

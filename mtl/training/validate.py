@@ -1,0 +1,55 @@
+"""The validation of a run: all tasks after every epoch, those of which nothing trains once in a phase."""
+
+from __future__ import annotations
+
+import torch
+
+from mtl.distributed.world import World
+from mtl.freeze import is_still
+from mtl.phases.phase_length import SCORE
+from mtl.phases.resolve import Phase
+from mtl.training.evaluate import Scores, score, validate
+from mtl.training.features import FeatureSource
+from mtl.training.setup import Parts
+from mtl.training.step_sync import Consensus
+
+
+class Validator:
+    """One for each run."""
+
+    def __init__(
+        self, parts: Parts, autocast: torch.autocast, features: FeatureSource, consensus: Consensus, world: World
+    ) -> None:
+        self._parts = parts
+        self._autocast = autocast
+        self._features = features
+        self._consensus = consensus
+        self._world = world
+        # What tasks of which nothing trains scored at their one validation in the phase.
+        self._still: Scores = {}
+
+    def begin_phase(self) -> None:
+        """Tasks of which nothing trains are measured once from here on."""
+        self._still = {}
+
+    def __call__(self, phase: Phase) -> tuple[Scores, dict[str, float]]:
+        """Metrics of all tasks by task and name; and the same with `val/score` under the names of the log."""
+        if not self._consensus.holds:
+            self._still.clear()
+        parts, still, plan = self._parts, self._still, phase.freeze.plan
+        tasks = {name: task for name, task in parts.tasks.items() if name not in still}
+        fresh = validate(
+            parts.model,
+            tasks,
+            parts.val,
+            phase.batch_size,
+            parts.device,
+            self._autocast,
+            self._features,
+            self._world,
+        )
+        if is_still(plan, "trunk"):
+            still |= {name: each for name, each in fresh.items() if is_still(plan, f"heads.{name}")}
+        scores = {name: (fresh | still)[name] for name in parts.tasks}
+        metrics = {f"val/{task}/{name}": value for task, values in scores.items() for name, value in values.items()}
+        return scores, metrics | {SCORE: score(parts.tasks, scores, parts.trivial)}

@@ -1,0 +1,99 @@
+"""What the training loop costs beyond the work itself: mtl's loop against one written by hand, interleaved.
+
+    python scripts/bench/step_time.py [CONFIG] [key=value ...] [--rounds N] [--steps N]
+
+Both do the same work on the same model and batches: forward, losses, balancing, backward, AdamW, rate schedule. mtl's
+also audits, logs and shows progress. Prints the median seconds a step of each, and the ratio, for each phase.
+"""
+
+from __future__ import annotations
+
+import argparse
+import statistics
+import sys
+import tempfile
+import time
+from itertools import islice
+from pathlib import Path
+
+import torch
+
+from mtl.config import load_config
+from mtl.data import training_batches
+from mtl.distributed.ddp import wrap
+from mtl.distributed.world import ALONE
+from mtl.freeze import enforce, is_frozen
+from mtl.optim.lr_schedule import LrSchedule
+from mtl.optim.optimizers import build_optimizer
+from mtl.phases.conditions import PhaseLength
+from mtl.phases.resolve import Phase
+from mtl.phases.scheduler import TaskScheduler
+from mtl.training.keeper import Stepping
+from mtl.training.loop import Trainer
+from mtl.training.setup import Parts, assemble
+from mtl.training.tracking.tracker import Tracker
+
+
+def new_schedule(phase: Phase, optimizer: torch.optim.Optimizer, num_steps: int) -> LrSchedule:
+    return LrSchedule(phase.optim.lr_schedule, optimizer, num_steps, phase.steps_per_epoch)
+
+
+def by_hand(
+    parts: Parts, phase: Phase, autocast: torch.autocast, optimizer: torch.optim.Optimizer, num_steps: int
+) -> float:
+    """Seconds a step of the loop that one would write."""
+    schedule = new_schedule(phase, optimizer, num_steps)
+    started = time.perf_counter()
+    for batch in islice(training_batches(parts.train, phase.batch_size, 0, 0), num_steps):
+        with autocast:
+            outputs = parts.model(batch.images)
+        losses = torch.stack([task.loss(outputs[name], batch.labels[name]) for name, task in parts.tasks.items()])
+        phase.balance(losses).backward()
+        optimizer.step()
+        schedule.step()
+        optimizer.zero_grad()
+    return (time.perf_counter() - started) / num_steps
+
+
+def by_mtl(trainer: Trainer, phase: Phase, optimizer: torch.optim.Optimizer, num_steps: int) -> float:
+    """The real loop without what follows an epoch: validation and checkpoint are work of their own."""
+    stepping = Stepping(optimizer, new_schedule(phase, optimizer, num_steps), wrap(trainer.parts.root, [], ALONE))
+    trainer.scheduler = TaskScheduler([PhaseLength(phase.name, steps=num_steps)])
+    trainer.epoch = 0
+    started = time.perf_counter()
+    trainer.train_epoch(phase, stepping)
+    return (time.perf_counter() - started) / num_steps
+
+
+def main() -> None:
+    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser.add_argument("config", type=Path, nargs="?", default=Path("configs/scenes.yaml"))
+    parser.add_argument("overrides", nargs="*", metavar="key=value")
+    parser.add_argument("--rounds", type=int, default=15)
+    parser.add_argument("--steps", type=int, default=8)
+    options = parser.parse_args()
+    with tempfile.TemporaryDirectory() as folder:
+        config = load_config(options.config, [f"runs_dir={folder}", "tracking.mode=disabled", *options.overrides])
+        parts = assemble(config)
+        tracker = Tracker(config.tracking, Path(folder), "bench", {})
+        for phase in parts.phases:
+            enforce(parts.root, phase.freeze.plan)
+            parts.model.trunk_is_frozen = is_frozen(phase.freeze.plan, "trunk")
+            optimizer = build_optimizer(phase.optim.optimizer, phase.groups)
+            trainer = Trainer(parts, Path(folder), tracker, quiet=False)
+            seconds: dict[str, list[float]] = {"hand": [], "mtl": []}
+            with trainer.audit.phase(phase.name, phase.freeze.patterns, [optimizer, phase.balance]):
+                for round_number in range(options.rounds + 1):
+                    hand = by_hand(parts, phase, trainer.autocast, optimizer, options.steps)
+                    mtl = by_mtl(trainer, phase, optimizer, options.steps)
+                    if round_number:  # the first round warms up
+                        seconds["hand"].append(hand)
+                        seconds["mtl"].append(mtl)
+            hand, mtl = (statistics.median(values) for values in seconds.values())
+            ratio = statistics.median(m / h for h, m in zip(*seconds.values(), strict=True))
+            times = f"by hand {hand * 1e3:.1f} ms, mtl {mtl * 1e3:.1f} ms a step, ratio {ratio:.3f}"
+            sys.stdout.write(f"{phase.name}: {times}\n")
+
+
+if __name__ == "__main__":
+    main()

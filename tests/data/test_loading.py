@@ -1,0 +1,175 @@
+"""Batches ahead of the steps: the same bits in the same order, whoever makes them; and samples that cannot be used."""
+
+from __future__ import annotations
+
+import multiprocessing
+import os
+import signal
+import threading
+from collections.abc import Iterator
+from pathlib import Path
+from typing import Any
+
+import pytest
+import torch
+from torch import Tensor
+
+import mtl.data
+from mtl.config import ConfigError
+from mtl.data import Batch, DataError, Loading, Split, training_batches
+from mtl.data.loading import THREAD_NAME
+from mtl.distributed.world import World
+from mtl.training.run import train
+from runs import read_metrics, tiny_parts
+
+
+def split(num: int = 23) -> Split:
+    generator = torch.Generator().manual_seed(1)
+    images = torch.randint(0, 256, (num, 4, 4, 3), dtype=torch.uint8, generator=generator)
+    return Split(
+        images, {"a": torch.arange(num, dtype=torch.int16), "b": torch.rand(num, 1, generator=generator).half()}
+    )
+
+
+def contents(batches: Iterator[Batch]) -> list[list[Tensor]]:
+    return [[batch.indices, batch.images, batch.labels["a"], batch.labels["b"]] for batch in batches]
+
+
+def same(one: list[list[Tensor]], other: list[list[Tensor]]) -> bool:
+    return len(one) == len(other) and all(
+        a.dtype == b.dtype and torch.equal(a, b)
+        for x, y in zip(one, other, strict=True)
+        for a, b in zip(x, y, strict=True)
+    )
+
+
+def threads() -> list[threading.Thread]:
+    return [each for each in threading.enumerate() if each.name.startswith(THREAD_NAME)]
+
+
+CPU = torch.device("cpu")
+WAYS = {
+    "ahead": Loading(True, CPU, 0, 2),
+    "images when asked for": Loading(False, CPU, 0, 2),
+    "far ahead": Loading(True, CPU, 0, 9),
+    "workers": Loading(True, CPU, 2, 2),
+    "workers without images": Loading(False, CPU, 1, 2),
+}
+
+
+@pytest.mark.parametrize("way", WAYS)
+def test_batches_are_the_same_however_they_are_made(way: str) -> None:
+    data = split()
+    plain = contents(training_batches(data, 5, 3, 1, loading=Loading(num_ahead=0)))
+    assert len(plain) == 4
+    assert same(plain, contents(training_batches(data, 5, 3, 1, loading=WAYS[way])))
+    assert same(plain[2:], contents(training_batches(data, 5, 3, 1, skip=2, loading=WAYS[way])))
+    assert not threads()
+
+
+def test_a_pass_can_begin_at_its_end_and_not_behind_it() -> None:
+    assert not contents(training_batches(split(), 5, 3, 1, skip=4))
+    with pytest.raises(ValueError, match="skip: expected 0 to 4, the batches of a pass, got 5"):
+        training_batches(split(), 5, 3, 1, skip=5)
+
+
+def test_processes_share_every_batch_and_know_all_of_it() -> None:
+    data = split()
+    whole = [batch.indices for batch in training_batches(data, 7, 3, 1)]
+    shares = [list(training_batches(data, 7, 3, 1, world=World(rank, 3, rank))) for rank in range(3)]
+    for number, indices in enumerate(whole):
+        assert torch.equal(torch.cat([own[number].indices for own in shares]), indices)
+        assert all(torch.equal(own[number].everyone, indices) for own in shares)
+
+
+def test_a_loop_that_is_left_ends_the_thread() -> None:
+    batches = training_batches(split(), 5, 3, 1, loading=WAYS["ahead"])
+    next(batches)
+    assert threads()
+    batches.close()
+    assert not threads()
+
+
+def test_what_fails_in_the_background_is_raised_in_the_loop(monkeypatch: pytest.MonkeyPatch) -> None:
+    real, calls = Split.rows, []
+
+    def rows(self: Split, indices: Tensor, with_images: bool) -> Any:
+        calls.append(1)
+        if len(calls) == 3:
+            raise OSError("the disk is gone")
+        return real(self, indices, with_images)
+
+    monkeypatch.setattr(Split, "rows", rows)
+    taken = []
+    with pytest.raises(OSError, match="the disk is gone"):
+        taken.extend(training_batches(split(), 5, 3, 1, loading=WAYS["ahead"]))
+    assert not threads()
+
+
+def test_a_worker_that_dies_is_named_with_its_end() -> None:
+    batches = training_batches(split(2000), 5, 3, 1, loading=Loading(True, CPU, 2, 1))
+    next(batches)
+    for child in multiprocessing.active_children():
+        assert child.pid is not None
+        os.kill(child.pid, signal.SIGKILL)
+    with pytest.raises(DataError, match=r"data worker \d \(pid \d+\) was killed by SIGKILL .*data\.num_workers=0"):
+        for _ in batches:
+            pass
+    assert not threads()
+
+
+@pytest.mark.slow
+def test_a_run_with_workers_has_the_bits_of_one_without(tmp_path: Path) -> None:
+    rows = []
+    for number in (0, 2):
+        parts = tiny_parts(tmp_path, f"data.num_workers={number}", f"name=run-{number}")
+        run_dir = train(parts, quiet=True).run_dir
+        rows.append([{k: v for k, v in row.items() if not k.startswith("perf/")} for row in read_metrics(run_dir)])
+    assert rows[0] == rows[1]
+
+
+def plant(patch: pytest.MonkeyPatch) -> None:
+    """Three samples of the training data and one of the validation data that cannot be used."""
+    real = mtl.data._load_split
+
+    def load(data: Any, config: Any, which: str, num: int, quiet: bool) -> Split:
+        found = real(data, config, which, num, quiet)
+        labels = {name: label.clone() for name, label in found.labels.items()}
+        labels["depth"][3, 0, 0, 0] = float("inf")
+        if which == "train":
+            labels["normals"][7, 1, 2, 2] = float("-inf")
+            labels["object"][11] = 77
+        return Split(found.images, labels)
+
+    patch.setattr(mtl.data, "_load_split", load)
+
+
+def test_a_sample_that_cannot_be_trained_on_is_named(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    plant(monkeypatch)
+    with pytest.raises(ConfigError, match=r"tasks\.object: the labels of scenes do not fit: expected classes 0 to 9"):
+        tiny_parts(tmp_path)
+    tasks = {"depth": {"type": "depth"}, "normals": {"type": "normals"}}
+    message = r"scenes, train: sample 3 has a label of depth .*infinite.* 0 more have; data\.on_bad_sample=skip leaves"
+    with pytest.raises(DataError, match=message):
+        tiny_parts(tmp_path, tasks=tasks, phases=[{"name": "a", "epochs": 1}])
+
+
+def test_samples_that_cannot_be_trained_on_are_left_out_and_counted(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, caplog: pytest.LogCaptureFixture
+) -> None:
+    whole = tiny_parts(tmp_path)
+    plant(monkeypatch)
+    parts = tiny_parts(tmp_path, "data.on_bad_sample=skip")
+    assert (len(parts.train), parts.train.num_skipped) == (37, 3)
+    assert (len(parts.val), parts.val.num_skipped) == (19, 1)
+    kept = [place for place in range(40) if place not in (3, 7, 11)]
+    assert torch.equal(parts.train.images, whole.train.images[kept])
+    assert any("scenes, train: 3 of 40 samples are left out: 3, 7, 11" in record.message for record in caplog.records)
+    assert parts.phases[0].steps_per_epoch == 4 and parts.plan.phases[0].num_steps == 4, "37 images make 4 batches of 8"
+    assert train(parts, quiet=True).report.ok
+
+
+def test_data_without_a_usable_sample_is_refused(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr("mtl.tasks.Depth.bad_samples", lambda _, label: torch.ones(len(label), dtype=torch.bool))
+    with pytest.raises(DataError, match="scenes, train: every sample has a label that cannot be trained on"):
+        tiny_parts(tmp_path, "data.on_bad_sample=skip")

@@ -1,0 +1,203 @@
+"""Weights from a Gramian: which methods there are, closed forms, what is refused, what is kept, and odd Gramians."""
+
+from __future__ import annotations
+
+import json
+from typing import Any
+
+import pytest
+import torch
+from torch import Tensor
+from torchjd import aggregation
+from torchjd.aggregation import GramianWeightedAggregator
+
+from mtl.checkpoint.nested import join, split
+from mtl.config import SettingError
+from mtl.config.optim import BalanceConfig
+from mtl.optim.balance.balance import build_balance, is_by_gradients
+from mtl.optim.balance.gradient_weights import GradientWeighting, build_weighting, gradient_methods, other_aggregators
+
+TASKS = ["a", "b", "c"]
+OPTIONS: dict[str, dict[str, Any]] = {"cagrad": {"c": 0.5}, "fairgrad": {"alpha": 1.0}, "krum": {"n_byzantine": 0}}
+METHODS = sorted(gradient_methods())
+
+
+def gramian(*rows: list[float]) -> Tensor:
+    jacobian = torch.tensor(rows, dtype=torch.float64)
+    return jacobian @ jacobian.T
+
+
+CONFLICT = gramian([1.0, 0.0, 0.5], [-1.0, 2.0, 0.0], [0.0, -1.0, 1.0])
+
+
+def build(method: str, **options: Any) -> GradientWeighting:
+    return build_weighting(method, OPTIONS.get(method, {}) | options, len(TASKS))
+
+
+# Which there are
+
+
+def test_every_aggregator_of_torchjd_that_weighs_by_a_gramian_has_a_name() -> None:
+    assert {"upgrad", "mgda", "pcgrad", "cagrad", "alignedmtl", "imtlg", "dualproj"} <= gradient_methods().keys()
+    for name in gradient_methods().values():
+        assert issubclass(getattr(aggregation, name), GramianWeightedAggregator)
+    assert other_aggregators() == {
+        *("config", "crmogm", "excessmtl", "graddrop", "modo", "nashmtl", "sdmgrad", "trimmedmean")
+    }
+
+
+@pytest.mark.parametrize("method", ["mean", "sum", "random"])
+def test_a_name_that_scalarizers_have_too_is_the_scalarizer(method: str) -> None:
+    assert not is_by_gradients(method)
+    assert build_balance(BalanceConfig(method=method), TASKS).weighting is None
+
+
+@pytest.mark.parametrize("method", METHODS)
+def test_every_method_gives_the_weights_of_torchjds_aggregator(method: str) -> None:
+    torch.manual_seed(3)
+    jacobian = torch.randn(3, 7)
+    aggregator = getattr(aggregation, gradient_methods()[method])(**OPTIONS.get(method, {}))
+    torch.manual_seed(0)
+    expected = aggregator(jacobian)
+    torch.manual_seed(0)
+    weights = build(method)(jacobian.double() @ jacobian.double().T)
+    torch.testing.assert_close(weights @ jacobian, expected, rtol=1e-3, atol=1e-5)
+
+
+def test_building_a_method_draws_no_random_number() -> None:
+    before = torch.get_rng_state()
+    build("pcgrad")
+    assert torch.equal(torch.get_rng_state(), before)
+
+
+# Closed forms
+
+
+@pytest.mark.parametrize("scale", [1e-6, 1.0, 1e6])
+def test_mgda_of_two_tasks_is_the_shortest_vector_between_them(scale: float) -> None:
+    a, b = torch.tensor([[3.0, 1.0], [-1.0, 2.0]], dtype=torch.float64) * scale
+    products = torch.stack([torch.stack([a @ a, a @ b]), torch.stack([b @ a, b @ b])])
+    # Sener and Koltun, arXiv 1810.04650, Algorithm 1.
+    share = ((b - a) @ b / ((a - b) @ (a - b))).clamp(0, 1)
+    weights = build_weighting("mgda", {}, 2)(products)
+    assert weights.tolist() == pytest.approx([float(share), 1 - float(share)], rel=1e-5)
+
+
+def test_pcgrad_of_two_tasks_takes_from_each_what_goes_against_the_other() -> None:
+    products = gramian([1.0, 0.0], [-1.0, 1.0])
+    # Yu et al., arXiv 2001.06782, Algorithm 1: g_a - (g_a g_b / |g_b|²) g_b, and the other way round.
+    assert build_weighting("pcgrad", {}, 2)(products).tolist() == pytest.approx([1 + 1.0, 1 + 0.5])
+
+
+# Odd Gramians
+
+
+@pytest.mark.parametrize("method", METHODS)
+@pytest.mark.parametrize("value", [torch.inf, -torch.inf, torch.nan, 1e39])
+def test_a_product_that_is_not_finite_gives_nan_and_the_method_is_not_asked(method: str, value: float) -> None:
+    weighting = build(method)
+    before = weighting.memory()
+    products = CONFLICT.clone()
+    products[1, 1] = value
+    assert weighting(products).isnan().all()
+    assert weighting.memory() == before
+
+
+@pytest.mark.parametrize("method", METHODS)
+def test_fewer_than_two_gradients_are_not_balanced(method: str) -> None:
+    for products in (torch.zeros(3, 3), torch.diag(torch.tensor([0.0, 4.0, 0.0]))):
+        assert build(method)(products).tolist() == [1, 1, 1]
+
+
+def test_a_task_without_a_gradient_does_not_stop_the_others() -> None:
+    products = gramian([1.0, 0.0], [0.0, 0.0], [-0.5, 1.0])
+    alone = build_weighting("mgda", {}, 2)(gramian([1.0, 0.0], [-0.5, 1.0]))
+    weights = build("mgda")(products)
+    assert weights[0] / weights[2] == pytest.approx(float(alone[0] / alone[1]), rel=1e-2)
+    assert float(weights[0]) > 0.1, "TorchJD alone would give all weight to the zero"
+
+
+# What is kept
+
+
+@pytest.mark.parametrize("method", ["gradvac", "pcd"])
+def test_what_a_method_gathers_goes_through_a_file_to_the_same_bits(method: str) -> None:
+    products = [CONFLICT, CONFLICT.flip(0, 1), CONFLICT * 2]
+    whole, first, second = (build(method) for _ in range(3))
+    expected = [weigh(whole, each, number) for number, each in enumerate(products)]
+    got = [weigh(first, products[0], 0)]
+    tensors, rest = split(first.memory())
+    second.load_memory(join(tensors, json.loads(json.dumps(rest))))
+    got += [weigh(second, each, number) for number, each in enumerate(products[1:], start=1)]
+    assert [each.tolist() for each in got] == [each.tolist() for each in expected]
+    assert weigh(build(method), products[2], 2).tolist() != expected[2].tolist(), "what came before counts"
+
+
+def weigh(weighting: GradientWeighting, products: Tensor, seed: int) -> Tensor:
+    torch.manual_seed(seed)
+    return weighting(products)
+
+
+@pytest.mark.parametrize("method", ["gradvac", "pcd"])
+def test_a_memory_is_a_copy_that_later_calls_leave_alone(method: str) -> None:
+    weighting = build(method)
+    weigh(weighting, CONFLICT, 0)
+    memory = weighting.memory()
+    expected = weigh(weighting, CONFLICT, 1)
+    for _ in range(2):
+        weighting.load_memory(memory)
+        assert torch.equal(weigh(weighting, CONFLICT, 1), expected)
+
+
+def test_a_method_does_not_go_on_with_what_another_has_kept() -> None:
+    other = build_balance(BalanceConfig(method="pcd"), TASKS)
+    with pytest.raises(ValueError, match=r"keeps \['_phi_t', '_state_key'\] cannot go on with \['_n_steps'"):
+        build_balance(BalanceConfig(method="gradvac"), TASKS).load_memory(other.memory(), torch.device("cpu"))
+    with pytest.raises(ValueError, match="cannot go on"):
+        build_balance(BalanceConfig(method="uw"), TASKS).load_memory(other.memory(), torch.device("cpu"))
+
+
+def test_a_method_of_gradients_has_nothing_in_a_state_dict_whatever_it_keeps() -> None:
+    balance = build_balance(BalanceConfig(method="gradvac"), TASKS)
+    assert balance.weighting is not None
+    balance.weighting(CONFLICT)
+    assert balance.state_dict() == {} and list(balance.parameters()) == []
+
+
+# What is refused
+
+
+@pytest.mark.parametrize(
+    "config, message",
+    [
+        (
+            BalanceConfig(method="config"),
+            r"'config' cannot be had here: TorchJD makes its step of whole gradients .*mgda",
+        ),
+        (BalanceConfig(method="NashMTL"), r"balance\.method: 'NashMTL' cannot be had here"),
+        (BalanceConfig(method="mgdb"), r"balance\.method: no method 'mgdb'; nearest: mgda"),
+        (BalanceConfig(method="mgda", options={"eps": 1}), r"mgda takes the options epsilon, max_iters: .*'eps'"),
+        (BalanceConfig(method="mgda", options={"epsilon": -1.0}), "epsilon must be positive"),
+        (BalanceConfig(method="alignedmtl", options={"pref_vector": [1.0, 2.0]}), "alignedmtl takes the options pref_"),
+        (BalanceConfig(method="krum", options={"n_byzantine": 1}), "at least 4 rows"),
+        (BalanceConfig(method="pcd", options={"tau": [0.1]}), "one value per secondary objective"),
+    ],
+)
+def test_mistakes_are_named_with_the_choices(config: BalanceConfig, message: str) -> None:
+    with pytest.raises(SettingError, match=message):
+        build_balance(config, TASKS)
+
+
+@pytest.mark.parametrize(("method", "extra"), [("upgrad", "quadprog_projector"), ("cagrad", "cagrad")])
+def test_a_method_whose_packages_are_missing_names_the_command_that_installs_them(
+    method: str, extra: str, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr("torchjd._mixins.find_spec", lambda _: None)
+    with pytest.raises(SettingError, match=rf'balance\.method: {method}: .* pip install "torchjd\[{extra}\]"'):
+        build(method)
+
+
+def test_the_limits_of_a_projector_are_options() -> None:
+    small = CONFLICT * 1e-6
+    assert build("upgrad")(small).tolist() == pytest.approx([1 / 3] * 3), "taken for zero"
+    assert build("upgrad", norm_eps=1e-9)(small).tolist() == pytest.approx(build("upgrad")(CONFLICT).tolist())

@@ -1,0 +1,91 @@
+"""The report: one self-contained page with the audit's verdict, a picture, and the configuration."""
+
+from __future__ import annotations
+
+import base64
+import io
+import re
+import shutil
+from itertools import combinations
+from pathlib import Path
+
+import pytest
+from PIL import Image
+
+from mtl.cli import main
+from mtl.results.report import gradients_html, write_report
+from mtl.training.run import train
+from runs import read_model, tiny_parts
+
+
+@pytest.fixture
+def run_dir(tmp_path: Path) -> Path:
+    return train(tiny_parts(tmp_path), quiet=True).run_dir
+
+
+def test_the_report_shows_verdict_phases_picture_and_configuration(
+    run_dir: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    picture = tmp_path / "picture.png"
+    assert main(["report", str(run_dir), "--picture", str(picture)]) == 0
+    assert capsys.readouterr().out.strip() == str(run_dir / "report.html")
+    page = (run_dir / "report.html").read_text()
+    assert 'Audit: <b class="ok">clean</b>' in page
+    num_frozen = sum(name.startswith("trunk.") for name in read_model(run_dir / "checkpoints/best"))
+    assert f"<td>warm-heads<td>trunk<td>{num_frozen}<td>" in page
+    assert "<td>finetune<td>trunk.conv1, trunk.bn1, heads.object<td>" in page
+    assert "name: test_resnet" in page
+    assert re.search(r"<h2>Command</h2><pre>mtl train \S+tiny.yaml</pre><h2>Configuration</h2>", page)
+    assert "http" not in page, "nothing is loaded from elsewhere"
+    assert "<h3>finetune, step 6</h3>" in page and "arXiv 2001.06782" in page
+    assert "<h3>warm-heads" not in page, "of a frozen trunk there is nothing to say"
+    assert page.count('alt="gradients of finetune, step 6"') == 1
+    pairs = re.findall(r"<tr><td>(\w+)<td>(\w+)<td>(-?[\d.]+)<td>[\d.]+<td>(yes|no)</tr>", page)
+    assert [pair[:2] for pair in pairs] == [*combinations(("segmentation", "depth", "normals", "object"), 2)]
+    assert all((float(cosine) < 0) == (conflict == "yes") for *_, cosine, conflict in pairs)
+    embedded = base64.b64decode(re.search(r"base64,([^\"]+)", page)[1])  # type: ignore[index]
+    assert embedded == picture.read_bytes()
+    image = Image.open(io.BytesIO(embedded))
+    assert image.size[0] > 1000 and len(image.convert("L").histogram()) == 256
+
+
+@pytest.mark.slow
+def test_violations_are_listed_and_names_are_escaped(tmp_path: Path) -> None:
+    parts = tiny_parts(tmp_path, "audit.policy=collect")
+    stem = parts.model.trunk.get_parameter("conv1.0.weight")
+
+    def write(*_: object) -> None:
+        stem.data.mul_(1.001)
+
+    handle = parts.model.heads["depth"].register_forward_hook(write)
+    outcome = train(parts, quiet=True)
+    handle.remove()
+    outcome.report.phases[0].name = "<b>"
+    page = write_report(parts, outcome.run_dir).read_text()
+    assert 'Audit: <b class="broken">violations</b>' in page
+    assert "<code>trunk.conv1.0.weight</code> param_changed: its bytes differ" in page
+
+
+def test_without_gradient_analysis_there_is_no_such_section() -> None:
+    assert gradients_html([]) == ""
+
+
+def test_the_last_analysis_of_each_phase_is_shown_with_what_no_task_reaches() -> None:
+    row = {"grad/norm/a": 1.0, "grad/norm/a/00 w": 1.0, "grad/unreached": 2}
+    page = gradients_html([{"phase": phase, "step": step, **row} for phase, step in [("<p>", 1), ("<p>", 4), ("q", 5)]])
+    assert re.findall("<h3>(.*?)</h3>", page) == ["&lt;p&gt;, step 4", "q, step 5"]
+    assert page.count("No task reaches 2 depth groups that would train.") == 2
+    assert "<table>" not in page, "one task has no pairs"
+
+
+@pytest.mark.parametrize("lacking", ["config.yaml", "audit.json", "checkpoints"])
+def test_a_folder_that_is_no_finished_run_is_refused(
+    run_dir: Path, lacking: str, capsys: pytest.CaptureFixture[str]
+) -> None:
+    path = run_dir / lacking
+    if path.is_dir():
+        shutil.rmtree(path)
+    else:
+        path.unlink()
+    assert main(["report", str(run_dir)]) == 2
+    assert capsys.readouterr().err.startswith(f"error: {run_dir} is no finished run: it lacks {lacking}")
