@@ -14,11 +14,11 @@ from mtl.training.run_dir import check_run_dir
 
 if TYPE_CHECKING:
     from mtl.distributed.world import World
-    from mtl.training.result import Outcome
-    from mtl.training.setup import Parts
+    from mtl.training.result import RunResult
+    from mtl.training.setup import RunSetup
 
 
-def train_config(config: str | Path, *overrides: str, quiet: bool = False) -> Outcome:
+def train_config(config: str | Path, *overrides: str, quiet: bool = False) -> RunResult:
     """Trains a configuration as the command `mtl train` does, and writes its run directory.
 
     Args:
@@ -40,7 +40,7 @@ def train_config(config: str | Path, *overrides: str, quiet: bool = False) -> Ou
     return run_config(Path(config), overrides, quiet, Attempt())[0]
 
 
-def run_config(file: Path, overrides: Sequence[str], quiet: bool, attempt: Attempt) -> tuple[Outcome, bool]:
+def run_config(file: Path, overrides: Sequence[str], quiet: bool, attempt: Attempt) -> tuple[RunResult, bool]:
     """As `train_config`, and notes in `attempt` how far it has come.
 
     Returns:
@@ -57,18 +57,18 @@ def run_config(file: Path, overrides: Sequence[str], quiet: bool, attempt: Attem
     from mtl.distributed.world import World
     from mtl.phases.plan.text import short_plan
     from mtl.runtime.console import logger, show_log
-    from mtl.training.resume import find_origin, settled
+    from mtl.training.resume import resumed_config
     from mtl.training.run import train
     from mtl.training.setup import assemble
 
     world = attempt.world = World.from_environment()
     show_log(quiet or not world.leads, only_errors=not world.leads)
-    origin = find_origin(config)
-    config = attempt.config = config if origin is None else settled(config, origin)
-    parts = assemble(config, quiet, world, begins=origin is None)
+    config, source = resumed_config(config)
+    attempt.config = config
+    parts = assemble(config, quiet, world, begins=source is None)
     attempt.plan = parts.plan
     logger.info(short_plan(parts.plan))
-    outcome = train(parts, quiet, world)
+    outcome = train(parts, quiet, world, source)
     attempt.is_trained = True
     if outcome.asked_to_end and world.is_alone:
         # It came too late to end training; what is left is the report.
@@ -76,7 +76,7 @@ def run_config(file: Path, overrides: Sequence[str], quiet: bool, attempt: Attem
     return outcome, _close(parts, outcome, world)
 
 
-def _close(parts: Parts, outcome: Outcome, world: World) -> bool:
+def _close(parts: RunSetup, outcome: RunResult, world: World) -> bool:
     """Says what a run came to, and parts from the other processes; whether the audit is clean in all of them."""
     from mtl.checkpoint.run_files import RunFileError
     from mtl.results.report import write_report

@@ -148,7 +148,7 @@ class World:
             self.barrier()
 
     def close(self) -> None:
-        """Parts from the other processes; may be called again."""
+        """RunSetup from the other processes; may be called again."""
         if not self.is_alone and dist.is_initialized():
             dist.destroy_process_group()
 

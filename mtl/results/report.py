@@ -33,7 +33,7 @@ from mtl.runtime.tensors import is_spread
 from mtl.runtime.text import count
 from mtl.tasks import Depth, Normals, Segmentation, Task
 from mtl.training.history import History
-from mtl.training.setup import Parts
+from mtl.training.setup import RunSetup
 from mtl.training.tracking.gradient_figure import draw_gradients, png_of
 
 if TYPE_CHECKING:
@@ -52,7 +52,7 @@ _STYLE = (
 )
 
 
-def write_report(parts: Parts, run_dir: Path, picture: Path | None = None) -> Path:
+def write_report(parts: RunSetup, run_dir: Path, picture: Path | None = None) -> Path:
     """Writes `report.html` into a run directory.
 
     Args:
@@ -180,7 +180,7 @@ def _analysis_html(phase: str, row: dict[str, Any]) -> str:
     return f"<h3>{escape(title)}</h3>{_img(png_of(draw_gradients(analysis)), f'gradients of {title}')}{note}{pairs}"
 
 
-def draw_run(parts: Parts, epochs: list[dict[str, Any]]) -> Figure:
+def draw_run(parts: RunSetup, epochs: list[dict[str, Any]]) -> Figure:
     """Draws the course of each task's main metric over the phases, above examples of what the model predicts.
 
     Args:
@@ -235,7 +235,7 @@ def _draw_course(axes: Axes, name: str, task: Task, epochs: list[dict[str, Any]]
         axes.legend(fontsize=7)
 
 
-def _predict(parts: Parts) -> tuple[Batch, dict[str, Tensor]]:
+def _predict(parts: RunSetup) -> tuple[Batch, dict[str, Tensor]]:
     batch = next(validation_batches(parts.val, _NUM_EXAMPLES))
     with in_eval_mode(parts.model), torch.no_grad():
         outputs = parts.model(batch.images.to(parts.device))

@@ -7,13 +7,13 @@ import math
 from mtl.audit.report import grouped
 from mtl.runtime.console import table
 from mtl.runtime.text import shorten
-from mtl.training.result import Outcome
+from mtl.training.result import RunResult
 
 # As many columns as a terminal has room for.
 _MOST_PHASES = 6
 
 
-def results_table(outcome: Outcome) -> str:
+def results_table(outcome: RunResult) -> str:
     """Every metric of every task: the trivial predictor beside the end of each phase, or of the last few."""
     shown = list(outcome.scores)[-_MOST_PHASES:]
     rows = [
@@ -26,7 +26,7 @@ def results_table(outcome: Outcome) -> str:
     return text + (f"\n(left out: {', '.join(left_out)}; see metrics.jsonl)" if left_out else "")
 
 
-def verdict(outcome: Outcome) -> str:
+def verdict(outcome: RunResult) -> str:
     """The audit's result in one line."""
     report = outcome.report
     steps = sum(phase.num_steps for phase in report.phases)
@@ -41,7 +41,7 @@ def verdict(outcome: Outcome) -> str:
     return "\n".join([f"audit: {len(report.violations)} violations", *(f"  {line}" for line in lines)])
 
 
-def closing_line(outcome: Outcome) -> str:
+def closing_line(outcome: RunResult) -> str:
     """The best score, and how long training took."""
     best = "no best val/score, since it never was a number"
     if not math.isnan(outcome.best_score):

@@ -3,7 +3,8 @@
 from __future__ import annotations
 
 import random
-from collections.abc import Mapping
+from collections.abc import Iterator, Mapping
+from contextlib import contextmanager
 from typing import Any
 
 import numpy as np
@@ -41,3 +42,13 @@ def set_random_state(state: Mapping[str, Any], device: torch.device) -> None:
     torch.set_rng_state(state["torch"])
     if device.type == "cuda" and "cuda" in state:
         torch.cuda.set_rng_state(state["cuda"], device)
+
+
+@contextmanager
+def rng_unchanged(device: torch.device) -> Iterator[None]:
+    """Puts all streams back when the block ends: whatever is drawn inside leaves no trace."""
+    state = random_state(device)
+    try:
+        yield
+    finally:
+        set_random_state(state, device)

@@ -58,19 +58,18 @@ class BestWeights:
             self.link(*goal): {"best": best.state_dict(), "step": self._step[goal]} for goal, best in self._best.items()
         }
 
-    def load_state_dict(self, state: Mapping[str, Any]) -> dict[str, int]:
-        """Takes over what another run with the same goals had found; goals that it did not have begin anew.
+    @property
+    def steps(self) -> dict[str, int]:
+        """By link, the step of the best weights, where there are any."""
+        return {self.link(*goal): self._step[goal] for goal, best in self._best.items() if best.value is not None}
 
-        Returns:
-            By link, the step of the best weights.
-        """
-        steps = {}
+    def load_state_dict(self, state: Mapping[str, Any]) -> None:
+        """Loads what another run with the same goals had found; goals that it did not have start from scratch."""
         for goal, best in self._best.items():
             saved = state.get(self.link(*goal))
             if saved is not None and saved["best"]["value"] is not None:
                 best.load_state_dict(saved["best"])
-                self._step[goal] = steps[self.link(*goal)] = saved["step"]
-        return steps
+                self._step[goal] = saved["step"]
 
     def forget(self, link: str) -> None:
         """Begins anew with the goal of a link."""

@@ -1,43 +1,40 @@
-"""The training loop: through the phases, and in each through its epochs; a step is `mtl.training.step`'s."""
+"""The training loop: phases, epochs, steps. The forward of a step is `mtl.training.step`'s."""
 
 from __future__ import annotations
 
 import math
-import time
-from collections.abc import Generator, Iterator, Mapping
-from contextlib import closing
+from collections.abc import Generator, Iterator, Sequence
+from contextlib import closing, contextmanager, nullcontext
 from itertools import islice
 from pathlib import Path
-from typing import Any, Never
+from typing import Any
 
+import torch
+from torch import Tensor
 from torch.amp import GradScaler
 
-from mtl.audit import GradientAudit, HoldsParameters, PhaseRecord
+from mtl.audit import GradientAudit, HoldsParameters
 from mtl.data import Batch, Loading, num_batches, training_batches
 from mtl.distributed.world import ALONE, World
 from mtl.freeze import enforce, is_frozen
 from mtl.patterns import text_of
 from mtl.phases.resolve import Phase
-from mtl.phases.scheduler import PhaseChange, TaskScheduler
-from mtl.runtime.console import logger, progress_bar
-from mtl.runtime.files import write_json
-from mtl.runtime.rng import seed_process
+from mtl.runtime.console import logger
+from mtl.runtime.rng import rng_unchanged
 from mtl.runtime.signals import Interrupt, Stopped
 from mtl.training.autotune import autocast_for
+from mtl.training.checkpoints import CheckpointWriter
 from mtl.training.features import FeatureSource
 from mtl.training.history import UNKNOWN, History
-from mtl.training.keeper import Keeper, Stepping
-from mtl.training.nonfinite import NotFiniteError
-from mtl.training.objective import Objective
-from mtl.training.result import Outcome
+from mtl.training.nonfinite import StepGuard, gradient_norm, is_finite
+from mtl.training.phase import ActivePhase, PhaseOptimizer
+from mtl.training.result import RunResult
 from mtl.training.resume import Resumption
-from mtl.training.saver import Place, Saver, Within
-from mtl.training.setup import Parts
-from mtl.training.step import Stepper
-from mtl.training.step_sync import Consensus, put_back
-from mtl.training.tracking.gradients import GradientLog
-from mtl.training.tracking.messages import tell_balance, tell_epoch, tell_idle_tasks, tell_unreached
-from mtl.training.tracking.steps import StepLog
+from mtl.training.setup import RunSetup
+from mtl.training.state import RunState
+from mtl.training.step import StepLosses
+from mtl.training.step_sync import StepSync
+from mtl.training.tracking.log import RunLog
 from mtl.training.tracking.tracker import Tracker
 from mtl.training.validate import Validator
 
@@ -46,11 +43,11 @@ _EVERY_RESTING = 20
 
 
 class Trainer:
-    """One run. `run` is the way in; everything else is called from there."""
+    """Trains through the phases. Everything that survives a restart is in `state`, which is restored before `run`."""
 
     def __init__(
         self,
-        parts: Parts,
+        setup: RunSetup,
         run_dir: Path,
         tracker: Tracker,
         quiet: bool,
@@ -58,282 +55,253 @@ class Trainer:
         world: World = ALONE,
         history: History = UNKNOWN,
     ) -> None:
-        self.parts = parts
-        self.config = parts.config
-        self.tracker = tracker
-        self.quiet = quiet or not world.leads
-        self.world = world
-        self.scheduler = TaskScheduler([phase.length for phase in parts.phases])
-        self.audit = GradientAudit(parts.root, policy=parts.config.audit.policy, whole=True, strict=True)
-        self.gradients = GradientLog(tracker, parts.model.trunk, parts.config.audit.gradients_every_steps)
-        are_statistics_shared = parts.config.distributed.sync_batchnorm
-        self.consensus = Consensus(world, self.audit, asked or Interrupt(), are_statistics_shared)
-        self.keeper = Keeper(parts, run_dir / "checkpoints", world)
-        self.autocast = autocast_for(parts.config.precision, parts.device)
+        config, quiet = setup.config, quiet or not world.leads
+        autocast = autocast_for(config.precision, setup.device)
+        self.setup = setup
+        self.audit = GradientAudit(setup.root, policy=config.audit.policy, whole=True, strict=True)
         # Small gradients of fp16 would be zero: losses are multiplied, and what overflows is not stepped.
-        self.scaler = GradScaler(parts.device.type, enabled=parts.config.precision == "fp16")
-        self.features = FeatureSource(parts, self.autocast, self.quiet, world)
-        self.objective = Objective(parts, self.features, self.autocast, self.scaler, world)
-        self.outcome = Outcome(run_dir, parts.trivial, report=self.audit.report)
-        self.saver = Saver(
-            *(parts, self.keeper, tracker, self.scheduler, self.audit, self.features, self.scaler),
-            *(self.outcome, self.consensus, world, history),
-        )
-        self.validate = Validator(parts, self.autocast, self.features, self.consensus, world)
-        self.index = self.step = self.epoch = self.num_skipped = 0
-        self.resumed: Resumption | None = None
-        self.finished = False
+        self.scaler = GradScaler(setup.device.type, enabled=config.precision == "fp16")
+        self.features = FeatureSource(setup, autocast, quiet, world)
+        self.sync = StepSync(world, self.audit, asked or Interrupt(), config.distributed.sync_batchnorm)
+        self.state = RunState(setup, self.audit, self.scaler, self.features, tracker, world, history)
+        self.losses = StepLosses(setup, self.features, autocast, self.scaler, world)
+        self.validate = Validator(setup, autocast, self.features, self.sync, world)
+        self.checkpoints = CheckpointWriter(setup, run_dir / "checkpoints", world)
+        self.log = RunLog(setup, run_dir, tracker, quiet, world)
 
-    def take_up(self, resumption: Resumption) -> None:
-        """Stands where a run stood when it wrote a checkpoint; its weights are in the model already."""
-        state = resumption.state
-        self.resumed = resumption
-        self.index, self.step, self.epoch = state["phase_index"], state["step"], state["epoch"]
-        self.num_skipped = state["num_skipped"]
-        self.scheduler.load_state_dict(state["scheduler"])
-        self.audit.load_state_dict(state["audit"])
-        self.scaler.load_state_dict(resumption.memory["scaler"])
-        self.keeper.take_up(resumption)
-        self.features.load_state_dict(state["features"])
-        self.outcome.scores, self.outcome.train_s = state["scores"], state["train_s"]
-        if resumption.in_place:
-            self.tracker.cut_back(state["metrics_bytes"])
-        self.note_best()
-        phase = self.parts.phases[self.index].name
-        logger.info(f"resume: phase {phase!r} from step {self.step}, {resumption.folder}")
+    def restore(self, resumption: Resumption) -> None:
+        """Restores the run as it was when it wrote a checkpoint; the checkpoint's weights are in the model already."""
+        self.state.restore(resumption)
+        self.checkpoints.relink(resumption, self.state)
+        phase = self.setup.phases[self.state.phase_index].name
+        logger.info(f"resume: phase {phase!r} from step {self.state.step}, {resumption.folder}")
 
-    def run(self) -> Outcome:
-        self.outcome.started = time.perf_counter()
-        if not self.world.is_alone:
-            # Each process drops other units than the others.
-            seed_process(self.config.seed, self.world.rank)
-        index: int | None = self.index
-        while index is not None:
-            self.run_phase(index)
-            index = self.scheduler.index
-        self.outcome.train_s = self.outcome.seconds_so_far()
-        self.finished = True
-        return self.outcome
+    def run(self) -> RunResult:
+        self.state.start_clock()
+        while (phase := self.state.phase) is not None:
+            self.run_phase(phase)
+        return self.result()
 
-    def run_phase(self, index: int) -> None:
-        """Enters a phase and trains until the scheduler ends it. The order of the entry matters: see each comment."""
-        parts, phase = self.parts, self.parts.phases[index]
-        self.index, resumed, self.resumed = index, self.resumed, None
-        self.consensus.begin_phase()
-        if phase.restore is not None and resumed is None:
-            self.keeper.rewind(phase, *phase.restore)
-        # Accumulation never crosses into a phase: windows end with the epoch or the phase, whichever comes first.
-        # No gradient of the phase before, requires_grad by plan, and frozen modules in eval mode for good.
-        enforce(parts.root, phase.freeze.plan)
-        tell_idle_tasks(parts, phase)
-        tell_balance(phase)
-        if phase.freeze.unreached:
-            tell_unreached(parts, phase)
-        # Only what trains is in the optimizer: neither decay nor momentum can reach the rest.
-        course = None if resumed is None else resumed.lr_schedule
-        stepping = None if phase.config.evaluate_only else self.keeper.build_stepping(index, course)
-        optimizers: list[HoldsParameters] = [] if stepping is None else [stepping.optimizer, phase.balance]
-        # The audit is told the patterns, not the plan: it draws the line itself, and fingerprints what is behind it.
-        # How many names they must match was the plan's affair: the audit counts plain tensor attributes as well.
-        patterns = [text_of(pattern) for pattern in phase.freeze.patterns]
-        # What no active task reaches is frozen, unless the user lets it be: then it is not asked to train.
-        idle = () if self.config.unreached == "freeze" else phase.freeze.unreached
-        written_at = phase.freeze.written_at
-        with self.audit.phase(phase.name, patterns, optimizers, idle, written_at) as record:
-            # From here on the file says that this phase began, and that nothing is proven of it yet.
-            self.write_json("audit.json", self.audit.report.to_json())
-            # What is frozen whole need not be recorded for a backward that never comes.
-            parts.model.trunk_is_frozen = is_frozen(phase.freeze.plan, "trunk")
-            if self.config.compile:
-                parts.model.compile_anew()
-            change = None if resumed is None else resumed.change
-            within = None if resumed is None else resumed.state["within_epoch"]
-            if change is None or within is not None:
-                # What is frozen from the first layer on is computed once for each image, while the audit stands for it.
-                done = self.scheduler.state_dict()["steps"]
-                self.keep_features(
-                    index, record, done, None if resumed is None else resumed.state["features"]["kept_in"]
-                )
-                self.gradients.enter(phase.name, phase.tasks, self.step + 1 - done)
+    def run_phase(self, phase: Phase) -> None:
+        with self.active(phase) as active:
+            while not self.state.phase_is_over:  # True at once if the run was killed after the phase's last epoch
+                self.train_epoch(active)
+                self.finish_epoch(active)
+        assert self.state.change is not None
+        self.log.phase_ended(self.state.change, self.audit.report)  # only reached if the audit has proven it
+        self.state.end_phase()
+
+    @contextmanager
+    def active(self, phase: Phase) -> Iterator[ActivePhase]:
+        """The only way into a phase: fresh, resumed, or timed by `mtl bench`. The order matters; nothing is drawn."""
+        state, setup = self.state, self.setup
+        self.sync.begin_phase()
+        with rng_unchanged(setup.device):
+            if not state.in_phase:  # once a phase, never on resume
+                self.checkpoints.load_best(state, phase)
+                state.begin_phase(phase)
+            # No gradient of the phase before, requires_grad by plan, and frozen modules in eval mode permanently.
+            enforce(setup.root, phase.freeze.plan)
+            self.log.phase_begins(phase)
+            # Only trainable parameters are in the optimizer: neither decay nor momentum can reach the others.
+            optim = None if phase.config.evaluate_only else PhaseOptimizer(setup, phase, state, self.sync.world)
+        guard = None if setup.config.not_finite == "raise" else StepGuard(setup.root, phase.balance)
+        active = ActivePhase(phase, optim, guard)
+        with self._audited(active) as record:
+            self.log.audit(self.audit.report)  # the file says: begun, nothing proven yet
+            with rng_unchanged(setup.device):
+                setup.model.trunk_is_frozen = is_frozen(phase.freeze.plan, "trunk")
+                if setup.config.compile:
+                    setup.model.compile_anew()
+                if not state.phase_is_over:
+                    # What is frozen from the first layer on is computed once per image, while the audit stands for it.
+                    self.features.enter(state.phase_index, record, lambda: self.sync.holds, state.steps_in_phase)
+                    self.audit.look_every(_EVERY_RESTING if self.features.trunk_rests else 1)
+                    self.log.analyse_from(phase, state.step + 1 - state.steps_in_phase)
             self.validate.begin_phase()
-            if resumed is not None:
-                # Last, since all that comes before may draw some.
-                self.saver.take_up_own(resumed)
-            while change is None or within is not None:
-                change, within = self.run_epoch(phase, stepping, change, within), None
+            yield active
             phase.balance.after_phase()
-            if stepping is not None:
-                self.keeper.put_away(stepping)
+            if optim is not None:
+                optim.close(state)
             self.features.leave()
-        self.write_json("audit.json", self.audit.report.to_json())
-        logger.info(f"{change.ended}: {change.reason}" + (f"; next phase: {change.entered}" if change.entered else ""))
 
-    def keep_features(self, index: int, record: PhaseRecord, steps_done: int, kept_in: str | None = None) -> None:
-        """Decides what a phase, whose audit has begun, need not compute again; `kept_in` is what was decided before."""
-        self.features.enter(index, record, lambda: self.consensus.holds, steps_done, kept_in)
-        self.audit.look_every(_EVERY_RESTING if self.features.trunk_rests else 1)
-
-    def run_epoch(
-        self,
-        phase: Phase,
-        stepping: Stepping | None,
-        change: PhaseChange | None = None,
-        within: Mapping[str, Any] | None = None,
-    ) -> PhaseChange | None:
-        """One pass over the training data, or what the phase has left of it; then validation and a checkpoint.
-
-        Args:
-            phase: The active phase.
-            stepping: What steps its parameters.
-            change: The end of the phase, if a step brought it before the run was broken off.
-            within: Where in the pass that was, if it was inside one.
-        """
+    def train_epoch(self, active: ActivePhase) -> None:
+        """One pass over the training data, or what the phase or a resumed run has left of it; none if it evaluates."""
+        state, phase = self.state, active.phase
         if self.features.keeps:
             # Before anything kept is read; the whole audit was at the end of the last epoch.
-            self.audit.verify(bytes_only=True, counted=within is None)
-        self.consensus.tell()
-        if stepping is None:
-            log, is_whole = None, True
-        else:
-            log, change, is_whole = self.train_epoch(phase, stepping, change, within)
-        # Before anything is read off the model or kept of it, the frozen bytes are proven.
-        self.audit.verify()
-        parts = self.parts
-        self.consensus.prove(parts.root, phase.freeze.plan)
-        with self.keeper.averaged():
-            scores, metrics = self.validate(phase)
-        metrics["train/loss"] = log.mean_loss if log else math.nan
-        # A phase may end with the last step of a pass; the pass is complete all the same.
-        if is_whole and stepping is not None:
-            phase.balance.after_epoch()
-            stepping.lr_schedule.epoch_done(metrics)
-        if is_whole and change is None:
-            change = self.scheduler.epoch_done(metrics)
-        if change is None:
-            change = self.scheduler.time_passed(self.consensus.tell())
-        if change is not None:
-            self.outcome.scores[phase.name] = scores
-        self.keep(phase, stepping, metrics, log, change)
-        self.saver.end_if_asked(self.step)
-        return change
-
-    def train_epoch(
-        self,
-        phase: Phase,
-        stepping: Stepping,
-        change: PhaseChange | None = None,
-        within: Mapping[str, Any] | None = None,
-    ) -> tuple[StepLog, PhaseChange | None, bool]:
-        """Steps through the training data.
-
-        Returns:
-            The steps' log, the end of the phase if a step brought it, and whether the data was gone through to its end.
-        """
-        parts = self.parts
-        self.epoch += within is None
-        num_windows = 0 if within is None else int(within["windows"])
-        every = self.config.tracking.log_every_steps
-        log = StepLog(self.tracker, phase.tasks, every, phase.name, self.epoch, self.scaler.is_enabled())
-        if within is not None:
-            log.load_state_dict(within["log"])
-        stepper = Stepper(
-            *(parts, self.objective, self.consensus, self.keeper, self.audit, self.gradients, self.scaler, self.world),
-            *(phase, stepping, log),
-        )
-        num_in_all = num_batches(len(parts.train), phase.batch_size)
-        total, title = num_in_all * min(phase.batch_size, len(parts.train)), f"{phase.name} epoch {self.epoch}"
-        batches = self.batches(phase, skip=min(num_windows * phase.optim.accumulate, num_in_all))
-        with closing(batches), progress_bar(total, title, self.quiet) as bar:
-            for window in windows(batches, phase.optim.accumulate) if change is None else ():
-                if wrong := stepper.take(window, self.step):
-                    if self.config.not_finite == "stop":
-                        self.stop_before(wrong, phase, stepping, log, num_windows)
-                    stepper.leave_out(wrong)
-                stepper.finish()
-                self.step += 1
-                num_windows += 1
+            self.audit.verify(bytes_only=True, counted=state.steps_in_epoch is None)
+        self.sync.exchange()
+        if active.optim is None:
+            return
+        state.begin_epoch()
+        active.log = self.log.steps_of(phase, state.epoch, state.epoch_sums, self.scaler.is_enabled())
+        with closing(self._batches(phase)) as batches, self.log.progress_bar(phase, state.epoch) as bar:
+            for window in windows(batches, phase.optim.accumulate):
+                self.train_step(active, active.optim, window)
+                state.step_done(self.sync.exchange())
                 bar.update(sum(len(batch.everyone) for batch in window))
-                bar.set_postfix_str(log.latest, refresh=False)
-                change = self.scheduler.step_done() or self.scheduler.time_passed(self.consensus.tell())
-                if change is not None:
+                bar.set_postfix_str(active.log.latest, refresh=False)
+                if state.phase_is_over:
                     break
-                if self.saver.is_time(self.step, is_last=num_windows == phase.steps_per_epoch):
-                    self.keep_within(phase, stepping, log, num_windows)
-                    self.saver.end_if_asked(self.step)
-        log.flush()
-        return log, change, num_windows == phase.steps_per_epoch
+                if self._is_save_due(phase):
+                    self.save_within_epoch(active)
+                    self.sync.exit_if_asked(state.step)
+        active.log.flush()
+        state.end_epoch(active.log.num_skipped, phase.steps_per_epoch)
 
-    def batches(self, phase: Phase, skip: int) -> Generator[Batch]:
-        """The batches of the epoch, without the first ones; images whose features are kept are not read."""
-        parts, view = self.parts, self.features.view(self.epoch - 1)
-        loading = Loading(not self.features.keeps, parts.device, self.config.data.num_workers)
-        return training_batches(
-            *(parts.train, phase.batch_size, self.config.seed, self.epoch - 1, view, self.world),
-            skip=skip,
-            loading=loading,
-        )
+    def train_step(self, active: ActivePhase, optim: PhaseOptimizer, window: Sequence[Batch]) -> None:
+        """Losses -> backward -> audit -> step -> log. The gradients of a window's batches make one step."""
+        phase, step, rows = active.phase, self.state.step + 1, list[Tensor]()
+        if active.guard is not None:
+            active.guard.before()
+        shares = self.sync.shares(window, {name: self.setup.tasks[name] for name in phase.tasks})
+        for batch, share in zip(window, shares, strict=True):
+            # Gradients are averaged over the processes with those of the window's last batch.
+            with nullcontext() if batch is window[-1] else optim.replica.no_sync():
+                total, losses, each = optim.replica(self.losses, batch, phase, share, step - 1)
+                self.log.task_gradients(each, step, active.log)
+                rows.append(torch.cat([total.detach()[None], losses.detach()]))
+                # The loss of a method that looks at gradients goes back through no graph, and frees none.
+                del losses, each
+                self.scaler.scale(total / len(window)).backward()
+        self.scaler.unscale_(optim.optimizer)
+        norm = gradient_norm(optim.trainable, phase.optim.clip_norm)
+        # Gradients of fp16 are the scaler's affair.
+        if active.guard is not None and not is_finite(rows if self.scaler.is_enabled() else [*rows, norm]):
+            has_moved = self._leave_out(active, active.guard, rows, norm, window)
+        else:
+            self.audit.after_backward()  # no frozen tensor has a gradient
+            lr = optim.lr_schedule.highest
+            self.scaler.step(optim.optimizer)
+            self.scaler.update()
+            has_moved = self._has_moved(phase, norm)
+            if self.state.ema is not None and has_moved:
+                self.state.ema.update()
+            active.log.add(step, rows, norm, lr, [each.everyone for each in window])
+        # Taken or left out: schedule, audit and gradients move on alike.
+        optim.lr_schedule.step()
+        self.audit.after_step()
+        optim.optimizer.zero_grad(set_to_none=True)
+        if has_moved and phase.balance.follows_steps:
+            losses = self.losses.without_graph(batch, phase, share)
+            # A step may have led where a loss is NaN; under a policy, the next one is going to be left out.
+            if active.guard is None or is_finite([losses]):
+                phase.balance.after_step(losses)
 
-    def stop_before(
-        self, wrong: NotFiniteError, phase: Phase, stepping: Stepping, log: StepLog, num_windows: int
-    ) -> Never:
-        """Saves the state before a step that could not be taken, and ends the run."""
-        self.write_json("not_finite.json", wrong.to_json(self.epoch))
-        folder = self.keep_within(phase, stepping, log, num_windows)
-        raise Stopped(
-            f"stopped: {wrong.fact}, for images that not_finite.json lists; saved as it was before that step:"
-            f" {folder}; not_finite=skip leaves such steps out"
-        )
+    def _leave_out(
+        self, active: ActivePhase, guard: StepGuard, rows: Sequence[Tensor], norm: Tensor, window: Sequence[Batch]
+    ) -> bool:
+        """Undoes a step whose loss or gradient is not finite: `not_finite: stop` saves and ends, `skip` continues."""
+        guard.undo()
+        error = active.log.what_is_wrong(self.state.step + 1, rows, norm, [batch.everyone for batch in window])
+        if self.setup.config.not_finite == "stop":
+            self.log.not_finite(error, self.state.epoch)
+            folder = self.save_within_epoch(active)
+            raise Stopped(
+                f"stopped: {error.fact}, for images that not_finite.json lists; saved as it was before that step:"
+                f" {folder}; not_finite=skip leaves such steps out"
+            )
+        self.audit.after_backward()
+        if self.scaler.is_enabled():
+            self.scaler.update()
+        active.log.skip()
+        logger.warning(f"{error.fact}: the step is left out")
+        return False
 
-    def keep(
-        self,
-        phase: Phase,
-        stepping: Stepping | None,
-        metrics: dict[str, float],
-        log: StepLog | None,
-        change: PhaseChange | None,
-    ) -> None:
-        """Logs a validation, and keeps the weights that it judged."""
-        row: dict[str, Any] = {"step": self.step, "epoch": self.epoch, "phase": phase.name}
-        row |= {name: value for name, value in metrics.items() if name.startswith("val/")}
+    def _has_moved(self, phase: Phase, norm: Tensor) -> bool:
+        """Whether a step moved anything: a scaler silently leaves out what overflows. Asked only where it matters."""
+        is_asked = self.scaler.is_enabled() and (self.state.ema is not None or phase.balance.follows_steps)
+        return not is_asked or is_finite([norm])
+
+    def finish_epoch(self, active: ActivePhase) -> None:
+        """Proves the freeze, validates, ends the phase if it is time, and saves the weights that were judged."""
+        state, phase, optim = self.state, active.phase, active.optim
+        self.audit.verify()  # proven before anything is read off the model or saved
+        self.sync.average_statistics(self.setup.root, phase.freeze.plan)
+        with state.averaged():
+            scores, metrics = self.validate(phase)
+        metrics["train/loss"] = math.nan if optim is None else active.log.mean_loss
+        if optim is not None and state.epoch_is_whole:
+            phase.balance.after_epoch()
+            optim.lr_schedule.epoch_done(metrics)
+        if optim is None or state.epoch_is_whole:
+            state.validated(metrics)
+        if not state.phase_is_over:
+            state.time_passed(self.sync.exchange())
+        if state.phase_is_over:
+            state.scores[phase.name] = scores
+        self.save(active, metrics)
+        self.sync.exit_if_asked(state.step)
+
+    def save(self, active: ActivePhase, metrics: dict[str, float]) -> None:
+        """Logs a validation, and saves the weights that it judged."""
+        state, log = self.state, None if active.optim is None else active.log
+        row = self._row(active.phase) | {name: value for name, value in metrics.items() if name.startswith("val/")}
         row["audit/violations"] = len(self.audit.report.violations)
         if log is not None:
             row["perf/images_per_s"] = log.images_per_s
-            self.num_skipped += log.num_skipped
-        if self.scaler.is_enabled() or self.config.not_finite == "skip":
-            row["train/skipped_steps"] = self.num_skipped
-        self.tracker.log(row)
+        if self.scaler.is_enabled() or self.setup.config.not_finite == "skip":
+            row["train/skipped_steps"] = state.num_skipped
+        self.log.epoch(row)
         # An evaluation has no weights of its own, unless it comes first.
-        if stepping is not None or self.step == 0:
-            links = self.keeper.judge(metrics, self.step)
-            self.saver.save(self.place, phase, stepping, row, links, change)
-            self.note_best()
-        tell_epoch(self.parts, row, log)
+        if active.optim is not None or state.step == 0:
+            self.checkpoints.write(state, active, row, state.new_best(metrics))
+        self.log.epoch_line(row, log)
 
-    def keep_within(self, phase: Phase, stepping: Stepping, log: StepLog, num_windows: int) -> Path:
-        """Keeps the state inside an epoch."""
-        log.flush()
+    def save_within_epoch(self, active: ActivePhase) -> Path:
+        """Saves between two steps; whenever it does, training continues as it would have."""
+        active.log.flush()
         self.audit.verify(counted=False)
-        root, plan = self.parts.root, phase.freeze.plan
-        statistics = self.consensus.statistics(root, plan)
-        self.consensus.prove(root, plan)
-        within = Within(num_windows, phase.batch_size, phase.optim.accumulate, log.state_dict())
-        row = {"step": self.step, "epoch": self.epoch, "phase": phase.name}
-        folder = self.saver.save(self.place, phase, stepping, row, within=within, statistics=statistics)
-        # Whenever it is saved, training goes on as it would have.
-        put_back(root, statistics)
-        return folder
+        self.state.epoch_sums = active.log.state_dict()
+        with self.sync.averaged_statistics(self.setup.root, active.phase.freeze.plan) as statistics:
+            return self.checkpoints.write(self.state, active, self._row(active.phase), statistics=statistics)
 
-    @property
-    def place(self) -> Place:
-        return Place(self.index, self.step, self.epoch, self.num_skipped)
+    def result(self) -> RunResult:
+        """What the run came to, so far."""
+        state = self.state
+        return RunResult(
+            self.log.run_dir,
+            self.setup.trivial,
+            state.scores,
+            self.audit.report,
+            state.best.score,
+            state.best.step,
+            state.train_s,
+        )
 
-    def write_json(self, name: str, content: Mapping[str, Any]) -> None:
-        """Writes a file of the run directory, in the first process."""
-        if self.world.leads:
-            write_json(self.outcome.run_dir / name, content)
+    @contextmanager
+    def _audited(self, active: ActivePhase) -> Iterator[Any]:
+        """The audit's phase. It receives patterns, not the plan: it draws the contract itself, and fingerprints it."""
+        phase, freeze = active.phase, active.phase.freeze
+        optimizers: list[HoldsParameters] = []
+        if active.optim is not None:
+            optimizers = [active.optim.optimizer, phase.balance]
+        # How many names a pattern must match was the plan's affair: the audit counts plain tensor attributes as well.
+        patterns = [text_of(pattern) for pattern in freeze.patterns]
+        # What no active task reaches is frozen, unless the user lets it be: then it is not asked to train.
+        idle = () if self.setup.config.unreached == "freeze" else freeze.unreached
+        with self.audit.phase(phase.name, patterns, optimizers, idle, freeze.written_at) as record:
+            yield record
 
-    def note_best(self) -> None:
-        self.outcome.best_score, self.outcome.best_step = self.keeper.best.score, self.keeper.best.step
+    def _batches(self, phase: Phase) -> Generator[Batch]:
+        """The batches of the epoch that are left; images whose features are kept are not read."""
+        setup, epoch = self.setup, self.state.epoch - 1
+        done = (self.state.steps_in_epoch or 0) * phase.optim.accumulate
+        return training_batches(
+            *(setup.train, phase.batch_size, setup.config.seed, epoch, self.features.view(epoch), self.sync.world),
+            skip=min(done, num_batches(len(setup.train), phase.batch_size)),
+            loading=Loading(not self.features.keeps, setup.device, setup.config.data.num_workers),
+        )
+
+    def _is_save_due(self, phase: Phase) -> bool:
+        """Whether to save after a step; the epoch's validation, if that comes next, saves anyway."""
+        if self.sync.is_asked_to_end or self.state.steps_in_epoch == phase.steps_per_epoch:
+            return self.sync.is_asked_to_end
+        return self.checkpoints.is_due(self.state.step, self.sync.seconds)
+
+    def _row(self, phase: Phase) -> dict[str, Any]:
+        return {"step": self.state.step, "epoch": self.state.epoch, "phase": phase.name}
 
 
 def windows(batches: Iterator[Batch], size: int) -> Iterator[list[Batch]]:

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
 from contextlib import suppress
 from dataclasses import dataclass
 from pathlib import Path
@@ -26,7 +26,7 @@ from mtl.runtime.console import logger
 from mtl.training.best_checkpoints import BestWeights
 from mtl.training.history import History, as_of_today, differences_from, history_from
 from mtl.training.run_dir import goes_on_in_place
-from mtl.training.setup import Parts
+from mtl.training.setup import RunSetup
 
 _NEEDED = (
     *("step", "epoch", "change", "audit", "scores", "metrics_bytes", "train_s", "wandb_id", "features", "num_skipped"),
@@ -35,29 +35,33 @@ _NEEDED = (
 
 
 @dataclass(frozen=True)
-class Origin:
-    """What a run goes on from.
+class ResumeSource:
+    """Where a run resumes from.
 
     Attributes:
-        folder: A folder of checkpoints, of which the newest one that is whole is taken; or one checkpoint.
+        folder: A folder of checkpoints, of which the newest one that is whole is loaded; or one checkpoint.
         is_one: Whether it is one checkpoint.
         in_place: Whether it is the run's own.
+        newest: The newest checkpoint there whose state can be read.
+        state: That state, with its configuration as of today.
     """
 
     folder: Path
     is_one: bool
     in_place: bool
+    newest: Path
+    state: Mapping[str, Any]
 
 
 @dataclass(frozen=True)
 class Resumption:
-    """Where a run stood when it wrote a checkpoint, whose weights the model has by now.
+    """A checkpoint whose weights are in the model.
 
     Attributes:
         folder: The checkpoint.
-        in_place: Whether it is the run's own, which goes on in its directory.
+        in_place: Whether it is the run's own, which continues in its directory.
         state: Plain data: counters, schedules, the audit's state.
-        memory: What has tensors in it: moments, random numbers.
+        memory: Everything with tensors in it: optimizer state, random numbers.
         history: The run's history, with what changes now.
     """
 
@@ -73,57 +77,36 @@ class Resumption:
 
     @property
     def change(self) -> PhaseChange | None:
-        """The end of the phase in which it stood, if it had come."""
+        """The end of the phase that it is in, if that had come."""
         change = self.state["change"]
         return change and PhaseChange(**change)
 
     @property
     def lr_schedule(self) -> LrScheduleState | None:
-        course = self.state["lr_schedule"]
-        return course and LrScheduleState(step=course["step"], scale=course["scale"], best=course["best"])
+        saved = self.state["lr_schedule"]
+        return saved and LrScheduleState(step=saved["step"], scale=saved["scale"], best=saved["best"])
 
 
-def find_origin(config: RunConfig) -> Origin | None:
-    """What a run is to go on from; None if it begins.
+def resumed_config(config: RunConfig) -> tuple[RunConfig, ResumeSource | None]:
+    """Where a run resumes from, and the configuration that it resumes with: what `auto` chose at its start stays.
 
-    Raises:
-        ConfigError: There is nothing to go on from where `resume` says; or the audit ended the run, of which going on
-            from before would leave no trace, and `resume_override` is not given.
-    """
-    if config.resume is None:
-        return None
-    in_place = goes_on_in_place(config)
-    if in_place and not config.resume_override and (found := _what_ended_it(config)):
-        raise config.mistake(
-            ("resume",),
-            f"{found}; mend what did it and begin another run; resume_override=true goes on from before",
-        )
-    if config.resume == "auto":
-        folder = config.run_dir / "checkpoints"
-        return Origin(folder, is_one=False, in_place=True) if in_place and newest_first(folder) else None
-    path = Path(config.resume)
-    if newest_first(path / "checkpoints"):
-        return Origin(path / "checkpoints", is_one=False, in_place=in_place)
-    try:
-        read_state(path)
-    except CheckpointError as error:
-        raise config.mistake(("resume",), str(error)) from error
-    return Origin(path, is_one=True, in_place=in_place)
-
-
-def settled(config: RunConfig, origin: Origin) -> RunConfig:
-    """The configuration with which a run goes on: what was found out at its begin is what it was.
+    Returns:
+        The configuration as it is, and None, if the run starts from scratch.
 
     Raises:
-        ConfigError: It is another one than the run began with, and `resume_override` is not given or cannot help.
+        ConfigError: There is no checkpoint where `resume` says; the audit ended the run, or the configuration is not
+            the one that the run began with, and `resume_override` is not given or cannot help.
     """
-    saved = _newest_state(config, origin)[1]["config"]
+    source = _find(config)
+    if source is None:
+        return config, None
+    saved = source.state["config"]
     found = differences_from(saved, config)
     fixed = [each for each in found if each.kind == "fixed"]
     if fixed:
         # From a checkpoint of another run, this one has a name of its own already.
-        advice = "begin a new one, with another name" if origin.in_place else "without resume, a run begins with it"
-        raise config.mistake(("resume",), f"{_listed(fixed)}; a run cannot go on with another value; {advice}")
+        advice = "begin a new one, with another name" if source.in_place else "without resume, a run begins with it"
+        raise config.mistake(("resume",), f"{_listed(fixed)}; a run cannot resume with another value; {advice}")
     in_vain = [each for each in found if each.kind == "at-begin"]
     if in_vain:
         raise config.mistake(("resume",), f"{_listed(in_vain)}; it is read only where a run begins: leave it as it was")
@@ -132,21 +115,46 @@ def settled(config: RunConfig, origin: Origin) -> RunConfig:
         raise config.mistake(
             ("resume",),
             f"{_listed(found)}; the configuration is not the one that the run began with;"
-            " resume_override=true goes on with the new one",
+            " resume_override=true resumes with the new one",
         )
-    return config.with_changes(**{key: saved[key] for key in CHOSEN if getattr(config, key) == "auto"})
+    return config.with_changes(**{key: saved[key] for key in CHOSEN if getattr(config, key) == "auto"}), source
 
 
-def what_is_overridden(config: RunConfig, origin: Origin | None) -> list[str]:
-    """What a run goes on in spite of, since `resume_override` is given, in words."""
+def _find(config: RunConfig) -> ResumeSource | None:
+    """Where a run resumes from; None if it starts from scratch.
+
+    Raises:
+        ConfigError: There is nothing to resume from where `resume` says; or the audit ended the run, of which resuming
+            from before would leave no trace, and `resume_override` is not given.
+    """
+    if config.resume is None:
+        return None
+    in_place = goes_on_in_place(config)
+    if in_place and not config.resume_override and (found := _what_ended_it(config)):
+        raise config.mistake(
+            ("resume",),
+            f"{found}; mend what did it and begin another run; resume_override=true resumes from before",
+        )
+    if config.resume == "auto":
+        folder = config.run_dir / "checkpoints"
+        if not in_place or not newest_first(folder):
+            return None
+        return ResumeSource(folder, False, True, *_newest_state(config, newest_first(folder)))
+    path = Path(config.resume)
+    if folders := newest_first(path / "checkpoints"):
+        return ResumeSource(path / "checkpoints", False, in_place, *_newest_state(config, folders))
+    return ResumeSource(path, True, in_place, *_newest_state(config, [path]))
+
+
+def what_is_overridden(config: RunConfig, source: ResumeSource | None) -> list[str]:
+    """What a run resumes in spite of, since `resume_override` is given, in words."""
     if not config.resume_override:
         return []
     ended = _what_ended_it(config) if goes_on_in_place(config) else None
-    lines = [f"{ended}; what was saved before that is taken up"] if ended else []
-    if origin is not None:
-        saved = _newest_state(config, origin)[1]["config"]
-        found = [each for each in differences_from(saved, config) if each.kind != "free"]
-        lines += [f"goes on with another {_listed(found)}"] if found else []
+    lines = [f"{ended}; it resumes from what was saved before that"] if ended else []
+    if source is not None:
+        found = [each for each in differences_from(source.state["config"], config) if each.kind != "free"]
+        lines += [f"resumes with another {_listed(found)}"] if found else []
     return lines
 
 
@@ -167,9 +175,8 @@ def _what_ended_it(config: RunConfig) -> str | None:
     return None
 
 
-def _newest_state(config: RunConfig, origin: Origin) -> tuple[Path, dict[str, Any]]:
-    """The newest checkpoint that says where it stands, and what it says, its configuration as of today."""
-    folders = [origin.folder] if origin.is_one else newest_first(origin.folder)
+def _newest_state(config: RunConfig, folders: Sequence[Path]) -> tuple[Path, dict[str, Any]]:
+    """The first of some checkpoints whose state can be read, and that state, its configuration as of today."""
     refused = []
     for folder in folders:
         try:
@@ -187,54 +194,54 @@ def _listed(found: list[Any]) -> str:
     return shown + (f"; and {len(found) - 5} more" if len(found) > 5 else "")
 
 
-def resume_from(origin: Origin, parts: Parts, world: World = ALONE) -> Resumption:
-    """Loads the weights of a checkpoint, and finds out where its run stood.
+def resume_from(source: ResumeSource, setup: RunSetup, world: World = ALONE) -> Resumption:
+    """Loads the weights of a checkpoint into the model, and reads the state of its run.
 
     Raises:
         ConfigError: It is no checkpoint, or one of a run with another model or other phases, or one that is over; or no
             checkpoint is whole.
     """
+    config, phases, in_place = setup.config, setup.phases, source.in_place
     try:
-        newest, there = _newest_state(parts.config, origin)
         with suppress(KeyError, TypeError):
             # What is asked for in vain is said as such, before weights are found not to fit.
-            history_from(there, parts.config, parts.phases, newest, origin.in_place)
-        folder, state, memory = _load(origin, parts, world)
+            history_from(source.state, config, phases, source.newest, in_place)
+        folder, state, memory = _load(source, setup, world)
         try:
-            _check(folder, state, parts, origin.in_place)
-            _check_balances(folder, memory, parts)
-            history = history_from(state, parts.config, parts.phases, folder, origin.in_place)
+            _check(folder, state, setup, in_place)
+            _check_balances(folder, memory, setup)
+            history = history_from(state, config, phases, folder, in_place)
         except (KeyError, TypeError, AttributeError) as error:
             raise DamagedCheckpoint(f"{folder} is damaged, or of another version: {error!r}") from error
     except CheckpointError as error:
-        raise parts.config.mistake(("resume",), str(error)) from error
-    return Resumption(folder, origin.in_place, state, memory, history)
+        raise config.mistake(("resume",), str(error)) from error
+    return Resumption(folder, in_place, state, memory, history)
 
 
-def _load(origin: Origin, parts: Parts, world: World) -> tuple[Path, Mapping[str, Any], Mapping[str, Any]]:
-    """The checkpoint, and what is in it; all processes take the one that the first one finds."""
-    if origin.is_one:
-        return origin.folder, *load_checkpoint(origin.folder, parts.root)
+def _load(source: ResumeSource, setup: RunSetup, world: World) -> tuple[Path, Mapping[str, Any], Mapping[str, Any]]:
+    """The checkpoint and its content; all ranks load the one that rank 0 finds."""
+    if source.is_one:
+        return source.folder, *load_checkpoint(source.folder, setup.root)
     if not world.leads:
         folder = Path(world.same_from_rank_0(None))
-        return folder, *load_checkpoint(folder, parts.root)
-    folder, state, memory, refused = load_newest(origin.folder, parts.root)
+        return folder, *load_checkpoint(folder, setup.root)
+    folder, state, memory, refused = load_newest(source.folder, setup.root)
     for reason in refused:
         logger.warning(f"resume: {reason}; an older checkpoint is taken")
     world.same_from_rank_0(str(folder))
     return folder, state, memory
 
 
-def _check(folder: Path, state: Mapping[str, Any], parts: Parts, in_place: bool) -> None:
-    names = [phase.name for phase in parts.phases]
+def _check(folder: Path, state: Mapping[str, Any], setup: RunSetup, in_place: bool) -> None:
+    names = [phase.name for phase in setup.phases]
     if state["phases"] != names:
         raise CheckpointError(
             f"{folder} is of a run with the phases {', '.join(state['phases'])}; this one has {', '.join(names)}"
         )
-    scheduler = TaskScheduler([phase.length for phase in parts.phases])
+    scheduler = TaskScheduler([phase.length for phase in setup.phases])
     try:
         scheduler.load_state_dict(state["scheduler"])
-        BestWeights(phase.restore for phase in parts.phases).load_state_dict(state["best"])
+        BestWeights(phase.restore for phase in setup.phases).load_state_dict(state["best"])
     except ValueError as error:
         done = state["scheduler"]
         phase = names[min(done["index"], len(names) - 1)]
@@ -244,7 +251,7 @@ def _check(folder: Path, state: Mapping[str, Any], parts: Parts, in_place: bool)
         ) from error
     if scheduler.index is None and not in_place:
         raise CheckpointError(f"{folder} is the end of its run: no phase is left; one inside a phase can be taken up")
-    active = parts.phases[state["phase_index"]]
+    active = setup.phases[state["phase_index"]]
     freeze = [text_of(pattern) for pattern in active.freeze.patterns]
     if [state["frozen"], state["freeze"]] != [frozen_names(active), freeze]:
         raise CheckpointError(f"{folder} stands inside a phase {active.name!r} that froze other parameters than here")
@@ -259,9 +266,9 @@ def _check(folder: Path, state: Mapping[str, Any], parts: Parts, in_place: bool)
         raise KeyError(missing[0])
 
 
-def _check_balances(folder: Path, memory: Mapping[str, Any], parts: Parts) -> None:
+def _check_balances(folder: Path, memory: Mapping[str, Any], setup: RunSetup) -> None:
     """Raises `CheckpointError` if the balancing methods are others than those that remember something there."""
-    balances: Any = parts.root.get_submodule("balance").children()
+    balances: Any = setup.root.get_submodule("balance").children()
     try:
         for balance, there in zip(balances, memory["balance"], strict=True):
             check_same_kept(balance.memory(), there)

@@ -23,7 +23,7 @@ from mtl.training.evaluate import Scores, validate_constant
 
 
 @dataclass(frozen=True)
-class Parts(Blueprint):
+class RunSetup(Blueprint):
     """The parts of a run.
 
     Attributes:
@@ -41,7 +41,7 @@ class Parts(Blueprint):
     plan: Plan
 
 
-def assemble(config: RunConfig, quiet: bool = False, world: World = ALONE, begins: bool = True) -> Parts:
+def assemble(config: RunConfig, quiet: bool = False, world: World = ALONE, begins: bool = True) -> RunSetup:
     """Makes the parts of a run. Generated data may be put in the data cache; nothing else is written.
 
     Args:
@@ -94,7 +94,7 @@ def assemble(config: RunConfig, quiet: bool = False, world: World = ALONE, begin
     layout, precision = world.same_from_rank_0([choice.memory_format, choice.precision])
     lay_out(blueprint, layout)
     blueprint = replace(blueprint, config=config.with_changes(memory_format=layout, precision=precision))
-    return Parts(**vars(blueprint), device=device, train=train, val=val, trivial=trivial, plan=plan)
+    return RunSetup(**vars(blueprint), device=device, train=train, val=val, trivial=trivial, plan=plan)
 
 
 def _try_out_optimizers(blueprint: Blueprint, device: torch.device) -> None:

@@ -1,9 +1,10 @@
-"""What the processes of a run tell each other and decide alike; alone, a process decides by itself."""
+"""What the ranks of a run exchange and decide together; a single process decides by itself."""
 
 from __future__ import annotations
 
 import time
-from collections.abc import Mapping, Sequence
+from collections.abc import Iterator, Mapping, Sequence
+from contextlib import contextmanager
 
 import torch
 from torch import Tensor, nn
@@ -12,17 +13,17 @@ from mtl.audit import GradientAudit
 from mtl.data import Batch
 from mtl.distributed.world import World, shares_of_means
 from mtl.freeze import FreezePlan, trained_statistics
-from mtl.runtime.signals import Interrupt
+from mtl.runtime.signals import Interrupt, Stopped
 from mtl.tasks import Task
 
 
-class Consensus:
+class StepSync:
     """One for each run.
 
     Attributes:
-        clock: When the last message was sent, by `time.perf_counter`.
-        seconds: What it said of the time before it.
-        is_asked_to_end: Whether any process was, as all know since the last message.
+        world: The processes.
+        seconds: Those between the last two messages, by the clock of rank 0.
+        is_asked_to_end: Whether any rank was, as all know since the last message.
     """
 
     def __init__(self, world: World, audit: GradientAudit, asked: Interrupt, are_statistics_shared: bool) -> None:
@@ -30,67 +31,71 @@ class Consensus:
         world: The processes.
         audit: That of this process.
         asked: The signals that this process was sent.
-        are_statistics_shared: Whether norm layers have the same statistics in all processes by themselves.
+        are_statistics_shared: Whether norm layers have the same statistics on all ranks by themselves.
         """
-        self._world = world
+        self.world = world
         self._audit = audit
         self._asked = asked
-        self._is_alike = world.is_alone or are_statistics_shared
+        self._are_equal = world.is_alone or are_statistics_shared
         self._is_broken = False
-        self.clock = time.perf_counter()
+        self._clock = time.perf_counter()
         self.seconds = 0.0
         self.is_asked_to_end = False
 
     def begin_phase(self) -> None:
         """Time counts from now on."""
-        self.clock, self._is_broken = time.perf_counter(), False
+        self._clock, self._is_broken = time.perf_counter(), False
 
-    def tell(self) -> float:
-        """Sends and gets one message; returns the seconds since the last one, by the clock of the first process."""
-        before, self.clock = self.clock, time.perf_counter()
-        told = self._world.agree(bool(self._asked.name), not self._audit.holds, self.clock - before)
-        self.is_asked_to_end, self._is_broken = told.stop, told.broken
-        self.seconds = told.seconds
-        return told.seconds
+    def exchange(self) -> float:
+        """Sends and gets one message; returns the seconds since the last one, by the clock of rank 0."""
+        before, self._clock = self._clock, time.perf_counter()
+        known = self.world.agree(bool(self._asked.name), not self._audit.holds, self._clock - before)
+        self.is_asked_to_end, self._is_broken = known.stop, known.broken
+        self.seconds = known.seconds
+        return known.seconds
 
-    @property
-    def reason_to_end(self) -> str:
-        """What asked the run to end."""
-        return self._asked.name or "another process"
+    def exit_if_asked(self, step: int) -> None:
+        """Raises `Stopped` if the run was asked to end; its state was saved just now."""
+        if self.is_asked_to_end:
+            reason = self._asked.name or "another process"
+            raise Stopped(f"stopped by {reason} after step {step}; all is saved")
 
     @property
     def holds(self) -> bool:
-        """Whether nothing was found against the contract: with several processes, by none until the last message."""
-        return self._audit.holds if self._world.is_alone else not self._is_broken
+        """Whether no violation of the contract was found: with several processes, by none until the last message."""
+        return self._audit.holds if self.world.is_alone else not self._is_broken
 
-    def shares(self, window: Sequence[Batch], tasks: Mapping[str, Task]) -> Tensor | None:
-        """What each loss of each batch of a step counts, "m t", so that it is the step of one batch; None if it is."""
-        if len(window) == 1 and self._world.is_alone:
-            return None
+    def shares(self, window: Sequence[Batch], tasks: Mapping[str, Task]) -> Sequence[Tensor | None]:
+        """The weights of a step's losses, for each batch "t" or None for 1, which make it the step of one batch."""
+        if len(window) == 1 and self.world.is_alone:
+            return [None]
         weights = torch.stack(
             [
                 torch.stack([task.weight(batch.labels[name]).double() for name, task in tasks.items()])
                 for batch in window
             ]
         )
-        totals = self._world.mean(weights.sum(0)) * self._world.size
-        return shares_of_means(weights, totals, self._world.size)
+        totals = self.world.mean(weights.sum(0)) * self.world.size
+        return list(shares_of_means(weights, totals, self.world.size))
 
-    def statistics(self, root: nn.Module, plan: FreezePlan) -> dict[str, Tensor]:
-        """Copies of this process's statistics of norm layers that train; none if all have the same."""
-        names = [] if self._is_alike else trained_statistics(root, plan)
-        return {name: root.get_buffer(name).clone() for name in names}
-
-    def prove(self, root: nn.Module, plan: FreezePlan) -> None:
-        """Makes statistics of norm layers that train the same in all processes, and proves that all else is."""
-        if not self._is_alike:
-            self._world.average_buffers(root, trained_statistics(root, plan))
-        if not self._world.is_alone:
+    def average_statistics(self, root: nn.Module, plan: FreezePlan) -> None:
+        """Averages the statistics of trainable norm layers over the ranks; proves that all else is the same on them."""
+        if not self._are_equal:
+            self.world.average_buffers(root, trained_statistics(root, plan))
+        if not self.world.is_alone:
             self._audit.agree(buffers=True)
 
+    @contextmanager
+    def averaged_statistics(self, root: nn.Module, plan: FreezePlan) -> Iterator[dict[str, Tensor]]:
+        """As `average_statistics`, for the time of the block: training continues as if it had not been saved.
 
-@torch.no_grad()
-def put_back(root: nn.Module, statistics: Mapping[str, Tensor]) -> None:
-    """Puts statistics back where `Consensus.statistics` took them."""
-    for name, value in statistics.items():
-        root.get_buffer(name).copy_(value)
+        Yields:
+            Copies of this rank's own statistics of trainable norm layers; none if all ranks have the same.
+        """
+        names = [] if self._are_equal else trained_statistics(root, plan)
+        own = {name: root.get_buffer(name).clone() for name in names}
+        self.average_statistics(root, plan)
+        yield own
+        with torch.no_grad():
+            for name, value in own.items():
+                root.get_buffer(name).copy_(value)

@@ -10,20 +10,20 @@ from mtl.phases.phase_length import SCORE
 from mtl.phases.resolve import Phase
 from mtl.training.evaluate import Scores, score, validate
 from mtl.training.features import FeatureSource
-from mtl.training.setup import Parts
-from mtl.training.step_sync import Consensus
+from mtl.training.setup import RunSetup
+from mtl.training.step_sync import StepSync
 
 
 class Validator:
     """One for each run."""
 
     def __init__(
-        self, parts: Parts, autocast: torch.autocast, features: FeatureSource, consensus: Consensus, world: World
+        self, setup: RunSetup, autocast: torch.autocast, features: FeatureSource, sync: StepSync, world: World
     ) -> None:
-        self._parts = parts
+        self._setup = setup
         self._autocast = autocast
         self._features = features
-        self._consensus = consensus
+        self._sync = sync
         self._world = world
         # What tasks of which nothing trains scored at their one validation in the phase.
         self._still: Scores = {}
@@ -34,22 +34,22 @@ class Validator:
 
     def __call__(self, phase: Phase) -> tuple[Scores, dict[str, float]]:
         """Metrics of all tasks by task and name; and the same with `val/score` under the names of the log."""
-        if not self._consensus.holds:
+        if not self._sync.holds:
             self._still.clear()
-        parts, still, plan = self._parts, self._still, phase.freeze.plan
-        tasks = {name: task for name, task in parts.tasks.items() if name not in still}
+        setup, still, plan = self._setup, self._still, phase.freeze.plan
+        tasks = {name: task for name, task in setup.tasks.items() if name not in still}
         fresh = validate(
-            parts.model,
+            setup.model,
             tasks,
-            parts.val,
+            setup.val,
             phase.batch_size,
-            parts.device,
+            setup.device,
             self._autocast,
             self._features,
             self._world,
         )
         if is_still(plan, "trunk"):
             still |= {name: each for name, each in fresh.items() if is_still(plan, f"heads.{name}")}
-        scores = {name: (fresh | still)[name] for name in parts.tasks}
+        scores = {name: (fresh | still)[name] for name in setup.tasks}
         metrics = {f"val/{task}/{name}": value for task, values in scores.items() for name, value in values.items()}
-        return scores, metrics | {SCORE: score(parts.tasks, scores, parts.trivial)}
+        return scores, metrics | {SCORE: score(setup.tasks, scores, setup.trivial)}

@@ -1,10 +1,10 @@
-"""What it costs to be able to go on: the seconds of each checkpoint, and of taking up the last one of each phase.
+"""What it costs to be able to resume: the seconds of each checkpoint, and of resuming the last one of each phase.
 
 The configuration is trained once, in a temporary folder, with all its epochs; then a run is begun from the last
 checkpoint of each phase but the last, up to where it would train. "saving" is the median over a phase's epochs of the
-time in `Saver.save` over that of the whole epoch with its validation; "going on" is what lies between the start of a
-run whose parts are made and its first epoch (reading, digests, moments), less the same for a run that begins, over a
-median epoch of the phase it goes on with.
+time in `CheckpointWriter.write` over that of the whole epoch with its validation; "resuming" is what lies between the
+start of a run whose parts are made and its first epoch (reading, digests, optimizer state), less the same for a run
+that begins, over a median epoch of the phase it resumes with.
 
 python scripts/bench/checkpoint_cost.py configs/scenes.yaml [key=value ...]
 """
@@ -15,17 +15,19 @@ import sys
 import tempfile
 import time
 from collections import defaultdict
-from collections.abc import Callable
 from pathlib import Path
 from statistics import median
 from typing import Any
 
 from mtl.config import load_config
 from mtl.config.source import ConfigError
+from mtl.training.checkpoints import CheckpointWriter
 from mtl.training.loop import Trainer
+from mtl.training.phase import ActivePhase
+from mtl.training.resume import resumed_config
 from mtl.training.run import train
-from mtl.training.saver import Saver
 from mtl.training.setup import assemble
+from mtl.training.state import RunState
 
 
 class Enough(Exception):  # noqa: N818 - it is no error
@@ -45,10 +47,10 @@ def main() -> int:
                 ratio = median(save / epoch for save, epoch in zip(saving[phase], seconds, strict=True))
                 sys.stdout.write(f"{phase:20}{median(seconds):10.2f}{1e3 * median(saving[phase]):10.1f}{ratio:9.2%}\n")
             for source, phase in zip(ends_of_phases(Path(folder), epochs), list(epochs)[1:], strict=True):
-                going_on = seconds_to_first_epoch(folder, f"name=again-{phase}", f"resume={source}")
+                resuming = seconds_to_first_epoch(folder, f"name=again-{phase}", f"resume={source}")
                 sys.stdout.write(
-                    f"going on with {phase}: {going_on:.2f} s, beginning: {begun:.2f} s;"
-                    f" {(going_on - begun) / median(epochs[phase]):.2%} of an epoch\n"
+                    f"resuming with {phase}: {resuming:.2f} s, beginning: {begun:.2f} s;"
+                    f" {(resuming - begun) / median(epochs[phase]):.2%} of an epoch\n"
                 )
         except ConfigError as error:
             sys.stderr.write(f"error: {error}\n")
@@ -62,24 +64,32 @@ def settings(folder: str, *more: str) -> Any:
 
 
 def train_whole(folder: str) -> tuple[dict[str, list[float]], dict[str, list[float]]]:
-    """Seconds in `Saver.save` and of whole epochs, by phase."""
+    """Seconds in `CheckpointWriter.write` and of whole epochs, by phase."""
     saving, epochs = defaultdict[str, list[float]](list), defaultdict[str, list[float]](list)
-    save, run_epoch = Saver.save, Trainer.run_epoch
+    write, train_epoch, finish_epoch = CheckpointWriter.write, Trainer.train_epoch, Trainer.finish_epoch
+    begun: list[float] = []
 
-    def timed(note: defaultdict[str, list[float]], call: Callable[..., Any], place: int) -> Callable[..., Any]:
-        def act(*arguments: Any, **options: Any) -> Any:
-            start = time.perf_counter()
-            result = call(*arguments, **options)
-            note[arguments[place].name].append(time.perf_counter() - start)
-            return result
+    def timed_write(writer: CheckpointWriter, state: RunState, active: ActivePhase, *more: Any, **options: Any) -> Path:
+        start = time.perf_counter()
+        folder = write(writer, state, active, *more, **options)
+        saving[active.phase.name].append(time.perf_counter() - start)
+        return folder
 
-        return act
+    def timed_begin(trainer: Trainer, active: ActivePhase) -> None:
+        begun[:] = [time.perf_counter()]
+        train_epoch(trainer, active)
 
-    Saver.save, Trainer.run_epoch = timed(saving, save, 2), timed(epochs, run_epoch, 1)  # type: ignore[method-assign]
+    def timed_finish(trainer: Trainer, active: ActivePhase) -> None:
+        finish_epoch(trainer, active)
+        epochs[active.phase.name].append(time.perf_counter() - begun[0])
+
+    CheckpointWriter.write = timed_write  # type: ignore[method-assign]
+    Trainer.train_epoch, Trainer.finish_epoch = timed_begin, timed_finish  # type: ignore[method-assign]
     try:
         train(assemble(settings(folder, "name=whole")))
     finally:
-        Saver.save, Trainer.run_epoch = save, run_epoch  # type: ignore[method-assign]
+        CheckpointWriter.write = write  # type: ignore[method-assign]
+        Trainer.train_epoch, Trainer.finish_epoch = train_epoch, finish_epoch  # type: ignore[method-assign]
     return saving, epochs
 
 
@@ -92,23 +102,24 @@ def ends_of_phases(folder: Path, epochs: dict[str, list[float]]) -> list[Path]:
 
 def seconds_to_first_epoch(folder: str, *overrides: str) -> float:
     """From the start of a run, whose parts are made, to its first epoch; the median of three."""
-    run_epoch = Trainer.run_epoch
+    train_epoch = Trainer.train_epoch
 
     def stop(*_: Any) -> None:
         raise Enough
 
-    Trainer.run_epoch = stop  # type: ignore[assignment, method-assign]
+    Trainer.train_epoch = stop  # type: ignore[assignment, method-assign]
     found = []
     try:
         for number in range(3):
-            parts = assemble(settings(folder, *overrides, f"{overrides[0]}-{number}"), quiet=True)
+            config, source = resumed_config(settings(folder, *overrides, f"{overrides[0]}-{number}"))
+            parts = assemble(config, quiet=True)
             start = time.perf_counter()
             try:
-                train(parts, quiet=True)
+                train(parts, quiet=True, source=source)
             except Enough:
                 found.append(time.perf_counter() - start)
     finally:
-        Trainer.run_epoch = run_epoch  # type: ignore[method-assign]
+        Trainer.train_epoch = train_epoch  # type: ignore[method-assign]
     return median(found)
 
 

@@ -83,7 +83,7 @@ class Case:
         gathered: Bytes of weights that are whole at a time under FSDP2: those of the trunk in no block, and two blocks,
             since the next one is fetched while one computes.
         gathered_gradient: Bytes of gradients that are whole at a time: those of the block with the most of them.
-        num_units: Parts that FSDP2 fetches one after the other.
+        num_units: RunSetup that FSDP2 fetches one after the other.
         left_forward: Operations of the forward that are left if what is frozen at the trunk's beginning is kept.
     """
 

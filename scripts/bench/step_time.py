@@ -20,17 +20,14 @@ import torch
 
 from mtl.config import load_config
 from mtl.data import training_batches
-from mtl.distributed.ddp import wrap
-from mtl.distributed.world import ALONE
-from mtl.freeze import enforce, is_frozen
 from mtl.optim.lr_schedule import LrSchedule
-from mtl.optim.optimizers import build_optimizer
 from mtl.phases.conditions import PhaseLength
 from mtl.phases.resolve import Phase
 from mtl.phases.scheduler import TaskScheduler
-from mtl.training.keeper import Stepping
+from mtl.training.autotune import autocast_for
 from mtl.training.loop import Trainer
-from mtl.training.setup import Parts, assemble
+from mtl.training.phase import ActivePhase
+from mtl.training.setup import RunSetup, assemble
 from mtl.training.tracking.tracker import Tracker
 
 
@@ -39,7 +36,7 @@ def new_schedule(phase: Phase, optimizer: torch.optim.Optimizer, num_steps: int)
 
 
 def by_hand(
-    parts: Parts, phase: Phase, autocast: torch.autocast, optimizer: torch.optim.Optimizer, num_steps: int
+    parts: RunSetup, phase: Phase, autocast: torch.autocast, optimizer: torch.optim.Optimizer, num_steps: int
 ) -> float:
     """Seconds a step of the loop that one would write."""
     schedule = new_schedule(phase, optimizer, num_steps)
@@ -55,13 +52,14 @@ def by_hand(
     return (time.perf_counter() - started) / num_steps
 
 
-def by_mtl(trainer: Trainer, phase: Phase, optimizer: torch.optim.Optimizer, num_steps: int) -> float:
+def by_mtl(trainer: Trainer, active: ActivePhase, num_steps: int) -> float:
     """The real loop without what follows an epoch: validation and checkpoint are work of their own."""
-    stepping = Stepping(optimizer, new_schedule(phase, optimizer, num_steps), wrap(trainer.parts.root, [], ALONE))
-    trainer.scheduler = TaskScheduler([PhaseLength(phase.name, steps=num_steps)])
-    trainer.epoch = 0
+    assert active.optim is not None
+    active.optim.lr_schedule = new_schedule(active.phase, active.optim.optimizer, num_steps)
+    trainer.state.scheduler = TaskScheduler([PhaseLength(active.phase.name, steps=num_steps)])
+    trainer.state.change = None
     started = time.perf_counter()
-    trainer.train_epoch(phase, stepping)
+    trainer.train_epoch(active)
     return (time.perf_counter() - started) / num_steps
 
 
@@ -73,19 +71,20 @@ def main() -> None:
     parser.add_argument("--steps", type=int, default=8)
     options = parser.parse_args()
     with tempfile.TemporaryDirectory() as folder:
-        config = load_config(options.config, [f"runs_dir={folder}", "tracking.mode=disabled", *options.overrides])
+        always = [f"runs_dir={folder}", "tracking.mode=disabled", "cache=off"]
+        config = load_config(options.config, [*always, *options.overrides])
         parts = assemble(config)
         tracker = Tracker(config.tracking, Path(folder), "bench", {})
-        for phase in parts.phases:
-            enforce(parts.root, phase.freeze.plan)
-            parts.model.trunk_is_frozen = is_frozen(phase.freeze.plan, "trunk")
-            optimizer = build_optimizer(phase.optim.optimizer, phase.groups)
+        autocast = autocast_for(config.precision, parts.device)
+        for index, phase in enumerate(parts.phases):
             trainer = Trainer(parts, Path(folder), tracker, quiet=False)
+            trainer.state.phase_index = index
             seconds: dict[str, list[float]] = {"hand": [], "mtl": []}
-            with trainer.audit.phase(phase.name, phase.freeze.patterns, [optimizer, phase.balance]):
+            with trainer.active(phase) as active:
+                assert active.optim is not None
                 for round_number in range(options.rounds + 1):
-                    hand = by_hand(parts, phase, trainer.autocast, optimizer, options.steps)
-                    mtl = by_mtl(trainer, phase, optimizer, options.steps)
+                    hand = by_hand(parts, phase, autocast, active.optim.optimizer, options.steps)
+                    mtl = by_mtl(trainer, active, options.steps)
                     if round_number:  # the first round warms up
                         seconds["hand"].append(hand)
                         seconds["mtl"].append(mtl)

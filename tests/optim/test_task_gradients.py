@@ -18,7 +18,7 @@ import wandb_file
 from mtl.optim.task_gradients import GradientAnalysis, Pair, analyse, trunk_groups
 from mtl.runtime.files import without_nan
 from mtl.training.run import train
-from mtl.training.setup import Parts
+from mtl.training.setup import RunSetup
 from mtl.training.tracking.gradient_figure import draw_gradients, png_of
 from mtl.training.tracking.gradients import GradientLog
 from mtl.training.tracking.steps import StepLog
@@ -238,7 +238,7 @@ def analyses(run_dir: Path) -> list[tuple[int, int, str]]:
     return [(row["step"], row["epoch"], row["phase"]) for row in read_metrics(run_dir) if "grad/unreached" in row]
 
 
-def bits(parts: Parts) -> dict[str, bytes]:
+def bits(parts: RunSetup) -> dict[str, bytes]:
     return {name: tensor.contiguous().numpy().tobytes() for name, tensor in parts.root.state_dict().items()}
 
 

@@ -27,7 +27,7 @@ from mtl.phases.plan import Claim, PhasePlan, Plan, Side, make_plan
 from mtl.phases.plan.rehearsal import Cost
 from mtl.phases.resolve import resolve_phases
 from mtl.phases.setup import Blueprint, draw_up
-from mtl.training.setup import Parts
+from mtl.training.setup import RunSetup
 from runs import TINY, tiny_config, tiny_parts
 
 DENSE = {name: TINY["tasks"][name] for name in ("depth", "normals")}
@@ -60,7 +60,7 @@ PHASES: dict[str, list[dict[str, Any]]] = {
 }
 
 
-def check_against_the_real_thing(parts: Parts, index: int) -> None:
+def check_against_the_real_thing(parts: RunSetup, index: int) -> None:
     phase, planned = parts.phases[index], parts.plan.phases[index]
     parameters = dict(parts.root.named_parameters())
     enforce(parts.root, phase.freeze.plan)

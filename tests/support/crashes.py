@@ -10,7 +10,7 @@ import pytest
 
 import mtl.training.loop
 from mtl.config import load_config
-from mtl.training.resume import find_origin, settled
+from mtl.training.resume import resumed_config
 from mtl.training.run import train
 from mtl.training.run_dir import check_run_dir
 from mtl.training.setup import assemble
@@ -84,6 +84,5 @@ def go_on(folder: Path, *overrides: str, **changes: Any) -> Path:
     """As the command line does: settles the configuration, and goes on."""
     config = load_config(tiny_config(folder, **{**SHORT, **changes}), ["resume=auto", *overrides])
     check_run_dir(config)
-    origin = find_origin(config)
-    config = config if origin is None else settled(config, origin)
-    return train(assemble(config, quiet=True), quiet=True).run_dir
+    config, source = resumed_config(config)
+    return train(assemble(config, quiet=True), quiet=True, source=source).run_dir

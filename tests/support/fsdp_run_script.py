@@ -38,7 +38,7 @@ class Seen(Trainer):
     def __init__(self, *arguments: Any, **options: Any) -> None:
         super().__init__(*arguments, **options)
         TRAINERS.append(self)
-        parameters = list(self.parts.model.parameters())
+        parameters = list(self.setup.model.parameters())
         FOUND["here"] = sum(local(parameter).untyped_storage().nbytes() for parameter in parameters)
         FOUND["all"] = sum(parameter.numel() * parameter.element_size() for parameter in parameters)
 
@@ -47,10 +47,10 @@ def before(optimizer: Optimizer, *_: Any) -> None:
     # Some are tried out before there is a trainer.
     if not TRAINERS:
         return
-    if TRAINERS[0].step + 1 == ORDER.get("die_at") and WORLD.rank == WORLD.size - 1:
+    if TRAINERS[0].state.step + 1 == ORDER.get("die_at") and WORLD.rank == WORLD.size - 1:
         os.kill(os.getpid(), signal.SIGKILL)
     held = {id(parameter) for group in optimizer.param_groups for parameter in group["params"]}
-    for name, parameter in TRAINERS[0].parts.root.named_parameters():
+    for name, parameter in TRAINERS[0].setup.root.named_parameters():
         if parameter.grad is not None and id(parameter) not in held:
             FOUND["frozen with a gradient"].append(name)
         if parameter.grad is None and id(parameter) in held:

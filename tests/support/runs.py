@@ -12,7 +12,7 @@ from torch import Tensor
 
 from mtl.checkpoint.tensor_file import is_in_shards, read_shards
 from mtl.config import load_config
-from mtl.training.setup import Parts, assemble
+from mtl.training.setup import RunSetup, assemble
 
 TINY: dict[str, Any] = {
     "name": "tiny",
@@ -40,7 +40,7 @@ def tiny_config(folder: Path, **changes: Any) -> Path:
     return file
 
 
-def tiny_parts(folder: Path, *overrides: str, **changes: Any) -> Parts:
+def tiny_parts(folder: Path, *overrides: str, **changes: Any) -> RunSetup:
     return assemble(load_config(tiny_config(folder, **changes), overrides), quiet=True)
 
 
@@ -61,7 +61,7 @@ def read_model(folder: Path) -> dict[str, Tensor]:
     return load_file(folder / "model.safetensors") | (load_file(frozen) if frozen.exists() else {})
 
 
-def hide_labels(parts: Parts) -> None:
+def hide_labels(parts: RunSetup) -> None:
     """Takes labels away, from some images all and from some none."""
     labels = parts.train.labels
     for place in range(len(parts.train)):

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Iterator
+from contextlib import contextmanager
 from pathlib import Path
 from typing import Any
 
@@ -11,9 +12,11 @@ import torch
 from torch import Tensor
 
 from mtl.data import Batch
+from mtl.phases.resolve import Phase
 from mtl.training.loop import Trainer, windows
+from mtl.training.phase import ActivePhase
 from mtl.training.run import train
-from mtl.training.setup import Parts
+from mtl.training.setup import RunSetup
 from mtl.training.tracking.tracker import Tracker
 from runs import TINY, hide_labels, read_metrics, read_model, tiny_parts
 
@@ -38,7 +41,7 @@ def _without_wandb(monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setenv("WANDB_MODE", "disabled")
 
 
-def in_float64(parts: Parts, patch: pytest.MonkeyPatch) -> None:
+def in_float64(parts: RunSetup, patch: pytest.MonkeyPatch) -> None:
     """Lets the model and its losses be computed in float64; only what weighs a class is still float32."""
     parts.root.double()
     patch.setattr(Tensor, "float", Tensor.double)
@@ -135,23 +138,24 @@ def test_averages_are_those_of_a_loop_by_hand_over_phases_that_freeze_and_thaw(
     trainer = Trainer(parts, tmp_path, Tracker(parts.config.tracking, tmp_path, "x", {}), quiet=True)
     parameters = dict(parts.root.named_parameters())
     by_hand: dict[str, Tensor] = {}
-    real_begin, real_after = trainer.keeper.build_stepping, trainer.audit.after_step
+    real_active, real_after = trainer.active, trainer.audit.after_step
 
-    def begin(index: int, *rest: Any) -> Any:
-        trains = {*parts.phases[index].freeze.plan.names.trainable}
+    @contextmanager
+    def watched(phase: Phase) -> Iterator[ActivePhase]:
+        trains = {*phase.freeze.plan.names.trainable}
         frozen = {name: by_hand.pop(name) for name in [*by_hand] if name not in trains}
-        stepping = real_begin(index, *rest)
-        for name, average in frozen.items():
-            torch.testing.assert_close(parameters[name].double(), average, rtol=1e-5, atol=1e-7)
-        by_hand.update({name: parameters[name].detach().double() for name in trains if name not in by_hand})
-        return stepping
+        with real_active(phase) as active:
+            for name, average in frozen.items():
+                torch.testing.assert_close(parameters[name].double(), average, rtol=1e-5, atol=1e-7)
+            by_hand.update({name: parameters[name].detach().double() for name in trains if name not in by_hand})
+            yield active
 
     def after() -> None:
         for name, average in by_hand.items():
             by_hand[name] = 0.9 * average + 0.1 * parameters[name].detach().double()
         real_after()
 
-    monkeypatch.setattr(trainer.keeper, "build_stepping", begin)
+    monkeypatch.setattr(trainer, "active", watched)
     monkeypatch.setattr(trainer.audit, "after_step", after)
     assert trainer.run().report.ok
     kept = read_model(tmp_path / "checkpoints/last")

@@ -90,7 +90,7 @@ def test_gradients_of_fp16_are_those_of_the_loss_when_audit_and_clipping_see_the
         look()
 
     trainer.audit.after_backward = and_measure  # type: ignore[method-assign]
-    trainer.run_phase(0)
+    trainer.run_phase(parts.phases[0])
     assert trainer.scaler.get_scale() > 1000
     assert 0 < max(norms) < 1000, "not multiplied by the scale"
 

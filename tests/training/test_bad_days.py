@@ -22,6 +22,7 @@ import wandb_file
 from crashes import SHORT, assert_same, crashed, go_on, results
 from mtl.cli import main
 from mtl.training.loop import Trainer
+from mtl.training.phase import ActivePhase
 from mtl.training.run import train
 from processes import HANGS_S, started, wait_until, workers
 from runs import read_metrics, tiny_config, tiny_parts
@@ -131,12 +132,15 @@ def test_a_report_that_does_not_fit_on_the_disk_is_said_and_costs_nothing(
 def test_what_ended_a_run_is_said_though_the_disk_has_no_room_for_the_audit(
     tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
 ) -> None:
-    def spoil(trainer: Trainer, *_: Any) -> None:
-        monkeypatch.setattr("mtl.training.loop.write_json", full)
-        with torch.no_grad():
-            trainer.parts.model.get_parameter("trunk.conv1.0.weight")[0] += 1
+    real = Trainer.train_epoch
 
-    monkeypatch.setattr(Trainer, "keep_features", spoil)
+    def spoil(trainer: Trainer, active: ActivePhase) -> None:
+        monkeypatch.setattr("mtl.training.tracking.log.write_json", full)
+        with torch.no_grad():
+            trainer.setup.model.get_parameter("trunk.conv1.0.weight")[0] += 1
+        real(trainer, active)
+
+    monkeypatch.setattr(Trainer, "train_epoch", spoil)
     assert main(["train", str(tiny_config(tmp_path)), "-q"]) == 3
     said = capsys.readouterr()
     assert "trunk.conv1.0.weight: param_changed" in said.err and "somewhere cannot be written" in said.out

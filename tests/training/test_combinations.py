@@ -67,7 +67,7 @@ class Seen:
     def __init__(self, trainer: Trainer) -> None:
         self.steps: list[tuple[bool, bool, float]] = []
         self._trainer = trainer
-        self._root = trainer.parts.root
+        self._root = trainer.setup.root
         real_before, real_after = trainer.audit.after_backward, trainer.audit.after_step
 
         def before() -> None:
@@ -82,10 +82,10 @@ class Seen:
         trainer.audit.after_backward, trainer.audit.after_step = before, after  # type: ignore[method-assign]
 
     def _now(self) -> tuple[list[str], list[str]]:
-        assert self._trainer.keeper.ema is not None
+        assert self._trainer.state.ema is not None
         tensors: list[list[Tensor]] = [
             list(self._root.parameters()),
-            list(self._trainer.keeper.ema.averages().values()),
+            list(self._trainer.state.ema.averages().values()),
         ]
         return [fingerprint(each) for each in tensors[0]], [fingerprint(each) for each in tensors[1]]
 

@@ -97,15 +97,15 @@ def test_a_checkpoint_of_two_processes_is_taken_up_by_one(
     tmp_path: Path, one: Path, two: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     from mtl.config import load_config
-    from mtl.training.resume import find_origin, settled
+    from mtl.training.resume import resumed_config
     from mtl.training.setup import assemble
 
     monkeypatch.setenv("WANDB_MODE", "disabled")
     at = two / "runs/tiny/checkpoints/step-00000010"
     config = load_config(two / "tiny.yaml", [f"resume={at}", "name=again", f"runs_dir={tmp_path}"])
-    origin = find_origin(config)
-    assert origin is not None
-    run_dir = train(assemble(settled(config, origin), quiet=True), quiet=True).run_dir
+    config, source = resumed_config(config)
+    assert source is not None
+    run_dir = train(assemble(config, quiet=True), quiet=True, source=source).run_dir
     assert_close(run_dir, one, first_step=10)
     assert min(row["step"] for row in read_metrics(run_dir)) == 11
 

@@ -15,8 +15,9 @@ from torch import Tensor, nn
 from mtl.audit import AuditError
 from mtl.phases.reuse import num_passes
 from mtl.training.loop import Trainer
+from mtl.training.phase import ActivePhase
 from mtl.training.run import train
-from mtl.training.setup import Parts
+from mtl.training.setup import RunSetup
 from mtl.training.tracking.tracker import Tracker
 from runs import read_metrics, read_model, tiny_parts
 
@@ -30,7 +31,7 @@ PHASES: list[dict[str, Any]] = [
 DECISION = 80
 
 
-def trainer_of(parts: Parts, folder: Path) -> Trainer:
+def trainer_of(parts: RunSetup, folder: Path) -> Trainer:
     folder.mkdir(exist_ok=True)
     return Trainer(parts, folder, Tracker(parts.config.tracking, folder, "x", {}), quiet=True)
 
@@ -98,18 +99,18 @@ def flip_a_bit(weight: nn.Parameter) -> None:
     weight.detach().numpy().view("uint8").reshape(-1)[0] ^= 1
 
 
-def first_epoch(trainer: Trainer, index: int, then: Callable[[], None]) -> None:
+def first_epoch(trainer: Trainer, then: Callable[[], None]) -> None:
     """Runs a phase in which something happens after its first epoch, before anything else does."""
-    run_epoch, epochs = trainer.run_epoch, []
+    train_epoch, epochs = trainer.train_epoch, list[int]()
 
-    def and_then(*args: Any) -> Any:
+    def and_then(active: ActivePhase) -> None:
         if len(epochs) == 1:
             then()
         epochs.append(len(epochs))
-        return run_epoch(*args)
+        train_epoch(active)
 
-    trainer.run_epoch = and_then  # type: ignore[method-assign]
-    trainer.run_phase(index)
+    trainer.train_epoch = and_then  # type: ignore[method-assign]
+    trainer.run_phase(trainer.setup.phases[0])
 
 
 @pytest.mark.parametrize("index", [0, 1])
@@ -121,7 +122,7 @@ def test_a_byte_that_changes_between_epochs_raises_before_anything_stale_is_serv
 
     class Watched(type(trainer.features)):  # type: ignore[misc]
         def __call__(self, *args: Any) -> Any:
-            served.append(len(trainer.outcome.report.violations))
+            served.append(len(trainer.audit.report.violations))
             return encode(*args)
 
     trainer.features.__class__ = Watched
@@ -132,7 +133,7 @@ def test_a_byte_that_changes_between_epochs_raises_before_anything_stale_is_serv
         flip_a_bit(parts.model.trunk.conv1[0].weight)
 
     with pytest.raises(AuditError, match=r"trunk\.conv1\.0\.weight: param_changed"):
-        first_epoch(trainer, 0, plant)
+        first_epoch(trainer, plant)
     assert before == [len(served)], "not one batch was served after the change"
 
 
@@ -153,7 +154,7 @@ def test_under_a_policy_that_goes_on_what_is_stale_is_not_served(
         assert old is not None and new is not None and right is not None
         differences.extend([float((new - right).abs().max()), float((old - right).abs().max())])
 
-    first_epoch(trainer, 0, plant)
+    first_epoch(trainer, plant)
     assert differences[0] == 0 < differences[1]
     assert any("no longer kept, since the audit found the contract broken" in message for message in caplog.messages)
     assert not trainer.audit.report.ok

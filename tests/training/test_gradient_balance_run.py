@@ -21,10 +21,10 @@ from mtl.optim.balance.gradient_weights import GradientWeighting
 from mtl.phases.plan import make_plan
 from mtl.phases.setup import draw_up_without_weights
 from mtl.training.nonfinite import NotFiniteError
-from mtl.training.objective import Objective
-from mtl.training.resume import find_origin, settled
+from mtl.training.resume import resumed_config
 from mtl.training.run import train
 from mtl.training.setup import assemble
+from mtl.training.step import StepLosses
 from runs import TINY, read_metrics, read_model, tiny_config, tiny_parts
 from test_distributed_run import assert_close, largest_difference
 from test_nonfinite import plant
@@ -103,9 +103,9 @@ def test_a_run_that_is_broken_off_goes_on_to_the_same_bits(
     state = json.loads((tmp_path / "runs/tiny/checkpoints/last/state.json").read_text())
     assert state["step"] == number - 1
     config = load_config(tiny_config(tmp_path, **EQUAL), ["resume=auto"])
-    origin = find_origin(config)
-    assert origin is not None
-    train(assemble(settled(config, origin), quiet=True), quiet=True)
+    config, source = resumed_config(config)
+    assert source is not None
+    train(assemble(config, quiet=True), quiet=True, source=source)
     assert_same(tmp_path / "runs/tiny", one)
 
 
@@ -184,15 +184,15 @@ def test_no_graph_of_a_step_is_there_in_the_forward_of_the_next(
 ) -> None:
     losses: list[weakref.ref[torch.Tensor]] = []
     alive: list[int] = []
-    real = Objective.each_loss
+    real = StepLosses.each_loss
 
-    def each_loss(objective: Objective, *arguments: Any) -> list[torch.Tensor]:
+    def each_loss(objective: StepLosses, *arguments: Any) -> list[torch.Tensor]:
         alive.append(sum(each() is not None for each in losses))
         found = real(objective, *arguments)
         losses.extend(map(weakref.ref, found))
         return found
 
-    monkeypatch.setattr(Objective, "each_loss", each_loss)
+    monkeypatch.setattr(StepLosses, "each_loss", each_loss)
     train(tiny_parts(tmp_path, "balance=mgda", phases=[{"name": "all", "steps": 4}]), quiet=True)
     assert alive == [0] * 4
 
@@ -228,7 +228,7 @@ def test_what_a_method_has_gathered_is_put_back_when_a_step_is_left_out(
 
     finite = iter([True, False, True])
     monkeypatch.setattr(mtl.training.loop.GradientAudit, "after_step", after)
-    monkeypatch.setattr("mtl.training.step.is_finite", lambda _: next(finite))
+    monkeypatch.setattr("mtl.training.loop.is_finite", lambda _: next(finite))
     monkeypatch.setattr(
         "mtl.training.tracking.steps.StepLog.what_is_wrong", lambda *_: NotFiniteError("x", 0.0, 2, "a", [])
     )

@@ -20,16 +20,16 @@ from mtl.data import training_batches
 from mtl.freeze import enforce
 from mtl.model import network
 from mtl.training.loop import Trainer, windows
-from mtl.training.result import Outcome
+from mtl.training.result import RunResult
 from mtl.training.run import train
-from mtl.training.setup import Parts
+from mtl.training.setup import RunSetup
 from mtl.training.tracking.steps import StepLog
 from mtl.training.tracking.tracker import Tracker
 from runs import hide_labels, read_metrics, read_model, tiny_config, tiny_parts
 
 
 @pytest.fixture(scope="module")
-def finished(tmp_path_factory: pytest.TempPathFactory, cache_dir: Path) -> tuple[Parts, Outcome]:
+def finished(tmp_path_factory: pytest.TempPathFactory, cache_dir: Path) -> tuple[RunSetup, RunResult]:
     """One small run through both phases, with real wandb offline files."""
     with pytest.MonkeyPatch.context() as patch:
         patch.setenv("MTL_CACHE_DIR", str(cache_dir))
@@ -39,7 +39,7 @@ def finished(tmp_path_factory: pytest.TempPathFactory, cache_dir: Path) -> tuple
         return parts, train(parts, quiet=True)
 
 
-def tensors(parts: Parts) -> dict[str, Tensor]:
+def tensors(parts: RunSetup) -> dict[str, Tensor]:
     return {name: tensor.clone() for name, tensor in parts.root.state_dict().items()}
 
 
@@ -47,7 +47,7 @@ def same_bits(a: Tensor, b: Tensor) -> bool:
     return a.shape == b.shape and a.contiguous().numpy().tobytes() == b.contiguous().numpy().tobytes()
 
 
-def test_a_run_leaves_every_promised_file(finished: tuple[Parts, Outcome]) -> None:
+def test_a_run_leaves_every_promised_file(finished: tuple[RunSetup, RunResult]) -> None:
     folder = finished[1].run_dir
     assert {path.name for path in folder.iterdir()} == {
         ".mtl-run",
@@ -63,7 +63,7 @@ def test_a_run_leaves_every_promised_file(finished: tuple[Parts, Outcome]) -> No
     assert (folder / "checkpoints/best/state.json").is_file()
 
 
-def test_the_resolved_configuration_of_a_run_loads_again_and_is_the_same(finished: tuple[Parts, Outcome]) -> None:
+def test_the_resolved_configuration_of_a_run_loads_again_and_is_the_same(finished: tuple[RunSetup, RunResult]) -> None:
     parts, outcome = finished
     assert load_config(outcome.run_dir / "config.yaml").model_dump() == parts.config.model_dump()
 
@@ -72,15 +72,15 @@ def test_frozen_tensors_keep_their_bits_and_the_others_move(tmp_path: Path) -> N
     parts = tiny_parts(tmp_path, "phases.finetune.steps=1")
     before = tensors(parts)
     trainer = Trainer(parts, tmp_path, Tracker(parts.config.tracking, tmp_path, "x", {}), quiet=True)
-    trainer.run_phase(0)
+    trainer.run_phase(parts.phases[0])
     after = tensors(parts)
     frozen = {name for name in before if name.startswith(("trunk.", "normalize."))}
     moved = {name for name in before if not same_bits(before[name], after[name])}
     assert moved == {*before} - frozen, "everything but the trunk, BatchNorm statistics of heads included"
-    (moments,) = trainer.keeper.moments.state_dict().values()
+    (moments,) = trainer.state.optimizer_state.state_dict().values()
     assert {*moments} == {name for name, _ in parts.root.named_parameters() if not name.startswith("trunk.")}
 
-    trainer.run_phase(1)
+    trainer.run_phase(parts.phases[1])
     last = tensors(parts)
     kept = {n for n in last if n.startswith(("trunk.conv1.", "trunk.bn1.", "heads.object."))}
     assert kept and all(same_bits(last[name], after[name]) for name in kept)
@@ -90,17 +90,17 @@ def test_frozen_tensors_keep_their_bits_and_the_others_move(tmp_path: Path) -> N
 def test_moments_of_what_goes_on_training_are_carried_into_the_next_phase(tmp_path: Path) -> None:
     parts = tiny_parts(tmp_path)
     trainer = Trainer(parts, tmp_path, Tracker(parts.config.tracking, tmp_path, "x", {}), quiet=True)
-    trainer.run_phase(0)
-    (moments,) = trainer.keeper.moments.state_dict().values()
+    trainer.run_phase(parts.phases[0])
+    (moments,) = trainer.state.optimizer_state.state_dict().values()
     assert {int(state["step"]) for state in moments.values()} == {5}
-    trainer.run_phase(1)
-    (moments,) = trainer.keeper.moments.state_dict().values()
+    trainer.run_phase(parts.phases[1])
+    (moments,) = trainer.state.optimizer_state.state_dict().values()
     steps = {name: int(state["step"]) for name, state in moments.items()}
     assert steps["heads.depth.out.bias"] == 5 + 7 and steps["trunk.layer1.0.conv1.weight"] == 7
     assert not any(name.startswith(("heads.object", "trunk.bn1")) for name in steps)
 
 
-def test_the_audit_file_says_what_was_checked_and_how_often(finished: tuple[Parts, Outcome]) -> None:
+def test_the_audit_file_says_what_was_checked_and_how_often(finished: tuple[RunSetup, RunResult]) -> None:
     parts, outcome = finished
     report = json.loads((outcome.run_dir / "audit.json").read_text())
     assert report["ok"] is True
@@ -117,7 +117,7 @@ def test_the_audit_file_says_what_was_checked_and_how_often(finished: tuple[Part
     assert first["trainable"]["count"] == first["trainable"]["changed"] > 0
 
 
-def test_the_plan_adds_up_to_the_model(finished: tuple[Parts, Outcome]) -> None:
+def test_the_plan_adds_up_to_the_model(finished: tuple[RunSetup, RunResult]) -> None:
     parts, outcome = finished
     plan = json.loads((outcome.run_dir / "plan.json").read_text())
     total = sum(parameter.numel() for parameter in parts.root.parameters())
@@ -128,7 +128,7 @@ def test_the_plan_adds_up_to_the_model(finished: tuple[Parts, Outcome]) -> None:
     assert {group["lr"] for group in plan["phases"][0]["optimizer_groups"]} == {2e-3}
 
 
-def test_metrics_and_wandb_hold_the_same_numbers(finished: tuple[Parts, Outcome]) -> None:
+def test_metrics_and_wandb_hold_the_same_numbers(finished: tuple[RunSetup, RunResult]) -> None:
     folder = finished[1].run_dir
     rows = read_metrics(folder)
     steps = [row for row in rows if "train/loss" in row]
@@ -156,7 +156,7 @@ def test_metrics_and_wandb_hold_the_same_numbers(finished: tuple[Parts, Outcome]
     assert wandb_file.summary(file)["audit/ok"] is True
 
 
-def test_the_checkpoint_is_the_model_at_the_end(finished: tuple[Parts, Outcome]) -> None:
+def test_the_checkpoint_is_the_model_at_the_end(finished: tuple[RunSetup, RunResult]) -> None:
     parts, outcome = finished
     saved = read_model(outcome.run_dir / "checkpoints/last")
     assert {*saved} == {*parts.root.state_dict()}
@@ -213,9 +213,9 @@ def test_an_accumulated_step_has_the_gradient_of_one_batch_of_all_its_images(tmp
     (phase,) = expected.phases
     enforce(expected.root, phase.freeze.plan)
     (batch,) = training_batches(expected.train, 40, 0, 0)
-    loss: Tensor = Trainer(expected, tmp_path, trainer.tracker, quiet=True).objective(batch, phase)[0]
+    loss: Tensor = Trainer(expected, tmp_path, trainer.tracker, quiet=True).losses(batch, phase)[0]
     loss.backward()
-    trainer.run_phase(0)
+    trainer.run_phase(parts.phases[0])
     for name, parameter in expected.root.named_parameters():
         assert (parameter.grad is None) == (name not in seen), name
         if parameter.grad is not None:

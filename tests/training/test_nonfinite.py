@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import json
 from collections.abc import Iterator
+from contextlib import contextmanager
 from itertools import islice
 from pathlib import Path
 from typing import Any
@@ -19,14 +20,15 @@ from mtl.checkpoint.nested import split
 from mtl.cli import main
 from mtl.config import load_config
 from mtl.data import training_batches
+from mtl.phases.resolve import Phase
 from mtl.runtime.fingerprint import fingerprint
 from mtl.runtime.signals import Stopped
-from mtl.training.keeper import Stepping
 from mtl.training.loop import Trainer
 from mtl.training.nonfinite import NotFiniteError
-from mtl.training.objective import Objective
+from mtl.training.phase import ActivePhase
 from mtl.training.run import train
-from mtl.training.setup import Parts, assemble
+from mtl.training.setup import RunSetup, assemble
+from mtl.training.step import StepLosses
 from mtl.training.tracking.tracker import Tracker
 from runs import read_metrics, read_model, tiny_config, tiny_parts
 
@@ -38,13 +40,13 @@ ALL_THAT_MOVES: dict[str, Any] = {
 }
 
 
-def plant(parts: Parts, image: int = IMAGE) -> None:
+def plant(parts: RunSetup, image: int = IMAGE) -> None:
     """A label of one image that the squares of float32 cannot hold."""
     labels = parts.train.labels["normals"] = parts.train.labels["normals"].float()
     labels[image, :, 0, 0] = 1e30
 
 
-def indices_of(parts: Parts, size: int, image: int = IMAGE) -> tuple[int, list[int]]:
+def indices_of(parts: RunSetup, size: int, image: int = IMAGE) -> tuple[int, list[int]]:
     """The step of the first pass in which an image comes, from 1, and the images of that step."""
     (phase,) = {phase.name: phase for phase in parts.phases[:1]}.values()
     batches = training_batches(parts.train, phase.batch_size, parts.config.seed, 0)
@@ -55,18 +57,19 @@ def indices_of(parts: Parts, size: int, image: int = IMAGE) -> tuple[int, list[i
 class Moments:
     """What stands before and behind every step of a run, as fingerprints."""
 
-    def __init__(self, patch: pytest.MonkeyPatch, parts: Parts, folder: Path) -> None:
+    def __init__(self, patch: pytest.MonkeyPatch, parts: RunSetup, folder: Path) -> None:
         self.parts = parts
         self.before: list[dict[str, str]] = []
         self.behind: list[dict[str, str]] = []
         self.trainer = Trainer(parts, folder, Tracker(parts.config.tracking, folder, "x", {}), quiet=True)
-        keeper = self.trainer.keeper
-        real_build, real_before = keeper.build_stepping, mtl.training.nonfinite.StepGuard.before
+        real_active, real_before = self.trainer.active, mtl.training.nonfinite.StepGuard.before
         real_after = mtl.training.loop.GradientAudit.after_step
 
-        def build(*arguments: Any) -> Stepping:
-            self.stepping = real_build(*arguments)
-            return self.stepping
+        @contextmanager
+        def watched(phase: Phase) -> Iterator[ActivePhase]:
+            with real_active(phase) as active:
+                self.optim = active.optim
+                yield active
 
         def before(guard: Any) -> None:
             self.before.append(self.now())
@@ -76,12 +79,13 @@ class Moments:
             self.behind.append(self.now())
             real_after(audit)
 
-        patch.setattr(keeper, "build_stepping", build)
+        patch.setattr(self.trainer, "active", watched)
         patch.setattr(mtl.training.nonfinite.StepGuard, "before", before)
         patch.setattr(mtl.training.loop.GradientAudit, "after_step", after)
 
     def now(self) -> dict[str, str]:
-        ema, optimizer = self.trainer.keeper.ema, self.stepping.optimizer
+        assert self.optim is not None
+        ema, optimizer = self.trainer.state.ema, self.optim.optimizer
         tensors, rest = split(
             {
                 "model": dict(self.parts.root.state_dict()),
@@ -133,7 +137,7 @@ class Overflow(torch.autograd.Function):
         return gradient * torch.inf
 
 
-def overflow_in_pass(parts: Parts, number: int) -> None:
+def overflow_in_pass(parts: RunSetup, number: int) -> None:
     """Lets the gradient of one forward in train mode be infinite; its losses are finite."""
     left = [number]
 
@@ -218,7 +222,7 @@ def planted(monkeypatch: pytest.MonkeyPatch) -> Iterator[None]:
     """Every run that is assembled has the bad label."""
     real = assemble
 
-    def assemble_with_it(*arguments: Any, **options: Any) -> Parts:
+    def assemble_with_it(*arguments: Any, **options: Any) -> RunSetup:
         parts = real(*arguments, **options)
         plant(parts)
         return parts
@@ -269,13 +273,13 @@ def test_a_step_that_overflows_in_fp16_is_left_to_the_scaler_and_counted(tmp_pat
 def test_a_loss_that_is_no_number_behind_a_step_spoils_no_balancing(
     tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    real, number = Objective.losses, iter(range(100))
+    real, number = StepLosses.without_graph, iter(range(100))
 
-    def infinite_once(objective: Objective, *arguments: Any) -> Any:
+    def infinite_once(objective: StepLosses, *arguments: Any) -> Any:
         losses = real(objective, *arguments)
         return losses * torch.inf if next(number) == 1 else losses
 
-    monkeypatch.setattr(Objective, "losses", infinite_once)
+    monkeypatch.setattr(StepLosses, "without_graph", infinite_once)
     phases = [{"name": "a", "freeze": ["trunk"], "steps": 4}]
     parts = tiny_parts(tmp_path, "balance=famo", "not_finite=skip", phases=phases)
     outcome = train(parts, quiet=True)

@@ -6,7 +6,8 @@ import json
 import logging
 import math
 import shutil
-from collections.abc import Callable, Iterable
+from collections.abc import Callable, Iterable, Iterator
+from contextlib import contextmanager
 from pathlib import Path
 from typing import Any
 
@@ -20,18 +21,20 @@ import mtl.training.validate
 from mtl.checkpoint.files import state_digest
 from mtl.config import load_config
 from mtl.config.source import ConfigError
-from mtl.training.keeper import Stepping
+from mtl.phases.resolve import Phase
 from mtl.training.loop import Trainer
-from mtl.training.result import Outcome
+from mtl.training.phase import ActivePhase, PhaseOptimizer
+from mtl.training.result import RunResult
 from mtl.training.run import train
-from mtl.training.setup import Parts
+from mtl.training.setup import RunSetup
+from mtl.training.state import RunState
 from mtl.training.tracking.tracker import Tracker
 from runs import read_metrics, read_model, tiny_config, tiny_parts
 
 ALL = ["segmentation", "depth", "normals", "object"]
 
 
-def tensors(parts: Parts) -> dict[str, Tensor]:
+def tensors(parts: RunSetup) -> dict[str, Tensor]:
     return {name: tensor.clone() for name, tensor in parts.root.state_dict().items()}
 
 
@@ -43,11 +46,11 @@ def moved(before: dict[str, Tensor], after: dict[str, Tensor]) -> set[str]:
     return {name for name in before if not same_bits(before[name], after[name])}
 
 
-def parts_with(folder: Path, phases: list[dict[str, Any]], *overrides: str, **changes: Any) -> Parts:
+def parts_with(folder: Path, phases: list[dict[str, Any]], *overrides: str, **changes: Any) -> RunSetup:
     return tiny_parts(folder, *overrides, phases=phases, **changes)
 
 
-def trainer_of(parts: Parts, folder: Path) -> Trainer:
+def trainer_of(parts: RunSetup, folder: Path) -> Trainer:
     return Trainer(parts, folder, Tracker(parts.config.tracking, folder, "x", {}), quiet=True)
 
 
@@ -62,19 +65,21 @@ class Watcher:
 
     def __init__(self, trainer: Trainer) -> None:
         self.entries: list[dict[str, Tensor]] = []
-        self.steppings: list[Stepping] = []
+        self.optims: list[PhaseOptimizer] = []
         self.first_lr: list[list[float]] = []
         self._trainer = trainer
-        real = trainer.keeper.build_stepping
+        real = trainer.active
 
-        def build(*arguments: Any) -> Stepping:
-            self.entries.append(tensors(trainer.parts))
-            stepping = real(*arguments)
-            self.steppings.append(stepping)
-            self.first_lr.append([group["lr"] for group in stepping.optimizer.param_groups])
-            return stepping
+        @contextmanager
+        def watched(phase: Phase) -> Iterator[ActivePhase]:
+            with real(phase) as active:
+                if active.optim is not None:
+                    self.entries.append(tensors(trainer.setup))
+                    self.optims.append(active.optim)
+                    self.first_lr.append([group["lr"] for group in active.optim.optimizer.param_groups])
+                yield active
 
-        trainer.keeper.build_stepping = build  # type: ignore[method-assign]
+        trainer.active = watched  # type: ignore[method-assign]
 
 
 # --- plateaus, best weights, going back
@@ -109,13 +114,13 @@ def test_a_plateau_trace_over_four_phases_goes_back_to_the_best_weights_at_each_
     trainer = trainer_of(parts, tmp_path)
     watcher = Watcher(trainer)
     saved: dict[int, dict[str, Tensor]] = {}
-    real: Callable[..., None] = trainer.keeper.save
+    real: Callable[..., Path] = trainer.checkpoints.write
 
-    def note(row: Any, *arguments: Any) -> None:
-        saved[row["step"]] = tensors(parts)
-        real(row, *arguments)
+    def note(state: RunState, *arguments: Any) -> Path:
+        saved[state.step] = tensors(parts)
+        return real(state, *arguments)
 
-    trainer.keeper.save = note  # type: ignore[method-assign]
+    trainer.checkpoints.write = note  # type: ignore[method-assign]
     outcome = trainer.run()
 
     reasons = [line for line in caplog.messages if "; next phase" in line or line.startswith("d: plateau")]
@@ -137,7 +142,7 @@ def test_a_plateau_trace_over_four_phases_goes_back_to_the_best_weights_at_each_
     # The rate does not rewind: every phase begins its own course at its own start.
     assert all(lrs == pytest.approx([4e-5] * len(lrs)) for lrs in watcher.first_lr)
     assert (outcome.best_score, outcome.best_step) == (0.6, 14)
-    assert outcome.report.ok and trainer.step == 20
+    assert outcome.report.ok and trainer.state.step == 20
 
 
 def test_moments_go_back_with_the_weights_unless_the_phase_resets_them(
@@ -154,7 +159,7 @@ def test_moments_go_back_with_the_weights_unless_the_phase_resets_them(
     watcher = Watcher(trainer)
     trainer.run()
     stem = parts.root.get_parameter("trunk.conv1.0.weight")
-    steps = [int(stepping.optimizer.state[stem]["step"]) for stepping in watcher.steppings]
+    steps = [int(stepping.optimizer.state[stem]["step"]) for stepping in watcher.optims]
     assert steps == [15, 10 + 1, 1]
 
 
@@ -296,7 +301,7 @@ def test_optimizer_rate_schedule_and_decay_may_change_from_phase_to_phase(tmp_pa
     trainer = trainer_of(parts, tmp_path)
     watcher = Watcher(trainer)
     assert trainer.run().report.ok
-    kinds = [type(stepping.optimizer).__name__ for stepping in watcher.steppings]
+    kinds = [type(stepping.optimizer).__name__ for stepping in watcher.optims]
     assert kinds == ["SGD", "AdamW", "Adam"]
     groups = [{(group["lr"], group["weight_decay"]) for group in phase.groups} for phase in parts.phases]
     # The balancing method's weights have the run's rate; vectors have no decay; what a phase does not say is the run's.
@@ -307,11 +312,9 @@ def test_optimizer_rate_schedule_and_decay_may_change_from_phase_to_phase(tmp_pa
     ]
     rates = [row["train/lr"] for row in read_metrics(tmp_path) if "train/lr" in row]
     assert rates == pytest.approx([0.05, 0.05, 3e-3, 1.5e-3, 3e-3, 1.5e-3])
-    held = [
-        id(p) for stepping in watcher.steppings for group in stepping.optimizer.param_groups for p in group["params"]
-    ]
+    held = [id(p) for stepping in watcher.optims for group in stepping.optimizer.param_groups for p in group["params"]]
     assert len(held) == 3 * len(set(held))
-    assert watcher.steppings[2].optimizer.param_groups[0]["betas"] == (0.8, 0.9)
+    assert watcher.optims[2].optimizer.param_groups[0]["betas"] == (0.8, 0.9)
 
 
 def test_repeated_phases_take_turns_and_each_goes_on_with_its_own_moments(tmp_path: Path) -> None:
@@ -321,10 +324,10 @@ def test_repeated_phases_take_turns_and_each_goes_on_with_its_own_moments(tmp_pa
     watcher = Watcher(trainer)
     outcome = trainer.run()
     assert [*outcome.scores] == ["heads.1", "trunk.1", "heads.2", "trunk.2"]
-    counts = [{int(state["step"]) for state in stepping.optimizer.state.values()} for stepping in watcher.steppings[2:]]
+    counts = [{int(state["step"]) for state in stepping.optimizer.state.values()} for stepping in watcher.optims[2:]]
     assert counts == [{2 + 2}, {3 + 3}]
-    assert [len(group["params"]) for group in watcher.steppings[0].optimizer.param_groups] == [
-        len(group["params"]) for group in watcher.steppings[2].optimizer.param_groups
+    assert [len(group["params"]) for group in watcher.optims[0].optimizer.param_groups] == [
+        len(group["params"]) for group in watcher.optims[2].optimizer.param_groups
     ]
     # While a part rests, neither its weights nor its statistics move.
     after_first, after_second = watcher.entries[1], watcher.entries[2]
@@ -337,7 +340,7 @@ def test_state_parked_for_no_later_phase_is_dropped(tmp_path: Path) -> None:
     parts = parts_with(tmp_path, phases)
     trainer = trainer_of(parts, tmp_path)
     trainer.run()
-    (moments,) = trainer.keeper.moments.state_dict().values()
+    (moments,) = trainer.state.optimizer_state.state_dict().values()
     assert moments and not any(name.startswith("trunk.") for name in moments)
 
 
@@ -493,7 +496,7 @@ def test_an_accumulation_window_ends_with_its_phase_and_leaves_no_gradient_to_th
     ]
     heads = {name for name in seen[0] if name.startswith("heads.")}
     assert seen[:3] == [heads] * 3 and any(name.startswith("trunk.") for name in seen[3])
-    assert outcome.report.ok and len(watcher.steppings) == 2
+    assert outcome.report.ok and len(watcher.optims) == 2
 
 
 def test_phases_of_one_step_each_are_entered_and_left(tmp_path: Path) -> None:
@@ -559,12 +562,12 @@ def test_averaged_weights_are_judged_and_kept_and_training_goes_on_from_its_own(
     real = mtl.training.loop.GradientAudit.after_step
     name = "heads.depth.out.bias"
 
-    outcomes: dict[str, Outcome] = {}
+    outcomes: dict[str, RunResult] = {}
     for parts in (plain, averaged):
         seen = course.setdefault(parts.config.name, [parts.root.get_parameter(name).detach().double().clone()])
         with pytest.MonkeyPatch.context() as patch:
 
-            def note(audit: Any, parts: Parts = parts, seen: list[Tensor] = seen) -> None:
+            def note(audit: Any, parts: RunSetup = parts, seen: list[Tensor] = seen) -> None:
                 seen.append(parts.root.get_parameter(name).detach().double().clone())
                 real(audit)
 

@@ -71,7 +71,7 @@ class Setting:
         }
 
     def config(self, folder: Path, phase: str) -> RunConfig:
-        phases = [{"name": name, "freeze": freeze, "epochs": _EPOCHS} for name, freeze in self.phases.items()]
+        phases = [{"name": phase, "freeze": self.phases[phase], "epochs": _EPOCHS}]
         data = {"name": "scenes" if self.dense else "multifashion", "image_size": self.image_size}
         data |= {
             "batch_size": self.batch_size,
@@ -201,15 +201,14 @@ def draw(rows: list[Row]) -> Figure:
 
 def _measure(setting: Setting, phase: str, folder: Path, rounds: int) -> Row:
     parts = assemble(setting.config(folder, phase), quiet=True)
-    index = list(setting.phases).index(phase)
     contenders: dict[str, Callable[[], None]] = {}
     peaks, first = {}, {}
     seconds: dict[str, list[float]] = {"naive": [], "mtl": [], "limit": []}
-    with mtl_loop(parts, index, folder) as (mtl, audit_seconds):
+    with mtl_loop(parts, folder) as (mtl, audit_seconds):
         makers: dict[str, Callable[[], Callable[[], None]]] = {
-            "naive": lambda: naive_loop(parts, index),
+            "naive": lambda: naive_loop(parts),
             "mtl": lambda: mtl,
-            "limit": lambda: limit_loop(parts, index),
+            "limit": lambda: limit_loop(parts),
         }
         for name, make in makers.items():
             with peak_growth(parts.device) as peak:

@@ -5,7 +5,7 @@ from __future__ import annotations
 import copy
 import time
 from collections.abc import Callable, Iterable, Iterator
-from contextlib import contextmanager
+from contextlib import ExitStack, contextmanager
 from pathlib import Path
 from typing import Any
 
@@ -14,45 +14,33 @@ from torch import Tensor, nn
 from torch.optim import AdamW
 
 from mtl.data import Batch, training_batches
-from mtl.freeze import enforce, is_frozen
 from mtl.model import MultiTaskModel
 from mtl.model.prefix import Prefix
 from mtl.model.trunk import Features
-from mtl.training.keeper import Stepping
 from mtl.training.loop import Trainer
-from mtl.training.setup import Parts
+from mtl.training.phase import ActivePhase
+from mtl.training.setup import RunSetup
 from mtl.training.tracking.tracker import Tracker
 
 
 @contextmanager
-def mtl_loop(parts: Parts, index: int, folder: Path) -> Iterator[tuple[Callable[[], None], list[float]]]:
-    """An epoch of the real loop, without the validation and the checkpoint that follow one."""
-    phase = parts.phases[index]
+def mtl_loop(parts: RunSetup, folder: Path) -> Iterator[tuple[Callable[[], None], list[float]]]:
+    """An epoch of the real loop, without the validation and the checkpoint that follow one; the first one enters."""
     trainer = Trainer(parts, folder, Tracker(parts.config.tracking, folder, "bench", {}), quiet=True)
     spent: list[float] = []
     audit: Any = trainer.audit
     for name in ("after_backward", "after_step", "verify"):
         setattr(audit, name, _timed(getattr(audit, name), spent))
-    enforce(parts.root, phase.freeze.plan)
-    stepping: Stepping = trainer.keeper.build_stepping(index)
-    patterns = list(phase.freeze.patterns)
-    with trainer.audit.phase(phase.name, patterns, [stepping.optimizer, phase.balance]) as record:
-        parts.model.trunk_is_frozen = is_frozen(phase.freeze.plan, "trunk")
-        trainer.gradients.enter(phase.name, phase.tasks, 1)
-        is_entered = False
+    entered: list[ActivePhase] = []
+    with ExitStack() as stack:
 
         def epoch() -> None:
-            nonlocal is_entered
-            if not is_entered:
-                trainer.keep_features(index, record, 0)
-                is_entered = True
-            if trainer.features.keeps:
-                trainer.audit.verify(bytes_only=True)
-            trainer.train_epoch(phase, stepping)
+            if not entered:
+                entered.append(stack.enter_context(trainer.active(parts.phases[0])))
+            trainer.train_epoch(entered[0])
             trainer.audit.verify()
 
         yield epoch, spent
-        trainer.features.leave()
 
 
 def _timed(call: Callable[..., None], spent: list[float]) -> Callable[..., None]:
@@ -64,15 +52,15 @@ def _timed(call: Callable[..., None], spent: list[float]) -> Callable[..., None]
     return timed
 
 
-def naive_loop(parts: Parts, index: int) -> Callable[[], None]:
+def naive_loop(parts: RunSetup) -> Callable[[], None]:
     model = copy.deepcopy(parts.model)
-    return _plain_loop(parts, index, model, lambda batch: model(batch.images))
+    return _plain_loop(parts, model, lambda batch: model(batch.images))
 
 
-def limit_loop(parts: Parts, index: int) -> Callable[[], None]:
-    phase, model = parts.phases[index], copy.deepcopy(parts.model)
+def limit_loop(parts: RunSetup) -> Callable[[], None]:
+    phase, model = parts.phases[0], copy.deepcopy(parts.model)
     if not any(name.startswith("trunk.") for name in phase.freeze.plan.names.frozen):
-        return _plain_loop(parts, index, model, lambda batch: model(batch.images))
+        return _plain_loop(parts, model, lambda batch: model(batch.images))
     _freeze_as_tutorials_do(model, phase.freeze.plan.names.frozen)
     _rest(model)
     batches = [parts.train.batch(each).to(parts.device) for each in torch.split(torch.arange(len(parts.train)), 64)]
@@ -85,13 +73,13 @@ def limit_loop(parts: Parts, index: int) -> Callable[[], None]:
         features: Features = prefix.replay([field.index_select(0, indices) for field in extracted])
         return model.decode(features, batch.size)
 
-    return _plain_loop(parts, index, model, outputs)
+    return _plain_loop(parts, model, outputs)
 
 
 def _plain_loop(
-    parts: Parts, index: int, model: MultiTaskModel, outputs: Callable[[Batch], dict[str, Tensor]]
+    parts: RunSetup, model: MultiTaskModel, outputs: Callable[[Batch], dict[str, Tensor]]
 ) -> Callable[[], None]:
-    phase = parts.phases[index]
+    phase = parts.phases[0]
     balance = copy.deepcopy(phase.balance)
     _freeze_as_tutorials_do(model, phase.freeze.plan.names.frozen)
     _rest(model)

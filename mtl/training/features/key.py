@@ -10,10 +10,12 @@ import torch
 from mtl.audit import PhaseRecord, fingerprint
 from mtl.model.prefix import Prefix
 from mtl.runtime.fingerprint import root
-from mtl.training.setup import Parts
+from mtl.training.setup import RunSetup
 
 
-def feature_key(parts: Parts, prefix: Prefix, record: PhaseRecord, num_views: int, batch_size: int) -> dict[str, Any]:
+def feature_key(
+    parts: RunSetup, prefix: Prefix, record: PhaseRecord, num_views: int, batch_size: int
+) -> dict[str, Any]:
     """All that kept activations depend on but the images, as JSON.
 
     Args:

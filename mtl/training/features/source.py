@@ -26,7 +26,7 @@ from mtl.runtime.console import logger, progress_bar
 from mtl.runtime.text import count, in_bytes
 from mtl.training.features.key import feature_key
 from mtl.training.features.survey import NotKept, survey
-from mtl.training.setup import Parts
+from mtl.training.setup import RunSetup
 
 # What reading is taken to cost, bytes a second, where it is not worth a measurement.
 _READ_RATE = {"ram": 2e9, "disk": 5e8}
@@ -42,7 +42,7 @@ class FeatureSource:
         kept_in: Where the phase's activations are kept: `ram`, `disk`, or `off`.
     """
 
-    def __init__(self, parts: Parts, autocast: torch.autocast, quiet: bool, world: World = ALONE) -> None:
+    def __init__(self, parts: RunSetup, autocast: torch.autocast, quiet: bool, world: World = ALONE) -> None:
         self._parts = parts
         self._model = parts.model
         self._settings = parts.config.cache
@@ -54,6 +54,8 @@ class FeatureSource:
         self._batch_size = parts.config.data.batch_size
         self._prefix: Prefix | None = None
         self.kept_in = "off"
+        # What `auto` decided in a phase that is resumed, until that is entered.
+        self._resumed_in: str | None = None
         # Of the phase, by the identity of the split.
         self._stores: dict[int, FeatureStore] = {}
         # Splits by identity, and views.
@@ -90,6 +92,7 @@ class FeatureSource:
 
     def load_state_dict(self, state: Mapping[str, Any]) -> None:
         """Has what another process had in memory computed again where it is asked for: phases to come decide alike."""
+        self._resumed_in = state["kept_in"]
         for key, num_rows, fields in state["in_memory"]:
             own = [Field(tuple(shape), getattr(torch, dtype)) for shape, dtype in fields]
             self._in_ram[key] = self._new_store("ram", json.loads(key), num_rows, own)
@@ -100,7 +103,6 @@ class FeatureSource:
         record: PhaseRecord,
         holds: Callable[[], bool],
         steps_done: int,
-        kept_in: str | None = None,
     ) -> None:
         """Decides for a phase whether and where to keep activations, and says so.
 
@@ -109,9 +111,8 @@ class FeatureSource:
             record: The audit's, with the fingerprints of what is frozen.
             holds: Whether the audit has found nothing wrong so far.
             steps_done: Steps that the phase has taken already.
-            kept_in: What `auto` decided when the phase was begun, if it is taken up in its middle.
         """
-        phase = self._parts.phases[index]
+        phase, kept_in = self._parts.phases[index], self._resumed_in
         self.leave()
         self._batch_size, self._holds = phase.batch_size, holds
         mode = phase.config.cache or self._settings.mode
@@ -168,6 +169,7 @@ class FeatureSource:
             if not any(store is kept for kept in self._in_ram.values()):
                 store.close()
         self._prefix, self._stores, self._filled, self.kept_in = None, {}, set(), "off"
+        self._resumed_in = None
 
     def __call__(self, batch: Batch, tasks: Collection[str] | None = None) -> Features:
         """What the heads of some tasks read for a batch, and maybe more.

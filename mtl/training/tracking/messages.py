@@ -14,11 +14,11 @@ from mtl.phases.plan.dead import dead_branches
 from mtl.phases.resolve import Phase
 from mtl.runtime.console import logger
 from mtl.runtime.text import condense, count, shorten
-from mtl.training.setup import Parts
+from mtl.training.setup import RunSetup
 from mtl.training.tracking.steps import StepLog
 
 
-def announce_classic(parts: Parts) -> None:
+def announce_classic(parts: RunSetup) -> None:
     """Says what the classic list of substrings freezes, in the words in which it has always been said."""
     substrings = parts.config.MODEL.NOT_TRAIN_IN_MULTI_TASK
     if not substrings:
@@ -29,7 +29,7 @@ def announce_classic(parts: Parts) -> None:
             logger.info(f"freezing {name}")
 
 
-def warn_of_dead_branches(parts: Parts) -> None:
+def warn_of_dead_branches(parts: RunSetup) -> None:
     """Warns of what would train in a phase but cannot, since frozen tensors of zeros stand in its way.
 
     Args:
@@ -48,7 +48,7 @@ def warn_of_dead_branches(parts: Parts) -> None:
         )
 
 
-def _remedy(parts: Parts, branch: DeadBranch) -> str:
+def _remedy(parts: RunSetup, branch: DeadBranch) -> str:
     ways = [f"leave {'it' if len(branch.zeros) == 1 else 'them'} out of the freeze"]
     if any(name.startswith("trunk.") for name in branch.zeros):
         if "zero_init_last" in inspect.signature(type(parts.model.trunk)).parameters:
@@ -58,7 +58,7 @@ def _remedy(parts: Parts, branch: DeadBranch) -> str:
     return " or ".join(ways)
 
 
-def tell_idle_tasks(parts: Parts, phase: Phase) -> None:
+def tell_idle_tasks(parts: RunSetup, phase: Phase) -> None:
     """Says which of a phase's tasks have no loss in it, since all that it would train is frozen."""
     idle = [task for task in active_tasks(parts.config, phase.config) if task not in phase.tasks]
     if idle:
@@ -79,7 +79,7 @@ def tell_balance(phase: Phase) -> None:
         )
 
 
-def tell_epoch(parts: Parts, row: Mapping[str, Any], log: StepLog | None) -> None:
+def tell_epoch(parts: RunSetup, row: Mapping[str, Any], log: StepLog | None) -> None:
     """One line for a validation.
 
     Args:
@@ -98,7 +98,7 @@ def tell_epoch(parts: Parts, row: Mapping[str, Any], log: StepLog | None) -> Non
     )
 
 
-def tell_unreached(parts: Parts, phase: Phase) -> None:
+def tell_unreached(parts: RunSetup, phase: Phase) -> None:
     """Says which parameters would train in a phase, but get no gradient, and what becomes of them."""
     every_name = [name for name, _ in parts.root.named_parameters(remove_duplicate=False)]
     names = shorten(condense(phase.freeze.unreached, every_name), 6)

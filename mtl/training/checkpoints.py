@@ -1,0 +1,131 @@
+"""A run's checkpoints: when one is due, writing it, going back to the best one, and the links of a resumed run."""
+
+from __future__ import annotations
+
+from collections.abc import Mapping, Sequence
+from pathlib import Path
+from typing import Any
+
+from torch import Tensor, nn
+
+from mtl.checkpoint.folder import Checkpoints
+from mtl.checkpoint.load import load_checkpoint
+from mtl.distributed.world import World
+from mtl.model.fsdp import Gathered, gather
+from mtl.phases.resolve import Phase
+from mtl.runtime.console import logger
+from mtl.runtime.tensors import gathered, is_spread
+from mtl.training.phase import ActivePhase
+from mtl.training.resume import Resumption, frozen_names
+from mtl.training.setup import RunSetup
+from mtl.training.state import RunState
+
+
+class CheckpointWriter:
+    """Writes the state of a run. With several processes, the first one writes, unless each writes its shards."""
+
+    def __init__(self, setup: RunSetup, folder: Path, world: World) -> None:
+        self._setup = setup
+        self._world = world
+        self._checkpoints = Checkpoints(folder, mends=world.leads)
+        self._is_sharded = any(is_spread(parameter) for parameter in setup.root.parameters())
+        self._in_shards = self._is_sharded and setup.config.distributed.checkpoint == "dcp"
+        # Seconds of steps since the last one, by the clock of the first process.
+        self._waited_s = 0.0
+
+    def is_due(self, step: int, seconds: float) -> bool:
+        """Whether `checkpoint.every_steps` or `every_minutes` asks for one after a step inside an epoch.
+
+        Args:
+            step: Steps done in the run.
+            seconds: Those since the step before, by the clock of the first process.
+        """
+        settings = self._setup.config.checkpoint
+        if settings.every_steps is not None and step % settings.every_steps == 0:
+            return True
+        if not settings.every_minutes:
+            return False
+        self._waited_s += seconds
+        return self._waited_s >= 60 * settings.every_minutes
+
+    def write(
+        self,
+        state: RunState,
+        active: ActivePhase,
+        row: Mapping[str, Any],
+        links: Sequence[str] = (),
+        statistics: Mapping[str, Tensor] | None = None,
+    ) -> Path:
+        """Writes a checkpoint.
+
+        Args:
+            state: The run's.
+            active: The active phase.
+            row: What was logged last.
+            links: What it is the new best by.
+            statistics: Of norm layers, as this process has them by itself inside an epoch.
+
+        Returns:
+            Its folder.
+
+        Raises:
+            SaveError: The disk does not take it; those before are as they were.
+        """
+        world, root, phase, optim = self._world, self._setup.root, active.phase, active.optim
+        if optim is not None:
+            optim.keep_state(state)
+        plain = state.to_json(row, None if optim is None else optim.lr_schedule.state_dict())
+        every = self._setup.config.checkpoint.keep_every_epochs
+        for_good = every is not None and state.steps_in_epoch is None and optim is not None and state.epoch % every == 0
+        frozen, names = frozen_names(phase), ["last", *links]
+        with state.averaged():
+            tensors = state.tensors(statistics or {})
+            if self._in_shards:
+                self._checkpoints.save_shards(root, frozen, tensors, plain, names, world, for_good)
+            else:
+                # Where the model is sharded, all processes bring together what the first one writes.
+                full: nn.Module | Gathered = root
+                if self._is_sharded:
+                    full, tensors = gather(root, world), gathered(tensors, world.leads)
+                if world.leads:
+                    self._checkpoints.save(full, frozen, tensors, plain, names, for_good)
+        world.barrier()
+        self._waited_s = 0.0
+        return self._checkpoints.folder / "last"
+
+    def load_best(self, state: RunState, phase: Phase) -> None:
+        """Loads the best weights and buffers so far, with their optimizer state, if a phase begins with them."""
+        if phase.restore is None:
+            return
+        metric, direction = phase.restore
+        link = state.best.link(metric, direction)
+        folder = self._checkpoints.find(link)
+        if folder is None:
+            logger.warning(f"{phase.name}: there are no best weights by {metric} yet; keeping the current ones")
+            return
+        saved, tensors = load_checkpoint(folder, self._setup.root)
+        state.load_optimizer_state(tensors)
+        step, value = saved["step"], saved["best"][link]["best"]["value"]
+        logger.info(f"{phase.name}: back to the weights of step {step}, the best by {metric}: {value:.4g}")
+
+    def relink(self, resumption: Resumption, state: RunState) -> None:
+        """Makes links those of a resumed run: `last` and the best ones, copied if they are another run's."""
+        if not self._world.leads:
+            self._world.barrier()
+            return
+        steps = state.best.steps
+        if resumption.in_place:
+            self._checkpoints.drop_newer(resumption.step)
+            # A run that was killed between a checkpoint and its links has links to older ones.
+            steps = {link: step for link, step in steps.items() if not self._checkpoints.is_at(link, step)}
+        else:
+            self._checkpoints.adopt(resumption.folder, resumption.step, "last")
+        here = resumption.folder.resolve()
+        for link, step in steps.items():
+            source = here if step == resumption.step else here.parent / f"step-{step:08d}"
+            if source.is_dir():
+                self._checkpoints.adopt(source, step, link)
+            else:
+                state.best.forget(link)
+                logger.warning(f"resume: the weights of step {step}, until then the {link}, are no longer there")
+        self._world.barrier()
