@@ -106,8 +106,8 @@ def test_every_module_has_a_floor_and_every_floor_a_module() -> None:
 
 
 def test_the_house_can_be_seen_at_once() -> None:
-    entries = {path.name for path in (ROOT / "mtl").iterdir()} - {"__pycache__"}
-    rooms = {name.removesuffix(".py") for name in entries - {"__init__.py", "__main__.py", "py.typed"}}
+    entries = {file.relative_to(ROOT / "mtl").parts[0] for file in (ROOT / "mtl").rglob("*.py")}
+    rooms = {name.removesuffix(".py") for name in entries - {"__init__.py", "__main__.py"}}
     assert rooms == FLOOR_OF.keys() - {"mtl", "__main__"}
     assert len(rooms) <= 16
     assert len(FLOORS) <= 9

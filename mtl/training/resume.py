@@ -154,7 +154,7 @@ def what_is_overridden(config: RunConfig, source: ResumeSource | None) -> list[s
     lines = [f"{ended}; it resumes from what was saved before that"] if ended else []
     if source is not None:
         found = [each for each in differences_from(source.state["config"], config) if each.kind != "free"]
-        lines += [f"resumes with another {_listed(found)}"] if found else []
+        lines += [f"with another {_listed(found)}"] if found else []
     return lines
 
 

@@ -343,15 +343,15 @@ NASTY: dict[str, tuple[list[str], str]] = {
     "a file": (["resume=tiny.yaml", "name=again"], r"command line: resume: tiny\.yaml is no checkpoint"),
     "other data": (
         ["resume=runs/tiny", "name=again", "data.num_train=41", "resume_override=true"],
-        r"resume: data\.num_train: 40 -> 41; a run cannot go on with another value; without resume, a run begins",
+        r"resume: data\.num_train: 40 -> 41; a run cannot resume with another value; without resume, a run begins",
     ),
     "another trunk": (
         ["resume=auto", "trunk.name=test_vit", "resume_override=true"],
-        r"resume: trunk\.name: test_resnet -> test_vit; a run cannot go on with another value",
+        r"resume: trunk\.name: test_resnet -> test_vit; a run cannot resume with another value",
     ),
     "another configuration": (
         ["resume=runs/tiny", "name=again", "optim.accumulate=3"],
-        r"resume: optim\.accumulate: 2 -> 3; .*resume_override=true goes on with the new one",
+        r"resume: optim\.accumulate: 2 -> 3; .*resume_override=true resumes with the new one",
     ),
     "another configuration inside an epoch": (
         ["resume=auto", "optim.accumulate=3", "resume_override=true"],
@@ -370,7 +370,7 @@ def test_a_place_that_no_run_can_go_on_from_is_refused_in_one_line(
     before = sorted(tmp_path.rglob("*"))
     assert main(["train", str(file), "-q", *overrides]) == 2
     said = capsys.readouterr().err
-    lines = [line for line in said.splitlines() if not line.startswith("resume: goes on with another")]
+    lines = [line for line in said.splitlines() if not line.startswith("resume: with another")]
     assert len(lines) == 1 and re.search(message, said), said
     assert sorted(tmp_path.rglob("*")) == before
 

@@ -101,5 +101,5 @@ def test_a_run_that_the_audit_ended_is_not_taken_up_unless_it_is_asked_for(tmp_p
     assert "exitcode  : 2" in said
     assert "resume: the audit ended this run" in said and "param_changed, step 2 of phase 'heads'" in said
     said = finish(start(2, file, "resume=auto", "resume_override=true"))
-    assert said.count("what was saved before that is taken up") == 1
+    assert said.count("it resumes from what was saved before that") == 1
     assert not list((tmp_path / "runs/tiny").glob("audit.rank-*"))

@@ -213,7 +213,7 @@ def test_an_accumulated_step_has_the_gradient_of_one_batch_of_all_its_images(tmp
     (phase,) = expected.phases
     enforce(expected.root, phase.freeze.plan)
     (batch,) = training_batches(expected.train, 40, 0, 0)
-    loss: Tensor = Trainer(expected, tmp_path, trainer.tracker, quiet=True).losses(batch, phase)[0]
+    loss: Tensor = Trainer(expected, tmp_path, trainer.state.tracker, quiet=True).losses(batch, phase)[0]
     loss.backward()
     trainer.run_phase(parts.phases[0])
     for name, parameter in expected.root.named_parameters():

@@ -183,9 +183,9 @@ def test_another_configuration_is_refused_with_the_difference(tmp_path: Path) ->
     crashed(tmp_path, 4)
     for overrides, message in [
         (["optim.weight_decay=0.1"], r"optim\.weight_decay: 0\.05 -> 0\.1; the configuration is not the one"),
-        (["phases.b.steps=6"], r"phases\.b\.steps: 5 -> 6; .*resume_override=true goes on with the new one"),
-        (["trunk.name=test_vit", "resume_override=true"], r"trunk\.name: test_resnet -> test_vit; a run cannot go on"),
-        (["seed=1", "resume_override=true"], r"seed: 0 -> 1; a run cannot go on with another value"),
+        (["phases.b.steps=6"], r"phases\.b\.steps: 5 -> 6; .*resume_override=true resumes with the new one"),
+        (["trunk.name=test_vit", "resume_override=true"], r"trunk\.name: test_resnet -> test_vit; a run cannot resume"),
+        (["seed=1", "resume_override=true"], r"seed: 0 -> 1; a run cannot resume with another value"),
     ]:
         with pytest.raises(ConfigError, match=message):
             go_on(tmp_path, *overrides)
@@ -197,7 +197,7 @@ def test_with_an_override_it_goes_on_with_what_can_be_honoured(
     crashed(tmp_path, 4)
     run_dir = go_on(tmp_path, "phases.b.steps=7", "optim.weight_decay=0.1", "resume_override=true")
     assert [row["step"] for row in read_metrics(run_dir) if "val/score" in row][-1] == 13
-    assert any("goes on with another optim.weight_decay: 0.05 -> 0.1" in record.message for record in caplog.records)
+    assert any("with another optim.weight_decay: 0.05 -> 0.1" in record.message for record in caplog.records)
 
 
 def test_a_run_that_the_audit_ended_is_not_taken_up_unless_it_is_asked_for(
@@ -220,7 +220,7 @@ def test_a_run_that_the_audit_ended_is_not_taken_up_unless_it_is_asked_for(
         with pytest.raises(ConfigError, match=said):
             go_on(tmp_path, override)
     assert_same(go_on(tmp_path, "resume_override=true"), whole_short)
-    assert any("what was saved before that is taken up" in record.message for record in caplog.records)
+    assert any("it resumes from what was saved before that" in record.message for record in caplog.records)
 
 
 def test_two_processes_do_not_train_in_one_directory(tmp_path: Path) -> None:

@@ -182,7 +182,7 @@ def test_going_back_before_there_is_a_best_goes_on_and_says_so(
     parts = parts_with(tmp_path, [{"name": "a", "steps": 1}, {"name": "b", "steps": 1, "restore": "best"}])
     scripted_scores(monkeypatch, [math.nan, 0.1])
     outcome = train(parts, quiet=True)
-    assert "b: there are no best weights by val/score yet; it goes on from the last ones" in caplog.messages
+    assert "b: there are no best weights by val/score yet; keeping the current ones" in caplog.messages
     assert outcome.best_step == 2
 
 
@@ -207,7 +207,7 @@ COURSE = [
 
 
 def keep_every_checkpoint(monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr("mtl.checkpoint.Checkpoints._prune", lambda _: None)
+    monkeypatch.setattr("mtl.checkpoint.folder.Checkpoints._prune", lambda _: None)
 
 
 @pytest.mark.slow
@@ -271,14 +271,14 @@ def test_what_cannot_be_taken_up_is_said_before_anything_is_written(tmp_path: Pa
             two[:1],
             last,
             {},
-            r"phases \(order\): \['a', 'b'\] -> \['a'\]; .*resume_override=true goes on with the new one",
+            r"phases \(order\): \['a', 'b'\] -> \['a'\]; .*resume_override=true resumes with the new one",
         ),
         (two[:1], last, {"resume_override": True}, r"is of a run with the phases a, b; this one has a"),
         (
             two,
             last,
             {"trunk": {"name": "test_vit"}},
-            r"trunk\.name: test_resnet -> test_vit; a run cannot go on with another value",
+            r"trunk\.name: test_resnet -> test_vit; a run cannot resume with another value",
         ),
         (two, last, {}, r"is the end of its run"),
     ]:
