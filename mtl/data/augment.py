@@ -8,6 +8,7 @@ import torch
 from torch import Tensor
 
 from mtl.config import AugmentConfig
+from mtl.data.transfer import to_device
 
 
 @dataclass(frozen=True)
@@ -35,8 +36,7 @@ class View:
             "b h w c", uint8.
         """
         brightness, contrast = (
-            factors[indices].view(-1, 1, 1, 1).to(images.device, non_blocking=True)
-            for factors in (self.brightness, self.contrast)
+            to_device(factors[indices].view(-1, 1, 1, 1), images.device) for factors in (self.brightness, self.contrast)
         )
         values = images.float()
         mean = values.mean(dim=(1, 2, 3), keepdim=True)

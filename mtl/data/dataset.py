@@ -10,6 +10,7 @@ import torch
 from torch import Tensor
 
 from mtl.data.augment import View
+from mtl.data.transfer import to_device
 
 
 @dataclass(frozen=True)
@@ -52,14 +53,14 @@ class Batch:
     def images(self) -> Tensor:
         """Of shape "b h w c", uint8; read when first asked for, since kept features make them needless."""
         stored = self.split.images[self.indices] if self.stored is None else self.stored
-        images = _moved(stored, self.device)
+        images = to_device(stored, self.device)
         return images if self.view is None else self.view.of(images, self.indices)
 
     def to(self, device: torch.device) -> Batch:
         if device == self.device:
             return self
-        labels = {name: _moved(label, device) for name, label in self.labels.items()}
-        stored = None if self.stored is None else _moved(self.stored, device)
+        labels = {name: to_device(label, device) for name, label in self.labels.items()}
+        stored = None if self.stored is None else to_device(self.stored, device)
         return replace(self, labels=labels, device=device, stored=stored)
 
 
@@ -130,10 +131,3 @@ class Split:
         labels = {n: label.float() if label.is_floating_point() else label.long() for n, label in rows.labels.items()}
         own = None if every is None else tuple(every)
         return Batch(self, indices, labels, torch.device("cpu"), view, own, rows.images)
-
-
-def _moved(tensor: Tensor, device: torch.device) -> Tensor:
-    """A tensor of the host on its way to a device, without waiting for it."""
-    if device.type == "cuda" and not tensor.is_cuda:
-        tensor = tensor.pin_memory()
-    return tensor.to(device, non_blocking=True)
