@@ -30,7 +30,7 @@ class View:
 
         Args:
             images: "b h w c", uint8.
-            indices: "b", on the CPU: their places in the split.
+            indices: "b", on the CPU: their indices in the split.
 
         Returns:
             "b h w c", uint8.

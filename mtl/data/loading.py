@@ -127,8 +127,8 @@ class _RowsOfBatches(Dataset[Rows]):
 
     def __getitems__(self, indices: list[int]) -> Rows:
         rows = self._split.rows(torch.tensor(indices), self._with_images)
-        # Here, where torch sends what is raised to the main process. If memory ran out later, in the thread that sends
-        # the batch, the batch would be lost, and the main process would wait for it for ever.
+        # Shared here, where torch passes an error on to the main process. If memory ran out in the worker's thread that
+        # sends the batch, the batch would be lost, and the main process would wait for it for ever.
         for tensor in [*rows.labels.values(), *([] if rows.images is None else [rows.images])]:
             tensor.share_memory_()  # type: ignore[no-untyped-call]
         return rows
@@ -158,12 +158,12 @@ def _rows_by_workers(
         generator=torch.Generator(),
     )
     batches: Any = iter(loader)
-    # Not public, but only they know how a worker ended.
+    # Not public, but nothing else knows how a worker ended.
     workers: list[BaseProcess] = batches._workers
     try:
         yield from batches
     except (RuntimeError, OSError, EOFError) as error:
-        # One that was killed may need a moment until the system says so.
+        # The system may need a moment until it reports that a worker is dead.
         connection.wait([worker.sentinel for worker in workers], timeout=1.0)
         for number, worker in enumerate(workers):
             if worker.exitcode:
@@ -186,7 +186,7 @@ def _as_it_is(rows: Any) -> Any:
 
 
 def _ignore_signals(_: int) -> None:
-    """Whoever stops the run stops the main process, which ends its workers."""
+    """A signal that stops the run is for the main process, which ends its workers."""
     signal.signal(signal.SIGINT, signal.SIG_IGN)
     signal.signal(signal.SIGHUP, signal.SIG_IGN)
 
