@@ -163,10 +163,11 @@ def _rows_by_workers(
     try:
         yield from batches
     except (RuntimeError, OSError, EOFError) as error:
-        # The system may need a moment until it reports that a worker is dead.
-        connection.wait([worker.sentinel for worker in workers], timeout=1.0)
+        # A worker that dies closes its connections a moment before the system reports its end.
+        ended = connection.wait([worker.sentinel for worker in workers], timeout=1.0)
         for number, worker in enumerate(workers):
-            if worker.exitcode:
+            if worker.sentinel in ended:
+                worker.join(1.0)
                 raise DataError(
                     f"data worker {number} (pid {worker.pid}) {_end(worker.exitcode)} while it made a batch; if memory"
                     " ran out (see dmesg), lower data.num_workers or data.batch_size; data.num_workers=0 makes batches"
@@ -191,7 +192,9 @@ def _ignore_signals(_: int) -> None:
     signal.signal(signal.SIGHUP, signal.SIG_IGN)
 
 
-def _end(code: int) -> str:
+def _end(code: int | None) -> str:
+    if code is None:
+        return "has closed its connections"
     return f"was killed by {signal.Signals(-code).name}" if code < 0 else f"ended with exit code {code}"
 
 

@@ -171,6 +171,25 @@ def test_a_worker_that_dies_is_named_with_its_end(victims: str) -> None:
     assert not multiprocessing.active_children()
 
 
+@pytest.mark.slow
+def test_a_worker_that_is_killed_at_any_moment_is_named() -> None:
+    """While it reads, while it sends, while the main process takes a batch from it: none may hang or look different."""
+    chance = random.Random(0)
+    for _ in range(20):
+        batches = training_batches(split(6000), 5, 3, 1, loading=WAYS["workers"])
+        next(batches)
+        pid = chance.choice(multiprocessing.active_children()).pid
+        assert pid is not None
+        killer = threading.Timer(chance.uniform(0, 0.3), os.kill, (pid, signal.SIGKILL))
+        killer.start()
+        with pytest.raises(DataError, match=r"data worker \d \(pid \d+\) was killed by SIGKILL"):
+            for _ in batches:
+                pass
+        killer.join()
+        assert not threads()
+        assert not multiprocessing.active_children()
+
+
 def test_a_worker_that_ends_by_itself_is_named_with_its_exit_code(monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr(Split, "rows", lambda *_: os._exit(3))
     with pytest.raises(DataError, match=r"data worker \d \(pid \d+\) ended with exit code 3 while it made a batch"):
