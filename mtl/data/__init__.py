@@ -19,8 +19,9 @@ from mtl.data import multifashion, scenes, sprites
 from mtl.data.augment import View, draw_view
 from mtl.data.cache import DataError, cached, default_cache_dir, entry_of
 from mtl.data.dataset import Batch, Split
-from mtl.data.loading import Loading, num_batches, training_batches, validation_batches, validation_rounds
+from mtl.data.loading import Loading, training_batches, validation_batches, validation_rounds
 from mtl.data.room import bytes_of, check_disk, check_image, check_memory
+from mtl.data.samplers import num_batches
 from mtl.data.sprites import load_sprites
 from mtl.runtime.console import logger
 from mtl.runtime.text import shorten
@@ -52,7 +53,7 @@ class BuiltIn:
     Attributes:
         module: Where its `render_block`, `stored` and `BLOCK` live.
         num_train: Training images, unless the configuration says otherwise.
-        num_val: Validation images, likewise.
+        num_val: Validation images, unless the configuration says otherwise.
         labels: The labels that it gives; tasks are named after them.
     """
 
@@ -102,7 +103,7 @@ def _sound(split: Split, which: str, config: DataConfig, tasks: Mapping[str, Tas
     """A split in which every sample can be trained on.
 
     Raises:
-        DataError: One cannot, and they are not to be left out; or none can.
+        DataError: A sample cannot be trained on, and `data.on_bad_sample` is `raise`; or none can.
     """
     bad = torch.zeros(len(split), dtype=torch.bool)
     for name, task in tasks.items():
@@ -135,7 +136,7 @@ def check_room(config: DataConfig) -> None:
     """Raises `SettingError` if what is to be made is certain not to fit into memory, or on the data cache's disk."""
     data = BUILT_IN.get(config.name)
     if data is None:
-        return  # said where the labels are checked
+        return  # a data set that does not exist is reported where the labels are checked
     size, on_disk, num_made = config.image_size, 0, 0
     check_image(size)
     for split, key, num in zip(("train", "val"), ("num_train", "num_val"), num_images(config), strict=True):

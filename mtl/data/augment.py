@@ -8,6 +8,7 @@ import torch
 from torch import Tensor
 
 from mtl.config import AugmentConfig
+from mtl.data.transfer import to_device
 
 
 @dataclass(frozen=True)
@@ -29,14 +30,13 @@ class View:
 
         Args:
             images: "b h w c", uint8.
-            indices: "b", on the CPU: their places in the split.
+            indices: "b", on the CPU: their indices in the split.
 
         Returns:
             "b h w c", uint8.
         """
         brightness, contrast = (
-            factors[indices].view(-1, 1, 1, 1).to(images.device, non_blocking=True)
-            for factors in (self.brightness, self.contrast)
+            to_device(factors[indices].view(-1, 1, 1, 1), images.device) for factors in (self.brightness, self.contrast)
         )
         values = images.float()
         mean = values.mean(dim=(1, 2, 3), keepdim=True)

@@ -47,11 +47,11 @@ def entry_of(folder: Path, key: Mapping[str, Any]) -> Path:
 def cached(
     folder: Path, key: Mapping[str, Any], shapes: Mapping[str, Shape], make: Callable[[], dict[str, Tensor]]
 ) -> dict[str, Tensor]:
-    """Reads tensors that were made before, or makes and keeps them; what is damaged is made again, with a warning.
+    """Reads tensors that were made before, or makes and writes them; a damaged entry is made again, with a warning.
 
     Args:
         folder: The cache directory.
-        key: Everything that the tensors depend on, as JSON; it is kept beside them.
+        key: Everything that the tensors depend on, as JSON; it is written next to them.
         shapes: The shape of each tensor.
         make: Makes the tensors.
 

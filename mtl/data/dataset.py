@@ -10,6 +10,7 @@ import torch
 from torch import Tensor
 
 from mtl.data.augment import View
+from mtl.data.transfer import to_device
 
 
 @dataclass(frozen=True)
@@ -18,13 +19,13 @@ class Batch:
 
     Attributes:
         split: Where they come from.
-        indices: "b", int64, on the CPU: the images' places there.
+        indices: "b", int64, on the CPU: those of the images in the split.
         labels: By task; class labels int64, others float32.
         device: Where labels are, and images will be.
         view: How the images are seen; as they are if not given.
         stored: "b h w c", uint8, the images as the split has them, if they were read together with the labels.
-        every: Where several processes share what is kept: the indices of all processes' batches at this moment, by
-            rank, this one's among them.
+        every: Where several ranks share kept features: the indices of each rank's batch in this step, by rank, this
+            one's included.
     """
 
     split: Split
@@ -40,7 +41,7 @@ class Batch:
 
     @property
     def everyone(self) -> Tensor:
-        """The indices of the images of all processes, "b", on the CPU."""
+        """The indices of the images of all ranks, "b", on the CPU."""
         return self.indices if self.every is None else torch.cat(self.every)
 
     @property
@@ -50,16 +51,16 @@ class Batch:
 
     @cached_property
     def images(self) -> Tensor:
-        """Of shape "b h w c", uint8; read when first asked for, since kept features make them needless."""
+        """Of shape "b h w c", uint8; read when first asked for, since a step with kept features needs no images."""
         stored = self.split.images[self.indices] if self.stored is None else self.stored
-        images = _moved(stored, self.device)
+        images = to_device(stored, self.device)
         return images if self.view is None else self.view.of(images, self.indices)
 
     def to(self, device: torch.device) -> Batch:
         if device == self.device:
             return self
-        labels = {name: _moved(label, device) for name, label in self.labels.items()}
-        stored = None if self.stored is None else _moved(self.stored, device)
+        labels = {name: to_device(label, device) for name, label in self.labels.items()}
+        stored = None if self.stored is None else to_device(self.stored, device)
         return replace(self, labels=labels, device=device, stored=stored)
 
 
@@ -69,7 +70,7 @@ class Rows:
 
     Attributes:
         labels: By name.
-        images: None if nobody asked for them.
+        images: None if they were not to be read.
     """
 
     labels: dict[str, Tensor]
@@ -83,7 +84,7 @@ class Split:
     Attributes:
         images: "n h w c", uint8.
         labels: By name, first axis n; whole numbers of any width for classes, floats of any width otherwise.
-        num_skipped: Samples that were left out, since a label of theirs cannot be trained on.
+        num_skipped: Samples that were left out, since one of their labels cannot be trained on.
     """
 
     images: Tensor
@@ -107,7 +108,12 @@ class Split:
         return Split(self.images[~bad], labels, self.num_skipped + int(bad.sum()))
 
     def rows(self, indices: Tensor, with_images: bool) -> Rows:
-        """Copies of what is stored at these places."""
+        """Copies of what is stored of some images.
+
+        Args:
+            indices: "b", int64.
+            with_images: Whether to read the images too.
+        """
         labels = {name: label[indices] for name, label in self.labels.items()}
         return Rows(labels, self.images[indices] if with_images else None)
 
@@ -118,22 +124,15 @@ class Split:
         every: Sequence[Tensor] | None = None,
         rows: Rows | None = None,
     ) -> Batch:
-        """The images at these places, in a view of them, with labels in the types that losses take.
+        """Some images, in a view of them, with labels in the types that losses take.
 
         Args:
-            indices: "b", the places.
+            indices: "b", int64.
             view: How the images are seen.
-            every: By rank, the places that each process has at this moment.
-            rows: What is stored at the places, if it was read already.
+            every: By rank, the indices of each rank's batch in this step.
+            rows: What is stored of the images, if it was read already.
         """
         rows = rows or self.rows(indices, with_images=False)
         labels = {n: label.float() if label.is_floating_point() else label.long() for n, label in rows.labels.items()}
         own = None if every is None else tuple(every)
         return Batch(self, indices, labels, torch.device("cpu"), view, own, rows.images)
-
-
-def _moved(tensor: Tensor, device: torch.device) -> Tensor:
-    """A tensor of the host on its way to a device, without waiting for it."""
-    if device.type == "cuda" and not tensor.is_cuda:
-        tensor = tensor.pin_memory()
-    return tensor.to(device, non_blocking=True)

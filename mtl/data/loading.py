@@ -1,23 +1,28 @@
-"""Batches of a pass over the data, made ahead of the steps that take them."""
+"""Batches, made ahead of the steps that take them: by a thread here, or by torch's DataLoader in worker processes."""
 
 from __future__ import annotations
 
+import signal
 from collections import deque
-from collections.abc import Generator, Iterator, Sequence
+from collections.abc import Generator, Iterator
 from concurrent.futures import ThreadPoolExecutor
 from contextlib import closing
 from dataclasses import dataclass
-from typing import TypeVar
+from multiprocessing import connection
+from multiprocessing.process import BaseProcess
+from typing import Any, TypeVar
 
 import torch
-from torch import Tensor
+from torch.utils.data import DataLoader, Dataset
 
 from mtl.data.augment import View
+from mtl.data.cache import DataError
 from mtl.data.dataset import Batch, Rows, Split
-from mtl.data.workers import rows_by_workers
+from mtl.data.samplers import EpochSampler, validation_shares
 from mtl.distributed.world import ALONE, World
 
 THREAD_NAME = "mtl-batches"
+# Batches that are ready before they are asked for: in the thread, and in each worker.
 _NUM_AHEAD = 2
 
 _Item = TypeVar("_Item")
@@ -29,15 +34,13 @@ class Loading:
 
     Attributes:
         with_images: Whether images are read with the labels; if not, they are when a batch is asked for them.
-        device: Where batches are brought; they stay on the host if not given.
+        device: Where batches are copied; they stay on the host if not given.
         num_workers: Processes that read what is stored; 0 reads it in this one.
-        num_ahead: Batches that are made, in a thread, before they are asked for; 0 makes each when it is asked for.
     """
 
     with_images: bool = False
     device: torch.device | None = None
     num_workers: int = 0
-    num_ahead: int = _NUM_AHEAD
 
 
 def training_batches(
@@ -51,42 +54,28 @@ def training_batches(
     skip: int = 0,
     loading: Loading = Loading(),
 ) -> Generator[Batch, None, None]:
-    """One pass in random order: of every global batch this process's share.
-
-    The order depends on seed and epoch alone, so that a run can be taken up anywhere. A last batch that is not full is
-    left out, another one each time: BatchNorm cannot train on one image.
+    """One epoch in random order: of every global batch this rank's share, in the order of `EpochSampler`.
 
     Batches are made in a thread, which ends when the generator is closed: when a loop over it is left, unless the
     generator has a name; then `contextlib.closing` ends it at once whatever happens.
 
     Args:
         split: The images and labels.
-        batch_size: Images in one batch of all processes together.
+        batch_size: Images in one batch of all ranks together.
         seed: That of the run.
-        epoch: Which pass of the run, from 0.
+        epoch: Which epoch of the run, from 0.
         view: How the images are seen.
-        world: The processes, which share each batch.
-        skip: Batches at the beginning that are not made, since they were taken before.
+        world: The ranks, which share each batch.
+        skip: Batches at the beginning of the epoch that are not made, since they were trained on already.
         loading: How batches are made.
 
     Raises:
         ValueError: There are fewer batches than are to be skipped.
-        WorldError: A global batch has fewer images than there are processes.
-        DataError: While it runs: a worker process died.
+        WorldError: A global batch has fewer images than there are ranks.
+        DataError: While it runs: a worker died.
     """
-    generator = torch.Generator().manual_seed(seed * 1_000_003 + epoch)
-    order = torch.randperm(len(split), generator=generator)
-    total = num_batches(len(split), batch_size)
-    if not 0 <= skip <= total:
-        raise ValueError(f"skip: expected 0 to {total}, the batches of a pass, got {skip}")
-    whole = [order[number * batch_size : (number + 1) * batch_size] for number in range(skip, total)]
-    every = [world.shares(indices) for indices in whole]
-    return _load(split, every, world.rank, view, loading)
-
-
-def num_batches(num_images: int, batch_size: int) -> int:
-    """Batches in one training pass: full ones only, but at least one."""
-    return max(1, num_images // batch_size)
+    # Not a generator itself, so that a mistake is raised by the call.
+    return _load(split, EpochSampler(len(split), batch_size, seed, epoch, skip, world), world.rank, view, loading)
 
 
 def validation_batches(split: Split, batch_size: int) -> Iterator[Batch]:
@@ -96,66 +85,128 @@ def validation_batches(split: Split, batch_size: int) -> Iterator[Batch]:
 
 
 def validation_rounds(split: Split, batch_size: int, world: World) -> Iterator[tuple[Batch, bool]]:
-    """Every image once over all processes, in the batches of one process, dealt out in turn.
-
-    All processes run equally many batches, since what they compute may need them all (FSDP, shared features).
-
-    Returns:
-        This process's batches, and whether it is the one to count them: a process for which the last round has none
-        left runs the first one of that round again.
-    """
-    parts = [torch.arange(at, min(at + batch_size, len(split))) for at in range(0, len(split), batch_size)]
-    for start in range(0, len(parts), world.size):
-        dealt = parts[start : start + world.size]
-        every = [*dealt, *[dealt[0]] * (world.size - len(dealt))]
-        yield split.batch(every[world.rank], every=every), world.rank < len(dealt)
+    """This rank's batches of `validation_shares`, and whether it is the one to count each."""
+    for shares, counts in validation_shares(len(split), batch_size, world):
+        yield split.batch(shares[world.rank], every=shares), counts
 
 
 def _load(
-    split: Split, every: Sequence[Sequence[Tensor]], rank: int, view: View | None, loading: Loading
+    split: Split, sampler: EpochSampler, rank: int, view: View | None, loading: Loading
 ) -> Generator[Batch, None, None]:
-    """The batches of one process; `every` has the shares of all processes, batch by batch."""
-    mine = [shares[rank] for shares in every]
     copier = _Copier(loading.device) if loading.device is not None and loading.device.type == "cuda" else None
 
     def make() -> Generator[tuple[Batch, torch.cuda.Event | None], None, None]:
-        if loading.num_workers:
-            rows = rows_by_workers(split, mine, loading.with_images, loading.num_workers)
+        num_workers = min(loading.num_workers, len(sampler))
+        if num_workers:
+            rows = _rows_by_workers(split, sampler, loading.with_images, num_workers)
         else:
-            rows = _rows_here(split, mine, loading.with_images)
-        for indices, shares, stored in zip(mine, every, rows, strict=True):
-            batch = split.batch(indices, view, shares, stored)
-            if copier is not None:
-                yield copier.start(batch)
-                continue
-            batch = batch if loading.device is None else batch.to(loading.device)
-            if loading.with_images:
-                _ = batch.images
-            yield batch, None
+            rows = (split.rows(shares[rank], loading.with_images) for shares in sampler.shares)
+        with closing(rows):
+            for shares, stored in zip(sampler.shares, rows, strict=True):
+                batch = split.batch(shares[rank], view, shares, stored)
+                if copier is not None:
+                    yield copier.start(batch)
+                    continue
+                batch = batch if loading.device is None else batch.to(loading.device)
+                if loading.with_images:
+                    _ = batch.images
+                yield batch, None
 
-    for batch, event in _ahead(make(), loading.num_ahead):
+    for batch, event in _ahead(make()):
         if copier is not None and event is not None:
             copier.finish(batch, event)
         yield batch
 
 
-def _rows_here(split: Split, places: Sequence[Tensor], with_images: bool) -> Generator[Rows, None, None]:
-    for indices in places:
-        yield split.rows(indices, with_images)
+class _RowsOfBatches(Dataset[Rows]):
+    """What is stored of a whole batch at a time, for workers."""
+
+    def __init__(self, split: Split, with_images: bool) -> None:
+        self._split = split
+        self._with_images = with_images
+
+    def __getitems__(self, indices: list[int]) -> Rows:
+        rows = self._split.rows(torch.tensor(indices), self._with_images)
+        # Shared here, where torch passes an error on to the main process. If memory ran out in the worker's thread that
+        # sends the batch, the batch would be lost, and the main process would wait for it for ever.
+        for tensor in [*rows.labels.values(), *([] if rows.images is None else [rows.images])]:
+            tensor.share_memory_()  # type: ignore[no-untyped-call]
+        return rows
 
 
-def _ahead(source: Generator[_Item, None, None], num: int) -> Iterator[_Item]:
-    """The items of a generator, which is run in a thread, so many ahead; 0 runs it here.
+def _rows_by_workers(
+    split: Split, sampler: EpochSampler, with_images: bool, num_workers: int
+) -> Generator[Rows, None, None]:
+    """What is stored of each batch, read in worker processes.
+
+    Runs in another thread than the main one: in that, torch sets a handler of SIGCHLD, which raises in the middle of a
+    step or of a checkpoint when a worker dies. Without the handler, torch looks at the workers every few seconds.
+
+    Raises:
+        DataError: A worker died. What a worker raises is raised here, with its traceback in the message.
+    """
+    loader = DataLoader(
+        _RowsOfBatches(split, with_images),
+        batch_sampler=sampler,
+        num_workers=num_workers,
+        collate_fn=_as_it_is,
+        # Forked: the memory of the split is shared, and nothing is copied.
+        multiprocessing_context="fork",
+        prefetch_factor=_NUM_AHEAD,
+        worker_init_fn=_ignore_signals,
+        # torch draws a seed for the workers: not from the generator that training draws from.
+        generator=torch.Generator(),
+    )
+    batches: Any = iter(loader)
+    # Not public, but nothing else knows how a worker ended.
+    workers: list[BaseProcess] = batches._workers
+    try:
+        yield from batches
+    except (RuntimeError, OSError, EOFError) as error:
+        # A worker that dies closes its connections a moment before the system reports its end.
+        ended = connection.wait([worker.sentinel for worker in workers], timeout=1.0)
+        for number, worker in enumerate(workers):
+            if worker.sentinel in ended:
+                worker.join(1.0)
+                raise DataError(
+                    f"data worker {number} (pid {worker.pid}) {_end(worker.exitcode)} while it made a batch; if memory"
+                    " ran out (see dmesg), lower data.num_workers or data.batch_size; data.num_workers=0 makes batches"
+                    " without workers"
+                ) from error
+        raise
+    finally:
+        # This ends the workers, unless an exception still holds the iterator.
+        del batches
+        for worker in workers:
+            worker.kill()
+            worker.join()
+
+
+def _as_it_is(rows: Any) -> Any:
+    return rows
+
+
+def _ignore_signals(_: int) -> None:
+    """A signal that stops the run is for the main process, which ends its workers."""
+    signal.signal(signal.SIGINT, signal.SIG_IGN)
+    signal.signal(signal.SIGHUP, signal.SIG_IGN)
+
+
+def _end(code: int | None) -> str:
+    if code is None:
+        return "has closed its connections"
+    return f"was killed by {signal.Signals(-code).name}" if code < 0 else f"ended with exit code {code}"
+
+
+def _ahead(source: Generator[_Item, None, None]) -> Iterator[_Item]:
+    """The items of a generator, which is run in a thread, some items ahead.
 
     What it raises is raised here, in its place. However this ends, the generator is closed and the thread has ended.
     """
     with closing(source):
-        if num == 0:
-            yield from source
-            return
         thread = ThreadPoolExecutor(1, THREAD_NAME)
         try:
-            pending = deque(thread.submit(next, source, None) for _ in range(num))
+            pending = deque(thread.submit(next, source, None) for _ in range(_NUM_AHEAD))
             while (item := pending.popleft().result()) is not None:
                 pending.append(thread.submit(next, source, None))
                 yield item
@@ -164,7 +215,7 @@ def _ahead(source: Generator[_Item, None, None], num: int) -> Iterator[_Item]:
 
 
 class _Copier:
-    """Brings batches to a CUDA device on a stream of its own, beside the steps that run there."""
+    """Copies batches to a CUDA device on a stream of its own, while steps run there."""
 
     def __init__(self, device: torch.device) -> None:
         self._device = device

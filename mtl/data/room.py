@@ -1,4 +1,4 @@
-"""What a data set takes in memory and on the disk, told before any of it is made."""
+"""The memory and the disk space that a data set needs, checked before any of it is made."""
 
 from __future__ import annotations
 
@@ -20,7 +20,7 @@ def bytes_of(stored: Stored) -> int:
 
 
 def machine_memory() -> int | None:
-    """Bytes of memory and swap that a process here can have at most; None if the system does not say."""
+    """The most memory and swap that a process can have on this machine, in bytes; None if the system does not say."""
     try:
         lines = Path("/proc/meminfo").read_text(encoding="ascii").splitlines()
         sizes = {key: 1024 * int(rest.split()[0]) for key, _, rest in (line.partition(":") for line in lines)}
@@ -66,14 +66,14 @@ def check_memory(key: str, image_size: int, num: int, stored: Stored) -> None:
 
 
 def check_disk(key: str, image_size: int, num: int, num_bytes: int, folder: Path) -> None:
-    """Raises `SettingError` if so many bytes do not fit on the disk of the data cache.
+    """Raises `SettingError` if the data does not fit on the disk of the data cache.
 
     Args:
         key: The setting to blame.
         image_size: Height and width of the images in pixels.
-        num: How many there are.
-        num_bytes: What they take.
-        folder: The data cache's, which need not be there.
+        num: Number of images.
+        num_bytes: What they take with their labels.
+        folder: That of the data cache, which need not exist.
     """
     there = next((each for each in [folder, *folder.absolute().parents] if each.is_dir()), None)
     if there is None:

@@ -52,12 +52,13 @@ class FeatureStore(ABC):
     changes nothing, so that no reader meets a row that is half old and half new.
     """
 
-    def __init__(self, num_rows: int, fields: Sequence[Field]) -> None:
+    def __init__(self, num_rows: int, fields: Sequence[Field], pin_memory: bool = False) -> None:
         """A store without rows.
 
         Args:
             num_rows: How many images there are; indices are 0 to num_rows - 1.
             fields: The tensors of one image.
+            pin_memory: Whether rows are read into pinned memory, so that copying them to a GPU need not wait for it.
 
         Raises:
             StoreError: There are no rows or no fields.
@@ -68,6 +69,7 @@ class FeatureStore(ABC):
             raise StoreError("fields: expected one or more, got none")
         self.num_rows = num_rows
         self.fields = tuple(fields)
+        self.pin_memory = pin_memory
         # Whether it has no rows and takes none any more.
         self.is_off = False
 
@@ -175,7 +177,10 @@ class FeatureStore(ABC):
         """Tensors to be filled, and their bytes: for every field "b bytes"."""
         # A tensor made in inference mode could not be saved for backward later.
         with torch.inference_mode(False):
-            batch = [torch.empty(length, *field.shape, dtype=field.dtype) for field in self.fields]
+            batch = [
+                torch.empty(length, *field.shape, dtype=field.dtype, pin_memory=self.pin_memory)
+                for field in self.fields
+            ]
             return batch, [_bytes_of(tensor, field) for tensor, field in zip(batch, self.fields, strict=True)]
 
 

@@ -36,6 +36,7 @@ class DiskStore(FeatureStore):
         fields: Sequence[Field],
         max_bytes: int | None = None,
         spare_bytes: int = 1 << 30,
+        pin_memory: bool = False,
     ) -> None:
         """Opens the features of a key, or an empty store to be filled.
 
@@ -47,11 +48,12 @@ class DiskStore(FeatureStore):
             max_bytes: The most that the folder may hold: what was not used for longest is removed, never what is in
                 use. None for no limit; then something is removed only if the disk has too little room.
             spare_bytes: What has to be free on the disk besides, before filling begins.
+            pin_memory: As in every store.
 
         Raises:
             StoreError: The key is not JSON, or there are no rows or fields.
         """
-        super().__init__(num_rows, fields)
+        super().__init__(num_rows, fields, pin_memory)
         self._layout = Layout(key, num_rows, self.fields)
         try:
             digest = self._layout.digest

@@ -14,8 +14,8 @@ from mtl.featurestore.base import Bytes, FeatureStore, Field, new_places
 class RamStore(FeatureStore):
     """Rows in arrays that are taken at the first write; the system gives their pages as rows are written."""
 
-    def __init__(self, num_rows: int, fields: Sequence[Field]) -> None:
-        super().__init__(num_rows, fields)
+    def __init__(self, num_rows: int, fields: Sequence[Field], pin_memory: bool = False) -> None:
+        super().__init__(num_rows, fields, pin_memory)
         self._lock = threading.Lock()
         self._is_closed = False
         self._memory: list[Bytes] = []

@@ -95,13 +95,13 @@ class ShardedStore(FeatureStore):
         mine = every[rank]
         # They come grouped by the process that has them.
         places = [(mine % size == source).nonzero().flatten() for source in range(size)]
-        order = torch.cat(places).to(device)
+        order = self._to_device(torch.cat(places), device)
         batch = []
         # A tensor made in inference mode could not be saved for backward later.
         with torch.inference_mode(False), torch.no_grad():
             for tensor, field in zip(sent, self.fields, strict=True):
                 # As bytes: not every backend sends every type.
-                content = tensor.to(device).contiguous().reshape(len(tensor), -1 if len(tensor) else 1)
+                content = self._to_device(tensor, device).contiguous().reshape(len(tensor), -1 if len(tensor) else 1)
                 content = content.view(torch.uint8).reshape(len(tensor), field.num_bytes)
                 got = torch.empty(len(mine), field.num_bytes, dtype=torch.uint8, device=device)
                 if self._world.is_alone:
@@ -112,6 +112,12 @@ class ShardedStore(FeatureStore):
                 rows[order] = got
                 batch.append(rows.view(field.dtype).reshape(len(mine), *field.shape))
         return batch
+
+    @staticmethod
+    def _to_device(tensor: Tensor, device: torch.device) -> Tensor:
+        if device.type == "cuda" and not tensor.is_cuda:
+            tensor = tensor.pin_memory()  # itself, if it is pinned
+        return tensor.to(device, non_blocking=True)
 
     def _own(self, indices: Tensor) -> Tensor:
         self._checked(indices)

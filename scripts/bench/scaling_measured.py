@@ -64,7 +64,7 @@ def _order() -> str:
 def _shares() -> str:
     order = torch.randperm(10_000_000)
     before = _held()
-    # As mtl.data.loading makes them before the first batch of an epoch.
+    # As mtl.data.samplers makes them before the first batch of an epoch.
     seconds, every = _timed(
         lambda: [_WORLD.shares(order[at : at + _BATCH]) for at in range(0, len(order) - _BATCH, _BATCH)]
     )

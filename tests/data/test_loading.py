@@ -1,9 +1,10 @@
-"""Batches ahead of the steps: the same bits in the same order, whoever makes them; and samples that cannot be used."""
+"""Batches ahead of the steps: the same bits in the same order, however made; and samples that cannot be used."""
 
 from __future__ import annotations
 
 import multiprocessing
 import os
+import random
 import signal
 import threading
 from collections.abc import Iterator
@@ -18,6 +19,7 @@ import mtl.data
 from mtl.config import ConfigError
 from mtl.data import Batch, DataError, Loading, Split, training_batches
 from mtl.data.loading import THREAD_NAME
+from mtl.data.samplers import EpochSampler
 from mtl.distributed.world import World
 from mtl.training.run import train
 from runs import read_metrics, tiny_parts
@@ -49,27 +51,52 @@ def threads() -> list[threading.Thread]:
 
 CPU = torch.device("cpu")
 WAYS = {
-    "ahead": Loading(True, CPU, 0, 2),
-    "images when asked for": Loading(False, CPU, 0, 2),
-    "far ahead": Loading(True, CPU, 0, 9),
-    "workers": Loading(True, CPU, 2, 2),
-    "workers without images": Loading(False, CPU, 1, 2),
+    "ahead": Loading(True, CPU),
+    "images when asked for": Loading(),
+    "workers": Loading(True, CPU, 2),
+    "more workers than batches": Loading(True, CPU, 9),
+    "workers without images": Loading(False, CPU, 1),
 }
+
+
+@pytest.fixture(autouse=True)
+def enough_cpus(monkeypatch: pytest.MonkeyPatch) -> None:
+    """More workers than CPUs, of which a machine for tests may have few, would make torch warn."""
+    monkeypatch.setattr(os, "sched_getaffinity", lambda _: set(range(64)))
 
 
 @pytest.mark.parametrize("way", WAYS)
 def test_batches_are_the_same_however_they_are_made(way: str) -> None:
     data = split()
-    plain = contents(training_batches(data, 5, 3, 1, loading=Loading(num_ahead=0)))
+    plain = contents(data.batch(indices) for (indices,) in EpochSampler(len(data), 5, 3, 1).shares)
     assert len(plain) == 4
     assert same(plain, contents(training_batches(data, 5, 3, 1, loading=WAYS[way])))
     assert same(plain[2:], contents(training_batches(data, 5, 3, 1, skip=2, loading=WAYS[way])))
     assert not threads()
 
 
-def test_a_pass_can_begin_at_its_end_and_not_behind_it() -> None:
-    assert not contents(training_batches(split(), 5, 3, 1, skip=4))
-    with pytest.raises(ValueError, match="skip: expected 0 to 4, the batches of a pass, got 5"):
+@pytest.mark.parametrize("num_workers", [0, 2])
+def test_loading_draws_nothing_from_the_generator_of_training(num_workers: int) -> None:
+    before = torch.get_rng_state(), random.getstate()
+    contents(training_batches(split(), 5, 3, 1, loading=Loading(True, CPU, num_workers)))
+    assert torch.equal(torch.get_rng_state(), before[0])
+    assert random.getstate() == before[1]
+
+
+def test_the_order_is_that_of_seed_and_epoch_written_out_by_hand() -> None:
+    order = torch.randperm(23, generator=torch.Generator().manual_seed(3 * 1_000_003 + 1)).tolist()
+    sampler = EpochSampler(23, 5, 3, 1)
+    assert len(sampler) == 4
+    assert list(sampler) == list(sampler) == [order[:5], order[5:10], order[10:15], order[15:20]]
+    assert list(EpochSampler(23, 5, 3, 1, skip=2)) == [order[10:15], order[15:20]]
+    assert list(EpochSampler(23, 5, 3, 1, 3, World(1, 2, 1))) == [order[18:20]], "a rank has its share of each batch"
+    assert list(EpochSampler(23, 5, 3, 2)) != list(sampler) != list(EpochSampler(23, 5, 4, 1))
+
+
+@pytest.mark.parametrize("num_workers", [0, 2])
+def test_an_epoch_can_begin_at_its_end_and_not_after_it(num_workers: int) -> None:
+    assert not contents(training_batches(split(), 5, 3, 1, skip=4, loading=Loading(num_workers=num_workers)))
+    with pytest.raises(ValueError, match="skip: expected 0 to 4, the batches of an epoch, got 5"):
         training_batches(split(), 5, 3, 1, skip=5)
 
 
@@ -82,12 +109,15 @@ def test_processes_share_every_batch_and_know_all_of_it() -> None:
         assert all(torch.equal(own[number].everyone, indices) for own in shares)
 
 
-def test_a_loop_that_is_left_ends_the_thread() -> None:
-    batches = training_batches(split(), 5, 3, 1, loading=WAYS["ahead"])
+@pytest.mark.parametrize("way", ["ahead", "workers"])
+def test_a_loop_that_is_left_ends_the_thread_and_the_workers(way: str) -> None:
+    batches = training_batches(split(), 5, 3, 1, loading=WAYS[way])
     next(batches)
     assert threads()
+    assert len(multiprocessing.active_children()) == WAYS[way].num_workers
     batches.close()
     assert not threads()
+    assert not multiprocessing.active_children()
 
 
 def test_what_fails_in_the_background_is_raised_in_the_loop(monkeypatch: pytest.MonkeyPatch) -> None:
@@ -106,16 +136,74 @@ def test_what_fails_in_the_background_is_raised_in_the_loop(monkeypatch: pytest.
     assert not threads()
 
 
-def test_a_worker_that_dies_is_named_with_its_end() -> None:
-    batches = training_batches(split(2000), 5, 3, 1, loading=Loading(True, CPU, 2, 1))
+def test_what_a_worker_raises_is_raised_in_the_loop(monkeypatch: pytest.MonkeyPatch) -> None:
+    def rows(*_: object) -> Any:
+        raise OSError("the disk is gone")
+
+    monkeypatch.setattr(Split, "rows", rows)
+    with pytest.raises(OSError, match="the disk is gone"):
+        next(training_batches(split(), 5, 3, 1, loading=WAYS["workers"]))
+    assert not threads()
+    assert not multiprocessing.active_children()
+
+
+def test_a_worker_without_memory_to_share_a_batch_says_so(monkeypatch: pytest.MonkeyPatch) -> None:
+    def share(_: Tensor) -> Tensor:
+        raise RuntimeError("unable to mmap 100 bytes from file: Cannot allocate memory (12)")
+
+    monkeypatch.setattr(Tensor, "share_memory_", share)
+    with pytest.raises(RuntimeError, match="Cannot allocate memory"):
+        next(training_batches(split(), 5, 3, 1, loading=WAYS["workers"]))
+
+
+@pytest.mark.parametrize("victims", ["all", "one"])
+def test_a_worker_that_dies_is_named_with_its_end(victims: str) -> None:
+    batches = training_batches(split(20_000), 5, 3, 1, loading=WAYS["workers"])
     next(batches)
-    for child in multiprocessing.active_children():
+    children = multiprocessing.active_children()
+    for child in children if victims == "all" else children[:1]:
         assert child.pid is not None
         os.kill(child.pid, signal.SIGKILL)
     with pytest.raises(DataError, match=r"data worker \d \(pid \d+\) was killed by SIGKILL .*data\.num_workers=0"):
         for _ in batches:
             pass
     assert not threads()
+    assert not multiprocessing.active_children()
+
+
+@pytest.mark.slow
+def test_a_worker_that_is_killed_at_any_moment_is_named() -> None:
+    """While it reads, while it sends, while the main process takes a batch from it: none may hang or look different."""
+    chance = random.Random(0)
+    for _ in range(20):
+        batches = training_batches(split(6000), 5, 3, 1, loading=WAYS["workers"])
+        next(batches)
+        pid = chance.choice(multiprocessing.active_children()).pid
+        assert pid is not None
+        killer = threading.Timer(chance.uniform(0, 0.3), os.kill, (pid, signal.SIGKILL))
+        killer.start()
+        with pytest.raises(DataError, match=r"data worker \d \(pid \d+\) was killed by SIGKILL"):
+            for _ in batches:
+                pass
+        killer.join()
+        assert not threads()
+        assert not multiprocessing.active_children()
+
+
+def test_a_worker_that_ends_by_itself_is_named_with_its_exit_code(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(Split, "rows", lambda *_: os._exit(3))
+    with pytest.raises(DataError, match=r"data worker \d \(pid \d+\) ended with exit code 3 while it made a batch"):
+        next(training_batches(split(), 5, 3, 1, loading=WAYS["workers"]))
+
+
+def test_workers_leave_signals_to_the_main_process() -> None:
+    batches = training_batches(split(2000), 5, 3, 1, loading=WAYS["workers"])
+    taken = [next(batches)]
+    for child in multiprocessing.active_children():
+        assert child.pid is not None
+        os.kill(child.pid, signal.SIGINT)
+        os.kill(child.pid, signal.SIGHUP)
+    assert len([*taken, *batches]) == 400
 
 
 @pytest.mark.slow

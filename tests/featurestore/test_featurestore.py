@@ -16,6 +16,7 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 from torch import Tensor
 
+from device_sync import device_stays_busy, no_device_sync
 from featurestore_rows import BIG, FIELDS, open_store, rows, same_bits
 from mtl.featurestore import DiskStore, FeatureStore, Field, RamStore, StoreError
 
@@ -114,6 +115,22 @@ def test_tensors_on_a_gpu_are_taken(make: Make) -> None:
     store = make(4, [Field((3, 5, 2), torch.bfloat16)])
     store.write(torch.arange(4, device="cuda"), [tensor])
     assert same_bits(store.read(torch.arange(4)), [tensor.bfloat16().cpu()])
+
+
+@pytest.mark.gpu
+@pytest.mark.parametrize("kind", ["ram", "disk"])
+def test_what_is_read_into_pinned_memory_is_copied_to_a_gpu_without_waiting_for_it(kind: str, tmp_path: Path) -> None:
+    fields, everything = [Field((64, 128), torch.bfloat16)], torch.arange(16)
+    store = (
+        RamStore(16, fields, pin_memory=True) if kind == "ram" else open_store(tmp_path, 16, fields, pin_memory=True)
+    )
+    store.write(everything, rows(everything, fields))
+    store.read(everything)  # now the pinned memory is taken
+    with device_stays_busy(), no_device_sync():
+        (read,) = store.read(everything.flip(0)) or []
+        copied = read.to("cuda", torch.float32, non_blocking=True)
+    assert read.is_pinned()
+    assert torch.equal(copied.cpu().nan_to_num(), rows(everything.flip(0), fields)[0].float().nan_to_num())
 
 
 def test_a_row_that_is_there_stays_as_it_is(make: Make) -> None:

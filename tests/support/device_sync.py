@@ -1,4 +1,4 @@
-"""A block that must not wait for the GPU."""
+"""Blocks that must not wait for the GPU."""
 
 from __future__ import annotations
 
@@ -20,3 +20,19 @@ def no_device_sync() -> Iterator[None]:
         yield
     finally:
         torch.cuda.set_sync_debug_mode("default")
+
+
+@contextmanager
+def device_stays_busy() -> Iterator[None]:
+    """The current CUDA device has work before the block, and must not be done with it after the block.
+
+    Finds what torch's own check does not: a copy from memory that is not pinned, which waits for the device.
+    """
+    torch.cuda.synchronize()
+    matrix = torch.ones(4096, 4096, device="cuda")
+    for _ in range(100):
+        torch.mm(matrix, matrix)
+    done: torch.cuda.Event = torch.cuda.current_stream().record_event()
+    yield
+    assert not done.query(), "the block has waited for the device, or has taken long"
+    torch.cuda.synchronize()

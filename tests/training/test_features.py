@@ -12,6 +12,7 @@ import pytest
 import torch
 from torch import Tensor, nn
 
+from device_sync import device_stays_busy, no_device_sync
 from mtl.audit import AuditError
 from mtl.phases.reuse import num_passes
 from mtl.training.loop import Trainer
@@ -349,6 +350,26 @@ def test_averages_that_are_judged_are_not_kept_under_the_name_of_the_weights(tmp
     kept = outcome(tmp_path / "kept", *settings, phases=phases)
     computed = outcome(tmp_path / "computed", "cache.mode=off", phases=phases)
     assert kept[0] == computed[0]
+
+
+@pytest.mark.gpu
+@pytest.mark.parametrize("index", [0, 1])
+def test_on_a_gpu_kept_features_are_read_without_waiting_for_it(index: int, tmp_path: Path) -> None:
+    parts = tiny_parts(tmp_path, "cache.mode=ram", "device=cuda", "precision=fp32", phases=[PHASES[index]])
+    trainer, seen = trainer_of(parts, tmp_path / "run"), []
+
+    def read() -> None:
+        assert trainer.features.kept_in == "ram"
+        batch = parts.train.batch(torch.arange(8)).to(parts.device)
+        with torch.no_grad():
+            trainer.features(batch)  # now the pinned memory is taken
+            with device_stays_busy(), no_device_sync():
+                seen.append(trainer.features(batch).pooled)
+            seen.append(parts.model.encode(batch.images).pooled)
+
+    with torch.backends.cudnn.flags(deterministic=True, benchmark=False):
+        first_epoch(trainer, 0, read)
+    torch.testing.assert_close(seen[0], seen[1], rtol=1e-2, atol=1e-3)
 
 
 def test_where_an_image_s_place_counts_the_run_says_so(tmp_path: Path, caplog: pytest.LogCaptureFixture) -> None:

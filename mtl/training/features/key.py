@@ -1,4 +1,4 @@
-"""What kept activations depend on."""
+"""The key of kept activations: everything that they depend on."""
 
 from __future__ import annotations
 
@@ -20,10 +20,10 @@ def feature_key(
 
     Args:
         parts: The run.
-        prefix: What of the trunk is computed once.
-        record: The audit's of the phase, with the fingerprints of what is frozen.
-        batch_size: Images in one batch; in another one, a kernel may add up in another order.
-        num_views: How many views of each training image are kept.
+        prefix: The part of the trunk that is computed once.
+        record: The audit's record of the phase, with the fingerprints of its frozen tensors.
+        num_views: Views of each training image that are kept.
+        batch_size: Images in one batch; in another batch size, a kernel may add up in another order.
     """
     config, augment = parts.config, parts.config.data.augment
     frozen = {name: digest for name, digest in record.fingerprints.items() if name.startswith("trunk.")}

@@ -1,4 +1,4 @@
-"""The dividend: what a phase freezes in the trunk is computed once for each image, and read from then on."""
+"""The dividend: features of the frozen part of the trunk are computed once for each image, and read afterwards."""
 
 from __future__ import annotations
 
@@ -35,8 +35,8 @@ _READ_RATE = {"ram": 2e9, "disk": 5e8}
 class FeatureSource:
     """Where the features of each phase come from: computed, or kept.
 
-    Kept ones are served only as long as the audit holds the contract under which they were computed. Several processes
-    keep a part each, and decide alike.
+    Kept features are served only as long as the audit holds the contract under which they were computed. With several
+    ranks, each keeps a part, and all decide the same.
 
     Attributes:
         kept_in: Where the phase's activations are kept: `ram`, `disk`, or `off`.
@@ -83,7 +83,7 @@ class FeatureSource:
         return self._prefix is not None and not self._prefix.modules
 
     def state_dict(self) -> dict[str, Any]:
-        """What was decided for the phase, and which features are in memory, as plain data; not the features."""
+        """The decision for the phase, and which features are in memory, as plain data; not the features."""
         in_memory = [
             [key, store.num_rows, [[field.shape, str(field.dtype).removeprefix("torch.")] for field in store.fields]]
             for key, store in self._in_ram.items()
@@ -91,7 +91,10 @@ class FeatureSource:
         return {"kept_in": self.kept_in, "in_memory": in_memory}
 
     def load_state_dict(self, state: Mapping[str, Any]) -> None:
-        """Has what another process had in memory computed again where it is asked for: phases to come decide alike."""
+        """Opens stores for the features that the interrupted run had in memory, so that later phases decide the same.
+
+        The stores are empty; features are computed again when they are first needed.
+        """
         self._resumed_in = state["kept_in"]
         for key, num_rows, fields in state["in_memory"]:
             own = [Field(tuple(shape), getattr(torch, dtype)) for shape, dtype in fields]
@@ -104,13 +107,13 @@ class FeatureSource:
         holds: Callable[[], bool],
         steps_done: int,
     ) -> None:
-        """Decides for a phase whether and where to keep activations, and says so.
+        """Decides whether and where to keep activations of a phase, and logs it.
 
         Args:
             index: The place of the phase, whose freeze is in force.
             record: The audit's, with the fingerprints of what is frozen.
             holds: Whether the audit has found nothing wrong so far.
-            steps_done: Steps that the phase has taken already.
+            steps_done: Steps of the phase that were taken already.
         """
         phase, kept_in = self._parts.phases[index], self._resumed_in
         self.leave()
@@ -123,15 +126,15 @@ class FeatureSource:
         # Each view of an image is another image.
         passes = num_passes(self._parts.phases[index:], steps_done) / self._num_views
         try:
-            # What an earlier phase has left in memory may be of use for a single pass; and a phase that is taken up
-            # goes on as it was begun, however little is left of it.
+            # Features that an earlier phase left in memory may pay for a single epoch; and a phase that is resumed
+            # continues as it began, however little is left of it.
             pays = bool(self._in_ram) or kept_in is not None
             why_not = why_not_kept(self._parts.config, phase, math.inf if pays else passes)
             if why_not:
                 raise NotKept(why_not)
             prefix, seconds, is_exact = self._survey(phase)
             key = feature_key(self._parts, prefix, record, self._num_views, phase.batch_size)
-            # Seconds are not the same on every process; those of the first one count.
+            # Seconds are not the same on every rank; those of rank 0 count.
             seconds = self._world.same_from_rank_0(seconds)
             chosen = self._choose(prefix, mode, passes, seconds, key)
             self._open(prefix, chosen, key)
@@ -149,13 +152,13 @@ class FeatureSource:
         )
 
     def _survey(self, phase: Phase) -> tuple[Prefix, float, bool]:
-        """What can be kept, seconds to compute it for a batch, and whether it is exact wherever it is.
+        """What can be kept, seconds to compute it for a batch, and whether it is exact at every place in a batch.
 
         Raises:
             NotKept, PrefixError: Nothing can.
         """
         if self._parts.config.distributed.strategy == "fsdp2" and not self._world.is_alone:
-            raise NotKept("the trunk is spread over the processes (fsdp2)")
+            raise NotKept("the trunk is sharded over the ranks (fsdp2)")
         with self._autocast:
             first = torch.arange(min(phase.batch_size, len(self._parts.train)))
             found = survey(self._model, self._images(self._parts.train, first))
@@ -164,7 +167,7 @@ class FeatureSource:
         return found
 
     def leave(self) -> None:
-        """Ends a phase: nothing is served until the next one is entered."""
+        """Ends a phase: no kept features are served until the next one is entered."""
         for store in self._stores.values():
             if not any(store is kept for kept in self._in_ram.values()):
                 store.close()
@@ -172,7 +175,7 @@ class FeatureSource:
         self._resumed_in = None
 
     def __call__(self, batch: Batch, tasks: Collection[str] | None = None) -> Features:
-        """What the heads of some tasks read for a batch, and maybe more.
+        """The features that the heads of some tasks read for a batch, and maybe more.
 
         Args:
             batch: Of the training or the validation split.
@@ -200,15 +203,15 @@ class FeatureSource:
             self._filled.add((id(batch.split), number))
             self._fill(batch.split, batch.view, store, prefix)
             kept = store.read(rows)
-        if kept is None:  # the disk is full, or what was there is damaged; the store has said so
+        if kept is None:  # the disk is full, or the entry is damaged; the store has warned of it
             features, kept = prefix.run(self._model.prepare(batch.images))
             store.write(rows, self._as_stored(kept, prefix))
             return features
         return prefix.replay(self._as_computed(kept, prefix))
 
     def _compute_again(self, split: Split, view: View | None, first: int, prefix: Prefix, rows: Tensor) -> list[Tensor]:
-        """Features of rows that this process should have, but has not."""
-        # What was made in inference mode could not be used in training.
+        """Features of rows of this rank that its store does not have."""
+        # Tensors made in inference mode could not be used in training.
         with torch.inference_mode(mode=False), torch.no_grad():
             return self._as_stored(prefix.compute(self._images(split, rows - first, view)), prefix)
 
@@ -233,7 +236,7 @@ class FeatureSource:
         return place
 
     def _is_there(self, key: dict[str, Any]) -> bool:
-        """Whether an earlier phase has left those of the training split in memory."""
+        """Whether an earlier phase has left the features of the training split in memory."""
         return json.dumps(self._key_of(self._parts.train, key)) in self._in_ram
 
     def _key_of(self, split: Split, key: dict[str, Any]) -> dict[str, Any]:
@@ -244,7 +247,7 @@ class FeatureSource:
         return {**key, "images": self._digests[name]}
 
     def _open(self, prefix: Prefix, place: str, key: dict[str, Any]) -> None:
-        """Opens the stores of both splits, empty or as they were left."""
+        """Opens the stores of both splits, empty or as an earlier phase or run left them."""
         kind = getattr(torch, self._settings.dtype)
         fields = [
             Field(tuple(shape[axis - 1] for axis in order[1:]), kind if dtype.is_floating_point else dtype)
@@ -262,13 +265,17 @@ class FeatureSource:
             self._stores[id(split)] = store
         self._forget_old()
         if self._world.agree(broken=any(store.is_off for store in self._stores.values())).broken:
-            raise NotKept("it cannot be on disk, as said above")
+            raise NotKept("the disk cannot hold it; see the warning above")
 
     def _new_store(self, place: str, key: dict[str, Any], num_rows: int, fields: list[Field]) -> FeatureStore:
         def make(rows: int, own: dict[str, Any]) -> FeatureStore:
+            # A copy to a GPU from memory that is not pinned would wait for it at every step.
+            pin_memory = self._parts.device.type == "cuda"
             if place == "ram":
-                return RamStore(rows, fields)
-            return DiskStore(self._folder(), own, rows, fields, int(1e9 * self._settings.disk_gb))
+                return RamStore(rows, fields, pin_memory)
+            return DiskStore(
+                self._folder(), own, rows, fields, int(1e9 * self._settings.disk_gb), pin_memory=pin_memory
+            )
 
         if self._world.is_alone:
             return make(num_rows, key)
@@ -276,7 +283,7 @@ class FeatureSource:
         return ShardedStore(num_rows, fields, self._world, lambda rows: make(rows, part))
 
     def _forget_old(self) -> None:
-        """Drops stores of earlier phases, those used longest ago first, until the rest is within the budget."""
+        """Drops stores of earlier phases, the least recently used first, until the rest is within `cache.ram_gb`."""
         while sum(store.nbytes for store in self._in_ram.values()) > 1e9 * self._settings.ram_gb:
             oldest = next(iter(self._in_ram))
             if self._in_ram[oldest] in self._stores.values():
@@ -284,16 +291,16 @@ class FeatureSource:
             del self._in_ram[oldest]
 
     def _fill(self, split: Split, view: View | None, store: FeatureStore, prefix: Prefix) -> None:
-        """Computes what is kept of every image of a split, in batches of the sizes that they stand for.
+        """Computes the features of every image of a split, in batches of the sizes that training and validation use.
 
-        Those of training are all full; the last one of validation is as large as it is.
+        Training batches are all full; the last one of validation may be smaller.
         """
         first = 0 if view is None else view.number * len(split)
         keeps_last = split is not self._parts.train
         batches = batches_to_fill(first, len(split), self._batch_size, keeps_last, self._world)
         with (
             progress_bar(len(split), "computing features", self._quiet) as bar,
-            # What was made in inference mode could not be used in training.
+            # Tensors made in inference mode could not be used in training.
             torch.inference_mode(mode=False),
             torch.no_grad(),
         ):

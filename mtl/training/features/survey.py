@@ -1,4 +1,4 @@
-"""What of a trunk can be kept, found out on one batch."""
+"""Which activations of a trunk can be kept, measured on one batch."""
 
 from __future__ import annotations
 
@@ -13,11 +13,11 @@ from mtl.model.prefix.trace import tensors_of, untouched
 
 
 class NotKept(Exception):  # noqa: N818
-    """Why nothing is kept in a phase."""
+    """The reason why a phase keeps no features."""
 
 
 def survey(model: MultiTaskModel, images: Tensor) -> tuple[Prefix, float, bool]:
-    """Finds what can be kept, and leaves no trace in the model.
+    """Finds which activations can be kept; the model stays as it is.
 
     Args:
         model: The model, with the phase's freeze in force.

@@ -1,0 +1,74 @@
+"""The order of images: which of them make each batch, by rank."""
+
+from __future__ import annotations
+
+from collections.abc import Iterator
+
+import torch
+from torch import Tensor
+from torch.utils.data import Sampler
+
+from mtl.distributed.world import ALONE, World
+
+
+class EpochSampler(Sampler[list[int]]):
+    """The batches of one epoch in random order, as a batch sampler: of every global batch this rank's share.
+
+    The order is a pure function of seed and epoch, and `skip` is a position in it: a run that resumes inside an epoch
+    gets exactly the batches that it would have got without the interruption, and no state has to be saved for that.
+
+    A last batch that is not full is left out, another one in each epoch: BatchNorm cannot train on one image.
+
+    Attributes:
+        shares: By batch and rank, the indices of the images, "b", int64.
+    """
+
+    def __init__(
+        self, num_images: int, batch_size: int, seed: int, epoch: int, skip: int = 0, world: World = ALONE
+    ) -> None:
+        """Args:
+        num_images: Images in the split.
+        batch_size: Images in one global batch, that of all ranks together.
+        seed: That of the run.
+        epoch: Which epoch of the run, from 0.
+        skip: Batches at the beginning of the epoch that were trained on already.
+        world: The ranks, which share each batch.
+
+        Raises:
+            ValueError: There are fewer batches than are to be skipped.
+            WorldError: A global batch has fewer images than there are ranks.
+        """
+        total = num_batches(num_images, batch_size)
+        if not 0 <= skip <= total:
+            raise ValueError(f"skip: expected 0 to {total}, the batches of an epoch, got {skip}")
+        generator = torch.Generator().manual_seed(seed * 1_000_003 + epoch)
+        order = torch.randperm(num_images, generator=generator)
+        starts = range(skip * batch_size, total * batch_size, batch_size)
+        self.shares: list[list[Tensor]] = [world.shares(order[start : start + batch_size]) for start in starts]
+        self._rank = world.rank
+
+    def __len__(self) -> int:
+        return len(self.shares)
+
+    def __iter__(self) -> Iterator[list[int]]:
+        return (shares[self._rank].tolist() for shares in self.shares)
+
+
+def num_batches(num_images: int, batch_size: int) -> int:
+    """Batches in one training epoch: full ones only, but at least one."""
+    return max(1, num_images // batch_size)
+
+
+def validation_shares(num_images: int, batch_size: int, world: World) -> Iterator[tuple[list[Tensor], bool]]:
+    """Every image once over all ranks, in order, in the batches of one process, dealt out in turn.
+
+    All ranks get equally many batches, since what they compute may need them all (FSDP, shared features).
+
+    Yields:
+        The indices of each rank's batch, "b", and whether this rank counts its own: a rank for which the last round
+        has none left runs the first one of that round again.
+    """
+    parts = [torch.arange(start, min(start + batch_size, num_images)) for start in range(0, num_images, batch_size)]
+    for start in range(0, len(parts), world.size):
+        dealt = parts[start : start + world.size]
+        yield [*dealt, *[dealt[0]] * (world.size - len(dealt))], world.rank < len(dealt)
