@@ -7,6 +7,7 @@ from collections.abc import Sequence
 from mtl.audit.report import Hazard, PhaseRecord, Violation
 from mtl.audit.watch.contract import Contract
 from mtl.audit.watch.places import TensorPlace
+from mtl.audit.watch.ranks import RankDifference
 from mtl.patterns import text_of
 
 
@@ -49,21 +50,30 @@ class FindingBuilder:
         """
         step, (max_abs, share) = self._record.num_steps, size or (None, None)
         since = step if since is None else since
-        pattern = self.pattern_text(place)
+        pattern = self._pattern_text(place)
         return Violation(kind, place.name, self._record.name, step, cause, detail, since, max_abs, share, pattern)
 
     def hazard(self, kind: str, place: TensorPlace, cause: str, detail: str) -> Hazard:
         """A hazard at the present step."""
-        return self.module_hazard(kind, place.name, cause, detail, self.pattern_text(place))
+        return self.module_hazard(kind, place.name, cause, detail, self._pattern_text(place))
 
     def module_hazard(self, kind: str, name: str, cause: str, detail: str, pattern: str | None = None) -> Hazard:
         """A hazard of a module at the present step."""
         step = self._record.num_steps
         return Hazard(kind, name, self._record.name, step, cause, detail, step, pattern=pattern)
 
-    def pattern_text(self, place: TensorPlace) -> str | None:
+    def ranks_differ(self, difference: RankDifference, since: int) -> Violation:
+        """A tensor that differs between ranks at the present step, and did not after step `since`."""
+        step, name = self._record.num_steps, difference.name
+        what = ("ranks_differ", name, self._record.name, step, difference.cause, difference.detail, since)
+        return Violation(*what, pattern=self._pattern_by_name(name))
+
+    def _pattern_text(self, place: TensorPlace) -> str | None:
+        return self._pattern_by_name(place.name.removeprefix("ema.") if place.is_copy else place.name)
+
+    def _pattern_by_name(self, name: str) -> str | None:
         """The pattern that froze a tensor, with its file and line if known; None if it is not frozen."""
-        index = self._pattern_of.get(place.name.removeprefix("ema.") if place.is_copy else place.name)
+        index = self._pattern_of.get(name)
         if index is None:
             return None
         pattern = repr(text_of(self._patterns[index]))

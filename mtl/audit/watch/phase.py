@@ -8,7 +8,7 @@ from typing import TYPE_CHECKING, Any
 from torch import Tensor, nn
 from torch.optim import Optimizer
 
-from mtl.audit.report import Finding, PhaseRecord, Violation
+from mtl.audit.report import Finding, PhaseRecord
 from mtl.audit.watch import causes
 from mtl.audit.watch.constancy import Constancy
 from mtl.audit.watch.contract import Contract, ModuleLinks, Subject, build_contract, shared_memory
@@ -216,11 +216,7 @@ class PhaseWatch:
         differing, found = compare_ranks(self._contract, self.record.violations, group, buffers)
         if not differing:
             self.agreed_at = self.record.num_steps
-        step, phase = self.record.num_steps, self.record.name
-        return [
-            *found,
-            *(Violation("ranks_differ", d.name, phase, step, d.cause, d.detail, self.agreed_at) for d in differing),
-        ]
+        return [*found, *(self._findings.ranks_differ(each, self.agreed_at) for each in differing)]
 
     def finish_reads(self) -> list[Finding]:
         """Waits for pending reads of frozen bytes, and compares them."""
