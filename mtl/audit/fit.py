@@ -1,24 +1,47 @@
-"""Each training of a framework's Trainer as phases of an audit, opened and closed by hooks."""
+"""Audits a training from outside, by hooks: of a plain loop (`attach`), or of a framework's Trainer (`FitAudit`)."""
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 
 from torch import nn
+from torch.optim import Optimizer
 
 from mtl.audit.audit import GradientAudit
+from mtl.audit.epochs import EpochFreeze, EpochSpan, FreezeByEpoch, Patterns
+from mtl.audit.policy import Policy
 from mtl.audit.report import Report
-from mtl.audit.watch.contract import Subject, draw_contract
-from mtl.audit.watch.epochs import EpochFreeze, FreezeByEpoch, Span
-from mtl.audit.watch.membership import HoldsParameters
-from mtl.audit.watch.reporting import Policy
+from mtl.audit.watch.contract import Subject, build_contract
+from mtl.audit.watch.optimizers import HoldsParameters
+
+
+def attach(
+    model: nn.Module,
+    *optimizers: Optimizer,
+    freeze: Patterns,
+    policy: Policy = "raise",
+    phase: str = "training",
+    idle: Patterns = (),
+    strict: bool = False,
+) -> GradientAudit:
+    """Audits a loop without an edit of it: checks every step of these optimizers from now on.
+
+    Returns:
+        The audit, with an open phase, which its `end()` closes with the proof.
+
+    Raises: as for `GradientAudit`, its `attach`, and `begin`.
+    """
+    audit = GradientAudit(model, freeze, policy=policy, strict=strict)
+    audit.attach(*optimizers)
+    audit.begin(phase, idle=idle)
+    return audit
 
 
 class FitAudit:
-    """What the callbacks of all frameworks share. Outside a training, when hooks come too, nothing is looked at.
+    """The audit of a Trainer's trainings, for the callbacks of all frameworks: a phase for every freeze.
 
     Attributes:
-        report: What was found, in each training a phase for every freeze.
+        report: The findings of all trainings, each with a phase for every freeze.
     """
 
     def __init__(self, freeze: EpochFreeze, policy: Policy, phase: str, strict: bool) -> None:
@@ -28,28 +51,28 @@ class FitAudit:
         self._policy = policy
         self._strict = strict
         self._audit: GradientAudit | None = None
-        self._span: Span | None = None
+        self._span: EpochSpan | None = None
 
     def start(self, model: nn.Module, optimizers: Sequence[HoldsParameters]) -> None:
-        """Begins a training; a phase that an exception has left open is closed unproven.
+        """Starts a training; a phase that an exception left open is closed unproven.
 
-        One freeze for all epochs begins here. Where epochs differ, each begins with its first batch: by then, whoever
-        freezes and thaws at the start of an epoch has done so.
+        A freeze for all epochs begins here. If epochs differ, each phase begins with its first batch, after callbacks
+        have frozen and thawed at the start of the epoch.
 
         Raises:
-            PatternError: A pattern of any epoch that is known beforehand cannot be read or selects nothing.
+            PatternError: A pattern of any epoch that is known by now cannot be read or selects nothing.
         """
         self.abandon()
         self._audit = GradientAudit(model, policy=self._policy, strict=self._strict)
-        # What was found in earlier trainings stays; a contract that is broken from the start is in it, too.
+        # One report for all trainings, also if this one's contract is broken from the start.
         self._audit.report = self.report
         for span in self._freeze.spans if self._freeze.varies else ():
-            draw_contract(Subject(model, {}, None), span.freeze)
+            build_contract(Subject(model, {}, None), span.freeze)
         if not self._freeze.varies:
             self._begin(self._freeze.at(0), optimizers)
 
     def enter(self, epoch: int, optimizers: Sequence[HoldsParameters]) -> bool:
-        """Before a batch: begins the phase of its epoch, unless it is open.
+        """Call before a batch: begins the phase of its epoch, unless it is open.
 
         Returns:
             Whether a phase was begun.
@@ -62,29 +85,22 @@ class FitAudit:
         return True
 
     def leave(self, following: int) -> None:
-        """At the end of an epoch: closes the phase with its proof if the following epoch has another freeze."""
+        """Call at the end of an epoch: closes and proves the phase if the following epoch has another freeze."""
         if self._span is not None and self._freeze.at(following) != self._span:
             self._close()
 
-    def after_backward(self) -> None:
+    def check(self, method: Callable[[GradientAudit], None]) -> None:
+        """Calls a check of the audit if a phase is open: Trainers call their hooks outside a training, too."""
         if self._audit is not None and self._span is not None:
-            self._audit.after_backward()
-
-    def after_step(self) -> None:
-        if self._audit is not None and self._span is not None:
-            self._audit.after_step()
-
-    def verify(self) -> None:
-        if self._audit is not None and self._span is not None:
-            self._audit.verify()
+            method(self._audit)
 
     def end(self) -> None:
-        """Ends a training: closes the phase, if one is open, with its proof."""
+        """Ends a training: closes and proves the phase, if one is open."""
         self._close()
         self._audit = None
 
     def abandon(self) -> None:
-        """Ends a training: closes the phase, if one is open, with nothing proven."""
+        """Ends a training: closes the phase unproven, if one is open."""
         audit, self._audit, self._span = self._audit, None, None
         if audit is not None:
             audit.abandon()
@@ -94,7 +110,7 @@ class FitAudit:
         if self._audit is not None and span is not None:
             self._audit.end()
 
-    def _begin(self, span: Span, optimizers: Sequence[HoldsParameters]) -> None:
+    def _begin(self, span: EpochSpan, optimizers: Sequence[HoldsParameters]) -> None:
         assert self._audit is not None
         self._audit.begin(span.name, span.freeze, optimizers)
         self._span = span

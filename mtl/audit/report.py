@@ -1,4 +1,4 @@
-"""What the audit found, as plain data."""
+"""The audit's findings as plain data: violations, hazards, the record of each phase, the report of a run."""
 
 from __future__ import annotations
 
@@ -11,7 +11,7 @@ from typing import Any
 
 from mtl.runtime.text import shorten
 
-# Kinds that say that what should train does not; all others but `ranks_differ` are about what is frozen.
+# Kinds about trainable parameters that do not train; all others but `ranks_differ` are about frozen tensors.
 LIVENESS = (
     *("never_trained", "never_received_grad", "stopped_training", "not_finite", "gradients_dropped"),
     *("not_in_optimizer", "in_several_groups"),
@@ -20,23 +20,23 @@ LIVENESS = (
 
 @dataclass(frozen=True)
 class Finding:
-    """What was seen of one tensor or module.
+    """Something wrong with one tensor or module.
 
     Attributes:
         kind: `param_changed`, `buffer_changed`, `attr_changed`, `grad_present`, `requires_grad`, `in_optimizer`,
             `not_in_optimizer`, `in_several_groups`, `identity_changed`, `train_mode`, `batch_statistics`,
             `active_dropout`, `shared_storage`, `fixed_parameter`, `never_trained`, `never_received_grad`,
-            `stopped_training`, `not_finite`, `gradients_dropped`, or `ranks_differ`: the processes of a run hold other
-            bytes, or other tensors.
+            `stopped_training`, `not_finite`, `gradients_dropped`, or `ranks_differ`: the ranks of a run have different
+            bytes, or different tensors.
         name: The tensor's full name; a module's for `train_mode`, `batch_statistics` and `active_dropout`.
         phase: The phase in which it was found.
         step: Steps done in the phase when it was found.
-        cause: What most likely did it.
-        detail: What was seen.
+        cause: The most likely cause, with the fix.
+        detail: What was observed.
         since: The last step after which it was known to be right; it happened between then and `step`.
-        max_abs: Of changed bytes, the largest difference of two elements; NaN if one is not a number.
-        share: Of changed bytes, the share of elements whose bits differ.
-        pattern: Of something frozen, the pattern that froze it, and where that was written if the audit was told.
+        max_abs: Of changed bytes, the largest absolute difference of two elements; NaN if one of them is NaN.
+        share: Of changed bytes, the share of elements whose bits differ, 0 to 1.
+        pattern: Of a frozen tensor, the pattern that froze it, and the file and line of the pattern if they are known.
     """
 
     kind: str
@@ -55,15 +55,15 @@ class Finding:
 
 
 class Violation(Finding):
-    """A broken contract: something frozen moved or received a gradient, or what should train did not."""
+    """A broken contract: a frozen tensor changed or received a gradient, or a trainable parameter did not train."""
 
 
 class Hazard(Finding):
-    """A set-up in which nothing frozen has moved yet, but could; or in which frozen does not mean constant."""
+    """A set-up in which a frozen tensor could change, or in which a frozen module's output is not constant."""
 
 
 def grouped(findings: Iterable[Finding]) -> list[str]:
-    """One line for all findings that have all in common but the name and the size: 62 tensors, one line."""
+    """One line for all findings that differ only in name and size: 62 tensors, one line."""
     groups: dict[tuple[str, int, str, str, str, str | None], list[Finding]] = {}
     for each in findings:
         key = (each.phase, each.step, each.kind, each.detail, each.cause, each.pattern)
@@ -74,7 +74,7 @@ def grouped(findings: Iterable[Finding]) -> list[str]:
         who = names if len(group) == 1 else f"{len(group)} tensors ({names})"
         since = min(each.since for each in group)
         froze = "" if pattern is None else f"; frozen by {pattern}"
-        # What is seen at once happened in that step; bytes may have changed in any step since they were last read.
+        # Flags are checked in every step; bytes may have changed in any step since they were last read.
         when = f"step {step}" if since >= step - 1 else f"steps {since + 1} to {step}"
         lines.append(f"phase {phase!r}, {when}, {who}: {kind}: {detail}{_size(group)}{froze}; likely cause: {cause}")
     return lines
@@ -90,7 +90,7 @@ def _size(group: Sequence[Finding]) -> str:
 
 
 class AuditError(RuntimeError):
-    """Raised under the policy `raise`; carries every violation found at that moment."""
+    """Raised under the policy `raise`; carries every violation found by one check."""
 
     def __init__(self, violations: Sequence[Violation]) -> None:
         lines = grouped(violations)
@@ -107,7 +107,7 @@ def _headline(violations: Sequence[Violation]) -> str:
     if kinds - {*LIVENESS, "ranks_differ"}:
         parts.append("the freeze was broken")
     if kinds & {*LIVENESS}:
-        parts.append("what should train does not")
+        parts.append("trainable parameters do not train")
     if "ranks_differ" in kinds:
         parts.append("the ranks of the run differ")
     return ", and ".join(parts)
@@ -115,22 +115,22 @@ def _headline(violations: Sequence[Violation]) -> str:
 
 @dataclass
 class PhaseRecord:
-    """What was checked in one phase, how often, and with what result.
+    """The checks of one phase and their result.
 
     Attributes:
-        name: The phase.
+        name: The phase's name.
         freeze: The patterns of its contract.
         fingerprints: Of every frozen tensor, by name, when the phase began.
-        root: One digest of them all.
-        num_trainable: Parameters outside the contract.
-        num_trained: Those of them whose bytes differ between the phase's begin and end.
-        num_steps: Steps seen.
-        num_tripwire_checks: Looks at one tensor or module between steps.
-        num_fingerprint_checks: Digests compared with the first ones.
+        root: One digest of all fingerprints.
+        num_trainable: Trainable parameters.
+        num_trained: Trainable parameters whose bytes differ between the phase's begin and end.
+        num_steps: Optimizer steps.
+        num_tripwire_checks: Checks of one tensor or module between steps.
+        num_fingerprint_checks: Digests compared with the original ones.
         completed: Whether the phase ended without an exception.
-        unproven: Why a phase that ended proves nothing all the same; empty if it does.
-        violations: What was found.
-        hazards: Set-ups that were found and could break the contract.
+        unproven: Why a phase that ended proves nothing nevertheless; empty if it does.
+        violations: The violations.
+        hazards: The hazards.
     """
 
     name: str
@@ -149,28 +149,28 @@ class PhaseRecord:
 
     @property
     def ok(self) -> bool:
-        """Whether the phase has ended, and proved what it was to prove."""
+        """Whether the phase has ended with its contract proven."""
         return self.completed and not self.unproven and not self.violations
 
-    def state(self) -> dict[str, Any]:
-        """All of it as plain data, for `take_over`."""
+    def state_dict(self) -> dict[str, Any]:
+        """The record as plain data, for `load_state_dict`; its attributes are keys on disk."""
         return asdict(self)
 
-    def differs_from(self, state: Mapping[str, Any]) -> str | None:
-        """The first thing in which a state is not one of this phase and contract, in words; None if it is one."""
+    def difference_from(self, state: Mapping[str, Any]) -> str | None:
+        """The first difference between a state and this phase and contract, in words; None if there is none."""
         if state["name"] != self.name:
             return f"the state was taken inside the phase {state['name']!r}"
         for before, now in zip_longest(state["freeze"], self.freeze):
             if before != now:
-                wanted, got = (repr(each) if each is not None else "no further one" for each in (before, now))
-                return f"expected the pattern {wanted}, got {got}"
+                wanted, got = (f"the pattern {p!r}" if p is not None else "no further pattern" for p in (before, now))
+                return f"expected {wanted}, got {got}"
         for name in sorted(state["fingerprints"].keys() ^ self.fingerprints.keys()):
             was, is_now = (_unless(name in names) for names in (state["fingerprints"], self.fingerprints))
             return f"{name} was{was} frozen, and is{is_now} now"
         return None
 
-    def take_over(self, state: Mapping[str, Any]) -> None:
-        """Becomes the record whose state this is."""
+    def load_state_dict(self, state: Mapping[str, Any]) -> None:
+        """Loads a state over this record."""
         fields = deepcopy(dict(state))
         fields["violations"] = [Violation(**violation) for violation in fields["violations"]]
         fields["hazards"] = [Hazard(**hazard) for hazard in fields.get("hazards", ())]
@@ -201,7 +201,7 @@ def _unless(holds: bool) -> str:
 
 @dataclass
 class Report:
-    """The audit of a run: its phases in order."""
+    """The audit of a run: the records of its phases, in order."""
 
     phases: list[PhaseRecord] = field(default_factory=list)
 
@@ -215,18 +215,18 @@ class Report:
 
     @property
     def ok(self) -> bool:
-        """Whether there was something to prove, and all of it is proven: what was cut short is not."""
+        """Whether there was a phase, and each is proven; one that was cut short is not."""
         return bool(self.phases) and all(phase.ok for phase in self.phases)
 
-    def state(self) -> list[dict[str, Any]]:
-        """Each phase's record as plain data."""
-        return [phase.state() for phase in self.phases]
+    def state_dict(self) -> list[dict[str, Any]]:
+        """The phases' records as plain data."""
+        return [phase.state_dict() for phase in self.phases]
 
-    def take_over(self, state: Iterable[Mapping[str, Any]]) -> None:
-        """Adds the phases of a state."""
+    def load_state_dict(self, state: Iterable[Mapping[str, Any]]) -> None:
+        """Appends the phases of a state."""
         for each in state:
             record = PhaseRecord("", [])
-            record.take_over(each)
+            record.load_state_dict(each)
             self.phases.append(record)
 
     def to_json(self) -> dict[str, Any]:

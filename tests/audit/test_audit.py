@@ -38,7 +38,7 @@ def test_the_policy_raise_stops_at_the_step_of_the_fault_and_carries_the_violati
     audit = GradientAudit(model, ["trunk"], [optimizer])
     message = (
         r"^the freeze was broken:\n  phase 'frozen', step 2, trunk\.weight: param_changed: its bytes differ from the"
-        r" first ones \(by up to 3, in 75\.0% of the elements\); frozen by 'trunk';"
+        r" original ones \(by up to 3, in 75\.0% of the elements\); frozen by 'trunk';"
         r" likely cause: written outside the watched optimizers"
     )
     with pytest.raises(AuditError, match=message) as caught, audit.phase("frozen"):
@@ -351,7 +351,7 @@ def test_the_report_has_this_shape() -> None:
             "phase": "broken",
             "step": 1,
             "cause": audit.report.violations[0].cause,
-            "detail": "its bytes differ from the first ones",
+            "detail": "its bytes differ from the original ones",
             "since": 0,
             "max_abs": 3.0,
             "share": 0.75,

@@ -74,6 +74,7 @@ for plant, fault in plants.items():
         key = plant if policy == "collect" else f"{plant}, raise"
         names = [[v.kind, v.name, v.step, v.since, v.detail, v.cause] for v in audit.report.violations]
         found[key] = [raised, names]
+        found[f"{key}, patterns"] = {v.name: v.pattern for v in audit.report.violations}
 found["flags"] = [found_anywhere(rank == 1), found_anywhere(False)]
 with open(f"{sys.argv[1]}/{rank}.json", "w") as file:
     json.dump(found, file)
@@ -112,6 +113,8 @@ def test_frozen_weights_that_were_others_from_the_beginning_are_named_at_the_fir
     assert (kind, name, step, since) == ("ranks_differ", "trunk.1.running_mean", 0, 0)
     assert detail == "rank 1 of 2 has other bytes than rank 0"
     assert "load the same on all before the freeze" in cause
+    patterns = of_two["a frozen buffer, patterns"]
+    assert patterns.pop("trunk.1.running_mean") == "'trunk'" and set(patterns.values()) <= {None}
 
 
 @pytest.mark.parametrize("plant", ["a weight that trains", "a frozen buffer", "a tensor more", "another type"])

@@ -133,7 +133,7 @@ def test_a_write_below_a_wrapped_optimizer_is_found(make: Any) -> None:
 def test_an_optimizer_whose_steps_cannot_be_seen_is_refused(make: Any) -> None:
     model = Tiny()
     with pytest.raises(
-        TypeError, match=r"the steps of a \w+ cannot be seen.*call after_backward\(\) and after_step\(\)"
+        TypeError, match=r"the steps of a \w+ cannot be observed.*call after_backward\(\) and after_step\(\)"
     ):
         attach(model, make(trainable(model)), freeze=["trunk"])
 
@@ -167,7 +167,7 @@ def test_backwards_without_a_step_that_was_seen_prove_nothing() -> None:
             model(X).sum().backward()
             audit.after_backward()
     assert audit.report.violations == []
-    assert audit.report.phases[0].unproven == "2 backwards were seen, but no step"
+    assert audit.report.phases[0].unproven == "2 backwards were observed, but no step"
     assert not audit.report.ok
     assert audit.report.to_json()["ok"] is audit.report.to_json()["phases"][0]["ok"] is False
 
@@ -314,10 +314,10 @@ def test_the_pattern_that_froze_a_tensor_and_where_it_was_written_are_named() ->
 def test_the_headline_says_whether_the_freeze_was_broken_or_training() -> None:
     model = Tiny()
     audit = GradientAudit(model, ["trunk"], [SGD([model.head.weight], lr=0.1)])
-    with pytest.raises(AuditError, match=r"^what should train does not:\n"):
+    with pytest.raises(AuditError, match=r"^trainable parameters do not train:\n"):
         audit.begin("frozen")
     model.trunk.weight.grad = torch.ones(2, 2)
-    with pytest.raises(AuditError, match=r"^the freeze was broken, and what should train does not:\n"):
+    with pytest.raises(AuditError, match=r"^the freeze was broken, and trainable parameters do not train:\n"):
         audit.begin("frozen")
 
 
@@ -397,7 +397,7 @@ def test_an_adapter_that_is_put_into_the_frozen_part_is_found_at_that_step() -> 
         adapt = {4: lambda: model.trunk.add_module("adapter", nn.Linear(2, 2))}
         train(audit, model, [optimizer], 20, after_step=adapt)
     assert found(audit.report)[0] == ("identity_changed", "trunk.adapter.weight", "frozen", 4)
-    assert audit.report.violations[0].cause.startswith("it was put there after the phase began")
+    assert audit.report.violations[0].cause.startswith("it was added after the phase began")
 
 
 def test_no_hook_is_left_behind_a_phase() -> None:

@@ -16,7 +16,7 @@ from audit_loops import Tiny, found, freeze_by_hand, only, run, train, trainable
 from device_sync import no_device_sync
 from mtl.audit import GradientAudit
 from mtl.audit.offline.compare import compare
-from mtl.audit.offline.difference import size_of_change
+from mtl.audit.watch.change_size import size_of_change
 from mtl.audit.watch.readings import BYTES_A_STEP, Reading
 from mtl.audit.watch.rows import split_rows
 from mtl.patterns import PatternError
@@ -95,8 +95,8 @@ def load_by_assignment(model: Tiny) -> None:
     ("replace", "words"),
     [
         (put_a_parametrization, "a parametrization of weight was registered after the freeze"),
-        (prune, "pruning was put on weight after the freeze"),
-        (load_by_assignment, "it was registered anew after the freeze (load_state_dict(assign=True)"),
+        (prune, "pruning was applied to weight after the freeze"),
+        (load_by_assignment, "it was registered again after the freeze (load_state_dict(assign=True)"),
     ],
 )
 def test_a_weight_that_was_replaced_says_by_what(replace: Callable[[Tiny], None], words: str) -> None:
@@ -225,7 +225,7 @@ def test_an_average_by_lerp_keeps_the_bits_of_what_is_frozen() -> None:
 def test_an_average_that_moves_what_is_frozen_is_named() -> None:
     report = averaged(exact=False).report
     assert {(v.kind, v.name) for v in report.violations} == {("param_changed", "ema.trunk.weight")}
-    assert "average what trains only" in report.violations[0].cause
+    assert "average trainable parameters only" in report.violations[0].cause
 
 
 def test_wrappers_inside_a_model_take_no_place_in_names() -> None:
@@ -283,7 +283,7 @@ def test_a_write_to_a_parameter_that_the_optimizer_skips_is_not_blamed_on_it() -
     optimizer = SGD(model.parameters(), lr=0.1, weight_decay=0.1, momentum=0.9)
     told = causes_of(model, [optimizer], after_step={2: lambda: model.trunk.weight.data.fill_(3)})
     assert "hazard in_optimizer: the optimizer was built before the freeze" in told
-    assert "param_changed: written past torch's count" in told
+    assert "param_changed: written past torch's version counter" in told
     assert "decay" not in told
 
 
@@ -293,7 +293,7 @@ def test_a_parameter_that_enters_an_optimizer_in_mid_phase_is_told_from_one_that
     told = causes_of(
         model, [optimizer], after_step={2: lambda: optimizer.add_param_group({"params": [model.trunk.weight]})}
     )
-    assert told.startswith("hazard in_optimizer: an optimizer was given it after the phase began")
+    assert told.startswith("hazard in_optimizer: an optimizer received it after the phase began")
 
 
 def test_a_head_that_was_put_there_later_is_named_at_once_and_as_such() -> None:
@@ -303,7 +303,7 @@ def test_a_head_that_was_put_there_later_is_named_at_once_and_as_such() -> None:
     with audit.phase("frozen"):
         train(audit, model, [optimizer], 4, after_step={2: lambda: setattr(model, "head", nn.Linear(2, 1))})
     assert {(v.kind, v.step) for v in audit.report.violations} == {("not_in_optimizer", 2)}
-    assert "it was put there after the optimizer was built" in audit.report.violations[0].cause
+    assert "it was added after the optimizer was built" in audit.report.violations[0].cause
 
 
 def test_an_average_that_follows_a_written_weight_is_not_blamed() -> None:
@@ -319,7 +319,7 @@ def test_an_average_that_follows_a_written_weight_is_not_blamed() -> None:
         train(audit, model, [optimizer], 4, after_step={2: write})
     told = {violation.name: violation.cause for violation in audit.report.violations}
     assert "it follows the tensor that it averages" in told["ema.trunk.weight"]
-    assert "written past torch's count" in told["trunk.weight"]
+    assert "written past torch's version counter" in told["trunk.weight"]
 
 
 def test_rows_that_code_writes_are_not_blamed_on_the_optimizer() -> None:

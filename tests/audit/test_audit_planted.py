@@ -64,14 +64,14 @@ def write_nan(weight: nn.Parameter) -> None:
 @pytest.mark.parametrize(
     ("write", "words", "max_abs"),
     [
-        (write_data, "written past torch's count (.data, a numpy alias", 1.0),
+        (write_data, "written past torch's version counter (.data, a numpy alias", 1.0),
         (assign_data, "its data was replaced (.data = ..., .to(), .half())", 1.0),
         (write_in_place, "written outside the watched optimizers (load_state_dict, re-initialisation", 3.0),
-        (write_numpy_alias, "written past torch's count (.data, a numpy alias", 1.0),
+        (write_numpy_alias, "written past torch's version counter (.data, a numpy alias", 1.0),
         (write_smallest_bit, "written outside the watched optimizers", 2.0**-23),
         (flip_sign_of_zero, "only the sign of zeros changed", 0.0),
         (permute_elements, "its elements were permuted in place", 2.0),
-        (write_nan, "not-a-number was written", math.nan),
+        (write_nan, "NaN was written", math.nan),
     ],
 )
 def test_a_write_to_a_frozen_parameter_is_named(
@@ -83,7 +83,7 @@ def test_a_write_to_a_frozen_parameter_is_named(
     assert found(report) == [("param_changed", "trunk.weight", "frozen", 3)]
     assert words in violation.cause
     assert (violation.since, violation.max_abs) == (2, pytest.approx(max_abs, nan_ok=True))
-    assert violation.detail == "its bytes differ from the first ones"
+    assert violation.detail == "its bytes differ from the original ones"
 
 
 @pytest.mark.parametrize("write", [write_in_place, assign_data, flip_sign_of_zero, permute_elements])
@@ -424,7 +424,7 @@ def test_a_parameter_registered_anew_is_named() -> None:
     report = run(model, after_step={2: register})
     assert found(report) == [("identity_changed", "trunk.weight", "frozen", 2)]
     assert only(report).detail == "is another tensor than when the phase began"
-    assert "registered anew after the freeze" in only(report).cause
+    assert "registered again after the freeze" in only(report).cause
 
 
 def test_a_parameter_turned_into_a_plain_tensor_is_named_as_gone() -> None:

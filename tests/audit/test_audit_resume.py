@@ -308,16 +308,16 @@ def test_the_state_handles_by_policy_what_is_found_when_it_is_taken() -> None:
     ("name", "freeze", "idle", "message"),
     [
         ("thawed", ["trunk"], [], "the state was taken inside the phase 'frozen'"),
-        ("frozen", ["head"], [], "expected the pattern 'trunk', got 'head'"),
-        ("frozen", ["trunk", "head.bias"], [], "expected the pattern no further one, got 'head.bias'"),
-        ("frozen", ["trunk"], ["head.bias"], "head.bias was to train, and is not now"),
+        ("frozen", ["head"], [], "expected the pattern 'trunk', got the pattern 'head'"),
+        ("frozen", ["trunk", "head.bias"], [], "expected no further pattern, got the pattern 'head.bias'"),
+        ("frozen", ["trunk"], ["head.bias"], "head.bias was trainable, and is not now"),
     ],
 )
 def test_a_state_of_another_phase_or_contract_is_refused_and_the_right_one_can_still_begin(
     name: str, freeze: list[str], idle: list[str], message: str
 ) -> None:
     audit, _, _ = resumed(*stopped())
-    with pytest.raises(ValueError, match=f"the phase '{name}' cannot go on where it was stopped: {message}"):
+    with pytest.raises(ValueError, match=f"the phase '{name}' cannot be resumed: {message}"):
         audit.begin(name, freeze, idle=idle)
     assert audit.report.phases == []
     assert audit.begin("frozen").num_steps == 2

@@ -1,4 +1,4 @@
-"""Two checkpoints side by side: which tensors kept every bit, and what was not compared."""
+"""Compares two checkpoints: which tensors kept every bit, and what could not be compared."""
 
 from __future__ import annotations
 
@@ -10,7 +10,7 @@ from typing import Any, Literal
 import xxhash
 from torch import Tensor
 
-from mtl.audit.offline.difference import size_of_change
+from mtl.audit.watch.change_size import size_of_change
 from mtl.audit.watch.frozen_tensor import packed
 from mtl.audit.watch.places import is_sparse
 from mtl.audit.watch.rows import num_rows, rows_in_words, split_rows
@@ -20,19 +20,19 @@ from mtl.runtime.fingerprint import fingerprint
 from mtl.runtime.text import count
 
 Kind = Literal["value", "shape", "dtype", "missing", "new"]
-# What a checkpoint has under a name.
-Part = Tensor | LeftOut
+# A checkpoint's content under one name.
+Content = Tensor | LeftOut
 
 
 @dataclass(frozen=True)
-class Difference:
-    """A tensor that is not the same in both.
+class TensorDifference:
+    """A tensor that differs between two checkpoints.
 
     Attributes:
         name: Its name.
         kind: `value`, `shape`, `dtype`; `missing` from the second, or `new` in it.
-        max_abs: The largest difference of two elements; NaN if one of them is not a number; None if none was taken.
-        share: The share of elements whose bits differ; None if none was taken.
+        max_abs: The largest absolute difference of two elements; NaN if one of them is NaN; None if not computed.
+        share: The share of elements whose bits differ, 0 to 1; None if not computed.
     """
 
     name: str
@@ -54,7 +54,7 @@ class Difference:
 
 @dataclass(frozen=True)
 class NotCompared:
-    """Something that was to be the same, and of which nobody knows whether it is.
+    """A selected entry of the checkpoints that could not be compared.
 
     Attributes:
         name: Its name.
@@ -70,18 +70,18 @@ class NotCompared:
 
 @dataclass(frozen=True)
 class Comparison:
-    """What was compared.
+    """The result of a comparison.
 
     Attributes:
-        num_identical: What is the same to the bit.
+        num_identical: Tensors that are equal bit for bit.
         differences: The others, in the order of the first checkpoint.
-        left_out: What was not compared.
-        notes: What was taken as the weights of each checkpoint, one sentence each.
-        num_plain: Numbers, text and the like next to the tensors, which nothing is said of.
+        left_out: Entries that were not compared.
+        notes: Which tensors were read as the weights of each checkpoint, one sentence each.
+        num_plain: Numbers, text and the like next to the tensors, which are not compared.
     """
 
     num_identical: int
-    differences: tuple[Difference, ...]
+    differences: tuple[TensorDifference, ...]
     left_out: tuple[NotCompared, ...] = ()
     notes: tuple[str, ...] = ()
     num_plain: int = 0
@@ -120,8 +120,8 @@ _EVERYTHING = "**"
 def compare_checkpoints(first: Path, second: Path, freeze: Sequence[str] = (_EVERYTHING,)) -> Comparison:
     """Compares two checkpoints of any form, as `compare`.
 
-    Patterns select among the weights; one that selects none of them selects among all that the checkpoints hold, and
-    `**` always means everything: `trunk` is the trunk, whatever optimizers keep under such a name.
+    Patterns select among the weights; if one selects none of them, all select among the entire checkpoints, as `**`
+    always does: `trunk` is the trunk, whatever optimizer state has such a name.
 
     Raises:
         UnreadableError: A checkpoint cannot be read.
@@ -133,73 +133,73 @@ def compare_checkpoints(first: Path, second: Path, freeze: Sequence[str] = (_EVE
         try:
             return replace(compare(one.weights, other.weights, freeze), notes=notes)
         except PatternError:
-            # Not of the weights; if of nothing else either, the message below names what there is.
+            # Patterns that select nothing at all get the message of the comparison below.
             pass
     num_plain = max(one.num_plain, other.num_plain)
     return replace(compare(one.everything, other.everything, freeze), notes=notes, num_plain=num_plain)
 
 
 def compare(
-    first: Mapping[str, Part], second: Mapping[str, Part], freeze: Sequence[PatternLike] = (_EVERYTHING,)
+    first: Mapping[str, Content], second: Mapping[str, Content], freeze: Sequence[PatternLike] = (_EVERYTHING,)
 ) -> Comparison:
-    """Compares what patterns select, bit for bit.
+    """Compares the tensors that patterns select, bit for bit.
 
-    NaN equals NaN of the same bits, and -0.0 does not equal 0.0: it is bits that a freeze promises to keep.
+    NaN equals NaN of the same bits, and -0.0 does not equal 0.0: a freeze promises to keep bits.
 
     Args:
-        first: Tensors by name, before, and what was not read as tensors.
+        first: Tensors by name, before, and entries that were not read as tensors.
         second: The same, after.
-        freeze: Patterns of what has to be the same; there is no module tree, so that positions, depth groups and
-            classes cannot be named.
+        freeze: Patterns of tensors that must be equal; without a module tree, they cannot name positions, depth groups
+            and classes.
 
     Raises:
         PatternError: A pattern cannot be read, or selects nothing.
     """
     names = list(dict.fromkeys([*first, *second]))
     lengths = {name: min(_num_rows(parts.get(name)) for parts in (first, second)) for name in names}
-    whole, rows = split_rows(freeze, lengths)
-    chosen = dict.fromkeys(select(whole, names).names)
+    full_patterns, rows = split_rows(freeze, lengths)
+    chosen = dict.fromkeys(select(full_patterns, names).names)
     pairs = [(name, first.get(name), second.get(name)) for name in chosen]
     for name, slices in rows.items():
         one, other = first[name], second[name]
-        assert isinstance(one, Tensor) and isinstance(other, Tensor), "what has rows is a tensor"
+        assert isinstance(one, Tensor) and isinstance(other, Tensor), "only tensors have rows"
         if name not in chosen:
             pairs += [(rows_in_words(name, each), one[each], other[each]) for each in slices]
     if not pairs:
         raise PatternError(len(freeze) - 1, "the patterns select nothing in the end: there is nothing to compare")
     found = [difference for pair in pairs if (difference := _difference(*pair))]
-    differences = tuple(each for each in found if isinstance(each, Difference))
+    differences = tuple(each for each in found if isinstance(each, TensorDifference))
     left_out = tuple(each for each in found if isinstance(each, NotCompared))
     return Comparison(len(pairs) - len(found), differences, left_out)
 
 
-def _difference(name: str, before: Part | None, after: Part | None) -> Difference | NotCompared | None:
+def _difference(name: str, before: Content | None, after: Content | None) -> TensorDifference | NotCompared | None:
     for one, other in ((before, after), (after, before)):
         if isinstance(one, LeftOut):
             return None if _is_same_file(one, other) else NotCompared(name, one.reason)
     if not isinstance(before, Tensor) or not isinstance(after, Tensor):
-        return Difference(name, "new" if before is None else "missing")
+        return TensorDifference(name, "new" if before is None else "missing")
     if before.shape != after.shape:
-        return Difference(name, "shape")
+        return TensorDifference(name, "shape")
     if before.dtype != after.dtype or before.layout != after.layout:
-        return Difference(name, "dtype")
+        return TensorDifference(name, "dtype")
     if is_sparse(before):
-        return None if fingerprint(packed(before)) == fingerprint(packed(after)) else Difference(name, "value")
+        return None if fingerprint(packed(before)) == fingerprint(packed(after)) else TensorDifference(name, "value")
     if fingerprint(before) == fingerprint(after):
         return None
     try:
         size = size_of_change(before, after)
     except NotImplementedError:
-        # Of some types of a few bits, torch knows the bytes alone.
-        return Difference(name, "value")
-    return Difference(name, "value", size.max_abs, size.share)
+        # Of some dtypes of a few bits, torch can only read the bytes.
+        return TensorDifference(name, "value")
+    return TensorDifference(name, "value", size.max_abs, size.share)
 
 
-def _num_rows(part: Part | None) -> int:
+def _num_rows(part: Content | None) -> int:
     return num_rows(part) if isinstance(part, Tensor) and not is_sparse(part) else 0
 
 
-def _is_same_file(one: LeftOut, other: Part | None) -> bool:
+def _is_same_file(one: LeftOut, other: Content | None) -> bool:
     """Whether both are files, with the same bytes."""
     if not isinstance(other, LeftOut) or one.file is None or other.file is None:
         return False

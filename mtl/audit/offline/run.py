@@ -1,4 +1,4 @@
-"""The cold audit: a finished run is proven again from its own files."""
+"""Proves a finished run again from its own files."""
 
 from __future__ import annotations
 
@@ -17,16 +17,16 @@ from mtl.runtime.text import count, shorten
 
 
 @dataclass
-class ColdAudit:
-    """What was looked at, and what was found.
+class RunAudit:
+    """The result of an audit of a run's files; its attributes are keys of the printed JSON.
 
     Attributes:
-        num_tensors: Tensors of checkpoints that have the fingerprints with which their phase began.
-        num_checkpoints: Checkpoints looked at.
-        num_unkept: Names in a contract that no checkpoint of its phase holds, such as buffers that are not kept.
-        num_foreign: Checkpoints of a phase that `audit.json` does not know, whose contract is not known here.
-        findings: What is wrong, one sentence each.
-        unproven: What nobody can know from the files that there are, one sentence each.
+        num_tensors: Tensors of checkpoints that have the fingerprints of their phase's begin.
+        num_checkpoints: Checkpoints that were checked.
+        num_unkept: Names in a contract that no checkpoint of its phase has, such as non-persistent buffers.
+        num_foreign: Checkpoints of a phase that `audit.json` does not have.
+        findings: Violations, one sentence each.
+        unproven: What cannot be proven from these files, one sentence each.
     """
 
     num_tensors: int = 0
@@ -38,12 +38,12 @@ class ColdAudit:
 
     @property
     def ok(self) -> bool:
-        """Whether something was proven, and nothing is wrong."""
+        """Whether something was proven, and there are no findings."""
         return self.num_tensors > 0 and not self.findings
 
     @property
     def is_broken(self) -> bool:
-        """Whether something is wrong."""
+        """Whether there are findings."""
         return bool(self.findings)
 
     def to_json(self) -> dict[str, Any]:
@@ -57,20 +57,20 @@ class ColdAudit:
         return "\n".join([*lines, f"audit: {verdict}; {tensors} in {checkpoints} {have} the bytes of their phase"])
 
 
-def audit_run(run_dir: Path) -> ColdAudit:
-    """Proves a run again from `audit.json` and its checkpoints, with no model and no configuration.
+def audit_run(run_dir: Path) -> RunAudit:
+    """Proves a run again from `audit.json` and its checkpoints, without model and configuration.
 
-    Every kept checkpoint has to hold, byte for byte, what its `state.json` says was written; and of that, what the
-    phase that wrote it had frozen has to have the fingerprints that the phase began with.
+    Every checkpoint must have the digests that its `state.json` records, and its phase's frozen tensors must have the
+    fingerprints of the phase's begin.
 
     Raises:
-        RunFileError: There is no `audit.json`, or it is damaged.
-        UnreadableError: There is no checkpoint of a run that was clean.
+        RunFileError: `audit.json` is damaged.
+        UnreadableError: There is no `audit.json`, or no checkpoint of a clean run.
     """
     if not (run_dir / AUDIT).is_file():
         raise UnreadableError(f"{run_dir}: is not the directory of a finished run: it has no {AUDIT}")
     audit = read_audit(run_dir / AUDIT)
-    result = ColdAudit()
+    result = RunAudit()
     if not audit["ok"]:
         result.findings.append(f"{AUDIT}: the run was not clean, or it was cut short")
     for file in sorted(run_dir.glob("audit.rank-*.json")):
@@ -82,13 +82,13 @@ def audit_run(run_dir: Path) -> ColdAudit:
         raise UnreadableError(f"{run_dir}: has no checkpoints")
     unkept: dict[str, list[set[str]]] = {}
     for folder in folders:
-        _look_at(folder, phases, result, unkept)
-    _say_what_is_unproven(phases, unkept, result)
+        _check_checkpoint(folder, phases, result, unkept)
+    _add_unproven(phases, unkept, result)
     return result
 
 
 def _contradictions(phases: list[dict[str, Any]]) -> list[str]:
-    """In what the phases of an `audit.json` are not what was written."""
+    """Contradictions between the phases of an `audit.json`, one sentence each."""
     found = []
     for name in sorted({phase["name"] for phase in phases if sum(p["name"] == phase["name"] for p in phases) > 1}):
         found.append(f"{AUDIT}: has several phases {name!r}")
@@ -102,8 +102,10 @@ def _contradictions(phases: list[dict[str, Any]]) -> list[str]:
     return found
 
 
-def _look_at(folder: Path, phases: Mapping[str, Any], result: ColdAudit, unkept: dict[str, list[set[str]]]) -> None:
-    """Looks at one checkpoint; adds to `unkept`, by phase, the names in its contract that the checkpoint lacks."""
+def _check_checkpoint(
+    folder: Path, phases: Mapping[str, Any], result: RunAudit, unkept: dict[str, list[set[str]]]
+) -> None:
+    """Checks one checkpoint; adds to `unkept`, by phase, the names in its contract that the checkpoint lacks."""
     result.num_checkpoints += 1
     try:
         state = read_state_file(folder / "state.json")
@@ -129,7 +131,7 @@ def _look_at(folder: Path, phases: Mapping[str, Any], result: ColdAudit, unkept:
 
 
 def _damage(folder: Path, state: dict[str, Any], digests: Mapping[str, str]) -> list[str]:
-    """In what a checkpoint is not what was written, one sentence each."""
+    """Differences between a checkpoint and its recorded digests, one sentence each."""
     written, found = dict(state.get("digests", {})), []
     if is_in_shards(folder):
         found += damaged_shards(folder, state)
@@ -139,7 +141,7 @@ def _damage(folder: Path, state: dict[str, Any], digests: Mapping[str, str]) -> 
         found.append(
             f"{_damaged_file(folder, written.get('frozen'))}: holds other tensors than were written at this step"
         )
-    # Runs of before had no digest of this file.
+    # Earlier versions wrote no digest of this file.
     digest = written.pop("state", None)
     if digest is not None and digest != fingerprint_of_json({**state, "digests": written}):
         found.append(f"{folder / 'state.json'}: says other things than were written at this step")
@@ -147,16 +149,16 @@ def _damage(folder: Path, state: dict[str, Any], digests: Mapping[str, str]) -> 
 
 
 def _damaged_file(folder: Path, frozen: str | None) -> Path:
-    """Which of the two files holds other tensors than were written; `frozen` is the digest of those frozen, if any."""
-    beside = folder / "frozen.safetensors"
+    """Which of the two files differs from what was written; `frozen` is the digest of the frozen tensors, if any."""
+    frozen_file = folder / "frozen.safetensors"
     if frozen is None:
         return folder / "model.safetensors"
-    tensors: dict[str, Tensor] = read_tensor_file(beside)
+    tensors: dict[str, Tensor] = read_tensor_file(frozen_file)
     is_sound = root({name: fingerprint(tensor) for name, tensor in tensors.items()}) == frozen
-    return folder / "model.safetensors" if is_sound else beside
+    return folder / "model.safetensors" if is_sound else frozen_file
 
 
-def _say_what_is_unproven(phases: Mapping[str, Any], unkept: Mapping[str, list[set[str]]], result: ColdAudit) -> None:
+def _add_unproven(phases: Mapping[str, Any], unkept: Mapping[str, list[set[str]]], result: RunAudit) -> None:
     for name, phase in phases.items():
         num_frozen = len(phase["frozen"]["fingerprints"])
         lacking = set.intersection(*unkept[name]) if name in unkept else set()

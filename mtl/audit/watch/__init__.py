@@ -1,1 +1,1 @@
-"""What the audit looks at in a phase: the contract, frozen tensors, trainable tensors, optimizers, ranks."""
+"""The checks of one phase: its contract, frozen tensors, trainable tensors, optimizers and ranks."""

@@ -1,4 +1,4 @@
-"""Makes findings of one phase: what was seen, in the terms of the report."""
+"""Builds the findings of one phase."""
 
 from __future__ import annotations
 
@@ -6,64 +6,74 @@ from collections.abc import Sequence
 
 from mtl.audit.report import Hazard, PhaseRecord, Violation
 from mtl.audit.watch.contract import Contract
-from mtl.audit.watch.places import Place
+from mtl.audit.watch.places import TensorPlace
+from mtl.audit.watch.ranks import RankDifference
 from mtl.patterns import text_of
 
 
-class Findings:
-    """Knows the phase's record, and which pattern froze what."""
+class FindingBuilder:
+    """Builds findings with the phase's name and step, and with the pattern that froze the tensor."""
 
     def __init__(self, record: PhaseRecord, contract: Contract, written_at: Sequence[str]) -> None:
         """Args:
         record: The phase's record.
         contract: Its contract.
-        written_at: Where each of its patterns was written, if that is known.
+        written_at: File and line of each of its patterns, if they are known.
         """
         self._record = record
         self._patterns = contract.patterns
         self._pattern_of = contract.pattern_of
         self._written_at = written_at
 
-    def know(self, contract: Contract) -> None:
-        """Learns what froze the names that have come since."""
+    def add_patterns(self, contract: Contract) -> None:
+        """Adds the patterns of tensors that were added since."""
         self._pattern_of = {**contract.pattern_of, **self._pattern_of}
 
     def violation(
         self,
         kind: str,
-        place: Place,
+        place: TensorPlace,
         cause: str,
         detail: str,
         since: int | None = None,
         size: tuple[float, float] | None = None,
     ) -> Violation:
-        """A violation as it is seen now; without `since`, it happened in this very step.
+        """A violation at the present step; without `since`, it happened in this step.
 
         Args:
             kind: Its kind.
-            place: What it is about.
-            cause: What most likely did it.
-            detail: What was seen.
+            place: The tensor's place.
+            cause: The most likely cause.
+            detail: What was observed.
             since: The last step after which it was known to be right.
-            size: Of changed bytes, the largest difference and the share of elements.
+            size: Of changed bytes, the largest absolute difference and the share of elements.
         """
         step, (max_abs, share) = self._record.num_steps, size or (None, None)
         since = step if since is None else since
-        pattern = self.why_frozen(place)
+        pattern = self._pattern_text(place)
         return Violation(kind, place.name, self._record.name, step, cause, detail, since, max_abs, share, pattern)
 
-    def hazard(self, kind: str, place: Place, cause: str, detail: str) -> Hazard:
-        """A hazard as it is seen now."""
-        return self.hazard_of(kind, place.name, cause, detail, self.why_frozen(place))
+    def hazard(self, kind: str, place: TensorPlace, cause: str, detail: str) -> Hazard:
+        """A hazard at the present step."""
+        return self.module_hazard(kind, place.name, cause, detail, self._pattern_text(place))
 
-    def hazard_of(self, kind: str, name: str, cause: str, detail: str, pattern: str | None = None) -> Hazard:
-        """The same, of something that is no tensor."""
+    def module_hazard(self, kind: str, name: str, cause: str, detail: str, pattern: str | None = None) -> Hazard:
+        """A hazard of a module at the present step."""
         step = self._record.num_steps
         return Hazard(kind, name, self._record.name, step, cause, detail, step, pattern=pattern)
 
-    def why_frozen(self, place: Place) -> str | None:
-        """The pattern that froze something, and where it was written; None of what is not frozen."""
-        index = self._pattern_of.get(place.name.removeprefix("ema.") if place.is_copy else place.name)
+    def ranks_differ(self, difference: RankDifference, since: int) -> Violation:
+        """A tensor that differs between ranks at the present step, and did not after step `since`."""
+        step, name = self._record.num_steps, difference.name
+        what = ("ranks_differ", name, self._record.name, step, difference.cause, difference.detail, since)
+        return Violation(*what, pattern=self._pattern_by_name(name))
+
+    def _pattern_text(self, place: TensorPlace) -> str | None:
+        return self._pattern_by_name(place.name.removeprefix("ema.") if place.is_copy else place.name)
+
+    def _pattern_by_name(self, name: str) -> str | None:
+        """The pattern that froze a tensor, with its file and line if known; None if it is not frozen."""
+        index = self._pattern_of.get(name)
         if index is None:
             return None
         pattern = repr(text_of(self._patterns[index]))

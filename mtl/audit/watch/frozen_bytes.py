@@ -1,4 +1,4 @@
-"""The bytes of the frozen tensors of one phase: read in turn or all at once, and compared with the first ones."""
+"""Compares the bytes of a phase's frozen tensors with the original ones, in rotation or all at once."""
 
 from __future__ import annotations
 
@@ -7,151 +7,150 @@ from typing import Any
 
 from torch import Tensor
 
-from mtl.audit.offline.difference import size_of_change
 from mtl.audit.report import Finding, PhaseRecord
 from mtl.audit.watch import causes
-from mtl.audit.watch.findings import Findings
-from mtl.audit.watch.frozen_tensor import Watched
-from mtl.audit.watch.membership import HoldsParameters, param_groups
+from mtl.audit.watch.change_causes import cause_of_change
+from mtl.audit.watch.change_size import size_of_change
+from mtl.audit.watch.findings import FindingBuilder
+from mtl.audit.watch.frozen_tensor import FrozenTensor
+from mtl.audit.watch.optimizers import HoldsParameters, param_groups
 from mtl.audit.watch.places import is_sparse
-from mtl.audit.watch.readings import Rotation
+from mtl.audit.watch.readings import RotatingReader
 from mtl.runtime.fingerprint import fingerprint
 
-_DETAIL = "its bytes differ from the first ones"
+_DETAIL = "its bytes differ from the original ones"
 
 
 class ByteWatch:
-    """Compares the bytes of frozen tensors with those of the phase's begin, and counts that in the phase's record."""
+    """Compares the bytes of frozen tensors with those of the phase's begin, and counts this in the phase's record."""
 
     def __init__(
         self,
-        watched: Sequence[Watched],
+        frozen: Sequence[FrozenTensor],
         record: PhaseRecord,
         optimizers: Sequence[HoldsParameters],
-        findings: Findings,
+        findings: FindingBuilder,
     ) -> None:
         """Args:
-        watched: The frozen tensors.
+        frozen: The frozen tensors.
         record: The phase's record.
         optimizers: The optimizers, for the cause of a change; the list may grow.
-        findings: Makes findings.
+        findings: Builds findings.
         """
         self._findings = findings
-        self._watched = watched
+        self._frozen = frozen
         self._record = record
         self._optimizers = optimizers
-        self._rotation = Rotation(watched)
+        self._reader = RotatingReader(frozen)
         self._verified_at: int | None = None
 
-    def look(self, tripped: Sequence[Watched]) -> list[Finding]:
-        """After a step: asks for what has its turn, and for what is suspected; compares what has come.
+    def after_step(self, tripped: Sequence[FrozenTensor]) -> list[Finding]:
+        """Requests the bytes that are due and those of suspects; compares those that have arrived.
 
         Args:
-            tripped: Tensors that may show a sign of a write.
+            tripped: Tensors that may have been written.
         """
-        found = self._ask(tripped)
-        self._rotation.turn(self._record.num_steps)
-        return found + self._changes(wait=False)
+        found = self._request(tripped)
+        self._reader.advance(self._record.num_steps)
+        return found + self._compare_arrived(wait=False)
 
-    def look_at(self, tripped: Sequence[Watched]) -> list[Finding]:
-        """Between two steps: reads the bytes of tensors that show a sign of a write, and of all in the same modules."""
-        if not any(watched.shows_a_sign() for watched in tripped):
+    def check_suspects(self, tripped: Sequence[FrozenTensor]) -> list[Finding]:
+        """Between two steps: reads the bytes of tensors that may be written, and of all in the same modules."""
+        if not any(frozen.may_be_written() for frozen in tripped):
             return []
-        return self._ask(tripped) + self._changes(wait=False)
+        return self._request(tripped) + self._compare_arrived(wait=False)
 
-    def _ask(self, tripped: Sequence[Watched]) -> list[Finding]:
-        """Asks for the bytes of what shows a sign; what was asked for before is compared if something has moved."""
-        # BatchNorm's statistics move without a sign, its counter does not: the whole module is suspected.
-        owners = {id(watched.place.owner) for watched in tripped if watched.shows_a_sign()}
-        suspects = [watched for watched in self._watched if id(watched.place.owner) in owners] if owners else []
+    def _request(self, tripped: Sequence[FrozenTensor]) -> list[Finding]:
+        """Requests the bytes of suspects; earlier requests are compared first if a suspect has another address."""
+        # BatchNorm's statistics change without a new version, its counter does not: all of the module is suspected.
+        owners = {id(frozen.place.owner) for frozen in tripped if frozen.may_be_written()}
+        suspects = [frozen for frozen in self._frozen if id(frozen.place.owner) in owners] if owners else []
         found: list[Finding] = []
-        if any(watched.was_moved() for watched in suspects):
-            found = self.settle()
+        if any(frozen.was_moved() for frozen in suspects):
+            found = self.finish_reads()
             self.restart()
-        for watched in suspects:
-            self._rotation.ask(watched, self._record.num_steps)
+        for frozen in suspects:
+            self._reader.request(frozen, self._record.num_steps)
         return found
 
-    def settle(self) -> list[Finding]:
-        """Waits for what was asked for, and compares it."""
-        return self._changes(wait=True)
+    def finish_reads(self) -> list[Finding]:
+        """Waits for pending reads, and compares them."""
+        return self._compare_arrived(wait=True)
 
     def verify(self, counted: bool) -> list[Finding]:
-        """Every byte, whatever the signs say; one that is not `counted` leaves no trace where nothing is wrong."""
+        """Compares every byte; if not `counted`, a check that passes leaves no trace in the report."""
         self._verified_at = self._record.num_steps
         if counted:
-            for watched in self._watched:
-                self._rotation.ask(watched, self._record.num_steps)
-            return self.settle()
-        found = self.settle()
-        for watched in self._watched:
-            content = watched.part().detach().to("cpu")
-            if fingerprint(content) == watched.digest:
-                watched.known_at = self._record.num_steps
-            elif watched.place.look() is watched.tensor:
-                found.append(self._changed(watched, content))
+            for frozen in self._frozen:
+                self._reader.request(frozen, self._record.num_steps)
+            return self.finish_reads()
+        found = self.finish_reads()
+        for frozen in self._frozen:
+            content = frozen.part().detach().to("cpu")
+            if fingerprint(content) == frozen.digest:
+                frozen.known_at = self._record.num_steps
+            elif frozen.place.current() is frozen.tensor:
+                found.append(self._violation(frozen, content))
         return found
 
     def restart(self) -> None:
-        """Begins the turns anew; the tensors may lie elsewhere in memory."""
-        self._rotation.pass_on()
-        self._rotation = Rotation(self._watched)
+        """Restarts the rotation; tensors may have other addresses."""
+        self._reader.update_members()
+        self._reader = RotatingReader(self._frozen)
 
-    def state(self) -> dict[str, Any]:
-        """What is known of the bytes, as plain data, once all that was asked for has been settled."""
-        self._rotation.pass_on()
+    def state_dict(self) -> dict[str, Any]:
+        """The state as plain data; call `finish_reads` first."""
+        self._reader.update_members()
         return {
-            "watched": {watched.place.name: watched.state() for watched in self._watched},
-            "rotation": self._rotation.state(),
+            "watched": {frozen.place.name: frozen.state_dict() for frozen in self._frozen},
+            "rotation": self._reader.state_dict(),
             "verified_at": self._verified_at,
         }
 
-    def go_on(self, state: Mapping[str, Any]) -> list[Finding]:
-        """Goes on in another process, with the bytes that are there now; the record has been taken over already."""
+    def resume(self, state: Mapping[str, Any]) -> list[Finding]:
+        """Resumes in another process, with the bytes that are there now; the record was loaded before."""
         found: list[Finding] = []
-        # What the turns have read may have been written to behind the step.
+        # Bytes that were read in rotation may have been written after the step.
         was_verified = state["verified_at"] == self._record.num_steps
         cause = causes.WHILE_STOPPED if was_verified else causes.WHILE_STOPPED_OR_BEFORE
-        for watched in self._watched:
-            name, first = watched.place.name, self._record.fingerprints[watched.place.name]
-            is_first = watched.whole_digest == first
-            watched.take_over(state["watched"][name], watched.digest if is_first else first)
-            if not is_first:
-                kind = f"{watched.place.kind}_changed"
-                found.append(self._findings.violation(kind, watched.place, cause, _DETAIL, since=watched.known_at))
-        self._rotation.take_over(state["rotation"])
+        for frozen in self._frozen:
+            name, original = frozen.place.name, self._record.fingerprints[frozen.place.name]
+            is_same = frozen.full_digest == original
+            frozen.load_state_dict(state["watched"][name], frozen.digest if is_same else original)
+            if not is_same:
+                kind = f"{frozen.place.kind}_changed"
+                found.append(self._findings.violation(kind, frozen.place, cause, _DETAIL, since=frozen.known_at))
+        self._reader.load_state_dict(state["rotation"])
         self._verified_at = self._record.num_steps
         return found
 
-    def _changes(self, wait: bool) -> list[Finding]:
-        """Compares the bytes that have come with the first ones."""
+    def _compare_arrived(self, wait: bool) -> list[Finding]:
+        """Compares the bytes that have arrived with the original ones."""
         found: list[Finding] = []
-        for watched, content, step in self._rotation.arrived(wait):
+        for frozen, content, step in self._reader.arrived(wait):
             self._record.num_fingerprint_checks += 1
-            if watched.is_original(content, step):
-                # A sign that proved harmless is none the next time.
-                watched.note_signs()
-            elif watched.place.look() is watched.tensor:
-                self._rotation.pass_on()
-                found.append(self._changed(watched, content))
-                watched.note_signs()
+            if frozen.is_original(content, step):
+                # Another version of the same bytes is harmless.
+                frozen.record_version()
+            elif frozen.place.current() is frozen.tensor:
+                self._reader.update_members()
+                found.append(self._violation(frozen, content))
+                frozen.record_version()
         return found
 
-    def _changed(self, watched: Watched, content: Tensor) -> Finding:
-        if watched.place.is_copy:
-            cause = causes.of_copy(self._has_changed(watched.place.name.removeprefix("ema.")))
+    def _violation(self, frozen: FrozenTensor, content: Tensor) -> Finding:
+        if frozen.place.is_copy:
+            cause = causes.of_copy(self._has_changed(frozen.place.name.removeprefix("ema.")))
         else:
-            cause = causes.of_change(watched, content, param_groups(self._optimizers))
+            cause = cause_of_change(frozen, content, param_groups(self._optimizers))
         size = None
-        is_alike = content.shape == watched.original.shape and not is_sparse(watched.tensor)
-        if is_alike and content.dtype == watched.original.dtype:
-            change = size_of_change(watched.original, content)
+        is_alike = content.shape == frozen.original.shape and not is_sparse(frozen.tensor)
+        if is_alike and content.dtype == frozen.original.dtype:
+            change = size_of_change(frozen.original, content)
             size = change.max_abs, change.share
-        kind = f"{watched.place.kind}_changed"
-        return self._findings.violation(kind, watched.place, cause, _DETAIL, since=watched.proven_at, size=size)
+        kind = f"{frozen.place.kind}_changed"
+        return self._findings.violation(kind, frozen.place, cause, _DETAIL, since=frozen.proven_at, size=size)
 
     def _has_changed(self, name: str) -> bool:
-        """Whether a frozen tensor of this name has other bytes than at first."""
-        return any(
-            watched.place.name == name and fingerprint(watched.part()) != watched.digest for watched in self._watched
-        )
+        """Whether the bytes of the frozen tensor of this name differ from the original ones."""
+        return any(frozen.place.name == name and fingerprint(frozen.part()) != frozen.digest for frozen in self._frozen)

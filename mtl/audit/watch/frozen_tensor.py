@@ -1,4 +1,4 @@
-"""A frozen tensor, and how it was when its phase began."""
+"""A frozen tensor, and its bytes when its phase began."""
 
 from __future__ import annotations
 
@@ -8,30 +8,30 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from mtl.audit.watch.places import Place, is_sparse
+from mtl.audit.watch.places import TensorPlace, is_sparse
 from mtl.runtime.fingerprint import fingerprint
 from mtl.runtime.tensors import bytes_of, is_spread, local, whole
 
 
-class Watched:
-    """A frozen tensor, or rows of one, as it was when the phase began.
+class FrozenTensor:
+    """A frozen tensor, or rows of one, with a copy of its bytes from the phase's begin.
 
     Attributes:
-        place: Where it hangs.
-        tensor: The whole tensor itself.
-        original: A copy of what is frozen of it, on the host.
-        digest: The fingerprint of that.
-        whole_digest: The same of all processes' parts together, if it is spread over them and that was asked for.
-        proven_at: The last step after which its bytes were found to be the first ones.
-        known_at: The same, counting looks that the report is not to depend on.
-        had_gradient: Whether it has had a gradient at any look.
-        address: Where its first bytes lie, as far as is known.
-        version: How often it had been written to then, as far as torch counts.
-        num_stays: Of a plain attribute, for how many looks the same tensor has been there.
-        is_result: Whether a plain attribute turned out to be what a forward leaves there, of which nothing is asked.
+        place: The module and key under which it is registered.
+        tensor: The tensor, with all its rows.
+        original: A copy of the frozen rows, on the host.
+        digest: The fingerprint of `original`.
+        full_digest: The fingerprint of the full tensor, if it is sharded and that was requested; else `digest`.
+        proven_at: The last step after which its bytes were the original ones.
+        known_at: The same, including checks that the report does not count.
+        had_gradient: Whether it has had a gradient at any check.
+        address: The address of its original bytes.
+        version: Its version counter when its bytes were last the original ones.
+        num_stays: Of a plain attribute, the checks at which it was the same tensor.
+        is_result: Whether a plain attribute turned out to be a result of the forward, which is not checked.
     """
 
-    def __init__(self, place: Place, tensor: Tensor, is_whole: bool = False) -> None:
+    def __init__(self, place: TensorPlace, tensor: Tensor, full_digest: bool = False) -> None:
         """Raises:
         ValueError: Its bytes cannot be read.
         """
@@ -45,43 +45,43 @@ class Watched:
                 f"{place.name} is frozen, but the bytes of a {kind} cannot be read ({error}); take it back with"
                 f" !{place.name}"
             ) from error
-        self.digest = self.whole_digest = fingerprint(self.original)
-        if is_whole and is_spread(tensor):
-            together = whole(tensor.detach())
-            self.whole_digest = fingerprint(together if place.rows is None else together[place.rows])
+        self.digest = self.full_digest = fingerprint(self.original)
+        if full_digest and is_spread(tensor):
+            full = whole(tensor.detach())
+            self.full_digest = fingerprint(full if place.rows is None else full[place.rows])
         self.proven_at = 0
         self.known_at = 0
         self.had_gradient = False
         self.num_stays = 0
         self.is_result = False
-        self._look_at(tensor)
-        self.note_signs()
+        self._set_tensor(tensor)
+        self.record_version()
 
-    def _look_at(self, tensor: Tensor) -> None:
-        # Asked once: these are looked at in every step. Tensors of inference mode are not counted.
+    def _set_tensor(self, tensor: Tensor) -> None:
+        # Computed once, since every step uses them. Tensors of inference mode have no version counter.
         self.tensor = tensor
         self._has_address = not is_sparse(tensor) and local(tensor) is tensor and not is_wrapper(tensor)
-        self._is_counted = not tensor.is_inference()
+        self._has_version = not tensor.is_inference()
 
-    def follow(self, tensor: Tensor) -> None:
-        """Watches another tensor with the same bytes that was put in its place."""
-        self._look_at(tensor)
-        self.note_signs()
+    def rebind(self, tensor: Tensor) -> None:
+        """Continues with another tensor of the same bytes that has replaced it."""
+        self._set_tensor(tensor)
+        self.record_version()
 
     @property
     def is_plain(self) -> bool:
-        """Whether it is a registered tensor, frozen whole, whose address and version say all."""
-        return self.place.is_held_whole and not self.place.way and self._has_address and self._is_counted
+        """Whether it is a registered, fully frozen tensor with one address and a version counter."""
+        return self.place.is_full and not self.place.key_path and self._has_address and self._has_version
 
     def part(self) -> Tensor:
-        """What is frozen of it; of a tensor that is spread over processes (FSDP), what is here."""
+        """Its frozen rows, or all; of a sharded tensor (FSDP), this rank's shard."""
         here = local(self.tensor)
         if is_sparse(here) or is_wrapper(here):
             return packed(here)
         return here if self.place.rows is None else here[self.place.rows]
 
     def is_viewable(self) -> bool:
-        """Whether its bytes can be read without bringing them in order first."""
+        """Whether its bytes can be viewed without a copy."""
         part = self.part()
         return (
             not is_sparse(self.tensor)
@@ -92,45 +92,45 @@ class Watched:
             and part.numel() > 0
         )
 
-    def note_signs(self) -> None:
-        """Takes the present address and version for those of the first bytes."""
+    def record_version(self) -> None:
+        """Records the present address and version counter as those of the original bytes."""
         self.address, self.version = self._address_now(), self._version_now()
 
-    def shows_a_sign(self) -> bool:
-        """Whether it may have been written to: a reason to look at its bytes, not a verdict."""
+    def may_be_written(self) -> bool:
+        """Whether its address or version counter changed: a reason to compare its bytes, not a verdict."""
         return self.was_moved() or self.was_written()
 
     def was_moved(self) -> bool:
-        """Whether it lies elsewhere in memory than when the signs were noted."""
+        """Whether its address differs from the recorded one."""
         return self._address_now() != self.address
 
     def was_written(self) -> bool:
-        """Whether torch has counted a write since the signs were noted."""
+        """Whether its version counter differs from the recorded one."""
         return self._version_now() != self.version
 
     def _address_now(self) -> int:
-        """Where it lies; a tensor that consists of several lies in several places."""
+        """Its address; 0 for a tensor that consists of several."""
         if self._has_address:
             return self.tensor.data_ptr()
         here = local(self.tensor)
         return 0 if is_sparse(here) or is_wrapper(here) else here.data_ptr()
 
     def _version_now(self) -> int:
-        """How often it has been written to, as far as torch counts."""
-        if not self._is_counted:
+        """Its version counter; of a wrapper, the sum over the tensors inside."""
+        if not self._has_version:
             return 0
         here = local(self.tensor)
         return sum(part._version for part in inner_tensors(here)) if is_wrapper(here) else self.tensor._version
 
     def is_original(self, content: Tensor, step: int) -> bool:
-        """Compares bytes that were read after a step with the first ones."""
+        """Compares bytes that were read after a step with the original ones."""
         if fingerprint(content) != self.digest:
             return False
         self.proven_at = max(self.proven_at, step)
         return True
 
-    def state(self) -> dict[str, Any]:
-        """What is known of it but its bytes, as plain data."""
+    def state_dict(self) -> dict[str, Any]:
+        """Its record without its bytes, as plain data."""
         return {
             "proven_at": self.proven_at,
             "known_at": max(self.known_at, self.proven_at),
@@ -141,27 +141,27 @@ class Watched:
             "was_written": self.was_written(),
         }
 
-    def take_over(self, state: Mapping[str, Any], digest: str) -> None:
-        """Goes on from what was known of it in another process, where its bytes were first those of a fingerprint."""
+    def load_state_dict(self, state: Mapping[str, Any], digest: str) -> None:
+        """Loads the record of another process, where its original bytes had a fingerprint."""
         self.digest = digest
         self.proven_at, self.known_at = state["proven_at"], state["known_at"]
         self.had_gradient |= state["had_gradient"]
         self.num_stays, self.is_result = state.get("num_stays", 0), state.get("is_result", False)
-        # No tensor has these: a sign that was not followed up yet is seen at the next look.
+        # No tensor has these values: a write that was not checked yet is checked next time.
         if state["was_moved"]:
             self.address = -1
         if state["was_written"]:
             self.version = -1
 
-    def put_back(self) -> None:
-        """Gives it the bits it began with; what is frozen whole also gets no gradient."""
-        if self.place.is_held_whole:
+    def restore(self) -> None:
+        """Restores its original bits; of a fully frozen tensor, also removes the gradient and the flag."""
+        if self.place.is_full:
             if self.tensor.is_leaf and self.tensor.requires_grad:
                 self.tensor.requires_grad_(False)
             self.tensor.grad = None
         part = self.part()
         if part.shape != self.original.shape or part.dtype != self.original.dtype:
-            # Another shape or type came by `.data`, and goes by it.
+            # Another shape or dtype can only have been assigned to `.data`.
             if self.place.rows is None and part is self.tensor:
                 self.tensor.data = self.original.to(self.tensor.device, copy=True)
         elif (
@@ -172,16 +172,16 @@ class Watched:
         ):
             with torch.inference_mode(part.is_inference()), torch.no_grad():
                 part.copy_(self.original)
-        self.note_signs()
+        self.record_version()
 
 
 def packed(tensor: Tensor) -> Tensor:
-    """The bytes of a tensor that consists of several: a sparse one, or one of a subclass that wraps others."""
+    """The bytes of a tensor that consists of several: a sparse one, or a wrapper subclass."""
     if is_wrapper(tensor):
         parts = [packed(part) if is_sparse(part) else part.detach() for part in inner_tensors(tensor)]
     elif tensor.layout == torch.sparse_coo:
-        whole = tensor.detach().coalesce()
-        parts = [whole.indices(), whole.values()]
+        coalesced = tensor.detach().coalesce()
+        parts = [coalesced.indices(), coalesced.values()]
     elif tensor.layout in (torch.sparse_csr, torch.sparse_bsr):
         parts = [tensor.crow_indices(), tensor.col_indices(), tensor.values()]
     else:
@@ -190,12 +190,12 @@ def packed(tensor: Tensor) -> Tensor:
 
 
 def is_wrapper(tensor: Tensor) -> bool:
-    """Whether a tensor has no bytes of its own, but wraps others, as subclasses with `__tensor_flatten__` do."""
+    """Whether a tensor wraps others and has no bytes of its own, as subclasses with `__tensor_flatten__` do."""
     return type(tensor) is not Tensor and hasattr(tensor, "__tensor_flatten__")
 
 
 def inner_tensors(tensor: Tensor) -> Iterator[Tensor]:
-    """The tensors with bytes that a wrapper is made of."""
+    """The tensors with bytes inside a wrapper."""
     wrapper: Any = tensor
     for key in wrapper.__tensor_flatten__()[0]:
         inner = getattr(wrapper, key)
@@ -203,5 +203,5 @@ def inner_tensors(tensor: Tensor) -> Iterator[Tensor]:
 
 
 def _is_expanded(tensor: Tensor) -> bool:
-    """Whether several elements lie in one place, as `expand()` makes them: it cannot be written to."""
+    """Whether several elements share one address, as after `expand()`: it cannot be written to."""
     return any(size > 1 and not stride for size, stride in zip(tensor.shape, tensor.stride(), strict=True))

@@ -1,4 +1,4 @@
-"""Liveness: follows what is meant to train, and the optimizers that are meant to train it, through one phase."""
+"""Liveness: records what happens to the trainable tensors of a phase, and the steps of their optimizers."""
 
 from __future__ import annotations
 
@@ -12,32 +12,32 @@ from torch import Tensor
 from torch.optim import Optimizer
 
 from mtl.audit.watch.contract import Contract
-from mtl.audit.watch.membership import HoldsParameters, param_groups
-from mtl.audit.watch.places import is_unmade
+from mtl.audit.watch.optimizers import HoldsParameters, param_groups
+from mtl.audit.watch.places import is_uninitialized
 from mtl.audit.watch.readings import Reading
-from mtl.audit.watch.rotation import Turns
-from mtl.audit.watch.trainable_tensor import Trainee, can_train, content_of, digest_of, is_elsewhere
+from mtl.audit.watch.rotation import Rotation
+from mtl.audit.watch.trainable_tensor import TrainableTensor, can_train, content_of, digest_of, is_on_other_ranks_only
 from mtl.patterns import PatternLike, select
 from mtl.patterns.module_tree import describe_modules
 from mtl.runtime.tensors import local
 
-# The digests of all that trains are taken after these steps, and then whenever half as many more have been done.
+# Digests of all trainable tensors are taken after these steps, and then whenever the number has grown by half.
 _FIRST_MARKS = (5, 10, 25, 50)
 
 
 @dataclass
-class Steps:
-    """What was seen of the optimizers and of the loop; optimizers and their groups by identity.
+class StepCounts:
+    """Counts of optimizer steps and backwards; optimizers and their param groups by identity.
 
     Attributes:
-        moving: The last step at which a group had a rate above zero.
+        moving: The last step at which a param group had a learning rate above zero.
         taken: The steps of each optimizer.
-        last: The phase's step at which each took its last one.
-        empty: How often each was called with no gradient there.
-        dropped: How many gradients were cleared before it stepped.
-        last_first_signal: The step at which the last parameter received its first gradient that was not zero.
-        num_backwards: Backwards that reached something which trains; until the first step, if no optimizer is attached.
-        num_backwards_stepped: Those of them that were seen when the last step was taken.
+        last: The phase's step at which each optimizer took its last one.
+        empty: The steps of each optimizer without any gradient.
+        dropped: Gradients that were cleared before each optimizer stepped.
+        last_first_signal: The step of the latest first gradient, over all parameters, that was not zero.
+        num_backwards: Backwards that reached a trainable tensor; until the first step, if no optimizer is attached.
+        num_backwards_stepped: `num_backwards` at the last step.
     """
 
     moving: dict[int, int] = field(default_factory=dict)
@@ -51,121 +51,123 @@ class Steps:
 
 
 class Liveness:
-    """Follows the parameters that no pattern freezes through one phase.
+    """Records gradients, bytes and learning rates of the trainable tensors of one phase.
 
     Attributes:
-        trainees: The parameters.
-        steps: What was seen of the optimizers.
-        idle: The names of parameters that may stay as they are.
+        trainables: The trainable tensors.
+        steps: Counts of steps and backwards.
+        idle: The names of parameters that are allowed not to train.
     """
 
     def __init__(self, contract: Contract, idle: Sequence[PatternLike]) -> None:
         """Args:
         contract: The phase's contract.
-        idle: Patterns of parameters that may stay as they are.
+        idle: Patterns of parameters that are allowed not to train.
         """
-        self.steps = Steps()
-        self.trainees: list[Trainee] = []
-        self._patterns_of_idle = idle
+        self.steps = StepCounts()
+        self.trainables: list[TrainableTensor] = []
+        self._idle_patterns = idle
         self.idle: set[str] = set()
-        self._waiting: list[Trainee] = []
-        self._elsewhere = {place.name for place in contract.free if is_elsewhere(place.look())}
-        self._zero: list[Trainee] = []
-        self._asked: list[tuple[list[Trainee], Reading, int]] = []
-        self._read: list[tuple[Trainee, Reading, int]] = []
+        self._without_signal: list[TrainableTensor] = []
+        self._on_other_ranks = {place.name for place in contract.free if is_on_other_ranks_only(place.current())}
+        self._with_zero_grad: list[TrainableTensor] = []
+        self._pending_sizes: list[tuple[list[TrainableTensor], Reading, int]] = []
+        self._pending_bytes: list[tuple[TrainableTensor, Reading, int]] = []
         self._next_mark = _FIRST_MARKS[0]
-        self.adopt(contract, 0)
+        self.add_new(contract, 0)
 
-    def adopt(self, contract: Contract, step: int) -> None:
-        """Follows what has come since the phase began, too.
+    def add_new(self, contract: Contract, step: int) -> None:
+        """Adds trainable tensors that are not recorded yet.
 
         Args:
-            contract: The contract as it is by now.
-            step: Steps done.
+            contract: The present contract.
+            step: The phase's steps so far.
         """
         names = [place.name for place in contract.free]
-        if self._patterns_of_idle:
-            self.idle = set(select(self._patterns_of_idle, names, describe_modules(contract.modules)).names)
+        if self._idle_patterns:
+            self.idle = set(select(self._idle_patterns, names, describe_modules(contract.modules)).names)
         frozen = {
-            id(tensor) for place in contract.frozen if place.rows is None and (tensor := place.look()) is not None
+            id(tensor) for place in contract.frozen if place.rows is None and (tensor := place.current()) is not None
         }
-        known = frozen | {id(trainee.tensor) for trainee in self.trainees}
+        known = frozen | {id(trainable.tensor) for trainable in self.trainables}
         for place in contract.free:
-            tensor = place.look()
+            tensor = place.current()
             if tensor is None or id(tensor) in known or place.name in self.idle or not can_train(place, tensor):
                 continue
             known.add(id(tensor))
-            self.trainees.append(Trainee(place, tensor, digest_of(tensor), step))
-            self._waiting.append(self.trainees[-1])
-        self._turns = Turns(self.trainees)
+            self.trainables.append(TrainableTensor(place, tensor, digest_of(tensor), step))
+            self._without_signal.append(self.trainables[-1])
+        self._rotation = Rotation(self.trainables)
 
     @property
-    def num_noted(self) -> int:
-        """The steps of the optimizer that has stepped most often, with no gradient there, too."""
+    def num_observed(self) -> int:
+        """The steps of the optimizer that has stepped most often, including steps without a gradient."""
         return max((self.steps.taken + self.steps.empty).values(), default=0)
 
-    def asking(self) -> list[Tensor]:
-        """What asks for a gradient now."""
-        tensors = [trainee.tensor for trainee in self.trainees]
-        return [tensor for tensor in tensors if tensor.requires_grad and tensor.is_leaf and not is_unmade(tensor)]
+    def requiring_grad(self) -> list[Tensor]:
+        """The trainable tensors that require a gradient now."""
+        tensors = [trainable.tensor for trainable in self.trainables]
+        return [
+            tensor for tensor in tensors if tensor.requires_grad and tensor.is_leaf and not is_uninitialized(tensor)
+        ]
 
     @property
     def num_trainable(self) -> int:
-        return sum(not trainee.is_stray for trainee in self.trainees)
+        return sum(not trainable.is_unregistered for trainable in self.trainables)
 
     def changed(self, step: int) -> set[int]:
-        """Reads all bytes; the identities of those that have other ones than when the phase began."""
-        for trainee in self.trainees:
-            if not is_unmade(trainee.tensor):
-                trainee.note_bytes(content_of(trainee.tensor), step)
-        return {id(each.tensor) for each in self.trainees if each.last_digest != each.digest}
+        """Reads all bytes; returns the identities of tensors whose bytes differ from the phase's begin."""
+        for trainable in self.trainables:
+            if not is_uninitialized(trainable.tensor):
+                trainable.record_bytes(content_of(trainable.tensor), step)
+        return {id(each.tensor) for each in self.trainables if each.last_digest != each.digest}
 
     def num_trained(self, changed: set[int]) -> int:
-        """How many of `changed` are parameters that were to train from the phase's begin on."""
-        return sum(id(each.tensor) in changed for each in self.trainees if not each.is_stray and not each.born)
+        """How many of `changed` are parameters that were trainable from the phase's begin on."""
+        return sum(id(each.tensor) in changed for each in self.trainables if not each.is_unregistered and not each.born)
 
-    def look_at_gradients(self, step: int) -> bool:
-        """Looks who has a gradient, and into the gradients of those that have had none but zeros so far.
+    def check_gradients(self, step: int) -> bool:
+        """Records which tensors have a gradient, and requests the size of gradients that were all zeros so far.
 
         Args:
             step: The step that the gradients are for.
 
         Returns:
-            Whether there was any, of those whose turn it is.
+            Whether any of the tensors due in this step has a gradient.
         """
         is_any = False
-        for trainee in self._turns.due(step):
-            if trainee.tensor.grad is not None and trainee.tensor.requires_grad:
-                trainee.note_gradient(step)
+        for trainable in self._rotation.due(step):
+            if trainable.tensor.grad is not None and trainable.tensor.requires_grad:
+                trainable.record_gradient(step)
                 is_any = True
-        for trainee in self._waiting:
-            trainee.asked |= trainee.tensor.requires_grad
-            trainee.had_gradient |= trainee.tensor.grad is not None
+        for trainable in self._without_signal:
+            trainable.asked |= trainable.tensor.requires_grad
+            trainable.had_gradient |= trainable.tensor.grad is not None
         is_mark = step >= self._next_mark
-        # What has a gradient of zeros is looked at until it has another one.
-        self._measure(self.trainees if is_mark else [*self._waiting, *self._zero], step)
-        self._take_in(wait=False)
+        # A gradient of zeros is measured again until it is another.
+        self._request_sizes(self.trainables if is_mark else [*self._without_signal, *self._with_zero_grad], step)
+        self._collect(wait=False)
         return is_any
 
-    def look_at_rates(self, optimizers: Sequence[HoldsParameters], step: int) -> None:
-        """Notes which groups have a rate above zero."""
+    def record_rates(self, optimizers: Sequence[HoldsParameters], step: int) -> None:
+        """Records which param groups have a learning rate above zero."""
         for group in param_groups(optimizers):
             if _is_above_zero(group.get("lr")):
                 self.steps.moving[id(group)] = step
 
-    def look_at_bytes(self, step: int) -> None:
-        """After some steps, reads all bytes of what trains: what has the same again and again stands still."""
+    def read_bytes(self, step: int) -> None:
+        """After some steps, reads the bytes of all trainable tensors, to find those that no longer change."""
         if step < self._next_mark:
             return
         later = [mark for mark in _FIRST_MARKS if mark > step]
         self._next_mark = later[0] if later else max(step + 25, step * 3 // 2)
-        for trainee in self.trainees:
-            if not is_unmade(trainee.tensor):
-                self._read.append((trainee, Reading(content_of(trainee.tensor)), step))
-        self._take_in(wait=False)
+        for trainable in self.trainables:
+            if not is_uninitialized(trainable.tensor):
+                self._pending_bytes.append((trainable, Reading(content_of(trainable.tensor)), step))
+        self._collect(wait=False)
 
-    def note_step(self, optimizer: Optimizer, step: int, is_empty: bool) -> None:
-        """Notes that an optimizer has stepped, perhaps with no gradient there."""
+    def record_step(self, optimizer: Optimizer, step: int, is_empty: bool) -> None:
+        """Counts a step of an optimizer; `is_empty` if there was no gradient."""
         if is_empty:
             self.steps.empty[id(optimizer)] += 1
         else:
@@ -173,19 +175,21 @@ class Liveness:
             self.steps.last[id(optimizer)] = step
             self.steps.num_backwards_stepped = self.steps.num_backwards
 
-    def settle(self) -> None:
-        """Waits for all that was asked for."""
-        self._take_in(wait=True)
+    def finish_reads(self) -> None:
+        """Waits for all pending reads."""
+        self._collect(wait=True)
 
-    def state(self, optimizers: Sequence[HoldsParameters]) -> dict[str, Any]:
-        """What was seen, as plain data: parameters by name, optimizers and their groups by position."""
-        self.settle()
-        followed = {id(trainee): trainee for trainee in {each.place.name: each for each in self.trainees}.values()}
+    def state_dict(self, optimizers: Sequence[HoldsParameters]) -> dict[str, Any]:
+        """The records as plain data: parameters by name, optimizers and their groups by position."""
+        self.finish_reads()
+        current = {
+            id(trainable): trainable for trainable in {each.place.name: each for each in self.trainables}.values()
+        }
         return {
-            "trainees": {trainee.place.name: trainee.state() for trainee in followed.values()},
-            # Those that others have taken the place of, and that are followed themselves.
-            "gone": [(each.place.name, each.state()) for each in self.trainees if id(each) not in followed],
-            "strays": [trainee.place.name for trainee in self.trainees if trainee.is_stray],
+            "trainees": {trainable.place.name: trainable.state_dict() for trainable in current.values()},
+            # Tensors that were replaced by others of the same name, and are still recorded themselves.
+            "gone": [(each.place.name, each.state_dict()) for each in self.trainables if id(each) not in current],
+            "strays": [trainable.place.name for trainable in self.trainables if trainable.is_unregistered],
             "optimizers": [
                 {
                     "num_steps": self.steps.taken[id(optimizer)],
@@ -202,82 +206,82 @@ class Liveness:
             "next_mark": self._next_mark,
         }
 
-    def differs_from(self, state: Mapping[str, Any], optimizers: Sequence[HoldsParameters]) -> str | None:
-        """Why a state cannot be one of this phase, in words; None if it can."""
-        # Plain tensors may come and go with a forward.
-        now = {trainee.place.name for trainee in self.trainees if not trainee.is_stray}
-        before = {*state["trainees"]} - {*state["strays"]} - self._elsewhere
+    def difference_from(self, state: Mapping[str, Any], optimizers: Sequence[HoldsParameters]) -> str | None:
+        """Why a state is not one of this phase, in words; None if it is one."""
+        # Unregistered tensors may be created and deleted by a forward.
+        now = {trainable.place.name for trainable in self.trainables if not trainable.is_unregistered}
+        before = {*state["trainees"]} - {*state["strays"]} - self._on_other_ranks
         for name in sorted(now ^ before):
-            return f"{name} was{'' if name in before else ' not'} to train, and is{'' if name in now else ' not'} now"
+            return f"{name} was{'' if name in before else ' not'} trainable, and is{'' if name in now else ' not'} now"
         groups = [len(optimizer.param_groups) for optimizer in optimizers]
         groups_before = [len(each["moving_groups"]) for each in state["optimizers"]]
         if groups != groups_before:
             return f"its optimizers had {groups_before} param groups, and have {groups} now"
         return None
 
-    def take_over(self, state: Mapping[str, Any], optimizers: Sequence[HoldsParameters]) -> None:
-        """Goes on from what was seen in another process."""
-        for trainee in self.trainees:
-            if trainee.place.name in state["trainees"]:
-                trainee.take_over(state["trainees"][trainee.place.name])
-        place_of = {trainee.place.name: trainee.place for trainee in self.trainees}
-        for name, seen in state.get("gone", ()):
+    def load_state_dict(self, state: Mapping[str, Any], optimizers: Sequence[HoldsParameters]) -> None:
+        """Loads the records of another process."""
+        for trainable in self.trainables:
+            if trainable.place.name in state["trainees"]:
+                trainable.load_state_dict(state["trainees"][trainable.place.name])
+        place_of = {trainable.place.name: trainable.place for trainable in self.trainables}
+        for name, saved in state.get("gone", ()):
             if name in place_of:
-                self.trainees.insert(0, Trainee(place_of[name], torch.empty(0, device="cpu"), ""))
-                self.trainees[0].take_over(seen)
-        self._turns = Turns(self.trainees)
-        self._waiting = [trainee for trainee in self.trainees if not trainee.had_signal]
-        self._zero = [trainee for trainee in self.trainees if trainee.zero_since is not None]
-        for optimizer, seen in zip(optimizers, state["optimizers"], strict=True):
-            if seen["num_steps"]:
-                self.steps.taken[id(optimizer)] = seen["num_steps"]
-                self.steps.last[id(optimizer)] = seen.get("last_step", seen["num_steps"])
-            if seen.get("num_empty"):
-                self.steps.empty[id(optimizer)] = seen["num_empty"]
-            if seen.get("num_dropped"):
-                self.steps.dropped[id(optimizer)] = seen["num_dropped"]
-            groups = zip(optimizer.param_groups, seen["moving_groups"], strict=True)
+                self.trainables.insert(0, TrainableTensor(place_of[name], torch.empty(0, device="cpu"), ""))
+                self.trainables[0].load_state_dict(saved)
+        self._rotation = Rotation(self.trainables)
+        self._without_signal = [trainable for trainable in self.trainables if not trainable.had_signal]
+        self._with_zero_grad = [trainable for trainable in self.trainables if trainable.zero_since is not None]
+        for optimizer, saved in zip(optimizers, state["optimizers"], strict=True):
+            if saved["num_steps"]:
+                self.steps.taken[id(optimizer)] = saved["num_steps"]
+                self.steps.last[id(optimizer)] = saved.get("last_step", saved["num_steps"])
+            if saved.get("num_empty"):
+                self.steps.empty[id(optimizer)] = saved["num_empty"]
+            if saved.get("num_dropped"):
+                self.steps.dropped[id(optimizer)] = saved["num_dropped"]
+            groups = zip(optimizer.param_groups, saved["moving_groups"], strict=True)
             self.steps.moving |= {id(group): int(step) for group, step in groups if step}
         self.steps.last_first_signal = state["last_first_signal"]
         self.steps.num_backwards = state["num_backwards"]
         self.steps.num_backwards_stepped = state.get("num_backwards_stepped", state["num_backwards"])
         self._next_mark = state.get("next_mark", _FIRST_MARKS[0])
 
-    def _measure(self, trainees: Iterable[Trainee], step: int) -> None:
-        """Asks for the largest elements of gradients."""
-        groups: dict[tuple[torch.device, torch.dtype], list[Trainee]] = {}
-        for trainee in trainees:
-            if (gradient := trainee.tensor.grad) is not None:
-                groups.setdefault((gradient.device, gradient.dtype), []).append(trainee)
+    def _request_sizes(self, trainables: Iterable[TrainableTensor], step: int) -> None:
+        """Requests the largest elements of gradients."""
+        groups: dict[tuple[torch.device, torch.dtype], list[TrainableTensor]] = {}
+        for trainable in trainables:
+            if (gradient := trainable.tensor.grad) is not None:
+                groups.setdefault((gradient.device, gradient.dtype), []).append(trainable)
         for group in groups.values():
-            largest = torch.stack([_largest(trainee.tensor.grad) for trainee in group])
-            self._asked.append((group, Reading(largest), step))
+            largest = torch.stack([_largest(trainable.tensor.grad) for trainable in group])
+            self._pending_sizes.append((group, Reading(largest), step))
 
-    def _take_in(self, wait: bool) -> None:
-        asked, self._asked = self._asked, []
-        for group, reading, step in asked:
+    def _collect(self, wait: bool) -> None:
+        sizes, self._pending_sizes = self._pending_sizes, []
+        for group, reading, step in sizes:
             if (largest := reading.get(wait)) is None:
-                self._asked.append((group, reading, step))
+                self._pending_sizes.append((group, reading, step))
                 continue
-            for trainee, size in zip(group, largest.tolist(), strict=True):
-                if size != 0 and not trainee.had_signal:
-                    trainee.had_signal = True
-                    self.steps.last_first_signal = max(self.steps.last_first_signal, step - trainee.born)
-                if trainee.had_signal:
-                    trainee.note_slope(size, step)
-        if asked:
-            self._waiting = [trainee for trainee in self._waiting if not trainee.had_signal]
-            self._zero = [trainee for trainee in self.trainees if trainee.zero_since is not None]
-        read, self._read = self._read, []
-        for trainee, content, step in read:
+            for trainable, size in zip(group, largest.tolist(), strict=True):
+                if size != 0 and not trainable.had_signal:
+                    trainable.had_signal = True
+                    self.steps.last_first_signal = max(self.steps.last_first_signal, step - trainable.born)
+                if trainable.had_signal:
+                    trainable.record_slope(size, step)
+        if sizes:
+            self._without_signal = [trainable for trainable in self._without_signal if not trainable.had_signal]
+            self._with_zero_grad = [trainable for trainable in self.trainables if trainable.zero_since is not None]
+        pending, self._pending_bytes = self._pending_bytes, []
+        for trainable, content, step in pending:
             if (arrived := content.get(wait)) is None:
-                self._read.append((trainee, content, step))
+                self._pending_bytes.append((trainable, content, step))
             else:
-                trainee.note_bytes(arrived, step)
+                trainable.record_bytes(arrived, step)
 
 
 def _largest(gradient: Tensor | None) -> Tensor:
-    """The largest element of a gradient, without a sign; not a number is not zero."""
+    """The largest absolute element of a gradient; NaN if it has one."""
     assert gradient is not None
     here = content_of(gradient) if not gradient.is_sparse else local(gradient)
     if here.is_sparse:
@@ -286,7 +290,7 @@ def _largest(gradient: Tensor | None) -> Tensor:
 
 
 def _is_above_zero(rate: object) -> bool:
-    """Whether a rate moves anything; one on a device is not read, and an optimizer without one has its own."""
+    """Whether a learning rate is not zero; True if it is on a device, or the optimizer has none."""
     if isinstance(rate, Tensor) and rate.device.type != "cpu":
         return True
     return rate is None or bool(rate != 0)

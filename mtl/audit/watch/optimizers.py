@@ -1,121 +1,95 @@
-"""Who steps what in a phase: the optimizers, held against the contract."""
+"""What the audit asks of an optimizer: its parameters, whether it calls hooks, whether it skipped a step."""
 
 from __future__ import annotations
 
-from collections.abc import Collection, Mapping, Sequence
+from collections.abc import Sequence
+from typing import Any, Protocol, TypeGuard
 
+from torch import Tensor
 from torch.optim import Optimizer
 
-from mtl.audit.report import Finding
-from mtl.audit.watch import causes
-from mtl.audit.watch.contract import Contract
-from mtl.audit.watch.findings import Findings
-from mtl.audit.watch.membership import HoldsParameters, Membership, ids_held, param_groups
-from mtl.audit.watch.places import Place
 
-_DETAILS = {
-    "in_optimizer": "is held by an optimizer, whose decay or momentum could move it",
-    "not_in_optimizer": "is not frozen and requires a gradient, but no optimizer holds it",
-    "in_several_groups": "is held by more than one param group",
-}
+class HoldsParameters(Protocol):
+    """Anything that steps parameters: a torch optimizer, or a balancing method that updates its own."""
+
+    param_groups: list[dict[str, Any]]
 
 
-class Holders:
-    """The optimizers of one phase, which may be rebuilt in it."""
+def fires_hooks(optimizer: HoldsParameters) -> TypeGuard[Optimizer]:
+    """Whether the hooks that are registered on an optimizer's steps are called.
 
-    def __init__(
-        self,
-        contract: Contract,
-        optimizers: Sequence[HoldsParameters],
-        were_frozen: Collection[int],
-        idle: Collection[str],
-        findings: Findings,
-    ) -> None:
-        """Args:
-        contract: The phase's contract.
-        optimizers: The optimizers; the list may grow and shrink.
-        were_frozen: The identities of what was frozen in an earlier phase, or required no gradient at this one's begin.
-        idle: Names of parameters that need not be in an optimizer.
-        findings: Makes findings.
-        """
-        self._idle = idle
-        self._contract = contract
-        self._optimizers = optimizers
-        self._were_frozen = were_frozen
-        self._findings = findings
-        self._membership = Membership(contract)
-        self._free_at_first = self._membership.free
-        self._has_begun = False
-        self._held_at_first: set[int] = set()
-        self._replaced: set[int] = set()
+    torch arranges this in the constructor of the base class; a subclass that does not call it, or a wrapper, has none.
+    """
+    hooks = getattr(optimizer, "_optimizer_step_post_hooks", None)
+    return isinstance(optimizer, Optimizer) and hooks is not None and getattr(type(optimizer).step, "hooked", False)
 
-    @property
-    def free_ids(self) -> set[int]:
-        """The identities of the parameters that are not frozen."""
-        return {id(tensor) for tensor in self._membership.free.values()}
 
-    def begun(self) -> None:
-        """From now on, what an optimizer holds and did not hold before was given to it in mid-phase."""
-        self._held_at_first = ids_held(self._optimizers)
-        self._has_begun = True
+def was_skipped(optimizer: Optimizer) -> bool:
+    """Whether a grad scaler made a fused optimizer skip its step; on a device False, since to know would be a sync."""
+    overflow = getattr(optimizer, "found_inf", None)
+    return isinstance(overflow, Tensor) and overflow.device.type == "cpu" and bool(overflow)
 
-    def is_outdated(self, step: int) -> bool:
-        """Whether another tensor hangs by now where a parameter hung."""
-        return self._membership.is_outdated(step)
 
-    def is_due(self, step: int) -> bool:
-        """Whether to look after a step."""
-        return self._membership.is_due(step)
+def optimizers_inside(optimizer: HoldsParameters) -> list[Optimizer]:
+    """The optimizers whose hooks are called at the steps of this one: itself, or those that it wraps.
 
-    def renew(self, contract: Contract) -> None:
-        """Holds the optimizers against the contract as it is by now."""
-        self._membership = Membership(contract)
+    Raises:
+        TypeError: Neither it nor an optimizer inside it calls hooks for its parameters.
+    """
+    if fires_hooks(optimizer):
+        return [optimizer]
+    found: dict[int, Optimizer] = {}
+    waiting: list[object] = list(getattr(optimizer, "__dict__", {}).values())
+    for value in waiting:
+        if isinstance(value, list | tuple):
+            waiting += value
+        elif isinstance(value, dict):
+            waiting += value.values()
+        elif hasattr(value, "param_groups") and value is not optimizer and id(value) not in found:
+            found |= {id(each): each for each in optimizers_inside(value)}
+    mine, theirs = ids_held([optimizer]), ids_held([*found.values()])
+    if not found or not mine <= theirs:
+        raise TypeError(
+            f"the steps of a {type(optimizer).__name__} cannot be observed: it is no torch.optim.Optimizer whose"
+            " constructor was called, and wraps none that holds its parameters; call after_backward() and after_step()"
+            " in the loop"
+        )
+    return list(found.values())
 
-    def forget(self) -> None:
-        """Has the next look say all again."""
-        self._membership.forget()
 
-    def note_watched(self, optimizer: HoldsParameters) -> None:
-        """Notes an optimizer that was built in mid-phase: it may take the place of others that hold the same."""
-        self._replaced |= {id(other) for other in self._sharing(optimizer)}
+def checked(optimizers: Sequence[HoldsParameters]) -> list[HoldsParameters]:
+    """The optimizers as a list.
 
-    def note_step(self, optimizer: Optimizer, last_steps: Mapping[int, int]) -> None:
-        """Notes a step of one that may have been replaced: if its successor has stepped too, both step the same."""
-        others = (each for each in self._sharing(optimizer) if id(each) not in self._replaced)
-        if id(optimizer) in self._replaced and any(id(each) in last_steps for each in others):
-            self._replaced.discard(id(optimizer))
-            self.forget()
+    Raises:
+        TypeError: It is no list of optimizers.
+    """
+    if hasattr(optimizers, "param_groups") or not all(hasattr(each, "param_groups") for each in optimizers):
+        raise TypeError(f"expected a list of optimizers, each with param_groups, got {optimizers!r}")
+    return list(optimizers)
 
-    def look(self, with_gradients: Collection[int]) -> list[Finding]:
-        """What optimizers hold and should not, or should and do not.
 
-        Args:
-            with_gradients: The identities of frozen tensors that have had a gradient; others are not stepped.
-        """
-        found: list[Finding] = []
-        for kind, place in self._membership.look(self._optimizers, self._replaced):
-            if kind == "not_in_optimizer" and place.name in self._idle:
-                continue
-            is_harmless = kind == "in_optimizer" and id(place.look()) not in with_gradients
-            make = self._findings.hazard if is_harmless else self._findings.violation
-            found.append(make(kind, place, self._why(kind, place), _DETAILS[kind]))
-        return found
+def without(optimizers: list[HoldsParameters], optimizer: HoldsParameters) -> set[int]:
+    """Removes an optimizer, or those inside a wrapper, from a list in place: an open phase reads the same list.
 
-    def _why(self, kind: str, place: Place) -> str:
-        if kind == "in_optimizer":
-            is_early = not self._has_begun or id(place.look()) in self._held_at_first
-            return causes.EARLY_OPTIMIZER if is_early else causes.ADDED_LATER
-        if kind == "in_several_groups":
-            return causes.TWICE
-        tensor = place.look()
-        assert tensor is not None
-        if self._has_begun and self._free_at_first.get(place.name) is not tensor:
-            return causes.TRAINED_REPLACED
-        model = [each for each in map(Place.look, [*self._contract.frozen, *self._contract.free]) if each is not None]
-        return causes.of_absence(tensor, param_groups(self._optimizers), model, id(tensor) in self._were_frozen)
+    Returns:
+        The identities of the removed ones.
 
-    def _sharing(self, optimizer: HoldsParameters) -> list[HoldsParameters]:
-        """The other optimizers that hold one of the same parameters."""
-        mine = ids_held([optimizer])
-        others = [other for other in self._optimizers if other is not optimizer]
-        return [other for other in others if not mine.isdisjoint(ids_held([other]))]
+    Raises:
+        ValueError: It is not in the list.
+    """
+    inner = [optimizer] if optimizer in optimizers else optimizers_inside(optimizer)
+    gone = {id(each) for each in inner}
+    if not any(id(each) in gone for each in optimizers):
+        raise ValueError("expected an optimizer that is watched, got another one")
+    optimizers[:] = [each for each in optimizers if id(each) not in gone]
+    return gone
+
+
+def param_groups(optimizers: Sequence[HoldsParameters]) -> list[dict[str, Any]]:
+    """Every param group once: a wrapper shows the groups of the optimizer inside it."""
+    return list({id(group): group for optimizer in optimizers for group in optimizer.param_groups}.values())
+
+
+def ids_held(optimizers: Sequence[HoldsParameters]) -> set[int]:
+    """The identities of the parameters in the optimizers."""
+    return {id(parameter) for group in param_groups(optimizers) for parameter in group["params"]}

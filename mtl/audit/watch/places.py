@@ -1,4 +1,4 @@
-"""Places: every name of every tensor in a module, also where torch itself does not look."""
+"""Every name of every tensor in a module, including tensors that are not registered."""
 
 from __future__ import annotations
 
@@ -10,26 +10,26 @@ import torch
 from torch import Tensor, nn
 from torch.nn.parameter import UninitializedBuffer, UninitializedParameter
 
-from mtl.audit.watch.objects import Way, follow, kept_in
+from mtl.audit.watch.unregistered import KeyPath, unregistered_in, value_at
 from mtl.patterns.module_tree import join, named_modules
 
 TensorKind = Literal["param", "buffer", "attr"]
 
 
 @dataclass(frozen=True)
-class Place:
+class TensorPlace:
     """One name of one tensor.
 
     Attributes:
         name: Full name, without the names of wrappers; of rows, with them: `head.weight[0:10]`.
         kind: Parameter, buffer, or plain attribute.
-        owner: The module it hangs in.
-        key: Its name there.
+        owner: The module that has it.
+        key: Its name in the module.
         module_name: The module's full name.
-        hidden: Whether it is kept where torch does not look for parameters, such as in a list or a plain object.
-        way: Of such a tensor, the keys that lead to it from the module.
-        rows: The only rows that are meant, if not all are.
-        is_copy: Whether it is part of an average of the model, of which only the bytes count.
+        is_hidden: Whether it is not registered, such as in a list or a plain object.
+        key_path: Of an unregistered tensor, the keys from the module to it.
+        rows: The rows, if not all of them are meant.
+        is_copy: Whether it belongs to an average of the model, of which only the bytes are checked.
     """
 
     name: str
@@ -37,107 +37,111 @@ class Place:
     owner: nn.Module
     key: str
     module_name: str
-    hidden: bool = False
-    way: Way = ()
+    is_hidden: bool = False
+    key_path: KeyPath = ()
     rows: slice | None = None
     is_copy: bool = False
 
     @property
-    def is_held_whole(self) -> bool:
-        """Whether flags, gradients and optimizers count as well as bytes; a plain tensor may be anyone's input."""
+    def is_full(self) -> bool:
+        """Whether flags, gradients and optimizers are checked as well as bytes: not of rows, copies and attributes."""
         return self.rows is None and not self.is_copy and self.kind != "attr"
 
     @property
-    def is_passing(self) -> bool:
-        """Whether it is a buffer that no checkpoint holds, as caches are."""
+    def is_non_persistent(self) -> bool:
+        """Whether it is a buffer that checkpoints omit, such as a cache."""
         return self.kind == "buffer" and self.key in self.owner._non_persistent_buffers_set
 
     @property
-    def held(self) -> Mapping[str, Tensor | None]:
-        """Where its module has it registered."""
+    def registry(self) -> Mapping[str, Tensor | None]:
+        """The dictionary of its module in which it is registered."""
         return self.owner._parameters if self.kind == "param" else self.owner._buffers
 
-    def look(self) -> Tensor | None:
-        """The tensor that hangs here now; None if there is none any more."""
-        if self.way:
-            found = follow(self.owner, self.way)
+    def current(self) -> Tensor | None:
+        """The tensor that is here now; None if there is none any more."""
+        if self.key_path:
+            found = value_at(self.owner, self.key_path)
             return found if isinstance(found, Tensor) else None
         # No `get`: the dictionaries of a TorchScript module have none.
-        held, key = self.held, self.key
+        held, key = self.registry, self.key
         return held[key] if key in held else None  # noqa: SIM401
 
 
 def is_readable(tensor: Tensor) -> bool:
-    """Whether a tensor has bytes that can be compared: it is there, and dense or sparse."""
-    return not (is_unmade(tensor) or tensor.is_nested or tensor.is_quantized or tensor.is_meta)
+    """Whether a tensor has bytes that can be compared: not uninitialized, nested, quantised or meta."""
+    return not (is_uninitialized(tensor) or tensor.is_nested or tensor.is_quantized or tensor.is_meta)
 
 
-def is_unmade(tensor: Tensor) -> bool:
-    """Whether a lazy module has yet to make it."""
+def is_uninitialized(tensor: Tensor) -> bool:
+    """Whether a lazy module has not created it yet."""
     return isinstance(tensor, UninitializedParameter | UninitializedBuffer)
 
 
 def is_sparse(tensor: Tensor) -> bool:
-    """Whether a tensor keeps the elements that are not zero only, in any of torch's layouts."""
+    """Whether a tensor is in one of torch's sparse layouts."""
     return tensor.layout != torch.strided
 
 
-# A path, the module there, and whether it is hidden from torch.
-Module = tuple[str, nn.Module, bool]
+# A path, the module there, and whether it is not registered.
+ModuleEntry = tuple[str, nn.Module, bool]
 
 
 @dataclass(frozen=True)
 class Inventory:
-    """All that hangs in a module tree.
+    """All modules and tensors of a module tree.
 
     Attributes:
         modules: Every module by every path.
         places: Every name of every tensor.
     """
 
-    modules: list[Module]
-    places: list[Place]
+    modules: list[ModuleEntry]
+    places: list[TensorPlace]
 
 
-def take_inventory(root: nn.Module, prefix: str = "") -> Inventory:
-    """Every module and tensor, also of those in attributes, containers and plain objects.
+def build_inventory(root: nn.Module, prefix: str = "") -> Inventory:
+    """Lists every module and tensor, including those in attributes, containers and plain objects.
 
-    What is found there is named as if its holder were a module, `trunk.experts.0`. A tensor that is registered anywhere
-    has no further name by a reference to it.
+    These are named as if the container were a module, `trunk.experts.0`. A registered tensor has no further name by a
+    reference to it.
     """
     modules = [(join(prefix, path) if path else prefix, module, False) for path, module in named_modules(root)]
-    places = [place for path, module, _ in modules for place in _registered(path, module, hidden=False)]
+    places = [place for path, module, _ in modules for place in _registered(path, module, is_hidden=False)]
     known = {id(module) for _, module, _ in modules}
-    registered = {id(place.look()) for place in places}
+    registered = {id(place.current()) for place in places}
     searched: set[int] = set()
-    # What is found on the way is put at the end, and searched in turn.
-    for path, module, hidden in modules:
+    # Modules that are found are appended, and searched in turn.
+    for path, module, is_hidden in modules:
         if id(module) in searched:
             continue
         searched.add(id(module))
-        for way, found in kept_in(module, searched):
-            name = join(path, ".".join(way))
+        for key_path, found in unregistered_in(module, searched):
+            name = join(path, ".".join(key_path))
             if isinstance(found, nn.Module):
                 for inner, each in named_modules(found):
                     if id(each) not in known:
                         known.add(id(each))
                         modules.append((join(name, inner) if inner else name, each, True))
-                        new = list(_registered(modules[-1][0], each, hidden=True))
-                        registered |= {id(place.look()) for place in new}
+                        new = list(_registered(modules[-1][0], each, is_hidden=True))
+                        registered |= {id(place.current()) for place in new}
                         places += new
-            # What a forward left behind with its graph, such as an attention map, is a result and not state.
+            # A tensor with a graph, such as an attention map, is a result of a forward and not state.
             elif id(found) not in registered and found.grad_fn is None:
-                is_lone = len(way) == 1 and not isinstance(found, nn.Parameter)
+                is_lone = len(key_path) == 1 and not isinstance(found, nn.Parameter)
                 kind: TensorKind = "param" if isinstance(found, nn.Parameter) else "attr"
-                places.append(Place(name, kind, module, ".".join(way), path, hidden or not is_lone, way))
-    return Inventory(modules, [place for place in places if not place.way or id(place.look()) not in registered])
+                places.append(
+                    TensorPlace(name, kind, module, ".".join(key_path), path, is_hidden or not is_lone, key_path)
+                )
+    return Inventory(
+        modules, [place for place in places if not place.key_path or id(place.current()) not in registered]
+    )
 
 
-def _registered(path: str, module: nn.Module, hidden: bool) -> Iterator[Place]:
-    """The names of what is registered on a module."""
+def _registered(path: str, module: nn.Module, is_hidden: bool) -> Iterator[TensorPlace]:
+    """The places of a module's registered parameters and buffers."""
     for key, parameter in module._parameters.items():
         if parameter is not None:
-            yield Place(join(path, key), "param", module, key, path, hidden)
+            yield TensorPlace(join(path, key), "param", module, key, path, is_hidden)
     for key, buffer in module._buffers.items():
         if buffer is not None:
-            yield Place(join(path, key), "buffer", module, key, path, hidden)
+            yield TensorPlace(join(path, key), "buffer", module, key, path, is_hidden)

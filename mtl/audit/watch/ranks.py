@@ -1,9 +1,9 @@
-"""Whether the processes of a run (ranks) hold the same tensors.
+"""Whether all ranks of a run have the same tensors.
 
-Compared are the bytes of what is frozen and of the parameters that train, by every name; one digest of each side is
-exchanged, and only if these differ one of every tensor. Of a tensor that is spread over processes (FSDP2), only what is
-replicated can be compared: of a sharded one it is its name, type, shape and placement. Plain tensor attributes are
-left out: a module may keep there what it made of its last batch. What one rank has found, all others record, too.
+It compares the bytes of frozen tensors and of trainable parameters, by every name: ranks exchange one digest for each
+of the two groups, and one for every tensor only if these differ. Of a sharded tensor (FSDP2), it compares name, dtype,
+shape and placement, and the bytes only if it is replicated. Plain tensor attributes are excluded, since a module may
+keep a result of its last batch there. Every rank records the violations of all others.
 """
 
 from __future__ import annotations
@@ -21,7 +21,7 @@ from mtl.audit.report import Violation
 from mtl.audit.watch import causes
 from mtl.audit.watch.contract import Contract
 from mtl.audit.watch.frozen_tensor import packed
-from mtl.audit.watch.places import Place, is_readable, is_sparse
+from mtl.audit.watch.places import TensorPlace, is_readable, is_sparse
 from mtl.runtime.fingerprint import fingerprint, root
 from mtl.runtime.tensors import local
 from mtl.runtime.text import shorten
@@ -31,13 +31,13 @@ _NONE = ""
 
 
 @dataclass(frozen=True)
-class Difference:
+class RankDifference:
     """A tensor that is not the same on all ranks.
 
     Attributes:
         name: Its name.
         is_frozen: Whether it is frozen.
-        detail: Which ranks stand apart, and by what.
+        detail: Which ranks differ, and in what.
     """
 
     name: str
@@ -46,23 +46,23 @@ class Difference:
 
     @property
     def cause(self) -> str:
-        """What most likely did it."""
-        return causes.FROZEN_APART if self.is_frozen else causes.TRAINED_APART
+        """The most likely cause, with the fix."""
+        return causes.FROZEN_DIFFERS if self.is_frozen else causes.TRAINED_DIFFERS
 
 
 def compare_ranks(
     contract: Contract, found: Sequence[Violation], group: dist.ProcessGroup | None, buffers: bool
-) -> tuple[list[Difference], list[Violation]]:
-    """Compares the tensors of a contract on all ranks; every rank calls it, and each gets the same answer.
+) -> tuple[list[RankDifference], list[Violation]]:
+    """Compares the tensors of a contract on all ranks; every rank calls it and gets the same result.
 
     Args:
-        contract: What is frozen, and what is not.
-        found: What this rank has found in the phase so far.
+        contract: The phase's contract.
+        found: This rank's violations in the phase so far.
         group: The ranks; all of them by default.
         buffers: Whether to compare buffers that are not frozen, too.
 
     Returns:
-        The tensors that differ, and what was found on any rank.
+        The tensors that differ, and the violations of all ranks.
     """
     if num_ranks(group) == 1:
         return [], []
@@ -77,12 +77,12 @@ def compare_ranks(
         return [], []
     everyone: list[Any] = [None] * len(roots)
     dist.all_gather_object(everyone, (frozen, free, list(found)), group)
-    apart = [
+    differing = [
         difference
         for side in (0, 1)
         for difference in differences([content[side] for content in everyone], is_frozen=side == 0)
     ]
-    return apart, [
+    return differing, [
         replace(each, detail=f"{each.detail}, on rank {rank}")
         for rank, (_, _, theirs) in enumerate(everyone)
         for each in theirs
@@ -90,7 +90,7 @@ def compare_ranks(
 
 
 def found_anywhere(flag: bool, group: dist.ProcessGroup | None = None) -> bool:
-    """Whether the flag is set on any rank, such as that an `AuditError` was raised; every rank calls it."""
+    """Whether a flag is set on any rank, such as after an `AuditError`; every rank calls it."""
     if num_ranks(group) == 1:
         return flag
     flags = torch.tensor([flag], dtype=torch.uint8)
@@ -99,24 +99,24 @@ def found_anywhere(flag: bool, group: dist.ProcessGroup | None = None) -> bool:
 
 
 def num_ranks(group: dist.ProcessGroup | None) -> int:
-    """How many processes there are; one if there is no group of them."""
+    """The number of ranks; 1 if torch.distributed is not initialized."""
     return dist.get_world_size(group) if dist.is_available() and dist.is_initialized() else 1
 
 
-def differences(digests: Sequence[Mapping[str, str]], is_frozen: bool) -> Iterator[Difference]:
-    """The tensors that differ, and who stands apart: from the greater part of the ranks, or else from rank 0.
+def differences(digests: Sequence[Mapping[str, str]], is_frozen: bool) -> Iterator[RankDifference]:
+    """The tensors that differ, and the ranks that differ from the majority, or else from rank 0.
 
     Args:
-        digests: Of every rank, its tensors' digests by name, each behind what the tensor is (see `_digest`).
+        digests: Of every rank, its tensors' digests by name, in the form of `_digest`.
         is_frozen: Whether these tensors are frozen.
     """
     for name in dict.fromkeys(name for each in digests for name in each):
         held = [each.get(name, _NONE) for each in digests]
         if len(set(held)) > 1:
-            yield Difference(name, is_frozen, _who_stands_apart(held))
+            yield RankDifference(name, is_frozen, _which_ranks_differ(held))
 
 
-def _who_stands_apart(held: Sequence[str]) -> str:
+def _which_ranks_differ(held: Sequence[str]) -> str:
     most, times = Counter(held).most_common(1)[0]
     is_majority = 2 * times > len(held)
     right = most if is_majority else held[0]
@@ -141,12 +141,12 @@ def _reason(digest: str, right: str) -> str:
     return "other bytes than" if what == right_what else f"{what} in place of the {right_what} of"
 
 
-def _digests(places: Sequence[Place]) -> dict[str, str]:
+def _digests(places: Sequence[TensorPlace]) -> dict[str, str]:
     """Each tensor's digest by every name."""
     known: dict[tuple[int, str], str] = {}
     found = {}
     for place in places:
-        if (tensor := place.look()) is not None:
+        if (tensor := place.current()) is not None:
             key = (id(tensor), str(place.rows))
             if key not in known:
                 known[key] = _digest(tensor, place.rows)
@@ -155,14 +155,14 @@ def _digests(places: Sequence[Place]) -> dict[str, str]:
 
 
 def _digest(tensor: Tensor, rows: slice | None) -> str:
-    """What a tensor is, and the fingerprint of its bytes; no fingerprint if no other rank is to have the same."""
+    """`dtype shape placement|fingerprint` of a tensor; without the fingerprint if ranks have different shards."""
     if not is_readable(tensor):
         return f"{type(tensor).__name__}|"
     what = f"{tensor.dtype} {tuple(tensor.shape)}"
-    spread: Any = tensor
-    placements = getattr(spread, "placements", None)
+    sharded: Any = tensor
+    placements = getattr(sharded, "placements", None)
     if placements is not None:
-        what += f" {placements} on {tuple(spread.device_mesh.shape)}"
+        what += f" {placements} on {tuple(sharded.device_mesh.shape)}"
         if not all(placement.is_replicate() for placement in placements):
             return f"{what}|"
     here = local(tensor)

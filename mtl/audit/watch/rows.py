@@ -16,17 +16,17 @@ _ROWS = re.compile(r"(?P<body>[^!~].*)\[(?P<rows>-?\d+|-?\d*:-?\d*)\]")
 def split_rows(
     patterns: Sequence[PatternLike], lengths: Mapping[str, int]
 ) -> tuple[list[PatternLike], dict[str, list[slice]]]:
-    """Tells patterns that name rows of tensors from all others.
+    """Separates patterns that name rows of tensors from all others.
 
     `name[0:10]` means rows if `name` (or a glob with no `**`) is the full name of a tensor; of a module, it means its
-    children by position, which is no concern of this function.
+    children by position, and stays among the others.
 
     Args:
         patterns: Patterns.
         lengths: Names of tensors with the lengths of their first axes; 0 for one without axes.
 
     Returns:
-        The other patterns, and the rows of each tensor that has some named.
+        The other patterns, and the named rows by tensor.
 
     Raises:
         PatternError: A tensor has no such rows.
@@ -44,7 +44,7 @@ def split_rows(
             length = lengths[name]
             if not range(length)[chosen]:
                 raise PatternError(index, f"pattern {text_of(pattern)!r} selects no rows: {name} has {length} of them")
-            # Python cuts such a slice; in a contract it is a mistake.
+            # Python would clip such a slice; in a contract it is a mistake.
             if any(bound is not None and not -length <= bound <= length for bound in (chosen.start, chosen.stop)):
                 raise PatternError(index, f"pattern {text_of(pattern)!r} goes past the end: {name} has {length} rows")
             rows.setdefault(name, []).append(chosen)
@@ -57,13 +57,13 @@ def num_rows(tensor: Tensor | None) -> int:
 
 
 def rows_in_words(name: str, rows: slice) -> str:
-    """`weight[0:10]`, as it is written."""
+    """The name with its rows, as in a pattern: `weight[0:10]`."""
     start, stop = ("" if bound is None else bound for bound in (rows.start, rows.stop))
     return f"{name}[{start}:{stop}]"
 
 
 def _tensors_called(body: str, names: Sequence[str]) -> list[str]:
-    """The names that a pattern means as a whole, not by a module around them."""
+    """The tensors that a pattern names themselves, not by a module around them."""
     if "**" in body or body.startswith(("re:", "type:")):
         return []
     try:

@@ -1,4 +1,4 @@
-"""A parameter that is meant to train, and what was seen of it in a phase."""
+"""A trainable tensor, and the record of its gradients and bytes in a phase."""
 
 from __future__ import annotations
 
@@ -11,44 +11,43 @@ import torch
 from torch import Tensor
 
 from mtl.audit.watch.frozen_tensor import is_wrapper, packed
-from mtl.audit.watch.places import Place, is_readable, is_sparse, is_unmade
+from mtl.audit.watch.places import TensorPlace, is_readable, is_sparse, is_uninitialized
 from mtl.runtime.fingerprint import fingerprint
 from mtl.runtime.tensors import is_spread, local
 
-# A gradient that has shrunk so much is that of a parameter at its optimum.
+# A parameter is at its optimum if its gradient has shrunk to this share of its peak, or to this size.
 _SHRUNK = 1e-3
-# And one that was so small when it was first seen.
 _SMALL = 1e-5
 
 
 @dataclass
-class Trainee:
-    """A parameter that is meant to train.
+class TrainableTensor:
+    """A trainable tensor; its attributes but the first two are keys of the state on disk.
 
     Attributes:
-        place: Where it hangs.
-        tensor: The parameter.
-        digest: Its fingerprint when the phase began, or when it came.
-        born: Steps of the phase that were done by then.
-        was_fixed: Whether it required no gradient then.
-        asked: Whether it has required a gradient at any look.
-        had_gradient: Whether it has had one, were it all zeros.
-        had_signal: Whether it has had one that was not all zeros.
-        num_gradients: Looks at which it asked for a gradient and had one.
-        last_gradient: The step of the last of them.
+        place: The module and key under which it is registered.
+        tensor: The tensor.
+        digest: Its fingerprint when the phase began, or when it was added.
+        born: The phase's steps at that time.
+        was_fixed: Whether it required no gradient at that time.
+        asked: Whether it has required a gradient at any check.
+        had_gradient: Whether it has had a gradient, even one of zeros.
+        had_signal: Whether it has had a gradient that was not all zeros.
+        num_gradients: Steps at which it required a gradient and had one.
+        last_gradient: The last of these steps.
         longest_wait: The most steps between two of them, or before the first.
-        last_digest: Its fingerprint when it was last taken.
-        still_since: The step after which that was first found; it has had the same bits ever since.
-        peak: The largest element of its gradient, of those looks that measured it.
-        slope: The same at the last of them.
-        last_slope: The same at the last of them where it was not zero.
-        num_slopes: Looks at which it was measured and not zero.
-        zero_since: The step since which its gradient has been zero at every look, if it is.
-        longest_zero: The most steps for which it was so before.
+        last_digest: The fingerprint of the last read.
+        still_since: The step after which that fingerprint was first read; the bits are the same ever since.
+        peak: The largest absolute element of its gradient over all measurements.
+        slope: The same at the last measurement; None if it was not finite.
+        last_slope: The same at the last measurement that was not zero.
+        num_slopes: Measurements that were not zero.
+        zero_since: The step since which its gradient has been zero at every measurement, if it is.
+        longest_zero: The most steps for which it was zero before.
         was_finite: Whether all of its elements were finite when the phase began.
     """
 
-    place: Place
+    place: TensorPlace
     tensor: Tensor
     digest: str
     born: int = 0
@@ -73,16 +72,16 @@ class Trainee:
         self.last_digest = self.digest
         self.still_since = self.last_gradient = self.born
         self.was_fixed = not self.tensor.requires_grad
-        self.was_finite = is_unmade(self.tensor) or self.num_not_finite == 0
+        self.was_finite = is_uninitialized(self.tensor) or self.num_not_finite == 0
 
-    def note_gradient(self, step: int) -> None:
-        """Notes that it had a gradient in a step; the same step may be noted again."""
+    def record_gradient(self, step: int) -> None:
+        """Records that it had a gradient in a step; the same step may be recorded again."""
         if step > self.last_gradient:
             self.longest_wait = max(self.longest_wait, step - self.last_gradient)
             self.num_gradients, self.last_gradient = self.num_gradients + 1, step
 
-    def note_slope(self, largest: float, step: int) -> None:
-        """Notes how large its gradient is for a step; one that is NaN or infinite says nothing."""
+    def record_slope(self, largest: float, step: int) -> None:
+        """Records the largest absolute element of its gradient; ignored if it is NaN or infinite."""
         self.slope = largest if math.isfinite(largest) else None
         if self.slope:
             self.peak, self.last_slope = max(self.peak, self.slope), self.slope
@@ -92,8 +91,8 @@ class Trainee:
         elif largest == 0 and self.zero_since is None:
             self.zero_since = step
 
-    def note_bytes(self, content: Tensor, step: int) -> None:
-        """Notes its bytes as they were after a step."""
+    def record_bytes(self, content: Tensor, step: int) -> None:
+        """Records its bytes after a step."""
         if (digest := fingerprint(content)) != self.last_digest:
             self.last_digest, self.still_since = digest, step
 
@@ -104,58 +103,58 @@ class Trainee:
         return int(here.numel() - here.isfinite().sum()) if here.numel() else 0
 
     @property
-    def is_stray(self) -> bool:
-        """Whether it is a plain tensor, or in a Python list: it may be meant to train, or to be left alone."""
-        return self.place.hidden or self.place.kind == "attr"
+    def is_unregistered(self) -> bool:
+        """Whether it is a plain tensor, or in a Python list: torch does not know whether it is to train."""
+        return self.place.is_hidden or self.place.kind == "attr"
 
     @property
     def is_at_its_optimum(self) -> bool:
-        """Whether its gradient has shrunk to next to nothing over several looks; one that is cut off has not."""
+        """Whether its gradient has shrunk to nearly zero; a parameter that is cut off from the loss is not."""
         return self.slope is not None and self.last_slope <= max(_SHRUNK * self.peak, _SMALL)
 
-    def state(self) -> dict[str, Any]:
-        """What was seen of it, as plain data."""
-        is_there = self.place.look() is self.tensor
-        seen = {key: value for key, value in vars(self).items() if key not in ("place", "tensor")}
-        # One that was replaced will not be there in another process: whether it changed is known by now.
-        return seen | {"left_changed": None if is_there else digest_of(self.tensor) != self.digest}
+    def state_dict(self) -> dict[str, Any]:
+        """The record as plain data."""
+        is_there = self.place.current() is self.tensor
+        record = {key: value for key, value in vars(self).items() if key not in ("place", "tensor")}
+        # A replaced tensor does not exist in another process: whether it changed is settled now.
+        return record | {"left_changed": None if is_there else digest_of(self.tensor) != self.digest}
 
-    def take_over(self, state: Mapping[str, Any]) -> None:
-        """Goes on from what was seen of it in another process."""
-        seen = dict(state)
-        left_changed = seen.pop("left_changed")
-        self.last_digest = seen["digest"]
-        vars(self).update(seen)
+    def load_state_dict(self, state: Mapping[str, Any]) -> None:
+        """Loads the record of another process."""
+        record = dict(state)
+        left_changed = record.pop("left_changed")
+        self.last_digest = record["digest"]
+        vars(self).update(record)
         if left_changed is not None:
-            # In the place of the one that is gone, which neither hangs anywhere nor moves any more.
+            # A placeholder for the replaced tensor, which is registered nowhere and does not change any more.
             self.tensor = torch.empty(0, device="cpu")
             self.digest = "" if left_changed else digest_of(self.tensor)
 
 
 def content_of(tensor: Tensor) -> Tensor:
-    """What this process has of a parameter, as one tensor with bytes."""
+    """This rank's shard of a parameter, or all of it, as one tensor with bytes."""
     here = local(tensor)
     return packed(here) if is_wrapper(here) else here
 
 
 def digest_of(tensor: Tensor) -> str:
-    """A parameter's fingerprint; none of one that a lazy module has yet to make."""
-    return "" if is_unmade(tensor) else fingerprint(content_of(tensor))
+    """A parameter's fingerprint; empty if a lazy module has not created it yet."""
+    return "" if is_uninitialized(tensor) else fingerprint(content_of(tensor))
 
 
-def can_train(place: Place, tensor: Tensor) -> bool:
-    """Whether a tensor may be meant to train; whole numbers are not, and plain tensors only if they say so."""
-    if is_unmade(tensor):
+def can_train(place: TensorPlace, tensor: Tensor) -> bool:
+    """Whether a tensor is trainable: a floating-point parameter, or a plain tensor that requires a gradient."""
+    if is_uninitialized(tensor):
         return place.kind == "param"
     if not is_readable(tensor) or is_sparse(tensor) or not local(tensor).numel():
         return False
     if not (tensor.is_floating_point() or tensor.is_complex()):
         return False
-    if place.kind == "param" and not place.hidden:
+    if place.kind == "param" and not place.is_hidden:
         return True
     return place.kind != "buffer" and tensor.requires_grad and tensor.is_leaf
 
 
-def is_elsewhere(tensor: Tensor | None) -> bool:
-    """Whether other processes have all of a tensor that is spread over them."""
+def is_on_other_ranks_only(tensor: Tensor | None) -> bool:
+    """Whether this rank's shard of a sharded tensor is empty."""
     return tensor is not None and is_spread(tensor) and tensor.numel() > 0 and not local(tensor).numel()

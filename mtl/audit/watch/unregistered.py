@@ -1,4 +1,4 @@
-"""Modules and tensors that a module keeps where torch does not look: in containers, plain objects, class attributes."""
+"""Modules and tensors that are not registered: in containers, plain objects and class attributes of a module."""
 
 from __future__ import annotations
 
@@ -10,12 +10,12 @@ from typing import Any
 
 from torch import Tensor, nn
 
-# The keys from a module's attribute to what is kept there.
-Way = tuple[str, ...]
+# The keys from a module's attribute to a value inside it.
+KeyPath = tuple[str, ...]
 
-# A module's own bookkeeping; what is in it is known, or no state.
+# A module's own bookkeeping: registered, or no state.
 _OF_TORCH = frozenset(nn.Module().__dict__)
-# Objects of these packages are machinery (trainers, loggers, optimizers), through which everything can be reached.
+# Objects of these packages are machinery (trainers, loggers, optimizers) that refers to everything.
 _MACHINERY = frozenset(
     (
         *("builtins", "torch", "torchvision", "timm", "numpy", "PIL", "pandas", "logging", "threading", "io", "queue"),
@@ -28,35 +28,35 @@ _SEQUENCES = (list, tuple, deque)
 _SETS = (set, frozenset)
 _KEPT_BY_CLASSES = (Tensor, nn.Module, Mapping, *_SEQUENCES, *_SETS)
 _NOT_STATE = (str, bytes, bytearray, int, float, complex, type, ModuleType, FunctionType, MethodType, type(None))
-# No module keeps its state further down, or in more pieces, on purpose.
+# No module keeps its state deeper, or in more pieces, on purpose.
 _DEEPEST, _MOST = 12, 20_000
 
 
-def kept_in(module: nn.Module, seen: set[int]) -> Iterator[tuple[Way, nn.Module | Tensor]]:
-    """Every module and tensor that a module keeps beside its parameters, buffers and submodules, with the way to it.
+def unregistered_in(module: nn.Module, searched: set[int]) -> Iterator[tuple[KeyPath, nn.Module | Tensor]]:
+    """Every module and tensor of a module besides its parameters, buffers and submodules, with its key path.
 
     Args:
         module: The module.
-        seen: The identities of containers and objects that were searched already; it is added to.
+        searched: The identities of containers and objects that were searched already; updated in place.
     """
-    waiting: deque[tuple[Way, object]] = deque(
+    waiting: deque[tuple[KeyPath, object]] = deque(
         ((key,), value) for key, value in vars(module).items() if key not in _OF_TORCH
     )
     waiting.extend(((key,), value) for key, value in _class_attributes(type(module)))
     for _ in range(_MOST):
         if not waiting:
             return
-        way, value = waiting.popleft()
+        key_path, value = waiting.popleft()
         if isinstance(value, nn.Module | Tensor):
-            yield way, value
-        elif not isinstance(value, _NOT_STATE) and id(value) not in seen and len(way) <= _DEEPEST:
-            seen.add(id(value))
-            waiting.extend(((*way, key), inner) for key, inner in _parts(value))
+            yield key_path, value
+        elif not isinstance(value, _NOT_STATE) and id(value) not in searched and len(key_path) <= _DEEPEST:
+            searched.add(id(value))
+            waiting.extend(((*key_path, key), inner) for key, inner in _parts(value))
 
 
-def follow(module: nn.Module, way: Way) -> object:
-    """What is at the end of a way by now; None if nothing is."""
-    first, *rest = way
+def value_at(module: nn.Module, key_path: KeyPath) -> object:
+    """The present value at a key path; None if there is none."""
+    first, *rest = key_path
     found = vars(module)[first] if first in vars(module) else getattr(type(module), first, None)
     for key in rest:
         found = next((value for name, value in _parts(found) if name == key), None)
@@ -64,7 +64,7 @@ def follow(module: nn.Module, way: Way) -> object:
 
 
 def _class_attributes(kind: type) -> Iterator[tuple[str, object]]:
-    """What the classes of a module keep, those of torch left out; attributes of the nearest class go first."""
+    """The class attributes of a module, without those of torch; the nearest class has priority."""
     seen: set[str] = set()
     for base in kind.__mro__:
         if base is nn.Module:
@@ -78,7 +78,7 @@ def _class_attributes(kind: type) -> Iterator[tuple[str, object]]:
 
 
 def _parts(value: Any) -> Iterator[tuple[str, object]]:
-    """What a container or plain object has in it, by keys in words."""
+    """The values in a container or plain object, by keys as text."""
     if isinstance(value, Mapping):
         yield from ((str(key), inner) for key, inner in value.items())
     elif isinstance(value, _SEQUENCES):

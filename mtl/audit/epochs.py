@@ -1,4 +1,4 @@
-"""What is frozen in which epochs of a framework's training."""
+"""The freeze of each epoch of a framework's training, as phases."""
 
 from __future__ import annotations
 
@@ -8,17 +8,17 @@ from dataclasses import dataclass
 from mtl.patterns import Counted, PatternLike, as_list
 
 Patterns = PatternLike | Sequence[PatternLike]
-# Patterns for all epochs; by the first epoch, counted from 0, that they are for; or by a function of the epoch.
+# Patterns for all epochs; by the first epoch that they hold for, counted from 0; or by a function of the epoch.
 EpochFreeze = Patterns | Mapping[int, Patterns] | Callable[[int], Patterns]
 
 
 @dataclass(frozen=True)
-class Span:
-    """Epochs in a row with one freeze.
+class EpochSpan:
+    """Consecutive epochs with the same freeze: one phase.
 
     Attributes:
-        name: Of the phase that they are.
-        freeze: Patterns of what is frozen in them; none freezes nothing.
+        name: The phase's name.
+        freeze: Patterns of the frozen tensors; none freezes nothing.
     """
 
     name: str
@@ -26,53 +26,53 @@ class Span:
 
 
 class FreezeByEpoch:
-    """Says which freeze an epoch has.
+    """Maps an epoch to its freeze.
 
     Attributes:
-        spans: All freezes there are, as far as they are known beforehand.
-        varies: Whether one epoch may have another freeze than the next.
+        spans: All spans that are known before the training; none if the freeze is a function.
+        varies: Whether epochs may differ in their freeze.
     """
 
     def __init__(self, freeze: EpochFreeze, name: str) -> None:
         """Args:
-            freeze: What the callbacks were given.
-            name: What phases are called; `name[0-4]` and `name[5-]` where epochs have different freezes.
+            freeze: The freeze as the callbacks receive it.
+            name: The phases' name; `name[0-4]` and `name[5-]` where epochs have different freezes.
 
         Raises:
             ValueError: It is none of the forms, an epoch is no whole number from 0 on, or epoch 0 has no freeze.
         """
         self.varies = callable(freeze) or isinstance(freeze, Mapping)
-        self.spans: list[Span] = []
+        self.spans: list[EpochSpan] = []
         self._firsts = [0]
         self._name = name
-        self._ask: Callable[[int], Patterns] | None = None
-        self._answer: tuple[int, Span] | None = None
+        self._function: Callable[[int], Patterns] | None = None
+        self._latest: tuple[int, EpochSpan] | None = None
         if isinstance(freeze, Mapping):
             self._firsts = _checked_epochs(freeze)
             ends = [f"{following - 1}" for following in self._firsts[1:]]
             for first, last in zip(self._firsts, [*ends, ""], strict=True):
                 epochs = f"{first}" if last == f"{first}" else f"{first}-{last}"
-                self.spans.append(Span(f"{name}[{epochs}]", _checked(freeze[first], f"freeze[{first}]")))
+                self.spans.append(EpochSpan(f"{name}[{epochs}]", _checked(freeze[first], f"freeze[{first}]")))
         elif callable(freeze):
-            self._ask = freeze
+            self._function = freeze
         else:
-            self.spans.append(Span(name, _checked(freeze, "freeze")))
+            self.spans.append(EpochSpan(name, _checked(freeze, "freeze")))
 
-    def at(self, epoch: int) -> Span:
-        """The span of an epoch; a function is asked once for each epoch that comes up.
+    def at(self, epoch: int) -> EpochSpan:
+        """The span of an epoch; a function is called once per epoch.
 
         Raises:
             ValueError: The function did not return patterns.
         """
-        if self._ask is None:
+        if self._function is None:
             return [span for span, first in zip(self.spans, self._firsts, strict=True) if first <= epoch][-1]
-        if self._answer is None or self._answer[0] != epoch:
-            freeze = _checked(self._ask(epoch), f"freeze({epoch})")
-            before = None if self._answer is None else self._answer[1]
-            # Where it ends is not known yet.
+        if self._latest is None or self._latest[0] != epoch:
+            freeze = _checked(self._function(epoch), f"freeze({epoch})")
+            before = None if self._latest is None else self._latest[1]
             same = before is not None and before.freeze == freeze
-            self._answer = epoch, before if before and same else Span(f"{self._name}[{epoch}-]", freeze)
-        return self._answer[1]
+            # Its last epoch is not known yet.
+            self._latest = epoch, before if before and same else EpochSpan(f"{self._name}[{epoch}-]", freeze)
+        return self._latest[1]
 
 
 def _checked_epochs(freeze: Mapping[int, Patterns]) -> list[int]:
