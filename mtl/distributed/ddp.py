@@ -4,13 +4,9 @@ from __future__ import annotations
 
 from collections.abc import Callable, Collection
 from contextlib import AbstractContextManager, nullcontext
-from dataclasses import dataclass
 from typing import Any, TypeVar
 
-import torch
-from torch import Tensor, nn
-from torch.distributed.algorithms.ddp_comm_hooks.default_hooks import allreduce_hook
-from torch.distributed.distributed_c10d import GroupMember
+from torch import nn
 from torch.nn.parallel import DistributedDataParallel
 
 from mtl.distributed.world import World, WorldError
@@ -98,27 +94,3 @@ def _ddp_over(module: nn.Module, trainable: Collection[str]) -> DistributedDataP
         init_sync=False,
         gradient_as_bucket_view=True,
     )
-
-
-@dataclass
-class Traffic:
-    """Bytes of gradients that this process gave to be averaged."""
-
-    num_bytes: int = 0
-
-
-def count_traffic(replica: Replica) -> Traffic:
-    """Counts from here on what a replica averages; nothing if it is alone. For tests and benchmarks: it costs time."""
-    traffic = Traffic()
-
-    def count(_: object, bucket: Any) -> torch.futures.Future[Tensor]:
-        traffic.num_bytes += bucket.buffer().nbytes
-        group: Any = GroupMember.WORLD
-        return allreduce_hook(group, bucket)
-
-    # DDP takes a hook without annotations, or with types themselves, not with their names.
-    count.__annotations__.clear()
-
-    for ddp in replica._ddp:
-        ddp.register_comm_hook(None, count)
-    return traffic

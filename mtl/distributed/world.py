@@ -43,13 +43,11 @@ class Agreement:
         stop: Whether any wants to stop.
         broken: Whether any has found something broken.
         seconds: Those of rank 0, whose clock counts.
-        weights: Sums over all processes.
     """
 
     stop: bool
     broken: bool
     seconds: float
-    weights: tuple[float, ...]
 
 
 @dataclass(frozen=True)
@@ -104,26 +102,18 @@ class World:
         """Whether this process is the one that writes files and speaks."""
         return self.rank == 0
 
-    def start(self, device: torch.device, timeout_s: float = TIMEOUT_S) -> torch.device:
-        """Meets the other processes.
+    def start(self, device: torch.device, timeout_s: float = TIMEOUT_S) -> None:
+        """Joins the other processes.
 
         Args:
-            device: The kind of device to compute on; a number of a GPU is not looked at.
+            device: The device of this process: the CPU, or its own GPU (see `gpu`).
             timeout_s: How long a process waits for another one before it gives up.
-
-        Returns:
-            The device of this process.
-
-        Raises:
-            WorldError: There are fewer GPUs on this machine than processes.
         """
         if self.is_alone:
-            return device
+            return
         if device.type == "cuda":
-            device = self.gpu()
             torch.cuda.set_device(device)
         meet("cpu:gloo,cuda:nccl" if device.type == "cuda" else "gloo", self.rank, self.size, timeout_s)
-        return device
 
     def gpu(self) -> torch.device:
         """The GPU of this process.
@@ -172,17 +162,14 @@ class World:
 
     # What they tell each other
 
-    def agree(
-        self, stop: bool = False, broken: bool = False, seconds: float = 0.0, weights: Sequence[float] = ()
-    ) -> Agreement:
+    def agree(self, stop: bool = False, broken: bool = False, seconds: float = 0.0) -> Agreement:
         """One message a step, between the CPUs: no device is waited for."""
         if self.is_alone:
-            return Agreement(stop, broken, seconds, tuple(map(float, weights)))
-        message = [float(stop), float(broken), seconds if self.leads else 0.0, *weights]
-        sums = torch.tensor(message, dtype=torch.float64)
+            return Agreement(stop, broken, seconds)
+        sums = torch.tensor([stop, broken, seconds if self.leads else 0.0], dtype=torch.float64)
         dist.all_reduce(sums)
-        stops, breaks, told, *totals = sums.tolist()
-        return Agreement(stops > 0, breaks > 0, told, tuple(totals))
+        num_stop, num_broken, seconds_of_rank_0 = sums.tolist()
+        return Agreement(num_stop > 0, num_broken > 0, seconds_of_rank_0)
 
     def mean(self, tensor: Tensor) -> Tensor:
         """The mean of a small tensor over the processes, detached."""

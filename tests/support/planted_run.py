@@ -21,8 +21,9 @@ from torch import Tensor, nn
 
 from mtl.audit import GradientAudit
 from mtl.cli import main
-from mtl.distributed.ddp import Replica, count_traffic
+from mtl.distributed.ddp import Replica
 from mtl.distributed.world import World
+from traffic import count_traffic
 
 RANK = int(os.environ["RANK"])
 PLANTED: dict[str, Any] = json.loads(os.environ.get("MTL_TEST_PLANTED", "{}"))

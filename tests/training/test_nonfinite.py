@@ -292,7 +292,7 @@ def test_a_run_in_half_precision_goes_on_to_the_same_bits(tmp_path: Path, precis
     if precision == "fp16":
         overflow_in_pass(whole, 3)
     with pytest.MonkeyPatch.context() as patch:
-        patch.setattr("mtl.checkpoint.Checkpoints._prune", lambda _: None)
+        patch.setattr("mtl.checkpoint.folder.Checkpoints._prune", lambda _: None)
         run_dir = train(whole, quiet=True).run_dir
     # Inside the second epoch, and behind it.
     for step in (4, 6):

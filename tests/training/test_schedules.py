@@ -202,7 +202,7 @@ COURSE = [
 
 
 def keep_every_checkpoint(monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr("mtl.checkpoint.Checkpoints._prune", lambda _: None)
+    monkeypatch.setattr("mtl.checkpoint.folder.Checkpoints._prune", lambda _: None)
 
 
 @pytest.mark.slow
