@@ -11,7 +11,7 @@ from typing import Any
 
 from torch import Tensor
 
-from mtl.featurestore.base import FeatureStore, Field, StoreError, new_places
+from mtl.featurestore.base import FeatureStore, Field, new_places
 from mtl.featurestore.entry import DamagedEntry, Entry, Layout
 from mtl.featurestore.folder import NoRoom, StoreFolder, damage
 from mtl.runtime.console import logger
@@ -47,17 +47,10 @@ class DiskStore(FeatureStore):
             max_bytes: The most that the folder may hold: what was not used for longest is removed, never what is in
                 use. None for no limit; then something is removed only if the disk has too little room.
             spare_bytes: What has to be free on the disk besides, before filling begins.
-
-        Raises:
-            StoreError: The key is not JSON, or there are no rows or fields.
         """
         super().__init__(num_rows, fields)
         self._layout = Layout(key, num_rows, self.fields)
-        try:
-            digest = self._layout.digest
-        except (TypeError, ValueError) as error:
-            raise StoreError(f"key: expected JSON, got {key!r}: {error}") from error
-        self.path = Path(folder) / digest
+        self.path = Path(folder) / self._layout.digest
         self._folder = StoreFolder(Path(folder), max_bytes, spare_bytes)
         self._lock = threading.RLock()
         self._owner = os.getpid()
@@ -69,10 +62,6 @@ class DiskStore(FeatureStore):
     def num_present(self) -> int:
         entry = self._entry
         return 0 if entry is None else entry.num_present
-
-    def has(self, indices: Tensor) -> bool:
-        wanted, entry = self._checked(indices), self._entry
-        return entry is not None and entry.has(wanted)
 
     def read(self, indices: Tensor) -> list[Tensor] | None:
         wanted, entry = self._checked(indices), self._entry

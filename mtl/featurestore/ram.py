@@ -25,10 +25,6 @@ class RamStore(FeatureStore):
     def num_present(self) -> int:
         return int(np.count_nonzero(self._present))
 
-    def has(self, indices: Tensor) -> bool:
-        wanted = self._checked(indices)
-        return bool(self._memory) and bool(self._present[wanted].all())
-
     def read(self, indices: Tensor) -> list[Tensor] | None:
         wanted = self._checked(indices)
         memory, present = self._memory, self._present

@@ -28,9 +28,6 @@ class ShardedStore(FeatureStore):
         fields: The tensors of one image.
         world: The processes.
         make: Makes the store of this process, given its number of rows.
-
-        Raises:
-            StoreError: There are no rows or no fields.
         """
         super().__init__(num_rows, fields)
         self._world = world
@@ -51,11 +48,6 @@ class ShardedStore(FeatureStore):
     def is_complete(self) -> bool:
         """All of this process's rows are there."""
         return self.num_present == self.num_own
-
-    def has(self, indices: Tensor) -> bool:
-        """Whether those of these rows that are this process's are there."""
-        own = self._own(indices)
-        return len(own) == 0 or self._inner.has(own // self._world.size)
 
     def read(self, indices: Tensor) -> list[Tensor] | None:
         """As in every store; None as well if a row is another process's."""
@@ -85,9 +77,6 @@ class ShardedStore(FeatureStore):
 
         Returns:
             For every field "b ...", in its dtype, on the device: the rows that this process wants.
-
-        Raises:
-            StoreError: They are no such rows.
         """
         rank, size = self._world.rank, self._world.size
         asked = [self._own(rows) for rows in every]

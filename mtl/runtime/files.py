@@ -1,4 +1,4 @@
-"""What is written is on the disk, whole."""
+"""Files: written whole and forced to disk; what the system says of them; links that lead nowhere."""
 
 from __future__ import annotations
 
@@ -33,6 +33,17 @@ def in_one_line(error: Exception) -> str:
     if isinstance(error, OSError) and error.filename is not None and error.strerror is not None:
         return f"{error.filename}: {error.strerror}"
     return str(error)
+
+
+def dead_link(path: Path) -> str:
+    """`; X is a link to Y, which is not there` to append to a message, if that is why a path is missing."""
+    for each in (path, *path.parents):
+        try:
+            if each.is_symlink() and not each.exists():
+                return f"; {each} is a link to {each.readlink()}, which is not there"
+        except OSError:
+            return ""
+    return ""
 
 
 def sync(path: Path) -> None:

@@ -2,7 +2,6 @@ from __future__ import annotations
 
 import json
 import math
-from typing import Any
 
 import pytest
 from hypothesis import given, settings
@@ -82,30 +81,3 @@ def test_a_saved_state_is_a_copy() -> None:
     assert best.state_dict() == {"value": 0.5, "num_since": 0}
     best.see(0.25)
     assert saved == {"value": 9.0, "num_since": 0}
-
-
-@pytest.mark.parametrize(
-    "state",
-    [
-        {"value": NAN, "num_since": 0},
-        {"value": INF, "num_since": 0},
-        {"value": "0.5", "num_since": 0},
-        {"value": True, "num_since": 0},
-        {"value": 0.5, "num_since": -1},
-        {"value": 0.5, "num_since": 1.0},
-        {"value": 0.5, "num_since": True},
-        {"value": 0.5, "num_since": None},
-        {"value": 0.5},
-        {"num_since": 0},
-        {},
-    ],
-    ids=str,
-)
-def test_a_state_that_cannot_be_reached_is_an_error_and_changes_nothing(state: Any) -> None:
-    best = Best()
-    best.see(0.5)
-    best.see(0.25)
-    with pytest.raises(ValueError) as caught:
-        best.load_state_dict(state)
-    assert str(caught.value) == f"{state} is no state of a best value"
-    assert best.state_dict() == {"value": 0.5, "num_since": 1}

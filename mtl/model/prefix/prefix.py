@@ -50,7 +50,6 @@ class Prefix:
         orders: Of each kept tensor, the dimensions, batch included, from the widest stride to the narrowest.
         bytes_per_image: Size of all kept tensors for one image.
         modules: Names of the modules that a replay skips; empty if it skips the whole trunk.
-        readers: Names of the modules in which kept tensors meet what trains; empty if nothing trains.
     """
 
     def __init__(self, trunk: nn.Module, read: Read, trace: Trace, cut: Cut) -> None:
@@ -69,7 +68,6 @@ class Prefix:
         self.orders = [kept.order for kept in self._kept]
         self.bytes_per_image = sum(math.prod(kept.shape) * kept.dtype.itemsize for kept in self._kept)
         self.modules = tuple(dict.fromkeys(trace.calls[call].name for call in cut.skipped))
-        self.readers = tuple(cut.readers)
 
     @classmethod
     def record(cls, trunk: nn.Module, read: Read, images: Tensor) -> Prefix:
