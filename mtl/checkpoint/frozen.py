@@ -8,8 +8,7 @@ from collections.abc import Callable, Iterable, Mapping
 from pathlib import Path
 
 from mtl.checkpoint.files import FROZEN, fingerprint_of
-from mtl.checkpoint.shard_digests import file_digest
-from mtl.checkpoint.tensor_file import TensorFileError, read_tensor_file, shards
+from mtl.checkpoint.tensor_file import TensorFileError, file_digest, read_tensor_file, shards
 from mtl.distributed.world import World
 from mtl.runtime.files import sync
 from mtl.runtime.fingerprint import root

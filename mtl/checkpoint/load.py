@@ -22,8 +22,7 @@ from mtl.checkpoint.files import (
     read_state,
 )
 from mtl.checkpoint.nested import join
-from mtl.checkpoint.shard_digests import damaged_shards
-from mtl.checkpoint.tensor_file import SHARDS, Shards, TensorFileError, read_tensor_file, shards
+from mtl.checkpoint.tensor_file import SHARDS, Shards, TensorFileError, damaged_shards, read_tensor_file, shards
 from mtl.runtime.fingerprint import fingerprint
 from mtl.runtime.tensors import is_spread, spread_like
 

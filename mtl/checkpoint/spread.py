@@ -20,8 +20,7 @@ from torch.distributed.tensor._utils import compute_local_shape_and_global_offse
 
 from mtl.checkpoint.files import MomentsState, check_kept, complete_state
 from mtl.checkpoint.nested import apart, split
-from mtl.checkpoint.shard_digests import shards_digest
-from mtl.checkpoint.tensor_file import FROZEN, MODEL, OPTIMIZER, SHARDS, described
+from mtl.checkpoint.tensor_file import FROZEN, MODEL, OPTIMIZER, SHARDS, described, shards_digest
 from mtl.distributed.world import World
 from mtl.runtime.files import sync
 from mtl.runtime.tensors import is_spread, local

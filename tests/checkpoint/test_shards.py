@@ -17,8 +17,7 @@ from mtl.checkpoint.files import CheckpointError, DamagedCheckpoint, complete_st
 from mtl.checkpoint.frozen import FrozenFiles
 from mtl.checkpoint.load import load_checkpoint
 from mtl.checkpoint.newest import load_newest
-from mtl.checkpoint.shard_digests import file_digest
-from mtl.checkpoint.tensor_file import Shards, TensorFileError, UnreadableError, described, read_contents
+from mtl.checkpoint.tensor_file import Shards, TensorFileError, UnreadableError, described, file_digest, read_contents
 from mtl.runtime.files import write_json
 
 WEIGHT = torch.arange(15.0).reshape(5, 3)

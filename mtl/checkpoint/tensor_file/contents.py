@@ -13,7 +13,7 @@ import torch
 from torch import Tensor
 from torch.nn import Parameter
 
-from mtl.checkpoint.tensor_file.plain_data import Stored, array, attributes, is_plain
+from mtl.checkpoint.tensor_file.plain_data import StandIn, array, attributes, is_plain
 from mtl.runtime.text import INNER_NAMES, with_article
 
 # Under these keys training scripts put the weights next to other things; the first that holds tensors is taken.
@@ -58,7 +58,7 @@ class Leaves:
         stack: list[tuple[KeyPath, object, frozenset[int]]] = [(path, content, frozenset())]
         while stack:
             here, value, around = stack.pop()
-            if isinstance(value, Stored) and (tensor := array(value)) is not None:
+            if isinstance(value, StandIn) and (tensor := array(value)) is not None:
                 value = tensor
             inner = _inside(value)
             if id(value) in around:
@@ -199,7 +199,7 @@ def _inside(value: object) -> list[tuple[object, object]] | None:
     if isinstance(value, Tensor):
         # Attributes that were set on it.
         return _attributes(value)
-    if isinstance(value, Stored) and (own := attributes(value)) is not None:
+    if isinstance(value, StandIn) and (own := attributes(value)) is not None:
         return [*_items(own.items())]
     return None
 
@@ -230,5 +230,5 @@ def _kind_of(value: object) -> str:
         kinds = {"quantized": value.is_quantized, "nested": value.is_nested, "meta": value.is_meta}
         kind = next((kind for kind, holds in kinds.items() if holds), None)
         return f"a {kind} tensor" if kind else f"a {type(value).__name__}, not a plain tensor"
-    kind = value.kind if isinstance(value, Stored) else f"{type(value).__module__}.{type(value).__qualname__}"
+    kind = value.kind if isinstance(value, StandIn) else f"{type(value).__module__}.{type(value).__qualname__}"
     return with_article(kind.removeprefix("builtins."))

@@ -11,9 +11,9 @@ from torch import Tensor
 
 from mtl.checkpoint.run_files import STATE, RunFileError, read_state_file
 from mtl.checkpoint.tensor_file.contents import Contents, Leaves, named
-from mtl.checkpoint.tensor_file.dcp import METADATA, file_inside, read_dcp
+from mtl.checkpoint.tensor_file.dcp import METADATA, read_dcp
 from mtl.checkpoint.tensor_file.shards import FROZEN, MODEL, OPTIMIZER, Shards
-from mtl.checkpoint.tensor_file.single import TensorFileError, read_safetensors, read_tensor_file
+from mtl.checkpoint.tensor_file.single import TensorFileError, file_inside, read_safetensors, read_tensor_file
 
 # What a folder may hold, the first that there is: whole, in shards with an index, or in chunks.
 _MODEL = "model.safetensors"

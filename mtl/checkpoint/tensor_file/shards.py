@@ -9,7 +9,7 @@ from __future__ import annotations
 
 import json
 import math
-from collections.abc import Collection, Iterator, Mapping
+from collections.abc import Collection, Iterable, Iterator, Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
@@ -17,9 +17,9 @@ import torch
 from safetensors import safe_open
 from torch import Tensor
 
-from mtl.checkpoint.tensor_file.dcp import assemble, file_inside
-from mtl.checkpoint.tensor_file.single import TensorFileError
+from mtl.checkpoint.tensor_file.single import TensorFileError, file_inside
 from mtl.runtime.console import first_line
+from mtl.runtime.fingerprint import fingerprint, root
 
 # The key of a `state.json` that has the description of all tensors; a checkpoint without it is a plain one.
 SHARDS = "shards"
@@ -136,6 +136,67 @@ class ShardFile:
 
     def shards(self) -> Iterator[tuple[str, list[int], Tensor]]:
         return ((name, offsets, self.read(name)) for name, offsets in self.offsets.items())
+
+
+def assemble(
+    shape: Sequence[int], dtype: torch.dtype, chunks: Iterable[tuple[Sequence[int], Sequence[int], Tensor | None]]
+) -> Tensor:
+    """One tensor from its chunks, which have to cover it exactly.
+
+    Args:
+        shape: Of the whole.
+        dtype: Of the whole.
+        chunks: Offsets, sizes and elements of each; a chunk of no elements may have None.
+
+    Raises:
+        TensorFileError: A chunk reaches out of the tensor, two overlap, or there is a gap.
+    """
+    boxes = list(chunks)
+    for offsets, sizes, _ in boxes:
+        fits = len(offsets) == len(sizes) == len(shape)
+        if not fits or any(o < 0 or s < 0 or o + s > whole for o, s, whole in zip(offsets, sizes, shape, strict=True)):
+            raise TensorFileError(f"a chunk at {list(offsets)} of sizes {list(sizes)} is not inside {list(shape)}")
+    # Compared before any memory is taken: a shape is only a claim until there are chunks that fill it.
+    held, needed = sum(math.prod(sizes) for _, sizes, _ in boxes), math.prod(shape)
+    if held != needed:
+        raise TensorFileError(
+            f"its chunks {'leave a gap' if held < needed else 'overlap'}: {held} of {needed} elements"
+        )
+    whole, covered = torch.empty(tuple(shape), dtype=dtype), torch.zeros(tuple(shape), dtype=torch.bool)
+    for offsets, sizes, chunk in boxes:
+        if chunk is None:
+            continue
+        box = tuple(slice(o, o + s) for o, s in zip(offsets, sizes, strict=True))
+        if bool(covered[box].any()):
+            raise TensorFileError(f"its chunks overlap at {list(offsets)}, and leave a gap elsewhere")
+        whole[box], covered[box] = chunk, True
+    return whole
+
+
+def shards_digest(shards: Iterable[tuple[str, Sequence[int], Tensor]]) -> str | None:
+    """One digest of a file's shards: of names, of where they begin, and of elements; None if there are no elements."""
+    prints = {f"{name} {list(offsets)}": fingerprint(shard) for name, offsets, shard in shards if shard.numel()}
+    return root(prints) if prints else None
+
+
+def file_digest(file: Path) -> str | None:
+    """`shards_digest` of a file; None if it cannot be read."""
+    try:
+        return shards_digest(ShardFile(file).shards())
+    except TensorFileError:
+        return None
+
+
+def damaged_shards(folder: Path, state: Mapping[str, Any]) -> list[str]:
+    """What is wrong with a checkpoint's files of shards, one sentence each."""
+    found = []
+    for name, digest in shard_files(state).items():
+        try:
+            if shards_digest(ShardFile(file_inside(folder, name)).shards()) != digest:
+                found.append(f"{folder / name}: holds other tensors than were written at this step")
+        except TensorFileError as error:
+            found.append(f"{folder / name}: cannot be read: {error}")
+    return found
 
 
 def _understood(name: str, text: object) -> tuple[torch.dtype, torch.Size]:

@@ -6,7 +6,7 @@ import io
 import re
 import warnings
 import zipfile
-from pathlib import Path
+from pathlib import Path, PurePath, PurePosixPath, PureWindowsPath
 from typing import Any
 
 import torch
@@ -27,6 +27,24 @@ _INSTEAD = "save its tensors where its code is at hand: torch.save(model.state_d
 
 class TensorFileError(ValueError):
     """A file that cannot be read as tensors; says why."""
+
+
+def file_inside(folder: Path, name: object) -> Path:
+    """The file of a folder that an index names; it may be a link, as in the cache of Hugging Face.
+
+    Raises:
+        TensorFileError: The name leads out of the folder, or there is no such file.
+    """
+    if not isinstance(name, str):
+        raise TensorFileError(f"it names {name!r} as a file")
+    # The file may have been written on the other system.
+    for form in (PurePosixPath(name), PureWindowsPath(name)):
+        if form.anchor or ".." in form.parts:
+            raise TensorFileError(f"it names {name}, which is outside the folder; not read")
+    file = folder / PurePath(name)
+    if not file.is_file():
+        raise TensorFileError(f"it names {name}, which is missing")
+    return file
 
 
 def read_tensor_file(file: Path) -> Any:
