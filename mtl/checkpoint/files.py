@@ -13,13 +13,12 @@ from safetensors.torch import save_file
 from torch import Tensor
 
 from mtl.checkpoint.nested import NATIVE, apart, split
-from mtl.checkpoint.run_files import RunFileError, read_state_file
+from mtl.checkpoint.run_files import MODEL_FILE, OPTIMIZER_FILE, STATE, RunFileError, read_state_file
 from mtl.checkpoint.tensor_file import SHARDS, shard_files, shards
 from mtl.runtime.files import sync, without_nan
 from mtl.runtime.fingerprint import fingerprint, fingerprint_of_json, root
 from mtl.runtime.tensors import local
 
-MODEL, FROZEN, OPTIMIZER, STATE = "model.safetensors", "frozen.safetensors", "optimizer.safetensors", "state.json"
 VERSION = 2
 # What is a checkpoint's own in its state.json; all other keys are the caller's.
 _OWN = ("version", "optimizer", "tied", SHARDS, "digests")
@@ -177,7 +176,7 @@ def read_state(folder: Path) -> dict[str, Any]:
             raise DamagedCheckpoint(f"there is no {folder}" + (f"; there are {', '.join(there)}" if there else ""))
         # A folder of shards in the place of a file: processes have written their own parts.
         is_plain = not (folder / shards.MODEL).is_dir()
-        needed = (MODEL, OPTIMIZER, STATE) if is_plain else (STATE,)
+        needed = (MODEL_FILE, OPTIMIZER_FILE, STATE) if is_plain else (STATE,)
         missing = [name for name in needed if not (folder / name).is_file()]
         inside = folder / "checkpoints" / "last"
         instead = f"; {inside} is one" if missing and inside.exists() else ""

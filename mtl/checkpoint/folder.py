@@ -12,10 +12,6 @@ from safetensors import SafetensorError
 from torch import nn
 
 from mtl.checkpoint.files import (
-    FROZEN,
-    MODEL,
-    OPTIMIZER,
-    STATE,
     Content,
     HasState,
     MomentsState,
@@ -23,8 +19,9 @@ from mtl.checkpoint.files import (
     write_tensors,
 )
 from mtl.checkpoint.frozen import FrozenFiles
-from mtl.checkpoint.newest import ASIDE, newest_first, step_of
-from mtl.checkpoint.spread import SpreadContent, collect_shards, shard_file, write_shards
+from mtl.checkpoint.load import ASIDE, newest_first, step_of
+from mtl.checkpoint.run_files import FROZEN_FILE, MODEL_FILE, OPTIMIZER_FILE, STATE
+from mtl.checkpoint.sharded import SpreadContent, collect_shards, shard_file, write_shards
 from mtl.checkpoint.tensor_file import shards
 from mtl.distributed.world import World
 from mtl.runtime.files import sync, write_json
@@ -129,10 +126,6 @@ class Checkpoints:
             self._link(name, target.name)
         self._prune()
 
-    def has(self, step: int) -> bool:
-        """Whether there is a checkpoint of a step."""
-        return self._of(step).exists()
-
     def adopt(self, folder: Path, step: int, name: str) -> None:
         """Takes a copy of another run's checkpoint of a step under a link's name.
 
@@ -177,11 +170,11 @@ class Checkpoints:
         return [path for path in self.folder.iterdir() if path.is_symlink() and not path.name.startswith(".")]
 
     def _write(self, folder: Path, content: Content) -> None:
-        write_tensors(folder / MODEL, content.model)
-        write_tensors(folder / OPTIMIZER, content.optimizer)
+        write_tensors(folder / MODEL_FILE, content.model)
+        write_tensors(folder / OPTIMIZER_FILE, content.optimizer)
         if content.frozen:
             fingerprint = content.state["digests"]["frozen"]
-            self._frozen.provide(folder / FROZEN, fingerprint, lambda file: write_tensors(file, content.frozen))
+            self._frozen.provide(folder / FROZEN_FILE, fingerprint, lambda file: write_tensors(file, content.frozen))
         write_json(folder / STATE, content.state)
 
     def _write_shards(self, folder: Path, content: SpreadContent, world: World) -> None:
@@ -203,11 +196,11 @@ class Checkpoints:
 
     def _copy(self, folder: Path, target: Path) -> None:
         """Copies a checkpoint's files; what is frozen is linked, if it can be."""
-        for name in (MODEL, OPTIMIZER, STATE):
+        for name in (MODEL_FILE, OPTIMIZER_FILE, STATE):
             if (folder / name).exists():
                 _copy_file(folder / name, target / name)
-        if (folder / FROZEN).exists():
-            self._frozen.adopt(target / FROZEN, folder / FROZEN)
+        if (folder / FROZEN_FILE).exists():
+            self._frozen.adopt(target / FROZEN_FILE, folder / FROZEN_FILE)
         for kind in (shards.MODEL, shards.OPTIMIZER):
             for file in (folder / kind).glob("*"):
                 (target / kind).mkdir(exist_ok=True)

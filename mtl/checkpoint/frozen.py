@@ -7,7 +7,8 @@ import shutil
 from collections.abc import Callable, Iterable, Mapping
 from pathlib import Path
 
-from mtl.checkpoint.files import FROZEN, fingerprint_of
+from mtl.checkpoint.files import fingerprint_of
+from mtl.checkpoint.run_files import FROZEN_FILE
 from mtl.checkpoint.tensor_file import TensorFileError, file_digest, read_tensor_file, shards
 from mtl.distributed.world import World
 from mtl.runtime.files import sync
@@ -102,7 +103,7 @@ class FrozenFiles:
         held = {
             _identity(file)
             for folder in checkpoints
-            for file in (folder / FROZEN, *(folder / shards.FROZEN).glob("*"))
+            for file in (folder / FROZEN_FILE, *(folder / shards.FROZEN).glob("*"))
             if file.exists()
         }
         for kept in self.folder.iterdir():

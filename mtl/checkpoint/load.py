@@ -1,7 +1,11 @@
-"""From the files of a checkpoint, plain or in shards, to a module: damage is found before anything is changed."""
+"""From the files of a checkpoint, plain or in shards, to a module: damage is found before anything is changed.
+
+If the newest checkpoint of a folder is damaged, the one before it is there.
+"""
 
 from __future__ import annotations
 
+import re
 from collections.abc import Callable, Iterable, Iterator, Mapping
 from pathlib import Path
 from typing import Any
@@ -10,9 +14,6 @@ import torch
 from torch import Tensor, nn
 
 from mtl.checkpoint.files import (
-    FROZEN,
-    MODEL,
-    OPTIMIZER,
     CheckpointError,
     DamagedCheckpoint,
     MomentsState,
@@ -22,9 +23,14 @@ from mtl.checkpoint.files import (
     read_state,
 )
 from mtl.checkpoint.nested import join
+from mtl.checkpoint.run_files import FROZEN_FILE, MODEL_FILE, OPTIMIZER_FILE
 from mtl.checkpoint.tensor_file import SHARDS, Shards, TensorFileError, damaged_shards, read_tensor_file, shards
 from mtl.runtime.fingerprint import fingerprint
 from mtl.runtime.tensors import is_spread, spread_like
+
+_STEP = re.compile(r"step-(\d{8,})")
+# A checkpoint that makes place for another of the same step.
+ASIDE = ".old"
 
 
 class OnDemand(Mapping[str, Tensor]):
@@ -79,6 +85,44 @@ def load_checkpoint(folder: Path, module: nn.Module) -> tuple[dict[str, Any], Mo
     return callers_state(state), moments
 
 
+def newest_first(folder: Path) -> list[Path]:
+    """All checkpoints in a folder, the newest first; one that a killed process left moved aside stands for its step."""
+    found = {}
+    for path in [*folder.glob(f".step-*{ASIDE}"), *folder.glob("step-*")]:
+        if _STEP.fullmatch(path.name.strip(".").removesuffix(ASIDE)) and path.is_dir() and not path.is_symlink():
+            found[step_of(path)] = path
+    return [found[step] for step in sorted(found, reverse=True)]
+
+
+def step_of(folder: Path) -> int:
+    """The step of a checkpoint's folder."""
+    return int(re.sub(r"\D", "", folder.name))
+
+
+def load_newest(folder: Path, module: nn.Module) -> tuple[Path, dict[str, Any], MomentsState, list[str]]:
+    """Fills a module from the newest checkpoint that is sound.
+
+    Args:
+        folder: The run's `checkpoints`.
+        module: Is filled strictly; it stays as it was if none is sound.
+
+    Returns:
+        The checkpoint, its plain data, what optimizers remembered, and one sentence for each newer one that is damaged.
+
+    Raises:
+        CheckpointError: None is sound, or the newest sound one does not fit the module.
+    """
+    refused: list[str] = []
+    for path in newest_first(folder):
+        try:
+            return path, *load_checkpoint(path, module), refused
+        except DamagedCheckpoint as error:
+            refused.append(str(error))
+    if refused:
+        raise CheckpointError(f"{folder} has no checkpoint that is sound: {'; '.join(refused)}")
+    raise CheckpointError(f"{folder} has no checkpoints")
+
+
 def sound_shards(folder: Path, state: Mapping[str, Any]) -> None:
     """Raises `DamagedCheckpoint` if a shard is not as it was written."""
     if wrong := damaged_shards(folder, state):
@@ -98,19 +142,19 @@ def _read_shards(folder: Path, state: Mapping[str, Any]) -> tuple[Shards, Shards
 
 
 def _read_plain(folder: Path, state: Mapping[str, Any]) -> tuple[dict[str, Tensor], dict[str, Tensor]]:
-    optimizer = _read(folder / OPTIMIZER)
+    optimizer = _read(folder / OPTIMIZER_FILE)
     if fingerprint_of(optimizer) != state["digests"]["optimizer"]:
-        raise _not_as_written(folder / OPTIMIZER)
+        raise _not_as_written(folder / OPTIMIZER_FILE)
     frozen: dict[str, Tensor] = {}
     if "frozen" in state["digests"]:
-        if not (folder / FROZEN).is_file():
-            raise DamagedCheckpoint(f"{folder} is damaged: it has no {FROZEN}")
-        frozen = _read(folder / FROZEN)
+        if not (folder / FROZEN_FILE).is_file():
+            raise DamagedCheckpoint(f"{folder} is damaged: it has no {FROZEN_FILE}")
+        frozen = _read(folder / FROZEN_FILE)
         if fingerprint_of(frozen) != state["digests"]["frozen"]:
-            raise _not_as_written(folder / FROZEN)
-    tensors = frozen | _read(folder / MODEL)
+            raise _not_as_written(folder / FROZEN_FILE)
+    tensors = frozen | _read(folder / MODEL_FILE)
     if fingerprint_of(tensors) != state["digests"]["model"]:
-        raise _not_as_written(folder / MODEL)
+        raise _not_as_written(folder / MODEL_FILE)
     return tensors, optimizer
 
 

@@ -10,6 +10,8 @@ from pydantic import BaseModel, ConfigDict, ValidationError
 
 METRICS, AUDIT, STATE, CONFIG = "metrics.jsonl", "audit.json", "state.json", "config.yaml"
 HISTORY = "history.json"
+# Of a checkpoint that one process wrote; of a sharded one, see `tensor_file.shards`.
+MODEL_FILE, FROZEN_FILE, OPTIMIZER_FILE = "model.safetensors", "frozen.safetensors", "optimizer.safetensors"
 
 
 class RunFileError(ValueError):

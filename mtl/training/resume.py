@@ -11,8 +11,7 @@ from typing import Any
 from pydantic import ValidationError
 
 from mtl.checkpoint.files import CheckpointError, DamagedCheckpoint, read_state
-from mtl.checkpoint.load import load_checkpoint
-from mtl.checkpoint.newest import load_newest, newest_first
+from mtl.checkpoint.load import load_checkpoint, load_newest, newest_first
 from mtl.checkpoint.run_files import RunFileError, read_audit
 from mtl.config import RunConfig
 from mtl.config.difference import CHOSEN

@@ -16,8 +16,7 @@ from torch import nn
 
 from mtl.checkpoint.files import CheckpointError, DamagedCheckpoint, read_state, state_digest
 from mtl.checkpoint.folder import Checkpoints
-from mtl.checkpoint.load import load_checkpoint
-from mtl.checkpoint.newest import load_newest, newest_first
+from mtl.checkpoint.load import load_checkpoint, load_newest, newest_first
 from mtl.runtime.files import write_json, write_text
 from mtl.runtime.fingerprint import fingerprint
 from runs import read_model

@@ -12,11 +12,10 @@ from safetensors.torch import load_file, save_file
 from torch import Tensor, nn
 
 from mtl.audit.offline.run import audit_run
-from mtl.checkpoint.convert import write_plain
 from mtl.checkpoint.files import CheckpointError, DamagedCheckpoint, complete_state, read_state
 from mtl.checkpoint.frozen import FrozenFiles
-from mtl.checkpoint.load import load_checkpoint
-from mtl.checkpoint.newest import load_newest
+from mtl.checkpoint.load import load_checkpoint, load_newest
+from mtl.checkpoint.sharded import write_plain
 from mtl.checkpoint.tensor_file import Shards, TensorFileError, UnreadableError, described, file_digest, read_contents
 from mtl.runtime.files import write_json
 

@@ -9,24 +9,21 @@ from typing import Any
 
 from torch import Tensor
 
-from mtl.checkpoint.run_files import STATE, RunFileError, read_state_file
+from mtl.checkpoint.run_files import FROZEN_FILE, MODEL_FILE, OPTIMIZER_FILE, STATE, RunFileError, read_state_file
 from mtl.checkpoint.tensor_file.contents import Contents, Leaves, named
 from mtl.checkpoint.tensor_file.dcp import METADATA, read_dcp
 from mtl.checkpoint.tensor_file.shards import FROZEN, MODEL, OPTIMIZER, Shards
 from mtl.checkpoint.tensor_file.single import TensorFileError, file_inside, read_safetensors, read_tensor_file
 
 # What a folder may hold, the first that there is: whole, in shards with an index, or in chunks.
-_MODEL = "model.safetensors"
 _INDEX = ".index.json"
 _IN_FOLDERS = (
-    _MODEL,
-    f"{_MODEL}{_INDEX}",
+    MODEL_FILE,
+    f"{MODEL_FILE}{_INDEX}",
     METADATA,
     "pytorch_model.bin",
     f"pytorch_model.bin{_INDEX}",
 )
-# Next to the model's file in a folder that `mtl` wrote.
-_FROZEN, _OPTIMIZER = "frozen.safetensors", "optimizer.safetensors"
 # Files that may hold tensors; one in a folder that is not read is left out, and said.
 _OF_TENSORS = (".safetensors", ".bin", ".pt", ".pth", ".ckpt")
 
@@ -46,7 +43,7 @@ def read_contents(path: Path) -> Contents:
     Raises:
         UnreadableError: There is no such file, it is damaged, holds code, or holds no tensors.
     """
-    if path.name == _MODEL and is_of_run(path.parent):
+    if path.name == MODEL_FILE and is_of_run(path.parent):
         # What a run froze is in a file of its own.
         path = path.parent
     try:
@@ -63,7 +60,7 @@ def read_contents(path: Path) -> Contents:
 
 def is_of_run(path: Path) -> bool:
     """Whether a folder is a checkpoint that a run of `mtl` wrote."""
-    return (path / STATE).is_file() and ((path / MODEL).is_dir() or (path / _MODEL).is_file())
+    return (path / STATE).is_file() and ((path / MODEL).is_dir() or (path / MODEL_FILE).is_file())
 
 
 def is_in_shards(path: Path) -> bool:
@@ -96,11 +93,11 @@ def _of_run(folder: Path) -> Leaves:
     if is_in_shards(folder):
         model, optimizer = read_shards(folder), read_shards(folder, [OPTIMIZER])
     else:
-        model = _readable(folder / _MODEL)
+        model = _readable(folder / MODEL_FILE)
         # Where some was frozen, there has to be its file.
-        if "frozen" in state.get("digests", {}) or (folder / _FROZEN).is_file():
-            model |= _readable(folder / _FROZEN)
-        optimizer = _readable(folder / _OPTIMIZER) if (folder / _OPTIMIZER).is_file() else {}
+        if "frozen" in state.get("digests", {}) or (folder / FROZEN_FILE).is_file():
+            model |= _readable(folder / FROZEN_FILE)
+        optimizer = _readable(folder / OPTIMIZER_FILE) if (folder / OPTIMIZER_FILE).is_file() else {}
     tied: Mapping[str, str] = state.get("tied", {})
     leaves = Leaves()
     leaves.add(model | {name: model[first] for name, first in tied.items() if first in model}, (MODEL,))

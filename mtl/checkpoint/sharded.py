@@ -1,10 +1,12 @@
-"""A checkpoint of a model that is spread over processes (FSDP2): each writes its own shards, and none ever has all.
+"""A checkpoint of a model that is sharded over processes (FSDP2): each writes its own shards, and none ever holds all.
 
-torch.distributed.checkpoint writes them, as safetensors. It tells all processes if one of them cannot write.
+torch.distributed.checkpoint writes them, as safetensors, and raises in all processes if one of them cannot write.
+Afterwards one process can make the plain checkpoint of it that one process would have written.
 """
 
 from __future__ import annotations
 
+import shutil
 from collections.abc import Collection, Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
@@ -18,11 +20,32 @@ from torch.distributed.checkpoint.hf_storage import HuggingFaceStorageWriter
 from torch.distributed.checkpoint.state_dict_saver import save
 from torch.distributed.tensor._utils import compute_local_shape_and_global_offset
 
-from mtl.checkpoint.files import MomentsState, check_kept, complete_state
+from mtl.checkpoint.files import (
+    CheckpointError,
+    DamagedCheckpoint,
+    MomentsState,
+    callers_state,
+    check_kept,
+    complete_state,
+    plain_content,
+    read_state,
+    write_tensors,
+)
+from mtl.checkpoint.load import sound_shards
 from mtl.checkpoint.nested import apart, split
-from mtl.checkpoint.tensor_file import FROZEN, MODEL, OPTIMIZER, SHARDS, described, shards_digest
+from mtl.checkpoint.run_files import FROZEN_FILE, MODEL_FILE, OPTIMIZER_FILE, STATE
+from mtl.checkpoint.tensor_file import (
+    FROZEN,
+    MODEL,
+    OPTIMIZER,
+    SHARDS,
+    Shards,
+    TensorFileError,
+    described,
+    shards_digest,
+)
 from mtl.distributed.world import World
-from mtl.runtime.files import sync
+from mtl.runtime.files import sync, write_json
 from mtl.runtime.tensors import is_spread, local
 
 
@@ -111,3 +134,38 @@ def _offsets(tensor: Tensor) -> Sequence[int]:
     if not is_spread(tensor):
         return [0] * tensor.ndim
     return compute_local_shape_and_global_offset(tensor.shape, spread.device_mesh, spread.placements)[1]
+
+
+def write_plain(checkpoint: Path, folder: Path) -> None:
+    """Writes a checkpoint in shards, whole and plain, into a new folder; it can be gone on from, too.
+
+    Everything is in this process's memory once. No other process is needed.
+
+    Raises:
+        CheckpointError: It is plain already, is none, or is damaged; nothing was written.
+        FileExistsError: The folder is there.
+        OSError: It cannot be written.
+    """
+    state = read_state(checkpoint)
+    if SHARDS not in state:
+        raise CheckpointError(f"{checkpoint} is plain already; copy it: cp -rL {checkpoint} {folder}")
+    if folder.exists():
+        raise FileExistsError(f"{folder} is there; expected a new folder")
+    sound_shards(checkpoint, state)
+    try:
+        model, frozen, optimizer = (dict(Shards(checkpoint, state, [kind])) for kind in (MODEL, FROZEN, OPTIMIZER))
+    except TensorFileError as error:
+        raise DamagedCheckpoint(f"{checkpoint} is damaged: {error}") from error
+    own = {key: state[key] for key in ("optimizer", "tied")}
+    content = plain_content(model | frozen, frozen.keys(), optimizer, own, callers_state(state))
+    temporary = folder.with_name(f".{folder.name}.tmp")
+    shutil.rmtree(temporary, ignore_errors=True)
+    temporary.mkdir(parents=True)
+    write_tensors(temporary / MODEL_FILE, content.model)
+    write_tensors(temporary / OPTIMIZER_FILE, content.optimizer)
+    if content.frozen:
+        write_tensors(temporary / FROZEN_FILE, content.frozen)
+    write_json(temporary / STATE, content.state)
+    sync(temporary)
+    temporary.rename(folder)
+    sync(folder.parent)
