@@ -42,7 +42,7 @@ class Checkpoints:
     well. Folders that no link points to are removed, but for the newest ones, which are there to fall back to. One
     process at a time may write to them.
 
-    Whenever the process is killed, every `step-<n>` is whole: it is written, and removed, under a hidden name.
+    Whenever the process is killed, every `step-<n>` is complete: it is written, and removed, under a hidden name.
     """
 
     def __init__(self, folder: Path, keep_last: int = 2, mends: bool = True) -> None:
@@ -79,14 +79,14 @@ class Checkpoints:
             module: Whose tensors are kept, under their names, each once.
             frozen: Which of them are frozen (parameters and buffers), and so are stored once for many checkpoints;
                 names that the module's state does not have do not count.
-            moments: What optimizers remember of its parameters, and whatever else; see `nested.split`.
-            state: Plain data beside them; `step` names the folder.
-            names: The links that shall point to it: `last`, `best`.
-            keep: Keep it for good.
+            moments: Optimizer state, and other nested state; see `nested.split`.
+            state: Plain data; `step` names the folder.
+            names: The links to point to it: `last`, `best`.
+            keep: Keep it permanently.
 
         Raises:
             SaveError: The disk is full, or cannot be written.
-            TypeError: There is something that cannot be kept; nothing was written.
+            TypeError: Something cannot be stored; nothing was written.
         """
         content = collect(module, frozen, moments, state)
         target = self._of(state["step"])
@@ -105,7 +105,7 @@ class Checkpoints:
         world: World,
         keep: bool = False,
     ) -> None:
-        """As `save`, of a module that is spread over processes: each writes its shards. All have to call it.
+        """As `save`, of a sharded module: each process writes its shards. All have to call it.
 
         The checkpoint takes its place once all have written. Of what is not spread, and of folders and links, the first
         process takes care.
@@ -163,7 +163,7 @@ class Checkpoints:
         return self.folder / f"step-{step:08d}"
 
     def _folders(self) -> list[Path]:
-        """All folders that may be whole, those under hidden names too."""
+        """All folders that may be complete, those under hidden names too."""
         return [*self.folder.glob("step-*"), *self.folder.glob(".step-*")]
 
     def _links(self) -> list[Path]:

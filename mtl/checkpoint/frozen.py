@@ -1,4 +1,4 @@
-"""What is frozen, stored once: hard links to one file, or to one folder's files, for every set of frozen tensors."""
+"""Frozen tensors, stored once: checkpoints have hard links to one file, or to the files of one folder, per set."""
 
 from __future__ import annotations
 
@@ -31,10 +31,10 @@ class FrozenFiles:
         Args:
             file: The checkpoint's.
             fingerprint: Of the tensors.
-            write: Writes the tensors to a file, and forces it to disk; called if they are not there whole.
+            write: Writes the tensors to a file, and forces it to disk; called if they are missing or damaged.
         """
         kept = self.folder / f"{fingerprint}.safetensors"
-        # Read, not believed: a file that has been damaged since would damage all checkpoints to come.
+        # Read again: a file that was damaged since would damage all later checkpoints.
         if file_fingerprint(kept) != fingerprint:
             self.folder.mkdir(exist_ok=True)
             temporary = self.folder / f".{kept.name}.tmp"
@@ -48,7 +48,7 @@ class FrozenFiles:
         """Makes a file of a checkpoint a link to another run's, or a copy of it, and keeps it here as well."""
         fingerprint = file_fingerprint(source)
         if fingerprint is None:
-            # It will be refused when it is read, with the reason.
+            # Reading it raises an error with the reason.
             link_or_copy(source, file)
         else:
             self.provide(file, fingerprint, lambda target: link_or_copy(source, target))
@@ -56,13 +56,13 @@ class FrozenFiles:
     def provide_shards(
         self, folder: Path, digests: Mapping[str, str], file: str, write: Callable[[Path], None], world: World
     ) -> None:
-        """As `provide`, of a folder with a file of each process; all have to call it.
+        """As `provide`, for a folder with a file of each process; all have to call it.
 
         Args:
             folder: The checkpoint's.
             digests: Of all files, by name.
             file: The name of this process's file.
-            write: Writes the shards to a folder, and forces them to disk; called if they are not there whole.
+            write: Writes the shards to a folder, and forces them to disk; called if they are missing or damaged.
             world: The processes.
         """
         kept = self.folder / root(digests)
@@ -82,8 +82,8 @@ class FrozenFiles:
             _link_all(kept, folder, digests)
 
     def adopt_shards(self, folder: Path, source: Path) -> None:
-        """As `adopt`, of a folder of another run's checkpoint."""
-        # What is damaged gets another name, and will be refused when it is read, with the reason.
+        """As `adopt`, for a folder of another run's checkpoint."""
+        # A damaged one gets another name, and reading it raises an error with the reason.
         digests = _digests(source)
         kept = self.folder / root(digests)
         if not kept.is_dir() or _digests(kept) != digests:

@@ -29,7 +29,7 @@ from mtl.runtime.fingerprint import fingerprint
 from mtl.runtime.tensors import is_spread, spread_like
 
 _STEP = re.compile(r"step-(\d{8,})")
-# A checkpoint that makes place for another of the same step.
+# A checkpoint that is being replaced by another one of the same step.
 ASIDE = ".old"
 
 
@@ -54,11 +54,11 @@ class OnDemand(Mapping[str, Tensor]):
 def load_checkpoint(folder: Path, module: nn.Module) -> tuple[dict[str, Any], MomentsState]:
     """Fills a module from a checkpoint, parameters and buffers, strictly; if it cannot, the module stays as it was.
 
-    Of a module that is spread over processes, each keeps its part of every tensor, of moments too; nothing is sent.
-    Shards are put together tensor by tensor.
+    Of a sharded module, each process keeps its shard of every tensor, of optimizer state too; nothing is sent.
+    Shards of a checkpoint are joined tensor by tensor.
 
     Returns:
-        The plain data beside it, and what optimizers remembered.
+        Its plain data, and the optimizer state.
 
     Raises:
         DamagedCheckpoint: The folder is no checkpoint, or not the one that was written.
@@ -67,12 +67,12 @@ def load_checkpoint(folder: Path, module: nn.Module) -> tuple[dict[str, Any], Mo
     state = read_state(folder)
     tensors, optimizer = _read_shards(folder, state) if SHARDS in state else _read_plain(folder, state)
     own, tied = module.state_dict(), state["tied"]
-    spread = {name: tensor for name, tensor in own.items() if is_spread(tensor)}
+    sharded = {name: tensor for name, tensor in own.items() if is_spread(tensor)}
 
     def placed(place: str) -> Tensor:
         tensor = optimizer[place]
         # Places are made of names: `moments/<kind>/<parameter>/exp_avg`.
-        owner = next((spread[name] for name in place.split("/") if name in spread), tensor)
+        owner = next((sharded[name] for name in place.split("/") if name in sharded), tensor)
         return spread_like(owner, tensor)
 
     try:
@@ -86,7 +86,7 @@ def load_checkpoint(folder: Path, module: nn.Module) -> tuple[dict[str, Any], Mo
 
 
 def newest_first(folder: Path) -> list[Path]:
-    """All checkpoints in a folder, the newest first; one that a killed process left moved aside stands for its step."""
+    """All checkpoints in a folder, the newest first; one that a killed process left moved aside counts."""
     found = {}
     for path in [*folder.glob(f".step-*{ASIDE}"), *folder.glob("step-*")]:
         if _STEP.fullmatch(path.name.strip(".").removesuffix(ASIDE)) and path.is_dir() and not path.is_symlink():
@@ -107,7 +107,7 @@ def load_newest(folder: Path, module: nn.Module) -> tuple[Path, dict[str, Any], 
         module: Is filled strictly; it stays as it was if none is sound.
 
     Returns:
-        The checkpoint, its plain data, what optimizers remembered, and one sentence for each newer one that is damaged.
+        The checkpoint, its plain data, the optimizer state, and one sentence for each newer one that is damaged.
 
     Raises:
         CheckpointError: None is sound, or the newest sound one does not fit the module.

@@ -51,10 +51,10 @@ from mtl.runtime.tensors import is_spread, local
 
 @dataclass(frozen=True)
 class SpreadContent:
-    """What this process has of a checkpoint.
+    """The part of a checkpoint that this process writes.
 
     Attributes:
-        kinds: By folder and name, what is spread over processes, and in the first process also what is not.
+        kinds: Sharded tensors by folder and name; in rank 0 also those that are not sharded.
         state: The JSON, complete, the same in every process.
     """
 
@@ -69,10 +69,10 @@ class SpreadContent:
 def collect_shards(
     module: nn.Module, frozen: Collection[str], moments: MomentsState, state: Mapping[str, Any], world: World
 ) -> SpreadContent:
-    """Reads off a module that is spread, and what is beside it, what this process is to write; all have to call it.
+    """Collects what this process has to write of a sharded module and its optimizer state; all have to call it.
 
     Raises:
-        TypeError: There is something that cannot be kept; names it.
+        TypeError: Something cannot be stored; names it.
     """
     everything = module.state_dict(keep_vars=True)
     check_kept(everything)
@@ -101,14 +101,14 @@ def collect_shards(
 
 
 def write_shards(folder: Path, tensors: Mapping[str, Tensor], world: World) -> None:
-    """Writes a file for each process that has something, and forces them to disk; all have to call it.
+    """Writes a file for each process that has shards, and forces them to disk; all have to call it.
 
     Raises:
         OSError: A process could not write.
     """
     writer = HuggingFaceStorageWriter(str(folder), save_distributed=True)
     try:
-        # What is not spread has the first process alone, and of empty shards, which count for nothing, some are one.
+        # Only rank 0 has tensors that are not sharded; and empty shards, which count for nothing, may look the same.
         save(dict(tensors), storage_writer=writer, planner=DefaultSavePlanner(dedup_save_to_lowest_rank=True))
     except CheckpointException as error:
         rank, (reason, _) = next(iter(error.failures.items()))
@@ -118,7 +118,7 @@ def write_shards(folder: Path, tensors: Mapping[str, Tensor], world: World) -> N
 
 
 def shard_file(rank: int) -> str:
-    """The name that torch gives to the file of a process."""
+    """The name that torch gives to the file of a rank."""
     return f"shard-{rank + 1:05d}-model-00001-of-00001.safetensors"
 
 
@@ -137,9 +137,9 @@ def _offsets(tensor: Tensor) -> Sequence[int]:
 
 
 def write_plain(checkpoint: Path, folder: Path) -> None:
-    """Writes a checkpoint in shards, whole and plain, into a new folder; it can be gone on from, too.
+    """Writes the plain checkpoint of a sharded one into a new folder; a run can resume from it, too.
 
-    Everything is in this process's memory once. No other process is needed.
+    All tensors are in this process's memory at once. No other process is needed.
 
     Raises:
         CheckpointError: It is plain already, is none, or is damaged; nothing was written.

@@ -1,7 +1,7 @@
-"""Several processes that train one model: which one this is, and what they tell each other.
+"""Several processes that train one model: the rank of this one, and the collectives between them.
 
-Started by torchrun, every process takes its share of each global batch. Alone, every method here gives back what it was
-given, and torch.distributed is not called.
+Started by torchrun, every process takes its share of each global batch. In a world of one process, every method returns
+its argument, and torch.distributed is not called.
 """
 
 from __future__ import annotations
@@ -24,7 +24,7 @@ _VARIABLES = ("RANK", "WORLD_SIZE", "LOCAL_RANK")
 
 
 class WorldError(ValueError):
-    """Processes that cannot work together."""
+    """Processes that cannot train together."""
 
 
 class HasSums(Protocol):
@@ -37,11 +37,11 @@ class HasSums(Protocol):
 
 @dataclass(frozen=True)
 class Agreement:
-    """What all processes know after a step's message.
+    """A step's flags after the all-reduce, the same in every process.
 
     Attributes:
-        stop: Whether any wants to stop.
-        broken: Whether any has found something broken.
+        stop: Whether any process was asked to stop.
+        broken: Whether any process has found something broken.
         seconds: Those of rank 0, whose clock counts.
     """
 
@@ -52,12 +52,12 @@ class Agreement:
 
 @dataclass(frozen=True)
 class World:
-    """The processes of a run, seen from one of them.
+    """The processes of a run, from the view of one of them.
 
     Attributes:
-        rank: Which one this is, from 0.
+        rank: Of this process, from 0.
         size: How many there are.
-        local_rank: Which one this is on its machine: the number of its GPU.
+        local_rank: Of this process on its machine: the number of its GPU.
     """
 
     rank: int = 0
@@ -75,7 +75,7 @@ class World:
 
     @classmethod
     def from_environment(cls, environment: Mapping[str, str] | None = None) -> World:
-        """What torchrun says; alone if this process was not started by it.
+        """As torchrun's variables have it; one process if they are not set.
 
         Raises:
             WorldError: The variables are incomplete, or are no numbers that fit each other.
@@ -99,7 +99,7 @@ class World:
 
     @property
     def leads(self) -> bool:
-        """Whether this process is the one that writes files and speaks."""
+        """Whether this is rank 0, which writes files and logs."""
         return self.rank == 0
 
     def start(self, device: torch.device, timeout_s: float = TIMEOUT_S) -> None:
@@ -130,7 +130,7 @@ class World:
 
     @contextmanager
     def first_one_first(self) -> Iterator[None]:
-        """Lets the first process do something before the others do it as well."""
+        """Runs a block in rank 0 first, then in the others."""
         if not self.leads:
             self.barrier()
         yield
@@ -138,11 +138,11 @@ class World:
             self.barrier()
 
     def close(self) -> None:
-        """Parts from the other processes; may be called again."""
+        """Leaves the process group; may be called again."""
         if not self.is_alone and dist.is_initialized():
             dist.destroy_process_group()
 
-    # Who does what
+    # Division of work
 
     def shares(self, indices: Tensor) -> list[Tensor]:
         """The shares of a global batch by rank: in a row, of sizes that differ by one image at most.
@@ -160,10 +160,10 @@ class World:
             )
         return list(indices.tensor_split(self.size))
 
-    # What they tell each other
+    # Collectives
 
     def agree(self, stop: bool = False, broken: bool = False, seconds: float = 0.0) -> Agreement:
-        """One message a step, between the CPUs: no device is waited for."""
+        """All-reduces flags between the CPUs, once a step: no device is waited for."""
         if self.is_alone:
             return Agreement(stop, broken, seconds)
         sums = torch.tensor([stop, broken, seconds if self.leads else 0.0], dtype=torch.float64)
@@ -180,16 +180,16 @@ class World:
         return total / self.size
 
     def global_losses(self, losses: Tensor) -> Tensor:
-        """The means of losses over the processes, whose gradient is that of this process's own.
+        """The means of losses over the processes, with the gradient of this process's own.
 
         DDP's mean over the processes' gradients is then the gradient of any function of the global losses.
         """
         return losses if self.is_alone else losses + (self.mean(losses) - losses.detach())
 
     def average_buffers(self, module: nn.Module, names: Collection[str]) -> None:
-        """Makes buffers one over the processes: means of floats, and for whole numbers those of rank 0.
+        """Makes buffers equal in all processes: the mean of floats, rank 0's integers.
 
-        Meant for the statistics of norm layers that train, which each process has of its own share.
+        For the statistics of trainable norm layers, which each process has of its own share.
         """
         if self.is_alone or not names:
             return
@@ -212,7 +212,7 @@ class World:
                 buffer.copy_(part.view_as(buffer))
 
     def sum_metrics(self, metrics: Iterable[HasSums]) -> None:
-        """Makes statistics those of all processes together: whole numbers exactly, floats in their own precision.
+        """Sums the statistics of metrics over all processes: integers exactly, floats in their own precision.
 
         Args:
             metrics: The same kinds in the same order on every process; one that has counted nothing adds zeros.
@@ -236,7 +236,7 @@ class World:
             start += len(state)
 
     def same_from_rank_0(self, value: Any) -> Any:
-        """What rank 0 gives, on every process: anything that JSON can hold; others may give None."""
+        """Rank 0's value in every process: anything that JSON can hold; others may pass None."""
         if self.is_alone:
             return value
         content = json.dumps(value).encode() if self.leads else b""
@@ -249,7 +249,7 @@ class World:
         return json.loads(bytes(message.tolist()))
 
     def barrier(self) -> None:
-        """Waits until every process is here; between the CPUs, so that no GPU has to be guessed."""
+        """Waits for every process, on the CPUs, so that no GPU has to be guessed."""
         self.agree()
 
 
@@ -257,7 +257,7 @@ ALONE = World.alone()
 
 
 def shares_of_means(weights: Tensor, totals: Tensor, world_size: int) -> Tensor:
-    """What each local mean loss is multiplied by, so that their mean is the mean over all labelled entries.
+    """Factors of the local mean losses that make their mean the mean over all labelled entries.
 
     A step has m micro-batches on each of w processes. The mean over these m w of `share * local mean loss` is then the
     mean that one batch of all images would have, and so are the gradients.
@@ -276,7 +276,7 @@ def shares_of_means(weights: Tensor, totals: Tensor, world_size: int) -> Tensor:
 
 
 def is_lost(error: Exception) -> bool:
-    """Whether an error says that another process is gone, or has not answered in time."""
+    """Whether an error means that another rank exited, or did not answer in time."""
     return isinstance(error, dist.DistError) or any(
         sign in str(error) for sign in ("Connection closed by peer", "Connection reset", "gloo", "Timed out waiting")
     )

@@ -32,7 +32,7 @@ class FeatureStore(ABC):
     """Rows of features by image index.
 
     Every method may be called from several threads at once. A row that is there stays as it is: writing it again
-    changes nothing, so that no reader meets a row that is half old and half new.
+    changes nothing, so that no reader gets a row that is half old and half new.
     """
 
     def __init__(self, num_rows: int, fields: Sequence[Field]) -> None:

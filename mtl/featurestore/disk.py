@@ -25,7 +25,7 @@ class DiskStore(FeatureStore):
     finish is kept, and the other one reads that.
 
     No failure of the disk is raised. A file that is damaged is removed, and the store is empty again; if it cannot be
-    written, the store is off: it has no rows and takes none. Either is said in one warning.
+    written, the store is disabled: it has no rows and takes none. Either is logged in one warning.
     """
 
     def __init__(
@@ -110,7 +110,7 @@ class DiskStore(FeatureStore):
             self._turn_off(error)
 
     def _entry_to_fill(self) -> Entry:
-        """The entry that rows go to; a whole one if another process has finished it meanwhile."""
+        """The entry that rows go to; a complete one if another process has finished it meanwhile."""
         entry = self._entry
         if entry is not None and not self.path.exists():
             return entry
@@ -133,7 +133,7 @@ class DiskStore(FeatureStore):
         _remove_unfinished(entry)
 
     def _discard(self, entry: Entry, error: Exception) -> None:
-        """Lets go of an entry with a damaged row; only the first of several threads that met it does something."""
+        """Lets go of an entry with a damaged row; of several threads that found it, only the first does something."""
         with self._lock:
             if self._entry is not entry:
                 return
@@ -141,7 +141,7 @@ class DiskStore(FeatureStore):
             self._num_damages += 1
             try:
                 with self._folder.locked():
-                    # Another process may have removed it, and even made it anew.
+                    # Another process may have removed it, and even written it again.
                     if entry.is_at(entry.path):
                         self._folder.remove(entry.path)
             except OSError as failure:

@@ -1,4 +1,4 @@
-"""Features spread over processes: each keeps every `size`-th row, and hands the others what they ask for."""
+"""Features sharded over processes: each keeps every `size`-th row, and sends the others what they ask for."""
 
 from __future__ import annotations
 
@@ -17,7 +17,7 @@ Compute = Callable[[Tensor], Sequence[Tensor]]
 class ShardedStore(FeatureStore):
     """The rows `row % size == rank` in a store of this process; `read_every` is how all processes read together.
 
-    The methods of every store are about this process's own rows alone, and speak to no other process.
+    The methods of every store are about this process's own rows alone, and communicate with no other process.
     """
 
     def __init__(
@@ -122,7 +122,7 @@ def batches_to_fill(first: int, num_images: int, size: int, keeps_last: bool, wo
     """What this process computes so that all rows of a split, or of a view of it, come to be kept.
 
     Bits can depend on the size of a batch. So all are of the sizes that one process would use, filled up with images
-    computed twice if need be; and all processes have equally many, since a model that is spread needs them all.
+    computed twice if need be; and all processes have equally many, since a sharded model needs them all.
 
     Args:
         first: The row of the first image.

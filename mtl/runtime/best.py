@@ -1,4 +1,4 @@
-"""The best value of a metric so far, and how long ago it was seen."""
+"""The best value of a metric so far, and how long ago it came."""
 
 from __future__ import annotations
 

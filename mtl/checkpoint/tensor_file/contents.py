@@ -23,7 +23,7 @@ _INNER = "|".join(INNER_NAMES)
 # What wrappers put before names (DataParallel and the like), or anywhere in them (torch.compile, FSDP, checkpointing).
 _WRAPPERS = re.compile(rf"^(?:(?:module|{_INNER})\.)+(?=.)|(?<=\.)(?:(?:{_INNER})\.)+(?=.)")
 
-# The keys and indices that lead to something.
+# The keys and indices on the way to a value.
 KeyPath = tuple[object, ...]
 
 
@@ -123,20 +123,20 @@ def named(leaves: Leaves) -> Contents:
     is_weight = [path[: len(at)] == at for path, _ in leaves.found]
     names = _names([path for path, _ in leaves.found], at, is_weight)
     parts = list(zip(names, (value for _, value in leaves.found), is_weight, strict=True))
-    beside = {
+    siblings = {
         path[len(at) - 1] for path in tensor_paths if at and path[: len(at) - 1] == at[:-1] and len(path) > len(at)
     }
     return Contents(
         {name: value for name, value, is_one in parts if is_one},
         {name: value for name, value, is_one in parts if not is_one},
         ".".join(map(str, at)),
-        tuple(key for key in WEIGHTS if key in beside and key != at[-1]),
+        tuple(key for key in WEIGHTS if key in siblings and key != at[-1]),
         leaves.num_plain,
     )
 
 
 def _weights_at(paths: Sequence[KeyPath], depth: int = 4) -> KeyPath:
-    """The path of the weights among those of all tensors; empty if nothing says that only some of them are weights.
+    """The path of the weights among those of all tensors; empty if no key marks only some of them as weights.
 
     The key may itself be under one key that all share: `{"app": {"model": ..., "optim": ...}}`, as torch teaches it.
     """
@@ -157,10 +157,10 @@ def _names(paths: Sequence[KeyPath], at: KeyPath, is_weight: Sequence[bool]) -> 
     often = Counter(short)
     names = [name if often[name] == 1 else _subscripts(path) for name, path in zip(short, paths, strict=True)]
     # Keys that are not equal may look so, such as two that are not a number.
-    seen: Counter[str] = Counter()
+    used: Counter[str] = Counter()
     for place, name in enumerate(names):
-        seen[name] += 1
-        names[place] = name if seen[name] == 1 else f"{name}#{seen[name]}"
+        used[name] += 1
+        names[place] = name if used[name] == 1 else f"{name}#{used[name]}"
     return names
 
 

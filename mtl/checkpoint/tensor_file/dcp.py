@@ -1,8 +1,8 @@
-"""Tensors out of a folder of `torch.distributed.checkpoint`; nothing in it is ever run.
+"""The tensors of a folder of `torch.distributed.checkpoint`; nothing in it is ever run.
 
 A pickle, `.metadata`, says which slice of which file holds which box of which tensor. torch's own reader is not used:
 it runs the code in that pickle and in every entry that is no tensor, it follows paths out of the folder, and where
-chunks leave a gap it says nothing. Here the pickle is read with stand-ins that only keep what was stored.
+chunks leave a gap it does not raise. Here the pickle is read with stand-ins that only keep what was stored.
 """
 
 from __future__ import annotations
@@ -69,7 +69,7 @@ class _Tensor:
 
 
 def read_dcp(folder: Path) -> Leaves:
-    """All that a distributed checkpoint holds, each tensor whole, put together from its chunks.
+    """All that a distributed checkpoint holds, each full tensor joined from its chunks.
 
     Args:
         folder: A folder with `.metadata`.

@@ -15,7 +15,7 @@ from mtl.checkpoint.tensor_file.dcp import METADATA, read_dcp
 from mtl.checkpoint.tensor_file.shards import FROZEN, MODEL, OPTIMIZER, Shards
 from mtl.checkpoint.tensor_file.single import TensorFileError, file_inside, read_safetensors, read_tensor_file
 
-# What a folder may hold, the first that there is: whole, in shards with an index, or in chunks.
+# What a folder may hold; the first one found is read: one file, shards with an index, or chunks.
 _INDEX = ".index.json"
 _IN_FOLDERS = (
     MODEL_FILE,
@@ -24,7 +24,7 @@ _IN_FOLDERS = (
     "pytorch_model.bin",
     f"pytorch_model.bin{_INDEX}",
 )
-# Files that may hold tensors; one in a folder that is not read is left out, and said.
+# Files that may hold tensors; those of a folder that are not read are listed as left out.
 _OF_TENSORS = (".safetensors", ".bin", ".pt", ".pth", ".ckpt")
 
 
@@ -52,7 +52,7 @@ def read_contents(path: Path) -> Contents:
         raise UnreadableError(f"{path}: cannot be read: it is nested too deeply") from error
     contents = named(leaves)
     if not any(isinstance(value, Tensor) for value in contents.everything.values()):
-        # What could not be read says more.
+        # The reason for what could not be read is more use.
         reasons = [f": {name}: {each.reason}" for name, each in contents.rest.items() if not isinstance(each, Tensor)]
         raise UnreadableError(f"{path}: holds no tensors{reasons[0] if reasons else ''}")
     return contents
@@ -64,12 +64,12 @@ def is_of_run(path: Path) -> bool:
 
 
 def is_in_shards(path: Path) -> bool:
-    """Whether a folder is a checkpoint of `mtl` of which each process wrote its part."""
+    """Whether a folder is a sharded checkpoint of `mtl`: each process wrote its part."""
     return is_of_run(path) and (path / MODEL).is_dir()
 
 
 def read_shards(folder: Path, kinds: Collection[str] = (MODEL, FROZEN)) -> dict[str, Tensor]:
-    """The whole tensors of a checkpoint for which `is_in_shards` holds: of its model, or of other folders of it.
+    """The full tensors of a sharded checkpoint (see `is_in_shards`): of its model, or of others of its folders.
 
     Raises:
         UnreadableError: It is damaged.
@@ -148,7 +148,7 @@ def _main_file(path: Path) -> Path:
 
 
 def _indexed(index: Path) -> dict[Path, dict[str, Tensor]]:
-    """The tensors of each file that an index names; each has to hold those that the index says, and no others."""
+    """The tensors of each file that an index names; each has to hold exactly those that the index lists."""
     try:
         placed = json.loads(index.read_text(encoding="utf-8"))["weight_map"].items()
     except (OSError, ValueError, LookupError, TypeError, AttributeError, RecursionError) as error:

@@ -1,7 +1,7 @@
-"""Tensors that several processes wrote, each its own shards: safetensors, and in each header where its shards belong.
+"""Tensors that several processes wrote, each its own shards: safetensors, with the shards' offsets in each header.
 
 The files are those of torch's `HuggingFaceStorageWriter(save_distributed=True)`; nothing in them is ever run. A run's
-`state.json` says which tensors there are, in which files, with which digests: a shard that is missing would otherwise
+`state.json` has the names, shapes and files of all tensors, and the files' digests: without it, a missing shard would
 only make a tensor smaller.
 """
 
@@ -29,7 +29,7 @@ _LAYOUT = "DCP_SHARDING_INFO"
 
 
 def described(tensor: Tensor) -> str:
-    """Type and shape of a whole tensor, as `state.json` has them: `float32 64 3`."""
+    """Type and shape of a full tensor, as `state.json` has them: `float32 64 3`."""
     return " ".join([str(tensor.dtype).removeprefix("torch."), *map(str, tensor.shape)])
 
 
@@ -45,7 +45,7 @@ def files_of(state: Mapping[str, Any], kind: str) -> dict[str, str]:
 
 
 class Shards(Mapping[str, Tensor]):
-    """Whole tensors by name, each put together when it is asked for, so that no two need be in memory."""
+    """Full tensors by name, each joined when it is asked for, so that no two need be in memory."""
 
     def __init__(self, folder: Path, state: Mapping[str, Any], kinds: Collection[str]) -> None:
         """Args:
@@ -67,7 +67,7 @@ class Shards(Mapping[str, Tensor]):
                     if name in self._files:
                         self._files[name].append(file)
                     elif math.prod(file.shape(name)):
-                        raise TensorFileError(f"{place}: holds {name}, of which state.json knows nothing")
+                        raise TensorFileError(f"{place}: holds {name}, which state.json does not describe")
 
     @property
     def shapes(self) -> dict[str, torch.Size]:
@@ -144,8 +144,8 @@ def assemble(
     """One tensor from its chunks, which have to cover it exactly.
 
     Args:
-        shape: Of the whole.
-        dtype: Of the whole.
+        shape: Of the full tensor.
+        dtype: Of the full tensor.
         chunks: Offsets, sizes and elements of each; a chunk of no elements may have None.
 
     Raises:
@@ -154,7 +154,7 @@ def assemble(
     boxes = list(chunks)
     for offsets, sizes, _ in boxes:
         fits = len(offsets) == len(sizes) == len(shape)
-        if not fits or any(o < 0 or s < 0 or o + s > whole for o, s, whole in zip(offsets, sizes, shape, strict=True)):
+        if not fits or any(o < 0 or s < 0 or o + s > end for o, s, end in zip(offsets, sizes, shape, strict=True)):
             raise TensorFileError(f"a chunk at {list(offsets)} of sizes {list(sizes)} is not inside {list(shape)}")
     # Compared before any memory is taken: a shape is only a claim until there are chunks that fill it.
     held, needed = sum(math.prod(sizes) for _, sizes, _ in boxes), math.prod(shape)
@@ -162,15 +162,15 @@ def assemble(
         raise TensorFileError(
             f"its chunks {'leave a gap' if held < needed else 'overlap'}: {held} of {needed} elements"
         )
-    whole, covered = torch.empty(tuple(shape), dtype=dtype), torch.zeros(tuple(shape), dtype=torch.bool)
+    full, covered = torch.empty(tuple(shape), dtype=dtype), torch.zeros(tuple(shape), dtype=torch.bool)
     for offsets, sizes, chunk in boxes:
         if chunk is None:
             continue
         box = tuple(slice(o, o + s) for o, s in zip(offsets, sizes, strict=True))
         if bool(covered[box].any()):
             raise TensorFileError(f"its chunks overlap at {list(offsets)}, and leave a gap elsewhere")
-        whole[box], covered[box] = chunk, True
-    return whole
+        full[box], covered[box] = chunk, True
+    return full
 
 
 def shards_digest(shards: Iterable[tuple[str, Sequence[int], Tensor]]) -> str | None:
