@@ -117,7 +117,7 @@ def test_a_file_of_which_nobody_knows_is_not_read(tmp_path: Path) -> None:
         ({"weight": ([3, 0], WEIGHT[3:].double())}, "expected shards of torch.float32, got torch.float64"),
         (
             {"weight": ([3, 0], WEIGHT[3:].contiguous()), "odd": ([0], BIAS)},
-            "holds odd, which state.json does not describe",
+            "holds odd, which state.json does not",
         ),
         ({"bias": ([5], BIAS[5:])}, "leave a gap"),
     ],
