@@ -114,11 +114,11 @@ class Checkpoints:
         target = self._of(state["step"])
         with self._explained(target, content.num_bytes):
             unfinished = contextlib.nullcontext(_hidden(target, _UNFINISHED))
-            with self._replacing(target) if world.leads else unfinished as temporary:
+            with self._replacing(target) if world.is_main else unfinished as temporary:
                 # The folder is there.
                 world.barrier()
                 self._write_shards(temporary, content, world)
-            if world.leads:
+            if world.is_main:
                 self._finish(target, names, keep)
 
     def _finish(self, target: Path, names: Collection[str], keep: bool) -> None:
@@ -191,7 +191,7 @@ class Checkpoints:
                 lambda place: write_shards(place, content.kinds[shards.FROZEN], world),
                 world,
             )
-        if world.leads:
+        if world.is_main:
             write_json(folder / STATE, content.state)
 
     def _copy(self, folder: Path, target: Path) -> None:

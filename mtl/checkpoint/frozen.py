@@ -67,18 +67,18 @@ class FrozenFiles:
         """
         kept = self.folder / root(digests)
         is_sound = file not in digests or file_digest(kept / file) == digests[file]
-        if world.agree(broken=not is_sound).broken:
+        if world.all_reduce_flags(broken=not is_sound).broken:
             temporary = self.folder / f".{kept.name}.tmp"
-            if world.leads:
+            if world.is_main:
                 shutil.rmtree(temporary, ignore_errors=True)
                 temporary.mkdir(parents=True)
             world.barrier()
             write(temporary)
-            if world.leads:
+            if world.is_main:
                 shutil.rmtree(kept, ignore_errors=True)
                 temporary.rename(kept)
                 sync(self.folder)
-        if world.leads:
+        if world.is_main:
             _link_all(kept, folder, digests)
 
     def adopt_shards(self, folder: Path, source: Path) -> None:

@@ -113,7 +113,7 @@ def write_shards(folder: Path, tensors: Mapping[str, Tensor], world: World) -> N
     except CheckpointException as error:
         rank, (reason, _) = next(iter(error.failures.items()))
         raise OSError(f"process {rank}: {reason}") from error
-    if world.leads:
+    if world.is_main:
         sync(folder)
 
 
@@ -124,7 +124,7 @@ def shard_file(rank: int) -> str:
 
 def _of_this_process(tensors: Mapping[str, Tensor], world: World) -> dict[str, Tensor]:
     spread = {name: tensor for name, tensor in tensors.items() if is_spread(tensor)}
-    plain = {name: tensor for name, tensor in tensors.items() if not is_spread(tensor)} if world.leads else {}
+    plain = {name: tensor for name, tensor in tensors.items() if not is_spread(tensor)} if world.is_main else {}
     return spread | apart(plain)
 
 

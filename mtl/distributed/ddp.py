@@ -26,10 +26,10 @@ class _Run(nn.Module):
         return compute(*arguments)
 
 
-class Replica(nn.Module):
+class PhaseDDP(nn.Module):
     """Averages the gradients of a module's trainable parameters over all processes, by DDP.
 
-    It registers no submodule, so that no parameter's name changes. Made by `wrap`.
+    It registers no submodule, so that no parameter's name changes. Made by `wrap_ddp`.
     """
 
     def __init__(self, module: nn.Module, trainable: Collection[str], world: World) -> None:
@@ -61,7 +61,7 @@ class Replica(nn.Module):
         self._ddp.clear()
 
 
-def wrap(module: nn.Module, trainable: Collection[str], world: World) -> Replica:
+def wrap_ddp(module: nn.Module, trainable: Collection[str], world: World) -> PhaseDDP:
     """Averages gradients over the processes from now on, for exactly these parameters.
 
     Args:
@@ -77,7 +77,7 @@ def wrap(module: nn.Module, trainable: Collection[str], world: World) -> Replica
     if wrong:
         raise WorldError(f"expected names of parameters that require a gradient, got {wrong[0]!r}; enforce the freeze")
     # FSDP averages the gradients of sharded parameters by itself.
-    return Replica(module, [name for name in trainable if not is_spread(parameters[name])], world)
+    return PhaseDDP(module, [name for name in trainable if not is_spread(parameters[name])], world)
 
 
 def _ddp_over(module: nn.Module, trainable: Collection[str]) -> DistributedDataParallel:

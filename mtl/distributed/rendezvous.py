@@ -17,7 +17,7 @@ from torch.distributed.rendezvous import rendezvous
 _POLL_S = 0.02
 
 
-def meet(backend: str, rank: int, size: int, timeout_s: float) -> None:
+def start_group(backend: str, rank: int, size: int, timeout_s: float) -> None:
     """Starts torch.distributed with the processes of this start, whatever the store holds of earlier ones.
 
     Args:

@@ -17,7 +17,7 @@ import torch
 import torch.distributed as dist
 from torch import Tensor, nn
 
-from mtl.distributed.rendezvous import meet
+from mtl.distributed.rendezvous import start_group
 
 TIMEOUT_S = 600.0
 _VARIABLES = ("RANK", "WORLD_SIZE", "LOCAL_RANK")
@@ -36,7 +36,7 @@ class HasSums(Protocol):
 
 
 @dataclass(frozen=True)
-class Agreement:
+class Flags:
     """A step's flags after the all-reduce, the same in every process.
 
     Attributes:
@@ -98,7 +98,7 @@ class World:
         return self.size == 1
 
     @property
-    def leads(self) -> bool:
+    def is_main(self) -> bool:
         """Whether this is rank 0, which writes files and logs."""
         return self.rank == 0
 
@@ -113,7 +113,7 @@ class World:
             return
         if device.type == "cuda":
             torch.cuda.set_device(device)
-        meet("cpu:gloo,cuda:nccl" if device.type == "cuda" else "gloo", self.rank, self.size, timeout_s)
+        start_group("cpu:gloo,cuda:nccl" if device.type == "cuda" else "gloo", self.rank, self.size, timeout_s)
 
     def gpu(self) -> torch.device:
         """The GPU of this process.
@@ -129,12 +129,12 @@ class World:
         return torch.device("cuda", self.local_rank)
 
     @contextmanager
-    def first_one_first(self) -> Iterator[None]:
+    def main_first(self) -> Iterator[None]:
         """Runs a block in rank 0 first, then in the others."""
-        if not self.leads:
+        if not self.is_main:
             self.barrier()
         yield
-        if self.leads:
+        if self.is_main:
             self.barrier()
 
     def close(self) -> None:
@@ -162,14 +162,14 @@ class World:
 
     # Collectives
 
-    def agree(self, stop: bool = False, broken: bool = False, seconds: float = 0.0) -> Agreement:
+    def all_reduce_flags(self, stop: bool = False, broken: bool = False, seconds: float = 0.0) -> Flags:
         """All-reduces flags between the CPUs, once a step: no device is waited for."""
         if self.is_alone:
-            return Agreement(stop, broken, seconds)
-        sums = torch.tensor([stop, broken, seconds if self.leads else 0.0], dtype=torch.float64)
+            return Flags(stop, broken, seconds)
+        sums = torch.tensor([stop, broken, seconds if self.is_main else 0.0], dtype=torch.float64)
         dist.all_reduce(sums)
         num_stop, num_broken, seconds_of_rank_0 = sums.tolist()
-        return Agreement(num_stop > 0, num_broken > 0, seconds_of_rank_0)
+        return Flags(num_stop > 0, num_broken > 0, seconds_of_rank_0)
 
     def mean(self, tensor: Tensor) -> Tensor:
         """The mean of a small tensor over the processes, detached."""
@@ -235,14 +235,14 @@ class World:
             one.take([summed[place] for place in range(start, start + len(state))])
             start += len(state)
 
-    def same_from_rank_0(self, value: Any) -> Any:
+    def broadcast(self, value: Any) -> Any:
         """Rank 0's value in every process: anything that JSON can hold; others may pass None."""
         if self.is_alone:
             return value
-        content = json.dumps(value).encode() if self.leads else b""
+        content = json.dumps(value).encode() if self.is_main else b""
         length = torch.tensor([len(content)])
         dist.broadcast(length, src=0)
-        message = torch.frombuffer(bytearray(content), dtype=torch.uint8) if self.leads else None
+        message = torch.frombuffer(bytearray(content), dtype=torch.uint8) if self.is_main else None
         if message is None:
             message = torch.empty(int(length), dtype=torch.uint8)
         dist.broadcast(message, src=0)
@@ -250,7 +250,7 @@ class World:
 
     def barrier(self) -> None:
         """Waits for every process, on the CPUs, so that no GPU has to be guessed."""
-        self.agree()
+        self.all_reduce_flags()
 
 
 ALONE = World.alone()

@@ -102,6 +102,6 @@ def gather(model: nn.Module, world: World) -> Gathered:
     for name, tensor in model.state_dict(keep_vars=True).items():
         first = first_of.setdefault(id(tensor), name)
         gathered = whole(tensor.detach()) if first == name else None
-        if world.leads:
+        if world.is_main:
             full[name] = full[first] if gathered is None else gathered.cpu().clone()
     return Gathered(full)

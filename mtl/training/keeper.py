@@ -14,7 +14,7 @@ from torch.optim import Optimizer
 
 from mtl.checkpoint.folder import Checkpoints
 from mtl.checkpoint.load import load_checkpoint
-from mtl.distributed.ddp import Replica, wrap
+from mtl.distributed.ddp import PhaseDDP, wrap_ddp
 from mtl.distributed.world import ALONE, World
 from mtl.model.fsdp import Gathered, gather
 from mtl.optim.balance.balance import Balance
@@ -43,7 +43,7 @@ class Stepping:
 
     optimizer: Optimizer
     lr_schedule: LrSchedule
-    replica: Replica
+    replica: PhaseDDP
 
 
 class Keeper:
@@ -62,7 +62,7 @@ class Keeper:
         self.ema = None if decay is None else Ema(decay)
         self._parts = parts
         self._world = world
-        self._checkpoints = Checkpoints(folder, mends=world.leads)
+        self._checkpoints = Checkpoints(folder, mends=world.is_main)
         self._is_spread = any(is_spread(parameter) for parameter in parts.root.parameters())
         self._in_shards = self._is_spread and parts.config.distributed.checkpoint == "dcp"
         self._name_of: dict[Tensor, str] = {parameter: name for name, parameter in parts.root.named_parameters()}
@@ -91,7 +91,7 @@ class Keeper:
         if lr_schedule_state is not None:
             lr_schedule.load_state_dict(lr_schedule_state)
         names = [self._name_of[parameter] for parameter in held_by(optimizer)]
-        return Stepping(optimizer, lr_schedule, wrap(self._parts.root, names, self._world))
+        return Stepping(optimizer, lr_schedule, wrap_ddp(self._parts.root, names, self._world))
 
     def put_away(self, stepping: Stepping) -> None:
         """Ends what has stepped a phase, and keeps what its optimizer remembers."""
@@ -131,7 +131,7 @@ class Keeper:
             SaveError: The disk does not take it; those before are as they were.
         """
         # Where the model is spread, all processes bring together what the first one writes, or write with it.
-        if not self._world.leads and not self._is_spread:
+        if not self._world.is_main and not self._is_spread:
             self._world.barrier()
             return self._checkpoints.folder / "last"
         if stepping is not None:
@@ -157,8 +157,8 @@ class Keeper:
             else:
                 whole: nn.Module | Gathered = root
                 if self._is_spread:
-                    whole, memory = gather(root, self._world), gathered(memory, self._world.leads)
-                if self._world.leads:
+                    whole, memory = gather(root, self._world), gathered(memory, self._world.is_main)
+                if self._world.is_main:
                     self._checkpoints.save(whole, frozen, memory, state, names, for_good)
         self._world.barrier()
         return self._checkpoints.folder / "last"
@@ -198,7 +198,7 @@ class Keeper:
         for balance, memory in zip(self._balances(), resumption.memory["balance"], strict=True):
             balance.load_memory(memory, self._parts.device)
         steps = self.best.load_state_dict(resumption.state["best"])
-        if not self._world.leads:
+        if not self._world.is_main:
             self._world.barrier()
             return
         if resumption.in_place:

@@ -61,7 +61,7 @@ class Trainer:
         self.parts = parts
         self.config = parts.config
         self.tracker = tracker
-        self.quiet = quiet or not world.leads
+        self.quiet = quiet or not world.is_main
         self.world = world
         self.scheduler = TaskScheduler([phase.length for phase in parts.phases])
         self.audit = GradientAudit(parts.root, policy=parts.config.audit.policy, whole=True, strict=True)
@@ -329,7 +329,7 @@ class Trainer:
 
     def write_json(self, name: str, content: Mapping[str, Any]) -> None:
         """Writes a file of the run directory, in the first process."""
-        if self.world.leads:
+        if self.world.is_main:
             write_json(self.outcome.run_dir / name, content)
 
     def note_best(self) -> None:

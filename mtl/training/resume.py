@@ -214,13 +214,13 @@ def _load(origin: Origin, parts: Parts, world: World) -> tuple[Path, Mapping[str
     """The checkpoint, and what is in it; all processes take the one that the first one finds."""
     if origin.is_one:
         return origin.folder, *load_checkpoint(origin.folder, parts.root)
-    if not world.leads:
-        folder = Path(world.same_from_rank_0(None))
+    if not world.is_main:
+        folder = Path(world.broadcast(None))
         return folder, *load_checkpoint(folder, parts.root)
     folder, state, memory, refused = load_newest(origin.folder, parts.root)
     for reason in refused:
         logger.warning(f"resume: {reason}; an older checkpoint is taken")
-    world.same_from_rank_0(str(folder))
+    world.broadcast(str(folder))
     return folder, state, memory
 
 

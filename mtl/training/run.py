@@ -46,7 +46,7 @@ def train(parts: Parts, quiet: bool = False, world: World = ALONE) -> Outcome:
     origin = find_origin(parts.config)
     if origin is not None:
         settled(parts.config, origin)
-    if origin is None and world.leads:
+    if origin is None and world.is_main:
         warn_of_dead_branches(parts)
     if parts.config.distributed.strategy == "fsdp2":
         # From here on each process holds its part of every parameter; whoever keeps parameters is made after this.
@@ -83,7 +83,7 @@ def train(parts: Parts, quiet: bool = False, world: World = ALONE) -> Outcome:
             # What ended the run is what is to be said, not that there is no room to write it down.
             with nullcontext() if trainer.finished else _even_if_full():
                 trainer.write_json("audit.json", content)
-                if not world.leads and report.violations:
+                if not world.is_main and report.violations:
                     # What one process alone has found is in no other one's report.
                     write_json(audit_file(run_dir, world), content)
             tracker.finish(
@@ -102,13 +102,13 @@ def _even_if_full() -> Iterator[None]:
 
 def audit_file(run_dir: Path, world: World) -> Path:
     """Where the audit of a process is found: that of the first one is the run's."""
-    return run_dir / ("audit.json" if world.leads else f"audit.rank-{world.rank}.json")
+    return run_dir / ("audit.json" if world.is_main else f"audit.rank-{world.rank}.json")
 
 
 @contextmanager
 def _directory(parts: Parts, in_place: bool, world: World) -> Iterator[Path]:
     """The run directory, which the first process claims before any other one goes on."""
-    if not world.leads:
+    if not world.is_main:
         world.barrier()
         yield parts.config.run_dir
         return
@@ -121,7 +121,7 @@ def _start_files(parts: Parts, run_dir: Path, resumption: Resumption | None, his
     """Writes what is known before training, and starts tracking."""
     config = parts.config
     resolved = config.model_dump(mode="json", exclude_none=True)
-    if world.leads:
+    if world.is_main:
         for file in run_dir.glob("audit.rank-*.json"):
             file.unlink()
         # First, so that no setting is there whose change is not.
@@ -132,6 +132,6 @@ def _start_files(parts: Parts, run_dir: Path, resumption: Resumption | None, his
         for line in parts.unread:
             logger.warning(line)
     wandb_id = None if resumption is None else resumption.state["wandb_id"]
-    tracker = Tracker(config.tracking, run_dir, config.name, resolved, wandb_id, is_silent=not world.leads)
+    tracker = Tracker(config.tracking, run_dir, config.name, resolved, wandb_id, is_silent=not world.is_main)
     logger.log(logging.WARNING if tracker.is_less else logging.INFO, tracker.message)
     return tracker

@@ -90,7 +90,7 @@ class Stepper:
         """Leaves the window's gradients; returns of each batch the loss that is minimised and those of the tasks."""
         shares, rows = self.consensus.shares(window, self._tasks), []
         # Where layers speak to other processes in their backward, all have to go through it.
-        is_analysed = self.world.leads or self.parts.config.distributed.sync_batchnorm
+        is_analysed = self.world.is_main or self.parts.config.distributed.sync_batchnorm
         for number, batch in enumerate(window):
             share = None if shares is None else shares[number]
             self._last = batch, share

@@ -48,7 +48,7 @@ class Consensus:
     def tell(self) -> float:
         """Sends and gets one message; returns the seconds since the last one, by the clock of the first process."""
         before, self.clock = self.clock, time.perf_counter()
-        told = self._world.agree(bool(self._asked.name), not self._audit.holds, self.clock - before)
+        told = self._world.all_reduce_flags(bool(self._asked.name), not self._audit.holds, self.clock - before)
         self.is_asked_to_end, self._is_broken = told.stop, told.broken
         self.seconds = told.seconds
         return told.seconds

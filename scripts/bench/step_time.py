@@ -20,7 +20,7 @@ import torch
 
 from mtl.config import load_config
 from mtl.data import training_batches
-from mtl.distributed.ddp import wrap
+from mtl.distributed.ddp import wrap_ddp
 from mtl.distributed.world import ALONE
 from mtl.freeze import enforce, is_frozen
 from mtl.optim.lr_schedule import LrSchedule
@@ -57,7 +57,7 @@ def by_hand(
 
 def by_mtl(trainer: Trainer, phase: Phase, optimizer: torch.optim.Optimizer, num_steps: int) -> float:
     """The real loop without what follows an epoch: validation and checkpoint are work of their own."""
-    stepping = Stepping(optimizer, new_schedule(phase, optimizer, num_steps), wrap(trainer.parts.root, [], ALONE))
+    stepping = Stepping(optimizer, new_schedule(phase, optimizer, num_steps), wrap_ddp(trainer.parts.root, [], ALONE))
     trainer.scheduler = TaskScheduler([PhaseLength(phase.name, steps=num_steps)])
     trainer.epoch = 0
     started = time.perf_counter()

@@ -11,8 +11,8 @@ import torch
 from torch import Tensor, nn
 
 import distributed_script
-from mtl.distributed.ddp import wrap
-from mtl.distributed.world import Agreement, World, WorldError, shares_of_means
+from mtl.distributed.ddp import wrap_ddp
+from mtl.distributed.world import Flags, World, WorldError, shares_of_means
 from mtl.tasks import Classification, Depth, Metrics, Normals, Segmentation, Task
 from mtl.tasks.base import masked_mean
 from processes import run_in_processes
@@ -24,18 +24,18 @@ from traffic import count_traffic
 def test_alone_everything_is_given_back_as_it_was() -> None:
     world, norm = World.from_environment({}), nn.BatchNorm1d(2)
     losses = torch.ones(2, requires_grad=True)
-    assert world == World.alone() and world.is_alone and world.leads
+    assert world == World.alone() and world.is_alone and world.is_main
     world.start(torch.device("cpu"))
     assert not torch.distributed.is_initialized()
     assert world.shares(indices := torch.arange(3))[0].equal(indices)
-    assert world.agree(True, False, 2.5) == Agreement(stop=True, broken=False, seconds=2.5)
+    assert world.all_reduce_flags(True, False, 2.5) == Flags(stop=True, broken=False, seconds=2.5)
     assert world.global_losses(losses) is losses
     assert not world.mean(losses).requires_grad
-    assert world.same_from_rank_0(value := object()) is value
+    assert world.broadcast(value := object()) is value
     world.average_buffers(norm, ["running_mean"])
     world.sum_metrics([Depth().metrics()])
     world.barrier()
-    replica = wrap(norm, ["weight"], world)
+    replica = wrap_ddp(norm, ["weight"], world)
     with replica.no_sync():
         assert replica(lambda x: x + 1, 2) == 3
     assert count_traffic(replica).num_bytes == 0
@@ -72,7 +72,7 @@ def test_only_what_requires_a_gradient_can_be_wrapped() -> None:
     layer.bias.requires_grad_(False)
     for name in ("bias", "wieght"):
         with pytest.raises(WorldError, match=f"got '{name}'"):
-            wrap(layer, [name], World.alone())
+            wrap_ddp(layer, [name], World.alone())
 
 
 # Weights of means

@@ -10,7 +10,7 @@ from torch import Tensor
 from torch.distributed.algorithms.ddp_comm_hooks.default_hooks import allreduce_hook
 from torch.distributed.distributed_c10d import GroupMember
 
-from mtl.distributed.ddp import Replica
+from mtl.distributed.ddp import PhaseDDP
 
 
 @dataclass
@@ -20,7 +20,7 @@ class Traffic:
     num_bytes: int = 0
 
 
-def count_traffic(replica: Replica) -> Traffic:
+def count_traffic(replica: PhaseDDP) -> Traffic:
     """Counts from now on what is averaged; nothing for one process."""
     traffic = Traffic()
 

@@ -131,7 +131,7 @@ class FeatureSource:
             prefix, seconds, is_exact = self._survey(phase)
             key = feature_key(self._parts, prefix, record, self._num_views, phase.batch_size)
             # Seconds are not the same on every process; those of the first one count.
-            seconds = self._world.same_from_rank_0(seconds)
+            seconds = self._world.broadcast(seconds)
             chosen = self._choose(prefix, mode, passes, seconds, key)
             self._open(prefix, chosen, key)
         except (NotKept, PrefixError) as reason:
@@ -259,7 +259,7 @@ class FeatureSource:
                 self._in_ram[name] = store
             self._stores[id(split)] = store
         self._forget_old()
-        if self._world.agree(broken=any(store.is_off for store in self._stores.values())).broken:
+        if self._world.all_reduce_flags(broken=any(store.is_off for store in self._stores.values())).broken:
             raise NotKept("it cannot be on disk, as said above")
 
     def _new_store(self, place: str, key: dict[str, Any], num_rows: int, fields: list[Field]) -> FeatureStore:
