@@ -26,7 +26,7 @@ from mtl.checkpoint.nested import join
 from mtl.checkpoint.run_files import FROZEN_FILE, MODEL_FILE, OPTIMIZER_FILE
 from mtl.checkpoint.tensor_file import SHARDS, Shards, TensorFileError, damaged_shards, read_tensor_file, shards
 from mtl.runtime.fingerprint import fingerprint
-from mtl.runtime.tensors import is_spread, spread_like
+from mtl.runtime.tensors import is_sharded, shard_like
 
 _STEP = re.compile(r"step-(\d{8,})")
 # A checkpoint that is being replaced by another one of the same step.
@@ -67,13 +67,13 @@ def load_checkpoint(folder: Path, module: nn.Module) -> tuple[dict[str, Any], Mo
     state = read_state(folder)
     tensors, optimizer = _read_shards(folder, state) if SHARDS in state else _read_plain(folder, state)
     own, tied = module.state_dict(), state["tied"]
-    sharded = {name: tensor for name, tensor in own.items() if is_spread(tensor)}
+    sharded = {name: tensor for name, tensor in own.items() if is_sharded(tensor)}
 
     def placed(place: str) -> Tensor:
         tensor = optimizer[place]
         # Places are made of names: `moments/<kind>/<parameter>/exp_avg`.
         owner = next((sharded[name] for name in place.split("/") if name in sharded), tensor)
-        return spread_like(owner, tensor)
+        return shard_like(owner, tensor)
 
     try:
         moments: MomentsState = join(OnDemand(optimizer, placed), state["optimizer"])
@@ -176,12 +176,12 @@ def _shapes(tensors: Mapping[str, Tensor], tied: Mapping[str, str]) -> dict[str,
 
 
 def _fill(module: nn.Module, own: Mapping[str, Tensor], found: Mapping[str, Tensor]) -> None:
-    if not any(is_spread(tensor) for tensor in own.values()):
+    if not any(is_sharded(tensor) for tensor in own.values()):
         module.load_state_dict(dict(found))
         return
     with torch.no_grad():
         for name, tensor in own.items():
-            tensor.copy_(spread_like(tensor, found[name]))
+            tensor.copy_(shard_like(tensor, found[name]))
 
 
 def _check_fit(

@@ -9,7 +9,7 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from mtl.runtime.tensors import bytes_of, whole
+from mtl.runtime.tensors import byte_view, full_tensor
 
 # What every version of safetensors knows; tensors of other types are kept as bytes.
 NATIVE = frozenset(
@@ -110,7 +110,7 @@ def _put(tensor: Tensor, place: str, tensors: dict[str, Tensor]) -> dict[str, An
     if tensor.dtype in NATIVE:
         tensors[name] = tensor
         return {"tensor": name}
-    tensors[name] = bytes_of(dense(whole(tensor)))
+    tensors[name] = byte_view(dense(full_tensor(tensor)))
     return {"tensor": name, "type": str(tensor.dtype).removeprefix("torch."), "shape": list(tensor.shape)}
 
 

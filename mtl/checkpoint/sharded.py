@@ -46,7 +46,7 @@ from mtl.checkpoint.tensor_file import (
 )
 from mtl.distributed.world import World
 from mtl.runtime.files import sync, write_json
-from mtl.runtime.tensors import is_spread, local
+from mtl.runtime.tensors import is_sharded, local
 
 
 @dataclass(frozen=True)
@@ -123,15 +123,15 @@ def shard_file(rank: int) -> str:
 
 
 def _of_this_process(tensors: Mapping[str, Tensor], world: World) -> dict[str, Tensor]:
-    spread = {name: tensor for name, tensor in tensors.items() if is_spread(tensor)}
-    plain = {name: tensor for name, tensor in tensors.items() if not is_spread(tensor)} if world.is_main else {}
+    spread = {name: tensor for name, tensor in tensors.items() if is_sharded(tensor)}
+    plain = {name: tensor for name, tensor in tensors.items() if not is_sharded(tensor)} if world.is_main else {}
     return spread | apart(plain)
 
 
 def _offsets(tensor: Tensor) -> Sequence[int]:
     """Where in a tensor this process's shard begins."""
     spread: Any = tensor
-    if not is_spread(tensor):
+    if not is_sharded(tensor):
         return [0] * tensor.ndim
     return compute_local_shape_and_global_offset(tensor.shape, spread.device_mesh, spread.placements)[1]
 

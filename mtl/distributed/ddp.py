@@ -10,7 +10,7 @@ from torch import nn
 from torch.nn.parallel import DistributedDataParallel
 
 from mtl.distributed.world import World, WorldError
-from mtl.runtime.tensors import is_spread
+from mtl.runtime.tensors import is_sharded
 
 Result = TypeVar("Result")
 
@@ -77,7 +77,7 @@ def wrap_ddp(module: nn.Module, trainable: Collection[str], world: World) -> Pha
     if wrong:
         raise WorldError(f"expected names of parameters that require a gradient, got {wrong[0]!r}; enforce the freeze")
     # FSDP averages the gradients of sharded parameters by itself.
-    return PhaseDDP(module, [name for name in trainable if not is_spread(parameters[name])], world)
+    return PhaseDDP(module, [name for name in trainable if not is_sharded(parameters[name])], world)
 
 
 def _ddp_over(module: nn.Module, trainable: Collection[str]) -> DistributedDataParallel:

@@ -36,7 +36,7 @@ class Best:
         self._sign = 1.0 if direction == "higher" else -1.0
         self._min_delta = min_delta
 
-    def see(self, value: float) -> bool:
+    def update(self, value: float) -> bool:
         """Records the next value; returns whether it is a new best."""
         is_new = math.isfinite(value) and (
             self.value is None or self._sign * value > self._sign * self.value + self._min_delta

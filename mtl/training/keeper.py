@@ -25,7 +25,7 @@ from mtl.optim.optimizers import build_optimizer, held_by
 from mtl.phases.resolve import Phase
 from mtl.runtime.best import Direction
 from mtl.runtime.console import logger
-from mtl.runtime.tensors import gathered, is_spread, spread_like
+from mtl.runtime.tensors import gathered, is_sharded, shard_like
 from mtl.training.best_checkpoints import BestWeights
 from mtl.training.resume import Resumption
 from mtl.training.setup import Parts
@@ -63,7 +63,7 @@ class Keeper:
         self._parts = parts
         self._world = world
         self._checkpoints = Checkpoints(folder, mends=world.is_main)
-        self._is_spread = any(is_spread(parameter) for parameter in parts.root.parameters())
+        self._is_spread = any(is_sharded(parameter) for parameter in parts.root.parameters())
         self._in_shards = self._is_spread and parts.config.distributed.checkpoint == "dcp"
         self._name_of: dict[Tensor, str] = {parameter: name for name, parameter in parts.root.named_parameters()}
 
@@ -187,7 +187,7 @@ class Keeper:
             self.ema.load(parameters, {name: parameter.detach() for name, parameter in parameters.items()})
         with torch.no_grad():
             for name, parameter in parameters.items():
-                parameter.copy_(spread_like(parameter, live[name]))
+                parameter.copy_(shard_like(parameter, live[name]))
 
     def _balances(self) -> list[Balance]:
         return list(self._parts.root.get_submodule("balance").children())  # type: ignore[arg-type]

@@ -10,7 +10,7 @@ from torch import Tensor
 
 from mtl.audit.watch.frozen_tensor import Watched
 from mtl.runtime.fingerprint import fingerprint
-from mtl.runtime.tensors import bytes_of
+from mtl.runtime.tensors import byte_view
 
 # Parameters are read in turn, this many bytes a step on average: some hundredths of a millisecond on a CPU.
 BYTES_A_STEP = 256 * 1024
@@ -130,8 +130,8 @@ class _Bundle:
 
     def __init__(self, members: Sequence[Watched]) -> None:
         self.members = members
-        self._views = [bytes_of(each.part()) for each in members]
-        self.first = fingerprint(torch.cat([bytes_of(each.original.contiguous()) for each in members]))
+        self._views = [byte_view(each.part()) for each in members]
+        self.first = fingerprint(torch.cat([byte_view(each.original.contiguous()) for each in members]))
         self.proven_at = 0
         self._asked: list[tuple[Reading, int]] = []
 

@@ -13,7 +13,7 @@ from torch import Tensor
 from mtl.audit.watch.frozen_tensor import is_wrapper, packed
 from mtl.audit.watch.places import Place, is_readable, is_sparse, is_unmade
 from mtl.runtime.fingerprint import fingerprint
-from mtl.runtime.tensors import is_spread, local
+from mtl.runtime.tensors import is_sharded, local
 
 # A gradient that has shrunk so much is that of a parameter at its optimum.
 _SHRUNK = 1e-3
@@ -158,4 +158,4 @@ def can_train(place: Place, tensor: Tensor) -> bool:
 
 def is_elsewhere(tensor: Tensor | None) -> bool:
     """Whether other processes have all of a tensor that is spread over them."""
-    return tensor is not None and is_spread(tensor) and tensor.numel() > 0 and not local(tensor).numel()
+    return tensor is not None and is_sharded(tensor) and tensor.numel() > 0 and not local(tensor).numel()

@@ -25,7 +25,7 @@ from mtl.model.prefix.cut import Cut, PrefixError, find_cut
 from mtl.model.prefix.standin import Skip, hollow_tensor, kept_tensor, skips
 from mtl.model.prefix.trace import Trace, record_trace, tensors_of, untouched
 from mtl.model.trunk import Features
-from mtl.runtime.tensors import bytes_of
+from mtl.runtime.tensors import byte_view
 
 __all__ = ["Prefix", "PrefixError"]
 
@@ -274,4 +274,4 @@ def _is_compiled(module: nn.Module) -> bool:
 def _same_bits(one: Tensor, two: Tensor) -> bool:
     if (one.shape, one.dtype) != (two.shape, two.dtype):
         return False
-    return torch.equal(bytes_of(one.contiguous()), bytes_of(two.contiguous()))
+    return torch.equal(byte_view(one.contiguous()), byte_view(two.contiguous()))
