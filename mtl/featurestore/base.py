@@ -45,7 +45,7 @@ class FeatureStore(ABC):
         self.num_rows = num_rows
         self.fields = tuple(fields)
         # Whether it has no rows and takes none any more.
-        self.is_off = False
+        self.is_disabled = False
 
     @property
     def row_bytes(self) -> int:

@@ -79,7 +79,7 @@ class DiskStore(FeatureStore):
         wanted = self._checked(indices)
         self._check_fit(tensors, len(wanted))
         with self._lock:
-            if self.is_off or self.is_complete or not len(wanted):
+            if self.is_disabled or self.is_complete or not len(wanted):
                 return
             try:
                 self._entry = entry = self._entry_to_fill()
@@ -89,11 +89,11 @@ class DiskStore(FeatureStore):
                 if self.is_complete and not entry.is_whole:
                     self._publish(entry)
             except (OSError, NoRoom) as error:
-                self._turn_off(error)
+                self._disable(error)
 
     def close(self) -> None:
         with self._lock:
-            entry, self._entry, self.is_off = self._entry, None, True
+            entry, self._entry, self.is_disabled = self._entry, None, True
             # Forked processes have this object as well; the files are those of the one that made it.
             if entry is not None and self._owner == os.getpid():
                 entry.touch()
@@ -107,7 +107,7 @@ class DiskStore(FeatureStore):
                 if self._entry is None:
                     self._folder.make_room(self._layout.nbytes, dry=True)
         except (OSError, NoRoom) as error:
-            self._turn_off(error)
+            self._disable(error)
 
     def _entry_to_fill(self) -> Entry:
         """The entry that rows go to; a complete one if another process has finished it meanwhile."""
@@ -145,17 +145,17 @@ class DiskStore(FeatureStore):
                     if entry.is_at(entry.path):
                         self._folder.remove(entry.path)
             except OSError as failure:
-                self._turn_off(failure)
-            if self.is_off:
+                self._disable(failure)
+            if self.is_disabled:
                 return
             if self._num_damages == 1:
                 logger.warning("%s", damage(entry.path, error))
             else:
                 # Filling it again and again would cost more than it saves.
-                self._turn_off(DamagedEntry(f"damaged again, {error}"))
+                self._disable(DamagedEntry(f"damaged again, {error}"))
 
-    def _turn_off(self, error: Exception) -> None:
-        entry, self._entry, self.is_off = self._entry, None, True
+    def _disable(self, error: Exception) -> None:
+        entry, self._entry, self.is_disabled = self._entry, None, True
         if entry is not None:
             _remove_unfinished(entry)
         logger.warning("features are not kept in %s: %s; they are computed every time", self.path.parent, error)

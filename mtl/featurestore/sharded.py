@@ -33,7 +33,7 @@ class ShardedStore(FeatureStore):
         self._world = world
         self.num_own = len(range(world.rank, num_rows, world.size))
         self._inner = make(max(1, self.num_own))
-        self.is_off = self._inner.is_off
+        self.is_disabled = self._inner.is_disabled
 
     @property
     def nbytes(self) -> int:
@@ -62,7 +62,7 @@ class ShardedStore(FeatureStore):
         if len(places):
             own = [tensor if len(places) == len(tensor) else tensor[places.to(tensor.device)] for tensor in tensors]
             self._inner.write(indices[places] // self._world.size, own)
-            self.is_off = self._inner.is_off
+            self.is_disabled = self._inner.is_disabled
 
     def close(self) -> None:
         self._inner.close()

@@ -170,7 +170,7 @@ def fill_with_others(folder: Path, seed: int) -> dict[str, Any]:
         time.sleep(0.001)
     everything = torch.arange(96)
     is_right = same_bits(store.read(everything), rows(everything, BIG))
-    return {"wrong": num_wrong, "whole": store.is_complete, "right": is_right, "off": store.is_off}
+    return {"wrong": num_wrong, "whole": store.is_complete, "right": is_right, "off": store.is_disabled}
 
 
 def resident_bytes() -> int:

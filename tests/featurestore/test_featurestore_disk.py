@@ -302,7 +302,7 @@ def test_a_store_damaged_again_and_again_is_off(tmp_path: Path, caplog: pytest.L
             exchange_rows(store.path / "rows.bin")
             assert store.read(ALL) is None
             fill(store)
-        assert store.is_off
+        assert store.is_disabled
         assert "are not kept" in warnings_of(caplog)[-1]
         assert "damaged again" in warnings_of(caplog)[-1]
     assert inside(tmp_path) == []
@@ -312,7 +312,7 @@ def test_a_store_damaged_again_and_again_is_off(tmp_path: Path, caplog: pytest.L
 
 
 def check_is_off(store: DiskStore, reason: str, caplog: pytest.LogCaptureFixture) -> None:
-    assert store.is_off
+    assert store.is_disabled
     assert store.read(ALL[:1]) is None
     store.write(ALL[:1], rows(ALL[:1], list(store.fields)))
     assert store.read(ALL[:1]) is None
@@ -340,7 +340,7 @@ def test_a_disk_that_becomes_full_turns_it_off(
 
 def test_a_disk_with_too_little_room_is_not_begun(small_disk: Path, caplog: pytest.LogCaptureFixture) -> None:
     store = open_store(small_disk / "store", 32, BIG, spare_bytes=1 << 20)
-    assert store.is_off
+    assert store.is_disabled
     fill(store)
     assert inside(small_disk / "store") == []
     check_is_off(store, "bytes and 1,048,576 to be left free; the disk has 2,0", caplog)

@@ -259,7 +259,7 @@ class FeatureSource:
                 self._in_ram[name] = store
             self._stores[id(split)] = store
         self._forget_old()
-        if self._world.all_reduce_flags(broken=any(store.is_off for store in self._stores.values())).broken:
+        if self._world.all_reduce_flags(broken=any(store.is_disabled for store in self._stores.values())).broken:
             raise NotKept("it cannot be on disk, as said above")
 
     def _new_store(self, place: str, key: dict[str, Any], num_rows: int, fields: list[Field]) -> FeatureStore:
@@ -298,7 +298,7 @@ class FeatureSource:
             for indices in batches:
                 computed = prefix.compute(self._images(split, indices, view))
                 store.write(first + indices, self._as_stored(computed, prefix))
-                if store.is_off:
+                if store.is_disabled:
                     return
                 bar.update(len(indices) * self._world.size)
 
