@@ -24,7 +24,7 @@ VERSION = 2
 _OWN = ("version", "optimizer", "tied", SHARDS, "digests")
 
 # Optimizer state by class, by parameter, by key; and other nested state of a run, such as random numbers.
-MomentsState = Mapping[str, Mapping[str, Any]]
+OptimizerState = Mapping[str, Mapping[str, Any]]
 
 
 class CheckpointError(ValueError):
@@ -63,7 +63,9 @@ class Content:
         return sum(tensor.nbytes for part in parts for tensor in part.values()) + len(json.dumps(self.state))
 
 
-def collect(module: HasState, frozen: Collection[str], moments: MomentsState, state: Mapping[str, Any]) -> Content:
+def collect(
+    module: HasState, frozen: Collection[str], optimizer_state: OptimizerState, state: Mapping[str, Any]
+) -> Content:
     """Collects all that a checkpoint holds from a module and its optimizer state; see `Checkpoints.save`.
 
     Raises:
@@ -72,7 +74,7 @@ def collect(module: HasState, frozen: Collection[str], moments: MomentsState, st
     tensors = module.state_dict()
     check_kept(tensors)
     tied = other_names(tensors)
-    optimizer, rest = split(moments)
+    optimizer, rest = split(optimizer_state)
     tensors = apart({name: tensor for name, tensor in tensors.items() if name not in tied})
     return plain_content(tensors, frozen, apart(optimizer), {"optimizer": rest, "tied": tied}, state)
 

@@ -14,14 +14,14 @@ from torch import nn
 from mtl.checkpoint.files import (
     Content,
     HasState,
-    MomentsState,
+    OptimizerState,
     collect,
     write_tensors,
 )
 from mtl.checkpoint.frozen import FrozenFiles
 from mtl.checkpoint.load import ASIDE, newest_first, step_of
 from mtl.checkpoint.run_files import FROZEN_FILE, MODEL_FILE, OPTIMIZER_FILE, STATE
-from mtl.checkpoint.sharded import SpreadContent, collect_shards, shard_file, write_shards
+from mtl.checkpoint.sharded import ShardedContent, collect_shards, shard_file, write_shards
 from mtl.checkpoint.tensor_file import shards
 from mtl.distributed.world import World
 from mtl.runtime.files import sync, write_json
@@ -68,7 +68,7 @@ class Checkpoints:
         self,
         module: HasState,
         frozen: Collection[str],
-        moments: MomentsState,
+        optimizer_state: OptimizerState,
         state: Mapping[str, Any],
         names: Collection[str],
         keep: bool = False,
@@ -79,7 +79,7 @@ class Checkpoints:
             module: Whose tensors are kept, under their names, each once.
             frozen: Which of them are frozen (parameters and buffers), and so are stored once for many checkpoints;
                 names that the module's state does not have do not count.
-            moments: Optimizer state, and other nested state; see `nested.split`.
+            optimizer_state: Optimizer state, and other nested state; see `nested.split`.
             state: Plain data; `step` names the folder.
             names: The links to point to it: `last`, `best`.
             keep: Keep it permanently.
@@ -88,7 +88,7 @@ class Checkpoints:
             SaveError: The disk is full, or cannot be written.
             TypeError: Something cannot be stored; nothing was written.
         """
-        content = collect(module, frozen, moments, state)
+        content = collect(module, frozen, optimizer_state, state)
         target = self._of(state["step"])
         with self._explained(target, content.num_bytes):
             with self._replacing(target) as temporary:
@@ -99,7 +99,7 @@ class Checkpoints:
         self,
         module: nn.Module,
         frozen: Collection[str],
-        moments: MomentsState,
+        optimizer_state: OptimizerState,
         state: Mapping[str, Any],
         names: Collection[str],
         world: World,
@@ -110,7 +110,7 @@ class Checkpoints:
         The checkpoint takes its place once all have written. Of what is not spread, and of folders and links, the first
         process takes care.
         """
-        content = collect_shards(module, frozen, moments, state, world)
+        content = collect_shards(module, frozen, optimizer_state, state, world)
         target = self._of(state["step"])
         with self._explained(target, content.num_bytes):
             unfinished = contextlib.nullcontext(_hidden(target, _UNFINISHED))
@@ -177,7 +177,7 @@ class Checkpoints:
             self._frozen.provide(folder / FROZEN_FILE, fingerprint, lambda file: write_tensors(file, content.frozen))
         write_json(folder / STATE, content.state)
 
-    def _write_shards(self, folder: Path, content: SpreadContent, world: World) -> None:
+    def _write_shards(self, folder: Path, content: ShardedContent, world: World) -> None:
         for kind in (shards.MODEL, shards.OPTIMIZER):
             # All processes have the same names, if not the same shards; whichever comes first makes the folder.
             (folder / kind).mkdir(exist_ok=True)

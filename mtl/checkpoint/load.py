@@ -16,13 +16,13 @@ from torch import Tensor, nn
 from mtl.checkpoint.files import (
     CheckpointError,
     DamagedCheckpoint,
-    MomentsState,
+    OptimizerState,
     callers_state,
     fingerprint_of,
     other_names,
     read_state,
 )
-from mtl.checkpoint.nested import join
+from mtl.checkpoint.nested import merge
 from mtl.checkpoint.run_files import FROZEN_FILE, MODEL_FILE, OPTIMIZER_FILE
 from mtl.checkpoint.tensor_file import SHARDS, Shards, TensorFileError, damaged_shards, read_tensor_file, shards
 from mtl.runtime.fingerprint import fingerprint
@@ -51,7 +51,7 @@ class OnDemand(Mapping[str, Tensor]):
         return len(self._names)
 
 
-def load_checkpoint(folder: Path, module: nn.Module) -> tuple[dict[str, Any], MomentsState]:
+def load_checkpoint(folder: Path, module: nn.Module) -> tuple[dict[str, Any], OptimizerState]:
     """Fills a module from a checkpoint, parameters and buffers, strictly; if it cannot, the module stays as it was.
 
     Of a sharded module, each process keeps its shard of every tensor, of optimizer state too; nothing is sent.
@@ -76,13 +76,13 @@ def load_checkpoint(folder: Path, module: nn.Module) -> tuple[dict[str, Any], Mo
         return shard_like(owner, tensor)
 
     try:
-        moments: MomentsState = join(OnDemand(optimizer, placed), state["optimizer"])
+        optimizer_state: OptimizerState = merge(OnDemand(optimizer, placed), state["optimizer"])
     except ValueError as error:
         raise DamagedCheckpoint(f"{folder} is damaged: {error}") from error
     found = OnDemand([*tensors, *tied], lambda name: tensors[tied.get(name, name)])
     _check_fit(folder, found, _shapes(tensors, tied), own)
     _fill(module, own, found)
-    return callers_state(state), moments
+    return callers_state(state), optimizer_state
 
 
 def newest_first(folder: Path) -> list[Path]:
@@ -99,7 +99,7 @@ def step_of(folder: Path) -> int:
     return int(re.sub(r"\D", "", folder.name))
 
 
-def load_newest(folder: Path, module: nn.Module) -> tuple[Path, dict[str, Any], MomentsState, list[str]]:
+def load_newest(folder: Path, module: nn.Module) -> tuple[Path, dict[str, Any], OptimizerState, list[str]]:
     """Fills a module from the newest checkpoint that is sound.
 
     Args:

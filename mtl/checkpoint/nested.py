@@ -48,7 +48,7 @@ def split(content: Mapping[str, Any]) -> tuple[dict[str, Tensor], Any]:
     return tensors, _plain(content, "", tensors)
 
 
-def join(tensors: Mapping[str, Tensor], rest: Any) -> Any:
+def merge(tensors: Mapping[str, Tensor], rest: Any) -> Any:
     """Puts together what `split` took apart.
 
     Raises:

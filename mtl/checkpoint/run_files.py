@@ -169,11 +169,11 @@ def _checked(content: object, model: type[_Content], where: str) -> dict[str, An
     try:
         model.model_validate(content)
     except ValidationError as error:
-        raise RunFileError(f"{where}: {_in_words(error)}") from error
+        raise RunFileError(f"{where}: {_first_mistake(error)}") from error
     return content
 
 
-def _in_words(error: ValidationError) -> str:
+def _first_mistake(error: ValidationError) -> str:
     """The first thing that is wrong: which key, what was expected, what came."""
     first = error.errors()[0]
     key = ".".join(map(str, first["loc"]))

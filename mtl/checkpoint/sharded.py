@@ -23,7 +23,7 @@ from torch.distributed.tensor._utils import compute_local_shape_and_global_offse
 from mtl.checkpoint.files import (
     CheckpointError,
     DamagedCheckpoint,
-    MomentsState,
+    OptimizerState,
     callers_state,
     check_kept,
     complete_state,
@@ -50,7 +50,7 @@ from mtl.runtime.tensors import is_sharded, local
 
 
 @dataclass(frozen=True)
-class SpreadContent:
+class ShardedContent:
     """The part of a checkpoint that this process writes.
 
     Attributes:
@@ -67,8 +67,8 @@ class SpreadContent:
 
 
 def collect_shards(
-    module: nn.Module, frozen: Collection[str], moments: MomentsState, state: Mapping[str, Any], world: World
-) -> SpreadContent:
+    module: nn.Module, frozen: Collection[str], optimizer_state: OptimizerState, state: Mapping[str, Any], world: World
+) -> ShardedContent:
     """Collects what this process has to write of a sharded module and its optimizer state; all have to call it.
 
     Raises:
@@ -80,7 +80,7 @@ def collect_shards(
     firsts = {name: first_of.setdefault(id(tensor), name) for name, tensor in everything.items()}
     tied = {name: first for name, first in firsts.items() if name != first}
     tensors = {name: tensor.detach() for name, tensor in everything.items() if name not in tied}
-    optimizer, rest = split(moments)
+    optimizer, rest = split(optimizer_state)
     still = tensors.keys() & set(frozen)
     kinds = {
         MODEL: {name: tensor for name, tensor in tensors.items() if name not in still},
@@ -97,7 +97,7 @@ def collect_shards(
     every: list[Any] = [None] * world.size
     dist.all_gather_object(every, digests)
     own = {"optimizer": rest, "tied": tied, SHARDS: {kind: each for kind, each in shapes.items() if each}}
-    return SpreadContent(mine, complete_state(state, own, {k: v for each in every for k, v in each.items()}))
+    return ShardedContent(mine, complete_state(state, own, {k: v for each in every for k, v in each.items()}))
 
 
 def write_shards(folder: Path, tensors: Mapping[str, Tensor], world: World) -> None:
@@ -123,17 +123,17 @@ def shard_file(rank: int) -> str:
 
 
 def _of_this_process(tensors: Mapping[str, Tensor], world: World) -> dict[str, Tensor]:
-    spread = {name: tensor for name, tensor in tensors.items() if is_sharded(tensor)}
+    sharded = {name: tensor for name, tensor in tensors.items() if is_sharded(tensor)}
     plain = {name: tensor for name, tensor in tensors.items() if not is_sharded(tensor)} if world.is_main else {}
-    return spread | apart(plain)
+    return sharded | apart(plain)
 
 
 def _offsets(tensor: Tensor) -> Sequence[int]:
     """Where in a tensor this process's shard begins."""
-    spread: Any = tensor
+    sharded: Any = tensor
     if not is_sharded(tensor):
         return [0] * tensor.ndim
-    return compute_local_shape_and_global_offset(tensor.shape, spread.device_mesh, spread.placements)[1]
+    return compute_local_shape_and_global_offset(tensor.shape, sharded.device_mesh, sharded.placements)[1]
 
 
 def write_plain(checkpoint: Path, folder: Path) -> None:

@@ -16,7 +16,7 @@ from torch import Tensor, nn
 
 from mtl.checkpoint.folder import Checkpoints
 from mtl.checkpoint.load import load_checkpoint
-from mtl.checkpoint.nested import join, split
+from mtl.checkpoint.nested import merge, split
 from mtl.runtime.fingerprint import fingerprint
 
 
@@ -132,7 +132,7 @@ def test_names_of_tensors_say_where_they_were() -> None:
     apart, rest = split({"adam": {"w": {"exp_avg": torch.ones(1), "steps": [torch.ones(1), 2.5]}}})
     assert [*apart] == ["adam/w/exp_avg", "adam/w/steps/0"]
     assert same(
-        join(apart, json.loads(json.dumps(rest))),
+        merge(apart, json.loads(json.dumps(rest))),
         {"adam": {"w": {"exp_avg": torch.ones(1), "steps": [torch.ones(1), 2.5]}}},
     )
 
@@ -168,4 +168,4 @@ def test_what_cannot_be_kept_is_named(odd: Any, message: str) -> None:
 )
 def test_what_does_not_belong_together_is_refused(rest: Any) -> None:
     with pytest.raises(ValueError):
-        join({"w": torch.zeros(8, dtype=torch.uint8)}, {"dict": {"k": rest}})
+        merge({"w": torch.zeros(8, dtype=torch.uint8)}, {"dict": {"k": rest}})

@@ -21,7 +21,7 @@ from torch.nn import Parameter
 
 from mtl.checkpoint.tensor_file.contents import KeyPath, Leaves
 from mtl.checkpoint.tensor_file.plain_data import stand_in
-from mtl.checkpoint.tensor_file.shards import assemble
+from mtl.checkpoint.tensor_file.shards import join_chunks
 from mtl.checkpoint.tensor_file.single import TensorFileError, file_inside, load_pickle
 from mtl.runtime.console import first_line
 
@@ -154,7 +154,7 @@ def _slice(folder: Path, info: Mapping[str, Any]) -> _Slice:
 def _read(entry: _Tensor) -> Tensor:
     try:
         chunks = [(*box[:2], _chunk(entry.dtype, *box)) for box in entry.boxes]
-        return assemble(entry.shape, entry.dtype, chunks)
+        return join_chunks(entry.shape, entry.dtype, chunks)
     except (TensorFileError, RuntimeError, MemoryError) as error:  # a shape or type that torch cannot make
         raise TensorFileError(f"{entry.name}: {first_line(error)}") from error
 

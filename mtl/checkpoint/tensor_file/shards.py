@@ -95,7 +95,9 @@ class Shards(Mapping[str, Tensor]):
                 raise TensorFileError(f"{name}: expected shards of {dtype}, got {shard.dtype}")
         try:
             # A process without a share may have written an empty shard.
-            return assemble(shape, dtype, [(offsets, shard.shape, shard) for offsets, shard in chunks if shard.numel()])
+            return join_chunks(
+                shape, dtype, [(offsets, shard.shape, shard) for offsets, shard in chunks if shard.numel()]
+            )
         except TensorFileError as error:
             raise TensorFileError(f"{name}: {error}") from error
 
@@ -138,7 +140,7 @@ class ShardFile:
         return ((name, offsets, self.read(name)) for name, offsets in self.offsets.items())
 
 
-def assemble(
+def join_chunks(
     shape: Sequence[int], dtype: torch.dtype, chunks: Iterable[tuple[Sequence[int], Sequence[int], Tensor | None]]
 ) -> Tensor:
     """One tensor from its chunks, which have to cover it exactly.
