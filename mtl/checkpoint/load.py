@@ -130,15 +130,12 @@ def sound_shards(folder: Path, state: Mapping[str, Any]) -> None:
 
 
 def _read_shards(folder: Path, state: Mapping[str, Any]) -> tuple[Shards, Shards]:
+    # With the digests right, the files hold all shards of every tensor that `state.json` describes.
     sound_shards(folder, state)
     try:
-        model = Shards(folder, state, [shards.MODEL, shards.FROZEN])
-        optimizer = Shards(folder, state, [shards.OPTIMIZER])
-        for each in (model, optimizer):
-            each.check()
+        return Shards(folder, state, [shards.MODEL, shards.FROZEN]), Shards(folder, state, [shards.OPTIMIZER])
     except TensorFileError as error:
         raise DamagedCheckpoint(f"{folder} is damaged: {error}") from error
-    return model, optimizer
 
 
 def _read_plain(folder: Path, state: Mapping[str, Any]) -> tuple[dict[str, Tensor], dict[str, Tensor]]:

@@ -73,17 +73,6 @@ class Shards(Mapping[str, Tensor]):
     def shapes(self) -> dict[str, torch.Size]:
         return {name: shape for name, (_, shape) in self._described.items()}
 
-    def check(self) -> None:
-        """Finds out, without reading them, whether the shards can be those of the tensors.
-
-        Raises:
-            TensorFileError: Some are missing.
-        """
-        for name, (_, shape) in self._described.items():
-            held = sum(math.prod(file.shape(name)) for file in self._files[name])
-            if held != math.prod(shape):
-                raise TensorFileError(f"{name}: expected {math.prod(shape)} elements in all files, got {held}")
-
     def __getitem__(self, name: str) -> Tensor:
         """Raises:
         TensorFileError: Its shards are not those of the tensor that is described.
