@@ -1,4 +1,4 @@
-"""Several processes: what they tell each other, whose gradients are averaged, and metrics over all of them."""
+"""Several processes: their collectives, whose gradients are averaged, and metrics over all of them."""
 
 from __future__ import annotations
 
@@ -21,7 +21,7 @@ from traffic import count_traffic
 # One process
 
 
-def test_alone_everything_is_given_back_as_it_was() -> None:
+def test_with_one_process_every_method_returns_its_argument() -> None:
     world, norm = World.from_environment({}), nn.BatchNorm1d(2)
     losses = torch.ones(2, requires_grad=True)
     assert world == World.alone() and world.is_alone and world.is_main
@@ -139,7 +139,7 @@ def test_weighed_means_of_parts_are_the_mean_of_the_whole(sizes: list[int], worl
         torch.testing.assert_close(grad, wanted, rtol=1e-12, atol=1e-15)
 
 
-def test_so_are_those_of_the_built_in_tasks_with_labels_unevenly_spread() -> None:
+def test_so_are_those_of_the_built_in_tasks_with_uneven_labels() -> None:
     segmentation = Segmentation(3)
     label = torch.randint(0, 3, (8, 5, 5))
     segmentation.fit(label)
@@ -162,7 +162,7 @@ def test_so_are_those_of_the_built_in_tasks_with_labels_unevenly_spread() -> Non
     assert {t.weight(each).dtype for t, each in zip(tasks, labels, strict=True)} == {torch.float64}
 
 
-def test_a_task_that_does_not_say_weighs_by_images() -> None:
+def test_a_task_without_a_weight_of_its_own_weighs_by_images() -> None:
     assert Task.weight(Exact(), torch.zeros(5, 2)).item() == 5
 
 
@@ -208,7 +208,7 @@ def found(request: pytest.FixtureRequest, tmp_path_factory: pytest.TempPathFacto
     return [json.loads((folder / f"{rank}.json").read_text()) for rank in range(request.param)]
 
 
-def test_processes_agree_on_messages(found: list[dict[str, Any]]) -> None:
+def test_collectives_give_every_process_the_same(found: list[dict[str, Any]]) -> None:
     size = len(found)
     ranks = range(size)
     mean = 1.0 + sum(ranks) / size
@@ -222,7 +222,7 @@ def test_processes_agree_on_messages(found: list[dict[str, Any]]) -> None:
         assert messages["slice"] == torch.arange(7).tensor_split(size)[rank].tolist()
 
 
-def test_only_what_trains_in_a_phase_is_averaged(found: list[dict[str, Any]]) -> None:
+def test_only_trainable_gradients_of_a_phase_are_averaged(found: list[dict[str, Any]]) -> None:
     trunk, norm, head = [["trunk.weight", "trunk.bias"], ["norm.weight", "norm.bias"], ["head.weight", "head.bias"]]
     frozen = {"all": [], "heads": trunk + norm, "thawed": norm + head}
     num_bytes = {"all": 4 * (16 + 8 + 10), "heads": 4 * 10, "thawed": 4 * 16}
