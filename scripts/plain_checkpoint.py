@@ -11,8 +11,8 @@ import argparse
 import sys
 from pathlib import Path
 
-from mtl.checkpoint.convert import write_plain
 from mtl.checkpoint.files import CheckpointError
+from mtl.checkpoint.sharded import write_plain
 
 if __name__ == "__main__":
     parser = argparse.ArgumentParser(description=(__doc__ or "").splitlines()[0])

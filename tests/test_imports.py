@@ -134,7 +134,7 @@ PURE = [
     *("mtl", "mtl.phases.scheduler", "mtl.phases.conditions", "mtl.training.run_dir"),
     *(module for module in HOUSE if room(module) in ("cli", "config") and module != "mtl.cli.out_of_memory"),
     *("mtl.patterns", "mtl.patterns.language", "mtl.patterns.matching"),
-    *(f"mtl.runtime.{name}" for name in ("best", "links", "plugin", "text", "version", "signals")),
+    *(f"mtl.runtime.{name}" for name in ("best", "files", "plugin", "text", "version", "signals")),
 ]
 
 

@@ -1,1 +1,1 @@
-"""What lies on disk, proven whole: checkpoints, anyone's files of tensors, and the files of a run."""
+"""Checkpoints, anyone's files of tensors, and the files of a run: written whole, checked when read."""

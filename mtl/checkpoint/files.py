@@ -13,19 +13,18 @@ from safetensors.torch import save_file
 from torch import Tensor
 
 from mtl.checkpoint.nested import NATIVE, apart, split
-from mtl.checkpoint.run_files import RunFileError, read_state_file
+from mtl.checkpoint.run_files import MODEL_FILE, OPTIMIZER_FILE, STATE, RunFileError, read_state_file
 from mtl.checkpoint.tensor_file import SHARDS, shard_files, shards
 from mtl.runtime.files import sync, without_nan
 from mtl.runtime.fingerprint import fingerprint, fingerprint_of_json, root
 from mtl.runtime.tensors import local
 
-MODEL, FROZEN, OPTIMIZER, STATE = "model.safetensors", "frozen.safetensors", "optimizer.safetensors", "state.json"
 VERSION = 2
 # What is a checkpoint's own in its state.json; all other keys are the caller's.
 _OWN = ("version", "optimizer", "tied", SHARDS, "digests")
 
-# What optimizers remember: by class, by parameter, by key; and whatever else is kept beside them.
-MomentsState = Mapping[str, Mapping[str, Any]]
+# Optimizer state by class, by parameter, by key; and other nested state of a run, such as random numbers.
+OptimizerState = Mapping[str, Mapping[str, Any]]
 
 
 class CheckpointError(ValueError):
@@ -38,7 +37,7 @@ class HasState(Protocol):
     def state_dict(self) -> dict[str, Any]: ...
 
 
-class DamagedCheckpoint(CheckpointError):  # noqa: N818  what it is, like the folder that it is said of
+class DamagedCheckpoint(CheckpointError):  # noqa: N818  named after the folder, not after the error
     """A folder that lacks files, or whose files are not those that were written."""
 
 
@@ -47,10 +46,10 @@ class Content:
     """All that a checkpoint holds.
 
     Attributes:
-        model: The tensors of the model that train, by name, each once.
-        frozen: Those that are frozen.
-        optimizer: The tensors beside the model.
-        state: The JSON, complete: the caller's, the optimizers', other names of tied tensors, and all digests.
+        model: The trainable tensors of the model by name, each once.
+        frozen: The frozen ones.
+        optimizer: The tensors of the optimizer state.
+        state: The JSON, complete: the caller's, that of the optimizer state, other names of tied tensors, all digests.
     """
 
     model: dict[str, Tensor]
@@ -64,16 +63,18 @@ class Content:
         return sum(tensor.nbytes for part in parts for tensor in part.values()) + len(json.dumps(self.state))
 
 
-def collect(module: HasState, frozen: Collection[str], moments: MomentsState, state: Mapping[str, Any]) -> Content:
-    """Reads off a module and what is beside it all that a checkpoint holds; see `Checkpoints.save`.
+def collect(
+    module: HasState, frozen: Collection[str], optimizer_state: OptimizerState, state: Mapping[str, Any]
+) -> Content:
+    """Collects all that a checkpoint holds from a module and its optimizer state; see `Checkpoints.save`.
 
     Raises:
-        TypeError: There is something that cannot be kept; names it.
+        TypeError: Something cannot be stored; names it.
     """
     tensors = module.state_dict()
     check_kept(tensors)
     tied = other_names(tensors)
-    optimizer, rest = split(moments)
+    optimizer, rest = split(optimizer_state)
     tensors = apart({name: tensor for name, tensor in tensors.items() if name not in tied})
     return plain_content(tensors, frozen, apart(optimizer), {"optimizer": rest, "tied": tied}, state)
 
@@ -90,11 +91,11 @@ def plain_content(
     Args:
         tensors: The model's, each once.
         frozen: Which of them are frozen; other names do not count.
-        optimizer: The tensors beside the model.
-        own: What else the optimizers remember, and other names of tied tensors.
+        optimizer: The tensors of the optimizer state.
+        own: The JSON of the optimizer state, and other names of tied tensors.
         state: The caller's.
     """
-    # The digests are of what is to be written: what the disk makes of it has to agree.
+    # The digests are taken before writing: what is read back has to match them.
     prints = {name: fingerprint(tensor) for name, tensor in tensors.items()}
     still = tensors.keys() & set(frozen)
     digests = {"model": root(prints), "optimizer": fingerprint_of(optimizer)}
@@ -109,7 +110,7 @@ def plain_content(
 
 
 def complete_state(state: Mapping[str, Any], own: Mapping[str, Any], digests: Mapping[str, str]) -> dict[str, Any]:
-    """The content of a `state.json`, as it will read back: keys become text, tuples lists."""
+    """The content of a `state.json` as it will be read back: keys become text, tuples lists."""
     assert not set(_OWN) & state.keys(), f"{_OWN} are the checkpoint's own"
     everything = {**state, "version": VERSION, **own, "digests": digests}
     content: dict[str, Any] = json.loads(json.dumps(without_nan(everything), allow_nan=False))
@@ -118,24 +119,24 @@ def complete_state(state: Mapping[str, Any], own: Mapping[str, Any], digests: Ma
 
 
 def callers_state(state: Mapping[str, Any]) -> dict[str, Any]:
-    """What of a `state.json` is not the checkpoint's own."""
+    """The keys of a `state.json` that the caller of `save` passed."""
     return {key: value for key, value in state.items() if key not in _OWN}
 
 
 def check_kept(tensors: Mapping[str, Any]) -> None:
-    """Raises `TypeError` if there is something in the state of a module that a checkpoint cannot keep."""
+    """Raises `TypeError` if a module's state has something that a checkpoint cannot store."""
     for name, tensor in tensors.items():
         if not isinstance(tensor, Tensor):
-            raise TypeError(f"{name} is a {type(tensor).__name__}, which a checkpoint cannot keep; expected a tensor")
+            raise TypeError(f"{name} is a {type(tensor).__name__}, which a checkpoint cannot store; expected a tensor")
         if tensor.layout != torch.strided or tensor.dtype not in NATIVE | {torch.complex64}:
             raise TypeError(
-                f"{name} is a tensor of {tensor.layout}, {tensor.dtype}, which a checkpoint cannot keep; expected a"
+                f"{name} is a tensor of {tensor.layout}, {tensor.dtype}, which a checkpoint cannot store; expected a"
                 " dense one of a usual type"
             )
 
 
 def other_names(tensors: Mapping[str, Tensor]) -> dict[str, str]:
-    """For every tensor that was there before under another name, that name."""
+    """For every tied tensor, the first of its names."""
     first_of: dict[Any, str] = {}
     tied = {}
     for name, tensor in tensors.items():
@@ -165,7 +166,7 @@ def write_tensors(file: Path, tensors: dict[str, Tensor]) -> None:
 
 
 def read_state(folder: Path) -> dict[str, Any]:
-    """The JSON of a checkpoint, with what is the checkpoint's own in it.
+    """The whole `state.json` of a checkpoint, with the keys that are the checkpoint's own.
 
     Raises:
         DamagedCheckpoint: The folder lacks files, or the JSON is not what was written.
@@ -175,9 +176,9 @@ def read_state(folder: Path) -> dict[str, Any]:
         if not folder.exists():
             there = sorted(each.name for each in folder.parent.glob("step-*"))
             raise DamagedCheckpoint(f"there is no {folder}" + (f"; there are {', '.join(there)}" if there else ""))
-        # A folder of shards in the place of a file: processes have written their own parts.
+        # A folder in the place of a file: each process wrote its own shards.
         is_plain = not (folder / shards.MODEL).is_dir()
-        needed = (MODEL, OPTIMIZER, STATE) if is_plain else (STATE,)
+        needed = (MODEL_FILE, OPTIMIZER_FILE, STATE) if is_plain else (STATE,)
         missing = [name for name in needed if not (folder / name).is_file()]
         inside = folder / "checkpoints" / "last"
         instead = f"; {inside} is one" if missing and inside.exists() else ""
@@ -192,13 +193,13 @@ def read_state(folder: Path) -> dict[str, Any]:
         raise DamagedCheckpoint(f"{folder} is damaged: {error}") from error
     digests = state.get("digests", {})
     if "state" not in digests:
-        raise DamagedCheckpoint(f"{file} is damaged, or of another version: it says nothing of its own digest")
+        raise DamagedCheckpoint(f"{file} is damaged, or of another version: it has no digest of itself")
     if digests["state"] != state_digest(state):
         raise DamagedCheckpoint(f"{file} is damaged, or of another version: it is not what was written")
     if state.get("version") != VERSION:
         raise CheckpointError(f"{file} is of version {state.get('version')}; this program reads version {VERSION}")
     if not is_plain and SHARDS not in state:
-        raise DamagedCheckpoint(f"{file} is damaged: it knows nothing of the shards beside it")
+        raise DamagedCheckpoint(f"{file} is damaged: it does not describe the shards next to it")
     for name in [] if is_plain else shard_files(state):
         if not (folder / name).is_file():
             raise DamagedCheckpoint(f"{folder} is damaged: it has no {name}")

@@ -12,19 +12,16 @@ from safetensors import SafetensorError
 from torch import nn
 
 from mtl.checkpoint.files import (
-    FROZEN,
-    MODEL,
-    OPTIMIZER,
-    STATE,
     Content,
     HasState,
-    MomentsState,
+    OptimizerState,
     collect,
     write_tensors,
 )
 from mtl.checkpoint.frozen import FrozenFiles
-from mtl.checkpoint.newest import ASIDE, newest_first, step_of
-from mtl.checkpoint.spread import SpreadContent, collect_shards, shard_file, write_shards
+from mtl.checkpoint.load import ASIDE, newest_first, step_of
+from mtl.checkpoint.run_files import FROZEN_FILE, MODEL_FILE, OPTIMIZER_FILE, STATE
+from mtl.checkpoint.sharded import ShardedContent, collect_shards, shard_file, write_shards
 from mtl.checkpoint.tensor_file import shards
 from mtl.distributed.world import World
 from mtl.runtime.files import sync, write_json
@@ -45,7 +42,7 @@ class Checkpoints:
     well. Folders that no link points to are removed, but for the newest ones, which are there to fall back to. One
     process at a time may write to them.
 
-    Whenever the process is killed, every `step-<n>` is whole: it is written, and removed, under a hidden name.
+    Whenever the process is killed, every `step-<n>` is complete: it is written, and removed, under a hidden name.
     """
 
     def __init__(self, folder: Path, keep_last: int = 2, mends: bool = True) -> None:
@@ -71,7 +68,7 @@ class Checkpoints:
         self,
         module: HasState,
         frozen: Collection[str],
-        moments: MomentsState,
+        optimizer_state: OptimizerState,
         state: Mapping[str, Any],
         names: Collection[str],
         keep: bool = False,
@@ -82,16 +79,16 @@ class Checkpoints:
             module: Whose tensors are kept, under their names, each once.
             frozen: Which of them are frozen (parameters and buffers), and so are stored once for many checkpoints;
                 names that the module's state does not have do not count.
-            moments: What optimizers remember of its parameters, and whatever else; see `nested.split`.
-            state: Plain data beside them; `step` names the folder.
-            names: The links that shall point to it: `last`, `best`.
-            keep: Keep it for good.
+            optimizer_state: Optimizer state, and other nested state; see `nested.split`.
+            state: Plain data; `step` names the folder.
+            names: The links to point to it: `last`, `best`.
+            keep: Keep it permanently.
 
         Raises:
             SaveError: The disk is full, or cannot be written.
-            TypeError: There is something that cannot be kept; nothing was written.
+            TypeError: Something cannot be stored; nothing was written.
         """
-        content = collect(module, frozen, moments, state)
+        content = collect(module, frozen, optimizer_state, state)
         target = self._of(state["step"])
         with self._explained(target, content.num_bytes):
             with self._replacing(target) as temporary:
@@ -102,36 +99,32 @@ class Checkpoints:
         self,
         module: nn.Module,
         frozen: Collection[str],
-        moments: MomentsState,
+        optimizer_state: OptimizerState,
         state: Mapping[str, Any],
         names: Collection[str],
         world: World,
         keep: bool = False,
     ) -> None:
-        """As `save`, of a module that is spread over processes: each writes its shards. All have to call it.
+        """As `save`, of a sharded module: each process writes its shards. All have to call it.
 
         The checkpoint takes its place once all have written. Of what is not spread, and of folders and links, the first
         process takes care.
         """
-        content = collect_shards(module, frozen, moments, state, world)
+        content = collect_shards(module, frozen, optimizer_state, state, world)
         target = self._of(state["step"])
         with self._explained(target, content.num_bytes):
             unfinished = contextlib.nullcontext(_hidden(target, _UNFINISHED))
-            with self._replacing(target) if world.leads else unfinished as temporary:
+            with self._replacing(target) if world.is_main else unfinished as temporary:
                 # The folder is there.
                 world.barrier()
                 self._write_shards(temporary, content, world)
-            if world.leads:
+            if world.is_main:
                 self._finish(target, names, keep)
 
     def _finish(self, target: Path, names: Collection[str], keep: bool) -> None:
         for name in [*names, *([target.name.replace("step", "kept")] if keep else [])]:
             self._link(name, target.name)
         self._prune()
-
-    def has(self, step: int) -> bool:
-        """Whether there is a checkpoint of a step."""
-        return self._of(step).exists()
 
     def adopt(self, folder: Path, step: int, name: str) -> None:
         """Takes a copy of another run's checkpoint of a step under a link's name.
@@ -170,21 +163,21 @@ class Checkpoints:
         return self.folder / f"step-{step:08d}"
 
     def _folders(self) -> list[Path]:
-        """All folders that may be whole, those under hidden names too."""
+        """All folders that may be complete, those under hidden names too."""
         return [*self.folder.glob("step-*"), *self.folder.glob(".step-*")]
 
     def _links(self) -> list[Path]:
         return [path for path in self.folder.iterdir() if path.is_symlink() and not path.name.startswith(".")]
 
     def _write(self, folder: Path, content: Content) -> None:
-        write_tensors(folder / MODEL, content.model)
-        write_tensors(folder / OPTIMIZER, content.optimizer)
+        write_tensors(folder / MODEL_FILE, content.model)
+        write_tensors(folder / OPTIMIZER_FILE, content.optimizer)
         if content.frozen:
             fingerprint = content.state["digests"]["frozen"]
-            self._frozen.provide(folder / FROZEN, fingerprint, lambda file: write_tensors(file, content.frozen))
+            self._frozen.provide(folder / FROZEN_FILE, fingerprint, lambda file: write_tensors(file, content.frozen))
         write_json(folder / STATE, content.state)
 
-    def _write_shards(self, folder: Path, content: SpreadContent, world: World) -> None:
+    def _write_shards(self, folder: Path, content: ShardedContent, world: World) -> None:
         for kind in (shards.MODEL, shards.OPTIMIZER):
             # All processes have the same names, if not the same shards; whichever comes first makes the folder.
             (folder / kind).mkdir(exist_ok=True)
@@ -198,16 +191,16 @@ class Checkpoints:
                 lambda place: write_shards(place, content.kinds[shards.FROZEN], world),
                 world,
             )
-        if world.leads:
+        if world.is_main:
             write_json(folder / STATE, content.state)
 
     def _copy(self, folder: Path, target: Path) -> None:
         """Copies a checkpoint's files; what is frozen is linked, if it can be."""
-        for name in (MODEL, OPTIMIZER, STATE):
+        for name in (MODEL_FILE, OPTIMIZER_FILE, STATE):
             if (folder / name).exists():
                 _copy_file(folder / name, target / name)
-        if (folder / FROZEN).exists():
-            self._frozen.adopt(target / FROZEN, folder / FROZEN)
+        if (folder / FROZEN_FILE).exists():
+            self._frozen.adopt(target / FROZEN_FILE, folder / FROZEN_FILE)
         for kind in (shards.MODEL, shards.OPTIMIZER):
             for file in (folder / kind).glob("*"):
                 (target / kind).mkdir(exist_ok=True)

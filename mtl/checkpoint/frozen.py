@@ -1,4 +1,4 @@
-"""What is frozen, stored once: hard links to one file, or to one folder's files, for every set of frozen tensors."""
+"""Frozen tensors, stored once: checkpoints have hard links to one file, or to the files of one folder, per set."""
 
 from __future__ import annotations
 
@@ -7,9 +7,9 @@ import shutil
 from collections.abc import Callable, Iterable, Mapping
 from pathlib import Path
 
-from mtl.checkpoint.files import FROZEN, fingerprint_of
-from mtl.checkpoint.shard_digests import file_digest
-from mtl.checkpoint.tensor_file import TensorFileError, read_tensor_file, shards
+from mtl.checkpoint.files import fingerprint_of
+from mtl.checkpoint.run_files import FROZEN_FILE
+from mtl.checkpoint.tensor_file import TensorFileError, file_digest, read_tensor_file, shards
 from mtl.distributed.world import World
 from mtl.runtime.files import sync
 from mtl.runtime.fingerprint import root
@@ -31,10 +31,10 @@ class FrozenFiles:
         Args:
             file: The checkpoint's.
             fingerprint: Of the tensors.
-            write: Writes the tensors to a file, and forces it to disk; called if they are not there whole.
+            write: Writes the tensors to a file, and forces it to disk; called if they are missing or damaged.
         """
         kept = self.folder / f"{fingerprint}.safetensors"
-        # Read, not believed: a file that has been damaged since would damage all checkpoints to come.
+        # Read again: a file that was damaged since would damage all later checkpoints.
         if file_fingerprint(kept) != fingerprint:
             self.folder.mkdir(exist_ok=True)
             temporary = self.folder / f".{kept.name}.tmp"
@@ -48,7 +48,7 @@ class FrozenFiles:
         """Makes a file of a checkpoint a link to another run's, or a copy of it, and keeps it here as well."""
         fingerprint = file_fingerprint(source)
         if fingerprint is None:
-            # It will be refused when it is read, with the reason.
+            # Reading it raises an error with the reason.
             link_or_copy(source, file)
         else:
             self.provide(file, fingerprint, lambda target: link_or_copy(source, target))
@@ -56,34 +56,34 @@ class FrozenFiles:
     def provide_shards(
         self, folder: Path, digests: Mapping[str, str], file: str, write: Callable[[Path], None], world: World
     ) -> None:
-        """As `provide`, of a folder with a file of each process; all have to call it.
+        """As `provide`, for a folder with a file of each process; all have to call it.
 
         Args:
             folder: The checkpoint's.
             digests: Of all files, by name.
             file: The name of this process's file.
-            write: Writes the shards to a folder, and forces them to disk; called if they are not there whole.
+            write: Writes the shards to a folder, and forces them to disk; called if they are missing or damaged.
             world: The processes.
         """
         kept = self.folder / root(digests)
         is_sound = file not in digests or file_digest(kept / file) == digests[file]
-        if world.agree(broken=not is_sound).broken:
+        if world.all_reduce_flags(broken=not is_sound).broken:
             temporary = self.folder / f".{kept.name}.tmp"
-            if world.leads:
+            if world.is_main:
                 shutil.rmtree(temporary, ignore_errors=True)
                 temporary.mkdir(parents=True)
             world.barrier()
             write(temporary)
-            if world.leads:
+            if world.is_main:
                 shutil.rmtree(kept, ignore_errors=True)
                 temporary.rename(kept)
                 sync(self.folder)
-        if world.leads:
+        if world.is_main:
             _link_all(kept, folder, digests)
 
     def adopt_shards(self, folder: Path, source: Path) -> None:
-        """As `adopt`, of a folder of another run's checkpoint."""
-        # What is damaged gets another name, and will be refused when it is read, with the reason.
+        """As `adopt`, for a folder of another run's checkpoint."""
+        # A damaged one gets another name, and reading it raises an error with the reason.
         digests = _digests(source)
         kept = self.folder / root(digests)
         if not kept.is_dir() or _digests(kept) != digests:
@@ -103,7 +103,7 @@ class FrozenFiles:
         held = {
             _identity(file)
             for folder in checkpoints
-            for file in (folder / FROZEN, *(folder / shards.FROZEN).glob("*"))
+            for file in (folder / FROZEN_FILE, *(folder / shards.FROZEN).glob("*"))
             if file.exists()
         }
         for kept in self.folder.iterdir():

@@ -1,7 +1,11 @@
-"""From the files of a checkpoint, plain or in shards, to a module: damage is found before anything is changed."""
+"""From the files of a checkpoint, plain or in shards, to a module: damage is found before anything is changed.
+
+If the newest checkpoint of a folder is damaged, the one before it is there.
+"""
 
 from __future__ import annotations
 
+import re
 from collections.abc import Callable, Iterable, Iterator, Mapping
 from pathlib import Path
 from typing import Any
@@ -10,22 +14,23 @@ import torch
 from torch import Tensor, nn
 
 from mtl.checkpoint.files import (
-    FROZEN,
-    MODEL,
-    OPTIMIZER,
     CheckpointError,
     DamagedCheckpoint,
-    MomentsState,
+    OptimizerState,
     callers_state,
     fingerprint_of,
     other_names,
     read_state,
 )
-from mtl.checkpoint.nested import join
-from mtl.checkpoint.shard_digests import damaged_shards
-from mtl.checkpoint.tensor_file import SHARDS, Shards, TensorFileError, read_tensor_file, shards
+from mtl.checkpoint.nested import merge
+from mtl.checkpoint.run_files import FROZEN_FILE, MODEL_FILE, OPTIMIZER_FILE
+from mtl.checkpoint.tensor_file import SHARDS, Shards, TensorFileError, damaged_shards, read_tensor_file, shards
 from mtl.runtime.fingerprint import fingerprint
-from mtl.runtime.tensors import is_spread, spread_like
+from mtl.runtime.tensors import is_sharded, shard_like
+
+_STEP = re.compile(r"step-(\d{8,})")
+# A checkpoint that is being replaced by another one of the same step.
+ASIDE = ".old"
 
 
 class OnDemand(Mapping[str, Tensor]):
@@ -46,14 +51,14 @@ class OnDemand(Mapping[str, Tensor]):
         return len(self._names)
 
 
-def load_checkpoint(folder: Path, module: nn.Module) -> tuple[dict[str, Any], MomentsState]:
+def load_checkpoint(folder: Path, module: nn.Module) -> tuple[dict[str, Any], OptimizerState]:
     """Fills a module from a checkpoint, parameters and buffers, strictly; if it cannot, the module stays as it was.
 
-    Of a module that is spread over processes, each keeps its part of every tensor, of moments too; nothing is sent.
-    Shards are put together tensor by tensor.
+    Of a sharded module, each process keeps its shard of every tensor, of optimizer state too; nothing is sent.
+    Shards of a checkpoint are joined tensor by tensor.
 
     Returns:
-        The plain data beside it, and what optimizers remembered.
+        Its plain data, and the optimizer state.
 
     Raises:
         DamagedCheckpoint: The folder is no checkpoint, or not the one that was written.
@@ -62,22 +67,60 @@ def load_checkpoint(folder: Path, module: nn.Module) -> tuple[dict[str, Any], Mo
     state = read_state(folder)
     tensors, optimizer = _read_shards(folder, state) if SHARDS in state else _read_plain(folder, state)
     own, tied = module.state_dict(), state["tied"]
-    spread = {name: tensor for name, tensor in own.items() if is_spread(tensor)}
+    sharded = {name: tensor for name, tensor in own.items() if is_sharded(tensor)}
 
     def placed(place: str) -> Tensor:
         tensor = optimizer[place]
         # Places are made of names: `moments/<kind>/<parameter>/exp_avg`.
-        owner = next((spread[name] for name in place.split("/") if name in spread), tensor)
-        return spread_like(owner, tensor)
+        owner = next((sharded[name] for name in place.split("/") if name in sharded), tensor)
+        return shard_like(owner, tensor)
 
     try:
-        moments: MomentsState = join(OnDemand(optimizer, placed), state["optimizer"])
+        optimizer_state: OptimizerState = merge(OnDemand(optimizer, placed), state["optimizer"])
     except ValueError as error:
         raise DamagedCheckpoint(f"{folder} is damaged: {error}") from error
     found = OnDemand([*tensors, *tied], lambda name: tensors[tied.get(name, name)])
     _check_fit(folder, found, _shapes(tensors, tied), own)
     _fill(module, own, found)
-    return callers_state(state), moments
+    return callers_state(state), optimizer_state
+
+
+def newest_first(folder: Path) -> list[Path]:
+    """All checkpoints in a folder, the newest first; one that a killed process left moved aside counts."""
+    found = {}
+    for path in [*folder.glob(f".step-*{ASIDE}"), *folder.glob("step-*")]:
+        if _STEP.fullmatch(path.name.strip(".").removesuffix(ASIDE)) and path.is_dir() and not path.is_symlink():
+            found[step_of(path)] = path
+    return [found[step] for step in sorted(found, reverse=True)]
+
+
+def step_of(folder: Path) -> int:
+    """The step of a checkpoint's folder."""
+    return int(re.sub(r"\D", "", folder.name))
+
+
+def load_newest(folder: Path, module: nn.Module) -> tuple[Path, dict[str, Any], OptimizerState, list[str]]:
+    """Fills a module from the newest checkpoint that is sound.
+
+    Args:
+        folder: The run's `checkpoints`.
+        module: Is filled strictly; it stays as it was if none is sound.
+
+    Returns:
+        The checkpoint, its plain data, the optimizer state, and one sentence for each newer one that is damaged.
+
+    Raises:
+        CheckpointError: None is sound, or the newest sound one does not fit the module.
+    """
+    refused: list[str] = []
+    for path in newest_first(folder):
+        try:
+            return path, *load_checkpoint(path, module), refused
+        except DamagedCheckpoint as error:
+            refused.append(str(error))
+    if refused:
+        raise CheckpointError(f"{folder} has no checkpoint that is sound: {'; '.join(refused)}")
+    raise CheckpointError(f"{folder} has no checkpoints")
 
 
 def sound_shards(folder: Path, state: Mapping[str, Any]) -> None:
@@ -87,31 +130,28 @@ def sound_shards(folder: Path, state: Mapping[str, Any]) -> None:
 
 
 def _read_shards(folder: Path, state: Mapping[str, Any]) -> tuple[Shards, Shards]:
+    # With the digests right, the files hold all shards of every tensor that `state.json` describes.
     sound_shards(folder, state)
     try:
-        model = Shards(folder, state, [shards.MODEL, shards.FROZEN])
-        optimizer = Shards(folder, state, [shards.OPTIMIZER])
-        for each in (model, optimizer):
-            each.check()
+        return Shards(folder, state, [shards.MODEL, shards.FROZEN]), Shards(folder, state, [shards.OPTIMIZER])
     except TensorFileError as error:
         raise DamagedCheckpoint(f"{folder} is damaged: {error}") from error
-    return model, optimizer
 
 
 def _read_plain(folder: Path, state: Mapping[str, Any]) -> tuple[dict[str, Tensor], dict[str, Tensor]]:
-    optimizer = _read(folder / OPTIMIZER)
+    optimizer = _read(folder / OPTIMIZER_FILE)
     if fingerprint_of(optimizer) != state["digests"]["optimizer"]:
-        raise _not_as_written(folder / OPTIMIZER)
+        raise _not_as_written(folder / OPTIMIZER_FILE)
     frozen: dict[str, Tensor] = {}
     if "frozen" in state["digests"]:
-        if not (folder / FROZEN).is_file():
-            raise DamagedCheckpoint(f"{folder} is damaged: it has no {FROZEN}")
-        frozen = _read(folder / FROZEN)
+        if not (folder / FROZEN_FILE).is_file():
+            raise DamagedCheckpoint(f"{folder} is damaged: it has no {FROZEN_FILE}")
+        frozen = _read(folder / FROZEN_FILE)
         if fingerprint_of(frozen) != state["digests"]["frozen"]:
-            raise _not_as_written(folder / FROZEN)
-    tensors = frozen | _read(folder / MODEL)
+            raise _not_as_written(folder / FROZEN_FILE)
+    tensors = frozen | _read(folder / MODEL_FILE)
     if fingerprint_of(tensors) != state["digests"]["model"]:
-        raise _not_as_written(folder / MODEL)
+        raise _not_as_written(folder / MODEL_FILE)
     return tensors, optimizer
 
 
@@ -133,12 +173,12 @@ def _shapes(tensors: Mapping[str, Tensor], tied: Mapping[str, str]) -> dict[str,
 
 
 def _fill(module: nn.Module, own: Mapping[str, Tensor], found: Mapping[str, Tensor]) -> None:
-    if not any(is_spread(tensor) for tensor in own.values()):
+    if not any(is_sharded(tensor) for tensor in own.values()):
         module.load_state_dict(dict(found))
         return
     with torch.no_grad():
         for name, tensor in own.items():
-            tensor.copy_(spread_like(tensor, found[name]))
+            tensor.copy_(shard_like(tensor, found[name]))
 
 
 def _check_fit(

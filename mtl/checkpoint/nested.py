@@ -9,7 +9,7 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from mtl.runtime.tensors import bytes_of, whole
+from mtl.runtime.tensors import byte_view, full_tensor
 
 # What every version of safetensors knows; tensors of other types are kept as bytes.
 NATIVE = frozenset(
@@ -39,7 +39,7 @@ def split(content: Mapping[str, Any]) -> tuple[dict[str, Tensor], Any]:
 
     Returns:
         The tensors under names made of their places (`adamw/trunk.bias/exp_avg`), and the rest as JSON, which points to
-        them. What is spread over processes stays so, but for unusual types, of which all processes get the whole.
+        them. Sharded tensors stay sharded, but for unusual types, of which all processes get the full tensor.
 
     Raises:
         TypeError: There is something else in it; names its place.
@@ -48,7 +48,7 @@ def split(content: Mapping[str, Any]) -> tuple[dict[str, Tensor], Any]:
     return tensors, _plain(content, "", tensors)
 
 
-def join(tensors: Mapping[str, Tensor], rest: Any) -> Any:
+def merge(tensors: Mapping[str, Tensor], rest: Any) -> Any:
     """Puts together what `split` took apart.
 
     Raises:
@@ -57,7 +57,7 @@ def join(tensors: Mapping[str, Tensor], rest: Any) -> Any:
     try:
         return _whole(rest, tensors)
     except (LookupError, TypeError, AttributeError, RuntimeError) as error:
-        raise ValueError(f"what it remembers is not whole: {error!r}") from error
+        raise ValueError(f"the optimizer state is incomplete: {error!r}") from error
 
 
 def dense(tensor: Tensor) -> Tensor:
@@ -67,13 +67,13 @@ def dense(tensor: Tensor) -> Tensor:
 
 def apart(tensors: Mapping[str, Tensor]) -> dict[str, Tensor]:
     """The same tensors, with copies of those that share memory with one before, as safetensors asks for."""
-    seen: set[int] = set()
+    used: set[int] = set()
     kept = {}
     for name, tensor in tensors.items():
         plain = dense(tensor)
         address = plain.untyped_storage().data_ptr()
-        kept[name] = plain.clone() if address in seen else plain
-        seen.add(address)
+        kept[name] = plain.clone() if address in used else plain
+        used.add(address)
     return kept
 
 
@@ -84,7 +84,7 @@ def _plain(value: Any, place: str, tensors: dict[str, Tensor]) -> Any:
         return [_plain(each, _below(place, number), tensors) for number, each in enumerate(value)]
     if isinstance(value, Mapping):
         if odd := [key for key in value if not isinstance(key, str | int) or isinstance(key, bool)]:
-            raise TypeError(f"an optimizer remembers something under {odd[0]!r} in {place}; expected text or integers")
+            raise TypeError(f"optimizer state at {place}: expected keys that are text or integers, got {odd[0]!r}")
         inner = {key: _plain(each, _below(place, key), tensors) for key, each in value.items()}
         # JSON would make text of keys that are integers.
         is_text = all(isinstance(key, str) for key in inner)
@@ -93,7 +93,7 @@ def _plain(value: Any, place: str, tensors: dict[str, Tensor]) -> Any:
         return {"float": str(value)}
     if value is None or isinstance(value, bool | int | float | str):
         return value
-    raise TypeError(f"an optimizer remembers a {type(value).__name__} in {place}; expected tensors and plain data")
+    raise TypeError(f"optimizer state at {place}: expected tensors and plain data, got a {type(value).__name__}")
 
 
 def _below(place: str, key: object) -> str:
@@ -102,7 +102,7 @@ def _below(place: str, key: object) -> str:
 
 def _put(tensor: Tensor, place: str, tensors: dict[str, Tensor]) -> dict[str, Any]:
     if tensor.layout != torch.strided or tensor.is_quantized:
-        raise TypeError(f"an optimizer remembers a tensor in {place} that is sparse or quantized; expected a dense one")
+        raise TypeError(f"optimizer state at {place}: expected a dense tensor, got a sparse or quantized one")
     # Half a pair of surrogates is text in Python, and no name in a file.
     name = place.encode("utf-8", "replace").decode("utf-8")
     while name in tensors or name == "__metadata__":
@@ -110,7 +110,7 @@ def _put(tensor: Tensor, place: str, tensors: dict[str, Tensor]) -> dict[str, An
     if tensor.dtype in NATIVE:
         tensors[name] = tensor
         return {"tensor": name}
-    tensors[name] = bytes_of(dense(whole(tensor)))
+    tensors[name] = byte_view(dense(full_tensor(tensor)))
     return {"tensor": name, "type": str(tensor.dtype).removeprefix("torch."), "shape": list(tensor.shape)}
 
 

@@ -10,6 +10,8 @@ from pydantic import BaseModel, ConfigDict, ValidationError
 
 METRICS, AUDIT, STATE, CONFIG = "metrics.jsonl", "audit.json", "state.json", "config.yaml"
 HISTORY = "history.json"
+# Of a checkpoint that one process wrote; of a sharded one, see `tensor_file.shards`.
+MODEL_FILE, FROZEN_FILE, OPTIMIZER_FILE = "model.safetensors", "frozen.safetensors", "optimizer.safetensors"
 
 
 class RunFileError(ValueError):
@@ -167,11 +169,11 @@ def _checked(content: object, model: type[_Content], where: str) -> dict[str, An
     try:
         model.model_validate(content)
     except ValidationError as error:
-        raise RunFileError(f"{where}: {_in_words(error)}") from error
+        raise RunFileError(f"{where}: {_first_mistake(error)}") from error
     return content
 
 
-def _in_words(error: ValidationError) -> str:
+def _first_mistake(error: ValidationError) -> str:
     """The first thing that is wrong: which key, what was expected, what came."""
     first = error.errors()[0]
     key = ".".join(map(str, first["loc"]))

@@ -62,7 +62,7 @@ def run_config(file: Path, overrides: Sequence[str], quiet: bool, attempt: Attem
     from mtl.training.setup import assemble
 
     world = attempt.world = World.from_environment()
-    show_log(quiet or not world.leads, only_errors=not world.leads)
+    show_log(quiet or not world.is_main, only_errors=not world.is_main)
     config, source = resumed_config(config)
     attempt.config = config
     parts = assemble(config, quiet, world, begins=source is None)
@@ -83,8 +83,8 @@ def _close(parts: RunSetup, outcome: RunResult, world: World) -> bool:
     from mtl.results.summary import closing_line, results_table, verdict
     from mtl.runtime.console import logger
 
-    is_clean = not world.agree(broken=not outcome.report.ok).broken
-    if world.leads:
+    is_clean = not world.all_reduce_flags(broken=not outcome.report.ok).broken
+    if world.is_main:
         logger.info(results_table(outcome))
         logger.log(logging.INFO if outcome.report.ok else logging.ERROR, verdict(outcome))
         logger.info(closing_line(outcome))

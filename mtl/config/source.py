@@ -10,7 +10,7 @@ from typing import Any
 import yaml
 
 from mtl.config.yaml_text import LIST, MAPPING, NULL, ConfigError, compose, dump_yaml, read_scalar
-from mtl.runtime.links import dead_link
+from mtl.runtime.files import dead_link
 
 KeyPath = tuple[int | str, ...]
 COMMAND_LINE = "command line"

@@ -16,7 +16,7 @@ from safetensors.torch import load_file, save_file
 from torch import Tensor
 
 from mtl.runtime.console import logger
-from mtl.runtime.links import dead_link
+from mtl.runtime.files import dead_link
 
 Shape = tuple[int, ...]
 

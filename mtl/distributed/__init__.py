@@ -1,1 +1,1 @@
-"""Several processes that train one model: how they find each other, what they exchange, DDP, SyncBatchNorm."""
+"""Several processes that train one model: rendezvous, collectives, DDP, synchronised BatchNorm."""

@@ -1,20 +1,16 @@
-"""One model in every process, each on its share of the batch: gradients are averaged by DDP, per phase."""
+"""One model in every process, each on its share of the batch; DDP averages the trainable gradients of a phase."""
 
 from __future__ import annotations
 
 from collections.abc import Callable, Collection
 from contextlib import AbstractContextManager, nullcontext
-from dataclasses import dataclass
 from typing import Any, TypeVar
 
-import torch
-from torch import Tensor, nn
-from torch.distributed.algorithms.ddp_comm_hooks.default_hooks import allreduce_hook
-from torch.distributed.distributed_c10d import GroupMember
+from torch import nn
 from torch.nn.parallel import DistributedDataParallel
 
 from mtl.distributed.world import World, WorldError
-from mtl.runtime.tensors import is_spread
+from mtl.runtime.tensors import is_sharded
 
 Result = TypeVar("Result")
 
@@ -30,10 +26,10 @@ class _Run(nn.Module):
         return compute(*arguments)
 
 
-class Replica(nn.Module):
-    """A module whose trainable parameters get the mean of all processes' gradients.
+class PhaseDDP(nn.Module):
+    """Averages the gradients of a module's trainable parameters over all processes, by DDP.
 
-    Its parameters are none of its own: it registers no submodule, so that no name changes. Made by `wrap`.
+    It registers no submodule, so that no parameter's name changes. Made by `wrap_ddp`.
     """
 
     def __init__(self, module: nn.Module, trainable: Collection[str], world: World) -> None:
@@ -46,8 +42,8 @@ class Replica(nn.Module):
         """Runs a computation whose backward comes next; the gradients are averaged while it runs.
 
         Args:
-            compute: Uses the module's parameters; what it returns must hold the tensors that the loss is made of.
-            arguments: What it is given.
+            compute: Uses the module's parameters; what it returns must hold the tensors of the loss.
+            arguments: Are passed to it.
         """
         if self._ddp:
             result: Result = self._ddp[0](compute, *arguments)
@@ -55,70 +51,46 @@ class Replica(nn.Module):
         return compute(*arguments)
 
     def no_sync(self) -> AbstractContextManager[None]:
-        """For every micro-batch of a step but the last: forward and backward inside it add to this process's own."""
+        """For every micro-batch of a step but the last: forward and backward inside it accumulate locally."""
         return self._ddp[0].no_sync() if self._ddp else nullcontext()
 
     def close(self) -> None:
-        """Lets go of the parameters, so that the next phase can be wrapped; may be called again."""
+        """Removes its hooks from the parameters, so that the next phase can be wrapped; may be called again."""
         for ddp in self._ddp:
             ddp._remove_autograd_hooks()  # type: ignore[no-untyped-call]
         self._ddp.clear()
 
 
-def wrap(module: nn.Module, trainable: Collection[str], world: World) -> Replica:
-    """Has gradients averaged over the processes from here on, for exactly these parameters.
+def wrap_ddp(module: nn.Module, trainable: Collection[str], world: World) -> PhaseDDP:
+    """Averages gradients over the processes from now on, for exactly these parameters.
 
     Args:
         module: The module, which is left as it is and has the same weights in every process.
-        trainable: Names of parameters that train and that every backward reaches; DDP waits for each of them.
+        trainable: Names of trainable parameters that every backward reaches; DDP waits for each of them.
         world: The processes.
 
     Raises:
-        WorldError: A name is not that of a parameter that trains.
+        WorldError: A name is not that of a trainable parameter.
     """
     parameters = dict(module.named_parameters(remove_duplicate=False))
     wrong = [name for name in trainable if name not in parameters or not parameters[name].requires_grad]
     if wrong:
         raise WorldError(f"expected names of parameters that require a gradient, got {wrong[0]!r}; enforce the freeze")
-    # FSDP averages the gradients of what it has spread by itself.
-    return Replica(module, [name for name in trainable if not is_spread(parameters[name])], world)
+    # FSDP averages the gradients of sharded parameters by itself.
+    return PhaseDDP(module, [name for name in trainable if not is_sharded(parameters[name])], world)
 
 
 def _ddp_over(module: nn.Module, trainable: Collection[str]) -> DistributedDataParallel:
     run, reduced = _Run(module), {f"module.{name}" for name in trainable}
     names = [name for name, _ in run.named_parameters(remove_duplicate=False)]
-    # Statistics of frozen norm layers must stay, and those that train are averaged by World.average_buffers.
+    # Statistics of frozen norm layers must stay; World.average_buffers averages the trainable ones.
     ignored = [name for name in names if name not in reduced]
     ignored += [name for name, _ in run.named_buffers(remove_duplicate=False)]
     # As `_set_params_and_buffers_to_ignore_for_model`, which would leave marks on tensors that a later phase thaws.
     run._ddp_params_and_buffers_to_ignore = ignored  # type: ignore[assignment]
     return DistributedDataParallel(
         run,
-        # Weights are equal by construction, and the audit proves that what is frozen stays so.
+        # Weights are equal by construction, and the audit proves that frozen ones stay so.
         init_sync=False,
         gradient_as_bucket_view=True,
     )
-
-
-@dataclass
-class Traffic:
-    """Bytes of gradients that this process gave to be averaged."""
-
-    num_bytes: int = 0
-
-
-def count_traffic(replica: Replica) -> Traffic:
-    """Counts from here on what a replica averages; nothing if it is alone. For tests and benchmarks: it costs time."""
-    traffic = Traffic()
-
-    def count(_: object, bucket: Any) -> torch.futures.Future[Tensor]:
-        traffic.num_bytes += bucket.buffer().nbytes
-        group: Any = GroupMember.WORLD
-        return allreduce_hook(group, bucket)
-
-    # DDP takes a hook without annotations, or with types themselves, not with their names.
-    count.__annotations__.clear()
-
-    for ddp in replica._ddp:
-        ddp.register_comm_hook(None, count)
-    return traffic

@@ -1,7 +1,7 @@
-"""How the processes of one start find each other, although torchrun has started others before them.
+"""Rendezvous of the processes of one start, although torchrun may have started others before them.
 
 torchrun keeps one store over all its restarts, and in it the addresses of processes that have ended (pytorch issue
-135712). Its count of restarts cannot tell starts apart: each machine counts its own. So every start agrees on a name.
+135712). Its count of restarts cannot tell starts apart: each machine counts its own. So every start has its own name.
 """
 
 from __future__ import annotations
@@ -17,17 +17,17 @@ from torch.distributed.rendezvous import rendezvous
 _POLL_S = 0.02
 
 
-def meet(backend: str, rank: int, size: int, timeout_s: float) -> None:
-    """Starts torch.distributed with the processes of this start, whatever was before it.
+def start_group(backend: str, rank: int, size: int, timeout_s: float) -> None:
+    """Starts torch.distributed with the processes of this start, whatever the store holds of earlier ones.
 
     Args:
         backend: As torch takes it.
-        rank: Which process this is.
-        size: How many there are.
+        rank: Of this process.
+        size: Number of processes.
         timeout_s: How long a process waits for another one, now and later.
 
     Raises:
-        DistStoreError: Not all have come in time.
+        DistStoreError: Not all processes came in time.
     """
     timeout = timedelta(seconds=timeout_s)
     found = rendezvous("env://", rank=rank, world_size=size, timeout=timeout)
@@ -37,13 +37,13 @@ def meet(backend: str, rank: int, size: int, timeout_s: float) -> None:
 
 
 def fresh_name(store: Store, rank: int, size: int, timeout_s: float) -> str:
-    """A name that no start before had, the same in all processes of this one.
+    """A name that no earlier start had, the same in all processes of this one.
 
-    Rank 0 makes it up; the others sign it, each with a word of its own. Rank 0 repeats the words, which proves that it
-    is no name of before.
+    Rank 0 draws it; the others answer, each with a token of its own. Rank 0 repeats the tokens, which proves that the
+    name is not an earlier one.
 
     Raises:
-        DistStoreError: Not all have come in time.
+        DistStoreError: Not all processes came in time.
     """
     own = uuid.uuid4().hex
     if rank == 0:

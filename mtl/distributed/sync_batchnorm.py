@@ -1,8 +1,8 @@
 """BatchNorm that trains on the global batch: its statistics are taken over the images of all processes.
 
 torch's own SyncBatchNorm runs on GPUs only, makes the host wait for the device in each layer, and is another class than
-the layer it replaces, which patterns such as `type:BatchNorm2d` would no longer select. Here layers stay what they are;
-what they normalise with in train mode is another mean and variance. In eval mode, as while frozen, nothing is shared.
+the layer it replaces, which patterns such as `type:BatchNorm2d` would no longer select. Here layers stay as they are;
+in train mode they normalise with another mean and variance. In eval mode, as while frozen, nothing is shared.
 """
 
 from __future__ import annotations
@@ -23,13 +23,13 @@ from mtl.distributed.world import World
 
 
 def synchronise(module: nn.Module, world: World) -> None:
-    """Has BatchNorm layers in train mode take their statistics over all processes, from now on; nothing alone.
+    """Makes BatchNorm layers in train mode take their statistics over all processes; does nothing with one process.
 
     Every process has to run the same layers, forward and backward, in the same order.
 
     Args:
         module: The module, in which layers, names and tensors stay the same.
-        world: The processes, which have met.
+        world: The processes, after `World.start`.
     """
     if world.is_alone:
         return

@@ -1,7 +1,7 @@
-"""Several processes that train one model: which one this is, and what they tell each other.
+"""Several processes that train one model: the rank of this one, and the collectives between them.
 
-Started by torchrun, every process takes its share of each global batch. Alone, every method here gives back what it was
-given, and torch.distributed is not called.
+Started by torchrun, every process takes its share of each global batch. In a world of one process, every method returns
+its argument, and torch.distributed is not called.
 """
 
 from __future__ import annotations
@@ -17,14 +17,14 @@ import torch
 import torch.distributed as dist
 from torch import Tensor, nn
 
-from mtl.distributed.rendezvous import meet
+from mtl.distributed.rendezvous import start_group
 
 TIMEOUT_S = 600.0
 _VARIABLES = ("RANK", "WORLD_SIZE", "LOCAL_RANK")
 
 
 class WorldError(ValueError):
-    """Processes that cannot work together."""
+    """Processes that cannot train together."""
 
 
 class HasSums(Protocol):
@@ -36,30 +36,28 @@ class HasSums(Protocol):
 
 
 @dataclass(frozen=True)
-class Agreement:
-    """What all processes know after a step's message.
+class Flags:
+    """A step's flags after the all-reduce, the same in every process.
 
     Attributes:
-        stop: Whether any wants to stop.
-        broken: Whether any has found something broken.
+        stop: Whether any process was asked to stop.
+        broken: Whether any process has found something broken.
         seconds: Those of rank 0, whose clock counts.
-        weights: Sums over all processes.
     """
 
     stop: bool
     broken: bool
     seconds: float
-    weights: tuple[float, ...]
 
 
 @dataclass(frozen=True)
 class World:
-    """The processes of a run, seen from one of them.
+    """The processes of a run, from the view of one of them.
 
     Attributes:
-        rank: Which one this is, from 0.
+        rank: Of this process, from 0.
         size: How many there are.
-        local_rank: Which one this is on its machine: the number of its GPU.
+        local_rank: Of this process on its machine: the number of its GPU.
     """
 
     rank: int = 0
@@ -77,7 +75,7 @@ class World:
 
     @classmethod
     def from_environment(cls, environment: Mapping[str, str] | None = None) -> World:
-        """What torchrun says; alone if this process was not started by it.
+        """As torchrun's variables have it; one process if they are not set.
 
         Raises:
             WorldError: The variables are incomplete, or are no numbers that fit each other.
@@ -100,30 +98,22 @@ class World:
         return self.size == 1
 
     @property
-    def leads(self) -> bool:
-        """Whether this process is the one that writes files and speaks."""
+    def is_main(self) -> bool:
+        """Whether this is rank 0, which writes files and logs."""
         return self.rank == 0
 
-    def start(self, device: torch.device, timeout_s: float = TIMEOUT_S) -> torch.device:
-        """Meets the other processes.
+    def start(self, device: torch.device, timeout_s: float = TIMEOUT_S) -> None:
+        """Joins the other processes.
 
         Args:
-            device: The kind of device to compute on; a number of a GPU is not looked at.
+            device: The device of this process: the CPU, or its own GPU (see `gpu`).
             timeout_s: How long a process waits for another one before it gives up.
-
-        Returns:
-            The device of this process.
-
-        Raises:
-            WorldError: There are fewer GPUs on this machine than processes.
         """
         if self.is_alone:
-            return device
+            return
         if device.type == "cuda":
-            device = self.gpu()
             torch.cuda.set_device(device)
-        meet("cpu:gloo,cuda:nccl" if device.type == "cuda" else "gloo", self.rank, self.size, timeout_s)
-        return device
+        start_group("cpu:gloo,cuda:nccl" if device.type == "cuda" else "gloo", self.rank, self.size, timeout_s)
 
     def gpu(self) -> torch.device:
         """The GPU of this process.
@@ -139,20 +129,20 @@ class World:
         return torch.device("cuda", self.local_rank)
 
     @contextmanager
-    def first_one_first(self) -> Iterator[None]:
-        """Lets the first process do something before the others do it as well."""
-        if not self.leads:
+    def main_first(self) -> Iterator[None]:
+        """Runs a block in rank 0 first, then in the others."""
+        if not self.is_main:
             self.barrier()
         yield
-        if self.leads:
+        if self.is_main:
             self.barrier()
 
     def close(self) -> None:
-        """RunSetup from the other processes; may be called again."""
+        """Leaves the process group; may be called again."""
         if not self.is_alone and dist.is_initialized():
             dist.destroy_process_group()
 
-    # Who does what
+    # Division of work
 
     def shares(self, indices: Tensor) -> list[Tensor]:
         """The shares of a global batch by rank: in a row, of sizes that differ by one image at most.
@@ -170,19 +160,16 @@ class World:
             )
         return list(indices.tensor_split(self.size))
 
-    # What they tell each other
+    # Collectives
 
-    def agree(
-        self, stop: bool = False, broken: bool = False, seconds: float = 0.0, weights: Sequence[float] = ()
-    ) -> Agreement:
-        """One message a step, between the CPUs: no device is waited for."""
+    def all_reduce_flags(self, stop: bool = False, broken: bool = False, seconds: float = 0.0) -> Flags:
+        """All-reduces flags between the CPUs, once a step: no device is waited for."""
         if self.is_alone:
-            return Agreement(stop, broken, seconds, tuple(map(float, weights)))
-        message = [float(stop), float(broken), seconds if self.leads else 0.0, *weights]
-        sums = torch.tensor(message, dtype=torch.float64)
+            return Flags(stop, broken, seconds)
+        sums = torch.tensor([stop, broken, seconds if self.is_main else 0.0], dtype=torch.float64)
         dist.all_reduce(sums)
-        stops, breaks, told, *totals = sums.tolist()
-        return Agreement(stops > 0, breaks > 0, told, tuple(totals))
+        num_stop, num_broken, seconds_of_rank_0 = sums.tolist()
+        return Flags(num_stop > 0, num_broken > 0, seconds_of_rank_0)
 
     def mean(self, tensor: Tensor) -> Tensor:
         """The mean of a small tensor over the processes, detached."""
@@ -193,16 +180,16 @@ class World:
         return total / self.size
 
     def global_losses(self, losses: Tensor) -> Tensor:
-        """The means of losses over the processes, whose gradient is that of this process's own.
+        """The means of losses over the processes, with the gradient of this process's own.
 
         DDP's mean over the processes' gradients is then the gradient of any function of the global losses.
         """
         return losses if self.is_alone else losses + (self.mean(losses) - losses.detach())
 
     def average_buffers(self, module: nn.Module, names: Collection[str]) -> None:
-        """Makes buffers one over the processes: means of floats, and for whole numbers those of rank 0.
+        """Makes buffers equal in all processes: the mean of floats, rank 0's integers.
 
-        Meant for the statistics of norm layers that train, which each process has of its own share.
+        For the statistics of trainable norm layers, which each process has of its own share.
         """
         if self.is_alone or not names:
             return
@@ -225,7 +212,7 @@ class World:
                 buffer.copy_(part.view_as(buffer))
 
     def sum_metrics(self, metrics: Iterable[HasSums]) -> None:
-        """Makes statistics those of all processes together: whole numbers exactly, floats in their own precision.
+        """Sums the statistics of metrics over all processes: integers exactly, floats in their own precision.
 
         Args:
             metrics: The same kinds in the same order on every process; one that has counted nothing adds zeros.
@@ -248,29 +235,29 @@ class World:
             one.take([summed[place] for place in range(start, start + len(state))])
             start += len(state)
 
-    def same_from_rank_0(self, value: Any) -> Any:
-        """What rank 0 gives, on every process: anything that JSON can hold; others may give None."""
+    def broadcast(self, value: Any) -> Any:
+        """Rank 0's value in every process: anything that JSON can hold; others may pass None."""
         if self.is_alone:
             return value
-        content = json.dumps(value).encode() if self.leads else b""
+        content = json.dumps(value).encode() if self.is_main else b""
         length = torch.tensor([len(content)])
         dist.broadcast(length, src=0)
-        message = torch.frombuffer(bytearray(content), dtype=torch.uint8) if self.leads else None
+        message = torch.frombuffer(bytearray(content), dtype=torch.uint8) if self.is_main else None
         if message is None:
             message = torch.empty(int(length), dtype=torch.uint8)
         dist.broadcast(message, src=0)
         return json.loads(bytes(message.tolist()))
 
     def barrier(self) -> None:
-        """Waits until every process is here; between the CPUs, so that no GPU has to be guessed."""
-        self.agree()
+        """Waits for every process, on the CPUs, so that no GPU has to be guessed."""
+        self.all_reduce_flags()
 
 
 ALONE = World.alone()
 
 
 def shares_of_means(weights: Tensor, totals: Tensor, world_size: int) -> Tensor:
-    """What each local mean loss is multiplied by, so that their mean is the mean over all labelled entries.
+    """Factors of the local mean losses that make their mean the mean over all labelled entries.
 
     A step has m micro-batches on each of w processes. The mean over these m w of `share * local mean loss` is then the
     mean that one batch of all images would have, and so are the gradients.
@@ -289,7 +276,7 @@ def shares_of_means(weights: Tensor, totals: Tensor, world_size: int) -> Tensor:
 
 
 def is_lost(error: Exception) -> bool:
-    """Whether an error says that another process is gone, or has not answered in time."""
+    """Whether an error means that another rank exited, or did not answer in time."""
     return isinstance(error, dist.DistError) or any(
         sign in str(error) for sign in ("Connection closed by peer", "Connection reset", "gloo", "Timed out waiting")
     )

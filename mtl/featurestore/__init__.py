@@ -7,9 +7,9 @@ A caller needs two lines, whatever happens to the store:
         store.write(indices, features := trunk(images))
 """
 
-from mtl.featurestore.base import FeatureStore, Field, StoreError
+from mtl.featurestore.base import FeatureStore, Field
 from mtl.featurestore.disk import DiskStore
 from mtl.featurestore.ram import RamStore
 from mtl.featurestore.sharded import ShardedStore, batches_to_fill
 
-__all__ = ["DiskStore", "FeatureStore", "Field", "RamStore", "ShardedStore", "StoreError", "batches_to_fill"]
+__all__ = ["DiskStore", "FeatureStore", "Field", "RamStore", "ShardedStore", "batches_to_fill"]

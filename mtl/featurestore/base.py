@@ -5,8 +5,6 @@ from __future__ import annotations
 from abc import ABC, abstractmethod
 from collections.abc import Sequence
 from dataclasses import dataclass
-from types import TracebackType
-from typing import Self
 
 import numpy as np
 import torch
@@ -16,13 +14,6 @@ from torch import Tensor
 Bytes = NDArray[np.uint8]
 Indices = NDArray[np.int64]
 
-_FLOATS = (torch.float32, torch.float16, torch.bfloat16, torch.float64)
-_OTHERS = (torch.uint8, torch.int8, torch.int16, torch.int32, torch.int64, torch.bool)
-
-
-class StoreError(ValueError):
-    """A store, or rows of it, asked for in a way that cannot be."""
-
 
 @dataclass(frozen=True)
 class Field:
@@ -30,14 +21,6 @@ class Field:
 
     shape: tuple[int, ...]
     dtype: torch.dtype
-
-    def __post_init__(self) -> None:
-        object.__setattr__(self, "shape", tuple(self.shape))
-        if not all(isinstance(length, int) and length > 0 for length in self.shape):
-            raise StoreError(f"a field's shape: expected lengths of 1 and more, got {self.shape}")
-        if self.dtype not in _FLOATS + _OTHERS:
-            expected = ", ".join(map(str, _FLOATS + _OTHERS))
-            raise StoreError(f"a field's dtype: expected one of {expected}, got {self.dtype}")
 
     @property
     def num_bytes(self) -> int:
@@ -49,7 +32,7 @@ class FeatureStore(ABC):
     """Rows of features by image index.
 
     Every method may be called from several threads at once. A row that is there stays as it is: writing it again
-    changes nothing, so that no reader meets a row that is half old and half new.
+    changes nothing, so that no reader gets a row that is half old and half new.
     """
 
     def __init__(self, num_rows: int, fields: Sequence[Field], pin_memory: bool = False) -> None:
@@ -59,19 +42,12 @@ class FeatureStore(ABC):
             num_rows: How many images there are; indices are 0 to num_rows - 1.
             fields: The tensors of one image.
             pin_memory: Whether rows are read into pinned memory, so that copying them to a GPU need not wait for it.
-
-        Raises:
-            StoreError: There are no rows or no fields.
         """
-        if num_rows < 1:
-            raise StoreError(f"num_rows: expected 1 or more, got {num_rows}")
-        if not fields:
-            raise StoreError("fields: expected one or more, got none")
         self.num_rows = num_rows
         self.fields = tuple(fields)
         self.pin_memory = pin_memory
         # Whether it has no rows and takes none any more.
-        self.is_off = False
+        self.is_disabled = False
 
     @property
     def row_bytes(self) -> int:
@@ -94,17 +70,6 @@ class FeatureStore(ABC):
         return self.num_present == self.num_rows
 
     @abstractmethod
-    def has(self, indices: Tensor) -> bool:
-        """Whether all of these rows are there. It looks at no row, so `read` may still find one damaged.
-
-        Args:
-            indices: "b", integers, in any order, repeated or not.
-
-        Raises:
-            StoreError: They are not such indices.
-        """
-
-    @abstractmethod
     def read(self, indices: Tensor) -> list[Tensor] | None:
         """Reads rows.
 
@@ -115,9 +80,6 @@ class FeatureStore(ABC):
             For every field "b ...", in its dtype, on the CPU, bit for bit what was written; fresh memory, which
             training may use even if it is read in inference mode. None if a row is not there or is damaged: compute
             the features.
-
-        Raises:
-            StoreError: They are not such indices.
         """
 
     @abstractmethod
@@ -128,39 +90,25 @@ class FeatureStore(ABC):
             indices: "b", integers, in any order, repeated or not.
             tensors: For every field "b ...", on any device and in any memory layout. Another float dtype than the
                 field's is converted.
-
-        Raises:
-            StoreError: They are not such indices, or the tensors do not fit the fields.
         """
 
     @abstractmethod
     def close(self) -> None:
         """Lets go of everything; a store that is closed has no rows and takes none. May be called again."""
 
-    def __enter__(self) -> Self:
-        return self
-
-    def __exit__(self, kind: type[BaseException] | None, error: BaseException | None, at: TracebackType | None) -> None:
-        self.close()
-
     def _checked(self, indices: Tensor) -> Indices:
-        if indices.ndim != 1 or indices.is_floating_point() or indices.dtype is torch.bool:
-            got = f"{tuple(indices.shape)} {indices.dtype}"
-            raise StoreError(f"indices: expected integers in one dimension, got {got}")
+        assert indices.ndim == 1 and not indices.is_floating_point() and indices.dtype is not torch.bool, indices
         wanted: Indices = indices.detach().cpu().numpy().astype(np.int64)
-        outside = wanted[(wanted < 0) | (wanted >= self.num_rows)]
-        if len(outside):
-            raise StoreError(f"indices: expected 0 to {self.num_rows - 1}, got {outside[0]}")
+        assert not ((wanted < 0) | (wanted >= self.num_rows)).any(), f"expected 0 to {self.num_rows - 1}, got {wanted}"
         return wanted
 
     def _check_fit(self, tensors: Sequence[Tensor], length: int) -> None:
-        if len(tensors) != len(self.fields):
-            raise StoreError(f"tensors: expected {len(self.fields)}, one for every field, got {len(tensors)}")
-        for number, (tensor, field) in enumerate(zip(tensors, self.fields, strict=True)):
-            is_convertible = tensor.dtype == field.dtype or {tensor.dtype, field.dtype} <= set(_FLOATS)
-            if tuple(tensor.shape) != (length, *field.shape) or not is_convertible:
-                expected, got = f"{(length, *field.shape)} {field.dtype}", f"{tuple(tensor.shape)} {tensor.dtype}"
-                raise StoreError(f"tensor {number}: expected {expected}, got {got}")
+        expected = [((length, *field.shape), field.dtype) for field in self.fields]
+        got = [(tuple(tensor.shape), tensor.dtype) for tensor in tensors]
+        assert [shape for shape, _ in got] == [shape for shape, _ in expected], f"expected {expected}, got {got}"
+        for (_, there), (_, dtype) in zip(got, expected, strict=True):
+            is_convertible = there.is_floating_point and dtype.is_floating_point
+            assert there == dtype or is_convertible, f"expected {expected}, got {got}"
 
     def _to_bytes(self, tensors: Sequence[Tensor], places: Indices) -> list[Bytes]:
         """For every field "b bytes" of some places of a batch."""

@@ -11,7 +11,7 @@ from typing import Any
 
 from torch import Tensor
 
-from mtl.featurestore.base import FeatureStore, Field, StoreError, new_places
+from mtl.featurestore.base import FeatureStore, Field, new_places
 from mtl.featurestore.entry import DamagedEntry, Entry, Layout
 from mtl.featurestore.folder import NoRoom, StoreFolder, damage
 from mtl.runtime.console import logger
@@ -25,7 +25,7 @@ class DiskStore(FeatureStore):
     finish is kept, and the other one reads that.
 
     No failure of the disk is raised. A file that is damaged is removed, and the store is empty again; if it cannot be
-    written, the store is off: it has no rows and takes none. Either is said in one warning.
+    written, the store is disabled: it has no rows and takes none. Either is logged in one warning.
     """
 
     def __init__(
@@ -49,17 +49,10 @@ class DiskStore(FeatureStore):
                 use. None for no limit; then something is removed only if the disk has too little room.
             spare_bytes: What has to be free on the disk besides, before filling begins.
             pin_memory: As in every store.
-
-        Raises:
-            StoreError: The key is not JSON, or there are no rows or fields.
         """
         super().__init__(num_rows, fields, pin_memory)
         self._layout = Layout(key, num_rows, self.fields)
-        try:
-            digest = self._layout.digest
-        except (TypeError, ValueError) as error:
-            raise StoreError(f"key: expected JSON, got {key!r}: {error}") from error
-        self.path = Path(folder) / digest
+        self.path = Path(folder) / self._layout.digest
         self._folder = StoreFolder(Path(folder), max_bytes, spare_bytes)
         self._lock = threading.RLock()
         self._owner = os.getpid()
@@ -71,10 +64,6 @@ class DiskStore(FeatureStore):
     def num_present(self) -> int:
         entry = self._entry
         return 0 if entry is None else entry.num_present
-
-    def has(self, indices: Tensor) -> bool:
-        wanted, entry = self._checked(indices), self._entry
-        return entry is not None and entry.has(wanted)
 
     def read(self, indices: Tensor) -> list[Tensor] | None:
         wanted, entry = self._checked(indices), self._entry
@@ -92,7 +81,7 @@ class DiskStore(FeatureStore):
         wanted = self._checked(indices)
         self._check_fit(tensors, len(wanted))
         with self._lock:
-            if self.is_off or self.is_complete or not len(wanted):
+            if self.is_disabled or self.is_complete or not len(wanted):
                 return
             try:
                 self._entry = entry = self._entry_to_fill()
@@ -102,11 +91,11 @@ class DiskStore(FeatureStore):
                 if self.is_complete and not entry.is_whole:
                     self._publish(entry)
             except (OSError, NoRoom) as error:
-                self._turn_off(error)
+                self._disable(error)
 
     def close(self) -> None:
         with self._lock:
-            entry, self._entry, self.is_off = self._entry, None, True
+            entry, self._entry, self.is_disabled = self._entry, None, True
             # Forked processes have this object as well; the files are those of the one that made it.
             if entry is not None and self._owner == os.getpid():
                 entry.touch()
@@ -120,10 +109,10 @@ class DiskStore(FeatureStore):
                 if self._entry is None:
                     self._folder.make_room(self._layout.nbytes, dry=True)
         except (OSError, NoRoom) as error:
-            self._turn_off(error)
+            self._disable(error)
 
     def _entry_to_fill(self) -> Entry:
-        """The entry that rows go to; a whole one if another process has finished it meanwhile."""
+        """The entry that rows go to; a complete one if another process has finished it meanwhile."""
         entry = self._entry
         if entry is not None and not self.path.exists():
             return entry
@@ -146,7 +135,7 @@ class DiskStore(FeatureStore):
         _remove_unfinished(entry)
 
     def _discard(self, entry: Entry, error: Exception) -> None:
-        """Lets go of an entry with a damaged row; only the first of several threads that met it does something."""
+        """Lets go of an entry with a damaged row; of several threads that found it, only the first does something."""
         with self._lock:
             if self._entry is not entry:
                 return
@@ -154,21 +143,21 @@ class DiskStore(FeatureStore):
             self._num_damages += 1
             try:
                 with self._folder.locked():
-                    # Another process may have removed it, and even made it anew.
+                    # Another process may have removed it, and even written it again.
                     if entry.is_at(entry.path):
                         self._folder.remove(entry.path)
             except OSError as failure:
-                self._turn_off(failure)
-            if self.is_off:
+                self._disable(failure)
+            if self.is_disabled:
                 return
             if self._num_damages == 1:
                 logger.warning("%s", damage(entry.path, error))
             else:
                 # Filling it again and again would cost more than it saves.
-                self._turn_off(DamagedEntry(f"damaged again, {error}"))
+                self._disable(DamagedEntry(f"damaged again, {error}"))
 
-    def _turn_off(self, error: Exception) -> None:
-        entry, self._entry, self.is_off = self._entry, None, True
+    def _disable(self, error: Exception) -> None:
+        entry, self._entry, self.is_disabled = self._entry, None, True
         if entry is not None:
             _remove_unfinished(entry)
         logger.warning("features are not kept in %s: %s; they are computed every time", self.path.parent, error)

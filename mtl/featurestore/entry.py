@@ -70,8 +70,8 @@ class Layout:
 class Entry:
     """The open files of an entry.
 
-    They are closed when the last user of this object is gone, so that a thread that reads goes on reading the file it
-    began with, whatever others do.
+    They are closed when the last user of this object is gone, so that a thread keeps reading the file it began with,
+    whatever others do.
     """
 
     def __init__(self, path: Path, layout: Layout, rows: int, lock: int, sums: NDArray[np.uint64] | None) -> None:
@@ -81,7 +81,7 @@ class Entry:
             path: Its directory.
             layout: What it holds.
             rows: The descriptor of the file of rows.
-            lock: That of the lock file, locked: shared for an entry that is whole, else exclusively.
+            lock: That of the lock file, locked: shared for a complete entry, else exclusively.
             sums: The checksums of all rows; None for an entry without rows.
         """
         self.path, self.layout = path, layout
@@ -115,7 +115,7 @@ class Entry:
 
     @classmethod
     def open(cls, path: Path, layout: Layout) -> Entry:
-        """Opens an entry that is whole; its rows are checked as they are read.
+        """Opens a complete entry; its rows are checked as they are read.
 
         Raises:
             DamagedEntry: It is not what was written.
@@ -174,7 +174,7 @@ class Entry:
             if _all_bytes(os.pwritev, self._rows, buffers, row * size) != size:
                 raise OSError(f"row {row} was not taken")
             self._sums[row] = _checksum(buffers)
-        # Last, so that no reader takes a row that is not whole.
+        # Last, so that no reader takes a row that is incomplete.
         self.present[wanted] = True
         self.num_present += len(wanted)
 
@@ -199,7 +199,7 @@ class Entry:
             return False
 
     def touch(self) -> None:
-        """Notes that it is in use now."""
+        """Records that it is in use now."""
         # A folder that cannot be written keeps its entries anyway.
         with contextlib.suppress(OSError):
             os.utime(self.lock)
@@ -236,7 +236,7 @@ def _all_bytes(call: _Call, file: int, buffers: Sequence[Bytes], at: int) -> int
         done += moved
         if done == size:
             break
-        # A call may do less, for instance when the disk becomes full; the next one says why.
+        # A call may do less, for instance when the disk becomes full; the next one raises the reason.
         rest, skip = [], done
         for buffer in buffers:
             rest.append(buffer.data[skip:])

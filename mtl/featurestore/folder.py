@@ -1,4 +1,4 @@
-"""The folder that entries of features share: what is left behind in it, what is in use, and what has to go."""
+"""The folder that entries of features share: leftovers of dead processes, entries in use, and which to evict."""
 
 from __future__ import annotations
 
@@ -22,7 +22,7 @@ _CANNOT_WRITE = (errno.EROFS, errno.EACCES, errno.EPERM)
 
 
 class NoRoom(Exception):  # noqa: N818  it is caught inside this package
-    """An entry that would not fit; says why."""
+    """An entry that would not fit; the message has the reason."""
 
 
 class StoreFolder:
@@ -87,20 +87,20 @@ class StoreFolder:
         entry.touch()
 
     def remove(self, path: Path) -> None:
-        """Removes an entry; a process that has it open goes on with the files it has."""
+        """Removes an entry; a process that has it open continues with the files it has."""
         # Renamed first: if this process dies half-way, what is left is nobody's, not a damaged entry.
         gone = self._temporary(path.name)
         path.rename(gone)
         shutil.rmtree(gone, ignore_errors=True)
 
     def sweep(self) -> None:
-        """Removes what processes that are dead left behind."""
+        """Removes the leftovers of dead processes."""
         for path in self._matching(_TEMPORARY):
             if not _is_in_use(path):
                 shutil.rmtree(path, ignore_errors=True)
 
     def make_room(self, nbytes: int, dry: bool = False) -> None:
-        """Removes entries, the least recently used first, until so many bytes more fit.
+        """Removes entries, the least recently used first, until a number of bytes more fits.
 
         Args:
             nbytes: Of the new entry.
@@ -141,7 +141,7 @@ class StoreFolder:
 
 
 def damage(path: Path, error: Exception) -> str:
-    """What is said of a damaged entry."""
+    """The message about a damaged entry."""
     return f"features {path} are damaged ({error}); they are removed and computed again"
 
 

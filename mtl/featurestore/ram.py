@@ -25,10 +25,6 @@ class RamStore(FeatureStore):
     def num_present(self) -> int:
         return int(np.count_nonzero(self._present))
 
-    def has(self, indices: Tensor) -> bool:
-        wanted = self._checked(indices)
-        return bool(self._memory) and bool(self._present[wanted].all())
-
     def read(self, indices: Tensor) -> list[Tensor] | None:
         wanted = self._checked(indices)
         memory, present = self._memory, self._present
@@ -51,7 +47,7 @@ class RamStore(FeatureStore):
                 self._memory = [np.empty((self.num_rows, field.num_bytes), np.uint8) for field in self.fields]
             for kept, part in zip(self._memory, self._to_bytes(tensors, places), strict=True):
                 kept[wanted[places]] = part
-            # Last, so that no reader takes a row that is not whole.
+            # Last, so that no reader takes a row that is incomplete.
             self._present[wanted[places]] = True
 
     def close(self) -> None:

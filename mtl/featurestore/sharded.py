@@ -1,4 +1,4 @@
-"""Features spread over processes: each keeps every `size`-th row, and hands the others what they ask for."""
+"""Features sharded over processes: each keeps every `size`-th row, and sends the others what they ask for."""
 
 from __future__ import annotations
 
@@ -17,7 +17,7 @@ Compute = Callable[[Tensor], Sequence[Tensor]]
 class ShardedStore(FeatureStore):
     """The rows `row % size == rank` in a store of this process; `read_every` is how all processes read together.
 
-    The methods of every store are about this process's own rows alone, and speak to no other process.
+    The methods of every store are about this process's own rows alone, and communicate with no other process.
     """
 
     def __init__(
@@ -28,15 +28,12 @@ class ShardedStore(FeatureStore):
         fields: The tensors of one image.
         world: The processes.
         make: Makes the store of this process, given its number of rows.
-
-        Raises:
-            StoreError: There are no rows or no fields.
         """
         super().__init__(num_rows, fields)
         self._world = world
         self.num_own = len(range(world.rank, num_rows, world.size))
         self._inner = make(max(1, self.num_own))
-        self.is_off = self._inner.is_off
+        self.is_disabled = self._inner.is_disabled
 
     @property
     def nbytes(self) -> int:
@@ -52,11 +49,6 @@ class ShardedStore(FeatureStore):
         """All of this process's rows are there."""
         return self.num_present == self.num_own
 
-    def has(self, indices: Tensor) -> bool:
-        """Whether those of these rows that are this process's are there."""
-        own = self._own(indices)
-        return len(own) == 0 or self._inner.has(own // self._world.size)
-
     def read(self, indices: Tensor) -> list[Tensor] | None:
         """As in every store; None as well if a row is another process's."""
         own = self._own(indices)
@@ -70,7 +62,7 @@ class ShardedStore(FeatureStore):
         if len(places):
             own = [tensor if len(places) == len(tensor) else tensor[places.to(tensor.device)] for tensor in tensors]
             self._inner.write(indices[places] // self._world.size, own)
-            self.is_off = self._inner.is_off
+            self.is_disabled = self._inner.is_disabled
 
     def close(self) -> None:
         self._inner.close()
@@ -85,9 +77,6 @@ class ShardedStore(FeatureStore):
 
         Returns:
             For every field "b ...", in its dtype, on the device: the rows that this process wants.
-
-        Raises:
-            StoreError: They are no such rows.
         """
         rank, size = self._world.rank, self._world.size
         asked = [self._own(rows) for rows in every]
@@ -139,7 +128,7 @@ def batches_to_fill(first: int, num_images: int, size: int, keeps_last: bool, wo
     """What this process computes so that all rows of a split, or of a view of it, come to be kept.
 
     Bits can depend on the size of a batch. So all are of the sizes that one process would use, filled up with images
-    computed twice if need be; and all processes have equally many, since a model that is spread needs them all.
+    computed twice if need be; and all processes have equally many, since a sharded model needs them all.
 
     Args:
         first: The row of the first image.

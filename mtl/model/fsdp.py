@@ -16,7 +16,7 @@ from torch.distributed.fsdp import fully_shard, register_fsdp_forward_method
 
 from mtl.distributed.world import World, WorldError
 from mtl.model import MultiTaskModel
-from mtl.runtime.tensors import whole
+from mtl.runtime.tensors import full_tensor
 
 # What our model calls of a timm trunk instead of its forward.
 _METHODS = ("forward_features", "forward_intermediates", "forward_head")
@@ -101,7 +101,7 @@ def gather(model: nn.Module, world: World) -> Gathered:
     first_of: dict[int, str] = {}
     for name, tensor in model.state_dict(keep_vars=True).items():
         first = first_of.setdefault(id(tensor), name)
-        gathered = whole(tensor.detach()) if first == name else None
-        if world.leads:
+        gathered = full_tensor(tensor.detach()) if first == name else None
+        if world.is_main:
             full[name] = full[first] if gathered is None else gathered.cpu().clone()
     return Gathered(full)

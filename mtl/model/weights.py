@@ -16,7 +16,7 @@ import torch
 from timm.models import get_arch_pretrained_cfgs
 from torch import Tensor
 
-from mtl.checkpoint.tensor_file import UnreadableError, read_contents
+from mtl.checkpoint.tensor_file import UnreadableError, read_contents, read_tensor_file
 from mtl.config import SettingError
 from mtl.runtime.console import logger
 from mtl.runtime.text import condense, count, hint, shorten
@@ -54,7 +54,7 @@ def packaged_weights() -> dict[str, Tensor]:
             " Other choices: hub, none, or the path of a weights file"
         )
     file = Path(spec.origin).parent / "models" / _FILE
-    source: dict[str, Tensor] = torch.load(file, map_location="cpu", weights_only=True)
+    source: dict[str, Tensor] = read_tensor_file(file)
     return {name: tensor for old, tensor in source.items() if (name := _timm_name(old)) is not None}
 
 

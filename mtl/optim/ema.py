@@ -9,7 +9,7 @@ import torch
 from torch import Tensor, nn
 from torch.optim.swa_utils import get_ema_multi_avg_fn
 
-from mtl.runtime.tensors import in_kinds
+from mtl.runtime.tensors import by_sharding
 
 
 class Ema:
@@ -42,7 +42,7 @@ class Ema:
     def update(self) -> None:
         """Takes note of one optimizer step."""
         averages, parameters = [self._averages[name] for name in self._parameters], list(self._parameters.values())
-        for places in in_kinds(parameters):
+        for places in by_sharding(parameters):
             self._average([averages[place] for place in places], [parameters[place] for place in places], 0)
 
     @contextmanager

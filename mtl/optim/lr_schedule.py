@@ -70,7 +70,7 @@ class LrSchedule:
     def epoch_done(self, metrics: Mapping[str, float]) -> None:
         """Reports one completed pass over the training data and what its validation found."""
         config = self._config
-        if not isinstance(config, PlateauConfig) or self._best.see(metrics[config.metric]):
+        if not isinstance(config, PlateauConfig) or self._best.update(metrics[config.metric]):
             return
         if self._best.num_since >= config.patience:
             self._scale *= config.factor

@@ -10,7 +10,7 @@ from torch import Tensor
 from torch.optim import Optimizer
 
 from mtl.optim.optimizers import held_by
-from mtl.runtime.tensors import is_spread, spread_like
+from mtl.runtime.tensors import is_sharded, shard_like
 
 # Options that do not change what an optimizer remembers of a parameter.
 _OF_NO_STATE = {
@@ -92,8 +92,8 @@ def _kind(optimizer: Optimizer) -> str:
 
 def _in_layout_of(parameter: Tensor, value: Any) -> Any:
     """A state tensor with the parameter's strides, for which an optimizer's fused loops ask; spread as it is."""
-    if isinstance(value, Tensor) and is_spread(parameter):
-        return spread_like(parameter, value)
+    if isinstance(value, Tensor) and is_sharded(parameter):
+        return shard_like(parameter, value)
     if not isinstance(value, Tensor) or value.shape != parameter.shape or value.stride() == parameter.stride():
         return value
     return torch.empty_like(parameter, dtype=value.dtype, device=value.device).copy_(value)

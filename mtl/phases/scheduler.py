@@ -102,7 +102,7 @@ class TaskScheduler:
             raise ValueError(f"phase {phase.name!r} waits for {missing[0]}, which was not reported")
         self._epochs += 1
         for plateau, best in self._plateaus.items():
-            best.see(metrics[plateau.metric])
+            best.update(metrics[plateau.metric])
         for metric in self._latest:
             self._latest[metric] = metrics[metric] if math.isfinite(metrics[metric]) else None
         return self._look()

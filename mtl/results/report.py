@@ -29,7 +29,7 @@ from mtl.model.trunk import in_eval_mode
 from mtl.optim.task_gradients import GradientAnalysis
 from mtl.phases.setup import draw_up
 from mtl.runtime.files import write_text
-from mtl.runtime.tensors import is_spread
+from mtl.runtime.tensors import is_sharded
 from mtl.runtime.text import count
 from mtl.tasks import Depth, Normals, Segmentation, Task
 from mtl.training.history import History
@@ -71,7 +71,7 @@ def write_report(parts: RunSetup, run_dir: Path, picture: Path | None = None) ->
     rows, audit = read_metrics(run_dir / METRICS), read_audit(run_dir / AUDIT)
     # A run whose score never was a number has no best weights.
     which = "best" if (run_dir / "checkpoints" / "best").exists() else "last"
-    if any(is_spread(parameter) for parameter in parts.root.parameters()):
+    if any(is_sharded(parameter) for parameter in parts.root.parameters()):
         # The other processes have gone: a model that this one can run alone.
         trunk = parts.config.trunk.model_copy(update={"weights": "none"})
         own = draw_up(parts.config.with_changes(trunk=trunk))

@@ -1,1 +1,1 @@
-"""The process and its machine: files written whole, tensors in memory, console, signals, random numbers, plug-ins."""
+"""The process and its machine: files, tensors in memory, console, signals, random numbers, plug-ins."""

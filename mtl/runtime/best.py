@@ -1,4 +1,4 @@
-"""The best value of a metric so far, and how long ago it was seen."""
+"""The best value of a metric so far, and how long ago it came."""
 
 from __future__ import annotations
 
@@ -36,8 +36,8 @@ class Best:
         self._sign = 1.0 if direction == "higher" else -1.0
         self._min_delta = min_delta
 
-    def see(self, value: float) -> bool:
-        """Takes note of the next value; returns whether it is a new best."""
+    def update(self, value: float) -> bool:
+        """Records the next value; returns whether it is a new best."""
         is_new = math.isfinite(value) and (
             self.value is None or self._sign * value > self._sign * self.value + self._min_delta
         )
@@ -50,15 +50,5 @@ class Best:
         return BestState(value=self.value, num_since=self.num_since)
 
     def load_state_dict(self, state: BestState) -> None:
-        """Goes on where another one with the same direction and margin stood.
-
-        Raises:
-            ValueError: The state is not one that can be reached.
-        """
-        if not isinstance(state, dict) or state.keys() != self.state_dict().keys():
-            raise ValueError(f"{state} is no state of a best value")
-        value, num_since = state["value"], state["num_since"]
-        known = value is None or (type(value) in (int, float) and abs(value) < math.inf)
-        if not known or type(num_since) is not int or num_since < 0:
-            raise ValueError(f"{state} is no state of a best value")
-        self.value, self.num_since = value, num_since
+        """Continues from the state of another one with the same direction and margin."""
+        self.value, self.num_since = state["value"], state["num_since"]

@@ -1,4 +1,4 @@
-"""What is written is on the disk, whole."""
+"""Files: written whole and forced to disk; errors of the system about them; dead links."""
 
 from __future__ import annotations
 
@@ -12,11 +12,11 @@ from typing import Any
 
 
 def is_full(error: Exception) -> bool:
-    """Whether an error says that a disk has no room, or no more for this user."""
+    """Whether an error means that a disk is full, or this user's share of it."""
     return isinstance(error, OSError) and error.errno in (errno.ENOSPC, errno.EDQUOT)
 
 
-# What a disk, or who looks after it, does to any program: no room, no right, a fault, a mount that is gone.
+# What can happen to any program: a full disk, a missing permission, a fault, a mount that is gone.
 _OF_THE_MACHINE = (
     *(errno.ENOSPC, errno.EDQUOT, errno.EFBIG, errno.EACCES, errno.EPERM, errno.EROFS),
     *(errno.EIO, errno.ENXIO, errno.ENODEV, errno.ESTALE, errno.ENOTCONN, errno.EMFILE, errno.ENFILE),
@@ -24,15 +24,26 @@ _OF_THE_MACHINE = (
 
 
 def is_of_the_machine(error: Exception) -> bool:
-    """Whether an error is a disk's or the system's, and none of ours."""
+    """Whether an error comes from the disk or the system, not from this program."""
     return isinstance(error, OSError) and error.errno in _OF_THE_MACHINE
 
 
 def in_one_line(error: Exception) -> str:
-    """`file: reason` of a system's error; what it says itself, if it is none."""
+    """`file: reason` of a system's error; the message of any other."""
     if isinstance(error, OSError) and error.filename is not None and error.strerror is not None:
         return f"{error.filename}: {error.strerror}"
     return str(error)
+
+
+def dead_link(path: Path) -> str:
+    """`; X is a link to Y, which is not there` to append to a message, if that is why a path is missing."""
+    for each in (path, *path.parents):
+        try:
+            if each.is_symlink() and not each.exists():
+                return f"; {each} is a link to {each.readlink()}, which is not there"
+        except OSError:
+            return ""
+    return ""
 
 
 def sync(path: Path) -> None:

@@ -9,7 +9,7 @@ from typing import Any
 import xxhash
 from torch import Tensor
 
-from mtl.runtime.tensors import bytes_of
+from mtl.runtime.tensors import byte_view
 
 
 def fingerprint(tensor: Tensor) -> str:
@@ -21,7 +21,7 @@ def fingerprint(tensor: Tensor) -> str:
     data = tensor.detach().cpu().resolve_conj().resolve_neg().contiguous()
     digest = xxhash.xxh3_128(f"{data.dtype} {tuple(data.shape)}".encode())
     if data.numel():
-        digest.update(bytes_of(data).numpy().data)
+        digest.update(byte_view(data).numpy().data)
     return digest.hexdigest()
 
 

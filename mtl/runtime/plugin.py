@@ -14,7 +14,7 @@ _NOT_THEIRS = (__file__, importlib.__file__)
 
 
 class PluginError(ValueError):
-    """What was named cannot be had."""
+    """What was named cannot be imported, or is of another kind."""
 
 
 def find_class(text: str, base: type) -> type:
@@ -52,7 +52,7 @@ def find_class(text: str, base: type) -> type:
 
 
 def where_it_failed(error: BaseException) -> str:
-    """An error in code of a user's in one line: what it says, and the file and line that raised it."""
+    """An error in a user's code in one line: its message, and the file and line that raised it."""
     said = " ".join(str(error).split())
     if isinstance(error, ModuleNotFoundError):
         return said

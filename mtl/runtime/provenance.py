@@ -1,4 +1,4 @@
-"""What a run was made with: versions, and the commit of the code."""
+"""Versions, and the commit of the code, that a run was made with."""
 
 from __future__ import annotations
 

@@ -1,4 +1,4 @@
-"""The streams of random numbers that a run draws from, as they stand."""
+"""The states of the random number generators that a run draws from."""
 
 from __future__ import annotations
 
@@ -12,7 +12,7 @@ import torch
 
 
 def random_state(device: torch.device) -> dict[str, Any]:
-    """Where all streams stand: Python's, numpy's, torch's on the CPU, and on the device if that is another one."""
+    """The states of all generators: Python's, NumPy's, torch's on the CPU, and on the device if that is another one."""
     version, numbers, gauss = random.getstate()
     kind, keys, place, has_gauss, cached = np.random.get_state(legacy=True)
     state: dict[str, Any] = {
@@ -26,7 +26,7 @@ def random_state(device: torch.device) -> dict[str, Any]:
 
 
 def seed_process(seed: int, rank: int) -> None:
-    """Begins all streams anew, in every process of a run with other numbers."""
+    """Seeds all generators, each rank of a run with another seed."""
     own = (seed + 0x9E3779B1 * rank) % 2**32
     random.seed(own)
     np.random.seed(own)
@@ -34,7 +34,7 @@ def seed_process(seed: int, rank: int) -> None:
 
 
 def set_random_state(state: Mapping[str, Any], device: torch.device) -> None:
-    """Puts all streams where they stood; one of a device that was not used then stays where it is."""
+    """Restores all generators; one of a device that was not used then keeps its state."""
     version, numbers, gauss = state["python"]
     random.setstate((version, tuple(numbers), gauss))
     kind, keys, place, has_gauss, cached = state["numpy"]

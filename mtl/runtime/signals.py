@@ -11,7 +11,7 @@ from typing import Any
 
 
 class Stopped(Exception):  # noqa: N818  it is no error
-    """A run that was asked to end, and has saved where it stands."""
+    """A run that was asked to end, and has saved a checkpoint."""
 
 
 def asking_signals() -> list[signal.Signals]:
@@ -46,7 +46,7 @@ def raised_signals() -> Iterator[None]:
 class Interrupt:
     """Records the signals that ask a run to end in a `with` block.
 
-    The first one is only recorded. The second one acts as if nobody listened.
+    The first one is only recorded. The second one acts as if there were no handler.
 
     Attributes:
         name: The signal that came; empty if none did.
@@ -62,7 +62,7 @@ class Interrupt:
         self._before: dict[signal.Signals, Any] = {}
 
     def __enter__(self) -> Interrupt:
-        _set_handlers(self._before, self._note)
+        _set_handlers(self._before, self._record)
         return self
 
     def __exit__(
@@ -70,7 +70,7 @@ class Interrupt:
     ) -> None:
         _restore_handlers(self._before)
 
-    def _note(self, number: int, _: FrameType | None) -> None:
+    def _record(self, number: int, _: FrameType | None) -> None:
         self.name = signal.Signals(number).name
         if not self._is_patient:
             _restore_handlers(self._before)

@@ -1,4 +1,4 @@
-"""Where tensors lie: views, tied tensors, two arrays over one buffer; what is spread over processes."""
+"""Tensors in memory: views, tied tensors, two arrays over one buffer; and tensors sharded over processes."""
 
 from __future__ import annotations
 
@@ -13,62 +13,62 @@ _Span = tuple[str, int, int, int]
 
 
 def local(tensor: Tensor) -> Tensor:
-    """What this process holds of a tensor; all of it, but where it is spread over processes (FSDP)."""
-    spread: Any = tensor
-    here: Tensor = spread.to_local() if hasattr(tensor, "to_local") else tensor
+    """This process's shard of a tensor; all of it if it is not sharded (FSDP)."""
+    sharded: Any = tensor
+    here: Tensor = sharded.to_local() if hasattr(tensor, "to_local") else tensor
     return here
 
 
-def bytes_of(tensor: Tensor) -> Tensor:
+def byte_view(tensor: Tensor) -> Tensor:
     """The bytes of a tensor that is contiguous, a view of it."""
     # By strides of its own: a tensor without axes, or a lone element of a column, cannot be viewed as another type.
     return tensor.detach().as_strided((tensor.numel(),), (1,)).view(torch.uint8)
 
 
-def is_spread(tensor: Tensor) -> bool:
-    """Whether a tensor is spread over processes (FSDP)."""
+def is_sharded(tensor: Tensor) -> bool:
+    """Whether a tensor is sharded over processes (FSDP)."""
     return hasattr(tensor, "full_tensor")
 
 
-def whole(tensor: Tensor) -> Tensor:
-    """All of a tensor; where it is spread, every process has to ask for it in the same order."""
-    spread: Any = tensor
-    full: Tensor = spread.full_tensor() if is_spread(tensor) else tensor
+def full_tensor(tensor: Tensor) -> Tensor:
+    """All of a tensor; if it is sharded, every process has to call it in the same order."""
+    sharded: Any = tensor
+    full: Tensor = sharded.full_tensor() if is_sharded(tensor) else tensor
     return full
 
 
-def spread_like(model: Tensor, tensor: Tensor) -> Tensor:
-    """A whole tensor, which every process has, spread as one of the same shape is; nothing is sent."""
-    if not is_spread(model) or is_spread(tensor) or tensor.shape != model.shape:
+def shard_like(model: Tensor, tensor: Tensor) -> Tensor:
+    """A full tensor, which every process has, sharded as one of the same shape is; nothing is sent."""
+    if not is_sharded(model) or is_sharded(tensor) or tensor.shape != model.shape:
         return tensor
     from torch.distributed.tensor import distribute_tensor
 
-    spread: Any = model
+    sharded: Any = model
     given = tensor.to(local(model).device)
-    return distribute_tensor(given, spread.device_mesh, spread.placements, src_data_rank=None)
+    return distribute_tensor(given, sharded.device_mesh, sharded.placements, src_data_rank=None)
 
 
-def in_kinds(tensors: Sequence[Tensor]) -> list[list[int]]:
-    """The places of what is spread and of what is not: torch takes no list of both."""
-    spread = [place for place, tensor in enumerate(tensors) if is_spread(tensor)]
-    plain = [place for place, tensor in enumerate(tensors) if not is_spread(tensor)]
-    return [places for places in (spread, plain) if places]
+def by_sharding(tensors: Sequence[Tensor]) -> list[list[int]]:
+    """The places of sharded tensors, and those of others: torch takes no list of both."""
+    sharded = [place for place, tensor in enumerate(tensors) if is_sharded(tensor)]
+    plain = [place for place, tensor in enumerate(tensors) if not is_sharded(tensor)]
+    return [places for places in (sharded, plain) if places]
 
 
 def gathered(content: Any, keep: bool) -> Any:
-    """Nested state with every tensor whole and on the CPU; every process has to call it.
+    """Nested state with every sharded tensor gathered on the CPU; every process has to call it.
 
     Args:
         content: Dicts, lists, tuples, tensors, and plain data.
-        keep: Whether this process wants it; it gets None for each spread tensor if not.
+        keep: Whether this process wants it; if not, it gets None for each sharded tensor.
     """
     if isinstance(content, Mapping):
         return {key: gathered(each, keep) for key, each in content.items()}
     if isinstance(content, list | tuple):
         return [gathered(each, keep) for each in content]
-    if not isinstance(content, Tensor) or not is_spread(content):
+    if not isinstance(content, Tensor) or not is_sharded(content):
         return content
-    full = whole(content.detach())
+    full = full_tensor(content.detach())
     return full.cpu() if keep else None
 
 
@@ -97,7 +97,7 @@ def overlapping(first: Sequence[Tensor], second: Sequence[Tensor]) -> list[tuple
 
 
 def _span(tensor: Tensor) -> _Span | None:
-    """Where a tensor's elements lie, from the first byte to behind the last; None if it has none."""
+    """Where a tensor's elements lie, from the first byte to the one after the last; None if it has none."""
     if tensor.numel() == 0:
         return None
     extent = 1 + sum((length - 1) * stride for length, stride in zip(tensor.shape, tensor.stride(), strict=True))
@@ -116,10 +116,10 @@ def _share_bytes(a: Tensor, b: Tensor) -> bool:
     """Whether two tensors whose spans meet really share bytes; columns of one matrix do not."""
     if a is b or (a.is_contiguous() and b.is_contiguous()):
         return True
-    return bool(torch.isin(_bytes_of(a), _bytes_of(b)).any())
+    return bool(torch.isin(_byte_addresses(a), _byte_addresses(b)).any())
 
 
-def _bytes_of(tensor: Tensor) -> Tensor:
+def _byte_addresses(tensor: Tensor) -> Tensor:
     """The address of every byte of a tensor's elements."""
     offsets = torch.zeros(1, dtype=torch.int64, device="cpu")
     for length, stride in zip(tensor.shape, tensor.stride(), strict=True):

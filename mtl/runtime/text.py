@@ -7,7 +7,7 @@ from difflib import get_close_matches
 
 
 def condense(names: Iterable[str], every_name: Iterable[str]) -> list[str]:
-    """The modules and tensors that cover exactly these names: a module in place of all that hangs in it.
+    """The modules and tensors that cover exactly these names: a module in place of all that is registered on it.
 
     Where the names are those of modules, one without some of the modules in it is listed by its own name all the same.
 

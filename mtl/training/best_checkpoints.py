@@ -37,7 +37,7 @@ class BestWeights:
         """
         links = []
         for (metric, direction), best in self._best.items():
-            if best.see(metrics[metric]):
+            if best.update(metrics[metric]):
                 self._step[metric, direction] = step
                 links.append(self.link(metric, direction))
         return links, sorted({metric for metric, _ in self._best if not math.isfinite(metrics[metric])})

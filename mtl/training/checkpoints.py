@@ -14,7 +14,7 @@ from mtl.distributed.world import World
 from mtl.model.fsdp import Gathered, gather
 from mtl.phases.resolve import Phase
 from mtl.runtime.console import logger
-from mtl.runtime.tensors import gathered, is_spread
+from mtl.runtime.tensors import gathered, is_sharded
 from mtl.training.phase import ActivePhase
 from mtl.training.resume import Resumption, frozen_names
 from mtl.training.setup import RunSetup
@@ -27,8 +27,8 @@ class CheckpointWriter:
     def __init__(self, setup: RunSetup, folder: Path, world: World) -> None:
         self._setup = setup
         self._world = world
-        self._checkpoints = Checkpoints(folder, mends=world.leads)
-        self._is_sharded = any(is_spread(parameter) for parameter in setup.root.parameters())
+        self._checkpoints = Checkpoints(folder, mends=world.is_main)
+        self._is_sharded = any(is_sharded(parameter) for parameter in setup.root.parameters())
         self._in_shards = self._is_sharded and setup.config.distributed.checkpoint == "dcp"
         # Seconds of steps since the last one, by the clock of the first process.
         self._waited_s = 0.0
@@ -86,8 +86,8 @@ class CheckpointWriter:
                 # Where the model is sharded, all processes bring together what the first one writes.
                 full: nn.Module | Gathered = root
                 if self._is_sharded:
-                    full, tensors = gather(root, world), gathered(tensors, world.leads)
-                if world.leads:
+                    full, tensors = gather(root, world), gathered(tensors, world.is_main)
+                if world.is_main:
                     self._checkpoints.save(full, frozen, tensors, plain, names, for_good)
         world.barrier()
         self._waited_s = 0.0
@@ -110,7 +110,7 @@ class CheckpointWriter:
 
     def relink(self, resumption: Resumption, state: RunState) -> None:
         """Makes links those of a resumed run: `last` and the best ones, copied if they are another run's."""
-        if not self._world.leads:
+        if not self._world.is_main:
             self._world.barrier()
             return
         steps = state.best.steps

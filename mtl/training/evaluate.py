@@ -12,7 +12,7 @@ from mtl.data import Batch, Split, validation_batches, validation_rounds
 from mtl.distributed.world import ALONE, World
 from mtl.model import MultiTaskModel
 from mtl.model.trunk import Features, in_eval_mode
-from mtl.runtime.tensors import is_spread
+from mtl.runtime.tensors import is_sharded
 from mtl.tasks import Task
 
 Scores = dict[str, dict[str, float]]
@@ -50,7 +50,7 @@ def validate(
                 yield batch, predicted
 
     # What FSDP gathers in inference mode could not be used in training.
-    is_gathered = any(is_spread(parameter) for parameter in model.parameters())
+    is_gathered = any(is_sharded(parameter) for parameter in model.parameters())
     with in_eval_mode(model), torch.no_grad(), torch.inference_mode(not is_gathered):
         return _measure(tasks, outputs(), world)
 

@@ -55,7 +55,7 @@ class Trainer:
         world: World = ALONE,
         history: History = UNKNOWN,
     ) -> None:
-        config, quiet = setup.config, quiet or not world.leads
+        config, quiet = setup.config, quiet or not world.is_main
         autocast = autocast_for(config.precision, setup.device)
         self.setup = setup
         self.audit = GradientAudit(setup.root, policy=config.audit.policy, whole=True, strict=True)

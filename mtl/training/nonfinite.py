@@ -10,7 +10,7 @@ from torch import Tensor, nn
 
 from mtl.optim.balance.balance import Balance
 from mtl.runtime.rng import random_state, set_random_state
-from mtl.runtime.tensors import in_kinds, is_spread, whole
+from mtl.runtime.tensors import by_sharding, full_tensor, is_sharded
 
 
 class NotFiniteError(FloatingPointError):
@@ -69,7 +69,7 @@ def is_finite(tensors: Sequence[Tensor]) -> bool:
 
 def gradient_norm(parameters: Sequence[nn.Parameter], clip_norm: float | None) -> Tensor:
     """The norm of all gradients, a scalar; they are scaled down to `clip_norm`, if that is given."""
-    if any(is_spread(parameter) for parameter in parameters):
+    if any(is_sharded(parameter) for parameter in parameters):
         return _norm_of_spread([each for each in parameters if each.grad is not None], clip_norm)
     if clip_norm is not None:
         return nn.utils.clip_grad_norm_(parameters, clip_norm)
@@ -78,8 +78,10 @@ def gradient_norm(parameters: Sequence[nn.Parameter], clip_norm: float | None) -
 
 def _norm_of_spread(parameters: Sequence[nn.Parameter], clip_norm: float | None) -> Tensor:
     """`gradient_norm` of parameters of which some are spread over the processes; all of them have a gradient."""
-    kinds = [[parameters[place] for place in places] for places in in_kinds(parameters)]
-    norms = [whole(nn.utils.get_total_norm([each.grad for each in kind if each.grad is not None])) for kind in kinds]
+    kinds = [[parameters[place] for place in places] for places in by_sharding(parameters)]
+    norms = [
+        full_tensor(nn.utils.get_total_norm([each.grad for each in kind if each.grad is not None])) for kind in kinds
+    ]
     norm = nn.utils.get_total_norm(norms)
     if clip_norm is not None:
         for kind in kinds:

@@ -6,7 +6,7 @@ from dataclasses import dataclass, field
 
 from torch import Tensor
 
-from mtl.distributed.ddp import wrap
+from mtl.distributed.ddp import wrap_ddp
 from mtl.distributed.world import World
 from mtl.optim.lr_schedule import LrSchedule
 from mtl.optim.optimizers import build_optimizer, held_by
@@ -43,7 +43,7 @@ class PhaseOptimizer:
         )
         if state.lr_schedule is not None:
             self.lr_schedule.load_state_dict(state.lr_schedule)
-        self.replica = wrap(setup.root, names, world)
+        self.replica = wrap_ddp(setup.root, names, world)
 
     def keep_state(self, state: RunState) -> None:
         """Copies what the optimizer has gathered into the run's state."""

@@ -11,8 +11,7 @@ from typing import Any
 from pydantic import ValidationError
 
 from mtl.checkpoint.files import CheckpointError, DamagedCheckpoint, read_state
-from mtl.checkpoint.load import load_checkpoint
-from mtl.checkpoint.newest import load_newest, newest_first
+from mtl.checkpoint.load import load_checkpoint, load_newest, newest_first
 from mtl.checkpoint.run_files import RunFileError, read_audit
 from mtl.config import RunConfig
 from mtl.config.difference import CHOSEN
@@ -222,13 +221,13 @@ def _load(source: ResumeSource, setup: RunSetup, world: World) -> tuple[Path, Ma
     """The checkpoint and its content; all ranks load the one that rank 0 finds."""
     if source.is_one:
         return source.folder, *load_checkpoint(source.folder, setup.root)
-    if not world.leads:
-        folder = Path(world.same_from_rank_0(None))
+    if not world.is_main:
+        folder = Path(world.broadcast(None))
         return folder, *load_checkpoint(folder, setup.root)
     folder, state, memory, refused = load_newest(source.folder, setup.root)
     for reason in refused:
         logger.warning(f"resume: {reason}; an older checkpoint is taken")
-    world.same_from_rank_0(str(folder))
+    world.broadcast(str(folder))
     return folder, state, memory
 
 

@@ -47,7 +47,7 @@ def train(setup: RunSetup, quiet: bool = False, world: World = ALONE, source: Re
     config = setup.config
     if source is None:
         _, source = resumed_config(config)
-    if source is None and world.leads:
+    if source is None and world.is_main:
         warn_of_dead_branches(setup)
     if config.distributed.strategy == "fsdp2":
         # From here on each process holds its part of every parameter; whoever keeps parameters is made after this.
@@ -85,7 +85,7 @@ def train(setup: RunSetup, quiet: bool = False, world: World = ALONE, source: Re
             # What ended the run is what is to be said, not that there is no room to write it down.
             with nullcontext() if is_finished else _even_if_full():
                 trainer.log.write("audit.json", content)
-                if not world.leads and report.violations:
+                if not world.is_main and report.violations:
                     # What one process alone has found is in no other one's report.
                     write_json(audit_file(run_dir, world), content)
             summary = {"audit/ok": report.ok, "val/best_score": trainer.state.best.score}
@@ -103,13 +103,13 @@ def _even_if_full() -> Iterator[None]:
 
 def audit_file(run_dir: Path, world: World) -> Path:
     """Where the audit of a process is found: that of the first one is the run's."""
-    return run_dir / ("audit.json" if world.leads else f"audit.rank-{world.rank}.json")
+    return run_dir / ("audit.json" if world.is_main else f"audit.rank-{world.rank}.json")
 
 
 @contextmanager
 def _directory(setup: RunSetup, in_place: bool, world: World) -> Iterator[Path]:
     """The run directory, which the first process claims before any other one goes on."""
-    if not world.leads:
+    if not world.is_main:
         world.barrier()
         yield setup.config.run_dir
         return
@@ -124,7 +124,7 @@ def _start_files(
     """Writes what is known before training, and starts tracking."""
     config = setup.config
     resolved = config.model_dump(mode="json", exclude_none=True)
-    if world.leads:
+    if world.is_main:
         for file in run_dir.glob("audit.rank-*.json"):
             file.unlink()
         # First, so that no setting is there whose change is not.
@@ -135,6 +135,6 @@ def _start_files(
         for line in setup.unread:
             logger.warning(line)
     wandb_id = None if resumption is None else resumption.state["wandb_id"]
-    tracker = Tracker(config.tracking, run_dir, config.name, resolved, wandb_id, is_silent=not world.leads)
+    tracker = Tracker(config.tracking, run_dir, config.name, resolved, wandb_id, is_silent=not world.is_main)
     logger.log(logging.WARNING if tracker.is_less else logging.INFO, tracker.message)
     return tracker

@@ -13,7 +13,7 @@ from pathlib import Path
 from mtl.checkpoint.run_files import RunFileError, read_state_file
 from mtl.config import RunConfig
 from mtl.runtime.console import logger
-from mtl.runtime.links import dead_link
+from mtl.runtime.files import dead_link
 from mtl.runtime.text import shorten
 
 # Lies in every run directory of ours from its first moment on; what lies in other directories is not ours to touch.

@@ -68,7 +68,7 @@ def assemble(config: RunConfig, quiet: bool = False, world: World = ALONE, begin
     tasks = blueprint.tasks
     try:
         # Data that has to be made is made once.
-        with world.first_one_first():
+        with world.main_first():
             train, val = load_data(config.data, tasks, quiet)
     except SettingError as error:
         raise mistake_of(config, error) from error
@@ -91,7 +91,7 @@ def assemble(config: RunConfig, quiet: bool = False, world: World = ALONE, begin
     if choice.why:
         logger.info(choice.why)
     # What is fastest may be found out otherwise in another process.
-    layout, precision = world.same_from_rank_0([choice.memory_format, choice.precision])
+    layout, precision = world.broadcast([choice.memory_format, choice.precision])
     lay_out(blueprint, layout)
     blueprint = replace(blueprint, config=config.with_changes(memory_format=layout, precision=precision))
     return RunSetup(**vars(blueprint), device=device, train=train, val=val, trivial=trivial, plan=plan)

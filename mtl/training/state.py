@@ -24,7 +24,7 @@ from mtl.phases.scheduler import PhaseChange, TaskScheduler
 from mtl.runtime.console import logger
 from mtl.runtime.provenance import provenance
 from mtl.runtime.rng import random_state, seed_process, set_random_state
-from mtl.runtime.tensors import spread_like
+from mtl.runtime.tensors import shard_like
 from mtl.training.best_checkpoints import BestWeights
 from mtl.training.evaluate import Scores
 from mtl.training.features import FeatureSource
@@ -246,7 +246,7 @@ class RunState:
             self.ema.load(parameters, {name: parameter.detach() for name, parameter in parameters.items()})
         with torch.no_grad():
             for name, parameter in parameters.items():
-                parameter.copy_(spread_like(parameter, live[name]))
+                parameter.copy_(shard_like(parameter, live[name]))
 
     def averaged(self) -> AbstractContextManager[None]:
         """Puts the moving averages, if there are any, in the place of the trainable parameters."""

@@ -49,7 +49,7 @@ class StepSync:
     def exchange(self) -> float:
         """Sends and gets one message; returns the seconds since the last one, by the clock of rank 0."""
         before, self._clock = self._clock, time.perf_counter()
-        known = self.world.agree(bool(self._asked.name), not self._audit.holds, self._clock - before)
+        known = self.world.all_reduce_flags(bool(self._asked.name), not self._audit.holds, self._clock - before)
         self.is_asked_to_end, self._is_broken = known.stop, known.broken
         self.seconds = known.seconds
         return known.seconds

@@ -21,7 +21,7 @@ from torch.distributed import checkpoint as dcp
 from torch.distributed.checkpoint.metadata import ChunkStorageMetadata, Metadata, MetadataIndex
 
 from mtl.audit.offline.compare import compare
-from mtl.checkpoint.tensor_file import TensorFileError, UnreadableError, assemble, read_contents
+from mtl.checkpoint.tensor_file import TensorFileError, UnreadableError, join_chunks, read_contents
 from mtl.cli import main
 from processes import run_in_two_processes
 
@@ -356,21 +356,21 @@ def test_chunks_that_cover_make_the_tensor_and_others_are_refused(
 ) -> None:
     shape, boxes = split
     whole = torch.arange(1, 1 + int(torch.tensor(shape).prod()), dtype=torch.int64).reshape(shape)
-    assert torch.equal(assemble(shape, torch.int64, cut_out(whole, boxes)), whole)
+    assert torch.equal(join_chunks(shape, torch.int64, cut_out(whole, boxes)), whole)
     full = [box for box in boxes if 0 not in box[1]]
     if not full:
         return
     dropped = data.draw(st.sampled_from(full))
     with pytest.raises(TensorFileError, match="leave a gap"):
-        assemble(shape, torch.int64, cut_out(whole, [box for box in boxes if box is not dropped]))
+        join_chunks(shape, torch.int64, cut_out(whole, [box for box in boxes if box is not dropped]))
     with pytest.raises(TensorFileError, match="overlap"):
-        assemble(shape, torch.int64, cut_out(whole, [*boxes, dropped]))
+        join_chunks(shape, torch.int64, cut_out(whole, [*boxes, dropped]))
 
 
 def test_chunks_that_overlap_and_leave_a_gap_of_one_size_are_refused() -> None:
     twice = [([0], [2], torch.ones(2)), ([1], [2], torch.ones(2))]
     with pytest.raises(TensorFileError, match=r"overlap at \[1\], and leave a gap elsewhere"):
-        assemble([4], torch.float32, twice)
+        join_chunks([4], torch.float32, twice)
 
 
 FSDP = """

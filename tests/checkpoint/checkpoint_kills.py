@@ -17,8 +17,7 @@ from torch import nn
 
 from mtl.checkpoint.files import CheckpointError
 from mtl.checkpoint.folder import Checkpoints
-from mtl.checkpoint.load import load_checkpoint
-from mtl.checkpoint.newest import load_newest, newest_first
+from mtl.checkpoint.load import load_checkpoint, load_newest, newest_first
 
 FROZEN = ["trunk.weight", "trunk.bias"]
 

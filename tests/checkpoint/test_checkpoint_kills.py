@@ -15,7 +15,7 @@ import pytest
 from torch import nn
 
 from mtl.checkpoint.folder import Checkpoints, SaveError
-from mtl.checkpoint.newest import load_newest, newest_first
+from mtl.checkpoint.load import load_newest, newest_first
 from processes import HANGS_S
 
 ROOT = Path(__file__).parents[2]

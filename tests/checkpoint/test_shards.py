@@ -12,13 +12,11 @@ from safetensors.torch import load_file, save_file
 from torch import Tensor, nn
 
 from mtl.audit.offline.run import audit_run
-from mtl.checkpoint.convert import write_plain
 from mtl.checkpoint.files import CheckpointError, DamagedCheckpoint, complete_state, read_state
 from mtl.checkpoint.frozen import FrozenFiles
-from mtl.checkpoint.load import load_checkpoint
-from mtl.checkpoint.newest import load_newest
-from mtl.checkpoint.shard_digests import file_digest
-from mtl.checkpoint.tensor_file import Shards, TensorFileError, UnreadableError, described, read_contents
+from mtl.checkpoint.load import load_checkpoint, load_newest
+from mtl.checkpoint.sharded import write_plain
+from mtl.checkpoint.tensor_file import Shards, TensorFileError, UnreadableError, described, file_digest, read_contents
 from mtl.runtime.files import write_json
 
 WEIGHT = torch.arange(15.0).reshape(5, 3)
@@ -117,7 +115,10 @@ def test_a_file_of_which_nobody_knows_is_not_read(tmp_path: Path) -> None:
         ({"weight": ([4, 0], WEIGHT[3:].contiguous())}, "is not inside"),
         ({"weight": ([3], WEIGHT[3:].contiguous())}, "is not inside"),
         ({"weight": ([3, 0], WEIGHT[3:].double())}, "expected shards of torch.float32, got torch.float64"),
-        ({"weight": ([3, 0], WEIGHT[3:].contiguous()), "odd": ([0], BIAS)}, "holds odd, of which state.json"),
+        (
+            {"weight": ([3, 0], WEIGHT[3:].contiguous()), "odd": ([0], BIAS)},
+            "holds odd, which state.json does not",
+        ),
         ({"bias": ([5], BIAS[5:])}, "leave a gap"),
     ],
     ids=["overlap", "outside", "another rank", "another type", "an unknown tensor", "a gap"],

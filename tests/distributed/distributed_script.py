@@ -14,18 +14,19 @@ from torch import Tensor, nn
 
 from mtl.config import TrunkConfig
 from mtl.data import Split
-from mtl.distributed.ddp import count_traffic, wrap
+from mtl.distributed.ddp import wrap_ddp
 from mtl.distributed.world import World
 from mtl.model import MultiTaskModel
 from mtl.tasks import Classification, Depth, Normals, Segmentation, Task
 from mtl.training.evaluate import validate
+from traffic import count_traffic
 
 WORLD = World.from_environment()
 
 
 def messages() -> dict[str, Any]:
     rank = WORLD.rank
-    told = WORLD.agree(stop=rank == 1, seconds=1.5 + rank, weights=[0.1 + rank, 2.0**40 + rank])
+    told = WORLD.all_reduce_flags(stop=rank == 1, seconds=1.5 + rank)
     losses = torch.tensor([1.0 + rank, 4.0], requires_grad=True)
     together = WORLD.global_losses(losses)
     (together**2).sum().backward()
@@ -33,10 +34,10 @@ def messages() -> dict[str, Any]:
     norm.running_mean, norm.num_batches_tracked = torch.tensor([1.0 * rank, 3.0]), torch.tensor(7 + rank)
     WORLD.average_buffers(norm, ["running_mean", "num_batches_tracked"])
     return {
-        "agreement": [told.stop, told.broken, told.seconds, *told.weights],
+        "agreement": [told.stop, told.broken, told.seconds],
         "losses": [together.tolist(), losses.grad.tolist() if losses.grad is not None else None],
         "buffers": [norm.running_mean.tolist(), int(norm.num_batches_tracked), norm.running_var.tolist()],
-        "object": WORLD.same_from_rank_0({"é": [1, None]} if rank == 0 else None),
+        "object": WORLD.broadcast({"é": [1, None]} if rank == 0 else None),
         "slice": WORLD.shares(torch.arange(7))[WORLD.rank].tolist(),
     }
 
@@ -60,7 +61,7 @@ def phases() -> dict[str, Any]:
         for parameter in model.parameters():
             parameter.grad = None
         trainable = [name for name, p in model.named_parameters() if p.requires_grad]
-        replica = wrap(model, trainable, WORLD)
+        replica = wrap_ddp(model, trainable, WORLD)
         traffic = count_traffic(replica)
         names = [name for name, _ in replica.named_parameters()]
         with replica.no_sync():

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import contextlib
 import io
 import json
 import logging
@@ -83,7 +84,7 @@ def _look(folder: Path, key: str, num_rows: int, fields: list[Field]) -> str:
     """Opens what a killed process left behind: what the store is then, or what is wrong."""
     said = io.StringIO()
     logging.basicConfig(stream=said, level=logging.WARNING, force=True)
-    with open_store(folder, num_rows, fields, key) as store:
+    with contextlib.closing(open_store(folder, num_rows, fields, key)) as store:
         if said.getvalue():
             return said.getvalue()
         if left := [path.name for path in folder.iterdir() if path.name.count(".") > 1]:
@@ -140,7 +141,7 @@ def kill_at_random(folder: Path, trials: int) -> list[list[str]]:
     chance = random.Random(0)
     found = []
     for delay_s in [0.0, None, *(chance.uniform(0, 1.2 * duration) for _ in range(trials))]:
-        with open_store(folder, 48, BIG) as store:
+        with contextlib.closing(open_store(folder, 48, BIG)) as store:
             for file in store.path.glob("*"):
                 file.unlink()
         if store.path.exists():
@@ -169,7 +170,7 @@ def fill_with_others(folder: Path, seed: int) -> dict[str, Any]:
         time.sleep(0.001)
     everything = torch.arange(96)
     is_right = same_bits(store.read(everything), rows(everything, BIG))
-    return {"wrong": num_wrong, "whole": store.is_complete, "right": is_right, "off": store.is_off}
+    return {"wrong": num_wrong, "whole": store.is_complete, "right": is_right, "off": store.is_disabled}
 
 
 def resident_bytes() -> int:

@@ -6,7 +6,7 @@ import sys
 import tempfile
 import threading
 from collections.abc import Callable
-from contextlib import ExitStack
+from contextlib import ExitStack, closing
 from pathlib import Path
 
 import numpy as np
@@ -18,7 +18,7 @@ from torch import Tensor
 
 from device_sync import device_stays_busy, no_device_sync
 from featurestore_rows import BIG, FIELDS, open_store, rows, same_bits
-from mtl.featurestore import DiskStore, FeatureStore, Field, RamStore, StoreError
+from mtl.featurestore import DiskStore, FeatureStore, Field, RamStore
 
 DTYPES = [
     torch.float64,
@@ -65,13 +65,12 @@ def test_what_is_read_is_bit_for_bit_what_was_written(data: st.DataObject, kind:
             wanted = data.draw(some)
             asked = torch.tensor(wanted, dtype=torch.int64)
             is_there = bool(there) and there >= set(wanted)
-            assert store.has(asked) == is_there
             read = store.read(asked)
             assert same_bits(read, rows(asked, fields)) if is_there else read is None
         assert store.is_complete
         everything = torch.randperm(num_rows)
         if kind == "disk":
-            again = stack.enter_context(open_store(folder, num_rows, fields))
+            again = stack.enter_context(closing(open_store(folder, num_rows, fields)))
             assert same_bits(again.read(everything), rows(everything, fields))
         assert same_bits(store.read(everything), rows(everything, fields))
 
@@ -168,23 +167,21 @@ def test_training_may_use_what_was_written_and_read_in_inference_mode(make: Make
 
 def test_an_empty_store_has_nothing_and_a_closed_one_takes_nothing(make: Make) -> None:
     store, indices = make(4, FIELDS), torch.arange(4)
-    assert not store.has(indices[:1])
     assert store.read(indices[:1]) is None
     store.write(indices, rows(indices, FIELDS))
-    assert store.has(indices)
+    assert same_bits(store.read(indices), rows(indices, FIELDS))
     assert store.nbytes == 4 * (12 + 4)
     store.close()
     store.close()
-    assert not store.has(indices)
     assert store.read(indices) is None
     store.write(indices, rows(indices, FIELDS))
-    assert not store.has(indices)
+    assert store.read(indices) is None
 
 
 def test_memory_is_taken_at_the_first_write() -> None:
     store = RamStore(1 << 20, [Field((1 << 20,), torch.float32)])  # 4 TB
     assert store.nbytes == 1 << 42
-    assert not store.has(torch.tensor([5]))
+    assert store.read(torch.tensor([5])) is None
 
 
 def test_threads_that_read_while_rows_are_written_meet_no_half_row(make: Make) -> None:
@@ -223,49 +220,34 @@ def _read_while_rows_are_written(make: Make) -> None:
     assert store.is_complete
 
 
-# Mistakes
+# Mistakes of ours
 
 
 @pytest.mark.parametrize(
-    ("indices", "message"),
-    [
-        (torch.tensor([4]), "indices: expected 0 to 3, got 4"),
-        (torch.tensor([0, -1]), "indices: expected 0 to 3, got -1"),
-        (torch.tensor([0.0]), r"indices: expected integers in one dimension, got \(1,\) torch.float32"),
-        (torch.tensor([True]), r"indices: expected integers in one dimension, got \(1,\) torch.bool"),
-        (torch.tensor(1), r"indices: expected integers in one dimension, got \(\) torch.int64"),
-    ],
+    "indices", [torch.tensor([4]), torch.tensor([0, -1]), torch.tensor([0.0]), torch.tensor([True]), torch.tensor(1)]
 )
-def test_wrong_indices_are_rejected(make: Make, indices: Tensor, message: str) -> None:
+def test_rows_that_cannot_be_are_never_read_or_written(make: Make, indices: Tensor) -> None:
     store = make(4, FIELDS)
-    for call in (store.has, store.read, lambda i: store.write(i, rows(torch.tensor([0]), FIELDS))):
-        with pytest.raises(StoreError, match=message):
+    for call in (store.read, lambda i: store.write(i, rows(torch.tensor([0]), FIELDS))):
+        with pytest.raises(AssertionError):
             call(indices)
 
 
 @pytest.mark.parametrize(
-    ("tensors", "message"),
+    "tensors",
     [
-        ([torch.zeros(1, 3, 2)], "tensors: expected 2, one for every field, got 1"),
-        ([torch.zeros(1, 2, 3), torch.zeros(1)], r"tensor 0: expected \(1, 3, 2\) torch.bfloat16, got \(1, 2, 3\)"),
-        ([torch.zeros(2, 3, 2), torch.zeros(1)], r"tensor 0: expected \(1, 3, 2\) torch.bfloat16, got \(2, 3, 2\)"),
-        ([torch.zeros(1, 3, 2), torch.zeros(1, dtype=torch.int64)], r"tensor 1: .* torch.float32, got .* torch.int64"),
+        [torch.zeros(1, 3, 2)],
+        [torch.zeros(1, 2, 3), torch.zeros(1)],
+        [torch.zeros(2, 3, 2), torch.zeros(1)],
+        [torch.zeros(1, 3, 2), torch.zeros(1, dtype=torch.int64)],
     ],
 )
-def test_tensors_that_do_not_fit_are_rejected(make: Make, tensors: list[Tensor], message: str) -> None:
-    with pytest.raises(StoreError, match=message):
+def test_tensors_that_do_not_fit_are_never_written(make: Make, tensors: list[Tensor]) -> None:
+    with pytest.raises(AssertionError, match=r"expected \[\(\(1, 3, 2\), torch.bfloat16\), .*, got"):
         make(4, FIELDS).write(torch.tensor([0]), tensors)
 
 
-def test_a_store_that_cannot_be_is_rejected(make: Make, tmp_path: Path) -> None:
-    with pytest.raises(StoreError, match="num_rows: expected 1 or more, got 0"):
-        make(0, FIELDS)
-    with pytest.raises(StoreError, match="fields: expected one or more, got none"):
-        make(4, [])
-    with pytest.raises(StoreError, match=r"a field's shape: expected lengths of 1 and more, got \(3, 0\)"):
-        Field((3, 0), torch.float32)
-    with pytest.raises(StoreError, match=r"a field's dtype: expected one of torch.float32, .*, got torch.complex64"):
-        Field((3,), torch.complex64)
+def test_a_key_that_is_no_json_names_no_entry(tmp_path: Path) -> None:
     for key in ({"a": {1, 2}}, {"a": float("nan")}, {"a": 1, 2: 3}):
-        with pytest.raises(StoreError, match="key: expected JSON, got"):
+        with pytest.raises((TypeError, ValueError)):
             DiskStore(tmp_path, key, 4, FIELDS)  # type: ignore[arg-type]

@@ -54,7 +54,7 @@ def inside(folder: Path) -> list[str]:
 
 def test_the_next_store_of_the_same_key_reads_them_and_others_do_not(tmp_path: Path) -> None:
     filled(tmp_path).close()
-    with open_store(tmp_path) as again:
+    with contextlib.closing(open_store(tmp_path)) as again:
         assert again.is_complete
         assert same_bits(again.read(ALL), rows(ALL, FIELDS))
     for other in (open_store(tmp_path, key="l"), open_store(tmp_path, 9), open_store(tmp_path, fields=FIELDS[:1])):
@@ -63,7 +63,7 @@ def test_the_next_store_of_the_same_key_reads_them_and_others_do_not(tmp_path: P
 
 
 def test_the_card_says_what_the_features_are_of(tmp_path: Path) -> None:
-    with filled(tmp_path) as store:
+    with contextlib.closing(filled(tmp_path)) as store:
         card = json.loads((store.path / "card.json").read_text())
     assert card["key"] == {"name": "k"}
     assert card["num_rows"] == 8
@@ -75,7 +75,7 @@ def test_rows_have_no_final_name_before_the_last_one_and_go_when_it_is_closed(tm
     store.write(ALL[:7], rows(ALL[:7], FIELDS))
     assert same_bits(store.read(ALL[:7]), rows(ALL[:7], FIELDS))
     assert not store.path.exists()
-    with open_store(tmp_path) as other:
+    with contextlib.closing(open_store(tmp_path)) as other:
         assert other.num_present == 0
     assert len(inside(tmp_path)) == 1  # the other store saw that its owner lives
     store.close()
@@ -120,7 +120,7 @@ def test_everything_is_forced_to_disk_before_it_has_its_final_name(
 
     monkeypatch.setattr(os, "fsync", record_fsync)
     monkeypatch.setattr(os, "rename", record_rename)
-    with filled(tmp_path):
+    with contextlib.closing(filled(tmp_path)):
         assert at_rename == [True]
         assert forced[-1] == tmp_path.stat().st_ino
 
@@ -167,7 +167,7 @@ def test_what_is_not_of_a_store_is_left_alone(tmp_path: Path) -> None:
         (tmp_path / name).parent.mkdir(exist_ok=True)
         (tmp_path / name).touch()
     before = set(inside(tmp_path))
-    with filled(tmp_path, max_bytes=1000) as store:
+    with contextlib.closing(filled(tmp_path, max_bytes=1000)) as store:
         assert set(inside(tmp_path)) == {*before, store.path.name}
 
 
@@ -177,7 +177,7 @@ def test_what_is_not_of_a_store_is_left_alone(tmp_path: Path) -> None:
 def check_found_and_mended(folder: Path, caplog: pytest.LogCaptureFixture) -> None:
     """A damaged entry is never served, is spoken of once, goes, and is filled again."""
     caplog.clear()
-    with open_store(folder) as store:
+    with contextlib.closing(open_store(folder)) as store:
         assert [store.read(row) for row in ALL.split(1)].count(None) > 0
         assert store.num_present == 0
         assert not store.path.exists()
@@ -186,7 +186,7 @@ def check_found_and_mended(folder: Path, caplog: pytest.LogCaptureFixture) -> No
         assert "); they are removed and computed again" in warning
         fill(store)
         assert same_bits(store.read(ALL), rows(ALL, FIELDS))
-    with open_store(folder) as store:
+    with contextlib.closing(open_store(folder)) as store:
         assert same_bits(store.read(ALL), rows(ALL, FIELDS))
     assert len(warnings_of(caplog)) == 1
 
@@ -203,7 +203,7 @@ def test_every_flipped_byte_is_found(tmp_path: Path, name: str) -> None:
             shutil.copytree(entry.parent, folder / entry.parent.name)
         flipped = bytes([content[place] ^ (1 << place % 8)])
         (folder / entry.parent.name / name).write_bytes(content[:place] + flipped + content[place + 1 :])
-        with open_store(folder) as store:
+        with contextlib.closing(open_store(folder)) as store:
             read = [store.read(row) for row in ALL.split(1)]
             assert all(
                 got is None or same_bits(got, rows(row, FIELDS)) for got, row in zip(read, ALL.split(1), strict=True)
@@ -297,12 +297,12 @@ def test_damage_does_not_remove_what_another_process_made_anew(tmp_path: Path) -
 
 
 def test_a_store_damaged_again_and_again_is_off(tmp_path: Path, caplog: pytest.LogCaptureFixture) -> None:
-    with filled(tmp_path) as store:
+    with contextlib.closing(filled(tmp_path)) as store:
         for _ in range(2):
             exchange_rows(store.path / "rows.bin")
             assert store.read(ALL) is None
             fill(store)
-        assert store.is_off
+        assert store.is_disabled
         assert "are not kept" in warnings_of(caplog)[-1]
         assert "damaged again" in warnings_of(caplog)[-1]
     assert inside(tmp_path) == []
@@ -312,11 +312,10 @@ def test_a_store_damaged_again_and_again_is_off(tmp_path: Path, caplog: pytest.L
 
 
 def check_is_off(store: DiskStore, reason: str, caplog: pytest.LogCaptureFixture) -> None:
-    assert store.is_off
-    assert not store.has(ALL[:1])
+    assert store.is_disabled
     assert store.read(ALL[:1]) is None
     store.write(ALL[:1], rows(ALL[:1], list(store.fields)))
-    assert not store.has(ALL[:1])
+    assert store.read(ALL[:1]) is None
     store.close()
     (warning,) = warnings_of(caplog)
     assert warning.startswith(f"features are not kept in {store.path.parent}: ")
@@ -341,7 +340,7 @@ def test_a_disk_that_becomes_full_turns_it_off(
 
 def test_a_disk_with_too_little_room_is_not_begun(small_disk: Path, caplog: pytest.LogCaptureFixture) -> None:
     store = open_store(small_disk / "store", 32, BIG, spare_bytes=1 << 20)
-    assert store.is_off
+    assert store.is_disabled
     fill(store)
     assert inside(small_disk / "store") == []
     check_is_off(store, "bytes and 1,048,576 to be left free; the disk has 2,0", caplog)
@@ -349,7 +348,7 @@ def test_a_disk_with_too_little_room_is_not_begun(small_disk: Path, caplog: pyte
 
 def test_what_others_will_still_write_is_not_free(small_disk: Path, caplog: pytest.LogCaptureFixture) -> None:
     one = torch.tensor([0])
-    with open_store(small_disk / "store", 24, BIG) as first:
+    with contextlib.closing(open_store(small_disk / "store", 24, BIG)) as first:
         first.write(one, rows(one, BIG))
         assert not warnings_of(caplog)
         check_is_off(open_store(small_disk / "store", 24, BIG, "l"), "the disk has", caplog)
@@ -371,7 +370,7 @@ def test_a_file_that_may_not_grow_turns_it_off(tmp_path: Path, caplog: pytest.Lo
     with longest_file(int(4.5 * store.row_bytes)):  # it is met in the middle of a row
         for row in ALL.split(1):
             store.write(row, [tensor[row] for tensor in content])
-            assert store.has(row) == (row < 4)
+            assert (store.read(row) is not None) == (row < 4)
     assert inside(tmp_path) == []
     check_is_off(store, "File too large", caplog)
 
@@ -405,7 +404,7 @@ def test_a_folder_that_can_only_be_read_serves_what_it_has(caplog: pytest.LogCap
         folder = Path(name)
         filled(folder).close()
         with read_only(folder):
-            with open_store(folder) as store:
+            with contextlib.closing(open_store(folder)) as store:
                 assert same_bits(store.read(ALL), rows(ALL, FIELDS))
             assert not warnings_of(caplog)
             store = open_store(folder, key="l")
@@ -416,7 +415,7 @@ def test_a_folder_that_can_only_be_read_serves_what_it_has(caplog: pytest.LogCap
 def test_features_that_another_user_keeps_to_himself_are_left_alone(caplog: pytest.LogCaptureFixture) -> None:
     with tempfile.TemporaryDirectory() as name:
         folder = Path(name)
-        with filled(folder) as store:
+        with contextlib.closing(filled(folder)) as store:
             (store.path / "rows.bin").chmod(0)
         with read_only(folder):
             check_is_off(open_store(folder), "Permission denied", caplog)
@@ -471,7 +470,7 @@ def test_what_was_used_longest_ago_makes_room(
         for key in order:
             a_bit_later(stores[key]).close()
     most = int(2.5 * sum(file.stat().st_size for file in paths["a"].iterdir()))
-    with open_store(tmp_path, key="c", max_bytes=most) as third:
+    with contextlib.closing(open_store(tmp_path, key="c", max_bytes=most)) as third:
         assert all(path.exists() for path in paths.values())  # nothing goes before something comes
         fill(third, "c")
         assert [key for key in order if paths[key].exists()] == [order[1]]
@@ -488,7 +487,7 @@ def test_what_is_open_is_never_removed(tmp_path: Path, is_opened: bool, caplog: 
     a_bit_later(oldest)
     filled(tmp_path, "b").close()
     most = int(2.5 * sum(file.stat().st_size for file in oldest.path.iterdir()))
-    with filled(tmp_path, "c", max_bytes=most) as newest:
+    with contextlib.closing(filled(tmp_path, "c", max_bytes=most)) as newest:
         assert set(inside(tmp_path)) == {oldest.path.name, newest.path.name}
         assert not warnings_of(caplog)
         check_is_off(open_store(tmp_path, key="d", max_bytes=most), "allowed, ", caplog)

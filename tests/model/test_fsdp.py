@@ -15,7 +15,7 @@ from torch.distributed.checkpoint.hf_storage import HuggingFaceStorageReader
 from torch.distributed.checkpoint.state_dict_loader import load
 
 import fsdp_script
-from mtl.checkpoint.convert import write_plain
+from mtl.checkpoint.sharded import write_plain
 from mtl.checkpoint.tensor_file import read_shards
 from mtl.distributed.world import World, WorldError
 from mtl.model.fsdp import blocks, shard

@@ -19,7 +19,8 @@ from torch.utils.checkpoint import checkpoint
 from device_sync import no_device_sync
 from mtl.freeze import enforce, plan_freeze
 from mtl.model.prefix import Prefix, PrefixError
-from mtl.model.prefix.trace import tensors_of, untouched
+from mtl.model.prefix.cut import find_cut
+from mtl.model.prefix.trace import record_trace, tensors_of, untouched
 from mtl.model.trunk import Features, pyramid_levels, read_features
 
 CPU = torch.device("cpu")
@@ -95,6 +96,11 @@ def check(trunk: nn.Module, read: Read, size: int = 64) -> Prefix:
     return prefix
 
 
+def readers_of(trunk: nn.Module, read: Read, size: int = 64) -> list[str]:
+    """Names of the modules in which kept tensors meet trainable parameters."""
+    return find_cut(*(record_trace(trunk, read, pictures(3, size)[:number]) for number in (3, 2))).readers
+
+
 def state_of(trunk: nn.Module) -> list[Any]:
     """All that a pass could leave behind: tensors by identity, version and bits, modes, attributes, hooks."""
     tensors = [*trunk.named_parameters(), *trunk.named_buffers()]
@@ -118,7 +124,7 @@ def test_the_boundary_of_a_resnet_and_the_levels_before_it_are_kept() -> None:
     assert prefix.bytes_per_image == 4 * (64 * 16 * 16 + 128 * 8 * 8)
     assert {"conv1", "bn1", "layer1", "layer2"} <= set(prefix.modules)
     assert not any(name.startswith("layer1.") for name in prefix.modules), "the outermost modules are named"
-    assert prefix.readers == ("layer3.0.conv1", "layer3.0.downsample.1")
+    assert readers_of(trunk, read) == ["layer3.0.conv1", "layer3.0.downsample.1"]
 
 
 def test_without_levels_only_the_boundary_is_kept() -> None:
@@ -143,7 +149,7 @@ def test_a_trunk_frozen_as_a_whole_keeps_its_features() -> None:
     trunk, read = small_resnet("")
     prefix = check(trunk, read)
     assert prefix.shapes == [(64, 16, 16), (128, 8, 8), (256, 4, 4), (512, 2, 2), (512,)]
-    assert (prefix.modules, prefix.readers) == ((), ())
+    assert (prefix.modules, readers_of(trunk, read)) == ((), [])
     ran = []
     trunk.conv1.register_forward_hook(lambda *_: ran.append("conv1"))  # type: ignore[operator, union-attr]
     prefix.replay(prefix.compute(pictures(2)))
@@ -152,17 +158,18 @@ def test_a_trunk_frozen_as_a_whole_keeps_its_features() -> None:
 
 def test_a_vit_keeps_the_tokens_at_the_boundary_once() -> None:
     trunk, _ = build("vit_tiny_patch16_224", "@first:50%", img_size=32, depth=4)
-    prefix = check(trunk, partial(read_features, trunk, levels=[1, 3], pooled=True), 32)
+    read = partial(read_features, trunk, levels=[1, 3], pooled=True)
+    prefix = check(trunk, read, 32)
     # The level is these tokens in another shape, and is made of them in the replay.
     assert prefix.shapes == [(5, 192)]
-    assert prefix.readers[0].startswith("blocks.2")
+    assert readers_of(trunk, read, 32)[0].startswith("blocks.2")
 
 
 def test_a_position_table_that_trains_leaves_only_what_lies_before_it() -> None:
     trunk, read = build("vit_tiny_patch16_224", ".patch_embed", ".blocks", ".cls_token", img_size=32, depth=4)
     prefix = check(trunk, read, 32)
     assert prefix.modules == ("patch_embed",)
-    assert prefix.readers == ("the trunk itself",)
+    assert readers_of(trunk, read, 32) == ["the trunk itself"]
 
 
 def test_convnext_with_dropped_paths_draws_the_same_random_numbers() -> None:
@@ -173,9 +180,10 @@ def test_convnext_with_dropped_paths_draws_the_same_random_numbers() -> None:
 def test_a_partly_frozen_block_keeps_its_input_and_not_what_is_cheaply_made_of_it() -> None:
     trunk, read = build("vit_tiny_patch16_224", ".patch_embed", ".pos_embed", ".cls_token", ".blocks.0",
                         ".blocks.1.norm1", img_size=32, depth=3)  # fmt: skip
-    prefix = check(trunk, partial(read_features, trunk, levels=[], pooled=True), 32)
+    of_pooled = partial(read_features, trunk, levels=[], pooled=True)
+    prefix = check(trunk, of_pooled, 32)
     assert prefix.shapes == [(5, 192)]
-    assert "blocks.1" in prefix.readers, "the sum over the skip connection reads the block's input"
+    assert "blocks.1" in readers_of(trunk, of_pooled, 32), "the sum over the skip connection reads the block's input"
     assert read(pictures(1, 32)).pooled is not None
 
 

@@ -11,7 +11,7 @@ from torch import Tensor
 from torchjd import aggregation
 from torchjd.aggregation import GramianWeightedAggregator
 
-from mtl.checkpoint.nested import join, split
+from mtl.checkpoint.nested import merge, split
 from mtl.config import SettingError
 from mtl.config.optim import BalanceConfig
 from mtl.optim.balance.balance import build_balance, is_by_gradients
@@ -127,7 +127,7 @@ def test_what_a_method_gathers_goes_through_a_file_to_the_same_bits(method: str)
     expected = [weigh(whole, each, number) for number, each in enumerate(products)]
     got = [weigh(first, products[0], 0)]
     tensors, rest = split(first.memory())
-    second.load_memory(join(tensors, json.loads(json.dumps(rest))))
+    second.load_memory(merge(tensors, json.loads(json.dumps(rest))))
     got += [weigh(second, each, number) for number, each in enumerate(products[1:], start=1)]
     assert [each.tolist() for each in got] == [each.tolist() for each in expected]
     assert weigh(build(method), products[2], 2).tolist() != expected[2].tolist(), "what came before counts"

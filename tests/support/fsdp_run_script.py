@@ -19,7 +19,7 @@ from torch.optim.optimizer import register_optimizer_step_pre_hook
 
 import mtl.checkpoint.folder
 import mtl.training.run
-from mtl.checkpoint.spread import write_shards
+from mtl.checkpoint.sharded import write_shards
 from mtl.cli import main
 from mtl.distributed.world import World
 from mtl.runtime.tensors import local

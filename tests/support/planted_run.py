@@ -21,8 +21,9 @@ from torch import Tensor, nn
 
 from mtl.audit import GradientAudit
 from mtl.cli import main
-from mtl.distributed.ddp import Replica, count_traffic
+from mtl.distributed.ddp import PhaseDDP
 from mtl.distributed.world import World
+from traffic import count_traffic
 
 RANK = int(os.environ["RANK"])
 PLANTED: dict[str, Any] = json.loads(os.environ.get("MTL_TEST_PLANTED", "{}"))
@@ -56,7 +57,7 @@ def act() -> None:
 
 def count_and_act() -> None:
     """Counts steps and traffic, and acts in the step that is meant."""
-    after_step, init, close, mean = GradientAudit.after_step, Replica.__init__, Replica.close, World.mean
+    after_step, init, close, mean = GradientAudit.after_step, PhaseDDP.__init__, PhaseDDP.close, World.mean
 
     def counted_step(audit: GradientAudit) -> None:
         Counted.steps += 1
@@ -64,7 +65,7 @@ def count_and_act() -> None:
         act()
         after_step(audit)
 
-    def counted_init(replica: Replica, module: Any, trainable: Any, world: Any) -> None:
+    def counted_init(replica: PhaseDDP, module: Any, trainable: Any, world: Any) -> None:
         init(replica, module, trainable, world)
         Counted.module = module
         parameters = dict(module.named_parameters())
@@ -75,7 +76,7 @@ def count_and_act() -> None:
         if FOLDER:
             replica.traffic = count_traffic(replica)
 
-    def counted_close(replica: Replica) -> None:
+    def counted_close(replica: PhaseDDP) -> None:
         if FOLDER:
             Counted.phases[-1]["sent"] = replica.traffic.num_bytes
             Path(FOLDER, f"{RANK}.json").write_text(json.dumps(Counted.phases))
@@ -88,7 +89,7 @@ def count_and_act() -> None:
 
     World.mean = counted_mean  # type: ignore[method-assign]
     GradientAudit.after_step = counted_step  # type: ignore[method-assign]
-    Replica.__init__, Replica.close = counted_init, counted_close  # type: ignore[method-assign]
+    PhaseDDP.__init__, PhaseDDP.close = counted_init, counted_close  # type: ignore[method-assign]
 
 
 if __name__ == "__main__":

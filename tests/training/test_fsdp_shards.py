@@ -11,7 +11,7 @@ import torch
 
 from fsdp_runs import DCP, SPREAD, check_same, run, run_alone, write_config
 from mtl.checkpoint.files import read_state
-from mtl.checkpoint.newest import newest_first
+from mtl.checkpoint.load import newest_first
 from mtl.config import load_config
 from mtl.config.source import ConfigError
 from runs import read_memory, read_model

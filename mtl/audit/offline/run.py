@@ -10,8 +10,13 @@ from typing import Any
 from torch import Tensor
 
 from mtl.checkpoint.run_files import AUDIT, RunFileError, read_audit, read_state_file
-from mtl.checkpoint.shard_digests import damaged_shards
-from mtl.checkpoint.tensor_file import UnreadableError, is_in_shards, read_contents, read_tensor_file
+from mtl.checkpoint.tensor_file import (
+    UnreadableError,
+    damaged_shards,
+    is_in_shards,
+    read_contents,
+    read_tensor_file,
+)
 from mtl.runtime.fingerprint import fingerprint, fingerprint_of_json, root
 from mtl.runtime.text import count, shorten
 

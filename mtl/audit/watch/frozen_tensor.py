@@ -10,7 +10,7 @@ from torch import Tensor
 
 from mtl.audit.watch.places import TensorPlace, is_sparse
 from mtl.runtime.fingerprint import fingerprint
-from mtl.runtime.tensors import bytes_of, is_spread, local, whole
+from mtl.runtime.tensors import byte_view, full_tensor, is_sharded, local
 
 
 class FrozenTensor:
@@ -46,8 +46,8 @@ class FrozenTensor:
                 f" !{place.name}"
             ) from error
         self.digest = self.full_digest = fingerprint(self.original)
-        if full_digest and is_spread(tensor):
-            full = whole(tensor.detach())
+        if full_digest and is_sharded(tensor):
+            full = full_tensor(tensor.detach())
             self.full_digest = fingerprint(full if place.rows is None else full[place.rows])
         self.proven_at = 0
         self.known_at = 0
@@ -186,7 +186,7 @@ def packed(tensor: Tensor) -> Tensor:
         parts = [tensor.crow_indices(), tensor.col_indices(), tensor.values()]
     else:
         parts = [tensor.ccol_indices(), tensor.row_indices(), tensor.values()]
-    return torch.cat([bytes_of(part.contiguous()) for part in parts])
+    return torch.cat([byte_view(part.contiguous()) for part in parts])
 
 
 def is_wrapper(tensor: Tensor) -> bool:

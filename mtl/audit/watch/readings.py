@@ -10,7 +10,7 @@ from torch import Tensor
 
 from mtl.audit.watch.frozen_tensor import FrozenTensor
 from mtl.runtime.fingerprint import fingerprint
-from mtl.runtime.tensors import bytes_of
+from mtl.runtime.tensors import byte_view
 
 # Parameters are read in rotation, this many bytes a step on average: some hundredths of a millisecond on a CPU.
 BYTES_A_STEP = 256 * 1024
@@ -132,8 +132,8 @@ class _BufferBundle:
 
     def __init__(self, members: Sequence[FrozenTensor]) -> None:
         self.members = members
-        self._views = [bytes_of(each.part()) for each in members]
-        self.first = fingerprint(torch.cat([bytes_of(each.original.contiguous()) for each in members]))
+        self._views = [byte_view(each.part()) for each in members]
+        self.first = fingerprint(torch.cat([byte_view(each.original.contiguous()) for each in members]))
         self.proven_at = 0
         self._pending: list[tuple[Reading, int]] = []
 

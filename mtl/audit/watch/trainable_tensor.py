@@ -13,7 +13,7 @@ from torch import Tensor
 from mtl.audit.watch.frozen_tensor import is_wrapper, packed
 from mtl.audit.watch.places import TensorPlace, is_readable, is_sparse, is_uninitialized
 from mtl.runtime.fingerprint import fingerprint
-from mtl.runtime.tensors import is_spread, local
+from mtl.runtime.tensors import is_sharded, local
 
 # A parameter is at its optimum if its gradient has shrunk to this share of its peak, or to this size.
 _SHRUNK = 1e-3
@@ -157,4 +157,4 @@ def can_train(place: TensorPlace, tensor: Tensor) -> bool:
 
 def is_on_other_ranks_only(tensor: Tensor | None) -> bool:
     """Whether this rank's shard of a sharded tensor is empty."""
-    return tensor is not None and is_spread(tensor) and tensor.numel() > 0 and not local(tensor).numel()
+    return tensor is not None and is_sharded(tensor) and tensor.numel() > 0 and not local(tensor).numel()

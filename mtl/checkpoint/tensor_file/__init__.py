@@ -1,7 +1,6 @@
 """The one reader of files of tensors: anyone's checkpoints, by name; nothing in them is ever run."""
 
 from mtl.checkpoint.tensor_file.contents import Contents, LeftOut
-from mtl.checkpoint.tensor_file.dcp import assemble, file_inside
 from mtl.checkpoint.tensor_file.read import UnreadableError, is_in_shards, read_contents, read_shards
 from mtl.checkpoint.tensor_file.shards import (
     FROZEN,
@@ -10,11 +9,15 @@ from mtl.checkpoint.tensor_file.shards import (
     SHARDS,
     ShardFile,
     Shards,
+    damaged_shards,
     described,
+    file_digest,
     files_of,
+    join_chunks,
     shard_files,
+    shards_digest,
 )
-from mtl.checkpoint.tensor_file.single import TensorFileError, read_tensor_file
+from mtl.checkpoint.tensor_file.single import TensorFileError, file_inside, read_tensor_file
 
 __all__ = [
     "FROZEN",
@@ -27,8 +30,10 @@ __all__ = [
     "Shards",
     "TensorFileError",
     "UnreadableError",
-    "assemble",
+    "join_chunks",
+    "damaged_shards",
     "described",
+    "file_digest",
     "file_inside",
     "files_of",
     "is_in_shards",
@@ -36,4 +41,5 @@ __all__ = [
     "read_shards",
     "read_tensor_file",
     "shard_files",
+    "shards_digest",
 ]

@@ -13,7 +13,7 @@ import torch
 from torch import Tensor
 from torch.nn import Parameter
 
-from mtl.checkpoint.tensor_file.plain_data import Stored, array, attributes, is_plain
+from mtl.checkpoint.tensor_file.plain_data import StandIn, array, attributes, is_plain
 from mtl.runtime.text import INNER_NAMES, with_article
 
 # Under these keys training scripts put the weights next to other things; the first that holds tensors is taken.
@@ -23,7 +23,7 @@ _INNER = "|".join(INNER_NAMES)
 # What wrappers put before names (DataParallel and the like), or anywhere in them (torch.compile, FSDP, checkpointing).
 _WRAPPERS = re.compile(rf"^(?:(?:module|{_INNER})\.)+(?=.)|(?<=\.)(?:(?:{_INNER})\.)+(?=.)")
 
-# The keys and indices that lead to something.
+# The keys and indices on the way to a value.
 KeyPath = tuple[object, ...]
 
 
@@ -58,7 +58,7 @@ class Leaves:
         stack: list[tuple[KeyPath, object, frozenset[int]]] = [(path, content, frozenset())]
         while stack:
             here, value, around = stack.pop()
-            if isinstance(value, Stored) and (tensor := array(value)) is not None:
+            if isinstance(value, StandIn) and (tensor := array(value)) is not None:
                 value = tensor
             inner = _inside(value)
             if id(value) in around:
@@ -123,20 +123,20 @@ def named(leaves: Leaves) -> Contents:
     is_weight = [path[: len(at)] == at for path, _ in leaves.found]
     names = _names([path for path, _ in leaves.found], at, is_weight)
     parts = list(zip(names, (value for _, value in leaves.found), is_weight, strict=True))
-    beside = {
+    siblings = {
         path[len(at) - 1] for path in tensor_paths if at and path[: len(at) - 1] == at[:-1] and len(path) > len(at)
     }
     return Contents(
         {name: value for name, value, is_one in parts if is_one},
         {name: value for name, value, is_one in parts if not is_one},
         ".".join(map(str, at)),
-        tuple(key for key in WEIGHTS if key in beside and key != at[-1]),
+        tuple(key for key in WEIGHTS if key in siblings and key != at[-1]),
         leaves.num_plain,
     )
 
 
 def _weights_at(paths: Sequence[KeyPath], depth: int = 4) -> KeyPath:
-    """The path of the weights among those of all tensors; empty if nothing says that only some of them are weights.
+    """The path of the weights among those of all tensors; empty if no key marks only some of them as weights.
 
     The key may itself be under one key that all share: `{"app": {"model": ..., "optim": ...}}`, as torch teaches it.
     """
@@ -157,10 +157,10 @@ def _names(paths: Sequence[KeyPath], at: KeyPath, is_weight: Sequence[bool]) -> 
     often = Counter(short)
     names = [name if often[name] == 1 else _subscripts(path) for name, path in zip(short, paths, strict=True)]
     # Keys that are not equal may look so, such as two that are not a number.
-    seen: Counter[str] = Counter()
+    used: Counter[str] = Counter()
     for place, name in enumerate(names):
-        seen[name] += 1
-        names[place] = name if seen[name] == 1 else f"{name}#{seen[name]}"
+        used[name] += 1
+        names[place] = name if used[name] == 1 else f"{name}#{used[name]}"
     return names
 
 
@@ -199,7 +199,7 @@ def _inside(value: object) -> list[tuple[object, object]] | None:
     if isinstance(value, Tensor):
         # Attributes that were set on it.
         return _attributes(value)
-    if isinstance(value, Stored) and (own := attributes(value)) is not None:
+    if isinstance(value, StandIn) and (own := attributes(value)) is not None:
         return [*_items(own.items())]
     return None
 
@@ -230,5 +230,5 @@ def _kind_of(value: object) -> str:
         kinds = {"quantized": value.is_quantized, "nested": value.is_nested, "meta": value.is_meta}
         kind = next((kind for kind, holds in kinds.items() if holds), None)
         return f"a {kind} tensor" if kind else f"a {type(value).__name__}, not a plain tensor"
-    kind = value.kind if isinstance(value, Stored) else f"{type(value).__module__}.{type(value).__qualname__}"
+    kind = value.kind if isinstance(value, StandIn) else f"{type(value).__module__}.{type(value).__qualname__}"
     return with_article(kind.removeprefix("builtins."))

@@ -1,7 +1,8 @@
-"""Tensors out of a folder of `torch.distributed.checkpoint`; nothing in it is ever run.
+"""The tensors of a folder of `torch.distributed.checkpoint`; nothing in it is ever run.
 
-A pickle, `.metadata`, says which slice of which file holds which box of which tensor. It is read with stand-ins that
-only keep what was stored: no class that it names is called, neither torch's own nor anyone's.
+A pickle, `.metadata`, says which slice of which file holds which box of which tensor. torch's own reader is not used:
+it runs the code in that pickle and in every entry that is no tensor, it follows paths out of the folder, and where
+chunks leave a gap it does not raise. Here the pickle is read with stand-ins that only keep what was stored.
 """
 
 from __future__ import annotations
@@ -9,9 +10,9 @@ from __future__ import annotations
 import io
 import math
 import pickle
-from collections.abc import Iterable, Mapping, Sequence
+from collections.abc import Mapping
 from dataclasses import dataclass
-from pathlib import Path, PurePath, PurePosixPath, PureWindowsPath
+from pathlib import Path
 from typing import Any
 
 import torch
@@ -19,82 +20,56 @@ from torch import Tensor
 from torch.nn import Parameter
 
 from mtl.checkpoint.tensor_file.contents import KeyPath, Leaves
-from mtl.checkpoint.tensor_file.single import TensorFileError, load_pickle
+from mtl.checkpoint.tensor_file.plain_data import stand_in
+from mtl.checkpoint.tensor_file.shards import join_chunks
+from mtl.checkpoint.tensor_file.single import TensorFileError, file_inside, load_pickle
 from mtl.runtime.console import first_line
 
 METADATA = ".metadata"
 
-_PATHS = ("Path", "PosixPath", "WindowsPath", "PurePath", "PurePosixPath", "PureWindowsPath")
-_OF_METADATA = (
-    "Metadata",
-    "TensorStorageMetadata",
-    "BytesStorageMetadata",
-    "ChunkStorageMetadata",
-    "TensorProperties",
-    "MetadataIndex",
-    "StorageMeta",
-    "_MEM_FORMAT_ENCODING",
-)
-# What `.metadata` may name, besides types of elements and torch.Size.
-_KNOWN = (
-    *(f"torch.distributed.checkpoint.metadata.{name}" for name in _OF_METADATA),
-    "torch.distributed.checkpoint.filesystem._StorageInfo",
-    # Where earlier versions of torch had them.
-    "torch.distributed._shard.sharded_tensor.metadata.TensorProperties",
-    "torch.distributed._shard.sharded_tensor.metadata.MEM_FORMAT_ENCODING",
-    "torch.serialization._get_layout",
-    # Where the checkpoint was written, as a path; Python 3.13 has moved the classes.
-    *(f"{module}.{name}" for module in ("pathlib", "pathlib._local") for name in _PATHS),
-    # Python 3.11.2, for one, writes a member of an enum as a call of this; the stand-in looks nothing up.
-    "builtins.getattr",
-)
-
-
-class _Stored:
-    """Stands in for what the pickle calls: keeps the arguments and the attributes."""
-
-    def __init__(self, *arguments: object) -> None:
-        self.arguments = arguments
-
-    def __setstate__(self, state: object) -> None:
-        vars(self).update(state if isinstance(state, dict) else {"state": state})
-
-
-_STAND_INS = {name: type(name.rpartition(".")[2], (_Stored,), {}) for name in _KNOWN}
+# What `.metadata` may name, besides types of elements and torch.Size: its classes, and the path it was written to.
+_MODULES = ("torch.distributed.", "pathlib")
+# Python 3.11.2, for one, writes a member of an enum as a call of getattr; the stand-in looks nothing up.
+_NAMES = ("torch.serialization._get_layout", "builtins.getattr")
 
 
 class _Unpickler(pickle.Unpickler):
     def find_class(self, module: str, name: str) -> Any:
-        if stand_in := _STAND_INS.get(f"{module}.{name}"):
-            return stand_in
+        full_name = f"{module}.{name}"
+        if module.startswith(_MODULES) or full_name in _NAMES:
+            return stand_in(full_name)
         # Not by getattr, for which torch imports some of its parts.
         found = vars(torch).get(name) if module == "torch" else None
         if found is torch.Size or isinstance(found, torch.dtype):
             return found
-        raise TensorFileError(f"it names {module}.{name}, which the metadata of a checkpoint does not need; not run")
+        raise TensorFileError(f"it names {full_name}, which the metadata of a checkpoint does not need; not run")
 
 
 @dataclass(frozen=True)
 class _Slice:
-    """Where one box of a tensor is: `length` bytes from `start` in a file."""
+    """Where one box of a tensor is, or something else: `length` bytes from `start` in a file."""
 
     file: Path
     start: int
     length: int
 
 
-@dataclass(frozen=True)
-class _Entry:
-    """A tensor as the metadata describes it; `slices` has None for a box of no elements."""
+# By the name in the metadata and the offset of the box; others than tensors have no offset.
+_Slices = Mapping[tuple[str, torch.Size | None], _Slice]
 
+
+@dataclass(frozen=True)
+class _Tensor:
+    """A tensor as the metadata describes it; `boxes` are offsets, sizes, and where it is, None for no elements."""
+
+    name: str
     dtype: torch.dtype
     shape: torch.Size
-    boxes: tuple[tuple[torch.Size, torch.Size], ...]
-    slices: tuple[_Slice | None, ...]
+    boxes: tuple[tuple[torch.Size, torch.Size, _Slice | None], ...]
 
 
 def read_dcp(folder: Path) -> Leaves:
-    """All that a distributed checkpoint holds, each tensor whole, put together from its chunks.
+    """All that a distributed checkpoint holds, each full tensor joined from its chunks.
 
     Args:
         folder: A folder with `.metadata`.
@@ -103,17 +78,23 @@ def read_dcp(folder: Path) -> Leaves:
         TensorFileError: A file is missing, damaged, or holds code in the place of a tensor; the chunks of a tensor
             leave a gap or overlap; or a slice is compressed, or outside the folder.
     """
-    metadata = _unpickled(folder / METADATA)
     try:
-        entries = _entries(folder, metadata)
+        with (folder / METADATA).open("rb") as stream:
+            metadata = _Unpickler(stream).load()
+    except TensorFileError:
+        raise
+    except Exception as error:  # a damaged pickle raises nearly anything
+        raise TensorFileError(f"it is no pickle of metadata: {first_line(error)}") from error
+    try:
+        entries = _entries(folder, metadata.state)
     except TensorFileError:
         raise
     except (LookupError, TypeError, ValueError, AttributeError, ArithmeticError, RuntimeError) as error:
         raise TensorFileError(f"it is not the metadata of a distributed checkpoint: {first_line(error)}") from error
     leaves = Leaves()
     for path, entry in entries:
-        if isinstance(entry, _Entry):
-            leaves.add(_read(".".join(map(str, path)), entry), path)
+        if isinstance(entry, _Tensor):
+            leaves.add(_read(entry), path)
             continue
         try:
             leaves.add(_load(entry), path)
@@ -122,104 +103,40 @@ def read_dcp(folder: Path) -> Leaves:
     return leaves
 
 
-def file_inside(folder: Path, name: object) -> Path:
-    """The file of a folder that an index names; it may be a link, as in the cache of Hugging Face.
-
-    Raises:
-        TensorFileError: The name leads out of the folder, or there is no such file.
-    """
-    if not isinstance(name, str):
-        raise TensorFileError(f"it names {name!r} as a file")
-    # The file may have been written on the other system.
-    for form in (PurePosixPath(name), PureWindowsPath(name)):
-        if form.anchor or ".." in form.parts:
-            raise TensorFileError(f"it names {name}, which is outside the folder; not read")
-    file = folder / PurePath(name)
-    if not file.is_file():
-        raise TensorFileError(f"it names {name}, which is missing")
-    return file
-
-
-def assemble(
-    shape: Sequence[int], dtype: torch.dtype, chunks: Iterable[tuple[Sequence[int], Sequence[int], Tensor | None]]
-) -> Tensor:
-    """One tensor from its chunks, which have to cover it exactly.
-
-    Args:
-        shape: Of the whole.
-        dtype: Of the whole.
-        chunks: Offsets, sizes and elements of each; a chunk of no elements may have None.
-
-    Raises:
-        TensorFileError: A chunk reaches out of the tensor, two overlap, or there is a gap.
-    """
-    boxes = list(chunks)
-    for offsets, sizes, _ in boxes:
-        fits = len(offsets) == len(sizes) == len(shape)
-        if not fits or any(o < 0 or s < 0 or o + s > whole for o, s, whole in zip(offsets, sizes, shape, strict=True)):
-            raise TensorFileError(f"a chunk at {list(offsets)} of sizes {list(sizes)} is not inside {list(shape)}")
-    # Compared before any memory is taken: a shape is only a claim until there are chunks that fill it.
-    held, needed = sum(math.prod(sizes) for _, sizes, _ in boxes), math.prod(shape)
-    if held != needed:
-        raise TensorFileError(
-            f"its chunks {'leave a gap' if held < needed else 'overlap'}: {held} of {needed} elements"
-        )
-    whole, covered = torch.empty(tuple(shape), dtype=dtype), torch.zeros(tuple(shape), dtype=torch.bool)
-    for offsets, sizes, chunk in boxes:
-        if chunk is None:
-            continue
-        box = tuple(slice(o, o + s) for o, s in zip(offsets, sizes, strict=True))
-        if bool(covered[box].any()):
-            raise TensorFileError(f"its chunks overlap at {list(offsets)}, and leave a gap elsewhere")
-        whole[box], covered[box] = chunk, True
-    return whole
-
-
-def _unpickled(file: Path) -> Any:
-    try:
-        with file.open("rb") as stream:
-            return _Unpickler(stream).load()
-    except TensorFileError:
-        raise
-    except Exception as error:  # a damaged pickle raises nearly anything
-        raise TensorFileError(f"it is no pickle of metadata: {first_line(error)}") from error
-
-
-def _entries(folder: Path, metadata: Any) -> list[tuple[KeyPath, _Entry | _Slice]]:
+def _entries(folder: Path, metadata: Mapping[str, Any]) -> list[tuple[KeyPath, _Tensor | _Slice]]:
     """What the metadata names, by path: tensors, and other things, of which each is in one slice."""
-    content = vars(metadata)
     slices: dict[tuple[str, torch.Size | None], _Slice] = {}
-    for index, info in content["storage_data"].items():
-        place = vars(index)
-        # Others than tensors have no offset.
-        offset = place.get("offset")
-        slices[place["fqn"], None if offset is None else torch.Size(offset)] = _slice(folder, vars(info))
+    for index, info in metadata["storage_data"].items():
+        offset = index.state.get("offset")
+        slices[index.state["fqn"], None if offset is None else torch.Size(offset)] = _slice(folder, info.state)
     # How torch has flattened a nested state; without this, nothing was flattened, and a dot is part of a name.
-    paths = content.get("planner_data") or {}
-    entries: list[tuple[KeyPath, _Entry | _Slice]] = []
-    for name, stored in content["state_dict_metadata"].items():
+    paths = metadata.get("planner_data") or {}
+    entries: list[tuple[KeyPath, _Tensor | _Slice]] = []
+    for name, stored in metadata["state_dict_metadata"].items():
         path = paths.get(name, (name,))
         is_path = isinstance(path, tuple) and path and all(isinstance(key, str | int) for key in path)
         if not isinstance(name, str) or not is_path:
             raise TypeError(f"{name!r} is not described as a part of a state")
-        is_tensor = type(stored) is not _STAND_INS["torch.distributed.checkpoint.metadata.BytesStorageMetadata"]
+        is_tensor = not stored.full_name.endswith(".BytesStorageMetadata")
         if not is_tensor and (name, None) not in slices:
             raise TensorFileError(f"{name}: it is in no file")
-        entries.append((path, _entry(name, vars(stored), slices) if is_tensor else slices[name, None]))
+        entries.append((path, _described(name, stored.state, slices) if is_tensor else slices[name, None]))
     return entries
 
 
-def _entry(name: str, stored: Mapping[str, Any], slices: Mapping[tuple[str, torch.Size | None], _Slice]) -> _Entry:
-    dtype, shape = vars(stored["properties"])["state"][0], torch.Size(stored["size"])
+def _described(name: str, stored: Mapping[str, Any], slices: _Slices) -> _Tensor:
+    dtype = stored["properties"].state[0]
     if not isinstance(dtype, torch.dtype):
         raise TypeError(f"{name!r} is not described as a tensor")
-    boxes = tuple((torch.Size(vars(chunk)["offsets"]), torch.Size(vars(chunk)["sizes"])) for chunk in stored["chunks"])
-    for offsets, sizes in boxes:
-        if math.prod(sizes) and (name, offsets) not in slices:
+    boxes = []
+    for chunk in stored["chunks"]:
+        offsets, sizes = torch.Size(chunk.state["offsets"]), torch.Size(chunk.state["sizes"])
+        # A process whose share of a tensor is empty writes nothing, and several such shares have one offset.
+        is_empty = not math.prod(sizes)
+        if not is_empty and (name, offsets) not in slices:
             raise TensorFileError(f"{name}: its chunk at {list(offsets)} is in no file")
-    # A process whose share of a tensor is empty writes nothing, and several such shares have one offset.
-    found = tuple(slices[name, offsets] if math.prod(sizes) else None for offsets, sizes in boxes)
-    return _Entry(dtype, shape, boxes, found)
+        boxes.append((offsets, sizes, None if is_empty else slices[name, offsets]))
+    return _Tensor(name, dtype, torch.Size(stored["size"]), tuple(boxes))
 
 
 def _slice(folder: Path, info: Mapping[str, Any]) -> _Slice:
@@ -234,17 +151,25 @@ def _slice(folder: Path, info: Mapping[str, Any]) -> _Slice:
     return _Slice(file, start, length)
 
 
-def _read(name: str, entry: _Entry) -> Tensor:
+def _read(entry: _Tensor) -> Tensor:
     try:
-        loaded = [None if place is None else _load_tensor(place) for place in entry.slices]
-        for (offsets, sizes), chunk in zip(entry.boxes, loaded, strict=True):
-            if chunk is not None and (chunk.shape != sizes or chunk.dtype != entry.dtype):
-                raise TensorFileError(f"its chunk at {list(offsets)} has another shape or type than the metadata says")
-        return assemble(entry.shape, entry.dtype, [(*b, chunk) for b, chunk in zip(entry.boxes, loaded, strict=True)])
-    except TensorFileError as error:
-        raise TensorFileError(f"{name}: {error}") from error
-    except (RuntimeError, MemoryError) as error:  # a shape or type that torch cannot make
-        raise TensorFileError(f"{name}: {first_line(error)}") from error
+        chunks = [(*box[:2], _chunk(entry.dtype, *box)) for box in entry.boxes]
+        return join_chunks(entry.shape, entry.dtype, chunks)
+    except (TensorFileError, RuntimeError, MemoryError) as error:  # a shape or type that torch cannot make
+        raise TensorFileError(f"{entry.name}: {first_line(error)}") from error
+
+
+def _chunk(dtype: torch.dtype, offsets: torch.Size, sizes: torch.Size, place: _Slice | None) -> Tensor | None:
+    if place is None:
+        return None
+    content = _load(place)
+    # Parameters are tensors too; a class with behaviour of its own is not.
+    if type(content) not in (Tensor, Parameter) or content.layout != torch.strided or content.device.type != "cpu":
+        raise TensorFileError(f"{place.file.name}: holds something else than a plain tensor")
+    if content.shape != sizes or content.dtype != dtype:
+        raise TensorFileError(f"its chunk at {list(offsets)} has another shape or type than the metadata says")
+    plain: Tensor = content.detach()
+    return plain
 
 
 def _load(place: _Slice) -> Any:
@@ -257,12 +182,3 @@ def _load(place: _Slice) -> Any:
         raise TensorFileError(f"{place.file.name}: cannot be read: {error.strerror}") from error
     except TensorFileError as error:
         raise TensorFileError(f"{place.file.name}: {error}") from error
-
-
-def _load_tensor(place: _Slice) -> Tensor:
-    content = _load(place)
-    # Parameters are tensors too; a class with behaviour of its own is not.
-    if type(content) not in (Tensor, Parameter) or content.layout != torch.strided or content.device.type != "cpu":
-        raise TensorFileError(f"{place.file.name}: holds something else than a plain tensor")
-    plain: Tensor = content.detach()
-    return plain

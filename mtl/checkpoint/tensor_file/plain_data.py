@@ -14,7 +14,7 @@ import torch
 from torch import Tensor
 
 
-class Stored:
+class StandIn:
     """Stands in for what a pickle calls: keeps the arguments, and the state that it is given.
 
     Attributes:
@@ -57,8 +57,13 @@ def _empty_bytes() -> bytes:
     return b""
 
 
+def stand_in(full_name: str) -> type[StandIn]:
+    """A class that keeps what was stored under a name in a pickle."""
+    return type(full_name.rpartition(".")[2], (StandIn,), {"full_name": full_name})
+
+
 STAND_INS: dict[str, Any] = {
-    **{name: type(name.rpartition(".")[2], (Stored,), {"full_name": name}) for name in _NAMES},
+    **{name: stand_in(name) for name in _NAMES},
     "builtins.bytes": _empty_bytes,
 }
 _PLAIN = (str, bytes, bytearray, bool, int, float, complex, type(None), torch.dtype, torch.device, torch.layout)
@@ -70,7 +75,7 @@ def is_plain(value: object) -> bool:
         return True
     if isinstance(value, set | frozenset | torch.Size):
         return all(map(is_plain, value))
-    if isinstance(value, Stored) and value.full_name not in (*_NAMESPACES, *_ARRAYS):
+    if isinstance(value, StandIn) and value.full_name not in (*_NAMESPACES, *_ARRAYS):
         return all(is_plain(each) or _is_plain_tuple(each) for each in (*value.arguments, value.state))
     return False
 
@@ -79,14 +84,14 @@ def _is_plain_tuple(value: object) -> bool:
     return isinstance(value, tuple) and all(map(is_plain, value))
 
 
-def attributes(value: Stored) -> dict[Any, Any] | None:
+def attributes(value: StandIn) -> dict[Any, Any] | None:
     """The attributes of a namespace of arguments; None if it is none, or not of the usual form."""
     # One that is empty is given no state.
     state = {} if value.state is None else value.state
     return state if value.full_name in _NAMESPACES and not value.arguments and isinstance(state, dict) else None
 
 
-def array(value: Stored) -> Tensor | None:
+def array(value: StandIn) -> Tensor | None:
     """A NumPy array of numbers as a tensor of the same bits; None if it is none."""
     try:
         _, shape, dtype, is_fortran, content = value.state

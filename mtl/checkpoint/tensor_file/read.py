@@ -9,25 +9,22 @@ from typing import Any
 
 from torch import Tensor
 
-from mtl.checkpoint.run_files import STATE, RunFileError, read_state_file
+from mtl.checkpoint.run_files import FROZEN_FILE, MODEL_FILE, OPTIMIZER_FILE, STATE, RunFileError, read_state_file
 from mtl.checkpoint.tensor_file.contents import Contents, Leaves, named
-from mtl.checkpoint.tensor_file.dcp import METADATA, file_inside, read_dcp
+from mtl.checkpoint.tensor_file.dcp import METADATA, read_dcp
 from mtl.checkpoint.tensor_file.shards import FROZEN, MODEL, OPTIMIZER, Shards
-from mtl.checkpoint.tensor_file.single import TensorFileError, read_safetensors, read_tensor_file
+from mtl.checkpoint.tensor_file.single import TensorFileError, file_inside, read_safetensors, read_tensor_file
 
-# What a folder may hold, the first that there is: whole, in shards with an index, or in chunks.
-_MODEL = "model.safetensors"
+# What a folder may hold; the first one found is read: one file, shards with an index, or chunks.
 _INDEX = ".index.json"
 _IN_FOLDERS = (
-    _MODEL,
-    f"{_MODEL}{_INDEX}",
+    MODEL_FILE,
+    f"{MODEL_FILE}{_INDEX}",
     METADATA,
     "pytorch_model.bin",
     f"pytorch_model.bin{_INDEX}",
 )
-# Next to the model's file in a folder that `mtl` wrote.
-_FROZEN, _OPTIMIZER = "frozen.safetensors", "optimizer.safetensors"
-# Files that may hold tensors; one in a folder that is not read is left out, and said.
+# Files that may hold tensors; those of a folder that are not read are listed as left out.
 _OF_TENSORS = (".safetensors", ".bin", ".pt", ".pth", ".ckpt")
 
 
@@ -46,7 +43,7 @@ def read_contents(path: Path) -> Contents:
     Raises:
         UnreadableError: There is no such file, it is damaged, holds code, or holds no tensors.
     """
-    if path.name == _MODEL and is_of_run(path.parent):
+    if path.name == MODEL_FILE and is_of_run(path.parent):
         # What a run froze is in a file of its own.
         path = path.parent
     try:
@@ -55,7 +52,7 @@ def read_contents(path: Path) -> Contents:
         raise UnreadableError(f"{path}: cannot be read: it is nested too deeply") from error
     contents = named(leaves)
     if not any(isinstance(value, Tensor) for value in contents.everything.values()):
-        # What could not be read says more.
+        # The reason for what could not be read is more use.
         reasons = [f": {name}: {each.reason}" for name, each in contents.rest.items() if not isinstance(each, Tensor)]
         raise UnreadableError(f"{path}: holds no tensors{reasons[0] if reasons else ''}")
     return contents
@@ -63,16 +60,16 @@ def read_contents(path: Path) -> Contents:
 
 def is_of_run(path: Path) -> bool:
     """Whether a folder is a checkpoint that a run of `mtl` wrote."""
-    return (path / STATE).is_file() and ((path / MODEL).is_dir() or (path / _MODEL).is_file())
+    return (path / STATE).is_file() and ((path / MODEL).is_dir() or (path / MODEL_FILE).is_file())
 
 
 def is_in_shards(path: Path) -> bool:
-    """Whether a folder is a checkpoint of `mtl` of which each process wrote its part."""
+    """Whether a folder is a sharded checkpoint of `mtl`: each process wrote its part."""
     return is_of_run(path) and (path / MODEL).is_dir()
 
 
 def read_shards(folder: Path, kinds: Collection[str] = (MODEL, FROZEN)) -> dict[str, Tensor]:
-    """The whole tensors of a checkpoint for which `is_in_shards` holds: of its model, or of other folders of it.
+    """The full tensors of a sharded checkpoint (see `is_in_shards`): of its model, or of others of its folders.
 
     Raises:
         UnreadableError: It is damaged.
@@ -96,11 +93,11 @@ def _of_run(folder: Path) -> Leaves:
     if is_in_shards(folder):
         model, optimizer = read_shards(folder), read_shards(folder, [OPTIMIZER])
     else:
-        model = _readable(folder / _MODEL)
+        model = _readable(folder / MODEL_FILE)
         # Where some was frozen, there has to be its file.
-        if "frozen" in state.get("digests", {}) or (folder / _FROZEN).is_file():
-            model |= _readable(folder / _FROZEN)
-        optimizer = _readable(folder / _OPTIMIZER) if (folder / _OPTIMIZER).is_file() else {}
+        if "frozen" in state.get("digests", {}) or (folder / FROZEN_FILE).is_file():
+            model |= _readable(folder / FROZEN_FILE)
+        optimizer = _readable(folder / OPTIMIZER_FILE) if (folder / OPTIMIZER_FILE).is_file() else {}
     tied: Mapping[str, str] = state.get("tied", {})
     leaves = Leaves()
     leaves.add(model | {name: model[first] for name, first in tied.items() if first in model}, (MODEL,))
@@ -151,7 +148,7 @@ def _main_file(path: Path) -> Path:
 
 
 def _indexed(index: Path) -> dict[Path, dict[str, Tensor]]:
-    """The tensors of each file that an index names; each has to hold those that the index says, and no others."""
+    """The tensors of each file that an index names; each has to hold exactly those that the index lists."""
     try:
         placed = json.loads(index.read_text(encoding="utf-8"))["weight_map"].items()
     except (OSError, ValueError, LookupError, TypeError, AttributeError, RecursionError) as error:

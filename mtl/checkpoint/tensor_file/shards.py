@@ -1,7 +1,7 @@
-"""Tensors that several processes wrote, each its own shards: safetensors, and in each header where its shards belong.
+"""Tensors that several processes wrote, each its own shards: safetensors, with the shards' offsets in each header.
 
 The files are those of torch's `HuggingFaceStorageWriter(save_distributed=True)`; nothing in them is ever run. A run's
-`state.json` says which tensors there are, in which files, with which digests: a shard that is missing would otherwise
+`state.json` has the names, shapes and files of all tensors, and the files' digests: without it, a missing shard would
 only make a tensor smaller.
 """
 
@@ -9,7 +9,7 @@ from __future__ import annotations
 
 import json
 import math
-from collections.abc import Collection, Iterator, Mapping
+from collections.abc import Collection, Iterable, Iterator, Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
@@ -17,9 +17,9 @@ import torch
 from safetensors import safe_open
 from torch import Tensor
 
-from mtl.checkpoint.tensor_file.dcp import assemble, file_inside
-from mtl.checkpoint.tensor_file.single import TensorFileError
+from mtl.checkpoint.tensor_file.single import TensorFileError, file_inside
 from mtl.runtime.console import first_line
+from mtl.runtime.fingerprint import fingerprint, root
 
 # The key of a `state.json` that has the description of all tensors; a checkpoint without it is a plain one.
 SHARDS = "shards"
@@ -29,7 +29,7 @@ _LAYOUT = "DCP_SHARDING_INFO"
 
 
 def described(tensor: Tensor) -> str:
-    """Type and shape of a whole tensor, as `state.json` has them: `float32 64 3`."""
+    """Type and shape of a full tensor, as `state.json` has them: `float32 64 3`."""
     return " ".join([str(tensor.dtype).removeprefix("torch."), *map(str, tensor.shape)])
 
 
@@ -45,7 +45,7 @@ def files_of(state: Mapping[str, Any], kind: str) -> dict[str, str]:
 
 
 class Shards(Mapping[str, Tensor]):
-    """Whole tensors by name, each put together when it is asked for, so that no two need be in memory."""
+    """Full tensors by name, each joined when it is asked for, so that no two need be in memory."""
 
     def __init__(self, folder: Path, state: Mapping[str, Any], kinds: Collection[str]) -> None:
         """Args:
@@ -67,22 +67,11 @@ class Shards(Mapping[str, Tensor]):
                     if name in self._files:
                         self._files[name].append(file)
                     elif math.prod(file.shape(name)):
-                        raise TensorFileError(f"{place}: holds {name}, of which state.json knows nothing")
+                        raise TensorFileError(f"{place}: holds {name}, which state.json does not describe")
 
     @property
     def shapes(self) -> dict[str, torch.Size]:
         return {name: shape for name, (_, shape) in self._described.items()}
-
-    def check(self) -> None:
-        """Finds out, without reading them, whether the shards can be those of the tensors.
-
-        Raises:
-            TensorFileError: Some are missing.
-        """
-        for name, (_, shape) in self._described.items():
-            held = sum(math.prod(file.shape(name)) for file in self._files[name])
-            if held != math.prod(shape):
-                raise TensorFileError(f"{name}: expected {math.prod(shape)} elements in all files, got {held}")
 
     def __getitem__(self, name: str) -> Tensor:
         """Raises:
@@ -95,7 +84,9 @@ class Shards(Mapping[str, Tensor]):
                 raise TensorFileError(f"{name}: expected shards of {dtype}, got {shard.dtype}")
         try:
             # A process without a share may have written an empty shard.
-            return assemble(shape, dtype, [(offsets, shard.shape, shard) for offsets, shard in chunks if shard.numel()])
+            return join_chunks(
+                shape, dtype, [(offsets, shard.shape, shard) for offsets, shard in chunks if shard.numel()]
+            )
         except TensorFileError as error:
             raise TensorFileError(f"{name}: {error}") from error
 
@@ -136,6 +127,67 @@ class ShardFile:
 
     def shards(self) -> Iterator[tuple[str, list[int], Tensor]]:
         return ((name, offsets, self.read(name)) for name, offsets in self.offsets.items())
+
+
+def join_chunks(
+    shape: Sequence[int], dtype: torch.dtype, chunks: Iterable[tuple[Sequence[int], Sequence[int], Tensor | None]]
+) -> Tensor:
+    """One tensor from its chunks, which have to cover it exactly.
+
+    Args:
+        shape: Of the full tensor.
+        dtype: Of the full tensor.
+        chunks: Offsets, sizes and elements of each; a chunk of no elements may have None.
+
+    Raises:
+        TensorFileError: A chunk reaches out of the tensor, two overlap, or there is a gap.
+    """
+    boxes = list(chunks)
+    for offsets, sizes, _ in boxes:
+        fits = len(offsets) == len(sizes) == len(shape)
+        if not fits or any(o < 0 or s < 0 or o + s > end for o, s, end in zip(offsets, sizes, shape, strict=True)):
+            raise TensorFileError(f"a chunk at {list(offsets)} of sizes {list(sizes)} is not inside {list(shape)}")
+    # Compared before any memory is taken: a shape is only a claim until there are chunks that fill it.
+    held, needed = sum(math.prod(sizes) for _, sizes, _ in boxes), math.prod(shape)
+    if held != needed:
+        raise TensorFileError(
+            f"its chunks {'leave a gap' if held < needed else 'overlap'}: {held} of {needed} elements"
+        )
+    full, covered = torch.empty(tuple(shape), dtype=dtype), torch.zeros(tuple(shape), dtype=torch.bool)
+    for offsets, sizes, chunk in boxes:
+        if chunk is None:
+            continue
+        box = tuple(slice(o, o + s) for o, s in zip(offsets, sizes, strict=True))
+        if bool(covered[box].any()):
+            raise TensorFileError(f"its chunks overlap at {list(offsets)}, and leave a gap elsewhere")
+        full[box], covered[box] = chunk, True
+    return full
+
+
+def shards_digest(shards: Iterable[tuple[str, Sequence[int], Tensor]]) -> str | None:
+    """One digest of a file's shards: of names, of where they begin, and of elements; None if there are no elements."""
+    prints = {f"{name} {list(offsets)}": fingerprint(shard) for name, offsets, shard in shards if shard.numel()}
+    return root(prints) if prints else None
+
+
+def file_digest(file: Path) -> str | None:
+    """`shards_digest` of a file; None if it cannot be read."""
+    try:
+        return shards_digest(ShardFile(file).shards())
+    except TensorFileError:
+        return None
+
+
+def damaged_shards(folder: Path, state: Mapping[str, Any]) -> list[str]:
+    """What is wrong with a checkpoint's files of shards, one sentence each."""
+    found = []
+    for name, digest in shard_files(state).items():
+        try:
+            if shards_digest(ShardFile(file_inside(folder, name)).shards()) != digest:
+                found.append(f"{folder / name}: holds other tensors than were written at this step")
+        except TensorFileError as error:
+            found.append(f"{folder / name}: cannot be read: {error}")
+    return found
 
 
 def _understood(name: str, text: object) -> tuple[torch.dtype, torch.Size]:

@@ -6,7 +6,7 @@ import io
 import re
 import warnings
 import zipfile
-from pathlib import Path
+from pathlib import Path, PurePath, PurePosixPath, PureWindowsPath
 from typing import Any
 
 import torch
@@ -18,7 +18,7 @@ from mtl.checkpoint.tensor_file.plain_data import STAND_INS
 from mtl.runtime.console import first_line
 from mtl.runtime.text import with_article
 
-# What safetensors itself keeps in the metadata, beside names of tied tensors.
+# safetensors' own key in the metadata, next to names of tied tensors.
 _FORMAT = "format"
 # What the pickle of every module has in it.
 _OF_A_MODULE = (b"_parameters", b"_buffers", b"_modules")
@@ -26,7 +26,25 @@ _INSTEAD = "save its tensors where its code is at hand: torch.save(model.state_d
 
 
 class TensorFileError(ValueError):
-    """A file that cannot be read as tensors; says why."""
+    """A file that cannot be read as tensors; the message has the reason."""
+
+
+def file_inside(folder: Path, name: object) -> Path:
+    """The file of a folder that an index names; it may be a link, as in the cache of Hugging Face.
+
+    Raises:
+        TensorFileError: The name points out of the folder, or there is no such file.
+    """
+    if not isinstance(name, str):
+        raise TensorFileError(f"it names {name!r} as a file")
+    # The file may have been written on the other system.
+    for form in (PurePosixPath(name), PureWindowsPath(name)):
+        if form.anchor or ".." in form.parts:
+            raise TensorFileError(f"it names {name}, which is outside the folder; not read")
+    file = folder / PurePath(name)
+    if not file.is_file():
+        raise TensorFileError(f"it names {name}, which is missing")
+    return file
 
 
 def read_tensor_file(file: Path) -> Any:
@@ -55,7 +73,7 @@ def read_safetensors(file: Path) -> tuple[dict[str, Tensor], dict[str, str]]:
             metadata: dict[str, str] = opened.metadata() or {}
     except Exception as error:  # the library raises a dozen unrelated types for a file that is not its own
         raise TensorFileError(first_line(error)) from error
-    # `safetensors.torch.save_model` keeps one of several names, and notes the others in the metadata.
+    # `safetensors.torch.save_model` keeps one of several names, and lists the others in the metadata.
     tied = {name: kept for name, kept in metadata.items() if kept in tensors and name not in tensors}
     return tensors, {name: kept for name, kept in tied.items() if name != _FORMAT}
 

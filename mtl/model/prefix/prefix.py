@@ -25,7 +25,7 @@ from mtl.model.prefix.cut import Cut, PrefixError, find_cut
 from mtl.model.prefix.standin import Skip, hollow_tensor, kept_tensor, skips
 from mtl.model.prefix.trace import Trace, record_trace, tensors_of, untouched
 from mtl.model.trunk import Features
-from mtl.runtime.tensors import bytes_of
+from mtl.runtime.tensors import byte_view
 
 __all__ = ["Prefix", "PrefixError"]
 
@@ -50,7 +50,6 @@ class Prefix:
         orders: Of each kept tensor, the dimensions, batch included, from the widest stride to the narrowest.
         bytes_per_image: Size of all kept tensors for one image.
         modules: Names of the modules that a replay skips; empty if it skips the whole trunk.
-        readers: Names of the modules in which kept tensors meet what trains; empty if nothing trains.
     """
 
     def __init__(self, trunk: nn.Module, read: Read, trace: Trace, cut: Cut) -> None:
@@ -69,7 +68,6 @@ class Prefix:
         self.orders = [kept.order for kept in self._kept]
         self.bytes_per_image = sum(math.prod(kept.shape) * kept.dtype.itemsize for kept in self._kept)
         self.modules = tuple(dict.fromkeys(trace.calls[call].name for call in cut.skipped))
-        self.readers = tuple(cut.readers)
 
     @classmethod
     def record(cls, trunk: nn.Module, read: Read, images: Tensor) -> Prefix:
@@ -276,4 +274,4 @@ def _is_compiled(module: nn.Module) -> bool:
 def _same_bits(one: Tensor, two: Tensor) -> bool:
     if (one.shape, one.dtype) != (two.shape, two.dtype):
         return False
-    return torch.equal(bytes_of(one.contiguous()), bytes_of(two.contiguous()))
+    return torch.equal(byte_view(one.contiguous()), byte_view(two.contiguous()))

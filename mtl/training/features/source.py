@@ -135,7 +135,7 @@ class FeatureSource:
             prefix, seconds, is_exact = self._survey(phase)
             key = feature_key(self._parts, prefix, record, self._num_views, phase.batch_size)
             # Seconds are not the same on every rank; those of rank 0 count.
-            seconds = self._world.same_from_rank_0(seconds)
+            seconds = self._world.broadcast(seconds)
             chosen = self._choose(prefix, mode, passes, seconds, key)
             self._open(prefix, chosen, key)
         except (NotKept, PrefixError) as reason:
@@ -264,7 +264,7 @@ class FeatureSource:
                 self._in_ram[name] = store
             self._stores[id(split)] = store
         self._forget_old()
-        if self._world.agree(broken=any(store.is_off for store in self._stores.values())).broken:
+        if self._world.all_reduce_flags(broken=any(store.is_disabled for store in self._stores.values())).broken:
             raise NotKept("the disk cannot hold it; see the warning above")
 
     def _new_store(self, place: str, key: dict[str, Any], num_rows: int, fields: list[Field]) -> FeatureStore:
@@ -307,7 +307,7 @@ class FeatureSource:
             for indices in batches:
                 computed = prefix.compute(self._images(split, indices, view))
                 store.write(first + indices, self._as_stored(computed, prefix))
-                if store.is_off:
+                if store.is_disabled:
                     return
                 bar.update(len(indices) * self._world.size)
 

@@ -8,7 +8,7 @@ from torch import Tensor, nn
 
 from mtl.optim.task_gradients import GradientAnalysis, analyse, trunk_groups
 from mtl.runtime.console import logger
-from mtl.runtime.tensors import is_spread
+from mtl.runtime.tensors import is_sharded
 from mtl.runtime.text import count, shorten
 from mtl.training.tracking.gradient_figure import draw_gradients, png_of
 from mtl.training.tracking.steps import StepLog
@@ -27,7 +27,7 @@ class GradientLog:
         self._tracker = tracker
         self._trunk = trunk
         self._every_steps = every_steps
-        if every_steps and any(is_spread(parameter) for parameter in trunk.parameters()):
+        if every_steps and any(is_sharded(parameter) for parameter in trunk.parameters()):
             # One process alone would wait for the others in each backward of its own.
             logger.info("gradients are not analysed: the trunk is spread over the processes (fsdp2)")
             self._every_steps = 0

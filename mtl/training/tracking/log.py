@@ -32,10 +32,10 @@ class RunLog:
         self._setup = setup
         self._tracker = tracker
         self._quiet = quiet
-        self._is_main = world.leads
+        self._is_main = world.is_main
         self._gradients = GradientLog(tracker, setup.model.trunk, setup.config.audit.gradients_every_steps)
         # Where layers speak to other processes in their backward, all have to go through it.
-        self._is_analysed = world.leads or setup.config.distributed.sync_batchnorm
+        self._is_analysed = world.is_main or setup.config.distributed.sync_batchnorm
 
     def phase_begins(self, phase: Phase) -> None:
         tell_idle_tasks(self._setup, phase)
