@@ -9,6 +9,7 @@ from typing import get_args
 
 import pytest
 from pydantic import BaseModel
+from test_imports import FLOORS
 
 from mtl.cli import main
 from mtl.config import RunConfig, TaskConfig, load_config
@@ -156,6 +157,21 @@ def test_every_file_that_a_page_names_exists(page: str) -> None:
     text = re.sub(r"> \S+$", "", (ROOT / page).read_text(encoding="utf-8"), flags=re.MULTILINE)
     for file in re.findall(r"(?<![\w/.-])((?:mtl|tests|scripts|docs|configs)/[\w./-]*\w/?)(?![\w*])", text):
         assert (ROOT / file).exists(), file
+
+
+# The house
+
+
+def test_the_map_of_the_house_has_the_rooms_on_their_floors_and_files_that_exist() -> None:
+    rows = table("CONTRIBUTING.md", "| floor | rooms | hold |")
+    shown = {int(floor): sorted(re.findall(r"`(\w+)(?:/|\.py)`", rooms)) for floor, rooms, _ in rows}
+    assert shown == {number: sorted(rooms) for number, rooms in enumerate(FLOORS, start=1)}
+    house = (ROOT / "CONTRIBUTING.md").read_text(encoding="utf-8").partition("## The house")[2].partition("\n## ")[0]
+    assert len(house.splitlines()) <= 60
+    rooms = "|".join(room for floor in FLOORS for room in floor)
+    files = re.findall(rf"\b((?:{rooms})/[\w/]+\.py)", house)
+    assert len(files) > 10
+    assert [file for file in files if not (ROOT / "mtl" / file).exists()] == []
 
 
 # All keys
