@@ -3,17 +3,30 @@
 from __future__ import annotations
 
 import re
+import sys
 from pathlib import Path
+from typing import get_args
 
 import pytest
+from pydantic import BaseModel
+from test_imports import FLOORS
 
 from mtl.cli import main
-from mtl.config import load_config
+from mtl.config import RunConfig, TaskConfig, load_config
+from mtl.data import BUILT_IN
 from mtl.phases.plan import Plan, make_plan
 from mtl.phases.plan.text import full_plan
 from mtl.phases.setup import Blueprint, draw_up_without_weights
+from mtl.tasks import Classification, Depth, Normals, Segmentation, Task
+from mtl.training.evaluate import score
+from runs import read_metrics, tiny_config
 
 ROOT = Path(__file__).parent.parent
+
+sys.path.insert(0, str(ROOT / "scripts"))
+import config_docs  # noqa: E402
+
+PAGES = ["README.md", "CONTRIBUTING.md", *(f"docs/{page.name}" for page in sorted((ROOT / "docs").glob("*.md")))]
 
 
 def yaml_blocks(page: str) -> list[str]:
@@ -117,3 +130,168 @@ def test_the_size_of_what_is_kept_is_the_one_planned(page: str, plan: Plan) -> N
     sizes = stated(page, r"features: the trunk computed once, .*? kept in memory: (.*? for \d+ images)")
     kept = re.search(r"the trunk; kept: .* an image, (.*?) in all", full_plan(plan))
     assert kept and sizes == [f"{kept[1]} for {6000 + 500} images"]
+
+
+# Links
+
+
+def headings(page: str) -> set[str]:
+    """The anchors of a page's headings; lines inside code are none."""
+    text = re.sub(r"^```.*?^```", "", (ROOT / page).read_text(encoding="utf-8"), flags=re.MULTILINE | re.DOTALL)
+    return {config_docs.anchor(title) for title in re.findall(r"^#+ (.*)$", text, flags=re.MULTILINE)}
+
+
+@pytest.mark.parametrize("page", PAGES)
+def test_every_link_leads_to_a_file_and_heading_that_exist(page: str) -> None:
+    for link in re.findall(r"\]\((?!https?://)([^)\s]+)\)", (ROOT / page).read_text(encoding="utf-8")):
+        file, _, anchor = link.partition("#")
+        target = (ROOT / page).parent / file if file else ROOT / page
+        assert target.exists(), link
+        if anchor:
+            assert anchor in headings(target.resolve().relative_to(ROOT).as_posix()), link
+
+
+@pytest.mark.parametrize("page", PAGES)
+def test_every_file_that_a_page_names_exists(page: str) -> None:
+    # What a command writes need not be there.
+    text = re.sub(r"> \S+$", "", (ROOT / page).read_text(encoding="utf-8"), flags=re.MULTILINE)
+    for file in re.findall(r"(?<![\w/.-])((?:mtl|tests|scripts|docs|configs)/[\w./-]*\w/?)(?![\w*])", text):
+        assert (ROOT / file).exists(), file
+
+
+# The house
+
+
+def test_the_map_of_the_house_has_the_rooms_on_their_floors_and_files_that_exist() -> None:
+    rows = table("CONTRIBUTING.md", "| floor | rooms | hold |")
+    shown = {int(floor): sorted(re.findall(r"`(\w+)(?:/|\.py)`", rooms)) for floor, rooms, _ in rows}
+    assert shown == {number: sorted(rooms) for number, rooms in enumerate(FLOORS, start=1)}
+    house = (ROOT / "CONTRIBUTING.md").read_text(encoding="utf-8").partition("## The house")[2].partition("\n## ")[0]
+    assert len(house.splitlines()) <= 60
+    rooms = "|".join(room for floor in FLOORS for room in floor)
+    files = re.findall(rf"\b((?:{rooms})/[\w/]+\.py)", house)
+    assert len(files) > 10
+    assert [file for file in files if not (ROOT / "mtl" / file).exists()] == []
+
+
+# All keys
+
+
+def test_the_page_of_all_keys_is_what_the_models_say() -> None:
+    made = config_docs.page()
+    assert (ROOT / "docs/config.md").read_text(encoding="utf-8") == made, f"make it again: {config_docs.__doc__}"
+
+
+def models(model: type[BaseModel]) -> set[type[BaseModel]]:
+    """All models below one."""
+    found: set[type[BaseModel]] = set()
+    new = {model}
+    while new:
+        found |= new
+        inner = (field.annotation for each in new for field in each.model_fields.values())
+        new = {each for annotation in inner for each in config_docs.inside(annotation)} - found
+    return found
+
+
+def test_every_key_of_every_model_has_a_row_with_a_meaning() -> None:
+    rows = [[cell.strip() for cell in row.split(" | ")] for row in config_docs.page().splitlines() if row[:3] == "| `"]
+    keys = [row[0].split("`")[1].rpartition(".")[2] for row in rows]
+    assert sorted(keys) == sorted(key for model in models(RunConfig) for key in model.model_fields)
+    assert all(len(row) == 4 and len(row[3]) > 5 for row in rows)
+
+
+def test_the_page_of_all_keys_is_written_where_it_is_asked_for(
+    tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    config_docs.main(["--write", str(tmp_path / "page.md")])
+    assert capsys.readouterr().out == ""
+    config_docs.main([])
+    assert capsys.readouterr().out == (tmp_path / "page.md").read_text(encoding="utf-8") == config_docs.page()
+
+
+def test_the_numbers_of_images_in_the_page_of_all_keys_are_those_of_the_data_sets() -> None:
+    for key, attribute in (("num_train", "num_train"), ("num_val", "num_val")):
+        (numbers,) = stated("docs/config.md", rf"`data.{key}` .*? if not set, (\S+) of `scenes` and (\S+) of `multif")
+        expected = [getattr(BUILT_IN[name], attribute) for name in ("scenes", "multifashion")]
+        assert [int(number.replace(",", "")) for number in numbers] == expected
+
+
+# Metrics and the trivial predictor
+
+TASKS: dict[str, Task] = {
+    "segmentation": Segmentation(13),
+    "depth": Depth(),
+    "normals": Normals(),
+    "classification": Classification(10),
+}
+
+
+def table(page: str, header: str) -> list[list[str]]:
+    """The rows below a header, each as its cells."""
+    text = (ROOT / page).read_text(encoding="utf-8")
+    assert text.count(header) == 1
+    lines = text.partition(header)[2].split("\n\n")[0].splitlines()[2:]
+    return [[cell.strip() for cell in re.split(r"(?<!\\)\|", line)[1:-1]] for line in lines]
+
+
+def results() -> dict[tuple[str, str], dict[str, float]]:
+    """The table of the default run in the README: by task and metric, the trivial predictor and each phase."""
+    text = (ROOT / "README.md").read_text(encoding="utf-8")
+    (block,) = re.findall(r"^    task +metric +trivial .*?(?=^    audit:)", text, flags=re.MULTILINE | re.DOTALL)
+    header, _, *rows = (line.split() for line in block.splitlines())
+    return {(task, metric): dict(zip(header[2:], map(float, numbers), strict=True)) for task, metric, *numbers in rows}
+
+
+def test_the_table_of_metrics_holds_every_metric_and_main_metric() -> None:
+    documented: dict[str, list[str]] = {}
+    for task, metrics, _, better, perfect, is_main in table("docs/metrics.md", "| task type | metric |"):
+        names = re.findall(r"`(\w+)`", metrics)
+        documented.setdefault(task.strip("`"), []).extend(names)
+        goal = TASKS[task.strip("`")].goal
+        assert (is_main == "yes") == (goal.metric in names)
+        assert (better, perfect) in (("higher", "1"), ("lower", "0"))
+        if is_main:
+            assert (float(perfect), better == "higher") == (goal.perfect, goal.higher_is_better)
+    assert documented == {name: list(task.metrics().compute()) for name, task in TASKS.items()}
+    kinds = get_args(get_args(TaskConfig)[0])
+    assert documented.keys() == {get_args(kind.model_fields["type"].annotation)[0] for kind in kinds}
+
+
+def test_the_score_worked_out_by_hand_is_what_the_code_computes() -> None:
+    tasks: dict[str, Task] = {}
+    scores, trivial = ({}, {})
+    for task, metric, perfect, constant, value, skill in table("docs/metrics.md", "| task | main metric |"):
+        tasks[task] = TASKS["classification" if task == "object" else task]
+        assert (metric, float(perfect)) == (tasks[task].goal.metric, tasks[task].goal.perfect)
+        assert f"{tasks[task].goal.skill(float(value), float(constant)):.4f}" == skill
+        scores[task], trivial[task] = {metric: float(value)}, {metric: float(constant)}
+        shown = results()[task, metric]
+        assert (shown["trivial"], shown["finetune"]) == (float(constant), float(value))
+    assert stated("docs/metrics.md", r"is `val/score` = (\S+)\. ") == [f"{score(tasks, scores, trivial):.3f}"]
+    assert stated("README.md", r"best val/score (\S+) at step") == [f"{score(tasks, scores, trivial):.3f}"]
+
+
+def test_the_numbers_of_the_trivial_predictor_are_those_of_the_readme() -> None:
+    text = (ROOT / "docs/trivial.md").read_text(encoding="utf-8")
+    rows = re.findall(r"^    (\w+) +(\w+) +([\d.]+) +([\d.]+)$", text, flags=re.MULTILINE)
+    assert {(task, metric): (float(a), float(b)) for task, metric, a, b in rows} == {
+        key: (numbers["trivial"], numbers["finetune"]) for key, numbers in results().items()
+    }
+    # One class at every pixel: its IoU is its share of the pixels, that of the others is 0.
+    num_classes = TASKS["segmentation"].num_outputs
+    accuracy, miou = (results()["segmentation", name]["trivial"] for name in ("pixel_accuracy", "miou"))
+    assert f"{accuracy / num_classes:.4f}" == f"{miou:.4f}"
+
+
+def test_the_names_in_metrics_jsonl_are_those_documented(tmp_path: Path) -> None:
+    text = (ROOT / "docs/metrics.md").read_text(encoding="utf-8").partition("## What is logged")[2]
+    documented = re.findall(r"^\| `((?:train|val|audit|perf|grad)/[^`]*)` \|", text, flags=re.MULTILINE)
+    assert len(documented) == len(set(documented)) + 1  # perf/images_per_s stands in two tables
+    forms = {name: re.sub(r"<\w+>", r"[^/]+", name) for name in documented}
+    file = tiny_config(tmp_path, not_finite="skip", phases=[{"name": "all", "freeze": ["trunk.conv1"], "epochs": 1}])
+    assert main(["train", str(file), "-q"]) == 0
+    logged = {key for row in read_metrics(tmp_path / "runs/tiny") for key in row if "/" in key}
+    for name in logged:
+        assert any(re.fullmatch(form, name) for form in forms.values()), f"not documented: {name}"
+    for name, form in forms.items():
+        assert any(re.fullmatch(form, each) for each in logged), f"never logged: {name}"

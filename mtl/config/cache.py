@@ -18,16 +18,17 @@ CacheMode = Annotated[Literal["auto", "off", "ram", "disk"], BeforeValidator(_of
 
 
 class CacheConfig(Strict):
-    """Whether and where the activations of a frozen trunk, or of the frozen first part of one, are kept.
+    """Whether and where the activations of a frozen trunk, or of its frozen first part, are kept.
 
     Attributes:
-        mode: `ram`, `disk`, `off`, or `auto`: where they fit, if it saves time.
-        dtype: The type in which they are kept; `float32` keeps what was computed to the bit, the others halve it.
-        views: For images that are augmented: so many views of each are kept and taken in turn, in place of a new one
-            in every epoch.
+        mode: `ram`, `disk`, `off`, or `auto`: in memory if they fit there, else on disk, and only if that saves time.
+        dtype: Number format of kept activations; `float32` keeps every bit, the others take half the room.
+        views: With `data.augment`: number of augmented views of each image that are kept and used in turn, in place of
+            a new view in every epoch. If not set, nothing of augmented images is kept.
         ram_gb: Memory that all kept activations of the run may take, in 10^9 bytes.
-        disk_gb: Room that the kept activations of all runs may take on disk.
-        dir: Where they are kept on disk; `features` in the data cache's folder if not given.
+        disk_gb: Disk space that the kept activations of all runs may take, in 10^9 bytes; what was not used for longest
+            is deleted first.
+        dir: The folder of what is kept on disk; if not set, `features` in the data cache's folder.
     """
 
     mode: CacheMode = "auto"

@@ -6,13 +6,13 @@ from mtl.config.types import Count, NotNegative, Strict
 
 
 class CheckpointConfig(Strict):
-    """When the whole state of a run is written, besides after every validation.
+    """When checkpoints are written inside an epoch; one is written after every validation in any case.
 
     Attributes:
-        every_minutes: Inside an epoch, whenever so much time has passed since the last time; 0 for never.
-        every_steps: Inside an epoch, after every so many steps of the run.
-        keep_every_epochs: The checkpoint after every so many epochs is kept for good; of the others only the last ones
-            and the best ones are.
+        every_minutes: Minutes from one checkpoint to the next inside an epoch; 0 for never.
+        every_steps: Steps of the run from one checkpoint to the next inside an epoch; if not set, steps do not matter.
+        keep_every_epochs: The checkpoint after every this many epochs is kept permanently; of the others only the two
+            newest and the best. If not set, none is kept permanently.
     """
 
     every_minutes: NotNegative = 10.0

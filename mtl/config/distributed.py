@@ -11,20 +11,21 @@ from mtl.config.types import Strict
 
 
 class DistributedConfig(Strict):
-    """How processes that torchrun has started train together; alone, none of it matters.
+    """How the processes that torchrun starts train together. One process alone ignores all of it.
 
     Attributes:
-        strategy: `ddp`: every process has the whole model, and gradients are averaged. `fsdp2`: every process has a
-            part of every parameter, of its gradient and of what is remembered of it (moments, averages), and fetches
-            the rest block by block while it computes. Each first builds the whole model. Features are not kept and
-            gradients are not analysed; `compile`, fp16 and channels_last are refused.
-        sync_batchnorm: Whether BatchNorm that trains takes its statistics over the images of all processes, at the
-            price of two messages a layer; if not, over each one's own.
-        checkpoint: How checkpoints of `fsdp2` are written; any number of processes, with either strategy, goes on from
-            both. `plain`: the first process brings all together, and writes what one process alone would. `dcp`: each
-            process writes its own parts, as torch.distributed.checkpoint does; `scripts/plain_checkpoint.py` makes
-            plain ones of them. Alone, a run writes plain ones.
-        timeout_s: How long a process waits for the others before it gives up.
+        strategy: `ddp`: every process holds the whole model, and gradients are averaged. `fsdp2`: parameters,
+            gradients, optimizer state and averages are sharded over the processes, and parameters are gathered block by
+            block for the forward and backward; each process first builds the whole model. With `fsdp2`, features are
+            not kept, the tasks' gradients are not compared, and `compile`, `precision: fp16`, `memory_format:
+            channels_last` and methods that balance gradients are refused.
+        sync_batchnorm: Whether a trainable BatchNorm takes its statistics over the images of all processes, for two
+            messages per layer; if not, over each process's own images. Refused with `compile`.
+        checkpoint: How `fsdp2` writes checkpoints. `plain`: rank 0 gathers everything and writes what one process alone
+            would. `dcp`: each process writes its own shards, by torch.distributed.checkpoint;
+            `scripts/plain_checkpoint.py` converts them. Any number of processes, with either strategy, resumes from
+            both. `dcp` is refused without `strategy: fsdp2`.
+        timeout_s: Seconds that a process waits for the others before it gives up.
     """
 
     strategy: Literal["ddp", "fsdp2"] = "ddp"

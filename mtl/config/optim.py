@@ -20,10 +20,11 @@ class BalanceConfig(Strict):
     """How the tasks' losses become one.
 
     Attributes:
-        method: A scalarizer of TorchJD by name, such as `uw`, `dwa`, `famo`, `mean`; one of its aggregators that weigh
-            the tasks' gradients on the trunk, such as `mgda`, `upgrad`, `pcgrad`, `cagrad`; or `fixed`.
-        weights: For `fixed`: the weight of every active task.
-        options: Passed to the scalarizer or aggregator.
+        method: A scalarizer of TorchJD by name, such as `uw`, `dwa`, `famo`, `mean`; or one of its aggregators that
+            weigh the tasks' gradients on the trunk, such as `mgda`, `upgrad`, `pcgrad`, `cagrad`; or `fixed`.
+            Aggregators are refused with `optim.accumulate` above 1 and with `distributed.strategy: fsdp2`.
+        weights: The weight of every active task, one of them above 0. Required by `fixed`, refused by other methods.
+        options: Passed to the scalarizer or aggregator. Refused with `fixed`.
     """
 
     method: str = "mean"
@@ -42,11 +43,12 @@ class BalanceConfig(Strict):
 
 
 class OptimizerConfig(Strict):
-    """What steps the parameters.
+    """An optimizer and its options.
 
     Attributes:
         name: An optimizer of torch, such as `sgd`, `adam`, `adamw`; or your own, as `package.module:Name`.
-        options: Passed to it, such as `momentum`; rates and decay have keys of their own.
+        options: Passed to the optimizer, such as `{momentum: 0.9}`. `lr`, `weight_decay` and `params` are refused here:
+            learning rate and decay have keys of their own.
     """
 
     name: str = "adamw"
@@ -54,37 +56,40 @@ class OptimizerConfig(Strict):
 
 
 class _Course(Strict):
-    """Attributes:
-    warmup_steps: Steps in which the rate climbs in equal parts to its peak; the rest of the course follows.
+    """A learning-rate schedule that may begin with a warm-up.
+
+    Attributes:
+        name: The schedule.
+        warmup_steps: Steps in which the rate rises linearly to its peak, before the rest of the schedule.
     """
 
     warmup_steps: Annotated[int, Field(ge=0)] = 0
 
 
 class ConstantConfig(_Course):
-    """Stays at the peak."""
+    """The rate stays at its peak."""
 
     name: Literal["constant"]
 
 
 class CosineConfig(_Course):
-    """Falls from the peak to 0 over the phase, along half a cosine (Loshchilov and Hutter, arXiv 1608.03983)."""
+    """The rate falls from its peak to 0 over the phase on half a cosine (Loshchilov and Hutter, arXiv 1608.03983)."""
 
     name: Literal["cosine"]
 
 
 class LinearConfig(_Course):
-    """Falls from the peak to 0 over the phase, in equal parts."""
+    """The rate falls from its peak to 0 over the phase, linearly."""
 
     name: Literal["linear"]
 
 
 class StepConfig(_Course):
-    """Falls by a factor every few epochs.
+    """The rate is multiplied by a factor every few epochs.
 
     Attributes:
-        every_epochs: After how many epochs.
-        factor: By which the rate is multiplied.
+        every_epochs: After how many epochs each time.
+        factor: The factor.
     """
 
     name: Literal["step"]
@@ -93,14 +98,15 @@ class StepConfig(_Course):
 
 
 class PlateauConfig(_Course):
-    """Falls by a factor when a metric has had no new best for some epochs.
+    """The rate is multiplied by a factor whenever a metric has had no new best for some epochs.
 
     Attributes:
-        metric: The metric.
-        direction: Which values are better; need not be given for `val/score` and the tasks' main metrics.
-        patience: For how many epochs in a row.
-        min_delta: By how much a value has to beat the best one.
-        factor: By which the rate is multiplied.
+        metric: The metric, by its path in docs/metrics.md.
+        direction: Which values are better. Required unless `metric` is `val/score`, `train/loss` or the main metric of
+            a task.
+        patience: Epochs in a row without a new best.
+        min_delta: The margin by which a value has to beat the best one.
+        factor: The factor.
     """
 
     name: Literal["plateau"]
@@ -112,7 +118,11 @@ class PlateauConfig(_Course):
 
 
 class OneCycleConfig(Strict):
-    """Up from a 25th of the peak over 30 % of the phase, then down to 0 (Smith and Topin, arXiv 1708.07120)."""
+    """The rate rises from a 25th of its peak for 30 % of the phase, then falls to 0 (Smith, Topin, arXiv 1708.07120).
+
+    Attributes:
+        name: The schedule. It takes no `warmup_steps`: it has a warm-up of its own.
+    """
 
     name: Literal["one-cycle"]
 
@@ -125,22 +135,25 @@ LrScheduleConfig = Annotated[
 
 
 class OptimConfig(Strict):
-    """How parameters are stepped; a phase may set its own `optimizer`, rates, decay and schedule.
+    """How parameters are stepped.
+
+    A phase may set its own `optimizer`, `lr`, `layer_decay`, `weight_decay` and `lr_schedule`.
 
     Attributes:
-        optimizer: What steps them: a name, or name and options.
-        lr: Peak learning rate, or pattern -> rate.
-        lr_scale: Every peak rate of every phase is multiplied by it, that of a balancing method's weights too; not what
-            a method has among its own options (`famo`).
-        layer_decay: The trunk's rates shrink by this factor from one depth group to the one below it; the topmost group
-            already has the factor once (BEiT, arXiv 2106.08254).
-        weight_decay: Decay of weights, or pattern -> decay. Biases, norms, other vectors, and what the trunk itself
-            excepts (position embeddings) are never decayed.
-        lr_schedule: Course of the rate over one phase: `constant`, `cosine`, `linear`, `step`, `plateau`, `one-cycle`.
-        clip_norm: Gradients of what trains are scaled down to this norm, taken over all of them.
-        accumulate: Batches whose gradients are averaged into one step.
-        ema_decay: If given, weights are judged and kept as exponential moving averages over the steps, each of which
-            leaves this share of the average; only what trains is averaged.
+        optimizer: The optimizer, by name or with options.
+        lr: Peak learning rate: one for all trainable parameters, or by pattern. The last pattern that matches a
+            parameter decides, and every trainable parameter has to be matched.
+        lr_scale: A factor for every peak learning rate of every phase, that of a balancing method's weights too; not
+            for a rate among a method's own options (`famo`).
+        layer_decay: The trunk's learning rates are multiplied by this factor once per depth group from the output to
+            the input; the topmost group already has the factor once (BEiT, arXiv 2106.08254).
+        weight_decay: Weight decay, one for all or by pattern. Never applied to biases, norms, other vectors, and the
+            parameters that the trunk excludes (position embeddings).
+        lr_schedule: How the learning rate changes over each phase.
+        clip_norm: If set, the gradients of all trainable parameters together are scaled down to this norm.
+        accumulate: Number of batches whose gradients are averaged into one step; at most the batches of an epoch.
+        ema_decay: If set, validation and checkpoints use exponential moving averages of the trainable parameters; each
+            step keeps this share of the average.
     """
 
     optimizer: Annotated[OptimizerConfig, word_for("name")] = OptimizerConfig()

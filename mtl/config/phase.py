@@ -41,21 +41,25 @@ def check_one_of(model: Strict, keys: Sequence[str]) -> None:
 
 
 class UntilConfig(Strict):
-    """A condition that ends a phase: exactly one of the following.
+    """A condition that ends a phase.
+
+    It has exactly one of `plateau`, `metric`, `wall_time_s`, `epochs`, `steps`, `any` and `all`; the other keys belong
+    to one of these.
 
     Attributes:
-        plateau: A metric that has had no new best for `patience` epochs.
-        metric: A metric that has to be `at_least` or `at_most` some value.
+        plateau: A metric; the condition holds when it has had no new best for `patience` epochs.
+        metric: A metric; the condition holds when its latest value is `at_least` or `at_most` the given one.
         wall_time_s: Seconds spent in the phase.
-        epochs: Epochs done in the phase; of use inside `all`.
-        steps: Steps done in the phase; likewise.
-        any: Conditions of which one has to hold.
-        all: Conditions that all have to hold at the same time.
-        patience: For `plateau`: epochs in a row.
-        min_delta: For `plateau`: by how much a value has to beat the best one.
-        direction: For `plateau`: which values are better; need not be given for `val/score` and tasks' main metrics.
-        at_least: For `metric`.
-        at_most: For `metric`.
+        epochs: Epochs done in the phase; useful inside `all`.
+        steps: Steps done in the phase; useful inside `all`.
+        any: Conditions of which at least one has to hold.
+        all: Conditions that have to hold at the same time.
+        patience: Epochs in a row without a new best; 1 if not set. Refused without `plateau`.
+        min_delta: The margin by which a value has to beat the best one; 0 if not set. Refused without `plateau`.
+        direction: Which values are better. Refused without `plateau`; required by `plateau` unless its metric is
+            `val/score`, `train/loss` or the main metric of a task.
+        at_least: The value that `metric` has to reach. Refused without `metric`, and with `at_most`.
+        at_most: The value that `metric` has to fall to. Refused without `metric`, and with `at_least`.
     """
 
     plateau: str | None = None
@@ -90,9 +94,11 @@ class RestoreConfig(Strict):
     """Which weights a phase begins with.
 
     Attributes:
-        which: `last`: as they are; `best`: rewound to the best epoch of the run so far, buffers too.
-        metric: For `best`: by which metric; `val/score` if not given.
-        direction: Which values are better; need not be given for `val/score` and the tasks' main metrics.
+        which: `last`: the weights as they are. `best`: parameters, buffers and optimizer state of the run's best epoch
+            so far.
+        metric: The metric that decides which epoch is the best; `val/score` if not set. Refused with `last`.
+        direction: Which values of `metric` are better. Required unless it is `val/score`, `train/loss` or the main
+            metric of a task. Refused with `last`.
     """
 
     which: Literal["best", "last"]
@@ -107,30 +113,32 @@ class RestoreConfig(Strict):
 
 
 class PhaseConfig(Strict):
-    """One phase.
+    """One phase. Its length is exactly one of `epochs`, `steps`, `until` and `evaluate_only`.
 
     Attributes:
-        name: Its name in logs, plan and audit.
-        freeze: Patterns of what is frozen; none trains everything.
-        train: Or patterns of what trains; everything else is frozen.
-        epochs: Length in passes over the training data; or
-        steps: length in optimizer steps; or
-        until: a condition that ends it, with a limit:
-        max_epochs: limit in epochs.
-        max_steps: limit in steps.
-        evaluate_only: Or trains nothing: validates once, and everything is frozen.
-        tasks: The tasks whose losses are active; all if not given.
-        lr: As `optim.lr`, for this phase.
-        layer_decay: As `optim.layer_decay`.
-        optimizer: As `optim.optimizer`.
-        lr_schedule: As `optim.lr_schedule`; it begins anew with every phase.
-        weight_decay: As `optim.weight_decay`.
-        balance: As the run's `balance`.
-        batch_size: As `data.batch_size`.
-        cache: As `cache.mode`.
-        optimizer_state: `keep` continues each parameter with the moments it last had, also from before it was frozen;
-            `reset` begins without.
-        restore: Weights to begin with: `last`, `best`, or which, metric and direction.
+        name: Its name in logs, plan and audit; no two phases have the same.
+        freeze: Patterns of what is frozen; if neither this nor `train` is set, everything trains.
+        train: Patterns of what trains; everything else is frozen. Refused with `freeze`.
+        epochs: Length in epochs (passes over the training data).
+        steps: Length in optimizer steps.
+        until: A condition that ends the phase; requires `max_epochs` or `max_steps`.
+        max_epochs: At most this many epochs. Refused without `until`.
+        max_steps: At most this many steps. Refused without `until`.
+        evaluate_only: Everything is frozen, no step is made, and the model is validated once. Refused with every key
+            that says what trains or how: `freeze`, `train`, `tasks`, `lr`, `layer_decay`, `optimizer`, `lr_schedule`,
+            `weight_decay`, `balance`, and `optimizer_state: reset`.
+        tasks: The tasks whose losses are active; all if not set. All tasks are validated.
+        lr: `optim.lr` of this phase.
+        layer_decay: `optim.layer_decay` of this phase.
+        optimizer: `optim.optimizer` of this phase.
+        lr_schedule: `optim.lr_schedule` of this phase; every phase begins its schedule from the start.
+        weight_decay: `optim.weight_decay` of this phase.
+        balance: The run's `balance` for this phase.
+        batch_size: `data.batch_size` of this phase.
+        cache: `cache.mode` of this phase.
+        optimizer_state: `keep`: each parameter continues with the optimizer state that it last had, also from before it
+            was frozen. `reset`: from scratch.
+        restore: The weights to begin with.
     """
 
     name: PhaseName
@@ -183,11 +191,12 @@ class PhaseConfig(Strict):
 
 
 class RepeatConfig(Strict):
-    """Phases that follow each other several times.
+    """Several phases in turn, more than once. It stands in the list in place of a phase.
 
     Attributes:
-        repeat: How often.
-        phases: The phases; their names get the round's number: `heads.1`, `trunk.1`, `heads.2`, ...
+        repeat: How many rounds.
+        phases: The phases of a round, or further repeats. The number of the round is added to their names: `heads.1`,
+            `trunk.1`, `heads.2`, `trunk.2`, ...
     """
 
     repeat: Count

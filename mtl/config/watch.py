@@ -10,13 +10,13 @@ from mtl.config.types import Count, Strict
 
 
 class AuditConfig(Strict):
-    """What is looked at beyond the losses.
+    """What the gradient audit does, see docs/audit.md.
 
     Attributes:
-        policy: What a violation of the contract does: `raise` stops the run, `warn` and `collect` go on, `restore`
-            mends it.
-        gradients_every_steps: The tasks' gradients on the trunk are compared on the first step of each phase and on
-            every such step after it; 0 for never. Costs a backward per task.
+        policy: What happens at a violation: `raise` ends the run, `warn` logs it and continues, `collect` only records
+            it, `restore` puts the frozen bits back and continues.
+        gradients_every_steps: The tasks' gradients on the trunk are compared on the first step of each phase, and then
+            every this many steps; 0 for never. Each comparison costs a backward per task.
     """
 
     policy: Literal["raise", "warn", "collect", "restore"] = "raise"
@@ -24,13 +24,13 @@ class AuditConfig(Strict):
 
 
 class TrackingConfig(Strict):
-    """wandb.
+    """Logging to wandb. `metrics.jsonl` gets the same numbers in any case.
 
     Attributes:
-        project: The project's name.
-        mode: `auto`: as WANDB_MODE says, else online if wandb knows a key, else offline. Any other word goes before
-            WANDB_MODE.
-        log_every_steps: How many steps are logged at once.
+        project: The wandb project.
+        mode: `auto`: as the environment variable `WANDB_MODE` says, else online if wandb knows a key, else offline. Any
+            other value overrides `WANDB_MODE`.
+        log_every_steps: Number of steps that are logged together, each with a row of its own.
     """
 
     project: str = "mtl"
