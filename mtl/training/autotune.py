@@ -22,7 +22,7 @@ from mtl.phases.setup import Blueprint
 Layout = Literal["contiguous", "channels_last"]
 Precision = Literal["fp32", "bf16", "fp16"]
 AUTOCAST = {"fp32": torch.float32, "bf16": torch.bfloat16, "fp16": torch.float16}
-# Whatever takes so many times as long as the best so far is not tried any further.
+# A candidate that takes this many times as long as the best so far is not tried any further.
 _HOPELESS = 3
 
 
@@ -46,7 +46,7 @@ def autocast_for(precision: str, device: torch.device) -> torch.autocast:
     return torch.autocast(device.type, AUTOCAST[precision], enabled=precision != "fp32")
 
 
-def choose(blueprint: Blueprint, batch: Batch, device: torch.device, excepted: Collection[str] = ()) -> Choice:
+def choose(blueprint: Blueprint, batch: Batch, device: torch.device, excluded: Collection[str] = ()) -> Choice:
     """Times forward and backward of the longest phase on one batch, in everything that `auto` leaves open.
 
     Losses have to be finite. Weights, buffers and random numbers are left as they were, the model in the chosen layout.
@@ -55,13 +55,13 @@ def choose(blueprint: Blueprint, batch: Batch, device: torch.device, excepted: C
         blueprint: The model, on its device.
         batch: Training images, there as well.
         device: Where they are.
-        excepted: Layouts and precisions that `auto` is not to take.
+        excluded: Layouts and precisions that `auto` is not to take.
     """
     config = blueprint.config
     layouts: list[Layout] = ["contiguous", "channels_last"]
     precisions: list[Precision] = ["fp32", "bf16", "fp16"] if device.type == "cuda" else ["fp32", "bf16"]
-    layouts = [each for each in layouts if each not in excepted]
-    precisions = [each for each in precisions if each not in excepted]
+    layouts = [each for each in layouts if each not in excluded]
+    precisions = [each for each in precisions if each not in excluded]
     layouts = layouts if config.memory_format == "auto" else [config.memory_format]
     precisions = precisions if config.precision == "auto" else [config.precision]
     if len(layouts) == len(precisions) == 1:

@@ -1,4 +1,4 @@
-"""Which epochs had the best weights, by every metric that somebody goes by."""
+"""Which epochs had the best weights, by every metric that a phase or a user goes by."""
 
 from __future__ import annotations
 
@@ -30,7 +30,7 @@ class BestWeights:
         return f"best-{direction}-{metric.replace('/', '-')}"
 
     def see(self, metrics: Mapping[str, float], step: int) -> tuple[list[str], list[str]]:
-        """Takes note of a validation after a step.
+        """Records a validation after a step.
 
         Returns:
             The links of which these weights are the new best, and the metrics that are not finite, which never count.
@@ -72,7 +72,7 @@ class BestWeights:
                 self._step[goal] = saved["step"]
 
     def forget(self, link: str) -> None:
-        """Begins anew with the goal of a link."""
+        """Forgets the best weights of a link."""
         for goal in self._best:
             if self.link(*goal) == link:
                 self._best[goal], self._step[goal] = Best(goal[1]), 0

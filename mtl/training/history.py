@@ -73,12 +73,12 @@ UNKNOWN = History()
 
 
 @dataclass(frozen=True)
-class Standing:
+class ResumePosition:
     """The position of a run when it is resumed.
 
     Attributes:
         phases: All phases.
-        index: The place of the phase that is next, or in which it stands; None if the run is over.
+        index: The phase that is active, or begins next; None if the run is over.
         is_inside: Whether that phase has begun.
     """
 
@@ -87,13 +87,13 @@ class Standing:
     is_inside: bool
 
 
-def why_in_vain(difference: Difference, standing: Standing) -> str | None:
-    """Why a difference would change nothing from where a run stands; None if it would change something."""
-    if standing.index is None:
+def why_in_vain(difference: Difference, position: ResumePosition) -> str | None:
+    """Why a difference would change nothing from where a run resumes; None if it would change something."""
+    if position.index is None:
         return "the run is over"
     if difference.phase is not None:
-        return _why_not_in_phase(difference, standing, standing.index)
-    reads = set().union(*(phase.reads.keys for phase in standing.phases[standing.index :]))
+        return _why_not_in_phase(difference, position, position.index)
+    reads = set().union(*(phase.reads.keys for phase in position.phases[position.index :]))
     section, _, key = difference.inner.partition(".")
     path = (section,) if section == "balance" else (section, key.split(".")[0])
     if section in ("optim", "balance", "cache", "audit") and path != ("audit", "policy") and path not in reads:
@@ -101,12 +101,12 @@ def why_in_vain(difference: Difference, standing: Standing) -> str | None:
     return None
 
 
-def _why_not_in_phase(difference: Difference, standing: Standing, index: int) -> str | None:
-    rounds = [place for place, phase in enumerate(standing.phases) if phase.config.name == difference.phase]
+def _why_not_in_phase(difference: Difference, position: ResumePosition, index: int) -> str | None:
+    rounds = [place for place, phase in enumerate(position.phases) if phase.config.name == difference.phase]
     if rounds and rounds[-1] < index:
         return f"phase {difference.phase} is over"
     at_begin = difference.inner.split(".")[0] in ("restore", "optimizer_state")
-    if at_begin and rounds and rounds[-1] == index and standing.is_inside:
+    if at_begin and rounds and rounds[-1] == index and position.is_inside:
         return f"phase {difference.phase} has begun"
     return None
 
@@ -119,7 +119,7 @@ def history_from(
     Args:
         state: The checkpoint's plain data.
         config: The configuration with which it is resumed.
-        phases: The phases that this comes to.
+        phases: The phases that it resolves to.
         folder: The checkpoint.
         in_place: Whether it is the run's own.
 
@@ -127,12 +127,12 @@ def history_from(
         CheckpointError: Something is to be changed that has no effect any more: the record would say that it had.
     """
     index = state["scheduler"]["index"]
-    # The end of a phase is noted with its last step: the next one has not begun then.
-    standing = Standing(phases, index if index < len(phases) else None, is_inside=state["change"] is None)
+    # The end of a phase is recorded with its last step: the next one has not begun then.
+    position = ResumePosition(phases, index if index < len(phases) else None, is_inside=state["change"] is None)
     found = differences_from(as_of_today(state["config"]), config)
-    in_vain = [(each, why) for each in found if each.kind == "weighty" and (why := why_in_vain(each, standing))]
+    in_vain = [(each, why) for each in found if each.kind == "weighty" and (why := why_in_vain(each, position))]
     # A run of another name cannot resume one that is over, whatever it changes; another message says that.
-    if in_vain and (in_place or standing.index is not None):
+    if in_vain and (in_place or position.index is not None):
         listed = "; ".join(f"{each}, but {why}" for each, why in in_vain[:5])
         raise CheckpointError(f"{listed}: that would change nothing after {folder.name}; leave it as it was")
     before = History.from_json(state.get("history"))

@@ -1,4 +1,4 @@
-"""What becomes of a step whose loss or gradient is no number, or infinite."""
+"""Steps whose loss or gradient is NaN or infinite: the error, and how such a step is undone."""
 
 from __future__ import annotations
 
@@ -17,7 +17,7 @@ class NotFiniteError(FloatingPointError):
     """A loss or gradient that is not finite.
 
     Attributes:
-        fact: What is so, without advice.
+        fact: What is not finite, without advice.
         what: The metric that is not.
         step: The step.
         indices: The places of the images it came from, in the training split.
@@ -36,7 +36,7 @@ class NotFiniteError(FloatingPointError):
 
 
 class StepGuard:
-    """Remembers what the forward of a step changes, so that a step can be left out as if it had not been tried."""
+    """Records what the forward of a step changes, so that a step can be skipped as if it had not been tried."""
 
     def __init__(self, root: nn.Module, balance: Balance) -> None:
         self._balance = balance
@@ -50,7 +50,7 @@ class StepGuard:
 
     @torch.no_grad()
     def undo(self) -> None:
-        """Puts running statistics, what the balancing method has gathered, and random numbers back."""
+        """Puts running statistics, the balancing method's state, and random numbers back."""
         for buffer, before in zip(self._buffers, self._before, strict=True):
             # What is frozen is not even written to.
             if not torch.equal(buffer, before):
@@ -70,14 +70,14 @@ def is_finite(tensors: Sequence[Tensor]) -> bool:
 def gradient_norm(parameters: Sequence[nn.Parameter], clip_norm: float | None) -> Tensor:
     """The norm of all gradients, a scalar; they are scaled down to `clip_norm`, if that is given."""
     if any(is_sharded(parameter) for parameter in parameters):
-        return _norm_of_spread([each for each in parameters if each.grad is not None], clip_norm)
+        return _norm_of_shards([each for each in parameters if each.grad is not None], clip_norm)
     if clip_norm is not None:
         return nn.utils.clip_grad_norm_(parameters, clip_norm)
     return nn.utils.get_total_norm([each.grad for each in parameters if each.grad is not None])
 
 
-def _norm_of_spread(parameters: Sequence[nn.Parameter], clip_norm: float | None) -> Tensor:
-    """`gradient_norm` of parameters of which some are spread over the processes; all of them have a gradient."""
+def _norm_of_shards(parameters: Sequence[nn.Parameter], clip_norm: float | None) -> Tensor:
+    """`gradient_norm` where some parameters are sharded over the processes; all of them have a gradient."""
     kinds = [[parameters[place] for place in places] for places in by_sharding(parameters)]
     norms = [
         full_tensor(nn.utils.get_total_norm([each.grad for each in kind if each.grad is not None])) for kind in kinds

@@ -1,4 +1,4 @@
-"""Where a run goes on from, whether its configuration lets it, and the state that it finds there."""
+"""Where a run resumes from, whether its configuration allows it, and the checkpoint that it loads."""
 
 from __future__ import annotations
 
@@ -24,7 +24,7 @@ from mtl.phases.scheduler import PhaseChange, TaskScheduler
 from mtl.runtime.console import logger
 from mtl.training.best_checkpoints import BestWeights
 from mtl.training.history import History, as_of_today, differences_from, history_from
-from mtl.training.run_dir import goes_on_in_place
+from mtl.training.run_dir import resumes_in_place
 from mtl.training.setup import RunSetup
 
 _NEEDED = (
@@ -128,7 +128,7 @@ def _find(config: RunConfig) -> ResumeSource | None:
     """
     if config.resume is None:
         return None
-    in_place = goes_on_in_place(config)
+    in_place = resumes_in_place(config)
     if in_place and not config.resume_override and (found := _what_ended_it(config)):
         raise config.mistake(
             ("resume",),
@@ -149,7 +149,7 @@ def what_is_overridden(config: RunConfig, source: ResumeSource | None) -> list[s
     """What a run resumes in spite of, since `resume_override` is given, in words."""
     if not config.resume_override:
         return []
-    ended = _what_ended_it(config) if goes_on_in_place(config) else None
+    ended = _what_ended_it(config) if resumes_in_place(config) else None
     lines = [f"{ended}; it resumes from what was saved before that"] if ended else []
     if source is not None:
         found = [each for each in differences_from(source.state["config"], config) if each.kind != "free"]
@@ -226,7 +226,7 @@ def _load(source: ResumeSource, setup: RunSetup, world: World) -> tuple[Path, Ma
         return folder, *load_checkpoint(folder, setup.root)
     folder, state, memory, refused = load_newest(source.folder, setup.root)
     for reason in refused:
-        logger.warning(f"resume: {reason}; an older checkpoint is taken")
+        logger.warning(f"resume: {reason}; an older checkpoint is loaded")
     world.broadcast(str(folder))
     return folder, state, memory
 
@@ -245,19 +245,23 @@ def _check(folder: Path, state: Mapping[str, Any], setup: RunSetup, in_place: bo
         done = state["scheduler"]
         phase = names[min(done["index"], len(names) - 1)]
         raise CheckpointError(
-            f"{folder} stands in phase {phase!r} after {done['epochs']} epochs and {done['steps']} steps;"
+            f"{folder} is in phase {phase!r} after {done['epochs']} epochs and {done['steps']} steps;"
             " this configuration has no such place"
         ) from error
     if scheduler.index is None and not in_place:
-        raise CheckpointError(f"{folder} is the end of its run: no phase is left; one inside a phase can be taken up")
+        raise CheckpointError(
+            f"{folder} is the end of its run: no phase is left; a checkpoint inside a phase can be resumed"
+        )
     active = setup.phases[state["phase_index"]]
     freeze = [text_of(pattern) for pattern in active.freeze.patterns]
     if [state["frozen"], state["freeze"]] != [frozen_names(active), freeze]:
-        raise CheckpointError(f"{folder} stands inside a phase {active.name!r} that froze other parameters than here")
+        raise CheckpointError(
+            f"{folder} is inside a phase {active.name!r} that froze other parameters than it does here"
+        )
     within = state["within_epoch"]
     if within and [within["batch_size"], within["accumulate"]] != [active.batch_size, active.optim.accumulate]:
         raise CheckpointError(
-            f"{folder} stands inside an epoch with batches of {within['batch_size']} and {within['accumulate']} batches"
+            f"{folder} is inside an epoch with batches of {within['batch_size']} and {within['accumulate']} batches"
             f" a step; with {active.batch_size} and {active.optim.accumulate} the rest of that epoch would be another"
         )
     missing = [key for key in _NEEDED if key not in state]

@@ -1,4 +1,4 @@
-"""A run from its first file to its last: the directory, tracking, where it goes on from, training, and the audit."""
+"""A run from its first file to its last: its directory, tracking, resume, training, and the audit."""
 
 from __future__ import annotations
 
@@ -94,7 +94,7 @@ def train(setup: RunSetup, quiet: bool = False, world: World = ALONE, source: Re
 
 @contextmanager
 def _even_if_full() -> Iterator[None]:
-    """Says that a file could not be written, and goes on."""
+    """Warns of a file that could not be written, and continues."""
     try:
         yield
     except OSError as error:
@@ -108,12 +108,12 @@ def audit_file(run_dir: Path, world: World) -> Path:
 
 @contextmanager
 def _directory(setup: RunSetup, in_place: bool, world: World) -> Iterator[Path]:
-    """The run directory, which the first process claims before any other one goes on."""
+    """The run directory, which rank 0 claims before any other rank continues."""
     if not world.is_main:
         world.barrier()
         yield setup.config.run_dir
         return
-    with claimed_run_dir(setup.config, go_on=in_place) as run_dir:
+    with claimed_run_dir(setup.config, resumes=in_place) as run_dir:
         world.barrier()
         yield run_dir
 

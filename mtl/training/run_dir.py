@@ -18,13 +18,13 @@ from mtl.runtime.text import shorten
 
 # Lies in every run directory of ours from its first moment on; what lies in other directories is not ours to touch.
 MARK = ".mtl-run"
-# What a run has written that never got as far as a checkpoint.
+# Files of a run that never reached a checkpoint.
 _CHECKPOINT = re.compile(r"step-\d{8,}|\.step-\d{8,}\.old")
 _OF_A_START = ("metrics.jsonl", "audit*.json", "plan.json", "history.json", "report.html")
 
 
-def goes_on_in_place(config: RunConfig) -> bool:
-    """Whether a run goes on in its own directory, in which there is something already."""
+def resumes_in_place(config: RunConfig) -> bool:
+    """Whether a run resumes in its own directory, which holds files of it already."""
     if config.resume is None or not _is_run(config.run_dir):
         return False
     own = [config.run_dir, config.run_dir / "checkpoints", config.run_dir / "checkpoints" / "last"]
@@ -43,7 +43,7 @@ def _is_run(run_dir: Path) -> bool:
 
 
 def _is_of_a_checkpoint(file: Path) -> bool:
-    """Whether a file says where a run of ours stood, as that of each checkpoint does."""
+    """Whether a file is the state of a run of ours, as each checkpoint has one."""
     try:
         state = read_state_file(file)
     except RunFileError:
@@ -62,7 +62,7 @@ def check_run_dir(config: RunConfig) -> None:
         raise config.mistake(("runs_dir",), f"{run_dir} cannot be made: {error.strerror}") from error
     if run_dir.exists() and not run_dir.is_dir():
         raise config.mistake(("name",), f"{run_dir} is a file; expected a directory, or nothing yet")
-    if run_dir.is_dir() and any(run_dir.iterdir()) and not goes_on_in_place(config):
+    if run_dir.is_dir() and any(run_dir.iterdir()) and not resumes_in_place(config):
         number = 2
         while config.run_dir.with_name(f"{config.name}-{number}").exists():
             number += 1
@@ -71,7 +71,7 @@ def check_run_dir(config: RunConfig) -> None:
         raise config.mistake(
             ("name",),
             f"{run_dir} already holds {what}; give this one another name, such as name={config.name}-{number}"
-            + (", or go on with that one: resume=auto" if is_run and config.resume is None else ""),
+            + (", or resume that one: resume=auto" if is_run and config.resume is None else ""),
         )
     if run_dir.is_dir():
         _check_checkpoints(config)
@@ -83,7 +83,7 @@ def check_run_dir(config: RunConfig) -> None:
 
 
 def _check_checkpoints(config: RunConfig) -> None:
-    """Raises `ConfigError` if there are checkpoints that cannot be seen: without, a run would begin anew over them."""
+    """Raises `ConfigError` if there may be checkpoints that cannot be seen: a run would start from scratch over them."""
     folder = config.run_dir / "checkpoints"
     try:
         names = sorted(path.name for path in folder.iterdir())
@@ -93,7 +93,7 @@ def _check_checkpoints(config: RunConfig) -> None:
             raise config.mistake(
                 ("resume",),
                 f"{folder} holds {shorten(others, 3)}, and no checkpoint to resume from (step-00000010 and the like);"
-                " a run would begin from scratch over it: move it away first, or give another name",
+                " a run would start from scratch over it: move it away first, or give another name",
             )
     except FileNotFoundError:
         if folder.is_symlink():
@@ -102,23 +102,23 @@ def _check_checkpoints(config: RunConfig) -> None:
             ) from None
     except OSError as error:
         raise config.mistake(
-            ("resume",), f"{folder} cannot be read ({error.strerror}), so nobody knows where the run stands; mend that"
+            ("resume",), f"{folder} cannot be read ({error.strerror}), so no checkpoint can be found; make it readable"
         ) from error
 
 
 @contextmanager
-def claimed_run_dir(config: RunConfig, go_on: bool) -> Iterator[Path]:
+def claimed_run_dir(config: RunConfig, resumes: bool) -> Iterator[Path]:
     """The run directory, made if need be, and this process's alone while the block runs.
 
     Args:
         config: The run.
-        go_on: Whether it goes on from a checkpoint in it. If not, but something is there, it is what a run left that
-            never got as far as a checkpoint, and is cleared away.
+        resumes: Whether it resumes from a checkpoint in it. If not, files of a run that never reached a checkpoint are
+            removed.
 
     Raises:
         ConfigError: It cannot be made, or another process has it.
     """
-    is_new = not goes_on_in_place(config)
+    is_new = not resumes_in_place(config)
     try:
         config.run_dir.mkdir(parents=True, exist_ok=True)
         lock = os.open(config.run_dir, os.O_RDONLY)
@@ -131,12 +131,14 @@ def claimed_run_dir(config: RunConfig, go_on: bool) -> Iterator[Path]:
                 raise FileExistsError
             (config.run_dir / MARK).touch()
         except (FileExistsError, BlockingIOError) as error:
-            raise config.mistake(("name",), f"another process trains in {config.run_dir} just now") from error
+            raise config.mistake(("name",), f"another process is training in {config.run_dir}") from error
         except OSError as error:
             raise config.mistake(("runs_dir",), f"{config.run_dir} cannot be made: {error.strerror}") from error
-        if not is_new and not go_on:
+        if not is_new and not resumes:
             if (config.run_dir / "metrics.jsonl").exists():
-                logger.warning(f"{config.run_dir} has no checkpoint: the run begins anew, and its metrics with it")
+                logger.warning(
+                    f"{config.run_dir} has no checkpoint: the run starts from scratch, and its metrics with it"
+                )
             for file in (file for name in _OF_A_START for file in config.run_dir.glob(name)):
                 file.unlink(missing_ok=True)
             shutil.rmtree(config.run_dir / "checkpoints", ignore_errors=True)

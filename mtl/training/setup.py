@@ -55,7 +55,7 @@ def assemble(config: RunConfig, quiet: bool = False, world: World = ALONE, begin
         ConfigError: Anything in the configuration that turns out not to work, with the place where it was written.
         DataError: The data cannot be had.
     """
-    excepted = _check_spread(config, world)
+    excluded = _check_fsdp(config, world)
     device = _device(config, world)
     try:
         check_room(config.data)
@@ -87,7 +87,7 @@ def assemble(config: RunConfig, quiet: bool = False, world: World = ALONE, begin
     if world.is_alone:
         _warn_of_distributed(config)
     batch = train.batch(torch.arange(min(config.data.batch_size, len(train)))).to(device)
-    choice = choose(blueprint, batch, device, excepted)
+    choice = choose(blueprint, batch, device, excluded)
     if choice.why:
         logger.info(choice.why)
     # What is fastest may be found out otherwise in another process.
@@ -111,7 +111,7 @@ def _try_out_optimizers(blueprint: Blueprint, device: torch.device) -> None:
 
 
 def _check_processes(blueprint: Blueprint, world: World) -> None:
-    """Raises `ConfigError` if the run cannot be shared by so many processes."""
+    """Raises `ConfigError` if the run cannot be divided among this many processes."""
     config = blueprint.config
     if world.is_alone:
         return
@@ -142,8 +142,8 @@ def _warn_of_distributed(config: RunConfig) -> None:
             logger.warning(f"command line: distributed.{key}: this process trains alone, and does not read it")
 
 
-def _check_spread(config: RunConfig, world: World) -> tuple[str, ...]:
-    """What `auto` must not take where the model is spread over processes (fsdp2); nothing if it is not.
+def _check_fsdp(config: RunConfig, world: World) -> tuple[str, ...]:
+    """What `auto` must not take where the model is sharded over processes (fsdp2); nothing if it is not.
 
     Raises:
         ConfigError: The configuration asks for something that FSDP does not go with here.
@@ -151,9 +151,9 @@ def _check_spread(config: RunConfig, world: World) -> tuple[str, ...]:
     if world.is_alone or config.distributed.strategy != "fsdp2":
         return ()
     for key, got, expected, why in (
-        ("memory_format", config.memory_format, "contiguous", "it spreads contiguous tensors only"),
-        ("precision", config.precision, "fp32 or bf16", "losses are not scaled for spread gradients"),
-        ("compile", config.compile, "false", "compiled code does not gather what is spread"),
+        ("memory_format", config.memory_format, "contiguous", "it shards contiguous tensors only"),
+        ("precision", config.precision, "fp32 or bf16", "losses are not scaled for sharded gradients"),
+        ("compile", config.compile, "false", "compiled code does not gather shards"),
     ):
         if got in ("channels_last", "fp16", True):
             raise config.mistake((key,), f"with distributed.strategy=fsdp2 {why}; expected {expected}, got {got}")

@@ -188,7 +188,7 @@ class RunState:
             "scores": self.scores,
             "train_s": self.train_s,
             "features": self.features.state_dict(),
-            "metrics_bytes": self.tracker.settle(),
+            "metrics_bytes": self.tracker.flush_to_disk(),
             "wandb_id": self.tracker.wandb_id,
             "world_size": self.world.size,
             "history": self.history.to_json(),

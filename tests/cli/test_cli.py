@@ -210,7 +210,7 @@ def test_a_run_directory_that_holds_a_run_is_not_touched(tmp_path: Path, capsys:
     (tmp_path / "runs/tiny" / MARK).touch()
     (tmp_path / "runs/tiny-2").mkdir()
     assert main(["train", str(file)]) == 2
-    said = "already holds a run; give this one another name, such as name=tiny-3, or go on with that one: resume=auto"
+    said = "already holds a run; give this one another name, such as name=tiny-3, or resume that one: resume=auto"
     assert said in capsys.readouterr().err
     assert [path.name for path in (tmp_path / "runs/tiny").iterdir()] == [MARK]
 

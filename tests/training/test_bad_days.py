@@ -327,7 +327,7 @@ def test_a_run_without_checkpoints_begins_anew_and_says_so(
     shutil.rmtree(run_dir / "checkpoints")
     (run_dir / "checkpoints").mkdir()
     assert_same(go_on(tmp_path), broken[1])
-    assert any("has no checkpoint: the run begins anew" in record.message for record in caplog.records)
+    assert any("has no checkpoint: the run starts from scratch" in record.message for record in caplog.records)
 
 
 # --- where to go on from
@@ -355,7 +355,7 @@ NASTY: dict[str, tuple[list[str], str]] = {
     ),
     "another configuration inside an epoch": (
         ["resume=auto", "optim.accumulate=3", "resume_override=true"],
-        r"resume: .*step-00000008 stands inside an epoch with batches of 8 and 2 batches a step",
+        r"resume: .*step-00000008 is inside an epoch with batches of 8 and 2 batches a step",
     ),
 }
 
@@ -379,7 +379,9 @@ def test_an_ended_run_has_nothing_for_a_run_of_another_name(tmp_path: Path, caps
     file = tiny_config(tmp_path, phases=[{"name": "a", "freeze": ["trunk"], "steps": 1}])
     assert main(["train", str(file), "-q"]) == 0
     assert main(["train", str(file), "-q", f"resume={tmp_path}/runs/tiny", "name=again"]) == 2
-    assert "is the end of its run: no phase is left; one inside a phase can be taken up" in capsys.readouterr().err
+    assert (
+        "is the end of its run: no phase is left; a checkpoint inside a phase can be resumed" in capsys.readouterr().err
+    )
     assert not (tmp_path / "runs/again").exists()
 
 

@@ -149,7 +149,7 @@ def test_a_damaged_checkpoint_is_said_and_an_older_one_taken(
     last = (run_dir / "checkpoints/last").resolve()
     damage(last / name)
     assert_same(go_on(tmp_path), whole_short)
-    (said,) = [record.message for record in caplog.records if "an older checkpoint is taken" in record.message]
+    (said,) = [record.message for record in caplog.records if "an older checkpoint is loaded" in record.message]
     assert last.name in said and ("damaged" in said)
 
 
@@ -227,8 +227,8 @@ def test_two_processes_do_not_train_in_one_directory(tmp_path: Path) -> None:
     run_dir = crashed(tmp_path, 4)
     config = load_config(tiny_config(tmp_path, **SHORT), ["resume=auto"])
     with (
-        claimed_run_dir(config, go_on=True),
-        pytest.raises(ConfigError, match=r"another process trains in .*tiny just now"),
+        claimed_run_dir(config, resumes=True),
+        pytest.raises(ConfigError, match=r"another process is training in .*tiny"),
     ):
         go_on(tmp_path)
     assert go_on(tmp_path) == run_dir

@@ -628,7 +628,7 @@ def test_a_checkpoint_inside_a_phase_is_not_taken_up_by_one_that_freezes_other_p
     other = [{"name": "a", "epochs": 2, "freeze": ["trunk"]}]
     source = (f"resume={run_dir}/checkpoints/step-00000005", "resume_override=true")
     parts = parts_with(tmp_path, other, "name=again", *source)
-    with pytest.raises(ConfigError, match=r"stands inside a phase 'a' that froze other parameters than here"):
+    with pytest.raises(ConfigError, match=r"is inside a phase 'a' that froze other parameters than it does here"):
         train(parts, quiet=True)
 
 

@@ -133,7 +133,7 @@ def test_a_wandb_that_stops_working_is_reported_once_and_left_alone(
     tracker.finish({}, failed=False)
     real.finish()
     assert [record.message for record in caplog.records if record.name == "mtl"] == [
-        "wandb: stopped, since log failed (gone); metrics.jsonl goes on"
+        "wandb: stopped, since log failed (gone); metrics.jsonl continues"
     ]
     assert len((tmp_path / "metrics.jsonl").read_text().splitlines()) == 2
 

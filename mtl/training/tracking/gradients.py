@@ -29,7 +29,7 @@ class GradientLog:
         self._every_steps = every_steps
         if every_steps and any(is_sharded(parameter) for parameter in trunk.parameters()):
             # One process alone would wait for the others in each backward of its own.
-            logger.info("gradients are not analysed: the trunk is spread over the processes (fsdp2)")
+            logger.info("gradients are not analysed: the trunk is sharded over the processes (fsdp2)")
             self._every_steps = 0
         self._phase = ""
         self._tasks: tuple[str, ...] = ()
@@ -38,12 +38,12 @@ class GradientLog:
         self._told = False
 
     def enter(self, phase: str, tasks: Sequence[str], first_step: int) -> None:
-        """Begins a phase; what trains in it must require a gradient by now.
+        """Begins a phase; its trainable parameters must require a gradient by now.
 
         Args:
             phase: Its name.
             tasks: Its active tasks.
-            first_step: The number of its first step, which lies behind us in a phase that is taken up in its middle.
+            first_step: The number of its first step, which is in the past if the run resumes inside the phase.
         """
         self._phase, self._tasks, self._first_step = phase, tuple(tasks), first_step
         self._groups = trunk_groups(self._trunk) if self._every_steps else {}

@@ -54,7 +54,7 @@ class StepLog:
         self.latest = ""
 
     def add(self, step: int, losses: Sequence[Tensor], norm: Tensor, lr: float, indices: list[Tensor]) -> None:
-        """Takes note of a step.
+        """Records a step.
 
         Args:
             step: Steps done in the run, this one included.
@@ -113,11 +113,11 @@ class StepLog:
         return self._error(wrong, numbers, step, indices)
 
     def skip(self) -> None:
-        """Takes note of a step that was left out."""
+        """Counts a step that was skipped."""
         self.num_skipped += 1
 
     def add_row(self, step: int, numbers: Mapping[str, float]) -> None:
-        """Logs other numbers of a step that is still to be added, behind the steps before it: no step goes back."""
+        """Logs other numbers of a step that is added later, after the rows of the steps before it."""
         self.flush()
         self._tracker.log({"step": step, **self._common, **numbers})
 
@@ -126,7 +126,7 @@ class StepLog:
         return {"loss_sum": self._loss_sum, "num_steps": self._num_steps, "num_skipped": self.num_skipped}
 
     def load_state_dict(self, state: Mapping[str, float]) -> None:
-        """Goes on with the sums of an epoch that was broken off; time counts from now on."""
+        """Continues the sums of an interrupted epoch; time counts from now on."""
         self._loss_sum, self._num_steps = state["loss_sum"], int(state["num_steps"])
         self.num_skipped = int(state["num_skipped"])
 

@@ -40,7 +40,7 @@ class Tracker:
         run_dir: Where `metrics.jsonl` and `wandb/` go; it exists.
         name: The run's name.
         run_config: The resolved configuration, shown in wandb.
-        wandb_id: The run in wandb to go on with, if there is one.
+        wandb_id: The wandb run to resume, if there is one.
         is_silent: Whether nothing is logged, since another process of the run does it.
         """
         self._metrics = run_dir / "metrics.jsonl"
@@ -54,10 +54,10 @@ class Tracker:
 
     @property
     def wandb_id(self) -> str | None:
-        """The run's name inside wandb, under which it can go on there; None if it is not tracked there."""
+        """The run's name inside wandb, under which it can be resumed; None if it is not tracked there."""
         return self._wandb_id if self._run is None else str(self._run.id)
 
-    def settle(self) -> int:
+    def flush_to_disk(self) -> int:
         """Forces `metrics.jsonl` to disk.
 
         Returns:
@@ -93,7 +93,7 @@ class Tracker:
             self._guard("log", lambda: self._run.log(dict(row), step=int(row["step"])))
 
     def log_table(self, name: str, columns: Sequence[str], rows: Rows, step: int) -> None:
-        """Shows a table in wandb, if that runs; `step` must not go back behind that of the last row."""
+        """Shows a table in wandb, if that runs; `step` must not be lower than that of the last row."""
         if self._run is not None:
             self._guard(
                 name, lambda: self._run.log({name: _wandb().Table(list(columns), [*map(list, rows)])}, step=step)
@@ -105,7 +105,7 @@ class Tracker:
         Args:
             name: Under which name.
             draw: Makes the picture, a PNG file's content; called only if it is shown.
-            step: Must not go back behind that of the last row.
+            step: Must not be lower than that of the last row.
         """
         if self._run is None:
             return
@@ -138,7 +138,7 @@ class Tracker:
                 mode, why = "offline", "wandb knows no key: wandb login" if mode else why
             try:
                 self._run = self._init(wandb, config, run_dir, name, run_config, mode or "online")
-            except Exception as error:  # a failed connection has many types; the run goes on without it
+            except Exception as error:  # a failed connection has many types; the run continues without it
                 if mode == "offline":
                     raise
                 self.is_less = True
@@ -177,7 +177,7 @@ class Tracker:
             act()
         except Exception as error:  # noqa: BLE001 - nothing that wandb does ends a run
             self._run = None
-            logger.warning(f"wandb: stopped, since {what} failed ({first_line(error)}); metrics.jsonl goes on")
+            logger.warning(f"wandb: stopped, since {what} failed ({first_line(error)}); metrics.jsonl continues")
 
 
 def _wandb() -> Any:
