@@ -83,7 +83,7 @@ def check_run_dir(config: RunConfig) -> None:
 
 
 def _check_checkpoints(config: RunConfig) -> None:
-    """Raises `ConfigError` if there may be checkpoints that cannot be seen: a run would start from scratch over them."""
+    """Raises `ConfigError` if there may be checkpoints that cannot be seen: a run would start over them."""
     folder = config.run_dir / "checkpoints"
     try:
         names = sorted(path.name for path in folder.iterdir())
