@@ -67,9 +67,10 @@ def workers(process: subprocess.Popen[str]) -> list[int]:
     while known:
         children = []
         # Whichever of its threads started them.
-        for file in Path(f"/proc/{known.pop()}/task").glob("*/children"):
-            with suppress(OSError):
-                children += [int(number) for number in file.read_text().split()]
+        with suppress(OSError):  # the process has ended meanwhile
+            for file in Path(f"/proc/{known.pop()}/task").glob("*/children"):
+                with suppress(OSError):  # the thread has
+                    children += [int(number) for number in file.read_text().split()]
         found += children
         known += children
     return found
