@@ -36,7 +36,7 @@ from mtl.training.setup import Parts
 from mtl.training.step import Stepper
 from mtl.training.step_sync import Consensus, put_back
 from mtl.training.tracking.gradients import GradientLog
-from mtl.training.tracking.messages import tell_balance, tell_epoch, tell_idle_tasks, tell_unreached
+from mtl.training.tracking.messages import log_balance, log_epoch, log_idle_tasks, log_unreached
 from mtl.training.tracking.steps import StepLog
 from mtl.training.tracking.tracker import Tracker
 from mtl.training.validate import Validator
@@ -125,10 +125,10 @@ class Trainer:
         # Accumulation never crosses into a phase: windows end with the epoch or the phase, whichever comes first.
         # No gradient of the phase before, requires_grad by plan, and frozen modules in eval mode for good.
         enforce(parts.root, phase.freeze.plan)
-        tell_idle_tasks(parts, phase)
-        tell_balance(phase)
+        log_idle_tasks(parts, phase)
+        log_balance(phase)
         if phase.freeze.unreached:
-            tell_unreached(parts, phase)
+            log_unreached(parts, phase)
         # Only what trains is in the optimizer: neither decay nor momentum can reach the rest.
         course = None if resumed is None else resumed.lr_schedule
         stepping = None if phase.config.evaluate_only else self.keeper.build_stepping(index, course)
@@ -307,7 +307,7 @@ class Trainer:
             links = self.keeper.judge(metrics, self.step)
             self.saver.save(self.place, phase, stepping, row, links, change)
             self.note_best()
-        tell_epoch(self.parts, row, log)
+        log_epoch(self.parts, row, log)
 
     def keep_within(self, phase: Phase, stepping: Stepping, log: StepLog, num_windows: int) -> Path:
         """Keeps the state inside an epoch."""

@@ -23,7 +23,7 @@ from mtl.training.result import Outcome
 from mtl.training.resume import Resumption, find_origin, resume_from, settled, what_is_overridden
 from mtl.training.run_dir import claimed_run_dir
 from mtl.training.setup import Parts
-from mtl.training.tracking.messages import announce_classic, warn_of_dead_branches
+from mtl.training.tracking.messages import log_classic_freeze, warn_of_dead_branches
 from mtl.training.tracking.tracker import Tracker
 
 
@@ -128,7 +128,7 @@ def _start_files(parts: Parts, run_dir: Path, resumption: Resumption | None, his
         write_json(run_dir / "history.json", history.to_json())
         write_text(run_dir / "config.yaml", dump_yaml(resolved))
         write_json(run_dir / "plan.json", parts.plan.to_json())
-        announce_classic(parts)
+        log_classic_freeze(parts)
         for line in parts.unread:
             logger.warning(line)
     wandb_id = None if resumption is None else resumption.state["wandb_id"]

@@ -18,7 +18,7 @@ from mtl.training.setup import Parts
 from mtl.training.tracking.steps import StepLog
 
 
-def announce_classic(parts: Parts) -> None:
+def log_classic_freeze(parts: Parts) -> None:
     """Logs what the classic list of substrings freezes, in the words of the code that it comes from."""
     substrings = parts.config.MODEL.NOT_TRAIN_IN_MULTI_TASK
     if not substrings:
@@ -58,14 +58,14 @@ def _remedy(parts: Parts, branch: DeadBranch) -> str:
     return " or ".join(ways)
 
 
-def tell_idle_tasks(parts: Parts, phase: Phase) -> None:
+def log_idle_tasks(parts: Parts, phase: Phase) -> None:
     """Logs which of a phase's tasks have no loss in it, since all their parameters are frozen."""
     idle = [task for task in active_tasks(parts.config, phase.config) if task not in phase.tasks]
     if idle:
         logger.info(f"{phase.name}: no losses of {', '.join(idle)}: everything that they would train is frozen")
 
 
-def tell_balance(phase: Phase) -> None:
+def log_balance(phase: Phase) -> None:
     """Logs where a balancing method cannot do in a phase what its name says."""
     if phase.config.evaluate_only:
         return
@@ -81,7 +81,7 @@ def tell_balance(phase: Phase) -> None:
         )
 
 
-def tell_epoch(parts: Parts, row: Mapping[str, Any], log: StepLog | None) -> None:
+def log_epoch(parts: Parts, row: Mapping[str, Any], log: StepLog | None) -> None:
     """Logs a validation as one line of fields, two spaces between them: the main metric of each task.
 
     Args:
@@ -100,7 +100,7 @@ def tell_epoch(parts: Parts, row: Mapping[str, Any], log: StepLog | None) -> Non
     )
 
 
-def tell_unreached(parts: Parts, phase: Phase) -> None:
+def log_unreached(parts: Parts, phase: Phase) -> None:
     """Logs which parameters would train in a phase but get no gradient, and how they are treated."""
     every_name = [name for name, _ in parts.root.named_parameters(remove_duplicate=False)]
     names = shorten(condense(phase.freeze.unreached, every_name), 6)
