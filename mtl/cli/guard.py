@@ -12,6 +12,7 @@ from collections.abc import Callable
 from dataclasses import dataclass
 from typing import TYPE_CHECKING
 
+from mtl.cli.verb import FAILED, VIOLATION, WRONG_INPUT
 from mtl.runtime.signals import raised_signals
 
 if TYPE_CHECKING:
@@ -19,12 +20,10 @@ if TYPE_CHECKING:
     from mtl.distributed.world import World
     from mtl.phases.plan import Plan
 
-DONE, FAILED, WRONG_INPUT, VIOLATION = 0, 1, 2, 3
-
 
 @dataclass
 class Attempt:
-    """How far a verb has come: what there is to say when it ends early.
+    """How far a verb has come, which decides what is printed when it ends early.
 
     Attributes:
         trains: Whether it trains, and so saves.
@@ -82,20 +81,20 @@ def _open_closed_streams() -> None:
     """
     for name, mode in (("stdin", "r"), ("stdout", "w"), ("stderr", "w")):
         if getattr(sys, name) is None:
-            # A write to standard output fails as it would if it were closed; nobody can be told of standard error.
+            # A write to standard output fails as it would if it were closed; one to standard error has no reader.
             number = os.open(os.devnull, os.O_WRONLY if name == "stderr" else os.O_RDONLY)
             setattr(sys, name, open(number, mode, closefd=False))  # noqa: SIM115  a descriptor, for good
 
 
 def _explain(error: Exception, attempt: Attempt) -> int | None:
-    """Says what a known error means, and how it goes on; its exit code, or None for any other."""
+    """Prints what a known error means and what to do; its exit code, or None for any other."""
     from mtl.config.source import ConfigError
-    from mtl.runtime.console import OutputError, drop
+    from mtl.runtime.console import OutputError, discard
 
     if isinstance(error, ConfigError):
         return _end(WRONG_INPUT, "\n".join(f"error: {line}" for line in error.mistakes))
     if isinstance(error, OutputError):
-        drop(sys.stdout)
+        discard(sys.stdout)
         return _end(FAILED, f"error: {error}", attempt)
     return _explain_by_parts(error, attempt) if "torch" in sys.modules else None
 
@@ -130,8 +129,7 @@ def _explain_by_parts(error: Exception, attempt: Attempt) -> int | None:
     if is_out_of_memory(error):
         return _end(FAILED, f"error: {in_words(error, attempt.plan)}", attempt)
     if attempt.world is not None and not attempt.world.is_alone and is_lost(error):
-        lost = f"another process of this run has ended; what it said says why ({error})"
-        return _end(FAILED, f"error: {lost}", attempt)
+        return _end(FAILED, f"error: Another rank exited; see its log. ({error})", attempt)
     if isinstance(error, OSError) and error.errno in (errno.ENAMETOOLONG, errno.ELOOP, errno.EISDIR, errno.ENOTDIR):
         # A path that somebody wrote; nobody else makes such ones.
         return _end(WRONG_INPUT, f"error: {in_one_line(error)}")
@@ -141,17 +139,17 @@ def _explain_by_parts(error: Exception, attempt: Attempt) -> int | None:
 
 
 def _end(code: int, said: str, attempt: Attempt | None = None) -> int:
-    """Says why it ended and, of a run that trained, what is saved; returns the code."""
-    from mtl.runtime.console import tell
+    """Prints why it ended and, of a run that trained, what is saved; returns the code."""
+    from mtl.runtime.console import print_err
 
-    tell(said)
+    print_err(said)
     if attempt is None or not attempt.trains or (code == WRONG_INPUT):
         return code
     run_dir = None if attempt.config is None else attempt.config.run_dir
     if attempt.is_trained:
-        tell(f"training is complete, and all is saved; to write the report: mtl report {run_dir}")
+        print_err(f"Training is complete and saved. To write the report: mtl report {run_dir}")
     elif run_dir is not None and (run_dir / "checkpoints" / "last").exists():
-        tell("to go on: the same command with resume=auto")
+        print_err("To resume, rerun with resume=auto.")
     else:
-        tell("nothing was saved yet")
+        print_err("Nothing was saved yet.")
     return code

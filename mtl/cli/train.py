@@ -4,18 +4,38 @@ from __future__ import annotations
 
 import logging
 import math
+import sys
 from collections.abc import Sequence
 from pathlib import Path
 from typing import TYPE_CHECKING
 
 from mtl.cli.guard import Attempt
-from mtl.config import load_config
-from mtl.training.run_dir import check_run_dir
+from mtl.cli.verb import DONE, VIOLATION
 
 if TYPE_CHECKING:
+    import argparse
+
+    from mtl.cli.verb import Verbs
     from mtl.distributed.world import World
     from mtl.training.result import RunResult
     from mtl.training.setup import RunSetup
+
+
+def add_parser(verbs: Verbs) -> None:
+    """Adds the verb to the command line."""
+    parser = verbs.add_parser("train", help="train a configuration", description=run.__doc__)
+    parser.set_defaults(run=run)
+    parser.add_argument("config", type=Path, metavar="CONFIG", help="a YAML file, such as configs/scenes.yaml")
+    parser.add_argument(
+        "overrides", nargs="*", metavar="key=value", help="such as optim.lr_scale=0.5 phases.finetune.epochs=2"
+    )
+    parser.add_argument("-q", "--quiet", action="store_true", help="show nothing but warnings and errors")
+
+
+def run(options: argparse.Namespace, attempt: Attempt) -> int:
+    """Trains through the phases of CONFIG, proves what they froze, and writes a run directory."""
+    _, is_clean = run_config(options.config, options.overrides, options.quiet, attempt)
+    return DONE if is_clean else VIOLATION
 
 
 def train_config(config: str | Path, *overrides: str, quiet: bool = False) -> RunResult:
@@ -27,7 +47,7 @@ def train_config(config: str | Path, *overrides: str, quiet: bool = False) -> Ru
         quiet: Whether only warnings are shown.
 
     Returns:
-        What the run came to: its directory, scores by phase, and the audit's report.
+        The run's result: its directory, scores by phase, and the audit's report.
 
     Raises:
         ConfigError: Anything in the configuration that does not work, with the place where it was written.
@@ -41,14 +61,18 @@ def train_config(config: str | Path, *overrides: str, quiet: bool = False) -> Ru
 
 
 def run_config(file: Path, overrides: Sequence[str], quiet: bool, attempt: Attempt) -> tuple[RunResult, bool]:
-    """As `train_config`, and notes in `attempt` how far it has come.
+    """As `train_config`, and records in `attempt` how far it has come.
 
     Returns:
-        What the run came to, and whether the audit is clean in all processes.
+        The run's result, and whether the audit is clean in all processes.
 
     Raises: as `train_config`.
     """
     attempt.trains = True
+
+    from mtl.config import load_config
+    from mtl.training.run_dir import check_run_dir
+
     # The configuration is checked before torch and timm are loaded, which takes seconds.
     config = load_config(file, overrides)
     check_run_dir(config)
@@ -56,7 +80,7 @@ def run_config(file: Path, overrides: Sequence[str], quiet: bool, attempt: Attem
 
     from mtl.distributed.world import World
     from mtl.phases.plan.text import short_plan
-    from mtl.runtime.console import logger, show_log
+    from mtl.runtime.console import line_width, logger, show_log
     from mtl.training.resume import resumed_config
     from mtl.training.run import train
     from mtl.training.setup import assemble
@@ -67,7 +91,7 @@ def run_config(file: Path, overrides: Sequence[str], quiet: bool, attempt: Attem
     attempt.config = config
     parts = assemble(config, quiet, world, begins=source is None)
     attempt.plan = parts.plan
-    logger.info(short_plan(parts.plan))
+    logger.info(short_plan(parts.plan, line_width(sys.stdout)))
     outcome = train(parts, quiet, world, source)
     attempt.is_trained = True
     if outcome.asked_to_end and world.is_alone:
@@ -77,19 +101,20 @@ def run_config(file: Path, overrides: Sequence[str], quiet: bool, attempt: Attem
 
 
 def _close(parts: RunSetup, outcome: RunResult, world: World) -> bool:
-    """Says what a run came to, and parts from the other processes; whether the audit is clean in all of them."""
+    """Logs a run's result, and leaves the other processes; whether the audit is clean in all of them."""
     from mtl.checkpoint.run_files import RunFileError
     from mtl.results.report import write_report
     from mtl.results.summary import closing_line, results_table, verdict
-    from mtl.runtime.console import logger
+    from mtl.runtime.console import line_width, logger
 
     is_clean = not world.all_reduce_flags(broken=not outcome.report.ok).broken
     if world.is_main:
-        logger.info(results_table(outcome))
+        main = {name: task.goal.metric for name, task in parts.tasks.items()}
+        logger.info(results_table(outcome, main, line_width(sys.stdout)))
         logger.log(logging.INFO if outcome.report.ok else logging.ERROR, verdict(outcome))
         logger.info(closing_line(outcome))
         if outcome.report.ok and not is_clean:
-            logger.error(f"audit: another process found the freeze broken: {outcome.run_dir}/audit.rank-N.json")
+            logger.error(f"audit: another rank found the freeze broken; see {outcome.run_dir}/audit.rank-N.json")
         # Last, since all else is on disk by now: a drawing that fails costs nothing.
         kept = "last" if math.isnan(outcome.best_score) else "{best,last}"
         files = [f"checkpoints/{kept}", "metrics.jsonl", "audit.json", "plan.json", "config.yaml"]
@@ -97,7 +122,7 @@ def _close(parts: RunSetup, outcome: RunResult, world: World) -> bool:
             files.insert(0, write_report(parts, outcome.run_dir).name)
         except (OSError, RunFileError) as error:
             reason = error.strerror if isinstance(error, OSError) else error
-            logger.warning(f"report.html cannot be written ({reason}); later: mtl report {outcome.run_dir}")
+            logger.warning(f"report.html cannot be written ({reason}); to write it later: mtl report {outcome.run_dir}")
         logger.info(f"{outcome.run_dir}: {', '.join(files)}")
     # torchrun ends all processes as soon as one has failed.
     world.barrier()

@@ -3,27 +3,41 @@
 from __future__ import annotations
 
 import math
+from collections.abc import Mapping
 
 from mtl.audit.report import grouped
-from mtl.runtime.console import table
+from mtl.runtime.layout import table, wrap_text
 from mtl.runtime.text import shorten
 from mtl.training.result import RunResult
 
-# As many columns as a terminal has room for.
 _MOST_PHASES = 6
+# A narrower terminal is shown the tasks' main metrics only.
+_WIDE = 100
 
 
-def results_table(outcome: RunResult) -> str:
-    """Every metric of every task: the trivial predictor beside the end of each phase, or of the last few."""
+def results_table(outcome: RunResult, main: Mapping[str, str], width: int | None) -> str:
+    """The tasks' metrics: the trivial predictor next to the end of each phase, or of the last few.
+
+    Args:
+        outcome: The run's result.
+        main: The main metric of each task; others are left out on a narrow terminal.
+        width: Of the terminal; None in a file, which has every metric on whole lines.
+    """
     shown = list(outcome.scores)[-_MOST_PHASES:]
+    is_narrow = width is not None and width < _WIDE
     rows = [
         [task, name, f"{value:.4f}", *[f"{outcome.scores[phase][task][name]:.4f}" for phase in shown]]
         for task, metrics in outcome.trivial.items()
         for name, value in metrics.items()
+        if not is_narrow or name == main[task]
     ]
-    text = table(["task", "metric", "trivial", *shown], rows, numbers_from=2)
-    left_out = list(outcome.scores)[:-_MOST_PHASES]
-    return text + (f"\n(left out: {', '.join(left_out)}; see metrics.jsonl)" if left_out else "")
+    numbers = range(2, 3 + len(shown))
+    notes = []
+    if len(rows) < sum(map(len, outcome.trivial.values())):
+        notes += ["(only main metrics; all: metrics.jsonl)"]
+    if left_out := list(outcome.scores)[:-_MOST_PHASES]:
+        notes += [wrap_text(f"(left out: {', '.join(left_out)}; see metrics.jsonl)", width, indent=1)]
+    return "\n".join([table(["task", "metric", "trivial", *shown], rows, numbers, width, keys=2), *notes])
 
 
 def verdict(outcome: RunResult) -> str:
@@ -43,7 +57,7 @@ def verdict(outcome: RunResult) -> str:
 
 def closing_line(outcome: RunResult) -> str:
     """The best score, and how long training took."""
-    best = "no best val/score, since it never was a number"
+    best = "no best val/score: it was never finite"
     if not math.isnan(outcome.best_score):
         best = f"best val/score {outcome.best_score:.3f} at step {outcome.best_step}"
     return f"{best}; {outcome.train_s:.0f} s of training"

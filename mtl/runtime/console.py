@@ -1,27 +1,78 @@
-"""What the user sees: lines, tables, a progress bar. Everything goes through the logger `mtl`."""
+"""What the user sees: lines, a log, a progress bar, as wide and as coloured as the stream they go to.
+
+Everything that a run logs goes through the logger `mtl`.
+"""
 
 from __future__ import annotations
 
 import logging
 import os
+import re
 import sys
-from collections.abc import Sequence
-from typing import Never, TextIO
+from collections.abc import Mapping
+from typing import TYPE_CHECKING, Any, TextIO
 
 from tqdm import tqdm
+
+from mtl.runtime.layout import fit_fields, wrap_fields
+
+if TYPE_CHECKING:
+    from typing import Never
+
+    _Tqdm = tqdm[Never]
+else:
+    _Tqdm = tqdm
 
 logger = logging.getLogger("mtl")
 
 
 class OutputError(Exception):
-    """Standard output does not take what a command has to say: it is closed, or its disk is full."""
+    """Standard output cannot be written: it is closed, or its disk is full."""
 
 
-def say(text: str) -> None:
+# --- streams
+
+
+def line_width(stream: TextIO) -> int | None:
+    """How many columns a line has; None if lines stay whole.
+
+    The environment variable COLUMNS decides for any stream; without it a terminal has the width that it reports, or 80
+    if it reports none. Lines in a file or a pipe stay whole: programs read them line by line.
+    """
+    columns = os.environ.get("COLUMNS", "")
+    if columns.isdecimal() and int(columns) > 0:
+        return int(columns)
+    if not stream.isatty():
+        return None
+    try:
+        return os.get_terminal_size(stream.fileno()).columns or 80
+    except OSError:
+        return 80
+
+
+def has_colour(stream: TextIO) -> bool:
+    """Whether a stream is a terminal that shows colours, and the user wants them (https://no-color.org)."""
+    return stream.isatty() and not os.environ.get("NO_COLOR") and os.environ.get("TERM") != "dumb"
+
+
+# Also as argparse begins a line.
+_PREFIX = re.compile(r"^(?:mtl[ \w]*: )?(warning|error):", re.MULTILINE)
+_COLOURS = {"warning": "\x1b[33m", "error": "\x1b[31m"}
+_NO_COLOUR = "\x1b[0m"
+
+
+def paint(text: str, stream: TextIO) -> str:
+    """Colours `warning:` and `error:` at the beginning of a line, if the stream shows colours."""
+    if not has_colour(stream):
+        return text
+    return _PREFIX.sub(lambda found: f"{_COLOURS[found[1]]}{found[0]}{_NO_COLOUR}", text)
+
+
+def print_out(text: str) -> None:
     """Prints what a command was asked for.
 
     Raises:
-        OutputError: Standard output does not take it.
+        OutputError: Standard output cannot be written.
     """
     try:
         sys.stdout.write(text if text.endswith("\n") else f"{text}\n")
@@ -31,10 +82,10 @@ def say(text: str) -> None:
 
 
 def flush_stdout() -> None:
-    """Prints what is still in the buffer of standard output.
+    """Writes what is still in the buffer of standard output.
 
     Raises:
-        OutputError: Standard output does not take it.
+        OutputError: Standard output cannot be written.
     """
     try:
         sys.stdout.flush()
@@ -42,70 +93,97 @@ def flush_stdout() -> None:
         raise OutputError(f"standard output cannot be written: {error.strerror}") from error
 
 
-def tell(text: str) -> None:
-    """Prints a line on standard error; where that is closed, nobody can be told."""
+def print_err(text: str) -> None:
+    """Prints a message on standard error; nothing if that is closed."""
     try:
-        sys.stderr.write(text if text.endswith("\n") else f"{text}\n")
+        sys.stderr.write(paint(text if text.endswith("\n") else f"{text}\n", sys.stderr))
         sys.stderr.flush()
     except OSError:
-        drop(sys.stderr)
+        discard(sys.stderr)
 
 
-def drop(stream: TextIO) -> None:
-    """Sends a standard stream nowhere from here on: Python would fail on what is left in it when it ends."""
+def discard(stream: TextIO) -> None:
+    """Redirects a standard stream to nowhere: what is left in its buffer would fail when Python ends."""
     nowhere = os.open(os.devnull, os.O_WRONLY)
     os.dup2(nowhere, stream.fileno())
     os.close(nowhere)
 
 
-class _BesideTheBar(logging.Handler):
-    """Prints records as plain lines above a progress bar that may be running."""
-
-    def emit(self, record: logging.LogRecord) -> None:
-        try:
-            tqdm.write(self.format(record), file=sys.stdout)
-            sys.stdout.flush()
-        except OSError as error:
-            # Nothing of a run gets lost by it: its numbers are in its files.
-            drop(sys.stdout)
-            tell(f"standard output cannot be written ({error.strerror}): the run continues without it")
-
-
 def first_line(error: Exception) -> str:
-    """What another library's error says, without the rest of its page."""
+    """The first line of another library's error, which may fill a page."""
     return (str(error) or type(error).__name__).splitlines()[0]
 
 
+# --- the log
+
+
+class _LogHandler(logging.Handler):
+    """Prints records on standard output, above a progress bar that may be running.
+
+    A warning begins with `warning: `, an error with `error: `. A line of fields is wrapped; warnings, errors and prose
+    are left to the terminal, which wraps them so that a path or a command in them is copied in one piece.
+    """
+
+    def emit(self, record: logging.LogRecord) -> None:
+        text = self.format(record)
+        if record.levelno >= logging.WARNING:
+            text = paint(f"{'error' if record.levelno >= logging.ERROR else 'warning'}: {text}", sys.stdout)
+        elif "\n" not in text:
+            text = wrap_fields(text, line_width(sys.stdout))
+        try:
+            tqdm.write(text, file=sys.stdout)
+            sys.stdout.flush()
+        except OSError as error:
+            # Nothing of a run is lost: its numbers are in its files.
+            discard(sys.stdout)
+            print_err(f"warning: standard output cannot be written ({error.strerror}): the run continues without it")
+
+
 def show_log(quiet: bool, only_errors: bool = False) -> None:
-    """Shows the logger's lines on standard output; if quiet, only warnings; or only errors."""
-    logger.handlers = [_BesideTheBar()]
+    """Prints the log on standard output; if quiet, only warnings and errors; or only errors."""
+    logger.handlers = [_LogHandler()]
     logger.setLevel(logging.ERROR if only_errors else logging.WARNING if quiet else logging.INFO)
     logger.propagate = False
 
 
-def table(header: Sequence[str], rows: Sequence[Sequence[str]], numbers_from: int = 1) -> str:
-    """Aligned columns, the first ones to the left, those from `numbers_from` on to the right."""
-    cells = [list(header), *[list(row) for row in rows]]
-    widths = [max(len(row[i]) for row in cells) for i in range(len(header))]
-    lines = [
-        "  ".join(
-            cell.ljust(w) if i < numbers_from else cell.rjust(w)
-            for i, (cell, w) in enumerate(zip(row, widths, strict=True))
-        )
-        for row in cells
-    ]
-    lines.insert(1, "  ".join("-" * width for width in widths))
-    return "\n".join(line.rstrip() for line in lines)
+# --- the bar
+
+# From the longest to the shortest: the first one is shown that leaves room for all losses.
+_METERS = (
+    "{desc} {percentage:3.0f}% |{bar:20}| {n_fmt}/{total_fmt}, {remaining} left, {rate_noinv_fmt}{postfix}",
+    "{desc} {percentage:3.0f}%, {remaining} left, {rate_noinv_fmt}{postfix}",
+    "{desc} {percentage:3.0f}%, {remaining} left{postfix}",
+    "{desc} {percentage:3.0f}%{postfix}",
+    "{percentage:.0f}%{postfix}",
+)
+
+
+class _Bar(_Tqdm):
+    """A bar whose postfix is a line of fields; where the terminal is narrow, the fields come first."""
+
+    @property
+    def format_dict(self) -> Any:
+        """What tqdm draws the bar from."""
+        meter = super().format_dict
+        width = None if self.disable else line_width(self.fp)
+        if width is None:
+            return meter
+        # A line as long as the terminal is wide would be wrapped by some.
+        return {**meter, "ncols": None, **_meter(meter, width - 1)}
+
+
+def _meter(meter: Mapping[str, Any], width: int) -> dict[str, str]:
+    """The form of a bar that fits, and as many of its fields as fit."""
+    fields, room = meter["postfix"] or "", 0
+    for form in _METERS:
+        bare = tqdm.format_meter(**{**meter, "ncols": None, "bar_format": form, "postfix": ""})
+        # tqdm puts a comma before them.
+        room = width - len(bare) - 2
+        if len(fields) <= room:
+            break
+    return {"bar_format": form, "postfix": fit_fields(fields, room)}
 
 
 def progress_bar(total_images: int, title: str, quiet: bool) -> tqdm[Never]:
     """A bar over the images of one epoch; it disappears when it is done, and is not shown in a file or pipe."""
-    return tqdm(
-        total=total_images,
-        desc=title,
-        unit="img",
-        leave=False,
-        disable=quiet or None,
-        dynamic_ncols=True,
-        mininterval=0.5,
-    )
+    return _Bar(total=total_images, desc=title, unit=" img", leave=False, disable=quiet or None, mininterval=0.5)

@@ -23,7 +23,7 @@ from mtl.training.result import RunResult
 from mtl.training.resume import ResumeSource, Resumption, resume_from, resumed_config, what_is_overridden
 from mtl.training.run_dir import claimed_run_dir
 from mtl.training.setup import RunSetup
-from mtl.training.tracking.messages import announce_classic, warn_of_dead_branches
+from mtl.training.tracking.messages import log_classic_freeze, warn_of_dead_branches
 from mtl.training.tracking.tracker import Tracker
 
 
@@ -131,7 +131,7 @@ def _start_files(
         write_json(run_dir / "history.json", history.to_json())
         write_text(run_dir / "config.yaml", dump_yaml(resolved))
         write_json(run_dir / "plan.json", setup.plan.to_json())
-        announce_classic(setup)
+        log_classic_freeze(setup)
         for line in setup.unread:
             logger.warning(line)
     wandb_id = None if resumption is None else resumption.state["wandb_id"]

@@ -263,7 +263,8 @@ def test_a_damaged_data_cache_costs_a_warning_and_not_the_run(
         stream.seek(-5, 2)
         stream.write(b"\xff")
     assert main(["train", str(file), cache, "-q", "name=again", "phases.finetune.steps=1"]) == 0
-    warning = f"the data cache {entry} is damaged (its bytes are not those that were written): the data is made again\n"
+    reason = "its bytes are not those that were written"
+    warning = f"warning: the data cache {entry} is damaged ({reason}): the data is made again\n"
     assert capsys.readouterr().out == warning
     runs = [read_metrics(tmp_path / "runs" / name) for name in ("tiny", "again")]
     assert [row["val/score"] for row in runs[0] if "val/score" in row] == [
@@ -312,7 +313,7 @@ def test_a_loss_that_is_not_finite_is_exit_code_1_and_says_how_to_go_on(
     assert main(["train", str(tiny_config(tmp_path)), "-q", "phases.0.lr=1e10", "phases.0.epochs=3"]) == 1
     why, how = capsys.readouterr().err.splitlines()
     assert re.match(r"error: train/loss\S* is \S+ at step \d+ of phase 'warm-heads'; a lower learning rate", why)
-    assert how == "nothing was saved yet"
+    assert how == "Nothing was saved yet."
 
 
 @pytest.mark.slow
@@ -342,7 +343,7 @@ def test_a_run_that_is_interrupted_says_how_to_go_on(tmp_path: Path) -> None:
     assert process.returncode == 1
     why, how = said.strip().splitlines()
     assert re.fullmatch(r"stopped by SIGINT after step \d+; all is saved", why)
-    assert how == "to go on: the same command with resume=auto"
+    assert how == "To resume, rerun with resume=auto."
 
 
 @pytest.mark.slow

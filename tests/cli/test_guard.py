@@ -57,7 +57,7 @@ def signalled_in_imports(arguments: Sequence[str], sent: signal.Signals) -> tupl
 @pytest.mark.parametrize("sent", ENDING)
 def test_a_signal_while_torch_is_imported_is_one_line_and_what_is_saved(tmp_path: Path, sent: signal.Signals) -> None:
     code, lines = signalled_in_imports(["train", str(tiny_config(tmp_path))], sent)
-    assert (code, lines) == (1, ["", f"stopped by {sent.name}", "nothing was saved yet"])
+    assert (code, lines) == (1, ["", f"stopped by {sent.name}", "Nothing was saved yet."])
     assert not (tmp_path / "runs").exists()
 
 
@@ -98,7 +98,7 @@ def test_a_signal_while_the_report_is_drawn_says_that_training_is_over(tmp_path:
     file = tiny_config(tmp_path, phases=[{"name": "a", "steps": 1}])
     code, lines = signalled_at("mtl.results.report", "draw_run", ["train", str(file), "-q"], sent)
     run_dir = tmp_path / "runs/tiny"
-    report = f"training is complete, and all is saved; to write the report: mtl report {run_dir}"
+    report = f"Training is complete and saved. To write the report: mtl report {run_dir}"
     assert (code, lines) == (1, ["", f"stopped by {sent.name}", report])
     assert main(["report", str(run_dir)]) == 0
 
@@ -118,7 +118,7 @@ def test_a_signal_after_the_last_step_is_not_lost(
     monkeypatch.setattr(Trainer, "run", signalled)
     assert main(["train", str(tiny_config(tmp_path, phases=[{"name": "a", "steps": 1}])), "-q"]) == 1
     run_dir = tmp_path / "runs/tiny"
-    report = f"training is complete, and all is saved; to write the report: mtl report {run_dir}"
+    report = f"Training is complete and saved. To write the report: mtl report {run_dir}"
     assert capsys.readouterr().err.splitlines() == ["", "stopped by SIGTERM", report]
     assert not (run_dir / "report.html").exists()
 
@@ -128,7 +128,7 @@ def test_a_signal_while_data_is_made_leaves_nothing_behind(tmp_path: Path) -> No
     cache = tmp_path / "cache"
     arguments = ["train", str(tiny_config(tmp_path)), "-q", f"data.cache_dir={cache}"]
     code, lines = signalled_at("mtl.data.cache", "save_file", arguments, signal.SIGTERM)
-    assert (code, lines) == (1, ["", "stopped by SIGTERM", "nothing was saved yet"])
+    assert (code, lines) == (1, ["", "stopped by SIGTERM", "Nothing was saved yet."])
     assert list(cache.iterdir()) == [] and not (tmp_path / "runs").exists()
 
 
@@ -209,7 +209,7 @@ def test_a_run_whose_output_is_gone_says_so_once_and_trains_to_its_end(
 ) -> None:
     tiny_config(tmp_path, phases=[{"name": "a", "steps": 1}])
     done = shell(f"mtl train tiny.yaml {output}", tmp_path)
-    said = f"standard output cannot be written ({reason}): the run continues without it\n"
+    said = f"warning: standard output cannot be written ({reason}): the run continues without it\n"
     assert (done.returncode, done.stderr) == (0, said)
     assert (tmp_path / "runs/tiny/report.html").is_file()
 
@@ -227,7 +227,7 @@ def test_a_closed_standard_error_costs_no_file_and_no_exit_code(tmp_path: Path) 
 def test_an_error_of_ours_keeps_its_traceback_and_is_exit_code_1(tmp_path: Path) -> None:
     program = (
         "import sys, mtl.phases.setup\nfrom mtl.cli import main\n"
-        "def broken(*_, **__): return {}['bug']\nmtl.blueprint.draw_up_without_weights = broken\n"
+        "def broken(*_, **__): return {}['bug']\nmtl.phases.setup.draw_up_without_weights = broken\n"
         "sys.exit(main(sys.argv[1:]))"
     )
     call = [sys.executable, "-c", program, "plan", str(tiny_config(tmp_path))]

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import importlib
+from dataclasses import replace
 from pathlib import Path
 
 import pytest
@@ -68,6 +69,28 @@ ROWS = [
     Row("a trunk", "trunk_frozen", 64, 3.0, 0.5, 0.25, 1.0, 0.125, {"naive": 3_000_000, "mtl": 2000, "limit": 5}),
     Row("a trunk", "nothing_frozen", 64, 4.0, 4.0, 4.0, 4.5, 0.01, {"naive": 3_000_000, "mtl": 2000, "limit": 5}),
 ]
+
+
+def test_a_table_that_is_wider_than_the_terminal_becomes_one_a_setting() -> None:
+    two = [*ROWS, replace(ROWS[0], setting="another trunk, 64 px, batch 32, dense heads")]
+    text = in_words(two, 80)
+    assert max(map(len, text.splitlines())) <= 80
+    assert [block.splitlines()[0] for block in text.split("\n\n")] == ["a trunk", two[2].setting]
+    assert text.split("\n\n")[0].splitlines()[1:] == [
+        "               trunk_frozen  nothing_frozen",
+        "-------------  ------------  --------------",
+        "naive               3.000 s         4.000 s",
+        "mtl                 0.500 s         4.000 s",
+        "limit               0.250 s         4.000 s",
+        "naive/mtl              6.00            1.00",
+        "mtl/limit              2.00            1.00",
+        "1st epoch           1.000 s         4.500 s",
+        "audit                 12.5%            1.0%",
+        "memory, naive          3 MB            3 MB",
+        "memory, mtl            2 kB            2 kB",
+        "memory, limit           5 B             5 B",
+    ]
+    assert in_words(two, 200) == in_words(two)
 
 
 def test_the_table_the_data_and_the_picture_hold_the_same_numbers(tmp_path: Path) -> None:

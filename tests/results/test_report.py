@@ -88,4 +88,4 @@ def test_a_folder_that_is_no_finished_run_is_refused(
     else:
         path.unlink()
     assert main(["report", str(run_dir)]) == 2
-    assert capsys.readouterr().err.startswith(f"error: {run_dir} is no finished run: it lacks {lacking}")
+    assert capsys.readouterr().err.startswith(f"error: {run_dir} is not a finished run: it lacks {lacking}")

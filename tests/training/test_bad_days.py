@@ -108,7 +108,7 @@ def test_a_disk_that_fills_ends_the_run_with_a_message_and_it_goes_on_once_there
     file = tiny_config(tmp_path, **SMALL | {"runs_dir": str(small_disk)})
     said = ended_well(run(file, before=FILL.format(disk=str(small_disk), **MOMENTS[moment])), 1)
     assert re.match(r"error: (the disk is full|.* cannot be written: it needs [\d,]+ bytes, and [\d,]+ are free)", said)
-    assert said.splitlines()[-1] == "to go on: the same command with resume=auto"
+    assert said.splitlines()[-1] == "To resume, rerun with resume=auto."
     (small_disk / "filler").unlink()
     assert not [*(small_disk / "tiny").rglob("*.tmp")]
     ended_well(run(file, "resume=auto"), 0)
@@ -170,7 +170,7 @@ def test_a_run_with_too_little_memory_says_what_was_planned_and_what_to_change(
     assert said.startswith("error: out of memory: ")
     assert "the plan, for phase 'finetune', which needs most: 2.22 MB of weights, 2.18 MB of gradients" in said
     assert "what makes it smaller: data.batch_size=32 with optim.accumulate=2" in said
-    assert said.endswith("nothing was saved yet\n")
+    assert said.endswith("Nothing was saved yet.\n")
 
 
 @pytest.mark.slow
@@ -451,7 +451,7 @@ def test_a_run_whose_data_worker_is_killed_says_so_and_goes_on_to_the_same_bits(
         _, said = process.communicate(timeout=HANGS_S)
     assert process.returncode == 1 and "Traceback" not in said, said
     assert re.match(r"error: data worker \d \(pid \d+\) was killed by SIGKILL while it made a batch; if memory", said)
-    assert said.endswith("to go on: the same command with resume=auto\n")
+    assert said.endswith("To resume, rerun with resume=auto.\n")
     ended_well(run(file, "resume=auto", "data.num_workers=2"), 0)
     assert_same(tmp_path / "runs/tiny", whole)
 

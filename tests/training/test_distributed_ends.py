@@ -48,7 +48,7 @@ def test_a_process_that_is_killed_ends_all_with_a_clear_error(tmp_path: Path) ->
     process = started_and_signalled(tmp_path, signal.SIGKILL)
     # Long before `distributed.timeout_s` would end them, or this wait.
     said = finish(process, 1)
-    assert "error: another process of this run has ended" in said or "Signal 9 (SIGKILL)" in said
+    assert "error: Another rank exited; see its log." in said or "Signal 9 (SIGKILL)" in said
 
 
 @pytest.mark.slow

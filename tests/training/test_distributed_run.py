@@ -119,8 +119,8 @@ def test_torchrun_starts_a_run_again_of_which_a_process_was_killed_and_it_ends_w
     code, said = finish(again, surroundings(cache_dir, planted))
     assert code == 0, said[-4000:]
     assert (tmp_path / "once").exists()
-    assert said.count("error: another process of this run has ended") == 1
-    assert said.count("to go on: the same command with resume=auto") == 1
+    assert said.count("error: Another rank exited; see its log.") == 1
+    assert said.count("To resume, rerun with resume=auto.") == 1
     assert_same(tmp_path / "runs/tiny", two / "runs/tiny")
 
 

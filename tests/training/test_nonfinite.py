@@ -232,7 +232,7 @@ def planted(monkeypatch: pytest.MonkeyPatch) -> Iterator[None]:
 
 
 @pytest.mark.usefixtures("planted")
-@pytest.mark.parametrize(("policy", "saved"), [("raise", "nothing was saved yet"), ("stop", "resume=auto")])
+@pytest.mark.parametrize(("policy", "saved"), [("raise", "Nothing was saved yet."), ("stop", "resume=auto")])
 def test_the_command_ends_with_1_and_says_what_and_how_to_go_on(
     tmp_path: Path, capsys: pytest.CaptureFixture[str], policy: str, saved: str
 ) -> None:

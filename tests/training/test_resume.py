@@ -247,7 +247,7 @@ def test_a_signal_saves_within_the_step_and_the_run_goes_on_to_the_same_bits(
     process.send_signal(asked)
     _, said = process.communicate(timeout=HANGS_S)
     assert process.returncode == 1
-    assert f"stopped by {asked.name} after step" in said and "to go on: the same command with resume=auto" in said
+    assert f"stopped by {asked.name} after step" in said and "To resume, rerun with resume=auto." in said
     assert main(command[3:]) == 0
     assert_same(tmp_path / "runs/tiny", whole)
 

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 from mtl.model.dead_branch import DeadBranch
 from mtl.phases.plan.records import Claim, GroupPlan, KeptPlan, PhasePlan, Plan, Side
-from mtl.runtime.console import table
+from mtl.runtime.layout import table, wrap_text
 from mtl.runtime.text import condense, count, in_bytes, shorten
 
 # Phases that are shown in short.
@@ -14,8 +14,13 @@ _MOST_GROUPS = 12
 _WIDEST = 60
 
 
-def short_plan(plan: Plan) -> str:
-    """One line a phase: what it freezes and trains, at which rate and for how long."""
+def short_plan(plan: Plan, width: int | None = None) -> str:
+    """One row a phase: what it freezes and trains, at which rate and for how long.
+
+    Args:
+        plan: The plan.
+        width: Of the terminal; None in a file, where lines stay whole.
+    """
     rows = [
         [
             phase.name,
@@ -30,15 +35,15 @@ def short_plan(plan: Plan) -> str:
     if len(plan.phases) > _MOST_PHASES:
         rows.append([f"and {len(plan.phases) - _MOST_PHASES} more", *[""] * 5])
     header = ["phase", "freeze", "frozen parameters", "trained parameters", "peak lr", "length"]
-    return table(header, rows, numbers_from=2)
+    return table(header, rows, numbers=(2, 3, 4), width=width)
 
 
-def full_plan(plan: Plan) -> str:
-    """A paragraph a phase."""
-    return "\n\n".join(_paragraph(plan, phase) for phase in plan.phases)
+def full_plan(plan: Plan, width: int | None = None) -> str:
+    """A paragraph a phase, wrapped to a width."""
+    return "\n\n".join(_paragraph(plan, phase, width) for phase in plan.phases)
 
 
-def parameter_map(plan: Plan) -> str:
+def parameter_map(plan: Plan, width: int | None = None) -> str:
     """Every parameter in every phase: its peak rate, `frozen`, `unreached`, or `-` if no optimizer steps it."""
     columns = []
     for phase in plan.phases:
@@ -46,7 +51,8 @@ def parameter_map(plan: Plan) -> str:
         cells |= {name: f"{lr:.3g}" for name, lr in phase.lr_of.items()}
         columns.append(cells | dict.fromkeys(phase.unreached, "unreached"))
     rows = [[name, *(cells.get(name, "-") for cells in columns)] for name in plan.parameters]
-    return table(["parameter", *(phase.name for phase in plan.phases)], rows)
+    header = ["parameter", *(phase.name for phase in plan.phases)]
+    return table(header, rows, numbers=range(1, len(header)), width=width)
 
 
 def _patterns(phase: PhasePlan) -> str:
@@ -63,7 +69,7 @@ def _rates(phase: PhasePlan) -> str:
     return ", ".join(f"{lr:.3g}" for lr in rates) if len(rates) <= 3 else f"{rates[0]:.3g} to {rates[-1]:.3g}"
 
 
-def _paragraph(plan: Plan, phase: PhasePlan) -> str:
+def _paragraph(plan: Plan, phase: PhasePlan, width: int | None) -> str:
     with_buffers = f", with {count(phase.frozen_buffers, 'buffer')}" if phase.frozen_buffers else ""
     lines = [("frozen", _side(phase.frozen, with_buffers)), ("trained", _side(phase.trainable))]
     lines += [(claim.key, _claim(claim)) for claim in phase.claims]
@@ -80,9 +86,10 @@ def _paragraph(plan: Plan, phase: PhasePlan) -> str:
     lines += _training(phase, plan.world_size) if phase.optimizer is not None else []
     if phase is not plan.phases[0]:
         lines += [("thawed", _side(phase.thawed)), ("newly frozen", _side(phase.newly_frozen))]
-    head = f"{phase.name}: {phase.length}, batches of {phase.batch_size}"
-    width = max(len(title) for title, _ in lines)
-    return "\n".join([head, *(f"  {title:<{width}}  {text}".rstrip() for title, text in lines)])
+    head = wrap_text(f"{phase.name}: {phase.length}, batches of {phase.batch_size}", width, indent=4)
+    widest = max(len(title) for title, _ in lines)
+    wrapped = [(title, wrap_text(text, width, indent=widest + 4)) for title, text in lines]
+    return "\n".join([head, *(f"  {title:<{widest}}  {text}".rstrip() for title, text in wrapped)])
 
 
 def _dead(plan: Plan, dead: DeadBranch) -> str:
@@ -107,8 +114,9 @@ def _training(phase: PhasePlan, world_size: int) -> list[tuple[str, str]]:
     lines = [(str(phase.optimizer), _group(group)) for group in phase.groups[:_MOST_GROUPS]]
     if len(phase.groups) > _MOST_GROUPS:
         lines += [("", f"and {len(phase.groups) - _MOST_GROUPS} more groups")]
+    schedule = phase.lr_schedule + ("; optimizer state from scratch" if phase.optimizer_state == "reset" else "")
     lines += [
-        ("schedule", phase.lr_schedule + ("; moments begin anew" if phase.optimizer_state == "reset" else "")),
+        ("schedule", schedule),
         ("balance", phase.balance),
         ("memory", kept + average),
         ("an image", _operations(phase)),

@@ -12,7 +12,7 @@ from __future__ import annotations
 
 import tempfile
 import time
-from collections.abc import Callable, Iterable
+from collections.abc import Callable, Iterable, Sequence
 from dataclasses import asdict, dataclass, replace
 from pathlib import Path
 from statistics import median
@@ -24,7 +24,7 @@ from matplotlib.figure import Figure
 from mtl.config import RunConfig
 from mtl.results.bench.loops import limit_loop, mtl_loop, naive_loop
 from mtl.results.bench.memory import peak_growth
-from mtl.runtime.console import table
+from mtl.runtime.layout import table
 from mtl.runtime.text import in_bytes
 from mtl.training.setup import assemble
 
@@ -133,18 +133,18 @@ class Row:
         return self.mtl_s / self.limit_s
 
 
-def bench(quick: bool, tell: Callable[[str], None]) -> list[Row]:
+def bench(quick: bool, show: Callable[[str], None]) -> list[Row]:
     """Measures all settings; `quick` the first two, with fewer rounds and images.
 
     Args:
         quick: Whether to take less than three minutes.
-        tell: Is told what is being measured.
+        show: Receives a line for each measurement before it begins.
     """
     rows = []
     settings = [replace(each, num_images=each.num_images // 2) for each in SETTINGS[:2]] if quick else SETTINGS
     for setting in settings:
         for phase in setting.phases:
-            tell(f"{setting.name}: {phase}")
+            show(f"{setting.name}: {phase}")
             with tempfile.TemporaryDirectory() as folder:
                 rows.append(_measure(setting, phase, Path(folder), rounds=3 if quick else 7))
     return rows
@@ -154,34 +154,40 @@ def to_json(rows: Iterable[Row]) -> dict[str, Any]:
     return {"rows": [asdict(row) for row in rows]}
 
 
-def in_words(rows: Iterable[Row]) -> str:
-    """The table."""
-    header = [
-        "setting",
-        "phase",
-        "naive",
-        "mtl",
-        "limit",
-        "naive/mtl",
-        "mtl/limit",
-        "1st epoch",
-        "audit",
-        "peak memory",
-    ]
+_MEASURES: dict[str, Callable[[Row], str]] = {
+    "naive": lambda row: f"{row.naive_s:.3f} s",
+    "mtl": lambda row: f"{row.mtl_s:.3f} s",
+    "limit": lambda row: f"{row.limit_s:.3f} s",
+    "naive/mtl": lambda row: f"{row.gain:.2f}",
+    "mtl/limit": lambda row: f"{row.over_limit:.2f}",
+    "1st epoch": lambda row: f"{row.first_epoch_s:.3f} s",
+    "audit": lambda row: f"{row.audit_share:.1%}",
+}
+_LOOPS = ("naive", "mtl", "limit")
+
+
+def in_words(rows: Sequence[Row], width: int | None = None) -> str:
+    """One table; if that is wider than the terminal, one for each setting, with the kinds of phases as columns."""
+    header = ["setting", "phase", *_MEASURES, "peak memory"]
     cells = [
         [
-            row.setting,
-            row.phase,
-            *(f"{seconds:.3f} s" for seconds in (row.naive_s, row.mtl_s, row.limit_s)),
-            f"{row.gain:.2f}",
-            f"{row.over_limit:.2f}",
-            f"{row.first_epoch_s:.3f} s",
-            f"{row.audit_share:.1%}",
-            " / ".join(in_bytes(row.peak_bytes[name]) for name in ("naive", "mtl", "limit")),
+            *(row.setting, row.phase, *(measure(row) for measure in _MEASURES.values())),
+            " / ".join(in_bytes(row.peak_bytes[name]) for name in _LOOPS),
         ]
         for row in rows
     ]
-    return table(header, cells, numbers_from=2)
+    text = table(header, cells, numbers=range(2, len(header)))
+    if width is None or max(map(len, text.splitlines())) <= width:
+        return text
+    settings = dict.fromkeys(row.setting for row in rows)
+    return "\n\n".join(_setting_table(name, [row for row in rows if row.setting == name], width) for name in settings)
+
+
+def _setting_table(setting: str, rows: Sequence[Row], width: int) -> str:
+    cells = [[name, *map(measure, rows)] for name, measure in _MEASURES.items()]
+    cells += [[f"memory, {name}", *(in_bytes(row.peak_bytes[name]) for row in rows)] for name in _LOOPS]
+    numbers = range(1, 1 + len(rows))
+    return f"{setting}\n{table(['', *(row.phase for row in rows)], cells, numbers, width)}"
 
 
 def draw(rows: list[Row]) -> Figure:

@@ -19,7 +19,7 @@ from mtl.runtime.files import write_json
 from mtl.training.nonfinite import NotFiniteError
 from mtl.training.setup import RunSetup
 from mtl.training.tracking.gradients import GradientLog
-from mtl.training.tracking.messages import tell_balance, tell_epoch, tell_idle_tasks, tell_unreached
+from mtl.training.tracking.messages import log_balance, log_epoch, log_idle_tasks, log_unreached
 from mtl.training.tracking.steps import StepLog
 from mtl.training.tracking.tracker import Tracker
 
@@ -38,10 +38,10 @@ class RunLog:
         self._is_analysed = world.is_main or setup.config.distributed.sync_batchnorm
 
     def phase_begins(self, phase: Phase) -> None:
-        tell_idle_tasks(self._setup, phase)
-        tell_balance(phase)
+        log_idle_tasks(self._setup, phase)
+        log_balance(phase)
         if phase.freeze.unreached:
-            tell_unreached(self._setup, phase)
+            log_unreached(self._setup, phase)
 
     def phase_ended(self, change: PhaseChange, report: Report) -> None:
         self.audit(report)
@@ -85,4 +85,4 @@ class RunLog:
         self._tracker.log(row)
 
     def epoch_line(self, row: Mapping[str, Any], log: StepLog | None) -> None:
-        tell_epoch(self._setup, row, log)
+        log_epoch(self._setup, row, log)

@@ -1,4 +1,4 @@
-"""What is said of the freezes of a run besides its numbers."""
+"""What a run logs in words: freezes, balancing, epochs."""
 
 from __future__ import annotations
 
@@ -18,8 +18,8 @@ from mtl.training.setup import RunSetup
 from mtl.training.tracking.steps import StepLog
 
 
-def announce_classic(parts: RunSetup) -> None:
-    """Says what the classic list of substrings freezes, in the words in which it has always been said."""
+def log_classic_freeze(parts: RunSetup) -> None:
+    """Logs what the classic list of substrings freezes, in the words of the code that it comes from."""
     substrings = parts.config.MODEL.NOT_TRAIN_IN_MULTI_TASK
     if not substrings:
         return
@@ -30,10 +30,10 @@ def announce_classic(parts: RunSetup) -> None:
 
 
 def warn_of_dead_branches(parts: RunSetup) -> None:
-    """Warns of what would train in a phase but cannot, since frozen tensors of zeros stand in its way.
+    """Warns of parameters that would train in a phase but cannot, since frozen zeros stop their gradients.
 
     Args:
-        parts: The run, with the weights that it begins with and no freeze enforced yet.
+        parts: The run, with its initial weights and no freeze enforced yet.
     """
     phases_of: dict[DeadBranch, list[str]] = {}
     for name, branch in dead_branches(parts).items():
@@ -58,33 +58,35 @@ def _remedy(parts: RunSetup, branch: DeadBranch) -> str:
     return " or ".join(ways)
 
 
-def tell_idle_tasks(parts: RunSetup, phase: Phase) -> None:
-    """Says which of a phase's tasks have no loss in it, since all that it would train is frozen."""
+def log_idle_tasks(parts: RunSetup, phase: Phase) -> None:
+    """Logs which of a phase's tasks have no loss in it, since all their parameters are frozen."""
     idle = [task for task in active_tasks(parts.config, phase.config) if task not in phase.tasks]
     if idle:
         logger.info(f"{phase.name}: no losses of {', '.join(idle)}: everything that they would train is frozen")
 
 
-def tell_balance(phase: Phase) -> None:
-    """Says where a balancing method does something else in a phase than its name says."""
+def log_balance(phase: Phase) -> None:
+    """Logs where a balancing method cannot do in a phase what its name says."""
     if phase.config.evaluate_only:
         return
     if phase.balance.weighting is not None and not phase.balances_gradients:
         what = f"only {phase.sharing[0]} reaches" if phase.sharing else "no task reaches"
-        logger.info(f"{phase.name}: gradients are not balanced: {what} what trains of the trunk; losses add up")
+        logger.info(
+            f"{phase.name}: gradients are not balanced: {what} trainable parameters of the trunk; losses are summed"
+        )
     if phase.optim.accumulate > 1 and not phase.balance.adds_up:
         logger.warning(
             f"{phase.name}: the balancing method combines each of a step's {phase.optim.accumulate} batches by itself,"
-            " which is not the step of one large batch; mean, uw or fixed weights would make it that"
+            " which is not the step of one large batch; for that step, use mean, uw or fixed weights"
         )
 
 
-def tell_epoch(parts: RunSetup, row: Mapping[str, Any], log: StepLog | None) -> None:
-    """One line for a validation.
+def log_epoch(parts: RunSetup, row: Mapping[str, Any], log: StepLog | None) -> None:
+    """Logs a validation as one line of fields, two spaces between them: the main metric of each task.
 
     Args:
         parts: The run.
-        row: What is logged of it.
+        row: The validation's row of numbers.
         log: The steps before it, if there were any.
     """
     goals = [f"{name} {task.goal.metric}" for name, task in parts.tasks.items()]
@@ -98,8 +100,8 @@ def tell_epoch(parts: RunSetup, row: Mapping[str, Any], log: StepLog | None) -> 
     )
 
 
-def tell_unreached(parts: RunSetup, phase: Phase) -> None:
-    """Says which parameters would train in a phase, but get no gradient, and what becomes of them."""
+def log_unreached(parts: RunSetup, phase: Phase) -> None:
+    """Logs which parameters would train in a phase but get no gradient, and how they are treated."""
     every_name = [name for name, _ in parts.root.named_parameters(remove_duplicate=False)]
     names = shorten(condense(phase.freeze.unreached, every_name), 6)
     is_frozen = parts.config.unreached == "freeze"

@@ -19,7 +19,7 @@ class StepLog:
     """The steps of one epoch.
 
     Attributes:
-        latest: The newest known losses, for the progress bar.
+        latest: The newest known losses for the progress bar, the balanced one first, two spaces between them.
         num_skipped: Steps that were left out, since a loss or gradient was not finite.
     """
 
@@ -59,7 +59,7 @@ class StepLog:
         Args:
             step: Steps done in the run, this one included.
             losses: For each of its batches the balanced loss and the tasks' losses, "1+t".
-            norm: The norm of the gradients of all that trains, a scalar.
+            norm: The norm of the gradients of all trainable parameters, a scalar.
             lr: The highest learning rate used.
             indices: For each of its batches the images' places, on the CPU.
         """
@@ -86,7 +86,7 @@ class StepLog:
             self._loss_sum += row[0]
         self._num_steps += len(values)
         self._num_images += self._pending_images
-        self.latest = " ".join(f"{name} {value:.3f}" for name, value in zip(self._short, values[-1], strict=False))
+        self.latest = "  ".join(f"{name} {value:.3f}" for name, value in zip(self._short, values[-1], strict=False))
         self._pending, self._pending_images, self._since = [], 0, now
 
     def _check(self, numbers: Mapping[str, float], step: int, indices: Sequence[Tensor]) -> None:
@@ -113,11 +113,11 @@ class StepLog:
         return self._error(wrong, numbers, step, indices)
 
     def skip(self) -> None:
-        """Counts a step that was skipped."""
+        """Records a step that was left out."""
         self.num_skipped += 1
 
     def add_row(self, step: int, numbers: Mapping[str, float]) -> None:
-        """Logs other numbers of a step that is added later, after the rows of the steps before it."""
+        """Logs other numbers of a step that is still to be added, after the steps before it: no step goes back."""
         self.flush()
         self._tracker.log({"step": step, **self._common, **numbers})
 
@@ -126,7 +126,7 @@ class StepLog:
         return {"loss_sum": self._loss_sum, "num_steps": self._num_steps, "num_skipped": self.num_skipped}
 
     def load_state_dict(self, state: Mapping[str, float]) -> None:
-        """Continues the sums of an interrupted epoch; time counts from now on."""
+        """Restores the sums of an interrupted epoch; time counts from now on."""
         self._loss_sum, self._num_steps = state["loss_sum"], int(state["num_steps"])
         self.num_skipped = int(state["num_skipped"])
 
