@@ -80,7 +80,7 @@ def draw_up(config: RunConfig, device: str = "cpu", num_train: int | None = None
     try:
         with torch.device(device):
             model = MultiTaskModel(trunk, tasks, config.data.image_size, layout)
-            reached = reached_parameters(model, config.data.image_size)
+            reached = reached_parameters(model)
             tasks_of, mistakes = _tasks_of_phases(config, model, reached)
             balances, balance_of = _build_balances(config, tasks_of, mistakes)
     except SettingError as error:

@@ -15,7 +15,7 @@ from torch.amp import GradScaler
 from mtl.audit import GradientAudit, HoldsParameters, PhaseRecord
 from mtl.data import Batch, Loading, num_batches, training_batches
 from mtl.distributed.world import ALONE, World
-from mtl.freeze import enforce, is_frozen
+from mtl.freeze import enforce
 from mtl.patterns import text_of
 from mtl.phases.resolve import Phase
 from mtl.phases.scheduler import PhaseChange, TaskScheduler
@@ -142,8 +142,6 @@ class Trainer:
         with self.audit.phase(phase.name, patterns, optimizers, idle, written_at) as record:
             # From here on the file says that this phase began, and that nothing is proven of it yet.
             self.write_json("audit.json", self.audit.report.to_json())
-            # What is frozen whole need not be recorded for a backward that never comes.
-            parts.model.trunk_is_frozen = is_frozen(phase.freeze.plan, "trunk")
             if self.config.compile:
                 parts.model.compile_anew()
             change = None if resumed is None else resumed.change

@@ -8,7 +8,6 @@ from functools import partial
 from pathlib import Path
 from typing import Any
 
-import torch
 import yaml
 from torch.nn.attention import SDPBackend, sdpa_kernel
 from torch.utils.flop_counter import FlopCounterMode
@@ -238,8 +237,7 @@ def _left_forward(blueprint: Blueprint, index: int, phase: PhasePlan) -> int:
     enforce(blueprint.root, blueprint.phases[index].freeze.plan)
     if phase.kept is None or phase.kept.why_not:
         return phase.flops.forward
-    size = blueprint.config.data.image_size
-    images = torch.zeros(3, size, size, 3, dtype=torch.uint8, device=next(model.parameters()).device)
+    images = model.example_inputs(3)
     prepared = model.prepare(images)
     prefix = Prefix.forecast(model.trunk, model.read, prepared)
     with sdpa_kernel(SDPBackend.MATH):

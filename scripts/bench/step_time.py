@@ -22,7 +22,7 @@ from mtl.config import load_config
 from mtl.data import training_batches
 from mtl.distributed.ddp import wrap
 from mtl.distributed.world import ALONE
-from mtl.freeze import enforce, is_frozen
+from mtl.freeze import enforce
 from mtl.optim.lr_schedule import LrSchedule
 from mtl.optim.optimizers import build_optimizer
 from mtl.phases.conditions import PhaseLength
@@ -78,7 +78,6 @@ def main() -> None:
         tracker = Tracker(config.tracking, Path(folder), "bench", {})
         for phase in parts.phases:
             enforce(parts.root, phase.freeze.plan)
-            parts.model.trunk_is_frozen = is_frozen(phase.freeze.plan, "trunk")
             optimizer = build_optimizer(phase.optim.optimizer, phase.groups)
             trainer = Trainer(parts, Path(folder), tracker, quiet=False)
             seconds: dict[str, list[float]] = {"hand": [], "mtl": []}

@@ -113,7 +113,7 @@ def resolver(tmp_path_factory: pytest.TempPathFactory) -> tuple[nn.Module, Resol
     """One model without weights, and what makes plans of phases with other patterns on it."""
     file = tiny_config(tmp_path_factory.mktemp("plan"))
     blueprint = draw_up(load_config(file), "meta")
-    reached = reached_parameters(blueprint.model, 32)
+    reached = reached_parameters(blueprint.model)
 
     def resolve(freezes: list[list[str]]) -> Plan:
         raw = TINY | {"phases": [{"name": f"p{n}", "freeze": freeze, "steps": 1} for n, freeze in enumerate(freezes)]}

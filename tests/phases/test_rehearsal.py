@@ -62,10 +62,9 @@ def of_layers(blueprint: Blueprint, tasks: Iterable[str] | None = None) -> dict[
 
     layers = [(n, m) for n, m in blueprint.model.named_modules() if isinstance(m, nn.Conv2d | nn.Linear)]
     hooks = [module.register_forward_hook(counter(name)) for name, module in layers]
-    size = blueprint.config.data.image_size
     blueprint.model.eval()
     with torch.no_grad():
-        blueprint.model(torch.zeros(1, size, size, 3, dtype=torch.uint8), None if tasks is None else list(tasks))
+        blueprint.model(blueprint.model.example_inputs(1), None if tasks is None else list(tasks))
     for hook in hooks:
         hook.remove()
     return counted

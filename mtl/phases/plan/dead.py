@@ -24,8 +24,7 @@ def dead_branches(blueprint: Blueprint) -> dict[str, DeadBranch]:
         trainable = frozenset(phase.freeze.plan.names.trainable)
         key = trainable, phase.tasks, moved
         if key not in looked:
-            size = blueprint.config.data.image_size
-            looked[key] = find_dead_branch(blueprint.model, size, phase.tasks, trainable, moved)
+            looked[key] = find_dead_branch(blueprint.model, phase.tasks, trainable, moved)
         if (branch := looked[key]) is not None:
             found[phase.name] = branch
         moved |= trainable

@@ -26,11 +26,8 @@ def forecast(blueprint: Blueprint, index: int) -> KeptPlan:
     if why_not := why_not_kept(config, phase, passes):
         return KeptPlan(why_not=why_not)
     enforce(blueprint.root, phase.freeze.plan)
-    size = config.data.image_size
-    device = next(model.parameters()).device
-    blank = torch.zeros(_NUM_IMAGES, size, size, 3, dtype=torch.uint8, device=device)
     try:
-        prefix = Prefix.forecast(model.trunk, model.read, model.prepare(blank))
+        prefix = Prefix.forecast(model.trunk, model.read, model.prepare(model.example_inputs(_NUM_IMAGES)))
     except PrefixError as error:
         return KeptPlan(why_not=str(error))
     if why_not := model.why_not_cut(prefix, phase.tasks):

@@ -12,7 +12,7 @@ from torch import Tensor
 from torch.nn.attention import SDPBackend, sdpa_kernel
 from torch.utils.flop_counter import FlopCounterMode
 
-from mtl.freeze import enforce, is_frozen, plan_freeze
+from mtl.freeze import enforce, plan_freeze
 from mtl.optim.optimizers import build_optimizer, held_by
 from mtl.phases.resolve import Phase
 from mtl.phases.setup import Blueprint
@@ -49,15 +49,11 @@ def rehearse(blueprint: Blueprint, phase: Phase | None) -> Cost:
     model, root = blueprint.model, blueprint.root
     plan = plan_freeze(root, blueprint.fixed) if phase is None else phase.freeze.plan
     enforce(root, plan)
-    model.trunk_is_frozen = is_frozen(plan, "trunk")
-    size = blueprint.config.data.image_size
-    device = next(model.parameters()).device
-    blank = torch.zeros(_NUM_IMAGES, size, size, 3, dtype=torch.uint8, device=device)
     evaluates = phase is not None and phase.config.evaluate_only
     # On a CPU, torch counts no attention that is computed in one piece.
     with _counter() as forward, torch.set_grad_enabled(not evaluates), sdpa_kernel(SDPBackend.MATH):
         try:
-            outputs = model(blank, None if phase is None else phase.tasks)
+            outputs = model(model.example_inputs(_NUM_IMAGES), None if phase is None else phase.tasks)
         except (RuntimeError, ValueError, AssertionError, IndexError, TypeError) as error:
             # It was run in eval mode before: this is what its options do in training.
             key = ("trunk", "options") if blueprint.config.trunk.options else ("trunk", "name")

@@ -14,7 +14,7 @@ from torch import Tensor, nn
 from torch.optim import AdamW
 
 from mtl.data import Batch, training_batches
-from mtl.freeze import enforce, is_frozen
+from mtl.freeze import enforce
 from mtl.model import MultiTaskModel
 from mtl.model.prefix import Prefix
 from mtl.model.trunk import Features
@@ -37,7 +37,6 @@ def mtl_loop(parts: Parts, index: int, folder: Path) -> Iterator[tuple[Callable[
     stepping: Stepping = trainer.keeper.build_stepping(index)
     patterns = list(phase.freeze.patterns)
     with trainer.audit.phase(phase.name, patterns, [stepping.optimizer, phase.balance]) as record:
-        parts.model.trunk_is_frozen = is_frozen(phase.freeze.plan, "trunk")
         trainer.gradients.enter(phase.name, phase.tasks, 1)
         is_entered = False
 
@@ -121,7 +120,6 @@ def _freeze_as_tutorials_do(model: nn.Module, frozen: Iterable[str]) -> None:
 
 def _rest(model: nn.Module) -> None:
     """Puts modules of frozen parameters in eval mode, since the loops shall all compute the same."""
-    model.trunk_is_frozen = False  # type: ignore[assignment]
     for module in model.modules():
         module.__dict__.pop("train", None)
     model.train()
