@@ -15,7 +15,7 @@ from mtl.freeze import FreezeError, FreezePlan, plan_freeze
 from mtl.optim.balance.balance import Balance
 from mtl.patterns import ModuleTree, PatternError, PatternLike, partition, select, text_of
 from mtl.patterns.module_tree import describe
-from mtl.phases.phase_length import Metrics
+from mtl.phases.metrics import RunMetrics
 from mtl.runtime.text import condense, shorten
 
 _ALL_TAKEN_BACK = "the patterns select nothing in the end: all that they select is taken back"
@@ -56,7 +56,7 @@ class Surroundings:
     config: RunConfig
     root: nn.Module
     fixed: Sequence[str]
-    metrics: Metrics
+    metrics: RunMetrics
     balance_of: Mapping[KeyPath, int]
     tasks_of: Mapping[KeyPath, tuple[str, ...]]
     reached: Mapping[str, frozenset[str]]

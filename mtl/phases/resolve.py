@@ -16,10 +16,10 @@ from mtl.data import num_batches
 from mtl.freeze import FreezePlan
 from mtl.optim.balance.balance import Balance
 from mtl.patterns.module_tree import named_modules
-from mtl.phases.conditions import PhaseLength, Plateau, Reached, leaves_of
 from mtl.phases.freeze_rules import FreezeResolver, PhaseFreeze, Surroundings, frozen_always
 from mtl.phases.groups import GroupResolver
-from mtl.phases.phase_length import SCORE
+from mtl.phases.metrics import SCORE
+from mtl.phases.phase_length import PhaseLength
 from mtl.phases.reads import Reads, reads_of
 from mtl.runtime.best import Direction
 
@@ -146,10 +146,10 @@ class _Resolver:
         tasks = self.around.tasks_of[self.written.path]
         resolver = FreezeResolver(self.around, self.written, self.always)
         freeze = _attempt(mistakes, lambda: resolver.resolve(tasks, place))
-        length = _attempt(mistakes, lambda: self.around.metrics.length(self.written))
+        length = _attempt(mistakes, lambda: PhaseLength.from_config(self.written, self.around.metrics))
         plan = None if freeze is None else freeze.plan
         groups = _attempt(mistakes, lambda: GroupResolver(self.around, self.written).resolve(plan, balance))
-        num_steps = self._num_steps(length) if length is not None else 0
+        num_steps = 0 if length is None else length.num_steps(self.steps_per_epoch)
         direction = _attempt(mistakes, lambda: self._check_course(num_steps, length))
         restore = _attempt(mistakes, self._restore)
         _attempt(mistakes, lambda: self._check_batch_size(plan, tasks))
@@ -195,7 +195,7 @@ class _Resolver:
         never = f"is judged after whole passes of {self.steps_per_epoch} steps, but the phase has {num_steps} steps"
         if isinstance(schedule, PlateauConfig) and num_steps < self.steps_per_epoch:
             raise self._mistake_about("lr_schedule", f"a plateau {never}")
-        if num_steps < self.steps_per_epoch and any(isinstance(c, Plateau | Reached) for c in leaves_of(length.until)):
+        if num_steps < self.steps_per_epoch and length.metrics:
             raise self.config.mistake((*self.written.path, "until"), f"a metric {never}")
         return direction
 
@@ -244,11 +244,6 @@ class _Resolver:
     def _sharing(self, tasks: Sequence[str], plan: FreezePlan) -> tuple[str, ...]:
         trained = {name for name in plan.names.trainable if name.startswith("trunk.")}
         return tuple(task for task in tasks if not trained.isdisjoint(self.around.reached[task]))
-
-    def _num_steps(self, length: PhaseLength) -> int:
-        lengths = [length.steps, length.max_steps]
-        lengths += [n and n * self.steps_per_epoch for n in (length.epochs, length.max_epochs)]
-        return min((n for n in lengths if n is not None), default=0)
 
     def _mistake_about(self, key: str, message: str, *below: str) -> ConfigError:
         return self.config.mistake((*self.config.path_of(self.written, key), *below), message)

@@ -21,7 +21,7 @@ from mtl.model.reachability import reached_parameters
 from mtl.optim.balance.balance import build_balance
 from mtl.phases.active_tasks import live_tasks
 from mtl.phases.freeze_rules import Surroundings
-from mtl.phases.phase_length import Metrics
+from mtl.phases.metrics import RunMetrics
 from mtl.phases.resolve import Phase, resolve_phases
 from mtl.phases.unread import unread_settings
 from mtl.runtime.text import hint
@@ -88,7 +88,7 @@ def draw_up(config: RunConfig, device: str = "cpu", num_train: int | None = None
     root = nn.ModuleDict({**dict(model.named_children()), "balance": balances})
     fixed = fixed_parameters(root)
     num_train = num_train or num_images(config.data)[0]
-    around = Surroundings(config, root, fixed, Metrics(config, tasks), balance_of, tasks_of, reached, num_train)
+    around = Surroundings(config, root, fixed, RunMetrics(config, tasks), balance_of, tasks_of, reached, num_train)
     phases = resolve_phases(around, mistakes)
     in_vain, unread = unread_settings(config, phases)
     if in_vain:

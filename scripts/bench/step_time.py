@@ -25,7 +25,7 @@ from mtl.distributed.world import ALONE
 from mtl.freeze import enforce
 from mtl.optim.lr_schedule import LrSchedule
 from mtl.optim.optimizers import build_optimizer
-from mtl.phases.conditions import PhaseLength
+from mtl.phases.phase_length import PhaseLength
 from mtl.phases.resolve import Phase
 from mtl.phases.scheduler import TaskScheduler
 from mtl.training.keeper import Stepping

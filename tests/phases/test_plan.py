@@ -22,7 +22,7 @@ from mtl.optim.optimizers import build_optimizer
 from mtl.patterns import select
 from mtl.patterns.module_tree import describe
 from mtl.phases.freeze_rules import Surroundings
-from mtl.phases.phase_length import Metrics
+from mtl.phases.metrics import RunMetrics
 from mtl.phases.plan import Claim, PhasePlan, Plan, Side, make_plan
 from mtl.phases.plan.rehearsal import Cost
 from mtl.phases.resolve import resolve_phases
@@ -119,7 +119,7 @@ def resolver(tmp_path_factory: pytest.TempPathFactory) -> tuple[nn.Module, Resol
         raw = TINY | {"phases": [{"name": f"p{n}", "freeze": freeze, "steps": 1} for n, freeze in enumerate(freezes)]}
         config = RunConfig.model_validate(raw)
         balance_of = {("phases", index): 0 for index in range(len(freezes))}
-        metrics, tasks_of = Metrics(config, blueprint.tasks), dict.fromkeys(balance_of, tuple(config.tasks))
+        metrics, tasks_of = RunMetrics(config, blueprint.tasks), dict.fromkeys(balance_of, tuple(config.tasks))
         around = Surroundings(config, blueprint.root, [], metrics, balance_of, tasks_of, reached, 40)
         drawn: Blueprint = replace(blueprint, config=config, phases=resolve_phases(around))
         # What a step costs has tests of its own, and would take most of the time.

@@ -7,7 +7,6 @@ from dataclasses import replace
 from typing import Any
 
 from mtl.freeze import FreezePlan
-from mtl.phases.phase_length import length_in_words
 from mtl.phases.plan.dead import dead_branches
 from mtl.phases.plan.forecast import forecast
 from mtl.phases.plan.records import Claim, FlopsPlan, GroupPlan, MemoryPlan, PhasePlan, Plan, Side
@@ -80,7 +79,7 @@ class _Planner:
         reduced = reached.bytes + by_task
         return PhasePlan(
             name=phase.name,
-            length=length_in_words(phase.config, phase.num_steps),
+            length=phase.length.describe(phase.num_steps),
             num_steps=phase.num_steps,
             batch_size=phase.batch_size,
             tasks=phase.tasks,
