@@ -48,7 +48,7 @@ class UntilConfig(Strict):
         metric: A metric that has to be `at_least` or `at_most` some value.
         wall_time_s: Seconds spent in the phase.
         epochs: Epochs done in the phase; of use inside `all`.
-        steps: Steps done in the phase; likewise.
+        steps: Steps done in the phase; the same.
         any: Conditions of which one has to hold.
         all: Conditions that all have to hold at the same time.
         patience: For `plateau`: epochs in a row.
@@ -123,12 +123,12 @@ class PhaseConfig(Strict):
         lr: As `optim.lr`, for this phase.
         layer_decay: As `optim.layer_decay`.
         optimizer: As `optim.optimizer`.
-        lr_schedule: As `optim.lr_schedule`; it begins anew with every phase.
+        lr_schedule: As `optim.lr_schedule`; it starts again with every phase.
         weight_decay: As `optim.weight_decay`.
         balance: As the run's `balance`.
         batch_size: As `data.batch_size`.
         cache: As `cache.mode`.
-        optimizer_state: `keep` continues each parameter with the moments it last had, also from before it was frozen;
+        optimizer_state: `keep` continues each parameter with the state it last had, also from before it was frozen;
             `reset` begins without.
         restore: Weights to begin with: `last`, `best`, or which, metric and direction.
     """

@@ -1,9 +1,9 @@
 """Parameters that cannot train, since a frozen tensor of zeros stands between them and every loss.
 
 timm's ResNets begin with zeros in the last norm of each block: whoever freezes the norms of such a model without
-trained weights keeps every branch at zero, and its convolutions get a gradient of exactly zero for good. The same holds
-for a layer scale or a convolution that begins at zero. One that trains as well is no obstacle: it moves with the first
-step.
+trained weights keeps every branch at zero, and its convolutions permanently get a gradient of exactly zero. The same
+holds for a layer scale or a convolution that begins at zero. One that trains as well is no obstacle: it moves with the
+first step.
 """
 
 from __future__ import annotations
@@ -49,7 +49,7 @@ def find_dead_branch(
     not count.
 
     Args:
-        model: A model with its weights, not spread over processes, with no freeze enforced yet.
+        model: A model with its weights, not sharded, with no freeze enforced yet.
         tasks: The tasks whose losses are active.
         trainable: Names of the parameters that train.
         moved: Names of those that have trained by then, and are no longer what they are now.

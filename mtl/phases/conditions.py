@@ -162,7 +162,7 @@ class Reached(Condition):
 
 @dataclass(frozen=True)
 class Spent(Condition):
-    """Holds once the phase has lasted so many epochs, steps or seconds."""
+    """Holds once the phase has lasted for a number of epochs, steps or seconds."""
 
     keys = ("wall_time_s", "epochs", "steps")
 

@@ -19,8 +19,8 @@ from mtl.model import MultiTaskModel, build_trunk
 from mtl.model.network import MEMORY_FORMATS
 from mtl.model.reachability import reached_parameters
 from mtl.optim.balance.balance import build_balance
-from mtl.phases.active_tasks import live_tasks
-from mtl.phases.freeze_rules import Surroundings
+from mtl.phases.active_tasks import PhaseTasks, resolve_tasks
+from mtl.phases.freeze_rules import ResolveContext
 from mtl.phases.metrics import RunMetrics
 from mtl.phases.resolve import Phase, resolve_phases
 from mtl.phases.unread import unread_settings
@@ -88,8 +88,8 @@ def draw_up(config: RunConfig, device: str = "cpu", num_train: int | None = None
     root = nn.ModuleDict({**dict(model.named_children()), "balance": balances})
     fixed = fixed_parameters(root)
     num_train = num_train or num_images(config.data)[0]
-    around = Surroundings(config, root, fixed, RunMetrics(config, tasks), balance_of, tasks_of, reached, num_train)
-    phases = resolve_phases(around, mistakes)
+    context = ResolveContext(config, root, fixed, RunMetrics(config, tasks), balance_of, tasks_of, reached, num_train)
+    phases = resolve_phases(context, mistakes)
     in_vain, unread = unread_settings(config, phases)
     if in_vain:
         raise ConfigError(in_vain)
@@ -139,10 +139,10 @@ def without_weights(config: RunConfig) -> RunConfig:
 
 def _tasks_of_phases(
     config: RunConfig, model: MultiTaskModel, reached: Mapping[str, frozenset[str]]
-) -> tuple[dict[KeyPath, tuple[str, ...]], list[str]]:
-    """The tasks whose losses are computed in each written phase, and what is wrong with phases that are left out."""
+) -> tuple[dict[KeyPath, PhaseTasks], list[str]]:
+    """The tasks of each written phase, and what is wrong with phases that are left out."""
     mistakes: list[str] = []
-    tasks_of: dict[KeyPath, tuple[str, ...]] = {}
+    tasks_of: dict[KeyPath, PhaseTasks] = {}
     for written in config.written_phases:
         if written.path in tasks_of:
             continue
@@ -152,12 +152,12 @@ def _tasks_of_phases(
             there = f"there are: {', '.join(config.tasks)}{hint(task, config.tasks)}"
             mistakes += config.mistake(path, f"no task {task!r}; {there}").mistakes
         if not unknown:
-            tasks_of[written.path] = live_tasks(config, written.config, model, reached)
+            tasks_of[written.path] = resolve_tasks(config, written.config, model, reached)
     return tasks_of, list(dict.fromkeys(mistakes))
 
 
 def _build_balances(
-    config: RunConfig, tasks_of: Mapping[KeyPath, tuple[str, ...]], mistakes: list[str]
+    config: RunConfig, tasks_of: Mapping[KeyPath, PhaseTasks], mistakes: list[str]
 ) -> tuple[nn.ModuleList, dict[KeyPath, int]]:
     """The balancing methods of a run, one for each method and set of tasks, and which phase uses which.
 
@@ -174,7 +174,7 @@ def _build_balances(
     for written in config.written_phases:
         if written.path in balance_of or written.path not in tasks_of:
             continue
-        own, tasks = written.config.balance, tasks_of[written.path]
+        own, tasks = written.config.balance, tasks_of[written.path].tasks
         settings, place = (config.balance, ()) if own is None else (own, written.path)
         key = (settings.model_dump_json(), tasks)
         if key not in keys:

@@ -335,6 +335,25 @@ def test_each_method_and_set_of_active_tasks_has_weights_of_its_own_and_the_othe
         assert {*weights} - own == {name for name in phase.freeze.plan.names.frozen if name.startswith("balance.")}
 
 
+@pytest.mark.parametrize(
+    ("keys", "tasks"),
+    [
+        ("train: heads.depth", ("depth",)),
+        ("freeze: [trunk, heads.object]", ("depth",)),
+        ("freeze: [trunk, heads, '!heads.depth']", ("depth",)),
+        ("train: trunk.layer3", ("depth", "object")),
+        # Patterns of more than the parameters of trunk and heads
+        ("train: [heads.depth, balance]", ("depth", "object")),
+        ("freeze: [trunk, heads.object, '**.running_mean', '**.running_var', '**.num_batches_tracked']",
+         ("depth", "object")),
+    ],
+    ids=str,
+)  # fmt: skip
+def test_a_task_whose_loss_reaches_frozen_parameters_only_has_none(keys: str, tasks: tuple[str, ...]) -> None:
+    (phase,) = drawn([f"name: a, epochs: 1, {keys}"], "balance: {method: uw}").phases
+    assert phase.tasks == tasks
+
+
 def test_fixed_weights_are_those_of_the_active_tasks_in_the_run_s_order() -> None:
     phases = ["name: a, epochs: 1, tasks: [object]", "name: b, epochs: 1, tasks: [object, depth]"]
     config = drawn(phases, "balance: {method: fixed, weights: {object: 2, depth: 5}}").config

@@ -21,7 +21,8 @@ from mtl.model.reachability import reached_parameters
 from mtl.optim.optimizers import build_optimizer
 from mtl.patterns import select
 from mtl.patterns.module_tree import describe
-from mtl.phases.freeze_rules import Surroundings
+from mtl.phases.active_tasks import resolve_tasks
+from mtl.phases.freeze_rules import ResolveContext
 from mtl.phases.metrics import RunMetrics
 from mtl.phases.plan import Claim, PhasePlan, Plan, Side, make_plan
 from mtl.phases.plan.rehearsal import Cost
@@ -119,9 +120,10 @@ def resolver(tmp_path_factory: pytest.TempPathFactory) -> tuple[nn.Module, Resol
         raw = TINY | {"phases": [{"name": f"p{n}", "freeze": freeze, "steps": 1} for n, freeze in enumerate(freezes)]}
         config = RunConfig.model_validate(raw)
         balance_of = {("phases", index): 0 for index in range(len(freezes))}
-        metrics, tasks_of = RunMetrics(config, blueprint.tasks), dict.fromkeys(balance_of, tuple(config.tasks))
-        around = Surroundings(config, blueprint.root, [], metrics, balance_of, tasks_of, reached, 40)
-        drawn: Blueprint = replace(blueprint, config=config, phases=resolve_phases(around))
+        metrics = RunMetrics(config, blueprint.tasks)
+        tasks_of = {p.path: resolve_tasks(config, p.config, blueprint.model, reached) for p in config.written_phases}
+        context = ResolveContext(config, blueprint.root, [], metrics, balance_of, tasks_of, reached, 40)
+        drawn: Blueprint = replace(blueprint, config=config, phases=resolve_phases(context))
         # What a step costs has tests of its own, and would take most of the time.
         with patch.multiple("mtl.phases.plan.plan", rehearse=lambda *_: Cost(1, 1, 1), _COSTS={}):
             return make_plan(drawn)

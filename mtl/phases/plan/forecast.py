@@ -1,4 +1,4 @@
-"""What a phase could keep of the trunk, told from shapes alone."""
+"""What a phase could keep of the trunk, found from shapes alone."""
 
 from __future__ import annotations
 

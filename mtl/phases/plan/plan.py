@@ -27,7 +27,7 @@ def make_plan(blueprint: Blueprint, world_size: int = 1, with_forecast: bool = F
     Args:
         blueprint: A run's model and phases.
         world_size: Processes among which gradients are reduced.
-        with_forecast: Whether to tell what each phase could keep of the trunk, and what in it cannot train, too.
+        with_forecast: Whether to find out as well what each phase could keep of the trunk, and what cannot train.
     """
     planner = _Planner(blueprint, world_size)
     phases = planner.phases()
@@ -158,6 +158,6 @@ class _Planner:
 
 
 def _settings(values: dict[str, Any], name: str) -> str:
-    """A name, and what is set beside it."""
+    """A name, and what is set with it."""
     others = [f"{key} {value}" for key, value in values.items() if key != name and value]
     return f"{values[name]}" + (f" ({', '.join(others)})" if others else "")

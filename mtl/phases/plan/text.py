@@ -108,7 +108,7 @@ def _training(phase: PhasePlan, world_size: int) -> list[tuple[str, str]]:
     if len(phase.groups) > _MOST_GROUPS:
         lines += [("", f"and {len(phase.groups) - _MOST_GROUPS} more groups")]
     lines += [
-        ("schedule", phase.lr_schedule + ("; moments begin anew" if phase.optimizer_state == "reset" else "")),
+        ("schedule", phase.lr_schedule + ("; optimizer state is reset" if phase.optimizer_state == "reset" else "")),
         ("balance", phase.balance),
         ("memory", kept + average),
         ("an image", _operations(phase)),
