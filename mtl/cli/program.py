@@ -118,16 +118,16 @@ def _plan(options: argparse.Namespace, overrides: Sequence[str]) -> int:
     from mtl.phases.plan.generate import generate_config
     from mtl.phases.plan.picture import draw_plan
     from mtl.phases.plan.text import full_plan, parameter_map
-    from mtl.phases.setup import draw_up_without_weights
+    from mtl.phases.setup import build_meta_setup
 
     if options.generate:
         command = ["mtl", "plan", str(options.config), *overrides, "--generate", options.generate]
         command += ["--epochs", str(options.epochs)] if options.epochs else []
         say(generate_config(options.generate, config, command, options.epochs or 1))
         return DONE
-    blueprint = draw_up_without_weights(config)
-    plan = make_plan(blueprint, options.world_size or 1, with_forecast=True)
-    for line in blueprint.unread:
+    model_setup = build_meta_setup(config)
+    plan = make_plan(model_setup, options.world_size or 1, with_forecast=True)
+    for line in model_setup.unread:
         tell(f"warning: {line}")
     if options.plot is not None:
         try:

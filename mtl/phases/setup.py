@@ -31,7 +31,7 @@ _Made = TypeVar("_Made")
 
 
 @dataclass(frozen=True)
-class Blueprint:
+class ModelSetup:
     """The model of a run and its phases, without data.
 
     Attributes:
@@ -53,7 +53,7 @@ class Blueprint:
     unread: list[str]
 
 
-def draw_up(config: RunConfig, device: str = "cpu", num_train: int | None = None) -> Blueprint:
+def build_model_setup(config: RunConfig, device: str = "cpu", num_train: int | None = None) -> ModelSetup:
     """Makes the model of a run and resolves its phases.
 
     The model's initial weights follow from the run's seed; on the meta device it has none, and costs nothing.
@@ -93,21 +93,21 @@ def draw_up(config: RunConfig, device: str = "cpu", num_train: int | None = None
     in_vain, unread = unread_settings(config, phases)
     if in_vain:
         raise ConfigError(in_vain)
-    return Blueprint(config, tasks, model, root, fixed, phases, unread)
+    return ModelSetup(config, tasks, model, root, fixed, phases, unread)
 
 
-def draw_up_without_weights(config: RunConfig, num_train: int | None = None) -> Blueprint:
-    """As `draw_up`, on the meta device, or on the CPU for a trunk that cannot be built there.
+def build_meta_setup(config: RunConfig, num_train: int | None = None) -> ModelSetup:
+    """As `build_model_setup`, on the meta device, or on the CPU for a trunk that cannot be built there.
 
     Raises:
-        ConfigError: As `draw_up`.
+        ConfigError: As `build_model_setup`.
     """
     without = without_weights(config)
-    drawn = _on_meta_or_cpu(lambda device: draw_up(without, device, num_train))
+    drawn = _on_meta_or_cpu(lambda device: build_model_setup(without, device, num_train))
     return replace(drawn, config=config)
 
 
-def build_trunk_without_weights(config: RunConfig) -> nn.Module:
+def build_meta_trunk(config: RunConfig) -> nn.Module:
     """The trunk alone, as an architecture.
 
     Raises:
