@@ -88,11 +88,20 @@ def build_model_setup(config: RunConfig, device: str = "cpu", num_train: int | N
     root = nn.ModuleDict({**dict(model.named_children()), "balance": balances})
     fixed = fixed_parameters(root)
     num_train = num_train or num_images(config.data)[0]
-    context = ResolveContext(config, root, fixed, RunMetrics(config, tasks), balance_of, tasks_of, reached, num_train)
+    context = ResolveContext(
+        config=config,
+        root=root,
+        fixed=fixed,
+        metrics=RunMetrics(config, tasks),
+        balance_of=balance_of,
+        tasks_of=tasks_of,
+        reached=reached,
+        num_train=num_train,
+    )
     phases = resolve_phases(context, mistakes)
-    in_vain, unread = unread_settings(config, phases)
-    if in_vain:
-        raise ConfigError(in_vain)
+    unread_mistakes, unread = unread_settings(config, phases)
+    if unread_mistakes:
+        raise ConfigError(unread_mistakes)
     return ModelSetup(config, tasks, model, root, fixed, phases, unread)
 
 
@@ -103,8 +112,8 @@ def build_meta_setup(config: RunConfig, num_train: int | None = None) -> ModelSe
         ConfigError: As `build_model_setup`.
     """
     without = without_weights(config)
-    drawn = _on_meta_or_cpu(lambda device: build_model_setup(without, device, num_train))
-    return replace(drawn, config=config)
+    setup = _on_meta_or_cpu(lambda device: build_model_setup(without, device, num_train))
+    return replace(setup, config=config)
 
 
 def build_meta_trunk(config: RunConfig) -> nn.Module:

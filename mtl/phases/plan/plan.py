@@ -22,7 +22,7 @@ _MOST_BYTES = 10**9
 def make_plan(model_setup: ModelSetup, world_size: int = 1, with_forecast: bool = False) -> Plan:
     """Finds out what every phase freezes, trains and costs.
 
-    The model_setup's model is used for a rehearsal of every phase: it is to be one without weights.
+    Its model is used for a rehearsal of every phase: it is to be one without weights.
 
     Args:
         model_setup: A run's model and phases.
