@@ -16,7 +16,7 @@ from mtl.config import RunConfig, TaskConfig, load_config
 from mtl.data import BUILT_IN
 from mtl.phases.plan import Plan, make_plan
 from mtl.phases.plan.text import full_plan
-from mtl.phases.setup import Blueprint, draw_up_without_weights
+from mtl.phases.setup import ModelSetup, build_meta_setup
 from mtl.tasks import Classification, Depth, Normals, Segmentation, Task
 from mtl.training.evaluate import score
 from runs import read_metrics, tiny_config
@@ -37,7 +37,7 @@ def test_the_configuration_in_the_readme_loads_and_its_phases_resolve(tmp_path: 
     (block,) = yaml_blocks("README.md")
     file = tmp_path / "readme.yaml"
     file.write_text(block)
-    assert [phase.name for phase in draw_up_without_weights(load_config(file)).phases] == ["warm-heads", "finetune"]
+    assert [phase.name for phase in build_meta_setup(load_config(file)).phases] == ["warm-heads", "finetune"]
 
 
 def test_the_phases_in_the_documentation_resolve(tmp_path: Path) -> None:
@@ -45,7 +45,7 @@ def test_the_phases_in_the_documentation_resolve(tmp_path: Path) -> None:
     base = (ROOT / "configs/scenes.yaml").read_text(encoding="utf-8")
     file = tmp_path / "phases.yaml"
     file.write_text(base[: base.index("phases:")] + block)
-    names = [phase.name for phase in draw_up_without_weights(load_config(file)).phases]
+    names = [phase.name for phase in build_meta_setup(load_config(file)).phases]
     repeated = [f"{part}.{number}" for number in (1, 2) for part in ("heads", "trunk")]
     assert names == ["warm-heads", "finetune", *repeated, "polish-depth", "last-word"]
 
@@ -76,12 +76,12 @@ NUMBERS = dict(zip(WORDS, range(1, 13), strict=True))
 
 
 @pytest.fixture(scope="module")
-def default() -> Blueprint:
-    return draw_up_without_weights(load_config(ROOT / "configs/scenes.yaml"))
+def default() -> ModelSetup:
+    return build_meta_setup(load_config(ROOT / "configs/scenes.yaml"))
 
 
 @pytest.fixture(scope="module")
-def plan(default: Blueprint) -> Plan:
+def plan(default: ModelSetup) -> Plan:
     return make_plan(default, with_forecast=True)
 
 
@@ -93,13 +93,13 @@ def stated(page: str, expression: str) -> list[str]:
 
 
 @pytest.mark.parametrize("page", ["README.md", "configs/scenes.yaml"])
-def test_the_number_of_frozen_blocks_is_the_one_stated(page: str, default: Blueprint) -> None:
+def test_the_number_of_frozen_blocks_is_the_one_stated(page: str, default: ModelSetup) -> None:
     frozen = default.phases[1].freeze.plan.names.frozen
     blocks = {match[0] for name in frozen if (match := re.match(r"trunk\.blocks\.\d+\.\d+(?=\.)", name))}
     assert [NUMBERS[word] for word in stated(page, r"the stem and the first (\w+) blocks")] == [len(blocks)]
 
 
-def test_the_tasks_steps_and_tensors_of_the_default_run_are_those_stated(default: Blueprint) -> None:
+def test_the_tasks_steps_and_tensors_of_the_default_run_are_those_stated(default: ModelSetup) -> None:
     tasks = default.config.tasks
     assert [NUMBERS[word] for word in stated("README.md", r"trains (\w+) tasks")] == [len(tasks)]
     assert stated("README.md", r"segmentation into (\d+) classes") == [str(default.tasks["segmentation"].num_outputs)]

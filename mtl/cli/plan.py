@@ -66,9 +66,9 @@ def _show(options: argparse.Namespace, config: RunConfig) -> int:
     from mtl.phases.plan import make_plan
     from mtl.phases.plan.picture import draw_plan
     from mtl.phases.plan.text import full_plan, parameter_map
-    from mtl.phases.setup import draw_up_without_weights
+    from mtl.phases.setup import build_meta_setup
 
-    blueprint = draw_up_without_weights(config)
+    blueprint = build_meta_setup(config)
     plan = make_plan(blueprint, options.world_size or 1, with_forecast=True)
     for line in blueprint.unread:
         print_err(f"warning: {line}")

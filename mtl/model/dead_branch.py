@@ -1,9 +1,9 @@
 """Parameters that cannot train, since a frozen tensor of zeros stands between them and every loss.
 
 timm's ResNets begin with zeros in the last norm of each block: whoever freezes the norms of such a model without
-trained weights keeps every branch at zero, and its convolutions get a gradient of exactly zero for good. The same holds
-for a layer scale or a convolution that begins at zero. One that trains as well is no obstacle: it moves with the first
-step.
+trained weights keeps every branch at zero, and its convolutions permanently get a gradient of exactly zero. The same
+holds for a layer scale or a convolution that begins at zero. One that trains as well is no obstacle: it moves with the
+first step.
 """
 
 from __future__ import annotations
@@ -37,7 +37,6 @@ class DeadBranch:
 
 def find_dead_branch(
     model: MultiTaskModel,
-    image_size: int,
     tasks: Collection[str],
     trainable: Collection[str],
     moved: Collection[str] = (),
@@ -50,8 +49,7 @@ def find_dead_branch(
     not count.
 
     Args:
-        model: A model with its weights, not spread over processes, with no freeze enforced yet.
-        image_size: Height and width of its images, in pixels.
+        model: A model with its weights, not sharded, with no freeze enforced yet.
         tasks: The tasks whose losses are active.
         trainable: Names of the parameters that train.
         moved: Names of those that have trained by then, and are no longer what they are now.
@@ -69,12 +67,11 @@ def find_dead_branch(
     parameters = {name: p for name, p in probe.named_parameters() if p.is_floating_point()}
     _fill(parameters[name] for name in moves)
     trained = {name: p for name, p in parameters.items() if name in trainable}
-    return _search(probe, image_size, tasks, trained, {name: parameters[name] for name in frozen})
+    return _search(probe, tasks, trained, {name: parameters[name] for name in frozen})
 
 
 def _search(
     model: MultiTaskModel,
-    image_size: int,
     tasks: Collection[str],
     trained: Mapping[str, nn.Parameter],
     zeros: Mapping[str, nn.Parameter],
@@ -85,10 +82,10 @@ def _search(
     for parameter in [*trained.values(), *zeros.values()]:
         parameter.requires_grad_(True)
     left = dict(zeros)
-    history = [_stopped(model, image_size, tasks, trained, left)]
+    history = [_stopped(model, tasks, trained, left)]
     while filled := {zero for each in history[-1].values() for zero in each}:
         _fill(left.pop(name) for name in zeros if name in filled)
-        history.append(_stopped(model, image_size, tasks, trained, left))
+        history.append(_stopped(model, tasks, trained, left))
     revived = [name for name in history[0] if name not in history[-1]]
     found = {zero for stopped in history for name in revived for zero in stopped.get(name, ())}
     return DeadBranch(tuple(revived), tuple(name for name in zeros if name in found)) if revived else None
@@ -104,15 +101,13 @@ def _fill(tensors: Iterable[Tensor]) -> None:
 
 def _stopped(
     model: MultiTaskModel,
-    image_size: int,
     tasks: Collection[str],
     trained: Mapping[str, nn.Parameter],
     zeros: Mapping[str, nn.Parameter],
 ) -> dict[str, set[str]]:
     """The parameters with a gradient of zero, each with those of the zeros that stop it."""
     generator, device = torch.Generator().manual_seed(0), next(model.parameters()).device
-    shape = (_NUM_IMAGES, image_size, image_size, 3)
-    images = torch.randint(0, 256, shape, dtype=torch.uint8, generator=generator).to(device)
+    images = model.example_inputs(_NUM_IMAGES, "cpu").random_(0, 256, generator=generator).to(device)
     with in_eval_mode(model), torch.enable_grad():
         outputs = [output for output in model(images, tasks).values() if output.requires_grad]
         if not outputs:

@@ -92,11 +92,37 @@ class MultiTaskModel(nn.Module):
         heads = {name: build_head(task.output, shape, task.num_outputs) for name, task in tasks.items()}
         self.heads = nn.ModuleDict(heads)
         self.memory_format = memory_format
+        self.image_size = image_size
         self.to(memory_format=memory_format)
         # What torch.compile has made of methods, by their names.
         self._compiled: dict[str, Callable[..., Any]] = {}
-        # Set by whoever freezes the whole trunk: it is then run without recording for a backward that never comes.
-        self.trunk_is_frozen = False
+
+    @property
+    def trunk_is_frozen(self) -> bool:
+        """Whether no parameter of the trunk requires a gradient: it then runs without recording for a backward."""
+        # Asked in every forward: `parameters()`, which spells out every module's name, takes five times as long.
+        modules: list[nn.Module | None] = [self.trunk]
+        while modules:
+            module = modules.pop()
+            if module is not None:
+                for parameter in module._parameters.values():
+                    if parameter is not None and parameter.requires_grad:
+                        return False
+                modules.extend(module._modules.values())
+        return True
+
+    def example_inputs(self, num_images: int, device: torch.device | str | None = None) -> Tensor:
+        """Blank images of the size that the model was built for.
+
+        Args:
+            num_images: How many.
+            device: Where they are; with the model's parameters if not given.
+
+        Returns:
+            "b h w 3", uint8, all 0.
+        """
+        shape = (num_images, self.image_size, self.image_size, 3)
+        return torch.zeros(shape, dtype=torch.uint8, device=device or next(self.parameters()).device)
 
     def forward(self, images: Tensor, tasks: Collection[str] | None = None) -> dict[str, Tensor]:
         """Args:

@@ -9,7 +9,7 @@ from mtl.model import MultiTaskModel
 from mtl.model.trunk import in_eval_mode
 
 
-def reached_parameters(model: MultiTaskModel, image_size: int) -> dict[str, frozenset[str]]:
+def reached_parameters(model: MultiTaskModel) -> dict[str, frozenset[str]]:
     """Finds the parameters that a loss on each task's output would send a gradient to, if they asked for one.
 
     One forward of one blank image in eval mode, whose graph is read and not run backward. Works on any device, on the
@@ -17,7 +17,6 @@ def reached_parameters(model: MultiTaskModel, image_size: int) -> dict[str, froz
 
     Args:
         model: A model all of whose parameters that may train require a gradient.
-        image_size: Height and width of its images, in pixels.
 
     Returns:
         By task, the full names within the model, every alias included.
@@ -25,10 +24,8 @@ def reached_parameters(model: MultiTaskModel, image_size: int) -> dict[str, froz
     names: dict[int, list[str]] = {}
     for name, parameter in model.named_parameters(remove_duplicate=False):
         names.setdefault(id(parameter), []).append(name)
-    device = next(model.parameters()).device
-    blank = torch.zeros(1, image_size, image_size, 3, dtype=torch.uint8, device=device)
     with in_eval_mode(model), torch.enable_grad():
-        outputs = model(blank)
+        outputs = model(model.example_inputs(1))
     return {
         task: frozenset(name for leaf in _leaves(output) for name in names.get(id(leaf), []))
         for task, output in outputs.items()

@@ -10,12 +10,13 @@ from torch import nn
 
 from mtl.config import RunConfig
 from mtl.config.phase import WrittenPhase, patterns_of
-from mtl.config.source import KeyPath
+from mtl.config.source import ConfigError, KeyPath
 from mtl.freeze import FreezeError, FreezePlan, plan_freeze
 from mtl.optim.balance.balance import Balance
 from mtl.patterns import ModuleTree, PatternError, PatternLike, partition, select, text_of
 from mtl.patterns.module_tree import describe
-from mtl.phases.phase_length import Metrics
+from mtl.phases.active_tasks import PhaseTasks, classic_patterns
+from mtl.phases.metrics import RunMetrics
 from mtl.runtime.text import condense, shorten
 
 _ALL_TAKEN_BACK = "the patterns select nothing in the end: all that they select is taken back"
@@ -39,7 +40,7 @@ class WrittenPattern:
 
 
 @dataclass(frozen=True)
-class Surroundings:
+class ResolveContext:
     """What phases are resolved against.
 
     Attributes:
@@ -48,7 +49,7 @@ class Surroundings:
         fixed: Parameters that the model itself keeps from training.
         metrics: The metrics by name.
         balance_of: The place in `root.balance` of each written phase's balancing method, by the phase's key path.
-        tasks_of: The tasks whose losses are computed in each written phase, by the phase's key path.
+        tasks_of: The tasks of each written phase, by the phase's key path.
         reached: Full names of the parameters that each task's loss depends on.
         num_train: Images in the training data.
     """
@@ -56,9 +57,9 @@ class Surroundings:
     config: RunConfig
     root: nn.Module
     fixed: Sequence[str]
-    metrics: Metrics
+    metrics: RunMetrics
     balance_of: Mapping[KeyPath, int]
-    tasks_of: Mapping[KeyPath, tuple[str, ...]]
+    tasks_of: Mapping[KeyPath, PhaseTasks]
     reached: Mapping[str, frozenset[str]]
     num_train: int
 
@@ -96,21 +97,21 @@ class PhaseFreeze:
         ]
 
 
-def frozen_always(around: Surroundings) -> list[str]:
+def frozen_always(context: ResolveContext) -> list[str]:
     """The modules and tensors that every phase freezes, statistics too; patterns take back among themselves only."""
-    patterns = patterns_of(around.config.freeze_always)
-    parameters, buffers = _names_in(around.root)
+    patterns = patterns_of(context.config.freeze_always)
+    parameters, buffers = _names_in(context.root)
     try:
-        split = partition(patterns, parameters, buffers, around.tree)
+        split = partition(patterns, parameters, buffers, context.tree)
     except PatternError as error:
-        raise around.config.mistake(("freeze_always", error.index), str(error)) from error
+        raise context.config.mistake(("freeze_always", error.index), str(error)) from error
     always = condense([*split.frozen, *split.frozen_buffers], [*parameters, *buffers])
     if patterns and not always:
-        raise around.config.mistake(("freeze_always",), _ALL_TAKEN_BACK)
+        raise context.config.mistake(("freeze_always",), _ALL_TAKEN_BACK)
     try:
-        plan_freeze(around.root, list(always))
+        plan_freeze(context.root, list(always))
     except FreezeError as error:
-        raise around.config.mistake(("freeze_always",), str(error)) from error
+        raise context.config.mistake(("freeze_always",), str(error)) from error
     return always
 
 
@@ -125,98 +126,94 @@ def _names_in(root: nn.Module) -> tuple[list[str], list[str]]:
 class FreezeResolver:
     """Works out what one written phase freezes; `resolve` is the way in."""
 
-    def __init__(self, around: Surroundings, written: WrittenPhase, always: list[str]) -> None:
+    def __init__(self, context: ResolveContext, written: WrittenPhase, always: list[str]) -> None:
         """Args:
-        around: What the phase is resolved against.
+        context: What the phase is resolved against.
         written: The phase.
         always: From `frozen_always`.
         """
-        self.around = around
-        self.config = around.config
-        self.root = around.root
+        self.context = context
+        self.config = context.config
+        self.root = context.root
         self.written = written
-        self.wrote = written.config
+        self.phase_config = written.config
         self.always = always
-        self.tree = around.tree
+        self.tree = context.tree
 
-    def resolve(self, tasks: Sequence[str], balance: int) -> PhaseFreeze:
+    def resolve(self, unreached: Sequence[str], balance: int) -> PhaseFreeze:
         """Resolves the freeze.
 
         Args:
-            tasks: The tasks whose losses are active.
+            unreached: Parameters that would train, but that no active task's loss depends on.
             balance: The place of the balancing method in `root.balance`; the others rest.
 
         Raises:
             ConfigError: A pattern cannot be read or selects nothing, the line cannot be drawn there, or nothing trains.
         """
         own = self._own_patterns()
-        classic = [f"~{text}" for text in self.config.MODEL.NOT_TRAIN_IN_MULTI_TASK]
         resting = [
             name
             for name, _ in self.root.named_parameters()
             if name.startswith("balance.") and not name.startswith(f"balance.{balance}.")
         ]
-        freeze = [*own, *self.always, *classic, *self.around.fixed, *resting]
+        freeze = [*own, *self.always, *classic_patterns(self.config), *self.context.fixed, *resting]
+        freeze += unreached if self.config.unreached == "freeze" else []
         plan = self._plan(freeze, len(own))
-        if self.wrote.freeze and not select(own, [n for names in _names_in(self.root) for n in names], self.tree).names:
+        every_name = [name for names in _names_in(self.root) for name in names]
+        if self.phase_config.freeze and not select(own, every_name, self.tree).names:
             raise self.config.mistake((*self.written.path, "freeze"), _ALL_TAKEN_BACK)
-        reached = frozenset().union(*(self.around.reached[task] for task in tasks))
-        unreached = tuple(n for n in plan.names.trainable if n not in reached and not n.startswith("balance."))
         if unreached and self.config.unreached == "error":
-            self._complain_of_unreached(unreached)
-        if unreached and self.config.unreached == "freeze":
-            freeze += unreached
-            plan = self._plan(freeze, len(own))
+            raise self._unreached_mistake(unreached)
         self._check_that_something_trains(plan, unreached, balance)
-        return PhaseFreeze(freeze, self._as_written(len(own)), plan, unreached)
+        return PhaseFreeze(freeze, self._as_written(len(own)), plan, tuple(unreached))
 
     def _own_patterns(self) -> list[PatternLike]:
         """What the phase itself freezes.
 
         `train` becomes the modules and tensors that cover all parameters but those that it lists. Statistics go with
-        the parameters beside them, as ever, but those that it lists by name.
+        the parameters next to them, as ever, but those that it lists by name.
         """
-        if self.wrote.evaluate_only:
+        if self.phase_config.evaluate_only:
             return ["**"]
-        if self.wrote.train is None:
-            return patterns_of(self.wrote.freeze or [])
+        if self.phase_config.train is None:
+            return patterns_of(self.phase_config.freeze or [])
         parameters, buffers = _names_in(self.root)
         try:
-            listed = set(select(patterns_of(self.wrote.train), [*parameters, *buffers], self.tree).names)
+            listed = set(select(patterns_of(self.phase_config.train), [*parameters, *buffers], self.tree).names)
         except PatternError as error:
             raise self.config.mistake((*self.written.path, "train", error.index), str(error)) from error
-        # Statistics without any parameter beside them go with none.
-        beside = {name.rpartition(".")[0] for name in parameters}
-        alone = [name for name in buffers if name.rpartition(".")[0] not in beside]
+        # Statistics without any parameter next to them go with none.
+        with_parameters = {name.rpartition(".")[0] for name in parameters}
+        alone = [name for name in buffers if name.rpartition(".")[0] not in with_parameters]
         rest = condense([name for name in [*parameters, *alone] if name not in listed], [*parameters, *alone])
         split = partition(rest, parameters, buffers, self.tree)
         return [*rest, *(f"!{name}" for name in split.frozen_buffers if name in listed)]
 
     def _as_written(self, num_own: int) -> tuple[WrittenPattern, ...]:
-        key, path = self.wrote.patterns_key, self.written.path
+        key, path = self.phase_config.patterns_key, self.written.path
         written: list[WrittenPattern] = []
         if key == "freeze":
-            texts = [text_of(pattern) for pattern in patterns_of(self.wrote.freeze or [])]
+            texts = [text_of(pattern) for pattern in patterns_of(self.phase_config.freeze or [])]
             written = [
                 WrittenPattern(key, text, range(n, n + 1), self.config.where((*path, key, n)))
                 for n, text in enumerate(texts)
             ]
         elif key == "train":
-            text = ", ".join(text_of(pattern) for pattern in patterns_of(self.wrote.train or []))
+            text = ", ".join(text_of(pattern) for pattern in patterns_of(self.phase_config.train or []))
             written = [WrittenPattern(key, text, range(num_own), self.config.where((*path, key)))]
-        behind = num_own
+        start = num_own
         if self.always:
             text = ", ".join(text_of(pattern) for pattern in patterns_of(self.config.freeze_always))
-            places = range(behind, behind + len(self.always))
+            places = range(start, start + len(self.always))
             written.append(WrittenPattern("freeze_always", text, places, self.config.where(("freeze_always",))))
-        behind += len(self.always)
-        for number, text in enumerate(self.config.MODEL.NOT_TRAIN_IN_MULTI_TASK, behind):
-            where = self.config.where(("MODEL", "NOT_TRAIN_IN_MULTI_TASK", number - behind))
+        start += len(self.always)
+        for number, text in enumerate(self.config.MODEL.NOT_TRAIN_IN_MULTI_TASK, start):
+            where = self.config.where(("MODEL", "NOT_TRAIN_IN_MULTI_TASK", number - start))
             written.append(WrittenPattern("NOT_TRAIN_IN_MULTI_TASK", text, range(number, number + 1), where))
         return tuple(written)
 
     def _plan(self, freeze: list[PatternLike], num_own: int) -> FreezePlan:
-        key = self.wrote.patterns_key
+        key = self.phase_config.patterns_key
         try:
             return plan_freeze(self.root, freeze)
         except PatternError as error:
@@ -227,25 +224,25 @@ class FreezeResolver:
         except FreezeError as error:
             raise self.config.mistake((*self.written.path, key), str(error)) from error
 
-    def _complain_of_unreached(self, names: Sequence[str]) -> None:
+    def _unreached_mistake(self, names: Sequence[str]) -> ConfigError:
         shown = shorten(condense(names, _names_in(self.root)[0]), 6)
-        message = f"phase {self.wrote.name!r} would train {len(names)} tensors that no active task reaches: {shown}"
-        raise self.config.mistake(self.written.path, f"{message}; freeze them, or set unreached to freeze")
+        would = f"phase {self.phase_config.name!r} would train {len(names)} tensors that no active task reaches"
+        return self.config.mistake(self.written.path, f"{would}: {shown}; freeze them, or set unreached to freeze")
 
     def _check_that_something_trains(self, plan: FreezePlan, unreached: Sequence[str], balance: int) -> None:
-        key = (*self.written.path, self.wrote.patterns_key)
+        key = (*self.written.path, self.phase_config.patterns_key)
         own_balance = [name for name in plan.names.frozen if name.startswith(f"balance.{balance}.")]
         balancing: Balance = self.root.get_submodule(f"balance.{balance}")  # type: ignore[assignment]
-        if balancing.param_groups and own_balance and not self.wrote.evaluate_only:
+        if balancing.param_groups and own_balance and not self.phase_config.evaluate_only:
             raise self.config.mistake(
                 key,
                 "balance cannot be frozen, since its method steps its own weights: leave it out of freeze, or add it to"
                 " train",
             )
         training = [name for name in plan.names.trainable if name not in unreached and not name.startswith("balance.")]
-        if self.wrote.evaluate_only or training:
+        if self.phase_config.evaluate_only or training:
             return
         why = "no active task reaches what is not frozen" if unreached else "every parameter is frozen"
         why += " (freeze_always freezes in every phase)" if self.always and not unreached else ""
-        message = f"phase {self.wrote.name!r} trains nothing: {why}"
+        message = f"phase {self.phase_config.name!r} trains nothing: {why}"
         raise self.config.mistake(key, f"{message}; a phase that shall only evaluate says evaluate_only: true")

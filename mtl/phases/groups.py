@@ -21,7 +21,7 @@ from mtl.optim.optimizers import (
 )
 from mtl.patterns import PatternError, select
 from mtl.patterns.module_tree import join
-from mtl.phases.freeze_rules import Surroundings
+from mtl.phases.freeze_rules import ResolveContext
 
 
 @dataclass(frozen=True)
@@ -44,13 +44,13 @@ class Groups:
 class GroupResolver:
     """Works out the groups of one written phase; `resolve` is the way in."""
 
-    def __init__(self, around: Surroundings, written: WrittenPhase) -> None:
-        self.config = around.config
-        self.root = around.root
-        self.tree = around.tree
+    def __init__(self, context: ResolveContext, written: WrittenPhase) -> None:
+        self.config = context.config
+        self.root = context.root
+        self.tree = context.tree
         self.written = written
-        self.optim = around.config.optim_of(written.config)
-        self.every_name = [name for name, _ in around.root.named_parameters(remove_duplicate=False)]
+        self.optim = context.config.optim_of(written.config)
+        self.every_name = [name for name, _ in context.root.named_parameters(remove_duplicate=False)]
 
     def resolve(self, plan: FreezePlan | None, balance: Balance) -> Groups:
         """Resolves the groups; without a plan, their settings are only checked.
@@ -63,8 +63,8 @@ class GroupResolver:
         steps_itself = {id(parameter) for group in balance.param_groups for parameter in group["params"]}
         trainable = {} if plan is None else trainable_parameters(self.root, plan)
         parameters = {n: p for n, p in trainable.items() if id(p) not in steps_itself}
-        excepted = self._excepted_from_decay()
-        decayed = [name for name, parameter in parameters.items() if is_decayed(name, parameter, excepted)]
+        excluded = self._excluded_from_decay()
+        decayed = [name for name, parameter in parameters.items() if is_decayed(name, parameter, excluded)]
         lr_of = self._by_pattern("lr", list(parameters))
         decay_of = dict.fromkeys(parameters, 0.0) | self._by_pattern("weight_decay", decayed)
         used = {key: self._used(key, numbers) for key, numbers in (("lr", lr_of), ("weight_decay", decay_of))}
@@ -72,7 +72,7 @@ class GroupResolver:
         if self.optim.layer_decay < 1:
             factors = layer_factors(self.optim.layer_decay, self.tree.depths("trunk"))
             lr_of = {name: lr * factors.get(name, 1.0) for name, lr in lr_of.items()}
-        # The balancing method's apart: the model may be spread over processes, and torch steps no list of both.
+        # The balancing method's apart: the model may be sharded over ranks, and torch steps no list of both.
         own = {name: p for name, p in parameters.items() if name.startswith("balance.")}
         model = {name: p for name, p in parameters.items() if name not in own}
         groups = group_parameters(model, lr_of, decay_of) + group_parameters(own, lr_of, decay_of)
@@ -120,7 +120,7 @@ class GroupResolver:
         places = select(patterns, self.every_name, self.tree).decided_by
         return {name: patterns[place] for name, place in places.items()}
 
-    def _excepted_from_decay(self) -> list[str]:
+    def _excluded_from_decay(self) -> list[str]:
         """What the trunk itself says should not be decayed, such as position embeddings."""
         method: Any = getattr(self.root.get_submodule("trunk"), "no_weight_decay", None)
         return [] if method is None else [join("trunk", name) for name in method()]

@@ -16,10 +16,10 @@ from mtl.data import num_batches
 from mtl.freeze import FreezePlan
 from mtl.optim.balance.balance import Balance
 from mtl.patterns.module_tree import named_modules
-from mtl.phases.conditions import PhaseLength, Plateau, Reached, leaves_of
-from mtl.phases.freeze_rules import FreezeResolver, PhaseFreeze, Surroundings, frozen_always
+from mtl.phases.freeze_rules import FreezeResolver, PhaseFreeze, ResolveContext, frozen_always
 from mtl.phases.groups import GroupResolver
-from mtl.phases.phase_length import SCORE
+from mtl.phases.metrics import SCORE
+from mtl.phases.phase_length import PhaseLength
 from mtl.phases.reads import Reads, reads_of
 from mtl.runtime.best import Direction
 
@@ -44,7 +44,7 @@ class Phase:
         steps_per_epoch: Optimizer steps in one pass over the training data.
         num_steps: Its length in optimizer steps, at most.
         plateau_direction: Which values are better of the metric that the learning rate waits for, if it does.
-        restore: Metric and direction of the best weights that it begins with; None if it goes on from the last ones.
+        restore: Metric and direction of the best weights that it begins with; None if it continues with the last ones.
     """
 
     name: str
@@ -70,11 +70,11 @@ class Phase:
         return self.balance.weighting is not None and len(self.sharing) > 1
 
 
-def resolve_phases(around: Surroundings, mistakes: Sequence[str] = ()) -> list[Phase]:
+def resolve_phases(context: ResolveContext, mistakes: Sequence[str] = ()) -> list[Phase]:
     """Resolves all phases of a run; repeated ones share what they have in common.
 
     Args:
-        around: What they are resolved against; phases without a balancing method are left out.
+        context: What they are resolved against; phases without a balancing method are left out.
         mistakes: What has turned out not to work so far.
 
     Raises:
@@ -83,16 +83,16 @@ def resolve_phases(around: Surroundings, mistakes: Sequence[str] = ()) -> list[P
     resolved: dict[KeyPath, Phase] = {}
     phases, found = [], dict.fromkeys(mistakes)
     try:
-        always = frozen_always(around)
+        always = frozen_always(context)
     except ConfigError as error:
         found |= dict.fromkeys(error.mistakes)
         always = []
-    for written in around.config.written_phases:
-        if written.path not in around.balance_of:
+    for written in context.config.written_phases:
+        if written.path not in context.balance_of:
             continue
         if written.path not in resolved:
             try:
-                resolved[written.path] = _Resolver(around, written, always).phase()
+                resolved[written.path] = _Resolver(context, written, always).phase()
             except ConfigError as error:
                 # What is wrong with a setting of the whole run shows in every phase; once is enough.
                 places = {_place_of(mistake) for mistake in found}
@@ -125,32 +125,31 @@ def _attempt(mistakes: list[str], part: Callable[[], _Result]) -> _Result | None
 class _Resolver:
     """Resolves one written phase."""
 
-    def __init__(self, around: Surroundings, written: WrittenPhase, always: list[str]) -> None:
-        self.around = around
-        self.config = around.config
-        self.root = around.root
+    def __init__(self, context: ResolveContext, written: WrittenPhase, always: list[str]) -> None:
+        self.context = context
+        self.config = context.config
+        self.root = context.root
         self.written = written
-        self.wrote = written.config
+        self.phase_config = written.config
         self.always = always
-        self.tree = around.tree
-        self.optim = self.config.optim_of(self.wrote)
-        self.batch_size = self.wrote.batch_size or self.config.data.batch_size
-        self.steps_per_epoch = -(-num_batches(around.num_train, self.batch_size) // self.optim.accumulate)
+        self.optim = self.config.optim_of(self.phase_config)
+        self.batch_size = self.phase_config.batch_size or self.config.data.batch_size
+        self.steps_per_epoch = -(-num_batches(context.num_train, self.batch_size) // self.optim.accumulate)
 
     def phase(self) -> Phase:
         """Raises `ConfigError` with all that is wrong with the phase."""
         mistakes: list[str] = []
-
-        place = self.around.balance_of[self.written.path]
+        of_phase = self.context.tasks_of[self.written.path]
+        place = self.context.balance_of[self.written.path]
         balance: Balance = self.root.get_submodule(f"balance.{place}")  # type: ignore[assignment]
-        tasks = self.around.tasks_of[self.written.path]
-        resolver = FreezeResolver(self.around, self.written, self.always)
-        freeze = _attempt(mistakes, lambda: resolver.resolve(tasks, place))
-        length = _attempt(mistakes, lambda: self.around.metrics.length(self.written))
+        tasks, unreached = of_phase.tasks, of_phase.unreached
+        resolver = FreezeResolver(self.context, self.written, self.always)
+        freeze = _attempt(mistakes, lambda: resolver.resolve(unreached, place))
+        length = _attempt(mistakes, lambda: PhaseLength.from_config(self.written, self.context.metrics))
         plan = None if freeze is None else freeze.plan
-        groups = _attempt(mistakes, lambda: GroupResolver(self.around, self.written).resolve(plan, balance))
-        num_steps = self._num_steps(length) if length is not None else 0
-        direction = _attempt(mistakes, lambda: self._check_course(num_steps, length))
+        groups = _attempt(mistakes, lambda: GroupResolver(self.context, self.written).resolve(plan, balance))
+        num_steps = 0 if length is None else length.num_steps(self.steps_per_epoch)
+        direction = _attempt(mistakes, lambda: self._check_lr_schedule(num_steps, length))
         restore = _attempt(mistakes, self._restore)
         _attempt(mistakes, lambda: self._check_batch_size(plan, tasks))
         _attempt(mistakes, lambda: self._check_balance(balance))
@@ -158,7 +157,7 @@ class _Resolver:
             raise ConfigError(mistakes)
         return Phase(
             name=self.written.name,
-            config=self.wrote,
+            config=self.phase_config,
             written=self.written,
             optim=self.optim,
             length=length,
@@ -175,7 +174,7 @@ class _Resolver:
             restore=restore,
         )
 
-    def _check_course(self, num_steps: int, length: PhaseLength | None) -> Direction:
+    def _check_lr_schedule(self, num_steps: int, length: PhaseLength | None) -> Direction:
         """Checks that the rate's schedule and the phase's length go together.
 
         Returns:
@@ -184,10 +183,10 @@ class _Resolver:
         schedule = self.optim.lr_schedule
         direction: Direction = "higher"
         if isinstance(schedule, PlateauConfig):
-            direction = self.around.metrics.direction(
+            direction = self.context.metrics.direction(
                 schedule.metric, schedule.direction, self.config.path_of(self.written, "lr_schedule")
             )
-        if length is None or self.wrote.evaluate_only:
+        if length is None or self.phase_config.evaluate_only:
             return direction
         if not isinstance(schedule, OneCycleConfig) and schedule.warmup_steps >= num_steps:
             message = f"expected fewer than the phase's {num_steps} steps, got {schedule.warmup_steps}"
@@ -195,23 +194,23 @@ class _Resolver:
         never = f"is judged after whole passes of {self.steps_per_epoch} steps, but the phase has {num_steps} steps"
         if isinstance(schedule, PlateauConfig) and num_steps < self.steps_per_epoch:
             raise self._mistake_about("lr_schedule", f"a plateau {never}")
-        if num_steps < self.steps_per_epoch and any(isinstance(c, Plateau | Reached) for c in leaves_of(length.until)):
+        if num_steps < self.steps_per_epoch and length.metrics:
             raise self.config.mistake((*self.written.path, "until"), f"a metric {never}")
         return direction
 
     def _restore(self) -> tuple[str, Direction] | None:
-        restore = self.wrote.restore
+        restore = self.phase_config.restore
         if restore.which == "last":
             return None
         metric, here = restore.metric or SCORE, (*self.written.path, "restore")
-        return metric, self.around.metrics.direction(metric, restore.direction, here)
+        return metric, self.context.metrics.direction(metric, restore.direction, here)
 
     def _check_batch_size(self, plan: FreezePlan | None, tasks: Sequence[str]) -> None:
-        if self.wrote.evaluate_only:
+        if self.phase_config.evaluate_only:
             return
-        own = self.wrote.batch_size is not None
+        own = self.phase_config.batch_size is not None
         place: KeyPath = (*self.written.path, "batch_size") if own else ("data", "batch_size")
-        num_images = self.around.num_train
+        num_images = self.context.num_train
         if self.batch_size > num_images:
             place = place if is_written(self.config.source, place) else ("data", "num_train")
             message = f"expected batches of at most the {num_images} training images, got {self.batch_size}"
@@ -221,7 +220,7 @@ class _Resolver:
             message = f"expected batches of two images or more: BatchNorm ({norm}) cannot train on one"
             raise self.config.mistake(place, message)
         if self.optim.accumulate > (num := num_batches(num_images, self.batch_size)):
-            message = f"expected at most the {num} batches of an epoch of {self.wrote.name!r}, got"
+            message = f"expected at most the {num} batches of an epoch of {self.phase_config.name!r}, got"
             raise self.config.mistake(("optim", "accumulate"), f"{message} {self.optim.accumulate}")
 
     def _norm_over_images(self, plan: FreezePlan, tasks: Sequence[str]) -> str | None:
@@ -233,8 +232,8 @@ class _Resolver:
         return None
 
     def _check_balance(self, balance: Balance) -> None:
-        if balance.weighting is not None and self.optim.accumulate > 1 and not self.wrote.evaluate_only:
-            method = (self.wrote.balance or self.config.balance).method
+        if balance.weighting is not None and self.optim.accumulate > 1 and not self.phase_config.evaluate_only:
+            method = (self.phase_config.balance or self.config.balance).method
             raise self.config.mistake(
                 ("optim", "accumulate"),
                 f"balance {method} weighs the gradients of a whole step, and those of its batches lie otherwise;"
@@ -243,12 +242,7 @@ class _Resolver:
 
     def _sharing(self, tasks: Sequence[str], plan: FreezePlan) -> tuple[str, ...]:
         trained = {name for name in plan.names.trainable if name.startswith("trunk.")}
-        return tuple(task for task in tasks if not trained.isdisjoint(self.around.reached[task]))
-
-    def _num_steps(self, length: PhaseLength) -> int:
-        lengths = [length.steps, length.max_steps]
-        lengths += [n and n * self.steps_per_epoch for n in (length.epochs, length.max_epochs)]
-        return min((n for n in lengths if n is not None), default=0)
+        return tuple(task for task in tasks if not trained.isdisjoint(self.context.reached[task]))
 
     def _mistake_about(self, key: str, message: str, *below: str) -> ConfigError:
         return self.config.mistake((*self.config.path_of(self.written, key), *below), message)

@@ -7,8 +7,9 @@ from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from typing import TypedDict
 
-from mtl.phases.conditions import AllOf, AnyOf, Condition, PhaseLength, Plateau, Reached, Spent, leaves_of
-from mtl.runtime.best import Best, BestState
+from mtl.phases.conditions import Observations
+from mtl.phases.phase_length import PhaseLength
+from mtl.runtime.best import BestState
 
 
 @dataclass(frozen=True)
@@ -79,7 +80,7 @@ class TaskScheduler:
         """
         if self._active().evaluate_only:
             raise RuntimeError(f"phase {self._active().name!r} only evaluates: it has no steps")
-        self._steps += 1
+        self._seen.steps += 1
         return self._look()
 
     def epoch_done(self, metrics: Mapping[str, float]) -> PhaseChange | None:
@@ -96,15 +97,10 @@ class TaskScheduler:
             ValueError: A metric that a condition names is missing.
         """
         phase = self._active()
-        awaited = [*(plateau.metric for plateau in self._plateaus), *self._latest]
-        missing = [metric for metric in awaited if metric not in metrics]
+        missing = [metric for metric in phase.metrics if metric not in metrics]
         if missing:
             raise ValueError(f"phase {phase.name!r} waits for {missing[0]}, which was not reported")
-        self._epochs += 1
-        for plateau, best in self._plateaus.items():
-            best.update(metrics[plateau.metric])
-        for metric in self._latest:
-            self._latest[metric] = metrics[metric] if math.isfinite(metrics[metric]) else None
+        self._seen.epoch_done(metrics)
         return self._look()
 
     def time_passed(self, seconds: float) -> PhaseChange | None:
@@ -120,21 +116,21 @@ class TaskScheduler:
         self._active()
         if not 0 <= seconds < math.inf:
             raise ValueError(f"expected seconds of 0 or more, got {seconds}")
-        self._seconds += seconds
+        self._seen.seconds += seconds
         return self._look()
 
     def state_dict(self) -> SchedulerState:
         return SchedulerState(
             index=self._index,
-            epochs=self._epochs,
-            steps=self._steps,
-            seconds=self._seconds,
-            plateaus=[best.state_dict() for best in self._plateaus.values()],
-            latest=dict(self._latest),
+            epochs=self._seen.epochs,
+            steps=self._seen.steps,
+            seconds=self._seen.seconds,
+            plateaus=[best.state_dict() for best in self._seen.bests.values()],
+            latest=dict(self._seen.latest),
         )
 
     def load_state_dict(self, state: SchedulerState) -> None:
-        """Goes on exactly where a saved scheduler with the same phases stood.
+        """Continues exactly where a saved scheduler with the same phases was.
 
         Raises:
             ValueError: The state is not one that these phases can be in.
@@ -145,46 +141,41 @@ class TaskScheduler:
         vars(self).update(vars(restored))
 
     def _restore(self, state: SchedulerState) -> bool:
-        """Takes a state over; returns whether these phases can be in it. If not, this scheduler is of no more use."""
-        if not isinstance(state, dict) or state.keys() != self.state_dict().keys():
+        """Takes a state over; returns whether these phases can be in it. If not, this scheduler is of no more use.
+
+        The digest of a checkpoint proves that the state is as it was saved: what can be wrong are the phases, which a
+        changed configuration may have made others.
+        """
+        if state.keys() != self.state_dict().keys() or not 0 <= state["index"] <= len(self._phases):
             return False
-        index, epochs, steps, seconds = state["index"], state["epochs"], state["steps"], state["seconds"]
-        if any(type(count) is not int or count < 0 for count in (index, epochs, steps)) or index > len(self._phases):
-            return False
-        self._enter(index)
-        plateaus, latest = state["plateaus"], state["latest"]
-        if not isinstance(plateaus, list) or not isinstance(latest, dict):
-            return False
-        values = [seconds, *(value for value in latest.values() if value is not None)]
-        if any(type(value) not in (int, float) or not abs(value) < math.inf for value in values) or seconds < 0:
-            return False
-        if len(plateaus) != len(self._plateaus) or latest.keys() != self._latest.keys():
+        self._enter(state["index"])
+        seen, plateaus, latest = self._seen, state["plateaus"], state["latest"]
+        bests = list(seen.bests.values())
+        if len(plateaus) != len(bests) or latest.keys() != seen.latest.keys():
             return False
         try:
-            for best, saved in zip(self._plateaus.values(), plateaus, strict=True):
+            for best, saved in zip(bests, plateaus, strict=True):
                 best.load_state_dict(saved)
         except ValueError:
             return False
-        self._epochs, self._steps, self._seconds = epochs, steps, float(seconds)
-        self._latest.update(latest)
-        bests = self._plateaus.values()
-        if any(best.num_since > epochs or (best.value is None) != (best.num_since == epochs) for best in bests):
-            return False
-        if not epochs and any(value is not None for value in latest.values()):
-            return False
+        seen.epochs, seen.steps, seen.seconds = state["epochs"], state["steps"], state["seconds"]
+        seen.latest.update(latest)
+        counts = (seen.epochs, seen.steps, seen.seconds)
         if self.index is None:
-            return not (epochs or steps or seconds)
-        return self._reason() is None and not (self._active().evaluate_only and steps)
+            return not any(counts)
+        if not all(0 <= number < math.inf for number in counts):
+            return False
+        # Each epoch reports one value of a metric: the best one, one since then, or only such as are not finite.
+        if any(b.num_since > seen.epochs or (b.value is None) != (b.num_since == seen.epochs) for b in bests):
+            return False
+        if not seen.epochs and any(value is not None for value in latest.values()):
+            return False
+        phase = self._active()
+        return phase.reason(seen) is None and not (phase.evaluate_only and seen.steps)
 
     def _enter(self, index: int) -> None:
         self._index = index
-        self._epochs, self._steps = 0, 0
-        self._seconds = 0.0
-        leaves = [] if index >= len(self._phases) else list(leaves_of(self._phases[index].until))
-        self._plateaus: dict[Plateau, Best] = {
-            leaf: Best(leaf.direction, leaf.min_delta) for leaf in leaves if isinstance(leaf, Plateau)
-        }
-        self._latest: dict[str, float | None] = {leaf.metric: None for leaf in leaves if isinstance(leaf, Reached)}
+        self._seen = self._phases[index].begin() if index < len(self._phases) else Observations()
 
     def _active(self) -> PhaseLength:
         if self._index >= len(self._phases):
@@ -193,56 +184,9 @@ class TaskScheduler:
 
     def _look(self) -> PhaseChange | None:
         """Ends the active phase if its length is filled."""
-        reason = self._reason()
+        ended = self._active()
+        reason = ended.reason(self._seen)
         if reason is None:
             return None
-        ended = self._active().name
         self._enter(self._index + 1)
-        return PhaseChange(ended, None if self.index is None else self._active().name, reason)
-
-    def _reason(self) -> str | None:
-        """Why the active phase is over; None if it is not."""
-        phase = self._active()
-        if phase.evaluate_only:
-            return "evaluated" if self._epochs else None
-        if phase.until is not None and (reason := self._holds(phase.until)):
-            return reason
-        for unit, done, length, limit in (
-            ("epoch", self._epochs, phase.epochs, phase.max_epochs),
-            ("step", self._steps, phase.steps, phase.max_steps),
-        ):
-            if length is not None and done >= length:
-                return _done(done, unit)
-            if limit is not None and done >= limit:
-                return f"{_done(done, unit)}, the limit"
-        return None
-
-    def _holds(self, condition: Condition) -> str | None:
-        """Why a condition holds; None if it does not."""
-        match condition:
-            case Plateau():
-                num_since = self._plateaus[condition].num_since
-                held = num_since >= condition.patience
-                return (
-                    f"plateau of {condition.metric} for {num_since} epoch{'' if num_since == 1 else 's'}"
-                    if held
-                    else None
-                )
-            case Reached():
-                value = self._latest[condition.metric]
-                sign = 1 if condition.direction == "higher" else -1
-                held = value is not None and sign * value >= sign * condition.mark
-                return f"{condition.metric} reached {value:.4g} (mark {condition.mark:g})" if held else None
-            case Spent(amount, unit):
-                done = {"epochs": self._epochs, "steps": self._steps, "seconds": self._seconds}[unit]
-                return _done(done, unit.removesuffix("s")) if done >= amount else None
-            case AnyOf(conditions):
-                return next((reason for each in conditions if (reason := self._holds(each))), None)
-            case AllOf(conditions):
-                reasons = [self._holds(each) for each in conditions]
-                return None if None in reasons else " and ".join(filter(None, reasons))
-
-
-def _done(number: float, unit: str) -> str:
-    written = f"{number:.4g}" if unit == "second" and number < 1000 else f"{number:.0f}"
-    return f"{written} {unit}{'' if number == 1 else 's'} {'spent' if unit == 'second' else 'done'}"
+        return PhaseChange(ended.name, None if self.index is None else self._active().name, reason)

@@ -19,9 +19,9 @@ from mtl.model import MultiTaskModel, build_trunk
 from mtl.model.network import MEMORY_FORMATS
 from mtl.model.reachability import reached_parameters
 from mtl.optim.balance.balance import build_balance
-from mtl.phases.active_tasks import live_tasks
-from mtl.phases.freeze_rules import Surroundings
-from mtl.phases.phase_length import Metrics
+from mtl.phases.active_tasks import PhaseTasks, resolve_tasks
+from mtl.phases.freeze_rules import ResolveContext
+from mtl.phases.metrics import RunMetrics
 from mtl.phases.resolve import Phase, resolve_phases
 from mtl.phases.unread import unread_settings
 from mtl.runtime.text import hint
@@ -31,7 +31,7 @@ _Made = TypeVar("_Made")
 
 
 @dataclass(frozen=True)
-class Blueprint:
+class ModelSetup:
     """The model of a run and its phases, without data.
 
     Attributes:
@@ -53,7 +53,7 @@ class Blueprint:
     unread: list[str]
 
 
-def draw_up(config: RunConfig, device: str = "cpu", num_train: int | None = None) -> Blueprint:
+def build_model_setup(config: RunConfig, device: str = "cpu", num_train: int | None = None) -> ModelSetup:
     """Makes the model of a run and resolves its phases.
 
     The model's initial weights follow from the run's seed; on the meta device it has none, and costs nothing.
@@ -80,7 +80,7 @@ def draw_up(config: RunConfig, device: str = "cpu", num_train: int | None = None
     try:
         with torch.device(device):
             model = MultiTaskModel(trunk, tasks, config.data.image_size, layout)
-            reached = reached_parameters(model, config.data.image_size)
+            reached = reached_parameters(model)
             tasks_of, mistakes = _tasks_of_phases(config, model, reached)
             balances, balance_of = _build_balances(config, tasks_of, mistakes)
     except SettingError as error:
@@ -88,26 +88,35 @@ def draw_up(config: RunConfig, device: str = "cpu", num_train: int | None = None
     root = nn.ModuleDict({**dict(model.named_children()), "balance": balances})
     fixed = fixed_parameters(root)
     num_train = num_train or num_images(config.data)[0]
-    around = Surroundings(config, root, fixed, Metrics(config, tasks), balance_of, tasks_of, reached, num_train)
-    phases = resolve_phases(around, mistakes)
-    in_vain, unread = unread_settings(config, phases)
-    if in_vain:
-        raise ConfigError(in_vain)
-    return Blueprint(config, tasks, model, root, fixed, phases, unread)
+    context = ResolveContext(
+        config=config,
+        root=root,
+        fixed=fixed,
+        metrics=RunMetrics(config, tasks),
+        balance_of=balance_of,
+        tasks_of=tasks_of,
+        reached=reached,
+        num_train=num_train,
+    )
+    phases = resolve_phases(context, mistakes)
+    unread_mistakes, unread = unread_settings(config, phases)
+    if unread_mistakes:
+        raise ConfigError(unread_mistakes)
+    return ModelSetup(config, tasks, model, root, fixed, phases, unread)
 
 
-def draw_up_without_weights(config: RunConfig, num_train: int | None = None) -> Blueprint:
-    """As `draw_up`, on the meta device, or on the CPU for a trunk that cannot be built there.
+def build_meta_setup(config: RunConfig, num_train: int | None = None) -> ModelSetup:
+    """As `build_model_setup`, on the meta device, or on the CPU for a trunk that cannot be built there.
 
     Raises:
-        ConfigError: As `draw_up`.
+        ConfigError: As `build_model_setup`.
     """
     without = without_weights(config)
-    drawn = _on_meta_or_cpu(lambda device: draw_up(without, device, num_train))
-    return replace(drawn, config=config)
+    setup = _on_meta_or_cpu(lambda device: build_model_setup(without, device, num_train))
+    return replace(setup, config=config)
 
 
-def build_trunk_without_weights(config: RunConfig) -> nn.Module:
+def build_meta_trunk(config: RunConfig) -> nn.Module:
     """The trunk alone, as an architecture.
 
     Raises:
@@ -139,10 +148,10 @@ def without_weights(config: RunConfig) -> RunConfig:
 
 def _tasks_of_phases(
     config: RunConfig, model: MultiTaskModel, reached: Mapping[str, frozenset[str]]
-) -> tuple[dict[KeyPath, tuple[str, ...]], list[str]]:
-    """The tasks whose losses are computed in each written phase, and what is wrong with phases that are left out."""
+) -> tuple[dict[KeyPath, PhaseTasks], list[str]]:
+    """The tasks of each written phase, and what is wrong with phases that are left out."""
     mistakes: list[str] = []
-    tasks_of: dict[KeyPath, tuple[str, ...]] = {}
+    tasks_of: dict[KeyPath, PhaseTasks] = {}
     for written in config.written_phases:
         if written.path in tasks_of:
             continue
@@ -152,12 +161,12 @@ def _tasks_of_phases(
             there = f"there are: {', '.join(config.tasks)}{hint(task, config.tasks)}"
             mistakes += config.mistake(path, f"no task {task!r}; {there}").mistakes
         if not unknown:
-            tasks_of[written.path] = live_tasks(config, written.config, model, reached)
+            tasks_of[written.path] = resolve_tasks(config, written.config, model, reached)
     return tasks_of, list(dict.fromkeys(mistakes))
 
 
 def _build_balances(
-    config: RunConfig, tasks_of: Mapping[KeyPath, tuple[str, ...]], mistakes: list[str]
+    config: RunConfig, tasks_of: Mapping[KeyPath, PhaseTasks], mistakes: list[str]
 ) -> tuple[nn.ModuleList, dict[KeyPath, int]]:
     """The balancing methods of a run, one for each method and set of tasks, and which phase uses which.
 
@@ -174,7 +183,7 @@ def _build_balances(
     for written in config.written_phases:
         if written.path in balance_of or written.path not in tasks_of:
             continue
-        own, tasks = written.config.balance, tasks_of[written.path]
+        own, tasks = written.config.balance, tasks_of[written.path].tasks
         settings, place = (config.balance, ()) if own is None else (own, written.path)
         key = (settings.model_dump_json(), tasks)
         if key not in keys:

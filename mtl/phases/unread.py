@@ -65,11 +65,11 @@ def unread_settings(config: RunConfig, phases: Sequence[Phase]) -> tuple[list[st
         # For one reason, that of the first phase.
         reads.add(each.path)
         rank = rank_of(config.source, each.path)
-        told = config.mistake(each.path, each.why + _outvoted_by(config, each.before) + each.hint).mistakes
+        lines = config.mistake(each.path, each.why + _outvoted_by(config, each.before) + each.hint).mistakes
         if rank == Rank.COMMAND_LINE:
-            mistakes += told
+            mistakes += lines
         elif not is_default(config, each.path) and all(rank_of(config.source, by) <= rank for by in each.before):
-            warnings += told
+            warnings += lines
     return mistakes, [*warnings, *_lr_of_balance_only(config, phases)]
 
 
@@ -146,5 +146,5 @@ def _lr_of_balance_only(config: RunConfig, phases: Sequence[Phase]) -> list[str]
     is_read = any(phase.config.lr is None and not phase.config.evaluate_only for phase in phases)
     if not borrowing or is_read or not is_written(config.source, ("optim", "lr")):
         return []
-    said = f"only the balancing method's weights have this rate, in {shorten(borrowing, 3)}{_SCALE}"
-    return config.mistake(("optim", "lr"), said).mistakes
+    message = f"only the balancing method's weights have this rate, in {shorten(borrowing, 3)}{_SCALE}"
+    return config.mistake(("optim", "lr"), message).mistakes

@@ -27,7 +27,7 @@ from mtl.checkpoint.run_files import (
 from mtl.data import Batch, validation_batches
 from mtl.model.trunk import in_eval_mode
 from mtl.optim.task_gradients import GradientAnalysis
-from mtl.phases.setup import draw_up
+from mtl.phases.setup import build_model_setup
 from mtl.runtime.files import write_text
 from mtl.runtime.tensors import is_sharded
 from mtl.runtime.text import count
@@ -74,7 +74,7 @@ def write_report(parts: RunSetup, run_dir: Path, picture: Path | None = None) ->
     if any(is_sharded(parameter) for parameter in parts.root.parameters()):
         # The other processes have gone: a model that this one can run alone.
         trunk = parts.config.trunk.model_copy(update={"weights": "none"})
-        own = draw_up(parts.config.with_changes(trunk=trunk))
+        own = build_model_setup(parts.config.with_changes(trunk=trunk))
         own.root.to(parts.device)
         parts = replace(parts, model=own.model, root=own.root)
     state, _ = load_checkpoint(run_dir / "checkpoints" / which, parts.root)

@@ -17,7 +17,7 @@ from mtl.freeze import enforce
 from mtl.model.network import MEMORY_FORMATS
 from mtl.model.prefix.trace import untouched
 from mtl.phases.resolve import Phase
-from mtl.phases.setup import Blueprint
+from mtl.phases.setup import ModelSetup
 
 Layout = Literal["contiguous", "channels_last"]
 Precision = Literal["fp32", "bf16", "fp16"]
@@ -46,18 +46,18 @@ def autocast_for(precision: str, device: torch.device) -> torch.autocast:
     return torch.autocast(device.type, AUTOCAST[precision], enabled=precision != "fp32")
 
 
-def choose(blueprint: Blueprint, batch: Batch, device: torch.device, excluded: Collection[str] = ()) -> Choice:
+def choose(model_setup: ModelSetup, batch: Batch, device: torch.device, excluded: Collection[str] = ()) -> Choice:
     """Times forward and backward of the longest phase on one batch, in everything that `auto` leaves open.
 
     Losses have to be finite. Weights, buffers and random numbers are left as they were, the model in the chosen layout.
 
     Args:
-        blueprint: The model, on its device.
+        model_setup: The model, on its device.
         batch: Training images, there as well.
         device: Where they are.
         excluded: Layouts and precisions that `auto` is not to take.
     """
-    config = blueprint.config
+    config = model_setup.config
     layouts: list[Layout] = ["contiguous", "channels_last"]
     precisions: list[Precision] = ["fp32", "bf16", "fp16"] if device.type == "cuda" else ["fp32", "bf16"]
     layouts = [each for each in layouts if each not in excluded]
@@ -66,38 +66,38 @@ def choose(blueprint: Blueprint, batch: Batch, device: torch.device, excluded: C
     precisions = precisions if config.precision == "auto" else [config.precision]
     if len(layouts) == len(precisions) == 1:
         return Choice(layouts[0], precisions[0], "")
-    phase = max(blueprint.phases, key=lambda phase: phase.num_steps)
-    enforce(blueprint.root, phase.freeze.plan)
+    phase = max(model_setup.phases, key=lambda phase: phase.num_steps)
+    enforce(model_setup.root, phase.freeze.plan)
     seconds: dict[tuple[Layout, Precision], float] = {}
-    with untouched(blueprint.model, device):
+    with untouched(model_setup.model, device):
         for layout, precision in product(layouts, precisions):
-            lay_out(blueprint, layout)
-            taken = _time(blueprint, phase, batch, precision, min(seconds.values(), default=float("inf")))
+            lay_out(model_setup, layout)
+            taken = _time(model_setup, phase, batch, precision, min(seconds.values(), default=float("inf")))
             if taken is not None:
                 seconds[layout, precision] = taken
     # Where nothing gave a finite loss, training is going to say so.
     layout, precision = min(seconds, key=seconds.__getitem__, default=(layouts[0], precisions[0]))
-    lay_out(blueprint, layout)
-    for parameter in blueprint.root.parameters():
+    lay_out(model_setup, layout)
+    for parameter in model_setup.root.parameters():
         parameter.grad = None
     others = ", ".join(f"{' '.join(key)} {1e3 * taken:.0f} ms" for key, taken in seconds.items())
     return Choice(layout, precision, f"{layout}, {precision}: the fastest step of phase {phase.name!r} here ({others})")
 
 
-def lay_out(blueprint: Blueprint, layout: Layout) -> None:
+def lay_out(model_setup: ModelSetup, layout: Layout) -> None:
     """Puts weights and activations of a model into a memory layout."""
-    blueprint.model.memory_format = MEMORY_FORMATS[layout]
-    blueprint.model.to(memory_format=MEMORY_FORMATS[layout])
+    model_setup.model.memory_format = MEMORY_FORMATS[layout]
+    model_setup.model.to(memory_format=MEMORY_FORMATS[layout])
 
 
-def _time(blueprint: Blueprint, phase: Phase, batch: Batch, precision: Precision, best: float) -> float | None:
+def _time(model_setup: ModelSetup, phase: Phase, batch: Batch, precision: Precision, best: float) -> float | None:
     """Median seconds of a forward and backward; None if a loss is not finite."""
     taken = []
     for _ in range(4):
         started = time.perf_counter()
         with autocast_for(precision, batch.device):
-            outputs = blueprint.model(batch.images, phase.tasks)
-        losses: list[Tensor] = [blueprint.tasks[name].loss(outputs[name], batch.labels[name]) for name in phase.tasks]
+            outputs = model_setup.model(batch.images, phase.tasks)
+        losses: list[Tensor] = [model_setup.tasks[name].loss(outputs[name], batch.labels[name]) for name in phase.tasks]
         total = torch.stack(losses).sum()
         if total.requires_grad:
             torch.autograd.backward([total])

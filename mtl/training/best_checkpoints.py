@@ -6,7 +6,7 @@ import math
 from collections.abc import Iterable, Mapping
 from typing import Any
 
-from mtl.phases.phase_length import SCORE
+from mtl.phases.metrics import SCORE
 from mtl.runtime.best import Best, Direction
 
 

@@ -16,7 +16,7 @@ from torch.amp import GradScaler
 from mtl.audit import GradientAudit, HoldsParameters
 from mtl.data import Batch, Loading, num_batches, training_batches
 from mtl.distributed.world import ALONE, World
-from mtl.freeze import enforce, is_frozen
+from mtl.freeze import enforce
 from mtl.patterns import text_of
 from mtl.phases.resolve import Phase
 from mtl.runtime.console import logger
@@ -110,7 +110,6 @@ class Trainer:
         with self._audited(active) as record:
             self.log.audit(self.audit.report)  # the file says: begun, nothing proven yet
             with rng_unchanged(setup.device):
-                setup.model.trunk_is_frozen = is_frozen(phase.freeze.plan, "trunk")
                 if setup.config.compile:
                     setup.model.compile_anew()
                 if not state.phase_is_over:

@@ -16,14 +16,14 @@ from mtl.model import start_from
 from mtl.optim.balance.balance import is_by_gradients
 from mtl.optim.optimizers import try_out
 from mtl.phases.plan import Plan, make_plan
-from mtl.phases.setup import Blueprint, draw_up, draw_up_without_weights, without_weights
+from mtl.phases.setup import ModelSetup, build_meta_setup, build_model_setup, without_weights
 from mtl.runtime.console import logger
 from mtl.training.autotune import choose, lay_out
 from mtl.training.evaluate import Scores, validate_constant
 
 
 @dataclass(frozen=True)
-class RunSetup(Blueprint):
+class RunSetup(ModelSetup):
     """The parts of a run.
 
     Attributes:
@@ -63,9 +63,9 @@ def assemble(config: RunConfig, quiet: bool = False, world: World = ALONE, begin
         raise mistake_of(config, error) from error
     world.start(device, config.distributed.timeout_s)
     # Without weights first: what is wrong with the configuration is found before any are loaded.
-    plan = make_plan(draw_up_without_weights(config))
-    blueprint = draw_up(config if begins else without_weights(config))
-    tasks = blueprint.tasks
+    plan = make_plan(build_meta_setup(config))
+    model_setup = build_model_setup(config if begins else without_weights(config))
+    tasks = model_setup.tasks
     try:
         # Data that has to be made is made once.
         with world.main_first():
@@ -74,32 +74,32 @@ def assemble(config: RunConfig, quiet: bool = False, world: World = ALONE, begin
         raise mistake_of(config, error) from error
     if train.num_skipped:
         # An epoch has fewer steps than were planned.
-        plan = make_plan(draw_up_without_weights(config, len(train)))
-        blueprint = draw_up(blueprint.config, num_train=len(train))
-        tasks = blueprint.tasks
+        plan = make_plan(build_meta_setup(config, len(train)))
+        model_setup = build_model_setup(model_setup.config, num_train=len(train))
+        tasks = model_setup.tasks
     constants = {name: task.fit(train.labels[name]) for name, task in tasks.items()}
     for name, constant in constants.items():
-        start_from(blueprint.model.heads[name], constant)
+        start_from(model_setup.model.heads[name], constant)
     trivial = validate_constant(tasks, constants, val, config.data.batch_size)
-    _try_out_optimizers(blueprint, device)
-    blueprint.root.to(device)
-    _check_processes(blueprint, world)
+    _try_out_optimizers(model_setup, device)
+    model_setup.root.to(device)
+    _check_processes(model_setup, world)
     if world.is_alone:
         _warn_of_distributed(config)
     batch = train.batch(torch.arange(min(config.data.batch_size, len(train)))).to(device)
-    choice = choose(blueprint, batch, device, excluded)
+    choice = choose(model_setup, batch, device, excluded)
     if choice.why:
         logger.info(choice.why)
     # What is fastest may be found out otherwise in another process.
     layout, precision = world.broadcast([choice.memory_format, choice.precision])
-    lay_out(blueprint, layout)
-    blueprint = replace(blueprint, config=config.with_changes(memory_format=layout, precision=precision))
-    return RunSetup(**vars(blueprint), device=device, train=train, val=val, trivial=trivial, plan=plan)
+    lay_out(model_setup, layout)
+    model_setup = replace(model_setup, config=config.with_changes(memory_format=layout, precision=precision))
+    return RunSetup(**vars(model_setup), device=device, train=train, val=val, trivial=trivial, plan=plan)
 
 
-def _try_out_optimizers(blueprint: Blueprint, device: torch.device) -> None:
-    config, tried = blueprint.config, set[str]()
-    for phase, written in zip(blueprint.phases, config.written_phases, strict=True):
+def _try_out_optimizers(model_setup: ModelSetup, device: torch.device) -> None:
+    config, tried = model_setup.config, set[str]()
+    for phase, written in zip(model_setup.phases, config.written_phases, strict=True):
         optimizer = phase.optim.optimizer
         if phase.config.evaluate_only or optimizer.model_dump_json() in tried:
             continue
@@ -110,17 +110,17 @@ def _try_out_optimizers(blueprint: Blueprint, device: torch.device) -> None:
             raise config.mistake((*config.path_of(written, "optimizer"), "options"), error.message) from error
 
 
-def _check_processes(blueprint: Blueprint, world: World) -> None:
+def _check_processes(model_setup: ModelSetup, world: World) -> None:
     """Raises `ConfigError` if the run cannot be divided among this many processes."""
-    config = blueprint.config
+    config = model_setup.config
     if world.is_alone:
         return
     if config.distributed.sync_batchnorm and config.compile:
         raise config.mistake(("compile",), "with distributed.sync_batchnorm=true code is not compiled; expected false")
-    for phase, written in zip(blueprint.phases, config.written_phases, strict=True):
+    for phase, written in zip(model_setup.phases, config.written_phases, strict=True):
         own = written.config.batch_size is not None
         place = (*written.path, "batch_size") if own else ("data", "batch_size")
-        trains_norms = bool(trained_statistics(blueprint.root, phase.freeze.plan)) and not phase.config.evaluate_only
+        trains_norms = bool(trained_statistics(model_setup.root, phase.freeze.plan)) and not phase.config.evaluate_only
         least = world.size * (2 if trains_norms and not config.distributed.sync_batchnorm else 1)
         if phase.batch_size < least:
             why = ", two each, since BatchNorm cannot train on one" if trains_norms else ""

@@ -6,7 +6,7 @@ import torch
 
 from mtl.distributed.world import World
 from mtl.freeze import is_still
-from mtl.phases.phase_length import SCORE
+from mtl.phases.metrics import SCORE
 from mtl.phases.resolve import Phase
 from mtl.training.evaluate import Scores, score, validate
 from mtl.training.features import FeatureSource

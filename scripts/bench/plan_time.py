@@ -18,7 +18,8 @@ import torch
 from torch import nn
 
 from mtl.freeze import plan_freeze
-from mtl.phases.conditions import AnyOf, PhaseLength, Plateau, Reached, Spent
+from mtl.phases.conditions import AnyOf, Plateau, Reached, Spent
+from mtl.phases.phase_length import PhaseLength
 from mtl.phases.scheduler import TaskScheduler
 
 PATTERNS = [

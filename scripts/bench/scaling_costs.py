@@ -8,7 +8,6 @@ from functools import partial
 from pathlib import Path
 from typing import Any
 
-import torch
 import yaml
 from torch.nn.attention import SDPBackend, sdpa_kernel
 from torch.utils.flop_counter import FlopCounterMode
@@ -18,7 +17,7 @@ from mtl.freeze import enforce
 from mtl.model.fsdp import blocks
 from mtl.model.prefix import Prefix
 from mtl.phases.plan import PhasePlan, make_plan
-from mtl.phases.setup import Blueprint, draw_up_without_weights
+from mtl.phases.setup import ModelSetup, build_meta_setup
 
 CONFIG = Path(__file__).parents[2] / "configs/scenes.yaml"
 PHASES = {"trunk frozen": ["trunk"], "first half frozen": ["trunk@first:50%"], "nothing frozen": []}
@@ -83,7 +82,7 @@ class Case:
         gathered: Bytes of weights that are whole at a time under FSDP2: those of the trunk in no block, and two blocks,
             since the next one is fetched while one computes.
         gathered_gradient: Bytes of gradients that are whole at a time: those of the block with the most of them.
-        num_units: RunSetup that FSDP2 fetches one after the other.
+        num_units: Parts that FSDP2 fetches one after the other.
         left_forward: Operations of the forward that are left if what is frozen at the trunk's beginning is kept.
     """
 
@@ -217,29 +216,28 @@ def config_of(trunk: str, image_size: int) -> RunConfig:
 
 def study(trunk: str, image_size: int) -> list[Case]:
     """The three phases of a trunk, on the meta device."""
-    blueprint = draw_up_without_weights(config_of(trunk, image_size))
-    plan = make_plan(blueprint, with_forecast=True)
-    model = blueprint.model
+    model_setup = build_meta_setup(config_of(trunk, image_size))
+    plan = make_plan(model_setup, with_forecast=True)
+    model = model_setup.model
     sizes = [sum(p.nbytes for p in block.parameters()) for block in blocks(model.trunk)]
     rest = sum(p.nbytes for p in model.trunk.parameters()) - sum(sizes)
     buffers = sum(buffer.nbytes for buffer in model.buffers())
     units = [*blocks(model.trunk), *model.heads.values()]
     cases = []
     for index, phase in enumerate(plan.phases):
-        left = _left_forward(blueprint, index, phase)
+        left = _left_forward(model_setup, index, phase)
         gradients = max(sum(p.nbytes for p in unit.parameters() if p.requires_grad) for unit in units)
         cases.append(Case(trunk, image_size, phase, buffers, rest + 2 * max(sizes), gradients, len(units), left))
     return cases
 
 
-def _left_forward(blueprint: Blueprint, index: int, phase: PhasePlan) -> int:
+def _left_forward(model_setup: ModelSetup, index: int, phase: PhasePlan) -> int:
     """Operations of a forward on one image without what is kept; leaves the phase's freeze enforced."""
-    model = blueprint.model
-    enforce(blueprint.root, blueprint.phases[index].freeze.plan)
+    model = model_setup.model
+    enforce(model_setup.root, model_setup.phases[index].freeze.plan)
     if phase.kept is None or phase.kept.why_not:
         return phase.flops.forward
-    size = blueprint.config.data.image_size
-    images = torch.zeros(3, size, size, 3, dtype=torch.uint8, device=next(model.parameters()).device)
+    images = model.example_inputs(3)
     prepared = model.prepare(images)
     prefix = Prefix.forecast(model.trunk, model.read, prepared)
     with sdpa_kernel(SDPBackend.MATH):

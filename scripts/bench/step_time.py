@@ -21,7 +21,7 @@ import torch
 from mtl.config import load_config
 from mtl.data import training_batches
 from mtl.optim.lr_schedule import LrSchedule
-from mtl.phases.conditions import PhaseLength
+from mtl.phases.phase_length import PhaseLength
 from mtl.phases.resolve import Phase
 from mtl.phases.scheduler import TaskScheduler
 from mtl.training.autotune import autocast_for

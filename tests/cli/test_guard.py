@@ -227,7 +227,7 @@ def test_a_closed_standard_error_costs_no_file_and_no_exit_code(tmp_path: Path) 
 def test_an_error_of_ours_keeps_its_traceback_and_is_exit_code_1(tmp_path: Path) -> None:
     program = (
         "import sys, mtl.phases.setup\nfrom mtl.cli import main\n"
-        "def broken(*_, **__): return {}['bug']\nmtl.phases.setup.draw_up_without_weights = broken\n"
+        "def broken(*_, **__): return {}['bug']\nmtl.phases.setup.build_meta_setup = broken\n"
         "sys.exit(main(sys.argv[1:]))"
     )
     call = [sys.executable, "-c", program, "plan", str(tiny_config(tmp_path))]

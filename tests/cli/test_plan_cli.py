@@ -12,7 +12,7 @@ import pytest
 from mtl.cli import main
 from mtl.config import load_config
 from mtl.phases.plan import make_plan
-from mtl.phases.setup import draw_up
+from mtl.phases.setup import build_model_setup
 from runs import TINY, tiny_config
 
 PNG = b"\x89PNG\r\n\x1a\n"
@@ -86,7 +86,7 @@ def test_the_parameter_map_has_one_row_per_parameter_and_one_column_per_phase(
     header, rule, *rows = said_by(capsys, file, "--params").splitlines()
     assert header.split() == ["parameter", "warm", "fine", "depth", "end"] and set(rule) == {"-", " "}
     cells = {row.split()[0]: row.split()[1:] for row in rows}
-    root = draw_up(load_config(file), "meta").root
+    root = build_model_setup(load_config(file), "meta").root
     assert [row.split()[0] for row in rows] == [name for name, _ in root.named_parameters()]
     assert cells["trunk.conv1.0.weight"] == ["frozen", "frozen", "0.0005", "frozen"]
     assert cells["trunk.bn1.bias"] == ["frozen", "0.0003", "0.0005", "frozen"]
@@ -103,7 +103,7 @@ def test_plain_data_parses_and_is_that_of_the_plan(
 ) -> None:
     file = small_config(tmp_path)
     plain = json.loads(said_by(capsys, file, "--json", "--world-size", "4", *(["--params"] if params else [])))
-    plan = make_plan(draw_up(load_config(file), "meta"), world_size=4, with_forecast=True)
+    plan = make_plan(build_model_setup(load_config(file), "meta"), world_size=4, with_forecast=True)
     assert plain == json.loads(json.dumps(plan.to_json(names=params)))
     assert (plain["trunk"], plain["world_size"]) == ("test_resnet", 4)
     assert ("names" in plain["phases"][0]["frozen"]) == params

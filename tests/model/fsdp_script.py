@@ -42,7 +42,6 @@ def build(name: str) -> MultiTaskModel:
 
 
 def freeze(model: MultiTaskModel, starts: tuple[str, ...]) -> None:
-    model.trunk_is_frozen = "trunk" in starts
     for name, parameter in model.named_parameters():
         parameter.requires_grad_(not name.startswith(starts))
 

@@ -34,7 +34,7 @@ def model_of(trunk: str, **options: Any) -> MultiTaskModel:
 def found(model: MultiTaskModel, patterns: list[str], moved: tuple[str, ...] = ()) -> tuple[set[str], set[str]]:
     """What is dead, and the zeros in its way."""
     trainable = plan_freeze(model, patterns).names.trainable
-    branch = find_dead_branch(model, SIZE, tuple(TASKS), trainable, moved)
+    branch = find_dead_branch(model, tuple(TASKS), trainable, moved)
     return (set(), set()) if branch is None else ({*branch.parameters}, {*branch.zeros})
 
 

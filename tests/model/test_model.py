@@ -5,8 +5,10 @@ from __future__ import annotations
 import pytest
 import timm
 import torch
+from torch import nn
 
 from mtl.config import SettingError, TrunkConfig
+from mtl.freeze import enforce, plan_freeze
 from mtl.model import MultiTaskModel, start_from
 from mtl.model.heads import enlarge
 from mtl.model.network import Normalize, build_trunk
@@ -120,10 +122,37 @@ def test_features_that_no_head_reads_are_not_computed() -> None:
 
 def test_a_frozen_trunk_is_run_without_recording_and_heads_still_train() -> None:
     model = MultiTaskModel(TrunkConfig(name="resnet18"), {"object": Classification(10)}, 32)
-    model.trunk_is_frozen = True
+    records: list[bool] = []
+    model.trunk.conv1.register_forward_hook(lambda *_: records.append(torch.is_grad_enabled()))  # type: ignore[union-attr]
+    model.trunk.requires_grad_(False)
+    assert model.trunk_is_frozen
     model(images(32))["object"].sum().backward()
     assert all(parameter.grad is None for parameter in model.trunk.parameters())
     assert all(parameter.grad is not None for parameter in model.heads.parameters())
+    model.trunk.layer4.requires_grad_(True)  # type: ignore[union-attr]
+    assert not model.trunk_is_frozen
+    model(images(32))
+    assert records == [False, True]
+
+
+def test_a_trunk_is_frozen_if_no_parameter_of_it_requires_a_gradient() -> None:
+    model = MultiTaskModel(TrunkConfig(name="resnet18"), {"object": Classification(10)}, 32)
+    enforce(model, plan_freeze(model, ["trunk", "!trunk.bn1.bias"]))
+    assert not model.trunk_is_frozen
+    enforce(model, plan_freeze(model, ["trunk"]))
+    assert model.trunk_is_frozen
+    with pytest.raises(AttributeError):
+        model.trunk_is_frozen = False  # type: ignore[misc]
+    model.trunk = nn.Identity()
+    assert model.trunk_is_frozen
+
+
+@pytest.mark.parametrize("device", [None, "meta"])
+def test_example_inputs_are_blank_images_of_the_model_s_size(device: str | None) -> None:
+    model = MultiTaskModel(TrunkConfig(name="resnet18"), {"object": Classification(10)}, 40)
+    inputs = model.example_inputs(3, device)
+    assert (inputs.shape, inputs.dtype, inputs.device.type) == ((3, 40, 40, 3), torch.uint8, device or "cpu")
+    assert device == "meta" or not inputs.any()
 
 
 def test_normalisation_is_the_textbook_formula_and_keeps_the_stored_layout() -> None:

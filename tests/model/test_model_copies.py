@@ -50,7 +50,7 @@ def modes(model: MultiTaskModel) -> dict[str, bool]:
 @pytest.mark.parametrize("layout", [torch.channels_last, torch.contiguous_format])
 def test_a_copy_computes_the_same_and_shares_no_memory(how: str, layout: torch.memory_format) -> None:
     model = a_model(layout).eval()
-    model.trunk_is_frozen = True
+    model.trunk.requires_grad_(False)
     twin = COPIES[how](model)
     assert type(twin) is MultiTaskModel and twin.memory_format == layout and twin.trunk_is_frozen
     assert all(

@@ -58,15 +58,15 @@ def with_gradient(model: MultiTaskModel, size: int, task: str) -> set[str]:
 @pytest.mark.parametrize(("trunk", "size"), [*TRUNKS, *(pytest.param(*each, marks=pytest.mark.slow) for each in HEAVY)])
 def test_what_is_reached_is_what_a_backward_gives_a_gradient(trunk: str, size: int, kind: str) -> None:
     model = model_of(trunk, size, TASKS[kind])
-    reached = reached_parameters(model, size)
+    reached = reached_parameters(model)
     assert list(reached) == list(TASKS[kind])
     for task in TASKS[kind]:
         assert reached[task] == with_gradient(model, size, task)
-    assert reached_parameters(model_of(trunk, size, TASKS[kind], "meta"), size) == reached, "on the meta device"
+    assert reached_parameters(model_of(trunk, size, TASKS[kind], "meta")) == reached, "on the meta device"
 
 
 def test_a_task_reaches_its_own_head_and_no_other() -> None:
-    reached = reached_parameters(model_of("test_resnet", 32, TASKS["mixed"]), 32)
+    reached = reached_parameters(model_of("test_resnet", 32, TASKS["mixed"]))
     for task, other in (("segmentation", "object"), ("object", "segmentation")):
         assert any(name.startswith(f"heads.{task}.") for name in reached[task])
         assert not any(name.startswith(f"heads.{other}.") for name in reached[task])
@@ -74,7 +74,7 @@ def test_a_task_reaches_its_own_head_and_no_other() -> None:
 
 
 def test_layers_that_only_pooling_needs_are_reached_by_vector_tasks_alone() -> None:
-    reached = reached_parameters(model_of("tf_efficientnet_lite0", 32, TASKS["mixed"]), 32)
+    reached = reached_parameters(model_of("tf_efficientnet_lite0", 32, TASKS["mixed"]))
     head = {"trunk.conv_head.weight", "trunk.bn2.weight", "trunk.bn2.bias"}
     assert head <= reached["object"]
     assert not head & reached["segmentation"]
@@ -82,9 +82,9 @@ def test_layers_that_only_pooling_needs_are_reached_by_vector_tasks_alone() -> N
 
 def test_what_asks_for_no_gradient_is_not_reached() -> None:
     model = model_of("test_resnet", 32, TASKS["mixed"])
-    before = reached_parameters(model, 32)
+    before = reached_parameters(model)
     model.get_parameter("trunk.bn1.weight").requires_grad_(False)
-    after = reached_parameters(model, 32)
+    after = reached_parameters(model)
     assert {task: before[task] - after[task] for task in before} == {task: {"trunk.bn1.weight"} for task in before}
 
 
@@ -92,7 +92,7 @@ def test_every_name_of_a_tied_parameter_is_reached() -> None:
     model = model_of("test_resnet", 32, TASKS["vector"])
     one, two = model.heads["one"].get_submodule("out"), model.heads["two"].get_submodule("out")
     two.weight, two.bias = one.weight, nn.Parameter(torch.zeros(3))
-    reached = reached_parameters(model, 32)
+    reached = reached_parameters(model)
     assert {name for name in reached["two"] if name.startswith("heads.")} == {
         "heads.one.out.weight",
         "heads.two.out.weight",
@@ -114,7 +114,7 @@ def test_the_model_and_the_random_state_are_left_as_they_were(trunk: str) -> Non
     assert len({*modes.values()}) == 2
     kept = {name: _bits(t) for name, t in [*model.named_parameters(), *model.named_buffers()]}
     random_state = torch.get_rng_state()
-    reached_parameters(model, 64)
+    reached_parameters(model)
     assert {name: module.training for name, module in model.named_modules()} == modes
     assert {name: _bits(t) for name, t in [*model.named_parameters(), *model.named_buffers()]} == kept
     assert all(parameter.grad is None and parameter.requires_grad for parameter in model.parameters())
@@ -123,11 +123,11 @@ def test_the_model_and_the_random_state_are_left_as_they_were(trunk: str) -> Non
 
 def test_gradients_that_are_there_stay_and_no_grad_around_makes_no_difference() -> None:
     model = model_of("test_resnet", 32, TASKS["mixed"])
-    expected = reached_parameters(model, 32)
+    expected = reached_parameters(model)
     with_gradient(model, 32, "object")
     before = {name: None if p.grad is None else _bits(p.grad) for name, p in model.named_parameters()}
     with torch.no_grad():
-        assert reached_parameters(model, 32) == expected
+        assert reached_parameters(model) == expected
         assert not torch.is_grad_enabled()
     assert {name: None if p.grad is None else _bits(p.grad) for name, p in model.named_parameters()} == before
 
@@ -135,6 +135,6 @@ def test_gradients_that_are_there_stay_and_no_grad_around_makes_no_difference() 
 def test_a_trunk_that_keeps_tensors_of_eval_mode_is_left_without_them() -> None:
     # LeViT keeps its attention biases, with their graph, until it is in train mode again.
     model = model_of("levit_128s", 64, TASKS["vector"])
-    reached_parameters(model, 64)
+    reached_parameters(model)
     with_gradient(copy.deepcopy(model).eval(), 64, "one")
     assert not any(module.attention_bias_cache for module in model.modules() if hasattr(module, "attention_bias_cache"))

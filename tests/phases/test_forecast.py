@@ -11,7 +11,7 @@ import pytest
 from mtl.cli import main
 from mtl.config import load_config
 from mtl.phases.plan import make_plan
-from mtl.phases.setup import draw_up_without_weights
+from mtl.phases.setup import build_meta_setup
 from mtl.runtime.text import in_bytes
 from mtl.training.run import train
 from runs import tiny_config, tiny_parts
@@ -30,7 +30,7 @@ PHASES: list[dict[str, Any]] = [
 def test_the_forecast_is_what_the_run_keeps(trunk: str, tmp_path: Path, caplog: pytest.LogCaptureFixture) -> None:
     caplog.set_level(logging.INFO, "mtl")
     changes: dict[str, Any] = {"trunk": {"name": trunk}, "phases": PHASES, "cache": {"mode": "ram"}}
-    plan = make_plan(draw_up_without_weights(load_config(tiny_config(tmp_path, **changes))), with_forecast=True)
+    plan = make_plan(build_meta_setup(load_config(tiny_config(tmp_path, **changes))), with_forecast=True)
     warm, half, everything, off = (phase.kept for phase in plan.phases)
     assert warm is not None and half is not None and everything is not None and off is not None
     assert warm.modules == 0 < half.modules

@@ -15,7 +15,7 @@ from mtl.config import load_config
 from mtl.phases.plan import Plan, make_plan
 from mtl.phases.plan.generate import SCHEDULES
 from mtl.phases.plan.rehearsal import Cost
-from mtl.phases.setup import draw_up_without_weights
+from mtl.phases.setup import build_meta_setup
 from mtl.training.run import train
 from mtl.training.setup import assemble
 from runs import TINY, tiny_config
@@ -51,10 +51,10 @@ def generated(capsys: pytest.CaptureFixture[str], base: Path, kind: str, *argume
 
 
 def plan_of(file: Path) -> Plan:
-    blueprint = draw_up_without_weights(load_config(file))
+    model_setup = build_meta_setup(load_config(file))
     # What a step costs has tests of its own, and would take most of the time.
     with patch.multiple("mtl.phases.plan.plan", rehearse=lambda *_: Cost(1, 1, 1), _COSTS={}):
-        return make_plan(blueprint)
+        return make_plan(model_setup)
 
 
 def trained(plan: Plan) -> dict[str, set[str]]:
@@ -96,7 +96,7 @@ def test_top_down_trains_each_part_of_the_trunk_exactly_once(
 def test_the_norms_of_a_part_that_top_down_trains_train_whole_with_their_statistics(
     tmp_path: Path, capsys: pytest.CaptureFixture[str], trunk: str
 ) -> None:
-    phases = draw_up_without_weights(load_config(generated(capsys, base_of(tmp_path, trunk), "top-down"))).phases
+    phases = build_meta_setup(load_config(generated(capsys, base_of(tmp_path, trunk), "top-down"))).phases
     every_norm = {name.rpartition(".")[0] for name in phases[0].freeze.plan.names.frozen_buffers}
     thawed = set[str]()
     for phase in phases:

@@ -18,7 +18,7 @@ from mtl.patterns import ModuleTree, PatternError, PatternLike, select
 from mtl.patterns.module_tree import describe
 from mtl.phases.plan import make_plan
 from mtl.phases.resolve import Phase
-from mtl.phases.setup import Blueprint, draw_up, draw_up_without_weights
+from mtl.phases.setup import ModelSetup, build_meta_setup, build_model_setup
 
 RUN = Path("run.yaml")
 HEAD = [
@@ -35,10 +35,10 @@ START = "matches nothing (nearest: {}; the names start with: trunk, heads, norma
 HINT = "a phase that shall only evaluate says evaluate_only: true"
 
 
-def drawn(phases: list[str], *below: str, overrides: tuple[str, ...] = ()) -> Blueprint:
+def drawn(phases: list[str], *below: str, overrides: tuple[str, ...] = ()) -> ModelSetup:
     """A run of these phases, on lines 6 and following in YAML's flow style, with top-level keys below them."""
     RUN.write_text("\n".join([*HEAD, *(f"  - {{{phase}}}" for phase in phases), *below]) + "\n")
-    return draw_up_without_weights(load_config(RUN, overrides))
+    return build_meta_setup(load_config(RUN, overrides))
 
 
 def mistakes(phases: list[str], *below: str) -> list[str]:
@@ -47,12 +47,12 @@ def mistakes(phases: list[str], *below: str) -> list[str]:
     return caught.value.mistakes
 
 
-def tensor_names(run: Blueprint) -> tuple[list[str], list[str]]:
+def tensor_names(run: ModelSetup) -> tuple[list[str], list[str]]:
     parameters = [name for name, _ in run.root.named_parameters(remove_duplicate=False)]
     return parameters, [name for name, _ in run.root.named_buffers(remove_duplicate=False)]
 
 
-def table(run: Blueprint, phase: Phase) -> dict[str, tuple[float, float]]:
+def table(run: ModelSetup, phase: Phase) -> dict[str, tuple[float, float]]:
     """Peak rate and decay by the parameter's name; no parameter is in two groups."""
     name_of = {parameter: name for name, parameter in run.root.named_parameters()}
     rows = [(name_of[p], (g["lr"], g["weight_decay"])) for g in phase.groups for p in g["params"]]
@@ -335,10 +335,29 @@ def test_each_method_and_set_of_active_tasks_has_weights_of_its_own_and_the_othe
         assert {*weights} - own == {name for name in phase.freeze.plan.names.frozen if name.startswith("balance.")}
 
 
+@pytest.mark.parametrize(
+    ("keys", "tasks"),
+    [
+        ("train: heads.depth", ("depth",)),
+        ("freeze: [trunk, heads.object]", ("depth",)),
+        ("freeze: [trunk, heads, '!heads.depth']", ("depth",)),
+        ("train: trunk.layer3", ("depth", "object")),
+        # Patterns of more than the parameters of trunk and heads
+        ("train: [heads.depth, balance]", ("depth", "object")),
+        ("freeze: [trunk, heads.object, '**.running_mean', '**.running_var', '**.num_batches_tracked']",
+         ("depth", "object")),
+    ],
+    ids=str,
+)  # fmt: skip
+def test_a_task_whose_loss_reaches_frozen_parameters_only_has_none(keys: str, tasks: tuple[str, ...]) -> None:
+    (phase,) = drawn([f"name: a, epochs: 1, {keys}"], "balance: {method: uw}").phases
+    assert phase.tasks == tasks
+
+
 def test_fixed_weights_are_those_of_the_active_tasks_in_the_run_s_order() -> None:
     phases = ["name: a, epochs: 1, tasks: [object]", "name: b, epochs: 1, tasks: [object, depth]"]
     config = drawn(phases, "balance: {method: fixed, weights: {object: 2, depth: 5}}").config
-    a, b = draw_up(config).phases
+    a, b = build_model_setup(config).phases
     assert (a.tasks, a.balance.scalarizer.weights.tolist()) == (("object",), [2.0])
     assert (b.tasks, b.balance.scalarizer.weights.tolist()) == (("depth", "object"), [5.0, 2.0])
 

@@ -21,12 +21,13 @@ from mtl.model.reachability import reached_parameters
 from mtl.optim.optimizers import build_optimizer
 from mtl.patterns import select
 from mtl.patterns.module_tree import describe
-from mtl.phases.freeze_rules import Surroundings
-from mtl.phases.phase_length import Metrics
+from mtl.phases.active_tasks import resolve_tasks
+from mtl.phases.freeze_rules import ResolveContext
+from mtl.phases.metrics import RunMetrics
 from mtl.phases.plan import Claim, PhasePlan, Plan, Side, make_plan
 from mtl.phases.plan.rehearsal import Cost
 from mtl.phases.resolve import resolve_phases
-from mtl.phases.setup import Blueprint, draw_up
+from mtl.phases.setup import ModelSetup, build_model_setup
 from mtl.training.setup import RunSetup
 from runs import TINY, tiny_config, tiny_parts
 
@@ -35,7 +36,7 @@ DENSE = {name: TINY["tasks"][name] for name in ("depth", "normals")}
 
 def plan_of(folder: Path, phases: list[dict[str, Any]], world_size: int = 1, **changes: Any) -> Plan:
     # On the CPU such a small model is rehearsed faster; `test_rehearsal` shows that the plan is the same on meta.
-    return make_plan(draw_up(load_config(tiny_config(folder, phases=phases, **changes))), world_size)
+    return make_plan(build_model_setup(load_config(tiny_config(folder, phases=phases, **changes))), world_size)
 
 
 def is_covered(name: str, modules: Iterable[str]) -> bool:
@@ -112,21 +113,22 @@ Resolver = Callable[[list[list[str]]], Plan]
 def resolver(tmp_path_factory: pytest.TempPathFactory) -> tuple[nn.Module, Resolver]:
     """One model without weights, and what makes plans of phases with other patterns on it."""
     file = tiny_config(tmp_path_factory.mktemp("plan"))
-    blueprint = draw_up(load_config(file), "meta")
-    reached = reached_parameters(blueprint.model, 32)
+    model_setup = build_model_setup(load_config(file), "meta")
+    reached = reached_parameters(model_setup.model)
 
     def resolve(freezes: list[list[str]]) -> Plan:
         raw = TINY | {"phases": [{"name": f"p{n}", "freeze": freeze, "steps": 1} for n, freeze in enumerate(freezes)]}
         config = RunConfig.model_validate(raw)
         balance_of = {("phases", index): 0 for index in range(len(freezes))}
-        metrics, tasks_of = Metrics(config, blueprint.tasks), dict.fromkeys(balance_of, tuple(config.tasks))
-        around = Surroundings(config, blueprint.root, [], metrics, balance_of, tasks_of, reached, 40)
-        drawn: Blueprint = replace(blueprint, config=config, phases=resolve_phases(around))
+        metrics = RunMetrics(config, model_setup.tasks)
+        tasks_of = {p.path: resolve_tasks(config, p.config, model_setup.model, reached) for p in config.written_phases}
+        context = ResolveContext(config, model_setup.root, [], metrics, balance_of, tasks_of, reached, 40)
+        drawn: ModelSetup = replace(model_setup, config=config, phases=resolve_phases(context))
         # What a step costs has tests of its own, and would take most of the time.
         with patch.multiple("mtl.phases.plan.plan", rehearse=lambda *_: Cost(1, 1, 1), _COSTS={}):
             return make_plan(drawn)
 
-    return blueprint.root, resolve
+    return model_setup.root, resolve
 
 
 def check_partition(root: nn.Module, plan: Plan, phase: PhasePlan) -> None:

@@ -14,7 +14,7 @@ from torch.optim import Optimizer
 from mtl.config import load_config
 from mtl.phases.plan import make_plan
 from mtl.phases.plan.rehearsal import Cost, rehearse
-from mtl.phases.setup import Blueprint, draw_up
+from mtl.phases.setup import ModelSetup, build_model_setup
 from runs import TINY, tiny_config
 
 OBJECT = {"object": TINY["tasks"]["object"]}
@@ -39,12 +39,12 @@ BY_HAND = {
 }
 
 
-def blueprint_of(folder: Path, device: str = "meta", **changes: Any) -> Blueprint:
+def model_setup_of(folder: Path, device: str = "meta", **changes: Any) -> ModelSetup:
     phases = changes.pop("phases", [{"name": "all", "epochs": 1}])
-    return draw_up(load_config(tiny_config(folder, phases=phases, **changes)), device)
+    return build_model_setup(load_config(tiny_config(folder, phases=phases, **changes)), device)
 
 
-def of_layers(blueprint: Blueprint, tasks: Iterable[str] | None = None) -> dict[str, int]:
+def of_layers(model_setup: ModelSetup, tasks: Iterable[str] | None = None) -> dict[str, int]:
     """By layer: the forward's operations on one image, from the shapes that a real forward passes on."""
     counted: dict[str, int] = {}
 
@@ -60,34 +60,33 @@ def of_layers(blueprint: Blueprint, tasks: Iterable[str] | None = None) -> dict[
 
         return count
 
-    layers = [(n, m) for n, m in blueprint.model.named_modules() if isinstance(m, nn.Conv2d | nn.Linear)]
+    layers = [(n, m) for n, m in model_setup.model.named_modules() if isinstance(m, nn.Conv2d | nn.Linear)]
     hooks = [module.register_forward_hook(counter(name)) for name, module in layers]
-    size = blueprint.config.data.image_size
-    blueprint.model.eval()
+    model_setup.model.eval()
     with torch.no_grad():
-        blueprint.model(torch.zeros(1, size, size, 3, dtype=torch.uint8), None if tasks is None else list(tasks))
+        model_setup.model(model_setup.model.example_inputs(1), None if tasks is None else list(tasks))
     for hook in hooks:
         hook.remove()
     return counted
 
 
 def cost_of(folder: Path, phase: dict[str, Any], device: str = "meta", **changes: Any) -> Cost:
-    blueprint = blueprint_of(folder, device, phases=[{"name": "a", "epochs": 1} | phase], **changes)
-    return rehearse(blueprint, blueprint.phases[0])
+    model_setup = model_setup_of(folder, device, phases=[{"name": "a", "epochs": 1} | phase], **changes)
+    return rehearse(model_setup, model_setup.phases[0])
 
 
 def test_the_hooks_of_these_tests_count_what_is_written_out_by_hand(tmp_path: Path) -> None:
-    assert of_layers(blueprint_of(tmp_path, "cpu", tasks=OBJECT, balance={})) == BY_HAND
+    assert of_layers(model_setup_of(tmp_path, "cpu", tasks=OBJECT, balance={})) == BY_HAND
 
 
-def of_enlarging(blueprint: Blueprint, tasks: Iterable[str]) -> int:
+def of_enlarging(model_setup: ModelSetup, tasks: Iterable[str]) -> int:
     """What it takes to enlarge the outputs of dense heads: a product for the rows, and one for the columns.
 
     Their backward costs as much: the matrices do not train.
     """
-    size = blueprint.config.data.image_size
+    size = model_setup.config.data.image_size
     coarse = size // 4
-    outputs = sum(blueprint.tasks[task].num_outputs for task in tasks if blueprint.tasks[task].output == "dense")
+    outputs = sum(model_setup.tasks[task].num_outputs for task in tasks if model_setup.tasks[task].output == "dense")
     return outputs * 2 * (size * coarse * coarse + size * coarse * size)
 
 
@@ -122,10 +121,10 @@ def test_forward_and_backward_equal_the_numbers_worked_out_by_hand(tmp_path: Pat
 
 @pytest.mark.parametrize("trunk", ["test_resnet", "tf_efficientnet_lite0", "test_convnext"])
 def test_all_heads_and_depthwise_convolutions_are_counted_with_their_groups(tmp_path: Path, trunk: str) -> None:
-    real = blueprint_of(tmp_path, "cpu", trunk={"name": trunk})
+    real = model_setup_of(tmp_path, "cpu", trunk={"name": trunk})
     layers = of_layers(real)
     assert trunk == "test_resnet" or any(isinstance(m, nn.Conv2d) and m.groups > 1 for m in real.model.modules())
-    cost = rehearse(blueprint_of(tmp_path, trunk={"name": trunk}), None)
+    cost = rehearse(model_setup_of(tmp_path, trunk={"name": trunk}), None)
     forward, stem = sum(layers.values()), next(iter(layers.values()))
     enlarging = of_enlarging(real, real.tasks)
     assert (cost.forward_flops, cost.optimizer_state) == (forward + enlarging, None)
@@ -134,7 +133,7 @@ def test_all_heads_and_depthwise_convolutions_are_counted_with_their_groups(tmp_
 
 
 def test_a_phase_of_one_task_pays_for_its_head_alone(tmp_path: Path) -> None:
-    real = blueprint_of(tmp_path, "cpu")
+    real = model_setup_of(tmp_path, "cpu")
     layers, enlarging = of_layers(real, ["depth"]), of_enlarging(real, ["depth"])
     assert {name.split(".")[1] for name in layers if name.startswith("heads.")} == {"depth"}
     cost = cost_of(tmp_path, {"tasks": ["depth"]})
@@ -148,8 +147,8 @@ def test_one_head_may_train_while_the_losses_of_frozen_heads_are_active(tmp_path
 
 
 def test_a_phase_that_only_evaluates_costs_a_forward_alone(tmp_path: Path) -> None:
-    blueprint = blueprint_of(tmp_path, phases=[{"name": "a", "evaluate_only": True}], tasks=OBJECT, balance={})
-    assert rehearse(blueprint, blueprint.phases[0]) == Cost(sum(BY_HAND.values()), 0, 0)
+    model_setup = model_setup_of(tmp_path, phases=[{"name": "a", "evaluate_only": True}], tasks=OBJECT, balance={})
+    assert rehearse(model_setup, model_setup.phases[0]) == Cost(sum(BY_HAND.values()), 0, 0)
 
 
 # What trains beside a frozen trunk: a weight of 96 x 10 and a bias of 10.
@@ -174,9 +173,9 @@ def test_optimizer_state_is_the_bytes_worked_out_by_hand(
 
 
 def test_optimizer_state_is_kept_of_every_parameter_that_trains(tmp_path: Path) -> None:
-    blueprint = blueprint_of(tmp_path, tasks=OBJECT, balance={})
-    parameters = list(blueprint.root.parameters())
-    state = rehearse(blueprint, blueprint.phases[0]).optimizer_state
+    model_setup = model_setup_of(tmp_path, tasks=OBJECT, balance={})
+    parameters = list(model_setup.root.parameters())
+    state = rehearse(model_setup, model_setup.phases[0]).optimizer_state
     assert state == 8 * sum(p.numel() for p in parameters) + 4 * len(parameters)
 
 
@@ -203,7 +202,7 @@ def test_the_state_of_an_optimizer_that_looks_at_values_is_unknown_on_meta_and_k
 @pytest.mark.parametrize("trunk", ["test_resnet", "test_convnext"])
 def test_rehearsals_on_meta_and_on_the_cpu_make_the_same_plan(tmp_path: Path, trunk: str) -> None:
     phases = [{"name": "a", "freeze": ["trunk"], "epochs": 1}, {"name": "b", "freeze": ["trunk@first:50%"], "steps": 2}]
-    on_meta, on_cpu = (blueprint_of(tmp_path, d, trunk={"name": trunk}, phases=phases) for d in ("meta", "cpu"))
+    on_meta, on_cpu = (model_setup_of(tmp_path, d, trunk={"name": trunk}, phases=phases) for d in ("meta", "cpu"))
     assert make_plan(on_meta, 2) == make_plan(on_cpu, 2)
 
 
@@ -214,7 +213,7 @@ ATTENTION = 6 * 2 * (2 * 5 * 5 * 64)
 @pytest.mark.parametrize("device", ["meta", "cpu"])
 def test_attention_is_counted_beside_the_layers(tmp_path: Path, device: str) -> None:
     changes: dict[str, Any] = {"trunk": {"name": "test_vit"}, "tasks": OBJECT, "balance": {}}
-    layers = of_layers(blueprint_of(tmp_path, "cpu", **changes))
+    layers = of_layers(model_setup_of(tmp_path, "cpu", **changes))
     cost = cost_of(tmp_path, {}, device, **changes)
     assert cost.forward_flops == sum(layers.values()) + ATTENTION
     assert cost.backward_flops == 2 * cost.forward_flops - layers["trunk.patch_embed.proj"]
@@ -227,20 +226,20 @@ def test_no_gradient_is_left_behind(tmp_path: Path, device: str) -> None:
         {"name": "b", "epochs": 1},
         {"name": "c", "evaluate_only": True},
     ]
-    blueprint = blueprint_of(tmp_path, device, phases=phases, tasks=OBJECT, balance={})
-    for phase in [None, *blueprint.phases]:
-        rehearse(blueprint, phase)
-        assert all(parameter.grad is None for parameter in blueprint.root.parameters())
+    model_setup = model_setup_of(tmp_path, device, phases=phases, tasks=OBJECT, balance={})
+    for phase in [None, *model_setup.phases]:
+        rehearse(model_setup, phase)
+        assert all(parameter.grad is None for parameter in model_setup.root.parameters())
 
 
 def test_the_phase_that_was_rehearsed_last_stays_enforced(tmp_path: Path) -> None:
-    blueprint = blueprint_of(tmp_path, phases=[{"name": "a", "freeze": ["trunk"], "epochs": 1}])
-    rehearse(blueprint, blueprint.phases[0])
-    assert {name.split(".")[0] for name, p in blueprint.root.named_parameters() if p.requires_grad} == {
+    model_setup = model_setup_of(tmp_path, phases=[{"name": "a", "freeze": ["trunk"], "epochs": 1}])
+    rehearse(model_setup, model_setup.phases[0])
+    assert {name.split(".")[0] for name, p in model_setup.root.named_parameters() if p.requires_grad} == {
         "heads",
         "balance",
     }
-    assert not any(module.training for module in blueprint.model.trunk.modules())
-    rehearse(blueprint, None)
-    assert all(parameter.requires_grad for parameter in blueprint.root.parameters())
-    assert all(module.training for module in blueprint.root.modules())
+    assert not any(module.training for module in model_setup.model.trunk.modules())
+    rehearse(model_setup, None)
+    assert all(parameter.requires_grad for parameter in model_setup.root.parameters())
+    assert all(module.training for module in model_setup.root.modules())

@@ -12,7 +12,7 @@ from hypothesis import strategies as st
 from mtl.cli import main
 from mtl.config import load_config
 from mtl.config.source import ConfigError
-from mtl.phases.setup import Blueprint, draw_up_without_weights
+from mtl.phases.setup import ModelSetup, build_meta_setup
 from runs import tiny_config
 
 ROOT = Path(__file__).parents[2]
@@ -28,10 +28,10 @@ HEAD = [
 BOTH = ["name: a, epochs: 2, lr: 1.0e-3", "name: b, epochs: 1, lr: {trunk: 1.0e-4, heads: 1.0e-3, balance: 1.0e-2}"]
 
 
-def drawn(phases: list[str], *below: str, overrides: tuple[str, ...] = ()) -> Blueprint:
+def drawn(phases: list[str], *below: str, overrides: tuple[str, ...] = ()) -> ModelSetup:
     """A run of these phases, on lines 7 and following, with top-level keys below them."""
     RUN.write_text("\n".join([*HEAD, *(f"  - {{{phase}}}" for phase in phases), *below]) + "\n")
-    return draw_up_without_weights(load_config(RUN, overrides))
+    return build_meta_setup(load_config(RUN, overrides))
 
 
 def warned(phases: list[str], *below: str, overrides: tuple[str, ...] = ()) -> list[str]:
@@ -46,7 +46,7 @@ def refused(phases: list[str], *below: str, overrides: tuple[str, ...]) -> list[
 
 @pytest.mark.parametrize("file", sorted((ROOT / "configs").glob("*.yaml")), ids=lambda file: file.name)
 def test_a_config_of_the_repository_writes_nothing_in_vain(file: Path) -> None:
-    assert draw_up_without_weights(load_config(file)).unread == []
+    assert build_meta_setup(load_config(file)).unread == []
 
 
 def _examples() -> list[str]:
@@ -67,7 +67,7 @@ def test_there_are_examples_of_overrides() -> None:
 @pytest.mark.parametrize("words", _examples())
 def test_an_example_of_ours_changes_what_it_says(words: str) -> None:
     file, *overrides = words.split() if words.startswith("configs") else ["configs/scenes.yaml", *words.split()]
-    assert draw_up_without_weights(load_config(ROOT / file, overrides)).unread == []
+    assert build_meta_setup(load_config(ROOT / file, overrides)).unread == []
 
 
 def test_the_command_line_is_refused_what_every_phase_outvotes_and_told_by_what() -> None:
@@ -165,7 +165,7 @@ def warned_of(phases: list[str], key: str, value: str) -> list[str]:
     """Warnings where a top-level key has this value on top of what it has."""
     Path("base.yaml").write_text("\n".join([*HEAD, *(f"  - {{{phase}}}" for phase in phases)]) + "\n")
     RUN.write_text(f"_base_: base.yaml\n{key}: {value}\n")
-    return draw_up_without_weights(load_config(RUN)).unread
+    return build_meta_setup(load_config(RUN)).unread
 
 
 @pytest.mark.parametrize(
@@ -221,9 +221,9 @@ def test_what_a_base_says_may_be_outvoted_by_the_file_and_defaults_may_be_writte
     base = "\n".join([*HEAD, "  - {name: a, epochs: 1}", "optim: {lr: 5.0e-3}", "cache: {ram_gb: 2.0}"])
     Path("base.yaml").write_text(base)
     RUN.write_text("_base_: base.yaml\nphases: [{name: a, epochs: 1, lr: 1, cache: off}]\noptim: {layer_decay: 1.0}\n")
-    assert draw_up_without_weights(load_config(RUN)).unread == []
+    assert build_meta_setup(load_config(RUN)).unread == []
     RUN.write_text("_base_: base.yaml\nphases: [{name: a, epochs: 1, lr: 1}]\noptim: {lr: 2}\n")
-    (said,) = draw_up_without_weights(load_config(RUN)).unread
+    (said,) = build_meta_setup(load_config(RUN)).unread
     assert said.startswith("run.yaml:3: optim.lr: no phase reads it: phases.a.lr (run.yaml:2) goes before it")
 
 

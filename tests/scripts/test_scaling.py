@@ -11,7 +11,7 @@ import timm
 
 from mtl.phases.plan import make_plan
 from mtl.phases.plan.records import FlopsPlan
-from mtl.phases.setup import draw_up_without_weights
+from mtl.phases.setup import build_meta_setup
 
 ROOT = Path(__file__).parents[2]
 sys.path.insert(0, str(ROOT / "scripts/bench"))
@@ -49,7 +49,7 @@ def test_ddp_reduces_four_bytes_of_each_parameter_that_trains(cases: list[costs.
 
 
 def test_what_a_device_sends_is_what_the_plan_says_for_so_many_processes(cases: list[costs.Case]) -> None:
-    plan = make_plan(draw_up_without_weights(costs.config_of(TRUNK, SIZE)), 8)
+    plan = make_plan(build_meta_setup(costs.config_of(TRUNK, SIZE)), 8)
     assert [case.ddp_sent(8) for case in cases] == [phase.sent_bytes for phase in plan.phases]
 
 

@@ -19,7 +19,7 @@ from mtl.config import ConfigError, load_config
 from mtl.distributed.world import World
 from mtl.optim.balance.gradient_weights import GradientWeighting
 from mtl.phases.plan import make_plan
-from mtl.phases.setup import draw_up_without_weights
+from mtl.phases.setup import build_meta_setup
 from mtl.training.nonfinite import NotFiniteError
 from mtl.training.resume import resumed_config
 from mtl.training.run import train
@@ -86,7 +86,7 @@ def test_two_processes_train_what_one_does_and_send_a_trunk_more_for_each_task(
     for phase in ranks[0]:
         assert phase["sent"] == phase["steps"] * phase["trainable"]
         assert phase["by_task"] == phase["steps"] * 4 * phase["trunk"]
-    plan = make_plan(draw_up_without_weights(load_config(tmp_path / "tiny.yaml")), world_size=2)
+    plan = make_plan(build_meta_setup(load_config(tmp_path / "tiny.yaml")), world_size=2)
     assert [phase.reduced_bytes for phase in plan.phases] == [
         (phase["sent"] + phase["by_task"]) // phase["steps"] for phase in ranks[0]
     ]
@@ -243,7 +243,7 @@ def test_accumulation_is_refused_where_gradients_are_balanced(tmp_path: Path) ->
     with pytest.raises(
         ConfigError, match=r"tiny\.yaml:\d+: optim\.accumulate: balance mgda weighs .* expected 1, got 2"
     ):
-        draw_up_without_weights(load_config(file))
+        build_meta_setup(load_config(file))
 
 
 @pytest.mark.parametrize("of_phase", [False, True])
@@ -278,8 +278,8 @@ def test_the_plan_counts_a_backward_for_each_task(tmp_path: Path) -> None:
         {"name": "frozen-sum", "freeze": ["trunk"], "steps": 1, "balance": "sum"},
     ]
     config = load_config(tiny_config(tmp_path, phases=phases))
-    plain, by_task, frozen, frozen_sum = make_plan(draw_up_without_weights(config)).phases
-    trunk = sum(p.nbytes for p in draw_up_without_weights(config).model.trunk.parameters())
+    plain, by_task, frozen, frozen_sum = make_plan(build_meta_setup(config)).phases
+    trunk = sum(p.nbytes for p in build_meta_setup(config).model.trunk.parameters())
     assert by_task.reduced_bytes == plain.reduced_bytes + 4 * trunk
     assert by_task.memory.gradients == plain.memory.gradients + 4 * trunk
     # The heads, which cost more than this trunk does, are gone back through once.

@@ -21,7 +21,7 @@ from mtl.config.difference import differences
 from mtl.config.source import ConfigError
 from mtl.model import build_trunk
 from mtl.phases.resolve import Phase
-from mtl.phases.setup import draw_up_without_weights
+from mtl.phases.setup import build_meta_setup
 from mtl.results.report import history_html
 from mtl.training.history import History, history_from
 from mtl.training.run import train
@@ -248,7 +248,7 @@ def test_the_changes_lead_from_the_first_configuration_to_the_last_one(
 @cache
 def resolved(text: str) -> list[Phase]:
     Path("resolved.yaml").write_text(text)
-    return draw_up_without_weights(load_config(Path("resolved.yaml"))).phases
+    return build_meta_setup(load_config(Path("resolved.yaml"))).phases
 
 
 def plain(config: RunConfig) -> dict[str, Any]:

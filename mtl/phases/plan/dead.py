@@ -1,16 +1,16 @@
-"""What cannot train in which phases of a run, told from its initial weights."""
+"""What cannot train in which phases of a run, found from its initial weights."""
 
 from __future__ import annotations
 
 from mtl.model.dead_branch import DeadBranch, find_dead_branch
-from mtl.phases.setup import Blueprint
+from mtl.phases.setup import ModelSetup
 
 
-def dead_branches(blueprint: Blueprint) -> dict[str, DeadBranch]:
+def dead_branches(model_setup: ModelSetup) -> dict[str, DeadBranch]:
     """Finds the parameters of each phase that cannot train, since a frozen tensor of zeros stands in their way.
 
     Args:
-        blueprint: A model with the weights that its first phase begins with, and its phases.
+        model_setup: A model with the weights that its first phase begins with, and its phases.
 
     Returns:
         What was found, by the names of the phases; those in which nothing is dead are left out.
@@ -18,14 +18,13 @@ def dead_branches(blueprint: Blueprint) -> dict[str, DeadBranch]:
     found: dict[str, DeadBranch] = {}
     looked: dict[tuple[object, ...], DeadBranch | None] = {}
     moved: frozenset[str] = frozenset()
-    for phase in blueprint.phases:
+    for phase in model_setup.phases:
         if phase.config.evaluate_only:
             continue
         trainable = frozenset(phase.freeze.plan.names.trainable)
         key = trainable, phase.tasks, moved
         if key not in looked:
-            size = blueprint.config.data.image_size
-            looked[key] = find_dead_branch(blueprint.model, size, phase.tasks, trainable, moved)
+            looked[key] = find_dead_branch(model_setup.model, phase.tasks, trainable, moved)
         if (branch := looked[key]) is not None:
             found[phase.name] = branch
         moved |= trainable

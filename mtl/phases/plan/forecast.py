@@ -1,4 +1,4 @@
-"""What a phase could keep of the trunk, told from shapes alone."""
+"""What a phase could keep of the trunk, found from shapes alone."""
 
 from __future__ import annotations
 
@@ -9,28 +9,25 @@ from mtl.freeze import enforce
 from mtl.model.prefix import Prefix, PrefixError
 from mtl.phases.plan.records import KeptPlan
 from mtl.phases.reuse import num_passes, num_views, why_not_kept
-from mtl.phases.setup import Blueprint
+from mtl.phases.setup import ModelSetup
 
 _NUM_IMAGES = 3
 
 
-def forecast(blueprint: Blueprint, index: int) -> KeptPlan:
+def forecast(model_setup: ModelSetup, index: int) -> KeptPlan:
     """What is computed once in a phase, if keeping pays there; whether it does is measured when the phase begins.
 
     Args:
-        blueprint: A model without weights, and its phases.
+        model_setup: A model without weights, and its phases.
         index: The phase's place.
     """
-    config, model, phase = blueprint.config, blueprint.model, blueprint.phases[index]
-    passes = num_passes(blueprint.phases[index:], 0) / num_views(config)
+    config, model, phase = model_setup.config, model_setup.model, model_setup.phases[index]
+    passes = num_passes(model_setup.phases[index:], 0) / num_views(config)
     if why_not := why_not_kept(config, phase, passes):
         return KeptPlan(why_not=why_not)
-    enforce(blueprint.root, phase.freeze.plan)
-    size = config.data.image_size
-    device = next(model.parameters()).device
-    blank = torch.zeros(_NUM_IMAGES, size, size, 3, dtype=torch.uint8, device=device)
+    enforce(model_setup.root, phase.freeze.plan)
     try:
-        prefix = Prefix.forecast(model.trunk, model.read, model.prepare(blank))
+        prefix = Prefix.forecast(model.trunk, model.read, model.prepare(model.example_inputs(_NUM_IMAGES)))
     except PrefixError as error:
         return KeptPlan(why_not=str(error))
     if why_not := model.why_not_cut(prefix, phase.tasks):

@@ -9,7 +9,7 @@ from typing import Any
 from mtl.config import RunConfig
 from mtl.config.source import dump_yaml
 from mtl.patterns.module_tree import depth_groups
-from mtl.phases.setup import build_trunk_without_weights
+from mtl.phases.setup import build_meta_trunk
 
 PhaseDict = dict[str, Any]
 
@@ -85,7 +85,7 @@ def generate_config(kind: str, config: RunConfig, command: Sequence[str], epochs
     Raises:
         ConfigError: The trunk cannot be built.
     """
-    num_groups = len(depth_groups(build_trunk_without_weights(config)))
+    num_groups = len(depth_groups(build_meta_trunk(config)))
     written = config.model_dump(mode="json", exclude_unset=True)
     written |= {"name": f"{config.name}-{kind}", "phases": generate_phases(kind, num_groups, [*config.tasks], epochs)}
     what = (SCHEDULES[kind].__doc__ or "").strip()

@@ -7,38 +7,37 @@ from dataclasses import replace
 from typing import Any
 
 from mtl.freeze import FreezePlan
-from mtl.phases.phase_length import length_in_words
 from mtl.phases.plan.dead import dead_branches
 from mtl.phases.plan.forecast import forecast
 from mtl.phases.plan.records import Claim, FlopsPlan, GroupPlan, MemoryPlan, PhasePlan, Plan, Side
 from mtl.phases.plan.rehearsal import Cost, rehearse
 from mtl.phases.resolve import Phase
-from mtl.phases.setup import Blueprint, draw_up
+from mtl.phases.setup import ModelSetup, build_model_setup
 from mtl.runtime.text import condense
 
 # Larger models are not made with their weights for the sake of a plan.
 _MOST_BYTES = 10**9
 
 
-def make_plan(blueprint: Blueprint, world_size: int = 1, with_forecast: bool = False) -> Plan:
+def make_plan(model_setup: ModelSetup, world_size: int = 1, with_forecast: bool = False) -> Plan:
     """Finds out what every phase freezes, trains and costs.
 
-    The blueprint's model is used for a rehearsal of every phase: it is to be one without weights.
+    Its model is used for a rehearsal of every phase: it is to be one without weights.
 
     Args:
-        blueprint: A run's model and phases.
+        model_setup: A run's model and phases.
         world_size: Processes among which gradients are reduced.
-        with_forecast: Whether to tell what each phase could keep of the trunk, and what in it cannot train, too.
+        with_forecast: Whether to find out as well what each phase could keep of the trunk, and what cannot train.
     """
-    planner = _Planner(blueprint, world_size)
+    planner = _Planner(model_setup, world_size)
     phases = planner.phases()
     if with_forecast:
-        phases = [replace(phase, kept=forecast(blueprint, index)) for index, phase in enumerate(phases)]
+        phases = [replace(phase, kept=forecast(model_setup, index)) for index, phase in enumerate(phases)]
         # Initial values are known without reading any file if there are no trained weights to begin with.
-        if blueprint.config.trunk.weights == "none" and planner.weights <= _MOST_BYTES:
-            dead = dead_branches(draw_up(blueprint.config))
+        if model_setup.config.trunk.weights == "none" and planner.weights <= _MOST_BYTES:
+            dead = dead_branches(build_model_setup(model_setup.config))
             phases = [replace(phase, dead=dead.get(phase.name)) for phase in phases]
-    return Plan(blueprint.config.trunk.name, world_size, tuple(planner.parameters), tuple(phases))
+    return Plan(model_setup.config.trunk.name, world_size, tuple(planner.parameters), tuple(phases))
 
 
 # What has been rehearsed in this process: phases that freeze and train the same parts of the same model cost the same.
@@ -46,10 +45,10 @@ _COSTS: dict[tuple[object, ...], Cost] = {}
 
 
 class _Planner:
-    def __init__(self, blueprint: Blueprint, world_size: int) -> None:
-        self.blueprint = blueprint
+    def __init__(self, model_setup: ModelSetup, world_size: int) -> None:
+        self.model_setup = model_setup
         self.world_size = world_size
-        root = blueprint.root
+        root = model_setup.root
         self.parameters = dict(root.named_parameters())
         self.every_name = [name for name, _ in root.named_parameters(remove_duplicate=False)]
         self.every_module = [name for name, _ in root.named_modules(remove_duplicate=False) if name]
@@ -59,7 +58,7 @@ class _Planner:
     def phases(self) -> list[PhasePlan]:
         plans: list[PhasePlan] = []
         before: Phase | None = None
-        for phase in self.blueprint.phases:
+        for phase in self.model_setup.phases:
             plans.append(self.phase(phase, before))
             # An evaluation freezes everything, but nothing is thawed by it.
             before = before if phase.config.evaluate_only else phase
@@ -76,17 +75,17 @@ class _Planner:
         # A method that weighs gradients has those of the trunk once more for each task.
         of_trunk = self.side([name for name in reached.names if name.startswith("trunk.")])
         by_task = len(phase.tasks) * of_trunk.bytes if phase.balances_gradients else 0
-        average = 0 if self.blueprint.config.optim.ema_decay is None else trains.bytes
+        average = 0 if self.model_setup.config.optim.ema_decay is None else trains.bytes
         reduced = reached.bytes + by_task
         return PhasePlan(
             name=phase.name,
-            length=length_in_words(phase.config, phase.num_steps),
+            length=phase.length.describe(phase.num_steps),
             num_steps=phase.num_steps,
             batch_size=phase.batch_size,
             tasks=phase.tasks,
             optimizer=None if phase.config.evaluate_only else phase.optim.optimizer.name,
             lr_schedule=_settings(phase.optim.lr_schedule.model_dump(exclude_none=True), "name"),
-            balance=_settings((phase.config.balance or self.blueprint.config.balance).model_dump(), "method"),
+            balance=_settings((phase.config.balance or self.model_setup.config.balance).model_dump(), "method"),
             optimizer_state=phase.config.optimizer_state,
             restore=None if phase.restore is None else phase.restore[0],
             freeze=tuple(pattern.text for pattern in phase.freeze.written if pattern.key != "train"),
@@ -146,7 +145,7 @@ class _Planner:
 
     def cost(self, phase: Phase | None) -> Cost:
         """What a phase costs; None stands for one in which nothing is frozen."""
-        config = self.blueprint.config
+        config = self.model_setup.config
         model = config.model_dump_json(include={"trunk", "tasks", "memory_format"})
         key: tuple[object, ...] = (model, config.data.image_size)
         if phase is not None:
@@ -154,11 +153,11 @@ class _Planner:
             stepped = sum(p.numel() for group in phase.groups for p in group["params"])
             key = (*key, phase.freeze.plan.names.frozen, phase.tasks, phase.balances_gradients, optimizer, stepped)
         if key not in _COSTS:
-            _COSTS[key] = rehearse(self.blueprint, phase)
+            _COSTS[key] = rehearse(self.model_setup, phase)
         return _COSTS[key]
 
 
 def _settings(values: dict[str, Any], name: str) -> str:
-    """A name, and what is set beside it."""
+    """A name, and what is set with it."""
     others = [f"{key} {value}" for key, value in values.items() if key != name and value]
     return f"{values[name]}" + (f" ({', '.join(others)})" if others else "")

@@ -35,7 +35,7 @@ class Claim:
         key: Where it was written: `freeze`, `train`, `freeze_always` or `NOT_TRAIN_IN_MULTI_TASK`.
         pattern: The pattern.
         parameters: Parameter tensors.
-        buffers: Buffers that it names; a buffer beside frozen parameters is frozen with them without being named.
+        buffers: Buffers that it names; a buffer next to frozen parameters is frozen with them without being named.
     """
 
     key: str
@@ -79,7 +79,7 @@ class FlopsPlan:
         forward: Of the phase's forward.
         backward: Of its backward.
         forward_of_all: If nothing were frozen and all tasks were active.
-        backward_of_all: Likewise.
+        backward_of_all: The backward of the same.
     """
 
     forward: int
@@ -122,10 +122,10 @@ class PhasePlan:
         batch_size: Images in one batch.
         tasks: The tasks whose losses are active.
         optimizer: What steps the parameters; None in a phase that only evaluates.
-        lr_schedule: Course of the rate, with its settings.
+        lr_schedule: The learning-rate schedule, with its settings.
         balance: How the losses become one.
-        optimizer_state: Whether moments are kept or reset.
-        restore: The metric by which it goes back to the best weights; None if it goes on from the last ones.
+        optimizer_state: Whether it is kept or reset.
+        restore: The metric by which it goes back to the best weights; None if it continues with the last ones.
         freeze: The user's patterns of what is frozen.
         train: Or of what trains, everything else being frozen.
         claims: What each of them decided.

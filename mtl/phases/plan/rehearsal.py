@@ -12,10 +12,10 @@ from torch import Tensor
 from torch.nn.attention import SDPBackend, sdpa_kernel
 from torch.utils.flop_counter import FlopCounterMode
 
-from mtl.freeze import enforce, is_frozen, plan_freeze
+from mtl.freeze import enforce, plan_freeze
 from mtl.optim.optimizers import build_optimizer, held_by
 from mtl.phases.resolve import Phase
-from mtl.phases.setup import Blueprint
+from mtl.phases.setup import ModelSetup
 from mtl.runtime.console import first_line
 
 # BatchNorm cannot train on one image.
@@ -37,31 +37,27 @@ class Cost:
     optimizer_state: int | None
 
 
-def rehearse(blueprint: Blueprint, phase: Phase | None) -> Cost:
+def rehearse(model_setup: ModelSetup, phase: Phase | None) -> Cost:
     """Runs one step of a phase on blank images, and leaves the model with the phase's freeze enforced.
 
     On the meta device, where the model should be, nothing is computed.
 
     Args:
-        blueprint: A model and its phases.
+        model_setup: A model and its phases.
         phase: The phase; if None, nothing is frozen, all tasks are active, and nothing is stepped.
     """
-    model, root = blueprint.model, blueprint.root
-    plan = plan_freeze(root, blueprint.fixed) if phase is None else phase.freeze.plan
+    model, root = model_setup.model, model_setup.root
+    plan = plan_freeze(root, model_setup.fixed) if phase is None else phase.freeze.plan
     enforce(root, plan)
-    model.trunk_is_frozen = is_frozen(plan, "trunk")
-    size = blueprint.config.data.image_size
-    device = next(model.parameters()).device
-    blank = torch.zeros(_NUM_IMAGES, size, size, 3, dtype=torch.uint8, device=device)
     evaluates = phase is not None and phase.config.evaluate_only
     # On a CPU, torch counts no attention that is computed in one piece.
     with _counter() as forward, torch.set_grad_enabled(not evaluates), sdpa_kernel(SDPBackend.MATH):
         try:
-            outputs = model(blank, None if phase is None else phase.tasks)
+            outputs = model(model.example_inputs(_NUM_IMAGES), None if phase is None else phase.tasks)
         except (RuntimeError, ValueError, AssertionError, IndexError, TypeError) as error:
             # It was run in eval mode before: this is what its options do in training.
-            key = ("trunk", "options") if blueprint.config.trunk.options else ("trunk", "name")
-            raise blueprint.config.mistake(
+            key = ("trunk", "options") if model_setup.config.trunk.options else ("trunk", "name")
+            raise model_setup.config.mistake(
                 key, f"the model cannot be run in train mode: {first_line(error)}"
             ) from error
     with _counter() as backward:
@@ -71,7 +67,7 @@ def rehearse(blueprint: Blueprint, phase: Phase | None) -> Cost:
             apart = phase is not None and phase.balances_gradients
             for each in [[one] for one in sums] if apart else [sums]:
                 torch.autograd.backward(each, retain_graph=apart)
-    state = None if phase is None else 0 if evaluates else _optimizer_state(blueprint, phase)
+    state = None if phase is None else 0 if evaluates else _optimizer_state(model_setup, phase)
     for parameter in root.parameters():
         parameter.grad = None
     return Cost(forward.get_total_flops() // _NUM_IMAGES, backward.get_total_flops() // _NUM_IMAGES, state)
@@ -98,9 +94,9 @@ def _convolution_backward(
     return flops * (int(wanted[0]) + int(wanted[1]))
 
 
-def _optimizer_state(blueprint: Blueprint, phase: Phase) -> int | None:
+def _optimizer_state(model_setup: ModelSetup, phase: Phase) -> int | None:
     optimizer = build_optimizer(phase.optim.optimizer, phase.groups)
-    unreached = {id(blueprint.root.get_parameter(name)) for name in phase.freeze.unreached}
+    unreached = {id(model_setup.root.get_parameter(name)) for name in phase.freeze.unreached}
     for parameter in held_by(optimizer):
         parameter.grad = None if id(parameter) in unreached else torch.zeros_like(parameter)
     try:

@@ -109,7 +109,6 @@ def _freeze_as_tutorials_do(model: nn.Module, frozen: Iterable[str]) -> None:
 
 def _rest(model: nn.Module) -> None:
     """Puts modules of frozen parameters in eval mode, since the loops shall all compute the same."""
-    model.trunk_is_frozen = False  # type: ignore[assignment]
     for module in model.modules():
         module.__dict__.pop("train", None)
     model.train()

@@ -9,7 +9,7 @@ from typing import Any
 
 from mtl.model.dead_branch import DeadBranch
 from mtl.phases.active_tasks import active_tasks
-from mtl.phases.phase_length import SCORE
+from mtl.phases.metrics import SCORE
 from mtl.phases.plan.dead import dead_branches
 from mtl.phases.resolve import Phase
 from mtl.runtime.console import logger

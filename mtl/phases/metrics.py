@@ -1,0 +1,40 @@
+"""The metrics of a run, which conditions, schedules and `restore` may name."""
+
+from __future__ import annotations
+
+from collections.abc import Mapping
+
+from mtl.config import RunConfig
+from mtl.config.source import KeyPath
+from mtl.runtime.best import Direction
+from mtl.runtime.text import hint
+from mtl.tasks import Task
+
+SCORE = "val/score"
+
+
+class RunMetrics:
+    """The metrics of a run by name, and which of their values are better."""
+
+    def __init__(self, config: RunConfig, tasks: Mapping[str, Task]) -> None:
+        self._config = config
+        self._directions: dict[str, Direction | None] = {SCORE: "higher", "train/loss": "lower"}
+        for name, task in tasks.items():
+            for metric in task.metrics().compute():
+                known: Direction = "higher" if task.goal.higher_is_better else "lower"
+                self._directions[f"val/{name}/{metric}"] = known if metric == task.goal.metric else None
+
+    def direction(self, metric: str, said: Direction | None, path: KeyPath, key: str = "metric") -> Direction:
+        """Which values of a metric are better: what the user said, else what is known.
+
+        Raises:
+            ConfigError: There is no such metric, or nobody says.
+        """
+        if metric not in self._directions:
+            there = f"there are: {', '.join(self._directions)}"
+            raise self._config.mistake((*path, key), f"no metric {metric!r}{hint(metric, self._directions)}; {there}")
+        direction = said or self._directions[metric]
+        if direction is None:
+            message = f"expected higher or lower: which values of {metric} are better"
+            raise self._config.mistake((*path, "direction"), message)
+        return direction
