@@ -28,7 +28,7 @@ from runs import read_model, tiny_parts
 def finished(tmp_path_factory: pytest.TempPathFactory, cache_dir: Path) -> Path:
     with pytest.MonkeyPatch.context() as patch:
         patch.setenv("MTL_CACHE_DIR", str(cache_dir))
-        patch.setattr("mtl.checkpoint.Checkpoints._prune", lambda _: None)
+        patch.setattr("mtl.checkpoint.folder.Checkpoints._prune", lambda _: None)
         folder = tmp_path_factory.mktemp("cold")
         return train(tiny_parts(folder, optim={"ema_decay": 0.5}), quiet=True).run_dir
 
