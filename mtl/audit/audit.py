@@ -13,7 +13,7 @@ from torch.optim import Optimizer
 from mtl.audit.epochs import Patterns
 from mtl.audit.policy import Policy, Reporter
 from mtl.audit.report import Finding, PhaseRecord, Report
-from mtl.audit.watch.contract import Subject
+from mtl.audit.watch.contract import AuditTarget
 from mtl.audit.watch.hooks import Hooks
 from mtl.audit.watch.optimizers import HoldsParameters, checked, optimizers_inside, without
 from mtl.audit.watch.phase import PhaseWatch
@@ -63,7 +63,7 @@ class GradientAudit:
         """
         self._reporter = Reporter(policy, strict)
         self.report = Report()
-        self._target = Subject(model, dict(also or {}), ema)
+        self._target = AuditTarget(model, dict(also or {}), ema)
         self._freeze, self._full_digests = as_list(freeze), whole
         self._optimizers, self._attached = checked(optimizers), list[Optimizer]()
         self._open: PhaseWatch | None = None

@@ -11,7 +11,7 @@ from mtl.audit.audit import GradientAudit
 from mtl.audit.epochs import EpochFreeze, EpochSpan, FreezeByEpoch, Patterns
 from mtl.audit.policy import Policy
 from mtl.audit.report import Report
-from mtl.audit.watch.contract import Subject, build_contract
+from mtl.audit.watch.contract import AuditTarget, build_contract
 from mtl.audit.watch.optimizers import HoldsParameters
 
 
@@ -67,7 +67,7 @@ class FitAudit:
         # One report for all trainings, also if this one's contract is broken from the start.
         self._audit.report = self.report
         for span in self._freeze.spans if self._freeze.varies else ():
-            build_contract(Subject(model, {}, None), span.freeze)
+            build_contract(AuditTarget(model, {}, None), span.freeze)
         if not self._freeze.varies:
             self._begin(self._freeze.at(0), optimizers)
 

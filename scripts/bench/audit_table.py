@@ -21,7 +21,7 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from mtl.audit.watch.contract import Subject
+from mtl.audit.watch.contract import AuditTarget
 from mtl.patterns import select
 
 sys.path.insert(0, str(Path(__file__).resolve().parents[2] / "tests/audit"))
@@ -124,7 +124,7 @@ def declared(scene: Scene, freeze: Sequence[str]) -> tuple[Named, Named]:
     """The parameters that were meant to be frozen, and all others, as far as `named_parameters` sees them."""
     if any("[" in pattern for pattern in freeze):
         raise NotRunnable("rows of a tensor")
-    places = Subject(scene.model, scene.also, None).inventory().places
+    places = AuditTarget(scene.model, scene.also, None).inventory().places
     names = set(select(freeze, [place.name for place in places]).names) if freeze else set()
     visible = [
         (place.name, tensor)

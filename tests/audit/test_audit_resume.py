@@ -283,7 +283,7 @@ def test_a_change_that_may_have_come_before_the_stop_is_not_put_down_to_it_alone
     audit, _, _ = resumed(state, tensors)
     record = audit.begin("frozen")
     [violation] = record.violations
-    assert violation.cause.startswith("it was changed while the run was stopped, or shortly before that, unseen;")
+    assert violation.cause.startswith("it was changed while the run was stopped, or unobserved shortly before;")
 
 
 def test_a_change_that_was_recorded_before_the_stop_is_not_recorded_again() -> None:

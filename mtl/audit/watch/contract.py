@@ -17,7 +17,7 @@ from mtl.runtime.text import parents
 
 
 @dataclass(frozen=True)
-class Subject:
+class AuditTarget:
     """The audited modules.
 
     Attributes:
@@ -74,7 +74,7 @@ class Contract:
         return [self.modules[path] for path in parents(f"{place.module_name}.{place.key}") if path in self.modules]
 
 
-def build_contract(target: Subject, patterns: Sequence[PatternLike]) -> Contract:
+def build_contract(target: AuditTarget, patterns: Sequence[PatternLike]) -> Contract:
     """Resolves patterns against every tensor: parameters, buffers (persistent or not), plain attributes.
 
     Tensors in Python lists and dictionaries belong to the contract too, if they are frozen.

@@ -11,7 +11,7 @@ from torch.optim import Optimizer
 from mtl.audit.report import Finding, PhaseRecord
 from mtl.audit.watch import causes
 from mtl.audit.watch.constancy import Constancy
-from mtl.audit.watch.contract import Contract, ModuleLinks, Subject, build_contract, shared_memory
+from mtl.audit.watch.contract import AuditTarget, Contract, ModuleLinks, build_contract, shared_memory
 from mtl.audit.watch.findings import FindingBuilder
 from mtl.audit.watch.frozen_bytes import ByteWatch
 from mtl.audit.watch.frozen_tensor import FrozenTensor
@@ -45,7 +45,7 @@ class PhaseWatch:
     def __init__(
         self,
         name: str,
-        target: Subject,
+        target: AuditTarget,
         patterns: Sequence[PatternLike],
         idle: Sequence[PatternLike],
         optimizers: Sequence[HoldsParameters],
