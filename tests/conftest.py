@@ -30,6 +30,8 @@ def _own_surroundings(monkeypatch: pytest.MonkeyPatch, tmp_path: Path, cache_dir
     monkeypatch.setenv("MTL_CACHE_DIR", str(cache_dir))
     monkeypatch.delenv("WANDB_MODE", raising=False)
     monkeypatch.delenv("WANDB_API_KEY", raising=False)
+    # What is printed is not wrapped to the width of whoever runs the tests.
+    monkeypatch.delenv("COLUMNS", raising=False)
     # wandb's own process may be long in coming where others want the processor, too.
     monkeypatch.setenv("WANDB_X_SERVICE_WAIT", "300")
     torch.manual_seed(0)

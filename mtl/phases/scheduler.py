@@ -153,11 +153,8 @@ class TaskScheduler:
         bests = list(seen.bests.values())
         if len(plateaus) != len(bests) or latest.keys() != seen.latest.keys():
             return False
-        try:
-            for best, saved in zip(bests, plateaus, strict=True):
-                best.load_state_dict(saved)
-        except ValueError:
-            return False
+        for best, saved in zip(bests, plateaus, strict=True):
+            best.load_state_dict(saved)
         seen.epochs, seen.steps, seen.seconds = state["epochs"], state["steps"], state["seconds"]
         seen.latest.update(latest)
         counts = (seen.epochs, seen.steps, seen.seconds)

@@ -28,7 +28,7 @@ def test_with_one_process_every_method_returns_its_argument() -> None:
     world.start(torch.device("cpu"))
     assert not torch.distributed.is_initialized()
     assert world.shares(indices := torch.arange(3))[0].equal(indices)
-    assert world.all_reduce_flags(True, False, 2.5) == Flags(stop=True, broken=False, seconds=2.5)
+    assert world.all_reduce_flags(True, False, 2.5) == Flags(True, False, 2.5)
     assert world.global_losses(losses) is losses
     assert not world.mean(losses).requires_grad
     assert world.broadcast(value := object()) is value

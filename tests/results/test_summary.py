@@ -7,6 +7,7 @@ from pathlib import Path
 
 import pytest
 
+from mtl.audit import Report
 from mtl.results.summary import closing_line, results_table
 from mtl.training.evaluate import Scores
 from mtl.training.result import RunResult
@@ -19,7 +20,7 @@ MAIN = {"segmentation": "miou", "depth": "rmse"}
 
 
 def outcome(*phases: str) -> RunResult:
-    return RunResult(Path("runs/x"), TRIVIAL, dict.fromkeys(phases, TRIVIAL))
+    return RunResult(Path("runs/x"), TRIVIAL, dict.fromkeys(phases, TRIVIAL), Report(), math.nan, 0, 0.0)
 
 
 @pytest.mark.parametrize("width", [None, 100])

@@ -125,7 +125,9 @@ def test_a_report_that_does_not_fit_on_the_disk_is_said_and_costs_nothing(
     monkeypatch.setattr("mtl.results.report.write_text", full)
     assert main(["train", str(tiny_config(tmp_path, phases=[{"name": "a", "steps": 1}])), "-q"]) == 0
     said = capsys.readouterr()
-    assert f"report.html cannot be written (No space left on device); later: mtl report {tmp_path}" in said.out
+    assert (
+        f"report.html cannot be written (No space left on device); to write it later: mtl report {tmp_path}" in said.out
+    )
     assert said.err == ""
 
 

@@ -368,7 +368,7 @@ def test_on_a_gpu_kept_features_are_read_without_waiting_for_it(index: int, tmp_
             seen.append(parts.model.encode(batch.images).pooled)
 
     with torch.backends.cudnn.flags(deterministic=True, benchmark=False):
-        first_epoch(trainer, 0, read)
+        first_epoch(trainer, read)
     torch.testing.assert_close(seen[0], seen[1], rtol=1e-2, atol=1e-3)
 
 

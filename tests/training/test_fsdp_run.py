@@ -92,7 +92,7 @@ def test_norm_layers_that_train_have_the_same_statistics_in_all_processes(tmp_pa
 @pytest.mark.parametrize(
     ("setting", "why"),
     [
-        ("memory_format=channels_last", "it spreads contiguous tensors only; expected contiguous, got channels_last"),
+        ("memory_format=channels_last", "it shards contiguous tensors only; expected contiguous, got channels_last"),
         ("precision=fp16", "losses are not scaled for sharded gradients; expected fp32 or bf16, got fp16"),
         ("compile=true", "compiled code does not gather shards; expected false, got True"),
     ],
