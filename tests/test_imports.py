@@ -26,6 +26,17 @@ FLOORS = [
     ["cli"],
 ]
 FLOOR_OF = {room: number for number, rooms in enumerate(FLOORS) for room in rooms}
+# Within the room of a run, the lowest first: a file or package imports from rows above its own only.
+TRAINING = [
+    ["evaluate", "history", "nonfinite", "autotune", "best_checkpoints", "run_dir", "step_sync"],
+    ["setup", "result"],
+    ["resume", "tracking", "features"],
+    ["state", "step", "validate"],
+    ["phase"],
+    ["checkpoints"],
+    ["loop"],
+    ["run"],
+]
 # The names that `import mtl` offers from all floors, and `python -m mtl`: nothing in the house imports them.
 FLOOR_OF |= {"mtl": len(FLOORS), "__main__": len(FLOORS)}
 HEAVY = {"torch", "torchvision", "torchjd", "timm", "wandb", "numpy"}
@@ -115,6 +126,20 @@ def test_the_house_can_be_seen_at_once() -> None:
 
 def test_imports_point_strictly_downward() -> None:
     assert wrong_imports(HOUSE) == []
+
+
+def test_a_run_reads_from_its_parts_up_to_its_loop() -> None:
+    row_of = {name: number for number, names in enumerate(TRAINING) for name in names}
+    inside = {module.split(".")[2] for module in HOUSE if module.startswith("mtl.training.")}
+    assert inside == row_of.keys()
+    wrong = [
+        f"{module} imports {other}"
+        for module, others in HOUSE.items()
+        for other in others
+        if module.startswith("mtl.training.") and other.startswith("mtl.training.")
+        if (above := module.split(".")[2]) != (below := other.split(".")[2]) and row_of[below] >= row_of[above]
+    ]
+    assert wrong == []
 
 
 def test_no_modules_import_each_other_in_a_circle() -> None:

@@ -44,7 +44,8 @@ def test_80_columns_show_the_main_metrics_and_where_the_others_are() -> None:
         "depth         rmse     1.7904  1.7904  1.7904",
         "(only main metrics; all: metrics.jsonl)",
     ]
-    only = RunResult(Path("runs/x"), {"object": {"accuracy": 0.1}}, {"a": {"object": {"accuracy": 0.5}}})
+    only = outcome()
+    only.trivial, only.scores = {"object": {"accuracy": 0.1}}, {"a": {"object": {"accuracy": 0.5}}}
     assert "(" not in results_table(only, {"object": "accuracy"}, 80)
 
 
