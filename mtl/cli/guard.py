@@ -89,7 +89,7 @@ def _open_closed_streams() -> None:
 
 def _explain(error: Exception, attempt: Attempt) -> int | None:
     """Says what a known error means, and how it goes on; its exit code, or None for any other."""
-    from mtl.config.source import ConfigError
+    from mtl.config import ConfigError
     from mtl.runtime.console import OutputError, drop
 
     if isinstance(error, ConfigError):

@@ -1,4 +1,4 @@
-"""The configuration of what is kept of a frozen trunk."""
+"""The `cache` component of a configuration."""
 
 from __future__ import annotations
 
@@ -18,16 +18,16 @@ CacheMode = Annotated[Literal["auto", "off", "ram", "disk"], BeforeValidator(_of
 
 
 class CacheConfig(Strict):
-    """Whether and where the activations of a frozen trunk, or of the frozen first part of one, are kept.
+    """Whether and where the activations of a frozen trunk, or of the frozen first part of one, are stored.
 
     Attributes:
         mode: `ram`, `disk`, `off`, or `auto`: where they fit, if it saves time.
-        dtype: The type in which they are kept; `float32` keeps what was computed to the bit, the others halve it.
-        views: For images that are augmented: so many views of each are kept and taken in turn, in place of a new one
-            in every epoch.
-        ram_gb: Memory that all kept activations of the run may take, in 10^9 bytes.
-        disk_gb: Room that the kept activations of all runs may take on disk.
-        dir: Where they are kept on disk; `features` in the data cache's folder if not given.
+        dtype: The type in which they are stored; `float32` is bit-exact, the others take half the space.
+        views: For augmented images: how many views of each image are stored and used in turn, instead of a new view in
+            every epoch.
+        ram_gb: The most memory for stored activations of the run, in 10^9 bytes.
+        disk_gb: The most disk space for stored activations of all runs, in 10^9 bytes.
+        dir: Where they are stored on disk; `features` in the data cache's folder if not given.
     """
 
     mode: CacheMode = "auto"

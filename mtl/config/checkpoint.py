@@ -1,4 +1,4 @@
-"""The configuration of what is kept of a run so that it can go on."""
+"""The `checkpoint` component of a configuration."""
 
 from __future__ import annotations
 
@@ -6,13 +6,13 @@ from mtl.config.types import Count, NotNegative, Strict
 
 
 class CheckpointConfig(Strict):
-    """When the whole state of a run is written, besides after every validation.
+    """When the state of a run is saved, besides after every validation.
 
     Attributes:
-        every_minutes: Inside an epoch, whenever so much time has passed since the last time; 0 for never.
-        every_steps: Inside an epoch, after every so many steps of the run.
-        keep_every_epochs: The checkpoint after every so many epochs is kept for good; of the others only the last ones
-            and the best ones are.
+        every_minutes: Minutes between two checkpoints inside an epoch; 0 for none.
+        every_steps: Steps of the run between two checkpoints inside an epoch.
+        keep_every_epochs: Every N-th epoch's checkpoint is kept permanently; of the others only the last ones and the
+            best ones are kept.
     """
 
     every_minutes: NotNegative = 10.0

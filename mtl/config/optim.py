@@ -1,4 +1,4 @@
-"""The configuration of what steps parameters: optimizer, rates, decay, and how the tasks' losses are balanced."""
+"""The `optim` and `balance` components: optimizer, rates, decay, and how the tasks' losses are balanced."""
 
 from __future__ import annotations
 
@@ -42,7 +42,7 @@ class BalanceConfig(Strict):
 
 
 class OptimizerConfig(Strict):
-    """What steps the parameters.
+    """The optimizer.
 
     Attributes:
         name: An optimizer of torch, such as `sgd`, `adam`, `adamw`; or your own, as `package.module:Name`.
@@ -53,33 +53,33 @@ class OptimizerConfig(Strict):
     options: dict[str, Any] = {}
 
 
-class _Course(Strict):
+class _WithWarmup(Strict):
     """Attributes:
-    warmup_steps: Steps in which the rate climbs in equal parts to its peak; the rest of the course follows.
+    warmup_steps: Steps in which the rate rises linearly to its peak; the schedule proper covers the steps after them.
     """
 
     warmup_steps: Annotated[int, Field(ge=0)] = 0
 
 
-class ConstantConfig(_Course):
+class ConstantConfig(_WithWarmup):
     """Stays at the peak."""
 
     name: Literal["constant"]
 
 
-class CosineConfig(_Course):
+class CosineConfig(_WithWarmup):
     """Falls from the peak to 0 over the phase, along half a cosine (Loshchilov and Hutter, arXiv 1608.03983)."""
 
     name: Literal["cosine"]
 
 
-class LinearConfig(_Course):
-    """Falls from the peak to 0 over the phase, in equal parts."""
+class LinearConfig(_WithWarmup):
+    """Falls linearly from the peak to 0 over the phase."""
 
     name: Literal["linear"]
 
 
-class StepConfig(_Course):
+class StepConfig(_WithWarmup):
     """Falls by a factor every few epochs.
 
     Attributes:
@@ -92,7 +92,7 @@ class StepConfig(_Course):
     factor: Annotated[float, Field(gt=0, lt=1)] = 0.1
 
 
-class PlateauConfig(_Course):
+class PlateauConfig(_WithWarmup):
     """Falls by a factor when a metric has had no new best for some epochs.
 
     Attributes:
@@ -128,19 +128,20 @@ class OptimConfig(Strict):
     """How parameters are stepped; a phase may set its own `optimizer`, rates, decay and schedule.
 
     Attributes:
-        optimizer: What steps them: a name, or name and options.
+        optimizer: The optimizer: a name, or name and options.
         lr: Peak learning rate, or pattern -> rate.
-        lr_scale: Every peak rate of every phase is multiplied by it, that of a balancing method's weights too; not what
-            a method has among its own options (`famo`).
+        lr_scale: Multiplies every peak rate of every phase, including that of a balancing method's weights; not a rate
+            among a method's own options (`famo`).
         layer_decay: The trunk's rates shrink by this factor from one depth group to the one below it; the topmost group
             already has the factor once (BEiT, arXiv 2106.08254).
-        weight_decay: Decay of weights, or pattern -> decay. Biases, norms, other vectors, and what the trunk itself
-            excepts (position embeddings) are never decayed.
-        lr_schedule: Course of the rate over one phase: `constant`, `cosine`, `linear`, `step`, `plateau`, `one-cycle`.
-        clip_norm: Gradients of what trains are scaled down to this norm, taken over all of them.
+        weight_decay: Decay of weights, or pattern -> decay. Biases, norms, other vectors, and parameters that the trunk
+            itself excludes (position embeddings) are never decayed.
+        lr_schedule: The learning-rate schedule of one phase: `constant`, `cosine`, `linear`, `step`, `plateau` or
+            `one-cycle`.
+        clip_norm: The norm over all trainable parameters to which larger gradients are scaled down.
         accumulate: Batches whose gradients are averaged into one step.
-        ema_decay: If given, weights are judged and kept as exponential moving averages over the steps, each of which
-            leaves this share of the average; only what trains is averaged.
+        ema_decay: If given, exponential moving averages of the trainable parameters are validated and saved in place of
+            the parameters; each step keeps this share of the average.
     """
 
     optimizer: Annotated[OptimizerConfig, word_for("name")] = OptimizerConfig()

@@ -1,4 +1,4 @@
-"""The model: a shared timm trunk, one head per task, and where the trunk's weights come from."""
+"""The model: a shared timm trunk, one head per task, and the trunk's initial weights."""
 
 from mtl.model.heads import start_from
 from mtl.model.network import MultiTaskModel, build_trunk

@@ -10,7 +10,7 @@ from torch import nn
 
 from mtl.config import RunConfig
 from mtl.config.phase import WrittenPhase, patterns_of
-from mtl.config.source import KeyPath
+from mtl.config.yaml_source import KeyPath
 from mtl.freeze import FreezeError, FreezePlan, plan_freeze
 from mtl.optim.balance.balance import Balance
 from mtl.patterns import ModuleTree, PatternError, PatternLike, partition, select, text_of

@@ -6,7 +6,7 @@ from collections.abc import Mapping
 
 from mtl.config import RunConfig
 from mtl.config.phase import PhaseConfig, UntilConfig, WrittenPhase
-from mtl.config.source import KeyPath
+from mtl.config.yaml_source import KeyPath
 from mtl.phases.conditions import AllOf, AnyOf, Condition, PhaseLength, Plateau, Reached, Spent
 from mtl.runtime.best import Direction
 from mtl.runtime.text import count, hint

@@ -11,8 +11,8 @@ import numpy as np
 import torch
 from torch import nn
 
-from mtl.config import RunConfig, SettingError, mistake_of
-from mtl.config.source import ConfigError, KeyPath
+from mtl.config import ConfigError, RunConfig, SettingError, mistake_of
+from mtl.config.yaml_source import KeyPath
 from mtl.data import BUILT_IN, check_image, num_images
 from mtl.freeze import fixed_parameters
 from mtl.model import MultiTaskModel, build_trunk

@@ -9,7 +9,7 @@ from pathlib import Path
 from typing import Any
 
 from mtl.audit import AuditError
-from mtl.config.source import dump_yaml
+from mtl.config.yaml_text import dump_yaml
 from mtl.distributed.sync_batchnorm import synchronise
 from mtl.distributed.world import ALONE, World
 from mtl.model.fsdp import spread

@@ -8,7 +8,7 @@ import torch
 
 from mtl.config import RunConfig, SettingError, mistake_of
 from mtl.config.distributed import DistributedConfig
-from mtl.config.written import Rank, is_written, rank_of
+from mtl.config.precedence import Precedence, is_written, precedence_of
 from mtl.data import Split, check_room, load_data
 from mtl.distributed.world import ALONE, World, WorldError
 from mtl.freeze import trained_statistics
@@ -138,7 +138,7 @@ def _warn_of_distributed(config: RunConfig) -> None:
     """Says what was asked for on the command line and needs several processes; a file may be for both."""
     for key in DistributedConfig.model_fields:
         path = ("distributed", key)
-        if is_written(config.source, path) and rank_of(config.source, path) == Rank.COMMAND_LINE:
+        if is_written(config.source, path) and precedence_of(config.source, path) == Precedence.COMMAND_LINE:
             logger.warning(f"command line: distributed.{key}: this process trains alone, and does not read it")
 
 

@@ -20,8 +20,7 @@ from pathlib import Path
 from statistics import median
 from typing import Any
 
-from mtl.config import load_config
-from mtl.config.source import ConfigError
+from mtl.config import ConfigError, load_config
 from mtl.training.loop import Trainer
 from mtl.training.run import train
 from mtl.training.saver import Saver

@@ -192,7 +192,7 @@ def test_metrics_that_do_not_say_how_they_add_up_are_for_one_process() -> None:
         def compute(self) -> dict[str, float]:
             return {}
 
-    with pytest.raises(NotImplementedError, match=r"Own.state and .take: needed where several processes validate"):
+    with pytest.raises(NotImplementedError, match=r"Own has no state and take; several ranks need them"):
         Own().state()
 
 

@@ -251,7 +251,7 @@ def test_a_module_reached_by_two_paths_is_frozen_by_both_or_refused() -> None:
     ],
 )
 def test_a_freeze_that_splits_the_statistics_of_a_norm_is_refused(patterns: list[str], frozen: str, free: str) -> None:
-    with pytest.raises(FreezeError, match=f"^{frozen} frozen, but not {free}: the statistics of a norm layer move"):
+    with pytest.raises(FreezeError, match=f"^{frozen} frozen, but not {free}: a forward updates all statistics"):
         plan_freeze(Normed(), patterns)
 
 

@@ -70,5 +70,5 @@ def test_a_run_with_it_has_the_weights_of_one_without(tmp_path: Path) -> None:
 
 
 def test_a_trunk_that_cannot_is_named(tmp_path: Path) -> None:
-    with pytest.raises(ConfigError, match=r"trunk\.checkpointing: timm cannot do it for 'inception_v3'"):
+    with pytest.raises(ConfigError, match=r"trunk\.checkpointing: timm does not support it for 'inception_v3'"):
         tiny_parts(tmp_path, "trunk={name: inception_v3, checkpointing: true}", data={"image_size": 80, "num_train": 8})

@@ -443,7 +443,7 @@ def test_any_program_is_kept_to_the_bit_or_refused(lines: list[tuple[str, int, i
 
 def test_a_trunk_that_trains_from_its_start_is_refused() -> None:
     trunk = timm.create_model("resnet10t", num_classes=0)
-    with pytest.raises(PrefixError, match=r"conv1\.0 needs the images, and no frozen module lies before it"):
+    with pytest.raises(PrefixError, match=r"conv1\.0 needs the images, and no frozen module is before it"):
         Prefix.record(trunk, partial(read_features, trunk, levels=[], pooled=True), pictures(2))
     trunk, read = small_resnet(".layer3")
     with pytest.raises(PrefixError, match="needs the images"):
@@ -501,7 +501,7 @@ def test_a_compiled_module_is_refused() -> None:
 
 def test_modules_without_parameters_are_no_prefix() -> None:
     trunk, read = by_hand(nn.AvgPool2d(2), conv(), conv(), train_from=1)
-    with pytest.raises(PrefixError, match="1 needs the images, and no frozen module lies before it"):
+    with pytest.raises(PrefixError, match="1 needs the images, and no frozen module is before it"):
         Prefix.record(trunk, read, pictures(2, 8))
 
 
@@ -671,7 +671,7 @@ def test_a_freeze_that_starts_later_is_refused(name: str, size: int, patterns: l
     model.trunk = trunk
     enforce(model, plan_freeze(model, [f"trunk{p}" if p[0] in ".@" else p for p in patterns]))
     read = partial(read_features, trunk, levels=pyramid_levels(trunk), pooled=True)
-    with pytest.raises(PrefixError, match=f"^{first} needs the images, and no frozen module lies before it"):
+    with pytest.raises(PrefixError, match=f"^{first} needs the images, and no frozen module is before it"):
         Prefix.record(trunk, read, pictures(2, size))
 
 

@@ -10,8 +10,7 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 
 from mtl.cli import main
-from mtl.config import load_config
-from mtl.config.source import ConfigError
+from mtl.config import ConfigError, load_config
 from mtl.phases.setup import Blueprint, draw_up_without_weights
 from runs import tiny_config
 

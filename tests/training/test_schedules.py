@@ -18,8 +18,7 @@ from torch import Tensor
 import mtl.training.loop
 import mtl.training.validate
 from mtl.checkpoint.files import state_digest
-from mtl.config import load_config
-from mtl.config.source import ConfigError
+from mtl.config import ConfigError, load_config
 from mtl.training.keeper import Stepping
 from mtl.training.loop import Trainer
 from mtl.training.result import Outcome
