@@ -10,7 +10,7 @@ import torch
 from torch import nn
 
 from mtl.config import ConfigError
-from mtl.model.grad_checkpointing import compute_again
+from mtl.model.grad_checkpointing import enable_grad_checkpointing
 from mtl.training.run import train
 from runs import tiny_parts
 
@@ -44,7 +44,7 @@ def test_a_trunk_that_computes_again_has_the_same_gradients_and_statistics_to_th
         trunk.size = trunk.pretrained_cfg["input_size"][-1]
         calls: list[bool] = []
         if again:
-            compute_again(trunk)
+            enable_grad_checkpointing(trunk)
         for module in trunk.modules():
             if isinstance(module, nn.Conv2d | nn.Linear):
                 module.register_forward_hook(lambda *_: calls.append(torch._C._current_graph_task_id() != -1))  # noqa: B023
