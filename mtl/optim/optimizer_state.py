@@ -9,7 +9,7 @@ import torch
 from torch import Tensor
 from torch.optim import Optimizer
 
-from mtl.optim.optimizers import held_by
+from mtl.optim.optimizers import parameters_of
 from mtl.runtime.tensors import is_spread, spread_like
 
 # Options that do not change which state an optimizer has of a parameter.
@@ -19,7 +19,7 @@ _OF_NO_STATE = {
 }
 
 
-class Moments:
+class OptimizerState:
     """The state of optimizers (momentum, second moments, step counts) by parameter name.
 
     An optimizer lives for one phase. Its state is collected at the phase's end and applied to the next optimizer of the
@@ -31,7 +31,7 @@ class Moments:
     def __init__(self) -> None:
         self._states: dict[str, dict[str, dict[str, Any]]] = {}
 
-    def take(self, optimizer: Optimizer, name_of: Mapping[Tensor, str]) -> None:
+    def collect(self, optimizer: Optimizer, name_of: Mapping[Tensor, str]) -> None:
         """Adds the state of every parameter that an optimizer holds.
 
         Args:
@@ -42,14 +42,14 @@ class Moments:
         states = {name_of[key]: state for key, state in optimizer.state.items() if key in name_of}
         own.update({name: dict(state) for name, state in states.items() if state})
 
-    def give(self, optimizer: Optimizer, name_of: Mapping[Tensor, str]) -> list[str]:
+    def apply(self, optimizer: Optimizer, name_of: Mapping[Tensor, str]) -> list[str]:
         """Moves the state of an optimizer's parameters, as far as there is one, into the optimizer.
 
         Returns:
             The names of the parameters with a state.
         """
         own = self._states.get(_kind_of_optimizer(optimizer), {})
-        parameters = held_by(optimizer)
+        parameters = parameters_of(optimizer)
         names = [name_of[parameter] for parameter in parameters]
         states = {
             number: {key: _in_layout_of(parameter, value) for key, value in own.pop(name).items()}
@@ -63,13 +63,13 @@ class Moments:
                 unused[name] = {k: v.cpu() if isinstance(v, Tensor) else v for k, v in state.items()}
         return [names[number] for number in states]
 
-    def forget(self, names: Collection[str]) -> None:
+    def drop(self, names: Collection[str]) -> None:
         """Drops the state of these parameters."""
         for by_name in self._states.values():
             for name in names:
                 by_name.pop(name, None)
 
-    def keep_only(self, names: Collection[str]) -> None:
+    def retain(self, names: Collection[str]) -> None:
         """Drops the state of all other parameters."""
         self._states = {kind: {n: own[n] for n in own if n in names} for kind, own in self._states.items()}
 

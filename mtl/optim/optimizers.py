@@ -235,6 +235,6 @@ def _optimizer_class(name: str) -> type[Optimizer]:
     return kind
 
 
-def held_by(optimizer: Optimizer) -> list[nn.Parameter]:
+def parameters_of(optimizer: Optimizer) -> list[nn.Parameter]:
     """The parameters that an optimizer steps, in its order."""
     return [parameter for group in optimizer.param_groups for parameter in group["params"]]

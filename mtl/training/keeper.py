@@ -20,8 +20,8 @@ from mtl.model.fsdp import Gathered, gather
 from mtl.optim.balance.balance import Balance
 from mtl.optim.ema import Ema
 from mtl.optim.lr_schedule import LrSchedule, LrScheduleState
-from mtl.optim.optimizer_state import Moments
-from mtl.optim.optimizers import build_optimizer, held_by
+from mtl.optim.optimizer_state import OptimizerState
+from mtl.optim.optimizers import build_optimizer, parameters_of
 from mtl.phases.resolve import Phase
 from mtl.runtime.best import Direction
 from mtl.runtime.console import logger
@@ -57,7 +57,7 @@ class Keeper:
 
     def __init__(self, parts: Parts, folder: Path, world: World = ALONE) -> None:
         self.best = BestWeights(phase.restore for phase in parts.phases)
-        self.moments = Moments()
+        self.moments = OptimizerState()
         decay = parts.config.optim.ema_decay
         self.ema = None if decay is None else Ema(decay)
         self._parts = parts
@@ -76,27 +76,27 @@ class Keeper:
         """
         phase = self._parts.phases[index]
         later = [each for each in self._parts.phases[index:] if not each.config.evaluate_only]
-        self.moments.keep_only({name for each in later for name in each.freeze.plan.names.trainable})
+        self.moments.retain({name for each in later for name in each.freeze.plan.names.trainable})
         if phase.config.optimizer_state == "reset" and lr_schedule_state is None:
-            self.moments.forget(phase.freeze.plan.names.trainable)
+            self.moments.drop(phase.freeze.plan.names.trainable)
         optimizer = build_optimizer(phase.optim.optimizer, phase.groups)
-        given = self.moments.give(optimizer, self._name_of)
+        given = self.moments.apply(optimizer, self._name_of)
         if lr_schedule_state is not None and lr_schedule_state["step"] > 0 and not given:
             logger.warning("resume: the checkpoint has no moments for this optimizer; it begins without")
         if self.ema is not None:
-            self.ema.follow({self._name_of[parameter]: parameter for parameter in held_by(optimizer)})
+            self.ema.follow({self._name_of[parameter]: parameter for parameter in parameters_of(optimizer)})
         lr_schedule = LrSchedule(
             phase.optim.lr_schedule, optimizer, phase.num_steps, phase.steps_per_epoch, phase.plateau_direction
         )
         if lr_schedule_state is not None:
             lr_schedule.load_state_dict(lr_schedule_state)
-        names = [self._name_of[parameter] for parameter in held_by(optimizer)]
+        names = [self._name_of[parameter] for parameter in parameters_of(optimizer)]
         return Stepping(optimizer, lr_schedule, wrap(self._parts.root, names, self._world))
 
     def put_away(self, stepping: Stepping) -> None:
         """Ends what has stepped a phase, and keeps what its optimizer remembers."""
         stepping.replica.close()
-        self.moments.take(stepping.optimizer, self._name_of)
+        self.moments.collect(stepping.optimizer, self._name_of)
 
     def judge(self, metrics: Mapping[str, float], step: int) -> list[str]:
         """Takes note of a validation after a step; returns the links of which the weights are the new best."""
@@ -135,7 +135,7 @@ class Keeper:
             self._world.barrier()
             return self._checkpoints.folder / "last"
         if stepping is not None:
-            self.moments.take(stepping.optimizer, self._name_of)
+            self.moments.collect(stepping.optimizer, self._name_of)
         state = {
             **state,
             "phases": [phase.name for phase in self._parts.phases],

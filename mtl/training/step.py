@@ -13,7 +13,7 @@ from torch.amp import GradScaler
 from mtl.audit import GradientAudit
 from mtl.data import Batch
 from mtl.distributed.world import World
-from mtl.optim.optimizers import held_by
+from mtl.optim.optimizers import parameters_of
 from mtl.phases.resolve import Phase
 from mtl.runtime.console import logger
 from mtl.training.keeper import Keeper, Stepping
@@ -47,7 +47,7 @@ class Stepper:
 
     def __post_init__(self) -> None:
         self._tasks = {name: self.parts.tasks[name] for name in self.phase.tasks}
-        self._trainable = held_by(self.stepping.optimizer)
+        self._trainable = parameters_of(self.stepping.optimizer)
         if self.parts.config.not_finite != "raise":
             self._guard = StepGuard(self.parts.root, self.phase.balance)
 

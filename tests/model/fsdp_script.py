@@ -20,7 +20,7 @@ from mtl.config import TrunkConfig
 from mtl.distributed.world import World
 from mtl.model import MultiTaskModel
 from mtl.model.fsdp import gather, shard
-from mtl.optim.optimizer_state import Moments
+from mtl.optim.optimizer_state import OptimizerState
 from mtl.runtime.tensors import gathered
 from mtl.tasks import Classification, Depth, Task
 
@@ -70,8 +70,8 @@ def difference(a: dict[str, Tensor], b: dict[str, Tensor]) -> float:
 
 def save(folder: Path, model: MultiTaskModel, optimizer: AdamW, starts: tuple[str, ...]) -> None:
     """Two checkpoints in shards, and a plain one as the second, with some tensors as if they were frozen."""
-    frozen, moments = [name for name in model.state_dict() if name.startswith(starts)], Moments()
-    moments.take(optimizer, {p: n for n, p in model.named_parameters()})
+    frozen, moments = [name for name in model.state_dict() if name.startswith(starts)], OptimizerState()
+    moments.collect(optimizer, {p: n for n, p in model.named_parameters()})
     # What is not spread, of a type that is kept as bytes, and of no axis and no elements.
     odd = {"complex": torch.ones(2, dtype=torch.complex128), "none": torch.empty(0, 3), "step": torch.tensor(3)}
     memory = {"moments": moments.state_dict(), "odd": odd}
@@ -125,9 +125,9 @@ def check(name: str, first: str, folder: Path) -> dict[str, Any]:
     found["moments spread"] = all(
         isinstance(state["exp_avg"], DTensor) for kept in memory["moments"].values() for state in kept.values()
     )
-    again, moments = optimizer_of(other), Moments()
+    again, moments = optimizer_of(other), OptimizerState()
     moments.load_state_dict(memory["moments"])
-    moments.give(again, {p: n for n, p in other.named_parameters()})
+    moments.apply(again, {p: n for n, p in other.named_parameters()})
     taken_up = gather(other, WORLD).state_dict()
     if WORLD.leads:
         found["taken up"] = difference(taken_up, whole)
