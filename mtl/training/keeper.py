@@ -149,7 +149,7 @@ class Keeper:
                 "moments": self.moments.state_dict(),
                 # Beside the averages, which are the model of the checkpoint, the weights as they train.
                 "live": {} if self.ema is None else self.ema.averages(),
-                "balance": [balance.memory() for balance in self._balances()],
+                "balance": [balance.state() for balance in self._balances()],
             }
             root, names = self._parts.root, ["last", *links]
             if self._in_shards:
@@ -196,7 +196,7 @@ class Keeper:
         """Goes on where a checkpoint stands whose weights are in the model: its moments, its last and best weights."""
         self._load(resumption.memory)
         for balance, memory in zip(self._balances(), resumption.memory["balance"], strict=True):
-            balance.load_memory(memory, self._parts.device)
+            balance.load_state(memory, self._parts.device)
         steps = self.best.load_state_dict(resumption.state["best"])
         if not self._world.leads:
             self._world.barrier()

@@ -264,7 +264,7 @@ def _check_balances(folder: Path, memory: Mapping[str, Any], parts: Parts) -> No
     balances: Any = parts.root.get_submodule("balance").children()
     try:
         for balance, there in zip(balances, memory["balance"], strict=True):
-            check_same_method(balance.memory(), there)
+            check_same_method(balance.state(), there)
     except ValueError as error:
         raise CheckpointError(f"{folder} was balanced otherwise: {error}") from error
 

@@ -161,13 +161,13 @@ class Balance(nn.Module):
         if step is not None:
             step()
 
-    def memory(self) -> dict[str, Any]:
+    def state(self) -> dict[str, Any]:
         """The method's state outside its parameters and buffers, which its `state_dict` lacks: losses of earlier passes
         (DWA), its own optimizer (FAMO).
         """
         # A freeze replaces `train` by an instance attribute.
         own = {name: value for name, value in plain_attributes(self.scalarizer).items() if name != "train"}
-        weighting = {} if self.weighting is None else {"weighting": self.weighting.memory()}
+        weighting = {} if self.weighting is None else {"weighting": self.weighting.state()}
         return weighting | {
             name: {"optimizer": type(value).__name__, "state": value.state_dict()}
             if isinstance(value, Optimizer)
@@ -175,20 +175,20 @@ class Balance(nn.Module):
             for name, value in own.items()
         }
 
-    def load_memory(self, state: Mapping[str, Any], device: torch.device) -> None:
+    def load_state(self, state: Mapping[str, Any], device: torch.device) -> None:
         """Restores the state of the same method.
 
         Args:
-            state: From `memory`.
+            state: From `state`.
             device: The device of the losses.
 
         Raises:
             ValueError: It is the state of another method.
         """
-        check_same_method(self.memory(), state)
+        check_same_method(self.state(), state)
         for name, value in state.items():
             if name == "weighting" and self.weighting is not None:
-                self.weighting.load_memory(value)
+                self.weighting.load_state(value)
             elif isinstance(value, Mapping) and "optimizer" in value:
                 # The method creates its optimizer at its first step; the settings are part of the optimizer's state.
                 kind: Any = getattr(torch.optim, value["optimizer"])

@@ -112,7 +112,7 @@ class GradientWeighting:
         weights: Tensor = self._weighting(products)
         return weights.detach()
 
-    def memory(self) -> dict[str, Any]:
+    def state(self) -> dict[str, Any]:
         """A copy of the method's state over its calls (GradVac, PCD), without its options."""
         if not isinstance(self._weighting, Stateful):
             return {}
@@ -120,13 +120,13 @@ class GradientWeighting:
         own = {n: value for n, value in plain_attributes(self._weighting).items() if n.lstrip("_") not in options}
         return {name: _to_plain(value) for name, value in {**own, **self._weighting._buffers}.items()}
 
-    def load_memory(self, state: Mapping[str, Any]) -> None:
+    def load_state(self, state: Mapping[str, Any]) -> None:
         """Restores the state of the same method.
 
         Raises:
             ValueError: It is the state of another method.
         """
-        check_same_method(self.memory(), state)
+        check_same_method(self.state(), state)
         for name, value in state.items():
             setattr(self._weighting, name, _from_plain(value))
 
