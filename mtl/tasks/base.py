@@ -49,15 +49,15 @@ class Metrics(ABC):
         Raises:
             NotImplementedError: The class does not implement it; then only one process can validate.
         """
-        raise NotImplementedError(f"{type(self).__name__} has no state and take; several ranks need them")
+        raise NotImplementedError(f"{type(self).__name__} has no state and load_state; several ranks need them")
 
-    def take(self, state: Sequence[Tensor]) -> None:
+    def load_state(self, state: Sequence[Tensor]) -> None:
         """Replaces the statistics by others, in the form of `state`.
 
         Raises:
             NotImplementedError: As for `state`.
         """
-        raise NotImplementedError(f"{type(self).__name__} has no state and take; several ranks need them")
+        raise NotImplementedError(f"{type(self).__name__} has no state and load_state; several ranks need them")
 
 
 class Task(ABC):

@@ -32,7 +32,7 @@ class Confusion(Metrics):
     def state(self) -> list[Tensor]:
         return [self._zeros() if self.counts is None else self.counts]
 
-    def take(self, state: Sequence[Tensor]) -> None:
+    def load_state(self, state: Sequence[Tensor]) -> None:
         (self.counts,) = state
 
     def matrix(self) -> Tensor:

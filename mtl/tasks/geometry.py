@@ -43,7 +43,7 @@ class DepthMetrics(Metrics):
     def state(self) -> list[Tensor]:
         return [torch.zeros(4, dtype=torch.float64) if self.sums is None else self.sums]
 
-    def take(self, state: Sequence[Tensor]) -> None:
+    def load_state(self, state: Sequence[Tensor]) -> None:
         (self.sums,) = state
 
     def compute(self) -> dict[str, float]:
@@ -127,7 +127,7 @@ class NormalsMetrics(Metrics):
             return list(self._zeros())
         return [self.total, self.histogram]
 
-    def take(self, state: Sequence[Tensor]) -> None:
+    def load_state(self, state: Sequence[Tensor]) -> None:
         self.total, self.histogram = state
 
     @staticmethod
