@@ -156,7 +156,7 @@ class _Train:
             self._module.__dict__["train"] = self._before
 
 
-def trained_statistics(module: nn.Module, plan: FreezePlan) -> list[str]:
+def free_norm_statistics(module: nn.Module, plan: FreezePlan) -> list[str]:
     """The names of running statistics of norm layers that are not frozen."""
     free = named_buffers(module).keys() - set(plan.names.frozen_buffers)
     norms = [(name, each) for name, each in named_modules(module) if isinstance(each, _NormBase)]
@@ -178,7 +178,7 @@ def _is_differentiable(parameter: nn.Parameter) -> bool:
     return parameter.is_floating_point() or parameter.is_complex()
 
 
-def fixed_parameters(module: nn.Module) -> list[str]:
+def untrainable_parameters(module: nn.Module) -> list[str]:
     """Names of parameters that a new model itself marks as not trainable, such as a fixed position table.
 
     `enforce` makes all trainable that a plan does not freeze; add these names to the patterns to keep them fixed.
@@ -194,7 +194,7 @@ def is_frozen(plan: FreezePlan, module_name: str) -> bool:
     )
 
 
-def is_still(plan: FreezePlan, module_name: str) -> bool:
+def is_fully_frozen(plan: FreezePlan, module_name: str) -> bool:
     """Whether every parameter and every buffer of a module is frozen."""
     start = f"{module_name}."
     return is_frozen(plan, module_name) and not any(name.startswith(start) for name in plan.names.free_buffers)

@@ -11,7 +11,7 @@ from mtl.config.distributed import DistributedConfig
 from mtl.config.precedence import Precedence, is_written, precedence_of
 from mtl.data import Split, check_room, load_data
 from mtl.distributed.world import ALONE, World, WorldError
-from mtl.freeze import trained_statistics
+from mtl.freeze import free_norm_statistics
 from mtl.model import start_from
 from mtl.optim.balance.balance import is_by_gradients
 from mtl.optim.optimizers import try_out
@@ -120,7 +120,7 @@ def _check_processes(blueprint: Blueprint, world: World) -> None:
     for phase, written in zip(blueprint.phases, config.written_phases, strict=True):
         own = written.config.batch_size is not None
         place = (*written.path, "batch_size") if own else ("data", "batch_size")
-        trains_norms = bool(trained_statistics(blueprint.root, phase.freeze.plan)) and not phase.config.evaluate_only
+        trains_norms = bool(free_norm_statistics(blueprint.root, phase.freeze.plan)) and not phase.config.evaluate_only
         least = world.size * (2 if trains_norms and not config.distributed.sync_batchnorm else 1)
         if phase.batch_size < least:
             why = ", two each, since BatchNorm cannot train on one" if trains_norms else ""

@@ -11,7 +11,7 @@ from torch import Tensor, nn
 from mtl.audit import GradientAudit
 from mtl.data import Batch
 from mtl.distributed.world import World, shares_of_means
-from mtl.freeze import FreezePlan, trained_statistics
+from mtl.freeze import FreezePlan, free_norm_statistics
 from mtl.runtime.signals import Interrupt
 from mtl.tasks import Task
 
@@ -78,13 +78,13 @@ class Consensus:
 
     def statistics(self, root: nn.Module, plan: FreezePlan) -> dict[str, Tensor]:
         """Copies of this process's statistics of norm layers that train; none if all have the same."""
-        names = [] if self._is_alike else trained_statistics(root, plan)
+        names = [] if self._is_alike else free_norm_statistics(root, plan)
         return {name: root.get_buffer(name).clone() for name in names}
 
     def prove(self, root: nn.Module, plan: FreezePlan) -> None:
         """Makes statistics of norm layers that train the same in all processes, and proves that all else is."""
         if not self._is_alike:
-            self._world.average_buffers(root, trained_statistics(root, plan))
+            self._world.average_buffers(root, free_norm_statistics(root, plan))
         if not self._world.is_alone:
             self._audit.agree(buffers=True)
 
