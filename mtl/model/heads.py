@@ -102,7 +102,7 @@ def build_head(kind: Literal["dense", "vector"], shape: FeatureShape, num_output
     return DenseHead(shape, num_outputs) if kind == "dense" else VectorHead(shape, num_outputs)
 
 
-def start_from(head: nn.Module, constant: Tensor) -> None:
+def set_output_bias(head: nn.Module, constant: Tensor) -> None:
     """Sets the bias of a head's last layer, so that training starts from a constant prediction.
 
     Args:

@@ -117,7 +117,7 @@ class MultiTaskModel(nn.Module):
         layout = MEMORY_FORMATS[state["memory_format"]]
         super().__setstate__(state | {"memory_format": layout})  # type: ignore[no-untyped-call]  # torch's
 
-    def compile_anew(self) -> None:
+    def recompile(self) -> None:
         """Drops code compiled for another freeze; trunk and heads are compiled at their next call."""
         torch.compiler.reset()
         self._compiled = {"read": torch.compile(self.read), "decode": torch.compile(self._decode)}

@@ -145,7 +145,7 @@ class Trainer:
             # What is frozen whole need not be recorded for a backward that never comes.
             parts.model.trunk_is_frozen = is_frozen(phase.freeze.plan, "trunk")
             if self.config.compile:
-                parts.model.compile_anew()
+                parts.model.recompile()
             change = None if resumed is None else resumed.change
             within = None if resumed is None else resumed.state["within_epoch"]
             if change is None or within is not None:

@@ -12,7 +12,7 @@ from mtl.config.precedence import Precedence, is_written, precedence_of
 from mtl.data import Split, check_room, load_data
 from mtl.distributed.world import ALONE, World, WorldError
 from mtl.freeze import free_norm_statistics
-from mtl.model import start_from
+from mtl.model import set_output_bias
 from mtl.optim.balance.balance import is_by_gradients
 from mtl.optim.optimizers import try_out
 from mtl.phases.plan import Plan, make_plan
@@ -79,7 +79,7 @@ def assemble(config: RunConfig, quiet: bool = False, world: World = ALONE, begin
         tasks = blueprint.tasks
     constants = {name: task.fit(train.labels[name]) for name, task in tasks.items()}
     for name, constant in constants.items():
-        start_from(blueprint.model.heads[name], constant)
+        set_output_bias(blueprint.model.heads[name], constant)
     trivial = validate_constant(tasks, constants, val, config.data.batch_size)
     _try_out_optimizers(blueprint, device)
     blueprint.root.to(device)
