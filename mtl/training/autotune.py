@@ -15,7 +15,7 @@ from torch import Tensor
 from mtl.data import Batch
 from mtl.freeze import enforce
 from mtl.model.network import MEMORY_FORMATS
-from mtl.model.prefix.trace import untouched
+from mtl.model.prefix.trace import no_side_effects
 from mtl.phases.resolve import Phase
 from mtl.phases.setup import Blueprint
 
@@ -69,7 +69,7 @@ def choose(blueprint: Blueprint, batch: Batch, device: torch.device, excepted: C
     phase = max(blueprint.phases, key=lambda phase: phase.num_steps)
     enforce(blueprint.root, phase.freeze.plan)
     seconds: dict[tuple[Layout, Precision], float] = {}
-    with untouched(blueprint.model, device):
+    with no_side_effects(blueprint.model, device):
         for layout, precision in product(layouts, precisions):
             lay_out(blueprint, layout)
             taken = _time(blueprint, phase, batch, precision, min(seconds.values(), default=float("inf")))

@@ -19,7 +19,7 @@ from torch.utils.checkpoint import checkpoint
 from device_sync import no_device_sync
 from mtl.freeze import enforce, plan_freeze
 from mtl.model.prefix import Prefix, PrefixError
-from mtl.model.prefix.trace import tensors_of, untouched
+from mtl.model.prefix.trace import no_side_effects, tensors_of
 from mtl.model.trunk import Features, pyramid_levels, read_features
 
 CPU = torch.device("cpu")
@@ -59,7 +59,7 @@ def bits(tensor: Tensor) -> bytes:
 
 def outcome(trunk: nn.Module, run: Callable[[], Features]) -> tuple[list[bytes], dict[str, bytes]]:
     """The bits of the features, and of the gradients that a loss of them gives."""
-    with untouched(trunk, CPU):
+    with no_side_effects(trunk, CPU):
         torch.manual_seed(1)
         tensors = tensors_of(run())
         live = [tensor for tensor in tensors if tensor.requires_grad]
@@ -74,7 +74,7 @@ def assert_same(prefix: Prefix, trunk: nn.Module, read: Read, images: Tensor) ->
     """A plain pass, a run, and a replay of what was run or computed, agree in features and gradients."""
     plain = outcome(trunk, lambda: read(images))
     assert outcome(trunk, lambda: prefix.run(images)[0]) == plain
-    with untouched(trunk, CPU):
+    with no_side_effects(trunk, CPU):
         kept, computed = prefix.run(images)[1], prefix.compute(images)
     assert [bits(tensor) for tensor in kept] == [bits(tensor) for tensor in computed]
     assert not any(tensor.requires_grad for tensor in kept + computed)
@@ -583,7 +583,7 @@ def test_nothing_is_left_behind() -> None:
     with unchanged(trunk):
         assert prefix.agrees(images)
         kept = prefix.compute(images)
-        with untouched(trunk, CPU):
+        with no_side_effects(trunk, CPU):
             prefix.run(images)
             prefix.replay(kept)
 
@@ -654,7 +654,7 @@ REFUSED = [
 def test_half_of_an_architecture_is_kept_to_the_bit(name: str, size: int, options: dict[str, Any]) -> None:
     trunk, read = build(name, "@first:50%", **options)
     try:
-        with untouched(trunk, CPU):
+        with no_side_effects(trunk, CPU):
             read(pictures(2, size))
     except (AttributeError, RuntimeError):  # no intermediate features
         read = partial(read_features, trunk, levels=[], pooled=True)

@@ -23,7 +23,7 @@ from torch.utils._pytree import tree_leaves
 
 from mtl.model.prefix.cut import Cut, PrefixError, find_cut
 from mtl.model.prefix.skipped_calls import Skip, kept_tensor, placeholder, plan_skips
-from mtl.model.prefix.trace import Trace, record_trace, tensors_of, untouched
+from mtl.model.prefix.trace import Trace, no_side_effects, record_trace, tensors_of
 from mtl.model.trunk import Features
 from mtl.runtime.tensors import bytes_of
 
@@ -149,7 +149,7 @@ class Prefix:
 
         features = Features([], None)
         # A trainable part on another path may run before the end of the prefix: its statistics must not move.
-        with nullcontext() if self._is_first else untouched(self._trunk, images.device):
+        with nullcontext() if self._is_first else no_side_effects(self._trunk, images.device):
             try:
                 with torch.no_grad(), self._in_place_of_modules(capture):
                     features = self._read(images)
@@ -195,17 +195,17 @@ class Prefix:
         if _trainable_names(self._trunk) != self._trainable:
             return False
         # Detached at once: three passes' activations need not be in memory together.
-        with untouched(self._trunk, images.device), torch.enable_grad():
+        with no_side_effects(self._trunk, images.device), torch.enable_grad():
             plain = [tensor.detach() for tensor in tensors_of(self._read(images))]
-        with untouched(self._trunk, images.device), torch.enable_grad():
+        with no_side_effects(self._trunk, images.device), torch.enable_grad():
             features, kept = self.run(images)
             ran = [tensor.detach() for tensor in tensors_of(features)]
             del features
         # In the layout of rows that were stored.
         kept = [tensor.clone(memory_format=torch.contiguous_format) for tensor in kept]
-        with untouched(self._trunk, images.device), torch.enable_grad():
+        with no_side_effects(self._trunk, images.device), torch.enable_grad():
             replayed = [tensor.detach() for tensor in tensors_of(self.replay(kept))]
-        with untouched(self._trunk, images.device):
+        with no_side_effects(self._trunk, images.device):
             computed = self.compute(images)
         pairs = [(plain, ran), (plain, replayed), (kept, computed)]
         return all(len(one) == len(two) and all(map(_same_bits, one, two)) for one, two in pairs)

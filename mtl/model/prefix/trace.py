@@ -141,14 +141,14 @@ def record_trace(trunk: nn.Module, read: Callable[[Tensor], Features], images: T
         images: "b 3 h w".
     """
     recorder = _Recorder(trunk, images)
-    with untouched(trunk, images.device), torch.enable_grad(), recorder.hooked(), recorder:
+    with no_side_effects(trunk, images.device), torch.enable_grad(), recorder.hooked(), recorder:
         features = read(images)
     results = [recorder.value_of(tensor) for tensor in tensors_of(features)]
     return Trace(recorder.values, recorder.operations, recorder.calls, results, features.pooled is not None)
 
 
 @contextmanager
-def untouched(trunk: nn.Module, device: torch.device) -> Iterator[None]:
+def no_side_effects(trunk: nn.Module, device: torch.device) -> Iterator[None]:
     """Runs passes on copies of the buffers, and restores the random state and autocast cache afterwards."""
     buffers = [(module, name, b) for module in trunk.modules() for name, b in module._buffers.items() if b is not None]
     copies = {id(buffer): buffer.clone() for _, _, buffer in buffers}
