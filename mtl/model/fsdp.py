@@ -61,7 +61,7 @@ def blocks(trunk: nn.Module) -> Iterator[nn.Module]:
             yield from blocks(child)
 
 
-def spread(model: MultiTaskModel, groups: Iterable[list[dict[str, Any]]], world: World) -> None:
+def shard_with_groups(model: MultiTaskModel, groups: Iterable[list[dict[str, Any]]], world: World) -> None:
     """Shards a model as `shard` does, and replaces the old parameters in the optimizers' groups by the new ones.
 
     Args:
@@ -82,7 +82,7 @@ def spread(model: MultiTaskModel, groups: Iterable[list[dict[str, Any]]], world:
         group["params"] = [new_of.get(parameter, parameter) for parameter in group["params"]]
 
 
-class Gathered:
+class FullModel:
     """The full tensors of a sharded model, with the `state_dict` of a module."""
 
     def __init__(self, tensors: dict[str, Tensor]) -> None:
@@ -92,7 +92,7 @@ class Gathered:
         return self._tensors
 
 
-def gather(model: nn.Module, world: World) -> Gathered:
+def gather_model(model: nn.Module, world: World) -> FullModel:
     """The full model as plain tensors on the CPU of rank 0; empty on other ranks. Collective: every rank calls it.
 
     A tensor with two names stays one tensor.
@@ -104,4 +104,4 @@ def gather(model: nn.Module, world: World) -> Gathered:
         gathered = whole(tensor.detach()) if first == name else None
         if world.leads:
             full[name] = full[first] if gathered is None else gathered.cpu().clone()
-    return Gathered(full)
+    return FullModel(full)

@@ -16,7 +16,7 @@ from mtl.checkpoint.folder import Checkpoints
 from mtl.checkpoint.load import load_checkpoint
 from mtl.distributed.ddp import Replica, wrap
 from mtl.distributed.world import ALONE, World
-from mtl.model.fsdp import Gathered, gather
+from mtl.model.fsdp import FullModel, gather_model
 from mtl.optim.balance.balance import Balance
 from mtl.optim.ema import Ema
 from mtl.optim.lr_schedule import LrSchedule, LrScheduleState
@@ -155,9 +155,9 @@ class Keeper:
             if self._in_shards:
                 self._checkpoints.save_shards(root, frozen, memory, state, names, self._world, for_good)
             else:
-                whole: nn.Module | Gathered = root
+                whole: nn.Module | FullModel = root
                 if self._is_spread:
-                    whole, memory = gather(root, self._world), gathered(memory, self._world.leads)
+                    whole, memory = gather_model(root, self._world), gathered(memory, self._world.leads)
                 if self._world.leads:
                     self._checkpoints.save(whole, frozen, memory, state, names, for_good)
         self._world.barrier()

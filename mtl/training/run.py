@@ -12,7 +12,7 @@ from mtl.audit import AuditError
 from mtl.config.yaml_text import dump_yaml
 from mtl.distributed.sync_batchnorm import synchronise
 from mtl.distributed.world import ALONE, World
-from mtl.model.fsdp import spread
+from mtl.model.fsdp import shard_with_groups
 from mtl.runtime.console import logger
 from mtl.runtime.files import write_json, write_text
 from mtl.runtime.signals import Interrupt
@@ -50,7 +50,7 @@ def train(parts: Parts, quiet: bool = False, world: World = ALONE) -> Outcome:
         warn_of_dead_branches(parts)
     if parts.config.distributed.strategy == "fsdp2":
         # From here on each process holds its part of every parameter; whoever keeps parameters is made after this.
-        spread(parts.model, [phase.groups for phase in parts.phases], world)
+        shard_with_groups(parts.model, [phase.groups for phase in parts.phases], world)
     if parts.config.distributed.sync_batchnorm:
         synchronise(parts.model, world)
     # Each process keeps its part of what it reads, of moments too.

@@ -19,7 +19,7 @@ from mtl.checkpoint.load import load_checkpoint
 from mtl.config import TrunkConfig
 from mtl.distributed.world import World
 from mtl.model import MultiTaskModel
-from mtl.model.fsdp import gather, shard
+from mtl.model.fsdp import gather_model, shard
 from mtl.optim.optimizer_state import OptimizerState
 from mtl.runtime.tensors import gathered
 from mtl.tasks import Classification, Depth, Task
@@ -78,7 +78,7 @@ def save(folder: Path, model: MultiTaskModel, optimizer: AdamW, starts: tuple[st
     with patch.object(DTensor, "full_tensor", side_effect=AssertionError("a whole tensor was asked for")):
         for step in (1, 2):
             Checkpoints(folder / "shards").save_shards(model, frozen, memory, {"step": step}, ["last"], WORLD)
-    whole, memory = gather(model, WORLD), gathered(memory, WORLD.leads)
+    whole, memory = gather_model(model, WORLD), gathered(memory, WORLD.leads)
     if WORLD.leads:
         Checkpoints(folder / "plain").save(whole, frozen, memory, {"step": 2}, ["last"])
     WORLD.barrier()
@@ -111,10 +111,10 @@ def check(name: str, first: str, folder: Path) -> dict[str, Any]:
         found[f"{phase} still"] = (still and len(held) > 0) or phase == "all"
         found[f"{phase} moved"] = all(p.grad is not None for p in spread.parameters() if p.requires_grad)
         found[f"{phase} sharded"] = all(isinstance(p, DTensor) for p in spread.parameters())
-    whole = gather(spread, WORLD).state_dict()
+    whole = gather_model(spread, WORLD).state_dict()
     found["names on rank"] = len(whole)
     if WORLD.leads:
-        found["difference"] = difference(whole, gather(plain, World.alone()).state_dict())
+        found["difference"] = difference(whole, gather_model(plain, World.alone()).state_dict())
     save(folder / name, spread, optimizer, (first, "heads.object"))
     other = build(name)
     shard(other, WORLD)
@@ -128,7 +128,7 @@ def check(name: str, first: str, folder: Path) -> dict[str, Any]:
     again, moments = optimizer_of(other), OptimizerState()
     moments.load_state_dict(memory["moments"])
     moments.apply(again, {p: n for n, p in other.named_parameters()})
-    taken_up = gather(other, WORLD).state_dict()
+    taken_up = gather_model(other, WORLD).state_dict()
     if WORLD.leads:
         found["taken up"] = difference(taken_up, whole)
     freeze(other, ("none",))
