@@ -78,7 +78,7 @@ class LrSchedule:
             self._set()
 
     @property
-    def highest(self) -> float:
+    def max_lr(self) -> float:
         """The highest rate of the next step."""
         return max(float(group["lr"]) for group in self._optimizer.param_groups)
 

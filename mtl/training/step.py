@@ -74,7 +74,7 @@ class Stepper:
             self._guard.undo()
             return self.log.what_is_wrong(step + 1, rows, norm, indices)
         self.audit.after_backward()
-        lr = self.stepping.lr_schedule.highest
+        lr = self.stepping.lr_schedule.max_lr
         self.scaler.step(self.stepping.optimizer)
         self.scaler.update()
         ema, is_followed = self.keeper.ema, self.phase.balance.follows_steps
