@@ -1,12 +1,12 @@
-"""Freezing: what a list of patterns means for a module, and making it so.
+"""Freezing: resolves a list of patterns for a module, and enforces the result.
 
     plan = plan_freeze(model, ["trunk", "!trunk.layer4"])
     enforce(model, plan)  # from here on, until another plan is enforced
     optimizer = torch.optim.AdamW(trainable_parameters(model, plan))
 
 A frozen parameter has `requires_grad=False` and no gradient, and belongs in no optimizer. A module whose tensors are
-all frozen is in eval mode, and stays in it through any later `.train()`: BatchNorm statistics stay and dropout rests.
-So does what is put into it later, such as an adapter or a converted norm.
+all frozen is in eval mode, and stays in it through any later `.train()`: BatchNorm statistics do not move and dropout
+is off. The same holds for modules that are added to it later, such as an adapter or a converted norm.
 """
 
 from __future__ import annotations
@@ -26,7 +26,7 @@ from mtl.runtime.text import parents
 
 
 class FreezeError(ValueError):
-    """A freeze that cannot be honoured."""
+    """A freeze that cannot be enforced."""
 
 
 @dataclass(frozen=True)
@@ -36,7 +36,7 @@ class FreezePlan:
     Attributes:
         patterns: The patterns it was resolved from.
         names: Which parameters and buffers are frozen, and which are not.
-        held_in_eval: Modules that are kept in eval mode.
+        held_in_eval: Modules that stay in eval mode.
     """
 
     patterns: tuple[str, ...]
@@ -45,29 +45,29 @@ class FreezePlan:
 
 
 def plan_freeze(module: nn.Module, patterns: PatternLike | Sequence[PatternLike]) -> FreezePlan:
-    """Resolves patterns against a module, without touching it.
+    """Resolves patterns against a module, without changing it.
 
     Args:
-        module: Any module; of a wrapper (DDP, torch.compile), the module inside it is meant.
+        module: Any module; a wrapper (DDP, torch.compile) stands for the module inside it.
         patterns: What to freeze (see `mtl.patterns`); none freezes nothing.
 
     Raises:
         PatternError: A pattern cannot be read or selects nothing.
-        FreezeError: The line cuts through a tensor that has several names, through memory that two tensors share, or
-            through the statistics of one norm layer.
+        FreezeError: Only some names of a tensor, only one of two tensors that share memory, or only some statistics of
+            a norm layer would be frozen.
     """
     patterns = as_list(patterns)
     parameters, buffers = named_parameters(module), named_buffers(module)
     names = partition(patterns, list(parameters), list(buffers), describe(module))
-    _check_line(parameters | buffers, {*names.frozen, *names.frozen_buffers})
+    _check_no_overlap(parameters | buffers, {*names.frozen, *names.frozen_buffers})
     return FreezePlan(tuple(map(text_of, patterns)), names, tuple(_modules_to_hold(module, names)))
 
 
 def enforce(module: nn.Module, plan: FreezePlan) -> None:
-    """Makes a plan so: no gradients, `requires_grad` by plan, frozen modules in eval mode for good.
+    """Enforces a plan: clears gradients, sets `requires_grad`, holds frozen modules in eval mode permanently.
 
-    Replaces whatever plan was enforced before. All other modules are put in train mode. A module that takes the place
-    of another one later has the mode of its place from the next `.train()` of any module around it.
+    Replaces the plan that was enforced before. All other modules are put in train mode. A module that later replaces
+    another one gets the mode of its path at the next `.train()` of any module around it.
     """
     modules, parameters = dict(named_modules(module)), named_parameters(module)
     for parameter in parameters.values():
@@ -80,26 +80,26 @@ def enforce(module: nn.Module, plan: FreezePlan) -> None:
         if isinstance(stand_in := each.__dict__.get("train"), _Train):
             stand_in.remove()
     modes = _Modes.of(plan, modules)
-    for path in modes.concerned:
-        modes.keep(modules[path], path)
+    for path in modes.wrapped:
+        modes.replace_train(modules[path], path)
     module.train()
 
 
 @dataclass(frozen=True)
 class _Modes:
-    """Which modules a plan keeps in eval mode, by path; also of those that are put there after it was enforced.
+    """Which modules a plan holds in eval mode, by path, modules that are added later included.
 
     Attributes:
         known: The modules that the plan was made for.
         held: Those that stay in eval mode.
-        whole: Those of them in which nothing is free: whatever is put there later stays in eval mode as well.
-        concerned: Those that are held, and all around them.
+        fully_frozen: Held modules without a free tensor: modules added to them later stay in eval mode as well.
+        wrapped: Held modules and all modules around them, whose `train` is replaced.
     """
 
     known: frozenset[str]
     held: frozenset[str]
-    whole: frozenset[str]
-    concerned: frozenset[str]
+    fully_frozen: frozenset[str]
+    wrapped: frozenset[str]
 
     @classmethod
     def of(cls, plan: FreezePlan, modules: Iterable[str]) -> _Modes:
@@ -111,18 +111,18 @@ class _Modes:
     def holds(self, path: str) -> bool:
         if path in self.known:
             return path in self.held
-        return next((around in self.whole for around in parents(path) if around in self.known), False)
+        return next((around in self.fully_frozen for around in parents(path) if around in self.known), False)
 
-    def keep(self, module: nn.Module, path: str) -> None:
-        """Has a module, and what will be in it, keep to these modes."""
-        # An attribute of the instance goes before the class's method, for `.train()` of any module around it as well.
+    def replace_train(self, module: nn.Module, path: str) -> None:
+        """Replaces `module.train`, so that the module and modules added to it later keep these modes."""
+        # An instance attribute overrides the class's method, for `.train()` of any module around it as well.
         module.__dict__["train"] = _Train(module, path, self)
 
 
 class _Train:
-    """Stands in for `module.train`, so that the modes of a plan outlast any call of it.
+    """Replaces `module.train`, so that any call of it keeps the modes of a plan.
 
-    It names its module, so a copy of the module, by `deepcopy` or pickle, has one of its own.
+    It refers to its module, so a copy of the module, by `deepcopy` or pickle, has one of its own.
     """
 
     def __init__(self, module: nn.Module, path: str, modes: _Modes) -> None:
@@ -133,38 +133,38 @@ class _Train:
 
     def __call__(self, mode: bool = True) -> nn.Module:
         module, is_held = self._module, self._modes.holds(self._path)
-        # The class's own method clears caches in some models; it asks the children as well.
+        # The class's own method, which also calls the children's, clears caches in some models.
         train = self._before or partial(type(module).train, module)
         train(mode and not is_held)
         for key, child in module._modules.items():
             path = join(self._path, key)
             if child is None:
                 continue
-            # A module put here later, in place of another one or beside it, was not there to be kept.
+            # A module that was added, or replaced another one, after the plan was enforced.
             is_new = not isinstance(child.__dict__.get("train"), _Train)
-            is_new &= path in self._modes.concerned or self._modes.holds(path)
+            is_new &= path in self._modes.wrapped or self._modes.holds(path)
             if is_new:
-                self._modes.keep(child, path)
+                self._modes.replace_train(child, path)
             if is_new or (is_held and mode):
                 child.train(mode)
         return module
 
     def remove(self) -> None:
-        """Puts back what stood there before."""
+        """Restores the previous `train`."""
         del self._module.__dict__["train"]
         if self._before is not None:
             self._module.__dict__["train"] = self._before
 
 
-def trained_statistics(module: nn.Module, plan: FreezePlan) -> list[str]:
-    """The names of the buffers of norm layers that train."""
-    trained = named_buffers(module).keys() - set(plan.names.frozen_buffers)
+def free_norm_statistics(module: nn.Module, plan: FreezePlan) -> list[str]:
+    """The names of running statistics of norm layers that are not frozen."""
+    free = named_buffers(module).keys() - set(plan.names.frozen_buffers)
     norms = [(name, each) for name, each in named_modules(module) if isinstance(each, _NormBase)]
-    return [full for name, norm in norms for key in norm._buffers if (full := join(name, key)) in trained]
+    return [full for name, norm in norms for key in norm._buffers if (full := join(name, key)) in free]
 
 
 def trainable_parameters(module: nn.Module, plan: FreezePlan) -> dict[str, nn.Parameter]:
-    """The parameters that still train, by name, each tensor once."""
+    """The trainable parameters by name, each tensor once."""
     trainable = set(plan.names.trainable)
     first_name: dict[nn.Parameter, str] = {}
     for name, parameter in named_parameters(module).items():
@@ -174,14 +174,14 @@ def trainable_parameters(module: nn.Module, plan: FreezePlan) -> dict[str, nn.Pa
 
 
 def _is_differentiable(parameter: nn.Parameter) -> bool:
-    """Whole numbers are not; such a parameter does not train, whatever the plan."""
+    """Whether a parameter can have a gradient; integer ones cannot, and are never trained."""
     return parameter.is_floating_point() or parameter.is_complex()
 
 
-def fixed_parameters(module: nn.Module) -> list[str]:
-    """Names of parameters that a newly made model itself keeps from training, such as a fixed position table.
+def untrainable_parameters(module: nn.Module) -> list[str]:
+    """Names of parameters that a new model itself marks as not trainable, such as a fixed position table.
 
-    `enforce` trains everything that a plan does not freeze; put these names among the patterns to keep them fixed.
+    `enforce` makes all trainable that a plan does not freeze; add these names to the patterns to keep them fixed.
     """
     return [name for name, p in module.named_parameters(remove_duplicate=False) if not p.requires_grad]
 
@@ -194,14 +194,14 @@ def is_frozen(plan: FreezePlan, module_name: str) -> bool:
     )
 
 
-def is_still(plan: FreezePlan, module_name: str) -> bool:
-    """Whether nothing in a module moves: every parameter and every buffer of it is frozen."""
+def is_fully_frozen(plan: FreezePlan, module_name: str) -> bool:
+    """Whether every parameter and every buffer of a module is frozen."""
     start = f"{module_name}."
     return is_frozen(plan, module_name) and not any(name.startswith(start) for name in plan.names.free_buffers)
 
 
-def _check_line(tensors: dict[str, Tensor], frozen: set[str]) -> None:
-    """Raises `FreezeError` if a frozen tensor is, or lies in the memory of, one that is not frozen."""
+def _check_no_overlap(tensors: dict[str, Tensor], frozen: set[str]) -> None:
+    """Raises `FreezeError` if a frozen tensor is, or shares memory with, one that is not frozen."""
     inside, outside = ({n: t for n, t in tensors.items() if (n in frozen) == side} for side in (True, False))
     for one, other in overlapping(list(inside.values()), list(outside.values())):
         name, there = list(inside)[one], list(outside)[other]
@@ -211,15 +211,13 @@ def _check_line(tensors: dict[str, Tensor], frozen: set[str]) -> None:
                 f"{name} is frozen, but it is the same tensor as {others}, which is not;"
                 " freeze all of its names or none"
             )
-        raise FreezeError(
-            f"{name} is frozen, but lies in the same memory as {there}, which is not; freeze both or neither"
-        )
+        raise FreezeError(f"{name} is frozen, but shares memory with {there}, which is not; freeze both or neither")
 
 
 def _modules_to_hold(module: nn.Module, names: Partition) -> Iterable[str]:
-    """Modules below which everything is frozen, and modules that own a frozen buffer, which a forward could move.
+    """Modules below which everything is frozen, and modules that own a frozen buffer, which a forward could change.
 
-    A module with several names is held only if it is held by each of them.
+    A module with several names is held only if each of its names is.
     """
     num_frozen = Counter(path for name in (*names.frozen, *names.frozen_buffers) for path in parents(name))
     num_free = Counter(path for name in (*names.trainable, *names.free_buffers) for path in parents(name))
@@ -233,9 +231,9 @@ def _modules_to_hold(module: nn.Module, names: Partition) -> Iterable[str]:
         if moved and isinstance(each, _NormBase) and moved != own_buffers:
             raise FreezeError(
                 f"{', '.join(sorted(moved))} frozen, but not {', '.join(sorted(own_buffers - moved))}:"
-                " the statistics of a norm layer move together; freeze all of them or none"
+                " a forward updates all statistics of a norm layer; freeze all of them or none"
             )
-        # A module without tensors, such as dropout, rests with the module around it; that one comes before it.
+        # A module without tensors, such as dropout, has the mode of the module around it, which comes before it.
         inherited = path != "" and held[path.rpartition(".")[0]]
         has_tensors = num_frozen[path] or num_free[path]
         held[path] = bool(moved) or (not num_free[path] if has_tensors else inherited)

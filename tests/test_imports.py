@@ -106,7 +106,7 @@ HOUSE = _read_house()
 
 def test_the_imports_are_read() -> None:
     assert {"mtl", "mtl.cli", "mtl.config", "mtl.data", "mtl.data.scenes", "mtl.training.loop"} <= HOUSE.keys()
-    assert "mtl.config.source" in HOUSE["mtl.config"]
+    assert "mtl.config.schema" in HOUSE["mtl.config"]
     assert "torch" in HOUSE["mtl.training.step"]
     assert "mtl.training.run" in HOUSE["mtl.cli.train"]  # it is imported inside a function
 

@@ -88,7 +88,7 @@ def _open_closed_streams() -> None:
 
 def _explain(error: Exception, attempt: Attempt) -> int | None:
     """Prints what a known error means and what to do; its exit code, or None for any other."""
-    from mtl.config.source import ConfigError
+    from mtl.config.errors import ConfigError
     from mtl.runtime.console import OutputError, discard
 
     if isinstance(error, ConfigError):

@@ -1,21 +1,11 @@
-"""The configuration of a run: what may be written, what it means, and what is said when it is wrong."""
+"""The configuration of a run: its keys and types, how it is read, and the messages about mistakes in it."""
 
-from mtl.config.run import (
-    AugmentConfig,
-    ClassificationConfig,
-    DataConfig,
-    DepthConfig,
-    NormalsConfig,
-    RunConfig,
-    SegmentationConfig,
-    SettingError,
-    TaskConfig,
-    TrunkConfig,
-    load_config,
-    mistake_of,
-)
-from mtl.config.source import ConfigError
-from mtl.config.watch import TrackingConfig
+from mtl.config.data import AugmentConfig, DataConfig
+from mtl.config.errors import ConfigError, SettingError
+from mtl.config.schema import RunConfig, load_config, mistake_of
+from mtl.config.tasks import ClassificationConfig, DepthConfig, NormalsConfig, SegmentationConfig, TaskConfig
+from mtl.config.tracking import TrackingConfig
+from mtl.config.trunk import TrunkConfig
 
 __all__ = [
     "AugmentConfig",

@@ -1,4 +1,4 @@
-"""The configuration of what is kept of a frozen trunk."""
+"""The `cache` component of a configuration."""
 
 from __future__ import annotations
 

@@ -1,4 +1,4 @@
-"""The configuration of what is kept of a run so that it can go on."""
+"""The `checkpoint` component of a configuration."""
 
 from __future__ import annotations
 

@@ -1,4 +1,4 @@
-"""The configuration of training in several processes."""
+"""The `distributed` component of a configuration."""
 
 from __future__ import annotations
 
@@ -34,7 +34,7 @@ class DistributedConfig(Strict):
     timeout_s: Annotated[float, Field(gt=0, le=86_400)] = 600.0
 
     @model_validator(mode="after")
-    def _parts_are_those_of_a_spread_model(self) -> DistributedConfig:
+    def _dcp_needs_fsdp2(self) -> DistributedConfig:
         if self.checkpoint == "dcp" and self.strategy != "fsdp2":
-            raise PydanticCustomError("checkpoint", "Input should have checkpoint: dcp only beside strategy: fsdp2")
+            raise PydanticCustomError("checkpoint", "Input should have checkpoint: dcp only with strategy: fsdp2")
         return self

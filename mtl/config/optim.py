@@ -1,4 +1,4 @@
-"""The configuration of what steps parameters: optimizer, rates, decay, and how the tasks' losses are balanced."""
+"""The `optim` and `balance` components: optimizer, rates, decay, and how the tasks' losses are balanced."""
 
 from __future__ import annotations
 
@@ -55,7 +55,7 @@ class OptimizerConfig(Strict):
     options: dict[str, Any] = {}
 
 
-class _Course(Strict):
+class _WithWarmup(Strict):
     """A learning-rate schedule that may begin with a warm-up.
 
     Attributes:
@@ -66,25 +66,25 @@ class _Course(Strict):
     warmup_steps: Annotated[int, Field(ge=0)] = 0
 
 
-class ConstantConfig(_Course):
+class ConstantConfig(_WithWarmup):
     """The rate stays at its peak."""
 
     name: Literal["constant"]
 
 
-class CosineConfig(_Course):
+class CosineConfig(_WithWarmup):
     """The rate falls from its peak to 0 over the phase on half a cosine (Loshchilov and Hutter, arXiv 1608.03983)."""
 
     name: Literal["cosine"]
 
 
-class LinearConfig(_Course):
+class LinearConfig(_WithWarmup):
     """The rate falls from its peak to 0 over the phase, linearly."""
 
     name: Literal["linear"]
 
 
-class StepConfig(_Course):
+class StepConfig(_WithWarmup):
     """The rate is multiplied by a factor every few epochs.
 
     Attributes:
@@ -97,7 +97,7 @@ class StepConfig(_Course):
     factor: Annotated[float, Field(gt=0, lt=1)] = 0.1
 
 
-class PlateauConfig(_Course):
+class PlateauConfig(_WithWarmup):
     """The rate is multiplied by a factor whenever a metric has had no new best for some epochs.
 
     Attributes:

@@ -10,8 +10,8 @@ from pydantic import BeforeValidator, Discriminator, Field, Tag, model_validator
 from pydantic_core import PydanticCustomError
 
 from mtl.config.cache import CacheMode
+from mtl.config.names import PhaseName
 from mtl.config.optim import BalanceConfig, LrScheduleConfig, OptimizerConfig, word_for
-from mtl.config.source import KeyPath
 from mtl.config.types import (
     Count,
     CountedConfig,
@@ -24,7 +24,7 @@ from mtl.config.types import (
     Strict,
     one_as_list,
 )
-from mtl.config.words import PhaseName
+from mtl.config.yaml_source import KeyPath
 from mtl.patterns import Counted, PatternLike
 from mtl.runtime.best import Direction
 

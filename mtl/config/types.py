@@ -1,4 +1,4 @@
-"""What the models of the configuration are made of: strict, frozen, with ranges in their types."""
+"""The base class and field types of the configuration's models: strict, frozen, with ranges in the types."""
 
 from __future__ import annotations
 
@@ -18,8 +18,7 @@ Seed = Annotated[int, Field(ge=0, lt=2**32)]
 class Strict(BaseModel):
     """Unknown keys, near-miss types and keys without a value are errors: nothing is ignored or converted in silence.
 
-    A setting that is off by default is left out, or has a word or number for it: in what a run writes down, nulls are
-    left out, and must not have meant anything.
+    "Off" is a missing key, a word or a number, never null: the configuration that a run saves leaves nulls out.
     """
 
     model_config = ConfigDict(extra="forbid", strict=True, frozen=True)

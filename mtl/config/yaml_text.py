@@ -1,26 +1,19 @@
-"""YAML text: to its tree of nodes, to scalars by YAML 1.2's rules, and back."""
+"""YAML text: parsed to a tree of nodes, scalars read by the rules of YAML 1.2, and data written back."""
 
 from __future__ import annotations
 
 import re
-from collections.abc import Callable, Sequence
+from collections.abc import Callable
 from typing import Any
 
 import yaml
 
-from mtl.config.nodes import TreeError, expand
-from mtl.config.quotes import quote_hint, quoted
+from mtl.config.errors import ConfigError
+from mtl.config.yaml_nodes import TreeError, expand
+from mtl.config.yaml_quotes import quote_hint, quoted
 
-# All of them fit into 64 bits, which is what torch counts with.
+# Torch's integers have 64 bits, into which all numbers of this length fit.
 _MOST_DIGITS = 18
-
-
-class ConfigError(ValueError):
-    """Mistakes in a configuration, one line each."""
-
-    def __init__(self, mistakes: Sequence[str]) -> None:
-        super().__init__("\n".join(mistakes))
-        self.mistakes = list(mistakes)
 
 
 class _Loader(yaml.SafeLoader):
@@ -28,7 +21,7 @@ class _Loader(yaml.SafeLoader):
 
 
 class _Dumper(yaml.SafeDumper):
-    """Writes what `_Loader` reads: text that looks like a number to it is quoted, and nothing is abbreviated."""
+    """Writes what `_Loader` reads: text that looks like a number is quoted, and no alias is used."""
 
     def ignore_aliases(self, data: Any) -> bool:  # noqa: ARG002 - PyYAML's signature
         return True
@@ -84,6 +77,7 @@ def compose(text: str, place: Callable[[int], str]) -> yaml.Node | None:
 
 
 def read_scalar(node: yaml.Node, where: str) -> Any:
+    """A scalar node as a Python value; `where` is the place and key for messages."""
     text = node.value
     if node.tag == _INT and isinstance(text, str) and (digits := len(text.lstrip("+-0"))) > _MOST_DIGITS:
         raise ConfigError([f"{where}: expected a whole number of at most {_MOST_DIGITS} digits, got one of {digits}"])

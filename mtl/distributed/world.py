@@ -32,7 +32,7 @@ class HasSums(Protocol):
 
     def state(self) -> list[Tensor]: ...
 
-    def take(self, state: Sequence[Tensor]) -> None: ...
+    def load_state(self, state: Sequence[Tensor]) -> None: ...
 
 
 @dataclass(frozen=True)
@@ -232,7 +232,7 @@ class World:
             summed |= {place: part.view_as(everything[place]) for place, part in zip(places, parts, strict=True)}
         start = 0
         for one, state in zip(each, states, strict=True):
-            one.take([summed[place] for place in range(start, start + len(state))])
+            one.load_state([summed[place] for place in range(start, start + len(state))])
             start += len(state)
 
     def broadcast(self, value: Any) -> Any:

@@ -1,6 +1,6 @@
-"""One model spread over processes (FSDP2): each holds a part of every tensor, and fetches the rest block by block.
+"""One model sharded over ranks (FSDP2): each holds a shard of every parameter, and gathers the rest block by block.
 
-Statistics of norm layers are not spread; `World.average_buffers` is for them.
+Statistics of norm layers are not sharded; `World.average_buffers` averages them.
 """
 
 from __future__ import annotations
@@ -18,18 +18,18 @@ from mtl.distributed.world import World, WorldError
 from mtl.model import MultiTaskModel
 from mtl.runtime.tensors import full_tensor
 
-# What our model calls of a timm trunk instead of its forward.
+# The methods of a timm trunk that our model calls instead of `forward`.
 _METHODS = ("forward_features", "forward_intermediates", "forward_head")
 
 
 def shard(model: MultiTaskModel, world: World) -> None:
-    """Spreads a model over the processes, in place; names stay, parameters are others. Optimizers are made after it.
+    """Shards a model over the ranks, in place: names stay, parameters are new objects. Build optimizers after it.
 
-    Call it once a run: later phases may freeze and thaw at will. What is frozen is spread too, but has no gradient.
+    Call it once a run; later phases may freeze and thaw. Frozen parameters are sharded too.
 
     Args:
-        model: On the process's device, with the same weights in every process.
-        world: The processes, which have met.
+        model: On the rank's device, with the same weights on every rank.
+        world: The ranks, with their process group.
 
     Raises:
         WorldError: A parameter is not contiguous in memory, as in the layout channels_last.
@@ -38,20 +38,20 @@ def shard(model: MultiTaskModel, world: World) -> None:
         return
     for name, parameter in model.named_parameters():
         if not parameter.is_contiguous():
-            raise WorldError(f"{name}: FSDP takes contiguous tensors only; use the contiguous memory layout")
+            raise WorldError(f"{name}: FSDP takes contiguous tensors only; set memory_format to contiguous")
     mesh = init_device_mesh(next(model.parameters()).device.type, (world.size,))
     for part in [*blocks(model.trunk), model.trunk, *model.heads.values()]:
-        # The whole as well, since a forward without backward would leave its parameters gathered.
+        # The trunk itself as well, since a forward without backward would leave its parameters gathered.
         fully_shard(part, mesh=mesh, reshard_after_forward=True)
     for method in _METHODS:
         register_fsdp_forward_method(model.trunk, method)
-    # What the trunk returns may be views of its activations; our heads, which read them, write to none of them.
+    # The trunk may return views of its activations; our heads only read them.
     name = re.escape(type(model.trunk).__name__)
     warnings.filterwarnings("ignore", rf"FSDP2-wrapped module \({name}\) returned a view", UserWarning)
 
 
 def blocks(trunk: nn.Module) -> Iterator[nn.Module]:
-    """The outermost parts that are run one after the other: members of a Sequential or ModuleList, with parameters."""
+    """The outermost members of Sequentials and ModuleLists that have parameters, which run one after the other."""
     for child in trunk.children():
         if isinstance(child, nn.Sequential | nn.ModuleList):
             for member in child:
@@ -61,13 +61,13 @@ def blocks(trunk: nn.Module) -> Iterator[nn.Module]:
             yield from blocks(child)
 
 
-def spread(model: MultiTaskModel, groups: Iterable[list[dict[str, Any]]], world: World) -> None:
-    """As `shard`, and puts the new parameters in the place of the old ones in what optimizers are going to be given.
+def shard_with_groups(model: MultiTaskModel, groups: Iterable[list[dict[str, Any]]], world: World) -> None:
+    """Shards a model as `shard` does, and replaces the old parameters in the optimizers' groups by the new ones.
 
     Args:
         model: As for `shard`.
-        groups: The groups of each phase, which are written to: what still held an old parameter would keep it whole.
-        world: The processes.
+        groups: The groups of each phase; written to, since an old parameter in them would keep its full tensor alive.
+        world: The ranks.
 
     Raises:
         WorldError: As `shard`.
@@ -82,8 +82,8 @@ def spread(model: MultiTaskModel, groups: Iterable[list[dict[str, Any]]], world:
         group["params"] = [new_of.get(parameter, parameter) for parameter in group["params"]]
 
 
-class Gathered:
-    """The tensors of a model that is spread, whole, as a module would give them."""
+class FullModel:
+    """The full tensors of a sharded model, with the `state_dict` of a module."""
 
     def __init__(self, tensors: dict[str, Tensor]) -> None:
         self._tensors = tensors
@@ -92,10 +92,10 @@ class Gathered:
         return self._tensors
 
 
-def gather(model: nn.Module, world: World) -> Gathered:
-    """The whole model as plain tensors on the CPU of rank 0; empty elsewhere. Every process has to call it.
+def gather_model(model: nn.Module, world: World) -> FullModel:
+    """The full model as plain tensors on the CPU of rank 0; empty on other ranks. Collective: every rank calls it.
 
-    A tensor of two names is one in it, too.
+    A tensor with two names stays one tensor.
     """
     full: dict[str, Tensor] = {}
     first_of: dict[int, str] = {}
@@ -104,4 +104,4 @@ def gather(model: nn.Module, world: World) -> Gathered:
         gathered = full_tensor(tensor.detach()) if first == name else None
         if world.is_main:
             full[name] = full[first] if gathered is None else gathered.cpu().clone()
-    return Gathered(full)
+    return FullModel(full)

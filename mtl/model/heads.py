@@ -1,4 +1,4 @@
-"""Heads: what turns the trunk's features into one task's output."""
+"""Heads: modules that map the trunk's features to one task's output."""
 
 from __future__ import annotations
 
@@ -50,7 +50,7 @@ class DenseHead(nn.Module):
 
 
 def enlarge(maps: Tensor, size: tuple[int, int]) -> Tensor:
-    """Bilinear interpolation, as `functional.interpolate(mode="bilinear")` does it.
+    """Bilinear interpolation, the same as `functional.interpolate(mode="bilinear")`.
 
     It is linear in rows and in columns: two products with small matrices. Forward and backward take a third of the time
     on a CPU.
@@ -59,7 +59,7 @@ def enlarge(maps: Tensor, size: tuple[int, int]) -> Tensor:
         maps: "b c h w", floats.
         size: Height and width of the result.
     """
-    if torch.compiler.is_compiling():  # which makes a kernel of its own, and sees no cached matrices
+    if torch.compiler.is_compiling():  # the compiler has its own kernel, and cannot use cached matrices
         return functional.interpolate(maps, size=size, mode="bilinear", align_corners=False)
     rows, columns = (
         _weights(old, new, maps.device, maps.dtype) for old, new in zip(maps.shape[-2:], size, strict=True)
@@ -70,7 +70,7 @@ def enlarge(maps: Tensor, size: tuple[int, int]) -> Tensor:
 @lru_cache(maxsize=64)
 def _weights(old: int, new: int, device: torch.device, dtype: torch.dtype) -> Tensor:
     """The matrix "new old" that interpolates a line of pixels."""
-    # Not in inference mode, if that is on now: training is going to use it too.
+    # Inference mode off: the cached matrix is used in training too.
     with torch.inference_mode(mode=False), torch.no_grad():
         every_pixel = torch.eye(old, device=device)[None]
         line = functional.interpolate(every_pixel, size=new, mode="linear", align_corners=False)
@@ -102,8 +102,8 @@ def build_head(kind: Literal["dense", "vector"], shape: FeatureShape, num_output
     return DenseHead(shape, num_outputs) if kind == "dense" else VectorHead(shape, num_outputs)
 
 
-def start_from(head: nn.Module, constant: Tensor) -> None:
-    """Sets the bias of a head's last layer, so that training starts from the best constant prediction.
+def set_output_bias(head: nn.Module, constant: Tensor) -> None:
+    """Sets the bias of a head's last layer, so that training starts from a constant prediction.
 
     Args:
         head: A head with a layer `out`.

@@ -13,7 +13,7 @@ from einops import rearrange
 from torch import Tensor, nn
 
 from mtl.config import SettingError, TrunkConfig
-from mtl.model.grad_checkpointing import compute_again
+from mtl.model.grad_checkpointing import enable_grad_checkpointing
 from mtl.model.heads import DenseHead, VectorHead, build_head
 from mtl.model.prefix import Prefix
 from mtl.model.trunk import Features, FeatureShape, feature_shape, pyramid_levels, read_features
@@ -34,7 +34,7 @@ MEMORY_FORMATS = {"contiguous": torch.contiguous_format, "channels_last": torch.
 
 
 class Normalize(nn.Module):
-    """From stored images to what the trunk was trained on."""
+    """Normalises stored images with the mean and std of the trunk's pretraining."""
 
     def __init__(self, mean: tuple[float, ...], std: tuple[float, ...]) -> None:
         super().__init__()
@@ -48,7 +48,7 @@ class Normalize(nn.Module):
             images: "b h w c", uint8, c is 3, or 1 for grey.
 
         Returns:
-            "b 3 h w", float32, channels_last in memory, as the images are stored; the caller may want another layout.
+            "b 3 h w", float32, channels_last in memory, since the images are stored so; callers may convert it.
         """
         return rearrange(images, "b h w c -> b c h w").to(self.scale.dtype) * self.scale + self.shift
 
@@ -57,8 +57,8 @@ class MultiTaskModel(nn.Module):
     """A shared timm trunk and a head per task.
 
     Attributes:
-        trunk: The timm module itself: its own parameter names follow `trunk.`.
-        heads: The heads by task name: `heads.<task>.`.
+        trunk: The timm module; its parameters are named `trunk.<timm's name>`.
+        heads: The heads by task name; their parameters are named `heads.<task>.<name>`.
         normalize: The trunk's input normalisation.
     """
 
@@ -71,13 +71,13 @@ class MultiTaskModel(nn.Module):
     ) -> None:
         """Args:
             config: The trunk.
-            tasks: The tasks by name; each decides the form of its head.
+            tasks: The tasks by name; each determines its head.
             image_size: Height and width of the images, in pixels.
             memory_format: Layout of weights and activations.
 
         Raises:
             SettingError: timm knows no such trunk, or it cannot be built or run with these options and this size.
-            WeightsError: The weights cannot be had, or do not fit.
+            WeightsError: The weights are not available, or do not fit.
         """
         super().__init__()
         trunk = build_trunk(config, image_size)
@@ -94,7 +94,7 @@ class MultiTaskModel(nn.Module):
         self.memory_format = memory_format
         self.image_size = image_size
         self.to(memory_format=memory_format)
-        # What torch.compile has made of methods, by their names.
+        # Compiled methods by name.
         self._compiled: dict[str, Callable[..., Any]] = {}
 
     @property
@@ -135,7 +135,7 @@ class MultiTaskModel(nn.Module):
         return self.decode(self.encode(images, tasks), (images.shape[1], images.shape[2]), tasks)
 
     def __getstate__(self) -> dict[str, Any]:
-        """What a copy or a file gets: no compiled code, which runs this model's weights; a layout as text."""
+        """The state for copies and pickles: without compiled code, which is bound to this model; layout as text."""
         layout = next(name for name, known in MEMORY_FORMATS.items() if known == self.memory_format)
         return self.__dict__ | {"_compiled": {}, "memory_format": layout}
 
@@ -143,13 +143,13 @@ class MultiTaskModel(nn.Module):
         layout = MEMORY_FORMATS[state["memory_format"]]
         super().__setstate__(state | {"memory_format": layout})  # type: ignore[no-untyped-call]  # torch's
 
-    def compile_anew(self) -> None:
-        """Has trunk and heads compiled when they are next run; what was compiled for another freeze is forgotten."""
+    def recompile(self) -> None:
+        """Drops code compiled for another freeze; trunk and heads are compiled at their next call."""
         torch.compiler.reset()
         self._compiled = {"read": torch.compile(self.read), "decode": torch.compile(self._decode)}
 
     def encode(self, images: Tensor, tasks: Collection[str] | None = None) -> Features:
-        """What the heads of some tasks read of the trunk.
+        """The trunk's features that the heads of some tasks read.
 
         Args: as for `forward`.
         """
@@ -158,12 +158,12 @@ class MultiTaskModel(nn.Module):
             return features
 
     def prepare(self, images: Tensor) -> Tensor:
-        """What the trunk is given: "b 3 h w"; convolutions compute in the layout of what they are given."""
+        """The trunk's input, "b 3 h w", in the model's layout: convolutions compute in the layout of their input."""
         prepared: Tensor = self.normalize(images).contiguous(memory_format=self.memory_format)
         return prepared
 
     def read(self, prepared: Tensor, tasks: Collection[str] | None = None) -> Features:
-        """`encode` behind `prepare`."""
+        """`encode` after `prepare`."""
         dense, pooled = self.reads(tasks)
         return read_features(self.trunk, prepared, self.levels if dense else [], pooled)
 
@@ -173,9 +173,9 @@ class MultiTaskModel(nn.Module):
         return any(isinstance(head, DenseHead) for head in heads), any(isinstance(head, VectorHead) for head in heads)
 
     def why_not_cut(self, prefix: Prefix, tasks: Collection[str]) -> str:
-        """Why a phase of some tasks cannot run only what lies behind a prefix for all tasks; empty if it can."""
+        """Why a phase of some tasks cannot run only the trunk after a prefix for all tasks; empty if it can."""
         if prefix.modules and self.reads(tasks) != self.reads(None):
-            # The rest of the trunk would be run in training for what only validation reads.
+            # Training would run the rest of the trunk for features that only validation reads.
             return "the phase's tasks read other features of the trunk than all tasks do"
         return ""
 
@@ -185,7 +185,7 @@ class MultiTaskModel(nn.Module):
         """The heads' outputs.
 
         Args:
-            features: At least what these heads read.
+            features: At least the features that these heads read.
             size: Height and width of the images, in pixels.
             tasks: As for `forward`.
 
@@ -203,11 +203,11 @@ class MultiTaskModel(nn.Module):
 
 
 def build_trunk(config: TrunkConfig, image_size: int) -> nn.Module:
-    """Makes a timm model without a classifier, with the weights that `trunk.weights` names.
+    """Builds a timm model without a classifier, with the weights that `trunk.weights` names.
 
     Raises:
         SettingError: timm knows no such model, or cannot build it with these options and this size.
-        WeightsError: The weights cannot be had, or do not fit.
+        WeightsError: The weights are not available, or do not fit.
     """
     if not timm.is_model(config.name):
         near = hint(config.name, timm.list_models(), most=3, cutoff=0.6)
@@ -219,7 +219,7 @@ def build_trunk(config: TrunkConfig, image_size: int) -> nn.Module:
             f"packaged holds weights of {PACKAGED_TRUNK} only, not of {config.name};"
             " other choices: hub, none, or the path of a weights file"
         )
-    # Read before the model is built: a missing file should not cost the time of building.
+    # Read before the model is built, so that a missing file fails at once.
     state = None
     if config.weights == "packaged":
         state = packaged_weights()
@@ -234,18 +234,19 @@ def build_trunk(config: TrunkConfig, image_size: int) -> nn.Module:
         load_into(trunk, state, config.weights)
     if config.checkpointing:
         try:
-            compute_again(trunk)
+            enable_grad_checkpointing(trunk)
         except (AttributeError, AssertionError, NotImplementedError) as error:
-            raise SettingError("trunk.checkpointing", f"timm cannot do it for {config.name!r}") from error
+            message = f"timm does not support it for {config.name!r}; leave it out"
+            raise SettingError("trunk.checkpointing", message) from error
     return trunk
 
 
-# What a user's options and sizes can make timm and torch raise, while a model is built or first run.
+# timm and torch raise them for a user's options and sizes, when a model is built or first run.
 _TIMM_ERRORS = (TypeError, ValueError, AssertionError, RuntimeError, AttributeError, IndexError, KeyError)
 
 
 class _UnfitError(SettingError):
-    """A trunk that cannot be built or run, be it for its options or for the size of the images."""
+    """A trunk that cannot be built or run, because of its options or the size of the images."""
 
 
 def _create(name: str, pretrained: bool, options: dict[str, Any]) -> nn.Module:
@@ -253,16 +254,16 @@ def _create(name: str, pretrained: bool, options: dict[str, Any]) -> nn.Module:
         trunk: nn.Module = timm.create_model(name, pretrained=pretrained, num_classes=0, **options)
     except _TIMM_ERRORS as error:
         if pretrained and isinstance(error, RuntimeError):
-            raise  # no weights for this architecture: hub_or_cache says so
+            raise  # no weights for this architecture: hub_or_cache reports it
         raise _UnfitError("trunk.options", f"timm cannot build {name!r} with {options}: {error}") from error
     return trunk
 
 
 def _options(config: TrunkConfig, image_size: int) -> dict[str, Any]:
-    """What timm is given: models with a fixed number of tokens are told the size; the others take any."""
-    for key, instead in (("pretrained", "trunk.weights says"), ("num_classes", "the heads say")):
+    """The options for timm; models with a fixed number of tokens need the image size, others take any."""
+    for key, instead in (("pretrained", "set trunk.weights instead"), ("num_classes", "the heads have the classes")):
         if key in config.options:
-            raise SettingError("trunk.options", f"{key!r} is no option here: that is what {instead}")
+            raise SettingError("trunk.options", f"{key!r} is no option here: {instead}")
     is_fixed = timm.models.get_pretrained_cfg_value(config.name, "fixed_input_size")
     return ({"img_size": image_size} if is_fixed else {}) | config.options
 
@@ -281,12 +282,12 @@ def _probe(trunk: nn.Module, dense: bool, image_size: int, config: TrunkConfig) 
         ) from error
 
 
-# Patches, windows and strides of nearly all trunks are among these, or divide one of them.
+# Patch sizes, window sizes and strides of nearly all trunks are among these, or divide one of them.
 _GRIDS = (14, 16, 32, 64, 256)
 
 
 def _blamed(error: _UnfitError, config: TrunkConfig, image_size: int, dense: bool) -> SettingError:
-    """The error, at the size of the images if the trunk takes others: with the nearest sizes that fit."""
+    """The error; blames the image size, with the nearest sizes that fit, if the trunk can run with another size."""
     usual = timm.models.get_pretrained_cfg_value(config.name, "input_size")
     if usual is None or not _takes(config, usual[-1], dense):
         return error
@@ -302,7 +303,7 @@ def _blamed(error: _UnfitError, config: TrunkConfig, image_size: int, dense: boo
 
 
 def _takes(config: TrunkConfig, image_size: int, dense: bool) -> bool:
-    """Whether a trunk can be built for a size and gives features, tried without weights and computing nothing."""
+    """Whether a trunk can be built for a size and gives features; tried on the meta device."""
     try:
         with torch.device("meta"):
             trunk = _create(config.name, pretrained=False, options=_options(config, image_size))

@@ -1,4 +1,4 @@
-"""The trunk: a timm model, unchanged, and how its features are read."""
+"""Features of a trunk, which is an unchanged timm model."""
 
 from __future__ import annotations
 
@@ -13,11 +13,11 @@ from torch import Tensor, nn
 
 @dataclass(frozen=True)
 class Features:
-    """What the trunk gives to the heads.
+    """The output of the trunk, which the heads read.
 
     Attributes:
         pyramid: Maps from fine to coarse, each "b c h w"; empty if no head reads them.
-        pooled: One vector an image, "b c"; None if no head reads it.
+        pooled: One vector per image, "b c"; None if no head reads it.
     """
 
     pyramid: list[Tensor]
@@ -33,10 +33,10 @@ class FeatureShape:
 
 
 def pyramid_levels(trunk: nn.Module) -> list[int]:
-    """Which of a timm model's intermediate features form the pyramid.
+    """The indices of a timm model's intermediate features that form the pyramid.
 
-    For a model that halves its resolution step by step: the last feature of every stride from 4 on. For a plain one
-    (ViT, MLP-Mixer), whose features all have one stride: four at even distances, the last included.
+    A model that halves its resolution several times: the last feature of every stride from 4 on. A plain model (ViT,
+    MLP-Mixer), whose features all have one stride: four at even distances, the last included.
     """
     info: Any = trunk.feature_info
     strides = [entry["reduction"] for entry in (info if isinstance(info, list) else info.info)]
@@ -48,13 +48,13 @@ def pyramid_levels(trunk: nn.Module) -> list[int]:
 
 
 def read_features(trunk: Any, images: Tensor, levels: list[int], pooled: bool) -> Features:
-    """Runs a timm model and collects what the heads read.
+    """Runs a timm model and collects the features that the heads read.
 
     Args:
         trunk: A timm model made with `num_classes=0`.
         images: "b 3 h w", normalised.
-        levels: Indices of the intermediate features to return; empty runs none of that code.
-        pooled: Whether to return the pooled vector too; if not, the layers that only it needs are not run.
+        levels: Indices of the intermediate features to return; if empty, none are collected.
+        pooled: Whether to return the pooled vector too; if not, layers that only it needs are not run.
     """
     if not levels:
         return Features([], trunk.forward_head(trunk.forward_features(images), pre_logits=True))
@@ -66,20 +66,20 @@ def read_features(trunk: Any, images: Tensor, levels: list[int], pooled: bool) -
 
 @contextmanager
 def in_eval_mode(module: nn.Module) -> Iterator[None]:
-    """Puts a module in eval mode, and afterwards every part of it back in the mode it was in."""
+    """Puts a module in eval mode, and restores the mode of each submodule afterwards."""
     modes = {part: part.training for part in module.modules()}
     module.eval()
     try:
         yield
     finally:
-        # Some models keep a tensor of theirs, with its graph, from one pass in eval mode for the next (LeViT).
+        # Some models (LeViT) cache a tensor, with its graph, in eval mode; their `train` clears it.
         module.train()
         for part, mode in modes.items():
             part.training = mode
 
 
 def feature_shape(trunk: nn.Module, levels: list[int], image_size: int) -> FeatureShape:
-    """Channels of the features, read off one forward of a blank image; the trunk is left as it was.
+    """Channels of the features, from one forward of a blank image; the trunk is unchanged afterwards.
 
     Raises:
         ValueError: The trunk does not pool to one vector per image.
@@ -89,5 +89,5 @@ def feature_shape(trunk: nn.Module, levels: list[int], image_size: int) -> Featu
     with in_eval_mode(trunk), torch.no_grad():
         features = read_features(trunk, blank, levels, pooled=True)
     if features.pooled is None or features.pooled.ndim != 2:
-        raise ValueError("expected a pooled vector per image; a trunk without pooling has none")
+        raise ValueError("expected a pooled vector per image, but this trunk has no pooling")
     return FeatureShape([level.shape[1] for level in features.pyramid], features.pooled.shape[1])

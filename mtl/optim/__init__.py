@@ -1,1 +1,1 @@
-"""What changes weights: optimizers and their state, learning-rate schedules, averages, balanced losses."""
+"""Optimizers and their state, learning-rate schedules, moving averages of weights, and loss balancing."""

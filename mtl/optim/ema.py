@@ -1,4 +1,4 @@
-"""An exponential moving average of the parameters that train."""
+"""An exponential moving average of the trainable parameters."""
 
 from __future__ import annotations
 
@@ -13,24 +13,24 @@ from mtl.runtime.tensors import by_sharding
 
 
 class Ema:
-    """Follows the parameters of one phase.
+    """Averages the trainable parameters of one phase.
 
-    What is frozen is no longer averaged: its bits stay those that the audit has seen. The average of a parameter that
-    goes on training goes on with it; that of one that is thawed begins with its value then.
+    Frozen parameters are not averaged: their bits stay those that the audit has fingerprinted. The average of a
+    parameter that stays trainable continues in the next phase; that of a thawed one starts from its current value.
     """
 
     def __init__(self, decay: float) -> None:
         """Args:
-        decay: The share of the average that one step leaves as it is.
+        decay: The share of the old average in the new one, per step.
         """
         self._average = get_ema_multi_avg_fn(decay)  # type: ignore[no-untyped-call]
         self._parameters: dict[str, nn.Parameter] = {}
         self._averages: dict[str, Tensor] = {}
 
     def follow(self, parameters: Mapping[str, nn.Parameter]) -> None:
-        """Follows these parameters from now on, by name, and no others.
+        """Averages these parameters from now on, by name, and no others.
 
-        One that is followed no longer takes its average: that is what was judged, and is from now on frozen.
+        A parameter that is averaged no longer is set to its average: the value that was validated, which is now frozen.
         """
         for name in self._parameters.keys() - parameters.keys():
             with torch.no_grad():
@@ -40,14 +40,14 @@ class Ema:
         self._averages = {n: known[n] if n in known else p.detach().clone() for n, p in parameters.items()}
 
     def update(self) -> None:
-        """Takes note of one optimizer step."""
+        """Updates the averages after one optimizer step."""
         averages, parameters = [self._averages[name] for name in self._parameters], list(self._parameters.values())
         for places in by_sharding(parameters):
             self._average([averages[place] for place in places], [parameters[place] for place in places], 0)
 
     @contextmanager
     def swapped_in(self) -> Iterator[None]:
-        """Puts the averages in the parameters' place, to be judged or kept, and the parameters back afterwards."""
+        """Swaps the averages into the parameters, for validation or a checkpoint, and back afterwards."""
         self._swap()
         try:
             yield
@@ -55,11 +55,11 @@ class Ema:
             self._swap()
 
     def averages(self) -> dict[str, Tensor]:
-        """The averages by name; while they are swapped in, the parameters as they train."""
+        """The averages by name; while they are swapped in, the trained values."""
         return dict(self._averages)
 
     def load(self, parameters: Mapping[str, nn.Parameter], averages: Mapping[str, Tensor]) -> None:
-        """Follows these parameters, by name, with saved averages of them."""
+        """Averages these parameters, by name, starting from saved averages."""
         self._parameters = dict(parameters)
         self._averages = {name: averages[name].clone() for name in parameters}
 

@@ -1,4 +1,4 @@
-"""The course of the learning rate over one phase."""
+"""The learning-rate schedule of one phase."""
 
 from __future__ import annotations
 
@@ -19,12 +19,12 @@ from mtl.config.optim import (
 )
 from mtl.runtime.best import Best, BestState, Direction
 
-# One-cycle (Smith and Topin, arXiv 1708.07120): from a 25th of the peak up, then down to nothing, in cosine halves.
+# One-cycle (Smith and Topin, arXiv 1708.07120): up from a 25th of the peak, then down to 0, each along half a cosine.
 _WARM_UP_SHARE, _START_FACTOR = 0.3, 0.04
 
 
 class LrScheduleState(TypedDict):
-    """An `LrSchedule` as plain data: steps done, what plateaus have brought the peak down to, what they remember."""
+    """An `LrSchedule` as plain data: steps done, factor of all plateaus so far, best value of the plateau's metric."""
 
     step: int
     scale: float
@@ -32,7 +32,7 @@ class LrScheduleState(TypedDict):
 
 
 class LrSchedule:
-    """Sets the rate of every group of an optimizer before each step: its own peak times one factor for all.
+    """Sets the rate of each of an optimizer's groups before each step: the group's peak times one factor for all.
 
     Call `step` after each of the optimizer's, and `epoch_done` after each validation.
     """
@@ -46,9 +46,9 @@ class LrSchedule:
         direction: Direction = "higher",
     ) -> None:
         """Args:
-        config: Which course.
-        optimizer: Whose groups have their peak rates.
-        num_steps: Length of the phase in steps, at most; a course that falls to 0 does so at its end.
+        config: Which schedule.
+        optimizer: The optimizer, its groups at their peak rates.
+        num_steps: The most steps of the phase; a schedule that falls to 0 is at 0 after them.
         steps_per_epoch: Steps in one pass over the data.
         direction: Which values of the metric of `plateau` are better.
         """
@@ -63,12 +63,12 @@ class LrSchedule:
         self._set()
 
     def step(self) -> None:
-        """Reports one optimizer step."""
+        """Counts one optimizer step and sets the rates of the next."""
         self._step += 1
         self._set()
 
     def epoch_done(self, metrics: Mapping[str, float]) -> None:
-        """Reports one completed pass over the training data and what its validation found."""
+        """Counts one pass over the training data, with the metrics of its validation; may lower the rates (plateau)."""
         config = self._config
         if not isinstance(config, PlateauConfig) or self._best.update(metrics[config.metric]):
             return
@@ -78,8 +78,8 @@ class LrSchedule:
             self._set()
 
     @property
-    def highest(self) -> float:
-        """The highest rate that the next step will use."""
+    def max_lr(self) -> float:
+        """The highest rate of the next step."""
         return max(float(group["lr"]) for group in self._optimizer.param_groups)
 
     def state_dict(self) -> LrScheduleState:
@@ -97,11 +97,11 @@ class LrSchedule:
 
 
 def factor_at(config: LrScheduleConfig, step: int, num_steps: int, steps_per_epoch: int) -> float:
-    """The share of the peak rate that a step uses; steps count from 0.
+    """The share of the peak rate that a step uses.
 
     Args:
-        config: Which course; what a `plateau` has brought down comes on top.
-        step: Steps done before.
+        config: Which schedule; the factor of a `plateau` is not included.
+        step: The step, from 0.
         num_steps: Length of the phase in steps.
         steps_per_epoch: Steps in one pass over the data.
     """

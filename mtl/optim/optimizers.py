@@ -18,22 +18,22 @@ from mtl.runtime.console import first_line
 from mtl.runtime.plugin import PluginError, find_class, where_it_failed
 from mtl.runtime.text import hint
 
-# They do not step parameters of all shapes from one backward: LBFGS wants a closure, SparseAdam sparse gradients, Muon
-# matrices only.
-_NOT_FOR_THIS_LOOP = ("LBFGS", "SparseAdam", "Muon")
+# They cannot step parameters of all shapes from one backward: LBFGS needs a closure, SparseAdam sparse gradients, Muon
+# matrices.
+_UNSUPPORTED = ("LBFGS", "SparseAdam", "Muon")
 
 
-# What options of a user's can make an optimizer raise.
-_THEIR_ERRORS = (TypeError, ValueError, RuntimeError, AssertionError, IndexError, KeyError, AttributeError)
+# Torch's optimizers raise them for a user's options.
+_OPTION_ERRORS = (TypeError, ValueError, RuntimeError, AssertionError, IndexError, KeyError, AttributeError)
 
 
 def _errors_of(config: OptimizerConfig) -> tuple[type[Exception], ...]:
-    """What an optimizer can raise for which its user is to be told: anything, if it is the user's own."""
-    return (Exception,) if ":" in config.name else _THEIR_ERRORS
+    """The errors that are reported as a wrong setting: any, if the optimizer is the user's own class."""
+    return (Exception,) if ":" in config.name else _OPTION_ERRORS
 
 
 class UncoveredError(ValueError):
-    """A table that leaves a parameter without a value."""
+    """A table that gives a parameter no value."""
 
 
 def by_pattern(
@@ -48,13 +48,13 @@ def by_pattern(
     Args:
         value: One number for all, or pattern -> number; the last pattern that matches decides.
         names: Names of the parameters.
-        every_name: Names of all parameters; a pattern may match others only, such as frozen ones.
-        tree: The module tree that the names hang in.
-        otherwise: Numbers of parameters that a table need not name.
+        every_name: Names of all parameters; a pattern may match only other ones, such as frozen ones.
+        tree: The module tree of the names.
+        otherwise: Numbers of parameters that a table need not cover.
 
     Raises:
         PatternError: A pattern cannot be read or matches no parameter at all.
-        UncoveredError: The table leaves a parameter uncovered.
+        UncoveredError: No pattern of the table covers a parameter.
     """
     if not isinstance(value, Mapping):
         return dict.fromkeys(names, value)
@@ -62,7 +62,7 @@ def by_pattern(
     for index, pattern in enumerate(patterns):
         if pattern.startswith("!"):
             raise PatternError(
-                index, f"pattern {pattern!r} takes back, but a number cannot be taken back; give another number"
+                index, f"pattern {pattern!r} starts with !, which cannot undo a number; give another number instead"
             )
     decided_by = select(patterns, every_name, tree).decided_by
     table = {name: value[patterns[decided_by[name]]] for name in names if name in decided_by}
@@ -76,7 +76,7 @@ def by_pattern(
 
 
 def layer_factors(decay: float, depths: Mapping[str, int]) -> dict[str, float]:
-    """By what a rate is multiplied for each parameter of the trunk: the further from the heads, the less.
+    """The factor of each trunk parameter's rate: smaller with the distance from the heads.
 
     Source: BEiT (Bao et al., arXiv 2106.08254), whose code counts the heads as the layer above the last one.
 
@@ -88,15 +88,15 @@ def layer_factors(decay: float, depths: Mapping[str, int]) -> dict[str, float]:
     return {name: decay ** (num_groups - depth) for name, depth in depths.items()}
 
 
-def is_decayed(name: str, parameter: Tensor, excepted: Collection[str]) -> bool:
-    """Whether weight decay is for this parameter: vectors and scalars (biases, norms) are not pulled towards zero.
+def is_decayed(name: str, parameter: Tensor, excluded: Collection[str]) -> bool:
+    """Whether weight decay applies to a parameter; it does not to vectors and scalars (biases, norms).
 
     Args:
         name: Its full name.
         parameter: The parameter.
-        excepted: Names, or shell patterns of names, that the model itself excepts (timm's `no_weight_decay`).
+        excluded: Names, or shell patterns of names, that the model itself excludes (timm's `no_weight_decay`).
     """
-    return parameter.ndim > 1 and not any(fnmatchcase(name, pattern) for pattern in excepted)
+    return parameter.ndim > 1 and not any(fnmatchcase(name, pattern) for pattern in excluded)
 
 
 def group_parameters(
@@ -105,9 +105,9 @@ def group_parameters(
     """Parameter groups, one for each pair of learning rate and weight decay.
 
     Args:
-        parameters: What trains, by name.
+        parameters: The trainable parameters by name.
         lr_of: The peak learning rate of each.
-        decay_of: The weight decay of each; 0 for those that are not in it.
+        decay_of: The weight decay of each; 0 for one that is not in it.
     """
     groups: dict[tuple[float, float], list[nn.Parameter]] = {}
     for name, parameter in parameters.items():
@@ -116,10 +116,10 @@ def group_parameters(
 
 
 def optimizer_names() -> dict[str, str]:
-    """The optimizers of torch by the name that a configuration writes: `adamw` -> `AdamW`."""
+    """The optimizers of torch by their name in a configuration: `adamw` -> `AdamW`."""
     classes = [kind for kind in vars(torch.optim).values() if isinstance(kind, type) and issubclass(kind, Optimizer)]
     names = [kind.__name__ for kind in classes if kind is not Optimizer]
-    return {name.lower(): name for name in names if name not in _NOT_FOR_THIS_LOOP}
+    return {name.lower(): name for name in names if name not in _UNSUPPORTED}
 
 
 def build_optimizer(config: OptimizerConfig, groups: Sequence[Mapping[str, Any]]) -> Optimizer:
@@ -133,29 +133,11 @@ def build_optimizer(config: OptimizerConfig, groups: Sequence[Mapping[str, Any]]
         SettingError: There is no such optimizer, or it does not take these options or these groups.
     """
     kind = _optimizer_class(config.name)
-    errors = _errors_of(config)
     takes = inspect.signature(kind).parameters
-    closure = inspect.signature(kind.step).parameters.get("closure")
-    if closure is not None and closure.default is closure.empty:
-        raise SettingError("optimizer.name", f"{config.name} wants a closure that computes the loss again and again")
-    reserved = [key for key in ("params", "lr", "weight_decay") if key in config.options]
-    if reserved:
-        raise SettingError("optimizer.options", f"{reserved[0]!r} has a key of its own, beside optimizer")
-    if config.options.get("differentiable"):
-        raise SettingError("optimizer.options", "differentiable is for steps that are differentiated, not for training")
-    takes_all = any(parameter.kind is parameter.VAR_KEYWORD for parameter in takes.values())
-    if "lr" not in takes and not takes_all:
-        raise SettingError("optimizer.name", f"{config.name} takes no lr, which every phase and schedule sets")
-    if "weight_decay" not in takes and not takes_all and any(group["weight_decay"] for group in groups):
-        raise SettingError("optimizer.name", f"{config.name} takes no weight decay; set weight_decay to 0")
+    _check_supported(config, kind, any(group["weight_decay"] for group in groups))
     options = dict(config.options)
-    if options.get("fused") and _mixes_momentum(kind, options):
-        raise SettingError(
-            "optimizer.options",
-            "torch's fused SGD fails where momentum meets what is thawed; leave out fused",
-        )
     if not {"fused", "foreach", "capturable", "differentiable"} & options.keys():
-        # In one kernel where there is one for these devices, else over lists of tensors.
+        # One fused kernel if there is one for these devices, else loops over lists of tensors.
         fast = "fused" if "fused" in takes and _can_be_fused(kind, options, groups) else "foreach"
         options |= {fast: True} if fast in takes else {}
     if "lr" in takes:
@@ -164,15 +146,43 @@ def build_optimizer(config: OptimizerConfig, groups: Sequence[Mapping[str, Any]]
         # Copies: an optimizer writes the current rate into its groups.
         make: Any = kind
         optimizer: Optimizer = make([dict(group) for group in groups], **options)
-    except errors as error:
+    except _errors_of(config) as error:
         known = ", ".join(key for key in takes if key not in ("params", "lr", "weight_decay")) or "none"
-        said = where_it_failed(error) if ":" in config.name else first_line(error)
-        raise SettingError("optimizer.options", f"{config.name} takes the options {known}: {said}") from error
+        text = _text(error, config)
+        raise SettingError("optimizer.options", f"{config.name} takes the options {known}: {text}") from error
     return optimizer
 
 
+def _check_supported(config: OptimizerConfig, kind: type[Optimizer], decays: bool) -> None:
+    """Raises `SettingError` if an optimizer cannot be used in the training loop, or not with these options."""
+    takes = inspect.signature(kind).parameters
+    closure = inspect.signature(kind.step).parameters.get("closure")
+    if closure is not None and closure.default is closure.empty:
+        raise SettingError("optimizer.name", f"{config.name} needs a closure that recomputes the loss; choose another")
+    reserved = [key for key in ("params", "lr", "weight_decay") if key in config.options]
+    if reserved:
+        raise SettingError("optimizer.options", f"{reserved[0]!r} has a key of its own, next to optimizer")
+    if config.options.get("differentiable"):
+        raise SettingError("optimizer.options", "differentiable is for steps that are differentiated; leave it out")
+    takes_all = any(parameter.kind is parameter.VAR_KEYWORD for parameter in takes.values())
+    if "lr" not in takes and not takes_all:
+        raise SettingError("optimizer.name", f"{config.name} takes no lr, which every phase and schedule sets")
+    if "weight_decay" not in takes and not takes_all and decays:
+        raise SettingError("optimizer.name", f"{config.name} takes no weight decay; set weight_decay to 0")
+    if config.options.get("fused") and _mixes_momentum(kind, config.options):
+        raise SettingError(
+            "optimizer.options",
+            "torch's fused SGD fails if some parameters have momentum and thawed ones do not; leave out fused",
+        )
+
+
+def _text(error: Exception, config: OptimizerConfig) -> str:
+    """An optimizer's error in one line; with the place in the user's code if the class is the user's own."""
+    return where_it_failed(error) if ":" in config.name else first_line(error)
+
+
 def _can_be_fused(kind: type[Optimizer], options: Mapping[str, Any], groups: Sequence[Mapping[str, Any]]) -> bool:
-    """Whether torch has one kernel for all of an optimizer's step on these parameters, whenever they begin to train."""
+    """Whether torch has a fused kernel for an optimizer's step on these parameters, thawed ones included."""
     if _mixes_momentum(kind, options):
         return False
     parameters = [parameter for group in groups for parameter in group["params"]]
@@ -180,22 +190,22 @@ def _can_be_fused(kind: type[Optimizer], options: Mapping[str, Any], groups: Seq
         return False
     try:
         kind([nn.Parameter(parameters[0].new_zeros(1))], lr=1.0, fused=True)  # type: ignore[call-arg]
-    except _THEIR_ERRORS:
+    except _OPTION_ERRORS:
         return False
     return True
 
 
 def _mixes_momentum(kind: type[Optimizer], options: Mapping[str, Any]) -> bool:
-    """Whether torch's kernel would want momentum of all parameters or of none.
+    """Whether torch's fused kernel needs momentum for all parameters or for none.
 
-    It fails where one is thawed beside one that trains; and if fp16 overflows in the first step, it goes on with
-    momentum that was never written.
+    It fails if a thawed parameter has none yet; and after an fp16 overflow in the first step it uses momentum that was
+    never written.
     """
     return issubclass(kind, torch.optim.SGD) and bool(options.get("momentum"))
 
 
 def try_out(config: OptimizerConfig, device: torch.device) -> None:
-    """Steps one small matrix, since some options fail only then.
+    """Steps one small matrix, since some options fail only in a step.
 
     Raises:
         SettingError: The optimizer does not step with these options on this device.
@@ -206,8 +216,8 @@ def try_out(config: OptimizerConfig, device: torch.device) -> None:
     try:
         optimizer.step()
     except _errors_of(config) as error:
-        said = where_it_failed(error) if ":" in config.name else first_line(error)
-        raise SettingError("optimizer.options", f"{config.name} cannot step on {device.type}: {said}") from error
+        text = _text(error, config)
+        raise SettingError("optimizer.options", f"{config.name} cannot step on {device.type}: {text}") from error
 
 
 def _optimizer_class(name: str) -> type[Optimizer]:
@@ -219,12 +229,12 @@ def _optimizer_class(name: str) -> type[Optimizer]:
             raise SettingError("optimizer.name", str(error)) from error
     names = optimizer_names()
     if name.lower() not in names:
-        there = f"there are: {', '.join(sorted(names))}, or your own as package.module:Name"
-        raise SettingError("optimizer.name", f"no optimizer {name!r}{hint(name.lower(), names)}; {there}")
+        choices = f"choose from: {', '.join(sorted(names))}, or your own as package.module:Name"
+        raise SettingError("optimizer.name", f"no optimizer {name!r}{hint(name.lower(), names)}; {choices}")
     kind: type[Optimizer] = getattr(torch.optim, names[name.lower()])
     return kind
 
 
-def held_by(optimizer: Optimizer) -> list[nn.Parameter]:
+def parameters_of(optimizer: Optimizer) -> list[nn.Parameter]:
     """The parameters that an optimizer steps, in its order."""
     return [parameter for group in optimizer.param_groups for parameter in group["params"]]

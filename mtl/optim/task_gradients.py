@@ -1,4 +1,4 @@
-"""What each task's gradient does to a trunk: how large it is where, and which tasks pull against each other."""
+"""Analysis of the tasks' gradients on a trunk: their norms by depth group, and which tasks are in conflict."""
 
 from __future__ import annotations
 
@@ -21,15 +21,15 @@ _MOST_COLUMNS = 1 << 20
 
 @dataclass(frozen=True)
 class Pair:
-    """How the gradients a and b of two tasks stand to each other, over all parameters looked at.
+    """How the gradients a and b of two tasks relate, over all analysed parameters.
 
     Source: Yu et al., Gradient Surgery for Multi-Task Learning, arXiv 2001.06782, Definitions 1 and 2.
 
     Attributes:
         tasks: The two tasks.
         cosine: a·b / (|a| |b|), -1 to 1; NaN if one of them is zero or not finite.
-        magnitude_similarity: 2 |a| |b| / (|a|² + |b|²), 0 to 1: 1 if they are of one length, near 0 if one hides the
-            other; NaN if both are zero or one is not finite.
+        magnitude_similarity: 2 |a| |b| / (|a|² + |b|²), 0 to 1: 1 if they are of one length, near 0 if one dominates;
+            NaN if both are zero or one is not finite.
     """
 
     tasks: tuple[str, str]
@@ -38,7 +38,7 @@ class Pair:
 
     @property
     def conflicts(self) -> bool:
-        """Whether the cosine is below 0 (Definition 1). A pair without a cosine is in no conflict."""
+        """Whether the cosine is below 0 (Definition 1); False if it is NaN."""
         return self.cosine < 0
 
 
@@ -48,8 +48,8 @@ class GradientAnalysis:
 
     Attributes:
         groups: The groups with a parameter that requires a gradient, in the order given.
-        norms: By task and group, the gradient's Euclidean norm; 0 where a gradient is zero or the task does not reach
-            the group, NaN where it is not finite.
+        norms: By task and group, the gradient's Euclidean norm; 0 where a gradient is zero or the task's loss does not
+            depend on the group, NaN where it is not finite.
         total_norms: By task, the norm over all groups.
         reached: By task, the groups with a parameter that its loss depends on, however small the gradient.
         pairs: Every two tasks, in order; none if there is one task only.
@@ -73,7 +73,7 @@ class GradientAnalysis:
         return tuple(group for group in self.groups if not any(group in reached for reached in self.reached.values()))
 
     def to_row(self) -> dict[str, float]:
-        """The numbers by metric name. A group that a task does not reach has no norm there, one that is zero has 0."""
+        """The numbers by metric name; without the norms of groups that a task does not reach."""
         row: dict[str, float] = {}
         for task, norms in self.norms.items():
             row[f"grad/norm/{task}"] = self.total_norms[task]
@@ -87,7 +87,7 @@ class GradientAnalysis:
 
     @staticmethod
     def from_row(row: Mapping[str, Any]) -> GradientAnalysis:
-        """Reads what `to_row` wrote, null for NaN: the groups sorted by name, without those that no task reaches."""
+        """The inverse of `to_row`, null read as NaN; groups sorted by name, without those that no task reaches."""
         total_norms: dict[str, float] = {}
         norms: dict[str, dict[str, float]] = {}
         cosines: dict[tuple[str, str], float] = {}
@@ -117,61 +117,60 @@ def _number(value: float | None) -> float:
 
 
 def trunk_groups(trunk: nn.Module) -> dict[str, list[nn.Parameter]]:
-    """The depth groups of a trunk with something that requires a gradient, and of each what does.
+    """The trainable parameters of a trunk by depth group; groups without any are left out.
 
     Returns:
-        By name: the group's number from the input on, frozen ones counted, and its first module: `03 blocks.1.0`.
+        By name: the group's number from the input on, frozen groups counted, and its first module: `03 blocks.1.0`.
     """
     parameters = dict(trunk.named_parameters())
     # Of a tensor with several names, the first.
     groups = [[name for name in group if name in parameters] for group in depth_groups(trunk)]
     width = max(2, len(str(len(groups) - 1)))
     named = {f"{n:0{width}d} {condense(group, parameters)[0]}": group for n, group in enumerate(groups)}
-    trained = {
+    trainable = {
         name: [parameters[each] for each in group if parameters[each].requires_grad] for name, group in named.items()
     }
-    return {name: group for name, group in trained.items() if group}
+    return {name: group for name, group in trainable.items() if group}
 
 
 def analyse(losses: Mapping[str, Tensor], groups: Mapping[str, Sequence[nn.Parameter]]) -> GradientAnalysis | None:
     """Compares the gradients of losses on groups of parameters, before the backward of a training step.
 
-    One backward per task. It leaves every `.grad` as it is and keeps the graph, so that the real backward follows with
-    the same bits; what hangs on a parameter with `register_hook` is called as in any backward. At most it holds one
-    gradient of all the groups per task, and of one parameter at a time those of all tasks once more in float64, in
-    which all is summed: squares of float32 and bfloat16 gradients can neither overflow nor vanish there. The host waits
-    for the device once.
+    One backward per task. It leaves every `.grad` unchanged and keeps the graph, so that the training backward gives
+    the same bits; hooks registered on a parameter are called as in any backward. Memory: one gradient of all groups per
+    task, and for one parameter at a time the gradients of all tasks in float64. Sums are float64, in which squares of
+    float32 and bfloat16 gradients neither overflow nor vanish. One sync with the device.
 
     Args:
-        losses: By task, a scalar; not taken from one stacked tensor, through which every task would seem to reach what
-            the others do. One without a graph reaches nothing.
-        groups: By name, parameters; those that do not require a gradient are left out, and so are groups without any
-            other. No parameter may be in two groups.
+        losses: By task, a scalar. Not slices of one stacked tensor: through it every task would seem to reach the
+            parameters of all. One without a graph reaches nothing.
+        groups: By name, parameters. Frozen ones, and groups of frozen ones only, are left out. No parameter may be in
+            two groups.
 
     Returns:
-        The analysis; None if there is no loss, or nothing requires a gradient.
+        The analysis; None if there is no loss, or no trainable parameter.
     """
-    trained = {name: [each for each in group if each.requires_grad] for name, group in groups.items()}
-    trained = {name: group for name, group in trained.items() if group}
-    if not losses or not trained:
+    trainable = {name: [each for each in group if each.requires_grad] for name, group in groups.items()}
+    trainable = {name: group for name, group in trainable.items() if group}
+    if not losses or not trainable:
         return None
-    parameters = [parameter for group in trained.values() for parameter in group]
+    parameters = [parameter for group in trainable.values() for parameter in group]
     # By task and parameter; None where the loss does not depend on the parameter, which is not the same as zero.
-    gradients = [task_gradients(loss, parameters) for loss in losses.values()]
+    gradients = [loss_gradients(loss, parameters) for loss in losses.values()]
     reached: dict[str, frozenset[str]] = {}
     for task, own in zip(losses, gradients, strict=True):
         left = iter(own)
-        has = {name: [next(left) is not None for _ in group] for name, group in trained.items()}
+        has = {name: [next(left) is not None for _ in group] for name, group in trainable.items()}
         reached[task] = frozenset(name for name, each in has.items() if any(each))
     by_parameter = zip(parameters, zip(*gradients, strict=True), strict=True)
-    products = [torch.stack([_products(*next(by_parameter)) for _ in group]).sum(dim=0) for group in trained.values()]
-    return _analysis(tuple(losses), tuple(trained), torch.stack(products).tolist(), reached)
+    products = [torch.stack([_products(*next(by_parameter)) for _ in group]).sum(dim=0) for group in trainable.values()]
+    return _analysis(tuple(losses), tuple(trainable), torch.stack(products).tolist(), reached)
 
 
-def task_gradients(loss: Tensor, parameters: Sequence[nn.Parameter]) -> Sequence[Tensor | None]:
-    """The gradients of a loss on parameters, None where it does not depend on them; `.grad` and graph stay as they are.
+def loss_gradients(loss: Tensor, parameters: Sequence[nn.Parameter]) -> Sequence[Tensor | None]:
+    """The gradients of a loss on parameters, None where it does not depend on them; `.grad` and graph are unchanged.
 
-    DDP does not see them: they are this process's own.
+    DDP does not average them: they are this rank's own.
     """
     if not loss.requires_grad:
         return [None] * len(parameters)
@@ -179,9 +178,9 @@ def task_gradients(loss: Tensor, parameters: Sequence[nn.Parameter]) -> Sequence
 
 
 def inner_products(rows: Tensor) -> Tensor:
-    """The inner products of rows, "t n": "t t", float64, in which the squares of no gradient overflow or vanish.
+    """The Gramian of rows "t n": "t t", float64, in which squares of gradients neither overflow nor vanish.
 
-    A part of the columns at a time, since as float64 they take twice the memory.
+    Columns are converted in parts, since float64 takes twice the memory.
     """
     total = rows.new_zeros(len(rows), len(rows), dtype=torch.float64)
     for part in torch.split(rows, _MOST_COLUMNS, dim=1):

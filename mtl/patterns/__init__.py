@@ -1,4 +1,4 @@
-"""The pattern language: which names a pattern selects, and how a list of patterns divides them."""
+"""The pattern language: which names a pattern selects, and how a list of patterns partitions them."""
 
 from mtl.patterns.language import (
     Counted,

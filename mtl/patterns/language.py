@@ -1,18 +1,17 @@
-r"""Name patterns: the one small language that says which tensors are meant.
+r"""Name patterns: one small language to select tensors.
 
-It works on full names such as `trunk.layer1.0.conv1.weight` and on a small description of the module tree; it knows
-nothing of tensors.
+It works on full names such as `trunk.layer1.0.conv1.weight` and on a `ModuleTree`, without tensors.
 
 | form                                          | selects                                                          |
 |-----------------------------------------------|------------------------------------------------------------------|
 | `trunk.layer1`                                | that module or tensor and all below it; only at a dot            |
 | `trunk.blocks.*.attn`, `**.bias`              | glob: `*` inside one segment, `**` across any number of segments |
 | `trunk[:2]`, `trunk.blocks[-1].attn`          | children of a module by position, as Python slices a list        |
-| `trunk@first:2`, `trunk@last:1`, `trunk@first:50%` | depth groups, with their buffers, from the input on, or back |
-| `type:BatchNorm2d`                            | all that hangs in modules of that class or a subclass            |
+| `trunk@first:2`, `trunk@last:1`, `trunk@first:50%` | depth groups, with their buffers, counted from input or output |
+| `type:BatchNorm2d`                            | all tensors below modules of that class or a subclass            |
 | `re:.*\.(weight|bias)`                       | regular expression that must match the whole name                |
 | `~layer1`                                     | every name that contains the text                                |
-| `!pattern`                                    | takes back; the last pattern that matches a name decides         |
+| `!pattern`                                    | deselects; the last pattern that matches a name decides          |
 """
 
 from __future__ import annotations
@@ -56,7 +55,7 @@ PatternLike = str | Counted
 
 
 def as_list(patterns: PatternLike | Sequence[PatternLike]) -> list[PatternLike]:
-    """One pattern alone is a list of one."""
+    """Patterns as a list; a single pattern becomes a list of one."""
     return [patterns] if isinstance(patterns, str | Counted) else list(patterns)
 
 
@@ -80,12 +79,12 @@ class Selection:
 
 @dataclass(frozen=True)
 class Partition:
-    """Every parameter and buffer on one side of the line: a freeze as names.
+    """A freeze as names: each parameter and buffer is either frozen or not.
 
     Attributes:
         frozen: Frozen parameters.
         trainable: All other parameters.
-        frozen_buffers: Buffers that must not move either.
+        frozen_buffers: Buffers that must not change.
         free_buffers: All other buffers.
         decided_by: For each name that some pattern matched, the index of the pattern that decided.
     """
@@ -101,12 +100,12 @@ def select(patterns: Sequence[PatternLike], names: Sequence[str], tree: ModuleTr
     """Selects names by patterns; the last pattern that matches a name decides.
 
     Args:
-        patterns: Patterns, of which those that start with `!` take back.
+        patterns: Patterns; those that start with `!` deselect.
         names: The names to select among, in any order.
-        tree: The module tree that the names hang in.
+        tree: The module tree of the names.
 
     Raises:
-        PatternError: A pattern cannot be read, matches none of the names or not as many as it must, or takes back what
+        PatternError: A pattern cannot be read, matches no name or not the number that it must, or deselects names that
             none before it selected.
     """
     selected: set[str] = set()
@@ -125,8 +124,8 @@ def select(patterns: Sequence[PatternLike], names: Sequence[str], tree: ModuleTr
             if selected.isdisjoint(matched):
                 raise PatternError(
                     index,
-                    f"pattern {pattern!r} takes nothing back:"
-                    f" no pattern before it selects any of its {len(matched)} names",
+                    f"pattern {pattern!r} deselects nothing:"
+                    f" no pattern before it selects any of its {len(matched)} names; leave it out or move it down",
                 )
             selected.difference_update(matched)
         else:
@@ -141,30 +140,29 @@ def partition(
     buffers: Sequence[str],
     tree: ModuleTree = NO_TREE,
 ) -> Partition:
-    """Draws the line between frozen and trainable.
+    """Partitions parameters and buffers into frozen and free ones.
 
-    A buffer is frozen if the patterns select it by name, or if they say nothing of it and every parameter beside it in
-    its module is frozen: a BatchNorm whose weight and bias are frozen keeps its running statistics too, unless they are
-    taken back by name.
+    A buffer is frozen if the patterns select it, or if none matches it and every parameter of its own module is frozen:
+    a BatchNorm whose weight and bias are frozen keeps its running statistics too, unless a pattern deselects them.
 
     Args:
         patterns: What to freeze; none freezes nothing.
         parameters: All parameter names, aliases included.
         buffers: All buffer names, aliases included.
-        tree: The module tree that the names hang in.
+        tree: The module tree of the names.
 
     Raises:
         PatternError: As `select`.
     """
     selection = select(patterns, [*parameters, *buffers], tree)
     frozen = set(selection.names)
-    beside: dict[str, list[bool]] = {}
+    frozen_in: dict[str, list[bool]] = {}
     for name in parameters:
-        beside.setdefault(_module_of(name), []).append(name in frozen)
+        frozen_in.setdefault(_module_of(name), []).append(name in frozen)
     frozen |= {
         name
         for name in buffers
-        if name not in selection.decided_by and all(beside.get(_module_of(name), [])) and beside.get(_module_of(name))
+        if name not in selection.decided_by and (flags := frozen_in.get(_module_of(name))) and all(flags)
     }
     return Partition(
         frozen=tuple(name for name in parameters if name in frozen),
@@ -180,7 +178,7 @@ def _module_of(name: str) -> str:
 
 
 def _near_misses(pattern: str, names: Sequence[str]) -> str:
-    """What the writer of a dead pattern may have meant: the nearest names, else what there is at that place."""
+    """A hint for a pattern that matches nothing: the nearest names, and the names at that place in the tree."""
     text = pattern.lstrip("!~")
     prefixes = sorted({name[:end] for name in names for end in [m.start() for m in re.finditer(r"\.|$", name)]})
     near = get_close_matches(text, prefixes, n=3, cutoff=0.75)
@@ -195,7 +193,7 @@ def _near_misses(pattern: str, names: Sequence[str]) -> str:
 
 
 def _deepest_parent(text: str, names: Collection[str]) -> tuple[str, list[str]]:
-    """The longest dotted start of `text` under which names exist, and the segments that follow it there."""
+    """The longest dotted prefix of `text` under which there are names, and the next segments of these names."""
     parent = text
     while parent:
         parent = parent.rpartition(".")[0]

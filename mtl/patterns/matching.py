@@ -1,4 +1,4 @@
-"""What one pattern matches: a function of names, made from the pattern's text and the module tree."""
+"""One pattern as a predicate on names, built from its text and the module tree."""
 
 from __future__ import annotations
 
@@ -11,7 +11,7 @@ from mtl.runtime.text import hint, parents
 
 @dataclass(frozen=True)
 class ModuleTree:
-    """What patterns need to know of a module tree beyond the names of its tensors.
+    """The structure of a module tree as patterns use it, besides the names of tensors.
 
     Attributes:
         children: The names of each module's child modules in order, by the module's path; the root's path is "".
@@ -49,15 +49,15 @@ Matcher = Callable[[str], bool]
 
 
 def matcher(text: str, index: int, tree: ModuleTree) -> Matcher:
-    """What a pattern matches, whether it takes back or not.
+    """The predicate of a pattern; a leading `!` does not change it.
 
     Args:
         text: The pattern.
         index: Its place in the list of patterns, for errors.
-        tree: The module tree that names hang in.
+        tree: The module tree of the names.
 
     Raises:
-        PatternError: It cannot be read, or asks for a module, class or depth group that there is not.
+        PatternError: It cannot be read, or names a module, class or depth group that does not exist.
     """
     body = text.removeprefix("!")
     if body.startswith("~"):
@@ -98,7 +98,7 @@ def _depth_matcher(text: str, body: str, index: int, tree: ModuleTree) -> Matche
         if not (depths := tree.depths(path)):
             continue
         num_groups, number = max(depths.values()) + 1, int(parts["number"])
-        # Half a group and more counts as one, and no percentage but 0 is nothing.
+        # Rounded to whole groups, and up to one for any percentage above 0.
         count = max(min(number, 1), (num_groups * number + 50) // 100) if parts["percent"] else number
         if not 1 <= count <= num_groups or (parts["percent"] and number > 100):
             what = f"{number}{parts['percent']}"
@@ -110,12 +110,12 @@ def _depth_matcher(text: str, body: str, index: int, tree: ModuleTree) -> Matche
 
 
 def _depth_of(name: str, depths: Mapping[str, int]) -> int | None:
-    """The depth group of a tensor: its own, or that of the module around it if torch does not register it."""
+    """The depth group of a tensor: its own, or that of the nearest module around it if torch does not register it."""
     return next((depths[each] for each in (name, *parents(name)) if each in depths), None)
 
 
 def _expand_slices(body: str, text: str, index: int, tree: ModuleTree) -> Iterator[str]:
-    """The pattern without its slices: one path for each child that they choose."""
+    """The pattern with its slices expanded: one path for each selected child."""
     parts = _SLICE.fullmatch(body)
     if parts is None:
         yield body
@@ -135,7 +135,7 @@ def _expand_slices(body: str, text: str, index: int, tree: ModuleTree) -> Iterat
 
 
 def _children_of(body: str, text: str, index: int, tree: ModuleTree) -> str:
-    """What a slice that chooses nothing could have chosen from."""
+    """The children that an empty slice could have selected."""
     before = body.partition("[")[0]
     paths = _module_paths(before, text, index, tree)
     if not paths:
@@ -145,7 +145,7 @@ def _children_of(body: str, text: str, index: int, tree: ModuleTree) -> str:
 
 
 def _module_paths(pattern: str, text: str, index: int, tree: ModuleTree) -> list[str]:
-    """The modules whose whole path a pattern of names and globs matches; "" is the root."""
+    """The modules whose full path a pattern of names and globs matches; "" is the root."""
     if not pattern:
         return [""]
     expression = _path_expression(pattern, text, index)
@@ -153,7 +153,7 @@ def _module_paths(pattern: str, text: str, index: int, tree: ModuleTree) -> list
 
 
 def _path_expression(body: str, text: str, index: int) -> re.Pattern[str]:
-    """The regular expression of names joined by dots; it must match from the start of a name."""
+    """The regular expression of a dotted pattern, to be matched from the start of a name."""
     segments = body.split(".")
     for segment in segments:
         if not _SEGMENT.fullmatch(segment) or ("**" in segment and segment != "**"):

@@ -1,4 +1,4 @@
-"""Describes a torch module in the terms that patterns need: children in order, classes, depth groups."""
+"""`ModuleTree` of a torch module: children in order, classes, depth groups."""
 
 from __future__ import annotations
 
@@ -11,17 +11,17 @@ from torch.optim.swa_utils import AveragedModel
 from mtl.patterns import ModuleTree
 from mtl.runtime.text import INNER_NAMES, parents
 
-# Wrappers whose inner module hangs in them as `module`; others have names of their own for it.
+# Wrappers whose inner module is registered as `module`; others use names of their own.
 _WRAPPERS = (nn.DataParallel, nn.parallel.DistributedDataParallel, AveragedModel)
 
 
 def unwrap(module: nn.Module) -> nn.Module:
-    """The module inside wrappers (DDP, FSDP, torch.compile and the like), whose names are the ones meant."""
+    """The module inside wrappers (DDP, FSDP, torch.compile and others), whose names patterns refer to."""
     return list(_layers(module))[-1]
 
 
 def _layers(module: nn.Module) -> Iterator[nn.Module]:
-    """A wrapper, what is inside it, and so on."""
+    """The module, the module that it wraps if it is a wrapper, and so on inwards."""
     yield module
     children = list(module.named_children())
     if len(children) == 1 and (isinstance(module, _WRAPPERS) or children[0][0] in INNER_NAMES):
@@ -29,7 +29,7 @@ def _layers(module: nn.Module) -> Iterator[nn.Module]:
 
 
 def named_modules(module: nn.Module, path: str = "") -> Iterator[tuple[str, nn.Module]]:
-    """Every module by every path; a wrapper has the path of what is inside it, and comes before it."""
+    """Every module by every path; a wrapper has the path of the module inside it, and comes before it."""
     for layer in _layers(module):
         yield path, layer
     for key, child in layer._modules.items():
@@ -58,12 +58,12 @@ def named_buffers(module: nn.Module) -> dict[str, Tensor]:
 
 
 def describe(module: nn.Module) -> ModuleTree:
-    """The description of a module and all below it."""
+    """The tree of a module."""
     return describe_modules(dict(named_modules(module)))
 
 
 def describe_modules(modules: Mapping[str, nn.Module]) -> ModuleTree:
-    """The description of modules by path; depth groups are worked out only if a pattern asks for them."""
+    """The tree of modules by path; depth groups are computed only if a pattern needs them."""
     return ModuleTree(
         children={path: [name for name, _ in each.named_children()] for path, each in modules.items()},
         classes={path: [base.__name__ for base in type(each).__mro__] for path, each in modules.items()},
@@ -81,12 +81,12 @@ def depth_groups(module: nn.Module) -> list[list[str]]:
 
 
 def depths(module: nn.Module) -> dict[str, int]:
-    """The depth group of every tensor and module in a module, as layer-wise rates and gradual unfreezing take them.
+    """The depth group of every tensor and module in a module, for layer-wise rates and gradual unfreezing.
 
-    For a timm model the groups are its own (`group_matcher`): the stem with tokens and position embeddings, then every
-    block, then what follows. Any other module is cut at its children, and those that only hold blocks (lists,
-    sequences) at theirs; its own bare parameters belong to the first group. A buffer is in the group of the parameters
-    next to it. A tensor with several names is in one group by all of them: that of its first name.
+    A timm model defines the groups itself (`group_matcher`): the stem with tokens and position embeddings, then every
+    block, then the layers after them. For any other module each child is a group, and of children that only hold blocks
+    (lists, sequences) each of theirs; its own bare parameters belong to the first group. A buffer is in the group of
+    the parameters next to it. A tensor with several names is in the group of its first name.
 
     Returns:
         By every name, the number of the group, 0 at the input. A module, whose path also stands for tensors that torch
@@ -110,7 +110,7 @@ def depths(module: nn.Module) -> dict[str, int]:
 
 
 def _module_depths(paths: Sequence[str], depth_of: Mapping[str, int]) -> dict[str, int]:
-    """The depth group of each module; `paths` have a module before those in it, and those in their order."""
+    """The depth group of each module; `paths` list a module before its children, and children in order."""
     own: dict[str, int] = {}
     below: dict[str, tuple[int, int]] = {}  # first and last
     for name, depth in depth_of.items():
@@ -122,7 +122,7 @@ def _module_depths(paths: Sequence[str], depth_of: Mapping[str, int]) -> dict[st
     latest: dict[str, int] = {}
     for path in paths:
         around = path.rpartition(".")[0]
-        # A module without parameters goes with the one before it.
+        # A module without parameters is in the group of the one before it.
         found[path] = own.get(path, below[path][0]) if path in below else latest[around]
         latest[around] = below[path][1] if path in below else found[path]
         latest[path] = found[path]
@@ -155,5 +155,5 @@ def _blocks(module: nn.Module) -> Iterator[str]:
 
 
 def join(path: str, name: str) -> str:
-    """The full name of what hangs in the module at a path; the root's path is "", and so is a module's own name."""
+    """The full name of a tensor or module registered on the module at a path; both parts may be empty."""
     return f"{path}.{name}" if path and name else path or name

@@ -12,7 +12,7 @@ from torch import nn
 
 from mtl.config import RunConfig
 from mtl.config.phase import PhaseConfig, patterns_of
-from mtl.freeze import fixed_parameters
+from mtl.freeze import untrainable_parameters
 from mtl.patterns import Counted, ModuleTree, PatternError, PatternLike, select, text_of
 from mtl.patterns.module_tree import describe
 
@@ -62,7 +62,7 @@ def resolve_tasks(
     tree = describe(model)
     own, own_match = _select(patterns_of(phase.train or phase.freeze or []), names, tree)
     always, always_match = _select([*patterns_of(config.freeze_always), *classic_patterns(config)], names, tree)
-    frozen = always.union(fixed_parameters(model))
+    frozen = always.union(untrainable_parameters(model))
     # `train` lists what trains, `freeze` what does not.
     trainable = [name for name in names if (name in own) == (phase.train is not None) and name not in frozen]
     if own_match and always_match:

@@ -16,7 +16,7 @@ from mtl.runtime.text import count
 
 if TYPE_CHECKING:
     from mtl.config.phase import UntilConfig
-    from mtl.config.source import KeyPath
+    from mtl.config.yaml_source import KeyPath
     from mtl.phases.metrics import RunMetrics
 
 Unit = Literal["epochs", "steps", "seconds"]

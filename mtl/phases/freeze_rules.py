@@ -9,8 +9,9 @@ from functools import cached_property
 from torch import nn
 
 from mtl.config import RunConfig
+from mtl.config.errors import ConfigError
 from mtl.config.phase import WrittenPhase, patterns_of
-from mtl.config.source import ConfigError, KeyPath
+from mtl.config.yaml_source import KeyPath
 from mtl.freeze import FreezeError, FreezePlan, plan_freeze
 from mtl.optim.balance.balance import Balance
 from mtl.patterns import ModuleTree, PatternError, PatternLike, partition, select, text_of

@@ -6,9 +6,8 @@ from collections.abc import Collection, Mapping
 from dataclasses import dataclass
 from typing import Any
 
-from mtl.config import SettingError
+from mtl.config import ConfigError, SettingError
 from mtl.config.phase import WrittenPhase
-from mtl.config.source import ConfigError
 from mtl.freeze import FreezePlan, trainable_parameters
 from mtl.optim.balance.balance import Balance
 from mtl.optim.optimizers import (

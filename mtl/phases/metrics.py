@@ -5,7 +5,7 @@ from __future__ import annotations
 from collections.abc import Mapping
 
 from mtl.config import RunConfig
-from mtl.config.source import KeyPath
+from mtl.config.yaml_source import KeyPath
 from mtl.runtime.best import Direction
 from mtl.runtime.text import hint
 from mtl.tasks import Task

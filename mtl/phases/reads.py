@@ -8,7 +8,7 @@ from dataclasses import dataclass
 from mtl.config import RunConfig
 from mtl.config.optim import OptimConfig, PlateauConfig, StepConfig
 from mtl.config.phase import UntilConfig, WrittenPhase
-from mtl.config.source import KeyPath
+from mtl.config.yaml_source import KeyPath
 from mtl.phases.groups import Groups
 
 # Those of `optim` that a phase may set itself.

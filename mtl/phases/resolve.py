@@ -8,10 +8,11 @@ from typing import Any, TypeVar
 
 from torch.nn.modules.batchnorm import _BatchNorm
 
+from mtl.config import ConfigError
 from mtl.config.optim import OneCycleConfig, OptimConfig, PlateauConfig
 from mtl.config.phase import PhaseConfig, WrittenPhase
-from mtl.config.source import ConfigError, KeyPath
-from mtl.config.written import is_written
+from mtl.config.precedence import is_written
+from mtl.config.yaml_source import KeyPath
 from mtl.data import num_batches
 from mtl.freeze import FreezePlan
 from mtl.optim.balance.balance import Balance

@@ -11,10 +11,10 @@ import numpy as np
 import torch
 from torch import nn
 
-from mtl.config import RunConfig, SettingError, mistake_of
-from mtl.config.source import ConfigError, KeyPath
+from mtl.config import ConfigError, RunConfig, SettingError, mistake_of
+from mtl.config.yaml_source import KeyPath
 from mtl.data import BUILT_IN, check_image, num_images
-from mtl.freeze import fixed_parameters
+from mtl.freeze import untrainable_parameters
 from mtl.model import MultiTaskModel, build_trunk
 from mtl.model.network import MEMORY_FORMATS
 from mtl.model.reachability import reached_parameters
@@ -86,7 +86,7 @@ def build_model_setup(config: RunConfig, device: str = "cpu", num_train: int | N
     except SettingError as error:
         raise mistake_of(config, error) from error
     root = nn.ModuleDict({**dict(model.named_children()), "balance": balances})
-    fixed = fixed_parameters(root)
+    fixed = untrainable_parameters(root)
     num_train = num_train or num_images(config.data)[0]
     context = ResolveContext(
         config=config,

@@ -8,8 +8,8 @@ from dataclasses import dataclass
 from mtl.config import RunConfig
 from mtl.config.cache import CacheConfig
 from mtl.config.optim import OptimConfig
-from mtl.config.source import KeyPath
-from mtl.config.written import Rank, is_default, is_written, rank_of
+from mtl.config.precedence import Precedence, is_default, is_written, precedence_of
+from mtl.config.yaml_source import KeyPath
 from mtl.patterns import PatternError, select
 from mtl.phases.reads import OF_OPTIM, balance_path
 from mtl.phases.resolve import Phase
@@ -64,11 +64,11 @@ def unread_settings(config: RunConfig, phases: Sequence[Phase]) -> tuple[list[st
             continue
         # For one reason, that of the first phase.
         reads.add(each.path)
-        rank = rank_of(config.source, each.path)
+        rank = precedence_of(config.source, each.path)
         lines = config.mistake(each.path, each.why + _outvoted_by(config, each.before) + each.hint).mistakes
-        if rank == Rank.COMMAND_LINE:
+        if rank == Precedence.COMMAND_LINE:
             mistakes += lines
-        elif not is_default(config, each.path) and all(rank_of(config.source, by) <= rank for by in each.before):
+        elif not is_default(config, each.path) and all(precedence_of(config.source, by) <= rank for by in each.before):
             warnings += lines
     return mistakes, [*warnings, *_lr_of_balance_only(config, phases)]
 

@@ -1,4 +1,4 @@
-"""The report of a run: one HTML file with what was trained, what came out, and what the audit proved."""
+"""The report of a run: one HTML file with audit, metrics, example predictions, history and configuration."""
 
 from __future__ import annotations
 
@@ -56,9 +56,9 @@ def write_report(parts: RunSetup, run_dir: Path, picture: Path | None = None) ->
     """Writes `report.html` into a run directory.
 
     Args:
-        parts: The parts of the run; the model gets the run's best weights.
-        run_dir: A finished run.
-        picture: Where to put the report's picture as a file of its own, if anywhere.
+        parts: The set-up of the run; its model is loaded with the run's best weights.
+        run_dir: The directory of a finished run.
+        picture: The file to save the report's picture to, if any.
 
     Returns:
         The file.
@@ -72,7 +72,7 @@ def write_report(parts: RunSetup, run_dir: Path, picture: Path | None = None) ->
     # A run whose score never was a number has no best weights.
     which = "best" if (run_dir / "checkpoints" / "best").exists() else "last"
     if any(is_sharded(parameter) for parameter in parts.root.parameters()):
-        # The other processes have gone: a model that this one can run alone.
+        # The other ranks have exited: build an unsharded model.
         trunk = parts.config.trunk.model_copy(update={"weights": "none"})
         own = build_model_setup(parts.config.with_changes(trunk=trunk))
         own.root.to(parts.device)
@@ -87,9 +87,9 @@ def write_report(parts: RunSetup, run_dir: Path, picture: Path | None = None) ->
     page = (
         f"<!doctype html><html lang=en><meta charset=utf-8><title>{name}</title><style>{_STYLE}</style>"
         f"<h1>{name}</h1>{_audit_html(audit)}"
-        f"<h2>Course and examples</h2><p>Validation after every epoch; predictions of the {which} weights (step"
+        f"<h2>Validation and examples</h2><p>Validation after every epoch; predictions of the {which} weights (step"
         f" {state['step']}, val/score {rounded}).</p>"
-        f"{_img(image, 'course of validation and example predictions')}"
+        f"{_img(image, 'validation metrics over steps, and example predictions')}"
         f"{gradients_html([row for row in rows if 'grad/unreached' in row])}"
         f"{history_html(run_dir)}"
         f"<h2>Configuration</h2><pre>{escape(read_config_text(run_dir / CONFIG))}</pre></html>"
@@ -104,7 +104,7 @@ def _audit_html(audit: dict[str, Any]) -> str:
         "violations" if any(phase["violations"] for phase in audit["phases"]) else "not finished" if unfinished else ""
     )
     verdict = f'<b class="broken">{bad}</b>' if bad else '<b class="ok">clean</b>'
-    head = "<tr><th>phase<th>freeze<th>frozen tensors<th>trained tensors<th>steps<th>looks<th>violations</tr>"
+    head = "<tr><th>phase<th>freeze<th>frozen tensors<th>trained tensors<th>steps<th>checks<th>violations</tr>"
     body = "".join(
         f"<tr><td>{escape(phase['name'])}<td>{escape(', '.join(phase['freeze']) or '-')}<td>{phase['frozen']['count']}"
         f"<td>{phase['trainable']['changed']} of {phase['trainable']['count']}<td>{phase['checks']['steps']}"
@@ -127,20 +127,20 @@ def _frozen_by(violation: Mapping[str, Any]) -> str:
 
 
 def history_html(run_dir: Path) -> str:
-    """The command that began a run, and what was changed while it went on; nothing of a run from before histories."""
+    """The command that started a run and the settings changed on resume; empty for a run without a history file."""
     file = run_dir / HISTORY
     if not file.is_file():
         return ""
     history = History.from_json(read_history(file))
     command = escape(history.command or "not known")
-    origin = "" if history.origin is None else f"<p>It began from <code>{escape(history.origin)}</code>.</p>"
+    origin = "" if history.origin is None else f"<p>Started from <code>{escape(history.origin)}</code>.</p>"
     rows = "".join(
         f"<tr><td>{change.step}<td><code>{escape(change.key)}</code><td>{escape(_value(change.old))}"
         f"<td>{escape(_value(change.new))}</tr>"
         for change in history.changes
     )
     head = "<tr><th>after step<th>key<th>before<th>since then</tr>"
-    changes = f"<h2>Changed on the way</h2><table>{head}{rows}</table>" if rows else ""
+    changes = f"<h2>Settings changed on resume</h2><table>{head}{rows}</table>" if rows else ""
     return f"<h2>Command</h2><pre>{command}</pre>{origin}{changes}"
 
 
@@ -153,13 +153,13 @@ def _img(png: bytes, alt: str) -> str:
 
 
 def gradients_html(rows: list[dict[str, Any]]) -> str:
-    """The last analysis of every phase that has one; nothing if none has."""
+    """The last gradient analysis of every phase; empty if there is none."""
     if not rows:
         return ""
     last = {row["phase"]: row for row in rows}
     return (
-        "<h2>Gradients</h2><p>Each task's gradient on the trunk's depth groups that train, on one batch. Two tasks are"
-        " in conflict if the cosine of their gradients is below 0, and their magnitude similarity is 2|a||b| / (|a|² +"
+        "<h2>Gradients</h2><p>Each task's gradient on the trainable depth groups of the trunk, on one batch. Two tasks"
+        " are in conflict if the cosine of their gradients is below 0; their magnitude similarity is 2|a||b| / (|a|² +"
         " |b|²), 1 for gradients of one length (Yu et al. 2020, arXiv 2001.06782, Definitions 1 and 2).</p>"
         + "".join(_analysis_html(phase, row) for phase, row in last.items())
     )
@@ -169,7 +169,7 @@ def _analysis_html(phase: str, row: dict[str, Any]) -> str:
     analysis = GradientAnalysis.from_row(row)
     title = f"{phase}, step {row['step']}"
     unreached = row["grad/unreached"]
-    note = f"<p>No task reaches {count(unreached, 'depth group')} that would train.</p>" if unreached else ""
+    note = f"<p>No task reaches {count(unreached, 'trainable depth group')}.</p>" if unreached else ""
     head = "<tr><th>task<th>task<th>cosine<th>magnitude similarity<th>conflict</tr>"
     body = "".join(
         f"<tr><td>{escape(pair.tasks[0])}<td>{escape(pair.tasks[1])}<td>{pair.cosine:.3f}"
@@ -195,7 +195,7 @@ def draw_run(parts: RunSetup, epochs: list[dict[str, Any]]) -> Figure:
     for axes, (name, task) in zip(
         above.subplots(1, len(parts.tasks), squeeze=False)[0], parts.tasks.items(), strict=True
     ):
-        _draw_course(axes, name, task, epochs)
+        _draw_metric(axes, name, task, epochs)
     batch, outputs = _predict(parts)
     grid = below.subplots(1 + 2 * len(dense), _NUM_EXAMPLES, squeeze=False)
     pictures = [("image", batch.images)]
@@ -215,7 +215,7 @@ def draw_run(parts: RunSetup, epochs: list[dict[str, Any]]) -> Figure:
     return figure
 
 
-def _draw_course(axes: Axes, name: str, task: Task, epochs: list[dict[str, Any]]) -> None:
+def _draw_metric(axes: Axes, name: str, task: Task, epochs: list[dict[str, Any]]) -> None:
     key = f"val/{name}/{task.goal.metric}"
     steps = [row["step"] for row in epochs]
     axes.plot(steps, [row[key] for row in epochs], marker="o", color="tab:blue")

@@ -1,4 +1,4 @@
-"""The task types: what each predicts, how it is trained, and how it is judged."""
+"""The task types: head output, loss and metrics of each."""
 
 from __future__ import annotations
 

@@ -1,4 +1,4 @@
-"""What every task type provides: a loss, metrics, and the constant prediction that a model has to beat."""
+"""The interface of a task type: loss, metrics, and the constant prediction that a model has to beat."""
 
 from __future__ import annotations
 
@@ -33,7 +33,7 @@ class Goal:
 
 
 class Metrics(ABC):
-    """Sufficient statistics of one task over a data set, kept on the device; those of two parts add up."""
+    """Sufficient statistics of one task over a data set, on the device; statistics of two parts of it add up."""
 
     @abstractmethod
     def update(self, output: Tensor, label: Tensor) -> None:
@@ -41,27 +41,27 @@ class Metrics(ABC):
 
     @abstractmethod
     def compute(self) -> dict[str, float]:
-        """The metrics so far; NaN where no label has been seen."""
+        """The metrics so far; NaN if there was no label."""
 
     def state(self) -> list[Tensor]:
         """The statistics as tensors that add up over parts of a data set: zeros before the first batch.
 
         Raises:
-            NotImplementedError: The class does not say; it can then be used by one process only.
+            NotImplementedError: The class does not implement it; then only one process can validate.
         """
-        raise NotImplementedError(f"{type(self).__name__}.state and .take: needed where several processes validate")
+        raise NotImplementedError(f"{type(self).__name__} has no state and load_state; several ranks need them")
 
-    def take(self, state: Sequence[Tensor]) -> None:
-        """Replaces the statistics by others, of the form that `state` gives.
+    def load_state(self, state: Sequence[Tensor]) -> None:
+        """Replaces the statistics by others, in the form of `state`.
 
         Raises:
             NotImplementedError: As for `state`.
         """
-        raise NotImplementedError(f"{type(self).__name__}.state and .take: needed where several processes validate")
+        raise NotImplementedError(f"{type(self).__name__} has no state and load_state; several ranks need them")
 
 
 class Task(ABC):
-    """One task: how its head is shaped, trained and judged.
+    """One task: output, loss and metrics of its head.
 
     Attributes:
         output: `dense` for an output per pixel, `vector` for one per image.
@@ -81,8 +81,8 @@ class Task(ABC):
             label: All training labels, first axis n.
 
         Returns:
-            The constant output, "c", float32, that predicts them with no look at the image (log class frequency, mean
-            depth, mean normal): the bias that the head starts from, and the trivial predictor of the final table.
+            The best constant output, "c", float32 (log class frequency, log mean depth, mean normal): the initial bias
+            of the head, and the trivial predictor of the final table.
         """
 
     @abstractmethod
@@ -90,13 +90,13 @@ class Task(ABC):
         """Mean loss over the labelled entries of a batch, a float32 scalar; 0 with zero gradient if there are none."""
 
     def weight(self, label: Tensor) -> Tensor:
-        """What the mean of `loss` divides by: how much a batch weighs among others; no host sync.
+        """The denominator of `loss`'s mean, which is a batch's weight in a mean over batches; no host sync.
 
         Args:
             label: As for `loss`.
 
         Returns:
-            A float64 scalar on the label's device; 0 if nothing is labelled. Images, for a task that does not say.
+            A float64 scalar on the label's device; 0 if nothing is labelled. By default the number of images.
         """
         return torch.tensor(float(len(label)), dtype=torch.float64, device=label.device)
 
@@ -111,7 +111,7 @@ class Task(ABC):
             label: Labels of some samples, first axis n, as they are stored.
 
         Returns:
-            "n", bool; none unless the task says so.
+            "n", bool; by default all False.
         """
         return torch.zeros(len(label), dtype=torch.bool)
 

@@ -23,7 +23,7 @@ class Confusion(Metrics):
     def update(self, output: Tensor, label: Tensor) -> None:
         predicted = output.argmax(dim=1)
         valid = label != self.ignore_index
-        # Ignored labels are counted in a cell behind the matrix, so that no boolean indexing has to sync the device.
+        # Ignored labels are counted in a cell after the matrix, since boolean indexing would sync the device.
         cell = torch.where(valid, label * self.num_classes + predicted, self.num_classes**2).flatten()
         if self.counts is None:
             self.counts = self._zeros().to(output.device)
@@ -32,7 +32,7 @@ class Confusion(Metrics):
     def state(self) -> list[Tensor]:
         return [self._zeros() if self.counts is None else self.counts]
 
-    def take(self, state: Sequence[Tensor]) -> None:
+    def load_state(self, state: Sequence[Tensor]) -> None:
         (self.counts,) = state
 
     def matrix(self) -> Tensor:
@@ -44,7 +44,7 @@ class Confusion(Metrics):
 
 class SegmentationMetrics(Confusion):
     def compute(self) -> dict[str, float]:
-        """`miou`: mean over the classes seen in labels or predictions; `pixel_accuracy`: share of labelled pixels."""
+        """`miou`: mean over the classes in labels or predictions; `pixel_accuracy`: share of labelled pixels."""
         matrix = self.matrix()
         hit = matrix.diag()
         union = matrix.sum(0) + matrix.sum(1) - hit
@@ -62,14 +62,14 @@ class ClassificationMetrics(Confusion):
 
 
 class _ClassTask(Task):
-    """What both class tasks share: cross-entropy, log-frequency prior, label checks."""
+    """Base of both class tasks: cross-entropy, log-frequency prior, label checks."""
 
     class_weight: Tensor | None = None
 
     def __init__(self, num_classes: int, ignore_index: int) -> None:
         self.num_outputs = num_classes
         self.ignore_index = ignore_index
-        # On each device, so that a weight of labels on the host does not fetch it from another one.
+        # A copy per device: labels on the host need no transfer from the GPU.
         self._class_weights: dict[torch.device, tuple[Tensor, Tensor]] = {}
 
     def fit(self, label: Tensor) -> Tensor:
@@ -93,7 +93,7 @@ class _ClassTask(Task):
         return self._weights(label).sum(dtype=torch.float64)
 
     def _weights(self, label: Tensor) -> Tensor:
-        """Of each entry; 0 where there is no label."""
+        """The weight of each entry; 0 where there is no label."""
         valid, fitted = label != self.ignore_index, self.class_weight
         if fitted is None:
             return valid.float()
@@ -104,7 +104,7 @@ class _ClassTask(Task):
         return here[torch.where(valid, label, 0)] * valid
 
     def bad_samples(self, label: Tensor) -> Tensor:
-        """Those with a class that there is not."""
+        """Samples with a class out of range."""
         known = (label == self.ignore_index) | ((label >= 0) & (label < self.num_outputs))
         return ~known.flatten(1).all(dim=1) if label.ndim > 1 else ~known
 

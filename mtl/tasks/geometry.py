@@ -1,4 +1,4 @@
-"""`depth` and `normals`: how far each pixel's surface is, and which way it faces."""
+"""`depth` and `normals`: distance and orientation of each pixel's surface."""
 
 from __future__ import annotations
 
@@ -43,7 +43,7 @@ class DepthMetrics(Metrics):
     def state(self) -> list[Tensor]:
         return [torch.zeros(4, dtype=torch.float64) if self.sums is None else self.sums]
 
-    def take(self, state: Sequence[Tensor]) -> None:
+    def load_state(self, state: Sequence[Tensor]) -> None:
         (self.sums,) = state
 
     def compute(self) -> dict[str, float]:
@@ -85,7 +85,7 @@ class Depth(Task):
         return DepthMetrics()
 
     def bad_samples(self, label: Tensor) -> Tensor:
-        """Those with a depth that is infinite."""
+        """Samples with an infinite depth."""
         return label.isinf().flatten(1).any(dim=1)
 
     def check_labels(self, label: Tensor) -> None:
@@ -94,9 +94,9 @@ class Depth(Task):
 
 
 def _directions(vectors: Tensor) -> Tensor:
-    """Vectors "b 3 h w" at length 1, those of no length as they are.
+    """Vectors "b 3 h w" scaled to length 1; zero vectors stay zero.
 
-    As `functional.normalize` does it, whose norm over a dimension that is not the last one in memory takes 60 times as
+    The same as `functional.normalize`, whose norm over a dimension that is not the last one in memory takes 60 times as
     long on a CPU.
     """
     return vectors * vectors.square().sum(dim=1, keepdim=True).clamp_min(1e-24).rsqrt()
@@ -114,11 +114,11 @@ class NormalsMetrics(Metrics):
         a, b = _directions(output.double()), _directions(label.double().nan_to_num())
         # atan2 keeps its precision near 0 and 180 degrees, where acos loses half the digits.
         angle = 2 * torch.atan2((a - b).square().sum(1).sqrt(), (a + b).square().sum(1).sqrt()).rad2deg()
-        angle = angle.nan_to_num(nan=180.0)  # an output that is no direction is as wrong as can be
+        angle = angle.nan_to_num(nan=180.0)  # a NaN output gets the largest error
         if self.total is None or self.histogram is None:
             self.total, self.histogram = (zeros.to(output.device) for zeros in self._zeros())
         self.total = self.total + (angle * mask).sum()
-        # Unlabelled pixels go to a bin behind the last.
+        # Unlabelled pixels go to a bin after the last.
         bins = torch.where(mask, (angle / _ANGLE_BIN).long(), _NUM_BINS + 1).flatten()
         self.histogram.scatter_add_(0, bins, torch.ones_like(bins))
 
@@ -127,7 +127,7 @@ class NormalsMetrics(Metrics):
             return list(self._zeros())
         return [self.total, self.histogram]
 
-    def take(self, state: Sequence[Tensor]) -> None:
+    def load_state(self, state: Sequence[Tensor]) -> None:
         self.total, self.histogram = state
 
     @staticmethod
@@ -161,7 +161,7 @@ class Normals(Task):
         return functional.normalize(mean, dim=0).float()
 
     def loss(self, output: Tensor, label: Tensor) -> Tensor:
-        """Mean chord between the unit vectors, 2 sin(angle / 2): close to the angle in radians that is judged.
+        """Mean chord between the unit vectors, 2 sin(angle / 2): close to the angle in radians, which the metrics use.
 
         Args:
             output: "b 3 h w", any length.
@@ -180,7 +180,7 @@ class Normals(Task):
         return NormalsMetrics()
 
     def bad_samples(self, label: Tensor) -> Tensor:
-        """Those with a normal that is infinite."""
+        """Samples with an infinite normal."""
         return label.isinf().flatten(1).any(dim=1)
 
     def check_labels(self, label: Tensor) -> None:

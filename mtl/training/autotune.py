@@ -15,7 +15,7 @@ from torch import Tensor
 from mtl.data import Batch
 from mtl.freeze import enforce
 from mtl.model.network import MEMORY_FORMATS
-from mtl.model.prefix.trace import untouched
+from mtl.model.prefix.trace import no_side_effects
 from mtl.phases.resolve import Phase
 from mtl.phases.setup import ModelSetup
 
@@ -69,7 +69,7 @@ def choose(model_setup: ModelSetup, batch: Batch, device: torch.device, excluded
     phase = max(model_setup.phases, key=lambda phase: phase.num_steps)
     enforce(model_setup.root, phase.freeze.plan)
     seconds: dict[tuple[Layout, Precision], float] = {}
-    with untouched(model_setup.model, device):
+    with no_side_effects(model_setup.model, device):
         for layout, precision in product(layouts, precisions):
             lay_out(model_setup, layout)
             taken = _time(model_setup, phase, batch, precision, min(seconds.values(), default=float("inf")))

@@ -11,7 +11,7 @@ from torch import Tensor, nn
 from mtl.checkpoint.folder import Checkpoints
 from mtl.checkpoint.load import load_checkpoint
 from mtl.distributed.world import World
-from mtl.model.fsdp import Gathered, gather
+from mtl.model.fsdp import FullModel, gather_model
 from mtl.phases.resolve import Phase
 from mtl.runtime.console import logger
 from mtl.runtime.tensors import gathered, is_sharded
@@ -84,9 +84,9 @@ class CheckpointWriter:
                 self._checkpoints.save_shards(root, frozen, tensors, plain, names, world, for_good)
             else:
                 # Where the model is sharded, all processes bring together what the first one writes.
-                full: nn.Module | Gathered = root
+                full: nn.Module | FullModel = root
                 if self._is_sharded:
-                    full, tensors = gather(root, world), gathered(tensors, world.is_main)
+                    full, tensors = gather_model(root, world), gathered(tensors, world.is_main)
                 if world.is_main:
                     self._checkpoints.save(full, frozen, tensors, plain, names, for_good)
         world.barrier()

@@ -10,7 +10,7 @@ from typing import Any
 
 from mtl.checkpoint.files import CheckpointError
 from mtl.config import RunConfig
-from mtl.config.difference import Difference, differences
+from mtl.config.changes import ConfigDifference, config_differences
 from mtl.phases.resolve import Phase
 
 
@@ -47,7 +47,7 @@ class History:
     origin: str | None = None
     changes: tuple[Change, ...] = ()
 
-    def after(self, step: int, differences: Sequence[Difference]) -> History:
+    def after(self, step: int, differences: Sequence[ConfigDifference]) -> History:
         """The history with what is changed after a step."""
         new = (Change(step, each.key, each.before, each.now) for each in differences)
         return History(self.command, self.origin, (*self.changes, *new))
@@ -87,7 +87,7 @@ class ResumePosition:
     is_inside: bool
 
 
-def why_in_vain(difference: Difference, position: ResumePosition) -> str | None:
+def why_in_vain(difference: ConfigDifference, position: ResumePosition) -> str | None:
     """Why a difference would change nothing from where a run resumes; None if it would change something."""
     if position.index is None:
         return "the run is over"
@@ -101,7 +101,7 @@ def why_in_vain(difference: Difference, position: ResumePosition) -> str | None:
     return None
 
 
-def _why_not_in_phase(difference: Difference, position: ResumePosition, index: int) -> str | None:
+def _why_not_in_phase(difference: ConfigDifference, position: ResumePosition, index: int) -> str | None:
     rounds = [place for place, phase in enumerate(position.phases) if phase.config.name == difference.phase]
     if rounds and rounds[-1] < index:
         return f"phase {difference.phase} is over"
@@ -151,6 +151,6 @@ def as_of_today(written: Mapping[str, Any]) -> dict[str, Any]:
     return RunConfig.model_validate(json.loads(json.dumps(written))).model_dump(mode="json", exclude_none=True)
 
 
-def differences_from(before: Mapping[str, Any], config: RunConfig) -> list[Difference]:
+def differences_from(before: Mapping[str, Any], config: RunConfig) -> list[ConfigDifference]:
     """How a configuration differs from one as plain data."""
-    return differences(before, config.model_dump(mode="json", exclude_none=True))
+    return config_differences(before, config.model_dump(mode="json", exclude_none=True))

@@ -111,7 +111,7 @@ class Trainer:
             self.log.audit(self.audit.report)  # the file says: begun, nothing proven yet
             with rng_unchanged(setup.device):
                 if setup.config.compile:
-                    setup.model.compile_anew()
+                    setup.model.recompile()
                 if not state.phase_is_over:
                     # What is frozen from the first layer on is computed once per image, while the audit stands for it.
                     self.features.enter(state.phase_index, record, lambda: self.sync.holds, state.steps_in_phase)
@@ -171,7 +171,7 @@ class Trainer:
             has_moved = self._leave_out(active, active.guard, rows, norm, window)
         else:
             self.audit.after_backward()  # no frozen tensor has a gradient
-            lr = optim.lr_schedule.highest
+            lr = optim.lr_schedule.max_lr
             self.scaler.step(optim.optimizer)
             self.scaler.update()
             has_moved = self._has_moved(phase, norm)

@@ -45,7 +45,7 @@ class StepGuard:
     def before(self) -> None:
         """Call before the first forward of a step."""
         self._before = [buffer.clone() for buffer in self._buffers]
-        self._memory = self._balance.memory()
+        self._memory = self._balance.state()
         self._random = random_state(self._device())
 
     @torch.no_grad()
@@ -55,7 +55,7 @@ class StepGuard:
             # What is frozen is not even written to.
             if not torch.equal(buffer, before):
                 buffer.copy_(before)
-        self._balance.load_memory(self._memory, self._device())
+        self._balance.load_state(self._memory, self._device())
         set_random_state(self._random, self._device())
 
     def _device(self) -> torch.device:

@@ -9,7 +9,7 @@ from torch import Tensor
 from mtl.distributed.ddp import wrap_ddp
 from mtl.distributed.world import World
 from mtl.optim.lr_schedule import LrSchedule
-from mtl.optim.optimizers import build_optimizer, held_by
+from mtl.optim.optimizers import build_optimizer, parameters_of
 from mtl.phases.resolve import Phase
 from mtl.runtime.console import logger
 from mtl.training.nonfinite import StepGuard
@@ -31,10 +31,10 @@ class PhaseOptimizer:
     def __init__(self, setup: RunSetup, phase: Phase, state: RunState, world: World) -> None:
         self._name_of: dict[Tensor, str] = {parameter: name for name, parameter in setup.root.named_parameters()}
         self.optimizer = build_optimizer(phase.optim.optimizer, phase.groups)
-        given = state.optimizer_state.give(self.optimizer, self._name_of)
+        given = state.optimizer_state.apply(self.optimizer, self._name_of)
         if state.lr_schedule is not None and state.lr_schedule["step"] > 0 and not given:
             logger.warning("resume: the checkpoint has no state for this optimizer; it starts from scratch")
-        self.trainable = held_by(self.optimizer)
+        self.trainable = parameters_of(self.optimizer)
         names = [self._name_of[parameter] for parameter in self.trainable]
         if state.ema is not None:
             state.ema.follow(dict(zip(names, self.trainable, strict=True)))
@@ -47,7 +47,7 @@ class PhaseOptimizer:
 
     def keep_state(self, state: RunState) -> None:
         """Copies what the optimizer has gathered into the run's state."""
-        state.optimizer_state.take(self.optimizer, self._name_of)
+        state.optimizer_state.collect(self.optimizer, self._name_of)
 
     def close(self, state: RunState) -> None:
         """Ends the phase's optimizer; the run's state keeps what it has gathered."""

@@ -14,9 +14,9 @@ from mtl.checkpoint.files import CheckpointError, DamagedCheckpoint, read_state
 from mtl.checkpoint.load import load_checkpoint, load_newest, newest_first
 from mtl.checkpoint.run_files import RunFileError, read_audit
 from mtl.config import RunConfig
-from mtl.config.difference import CHOSEN
+from mtl.config.changes import CHOSEN
 from mtl.distributed.world import ALONE, World
-from mtl.optim.balance.gradient_weights import check_same_kept
+from mtl.optim.balance.gradient_weights import check_same_method
 from mtl.optim.lr_schedule import LrScheduleState
 from mtl.patterns import text_of
 from mtl.phases.resolve import Phase
@@ -274,7 +274,7 @@ def _check_balances(folder: Path, memory: Mapping[str, Any], setup: RunSetup) ->
     balances: Any = setup.root.get_submodule("balance").children()
     try:
         for balance, there in zip(balances, memory["balance"], strict=True):
-            check_same_kept(balance.memory(), there)
+            check_same_method(balance.state(), there)
     except ValueError as error:
         raise CheckpointError(f"{folder} was balanced otherwise: {error}") from error
 

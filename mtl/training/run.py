@@ -9,10 +9,10 @@ from pathlib import Path
 from typing import Any
 
 from mtl.audit import AuditError
-from mtl.config.source import dump_yaml
+from mtl.config.yaml_text import dump_yaml
 from mtl.distributed.sync_batchnorm import synchronise
 from mtl.distributed.world import ALONE, World
-from mtl.model.fsdp import spread
+from mtl.model.fsdp import shard_with_groups
 from mtl.runtime.console import logger
 from mtl.runtime.files import write_json, write_text
 from mtl.runtime.signals import Interrupt
@@ -51,7 +51,7 @@ def train(setup: RunSetup, quiet: bool = False, world: World = ALONE, source: Re
         warn_of_dead_branches(setup)
     if config.distributed.strategy == "fsdp2":
         # From here on each process holds its part of every parameter; whoever keeps parameters is made after this.
-        spread(setup.model, [phase.groups for phase in setup.phases], world)
+        shard_with_groups(setup.model, [phase.groups for phase in setup.phases], world)
     if config.distributed.sync_batchnorm:
         synchronise(setup.model, world)
     # Each process keeps its part of what it reads, of optimizer state too.

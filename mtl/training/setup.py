@@ -8,11 +8,11 @@ import torch
 
 from mtl.config import RunConfig, SettingError, mistake_of
 from mtl.config.distributed import DistributedConfig
-from mtl.config.written import Rank, is_written, rank_of
+from mtl.config.precedence import Precedence, is_written, precedence_of
 from mtl.data import Split, check_room, load_data
 from mtl.distributed.world import ALONE, World, WorldError
-from mtl.freeze import trained_statistics
-from mtl.model import start_from
+from mtl.freeze import free_norm_statistics
+from mtl.model import set_output_bias
 from mtl.optim.balance.balance import is_by_gradients
 from mtl.optim.optimizers import try_out
 from mtl.phases.plan import Plan, make_plan
@@ -79,7 +79,7 @@ def assemble(config: RunConfig, quiet: bool = False, world: World = ALONE, begin
         tasks = model_setup.tasks
     constants = {name: task.fit(train.labels[name]) for name, task in tasks.items()}
     for name, constant in constants.items():
-        start_from(model_setup.model.heads[name], constant)
+        set_output_bias(model_setup.model.heads[name], constant)
     trivial = validate_constant(tasks, constants, val, config.data.batch_size)
     _try_out_optimizers(model_setup, device)
     model_setup.root.to(device)
@@ -120,7 +120,9 @@ def _check_processes(model_setup: ModelSetup, world: World) -> None:
     for phase, written in zip(model_setup.phases, config.written_phases, strict=True):
         own = written.config.batch_size is not None
         place = (*written.path, "batch_size") if own else ("data", "batch_size")
-        trains_norms = bool(trained_statistics(model_setup.root, phase.freeze.plan)) and not phase.config.evaluate_only
+        trains_norms = (
+            bool(free_norm_statistics(model_setup.root, phase.freeze.plan)) and not phase.config.evaluate_only
+        )
         least = world.size * (2 if trains_norms and not config.distributed.sync_batchnorm else 1)
         if phase.batch_size < least:
             why = ", two each, since BatchNorm cannot train on one" if trains_norms else ""
@@ -138,7 +140,7 @@ def _warn_of_distributed(config: RunConfig) -> None:
     """Says what was asked for on the command line and needs several processes; a file may be for both."""
     for key in DistributedConfig.model_fields:
         path = ("distributed", key)
-        if is_written(config.source, path) and rank_of(config.source, path) == Rank.COMMAND_LINE:
+        if is_written(config.source, path) and precedence_of(config.source, path) == Precedence.COMMAND_LINE:
             logger.warning(f"command line: distributed.{key}: this process trains alone, and does not read it")
 
 

@@ -17,7 +17,7 @@ from mtl.distributed.world import World
 from mtl.optim.balance.balance import Balance
 from mtl.optim.ema import Ema
 from mtl.optim.lr_schedule import LrScheduleState
-from mtl.optim.optimizer_state import Moments
+from mtl.optim.optimizer_state import OptimizerState
 from mtl.patterns import text_of
 from mtl.phases.resolve import Phase
 from mtl.phases.scheduler import PhaseChange, TaskScheduler
@@ -75,7 +75,7 @@ class RunState:
         self.epoch_sums: Mapping[str, float] | None = None
         self.epoch_is_whole = True
         self.lr_schedule: LrScheduleState | None = None
-        self.optimizer_state = Moments()
+        self.optimizer_state = OptimizerState()
         decay = setup.config.optim.ema_decay
         self.ema = None if decay is None else Ema(decay)
         self.best = BestWeights(phase.restore for phase in setup.phases)
@@ -112,9 +112,9 @@ class RunState:
         """Once a phase, not when it is resumed: drops optimizer state that no phase needs any more."""
         if not phase.config.evaluate_only:
             left = [each for each in self.setup.phases[self.phase_index :] if not each.config.evaluate_only]
-            self.optimizer_state.keep_only({name for each in left for name in each.freeze.plan.names.trainable})
+            self.optimizer_state.retain({name for each in left for name in each.freeze.plan.names.trainable})
             if phase.config.optimizer_state == "reset":
-                self.optimizer_state.forget(phase.freeze.plan.names.trainable)
+                self.optimizer_state.drop(phase.freeze.plan.names.trainable)
         self.in_phase, self.lr_schedule = True, None
 
     def begin_epoch(self) -> None:
@@ -213,7 +213,7 @@ class RunState:
             "moments": self.optimizer_state.state_dict(),
             # Next to the averages, which are the model of the checkpoint, the weights as they train.
             "live": {} if self.ema is None else self.ema.averages(),
-            "balance": [balance.memory() for balance in self._balances()],
+            "balance": [balance.state() for balance in self._balances()],
         }
 
     def restore(self, resumption: Resumption) -> None:
@@ -234,7 +234,7 @@ class RunState:
             self.tracker.cut_back(saved["metrics_bytes"])
         self.load_optimizer_state(tensors)
         for balance, memory in zip(self._balances(), tensors["balance"], strict=True):
-            balance.load_memory(memory, self.setup.device)
+            balance.load_state(memory, self.setup.device)
         self._restore_own(tensors["own"])
 
     def load_optimizer_state(self, tensors: Mapping[str, Any]) -> None:

@@ -12,7 +12,7 @@ from torch import Tensor, nn
 from mtl.audit import GradientAudit
 from mtl.data import Batch
 from mtl.distributed.world import World, shares_of_means
-from mtl.freeze import FreezePlan, trained_statistics
+from mtl.freeze import FreezePlan, free_norm_statistics
 from mtl.runtime.signals import Interrupt, Stopped
 from mtl.tasks import Task
 
@@ -81,7 +81,7 @@ class StepSync:
     def average_statistics(self, root: nn.Module, plan: FreezePlan) -> None:
         """Averages the statistics of trainable norm layers over the ranks; proves that all else is the same on them."""
         if not self._are_equal:
-            self.world.average_buffers(root, trained_statistics(root, plan))
+            self.world.average_buffers(root, free_norm_statistics(root, plan))
         if not self.world.is_alone:
             self._audit.agree(buffers=True)
 
@@ -92,7 +92,7 @@ class StepSync:
         Yields:
             Copies of this rank's own statistics of trainable norm layers; none if all ranks have the same.
         """
-        names = [] if self._are_equal else trained_statistics(root, plan)
+        names = [] if self._are_equal else free_norm_statistics(root, plan)
         own = {name: root.get_buffer(name).clone() for name in names}
         self.average_statistics(root, plan)
         yield own

@@ -5,7 +5,7 @@ from __future__ import annotations
 import torch
 
 from mtl.distributed.world import World
-from mtl.freeze import is_still
+from mtl.freeze import is_fully_frozen
 from mtl.phases.metrics import SCORE
 from mtl.phases.resolve import Phase
 from mtl.training.evaluate import Scores, score, validate
@@ -48,8 +48,8 @@ class Validator:
             self._features,
             self._world,
         )
-        if is_still(plan, "trunk"):
-            still |= {name: each for name, each in fresh.items() if is_still(plan, f"heads.{name}")}
+        if is_fully_frozen(plan, "trunk"):
+            still |= {name: each for name, each in fresh.items() if is_fully_frozen(plan, f"heads.{name}")}
         scores = {name: (fresh | still)[name] for name in setup.tasks}
         metrics = {f"val/{task}/{name}": value for task, values in scores.items() for name, value in values.items()}
         return scores, metrics | {SCORE: score(setup.tasks, scores, setup.trivial)}

@@ -20,7 +20,7 @@ from statistics import median
 from typing import Any
 
 from mtl.config import load_config
-from mtl.config.source import ConfigError
+from mtl.config.yaml_source import ConfigError
 from mtl.training.checkpoints import CheckpointWriter
 from mtl.training.loop import Trainer
 from mtl.training.phase import ActivePhase

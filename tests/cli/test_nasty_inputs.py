@@ -48,7 +48,7 @@ TEXTS: dict[str, tuple[bytes, str]] = {
     "a list as a key": (b"? [a, b]\n: 1\n", "c.yaml:1: expected a plain key"),
     "a key twice": (b"name: a\nname: b\n", "c.yaml:2: name: this key is given twice"),
     "a base that is a folder": (b"_base_: /\n", "c.yaml:1: _base_: /: cannot be read: Is a directory"),
-    "a base inside": (b"data: {_base_: a.yaml}\n", "c.yaml:1: data._base_: unknown key; a base is taken at the top"),
+    "a base inside": (b"data: {_base_: a.yaml}\n", "c.yaml:1: data._base_: unknown key; write it at the top of a file"),
     "anchors at an unknown key": (
         b"zzz: &z {a: 1}\n",
         "c.yaml:1: zzz: unknown key; the keys here are name, ",
@@ -66,7 +66,7 @@ def test_a_file_that_is_no_configuration(what: str, tmp_path: Path, capsys: pyte
     (tmp_path / "c.yaml").write_bytes(content + more)
     said = said_of(["c.yaml"], tmp_path, capsys)
     assert said.startswith(message)
-    assert ("what only holds an anchor goes below a key that starts with x-" in said) == what.startswith("anchors")
+    assert ("put anchors below a key that starts with x-" in said) == what.startswith("anchors")
 
 
 def linked(name: str, target: str) -> Callable[[], object]:
@@ -145,7 +145,9 @@ def test_a_base_on_the_command_line_is_refused_with_what_to_write(
     tmp_path: Path, capsys: pytest.CaptureFixture[str]
 ) -> None:
     said = said_of([str(tiny_config(tmp_path)), "_base_=other.yaml"], tmp_path, capsys)
-    assert said == "command line: '_base_=other.yaml': a file takes bases, at its top: _base_: [FILE, ...]"
+    assert (
+        said == "command line: '_base_=other.yaml': only a file can have bases; write at its top: _base_: [FILE, ...]"
+    )
 
 
 @pytest.mark.parametrize(

@@ -9,8 +9,7 @@ from pathlib import Path
 
 import pytest
 
-from mtl.config import RunConfig, load_config
-from mtl.config.source import ConfigError
+from mtl.config import ConfigError, RunConfig, load_config
 
 RUN = Path("run.yaml")
 

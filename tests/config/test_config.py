@@ -10,10 +10,10 @@ from hypothesis import strategies as st
 from pydantic import ValidationError
 
 from config_file import RUN, load, mistakes
-from mtl.config import RunConfig, load_config
+from mtl.config import ConfigError, RunConfig, load_config
 from mtl.config.phase import patterns_of
-from mtl.config.source import ConfigError, dump_yaml
 from mtl.config.types import Strict
+from mtl.config.yaml_text import dump_yaml
 from mtl.optim.optimizers import UncoveredError, by_pattern
 from mtl.patterns import Counted, PatternError
 from runs import tiny_config
@@ -426,7 +426,7 @@ def _errors_of(kind: type[Strict], data: dict[str, Any]) -> list[Any]:
 def test_a_key_with_nothing_behind_it_is_an_error_beside_all_others(written: str) -> None:
     lines = [*LINES[:7], "  - name: warm", "    steps: 2", f"    freeze:{written}", "    tasks: 3"]
     assert mistakes(lines) == [
-        "run.yaml:10: phases.warm.freeze: expected a value, got nothing; without the key, its default holds",
+        "run.yaml:10: phases.warm.freeze: expected a value, got nothing; leave out the key for its default",
         "run.yaml:11: phases.warm.tasks: expected a valid list, got 3",
     ]
 
@@ -438,7 +438,7 @@ def test_a_null_in_words_takes_back_what_is_written_below_and_nothing_else_does(
     assert (config.optim.lr, config.optim.clip_norm, config.data.num_train) == (2.0, None, None)
     assert config.phases[1].lr is None
     assert str(config.mistake(("phases", 1, "lr"), "x")) == "base.yaml:6: phases.tune.lr: x"
-    nothing = "expected a value, got nothing; without the key, its default holds"
+    nothing = "expected a value, got nothing; leave out the key for its default"
     assert mistakes([*top, "optim: {clip_norm: }"], "phases.tune.lr=", "phases.warm.lr=null") == [
         f"run.yaml:4: optim.clip_norm: {nothing}",
         f"command line: phases.warm.lr: {nothing}",

@@ -12,7 +12,7 @@ from hypothesis import strategies as st
 from config_file import RUN, load, mistakes
 from mtl.config import RunConfig, load_config
 from mtl.config.phase import PhaseConfig, num_unrolled, unroll
-from mtl.config.source import dump_yaml
+from mtl.config.yaml_text import dump_yaml
 
 HEAD = ["name: r", "trunk: {name: resnet18}", "tasks: {depth: {type: depth}}", "phases:"]
 PHASE_KEYS = (

@@ -182,7 +182,7 @@ def test_statistics_have_their_form_before_the_first_batch(task: Task) -> None:
     state = metrics.state()
     assert [(s.shape, s.dtype) for s in empty] == [(s.shape, s.dtype) for s in state]
     assert not any(s.any() for s in empty)
-    other.take([a + b for a, b in zip(empty, state, strict=True)])
+    other.load_state([a + b for a, b in zip(empty, state, strict=True)])
     assert other.compute() == metrics.compute()
 
 
@@ -193,7 +193,7 @@ def test_metrics_that_do_not_say_how_they_add_up_are_for_one_process() -> None:
         def compute(self) -> dict[str, float]:
             return {}
 
-    with pytest.raises(NotImplementedError, match=r"Own.state and .take: needed where several processes validate"):
+    with pytest.raises(NotImplementedError, match=r"Own has no state and load_state; several ranks need them"):
         Own().state()
 
 

@@ -17,7 +17,7 @@ from torch.nn import functional
 from torch.nn.utils import parametrize
 from torch.optim import SGD, AdamW, Optimizer
 
-from mtl.freeze import FreezeError, enforce, fixed_parameters, is_frozen, plan_freeze, trainable_parameters
+from mtl.freeze import FreezeError, enforce, is_frozen, plan_freeze, trainable_parameters, untrainable_parameters
 from mtl.patterns import PatternError
 
 
@@ -251,7 +251,7 @@ def test_a_module_reached_by_two_paths_is_frozen_by_both_or_refused() -> None:
     ],
 )
 def test_a_freeze_that_splits_the_statistics_of_a_norm_is_refused(patterns: list[str], frozen: str, free: str) -> None:
-    with pytest.raises(FreezeError, match=f"^{frozen} frozen, but not {free}: the statistics of a norm layer move"):
+    with pytest.raises(FreezeError, match=f"^{frozen} frozen, but not {free}: a forward updates all statistics"):
         plan_freeze(Normed(), patterns)
 
 
@@ -773,7 +773,7 @@ def test_parameters_that_a_model_keeps_fixed_are_listed_and_whole_numbers_never_
     model.table = nn.Parameter(torch.ones(2), requires_grad=False)
     model.count = nn.Parameter(torch.ones(2, dtype=torch.int64), requires_grad=False)
     model.weight = nn.Parameter(torch.ones(2))
-    assert fixed_parameters(model) == ["table", "count"]
+    assert untrainable_parameters(model) == ["table", "count"]
     enforce(model, plan_freeze(model, []))
     assert (model.table.requires_grad, model.count.requires_grad) == (True, False)
     assert list(trainable_parameters(model, plan_freeze(model, ["table"]))) == ["weight"]

@@ -19,8 +19,8 @@ from mtl.checkpoint.load import load_checkpoint
 from mtl.config import TrunkConfig
 from mtl.distributed.world import World
 from mtl.model import MultiTaskModel
-from mtl.model.fsdp import gather, shard
-from mtl.optim.optimizer_state import Moments
+from mtl.model.fsdp import gather_model, shard
+from mtl.optim.optimizer_state import OptimizerState
 from mtl.runtime.tensors import gathered
 from mtl.tasks import Classification, Depth, Task
 
@@ -69,16 +69,16 @@ def difference(a: dict[str, Tensor], b: dict[str, Tensor]) -> float:
 
 def save(folder: Path, model: MultiTaskModel, optimizer: AdamW, starts: tuple[str, ...]) -> None:
     """Two checkpoints in shards, and a plain one as the second, with some tensors as if they were frozen."""
-    frozen, moments = [name for name in model.state_dict() if name.startswith(starts)], Moments()
-    moments.take(optimizer, {p: n for n, p in model.named_parameters()})
+    frozen, moments = [name for name in model.state_dict() if name.startswith(starts)], OptimizerState()
+    moments.collect(optimizer, {p: n for n, p in model.named_parameters()})
     # What is not spread, of a type that is kept as bytes, and of no axis and no elements.
     odd = {"complex": torch.ones(2, dtype=torch.complex128), "none": torch.empty(0, 3), "step": torch.tensor(3)}
     memory = {"moments": moments.state_dict(), "odd": odd}
     with patch.object(DTensor, "full_tensor", side_effect=AssertionError("a whole tensor was asked for")):
         for step in (1, 2):
             Checkpoints(folder / "shards").save_shards(model, frozen, memory, {"step": step}, ["last"], WORLD)
-    whole, memory = gather(model, WORLD), gathered(memory, WORLD.is_main)
-    if WORLD.is_main:
+    whole, memory = gather_model(model, WORLD), gathered(memory, WORLD.leads)
+    if WORLD.leads:
         Checkpoints(folder / "plain").save(whole, frozen, memory, {"step": 2}, ["last"])
     WORLD.barrier()
 
@@ -110,10 +110,10 @@ def check(name: str, first: str, folder: Path) -> dict[str, Any]:
         found[f"{phase} still"] = (still and len(held) > 0) or phase == "all"
         found[f"{phase} moved"] = all(p.grad is not None for p in spread.parameters() if p.requires_grad)
         found[f"{phase} sharded"] = all(isinstance(p, DTensor) for p in spread.parameters())
-    whole = gather(spread, WORLD).state_dict()
+    whole = gather_model(spread, WORLD).state_dict()
     found["names on rank"] = len(whole)
-    if WORLD.is_main:
-        found["difference"] = difference(whole, gather(plain, World.alone()).state_dict())
+    if WORLD.leads:
+        found["difference"] = difference(whole, gather_model(plain, World.alone()).state_dict())
     save(folder / name, spread, optimizer, (first, "heads.object"))
     other = build(name)
     shard(other, WORLD)
@@ -124,11 +124,11 @@ def check(name: str, first: str, folder: Path) -> dict[str, Any]:
     found["moments spread"] = all(
         isinstance(state["exp_avg"], DTensor) for kept in memory["moments"].values() for state in kept.values()
     )
-    again, moments = optimizer_of(other), Moments()
+    again, moments = optimizer_of(other), OptimizerState()
     moments.load_state_dict(memory["moments"])
-    moments.give(again, {p: n for n, p in other.named_parameters()})
-    taken_up = gather(other, WORLD).state_dict()
-    if WORLD.is_main:
+    moments.apply(again, {p: n for n, p in other.named_parameters()})
+    taken_up = gather_model(other, WORLD).state_dict()
+    if WORLD.leads:
         found["taken up"] = difference(taken_up, whole)
     freeze(other, ("none",))
     found["go on"] = [train(m, o, mine, WORLD) for m, o in ((spread, optimizer), (other, again))]

@@ -10,7 +10,7 @@ import torch
 from torch import nn
 
 from mtl.config import ConfigError
-from mtl.model.grad_checkpointing import compute_again
+from mtl.model.grad_checkpointing import enable_grad_checkpointing
 from mtl.training.run import train
 from runs import tiny_parts
 
@@ -44,7 +44,7 @@ def test_a_trunk_that_computes_again_has_the_same_gradients_and_statistics_to_th
         trunk.size = trunk.pretrained_cfg["input_size"][-1]
         calls: list[bool] = []
         if again:
-            compute_again(trunk)
+            enable_grad_checkpointing(trunk)
         for module in trunk.modules():
             if isinstance(module, nn.Conv2d | nn.Linear):
                 module.register_forward_hook(lambda *_: calls.append(torch._C._current_graph_task_id() != -1))  # noqa: B023
@@ -70,5 +70,5 @@ def test_a_run_with_it_has_the_weights_of_one_without(tmp_path: Path) -> None:
 
 
 def test_a_trunk_that_cannot_is_named(tmp_path: Path) -> None:
-    with pytest.raises(ConfigError, match=r"trunk\.checkpointing: timm cannot do it for 'inception_v3'"):
+    with pytest.raises(ConfigError, match=r"trunk\.checkpointing: timm does not support it for 'inception_v3'"):
         tiny_parts(tmp_path, "trunk={name: inception_v3, checkpointing: true}", data={"image_size": 80, "num_train": 8})

@@ -9,7 +9,7 @@ from torch import nn
 
 from mtl.config import SettingError, TrunkConfig
 from mtl.freeze import enforce, plan_freeze
-from mtl.model import MultiTaskModel, start_from
+from mtl.model import MultiTaskModel, set_output_bias
 from mtl.model.heads import enlarge
 from mtl.model.network import Normalize, build_trunk
 from mtl.model.trunk import feature_shape, pyramid_levels, read_features
@@ -181,8 +181,8 @@ def test_normalisation_follows_the_weights() -> None:
 
 def test_heads_start_close_to_the_constant_prediction() -> None:
     model = MultiTaskModel(TrunkConfig(name="resnet18"), {"depth": Depth(), "object": Classification(3)}, 32).eval()
-    start_from(model.heads["depth"], torch.tensor([1.5]))
-    start_from(model.heads["object"], torch.tensor([0.0, -1.0, -2.0]))
+    set_output_bias(model.heads["depth"], torch.tensor([1.5]))
+    set_output_bias(model.heads["object"], torch.tensor([0.0, -1.0, -2.0]))
     with torch.no_grad():
         outputs = model(images(32))
     assert (outputs["depth"] - 1.5).abs().max() < 0.5

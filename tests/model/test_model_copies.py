@@ -93,7 +93,7 @@ def test_a_copy_of_an_enforced_model_takes_another_freeze_and_leaves_the_first_o
 @pytest.mark.parametrize("how", COPIES)
 def test_a_copy_of_a_compiled_model_runs_its_own_weights(how: str) -> None:
     model = a_model().eval()
-    model.compile_anew()  # nothing is compiled before it runs
+    model.recompile()  # nothing is compiled before it runs
     twin = COPIES[how](model)
     with torch.no_grad():
         for parameter in twin.parameters():

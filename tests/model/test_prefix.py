@@ -20,7 +20,7 @@ from device_sync import no_device_sync
 from mtl.freeze import enforce, plan_freeze
 from mtl.model.prefix import Prefix, PrefixError
 from mtl.model.prefix.cut import find_cut
-from mtl.model.prefix.trace import record_trace, tensors_of, untouched
+from mtl.model.prefix.trace import no_side_effects, record_trace, tensors_of
 from mtl.model.trunk import Features, pyramid_levels, read_features
 
 CPU = torch.device("cpu")
@@ -60,7 +60,7 @@ def bits(tensor: Tensor) -> bytes:
 
 def outcome(trunk: nn.Module, run: Callable[[], Features]) -> tuple[list[bytes], dict[str, bytes]]:
     """The bits of the features, and of the gradients that a loss of them gives."""
-    with untouched(trunk, CPU):
+    with no_side_effects(trunk, CPU):
         torch.manual_seed(1)
         tensors = tensors_of(run())
         live = [tensor for tensor in tensors if tensor.requires_grad]
@@ -75,7 +75,7 @@ def assert_same(prefix: Prefix, trunk: nn.Module, read: Read, images: Tensor) ->
     """A plain pass, a run, and a replay of what was run or computed, agree in features and gradients."""
     plain = outcome(trunk, lambda: read(images))
     assert outcome(trunk, lambda: prefix.run(images)[0]) == plain
-    with untouched(trunk, CPU):
+    with no_side_effects(trunk, CPU):
         kept, computed = prefix.run(images)[1], prefix.compute(images)
     assert [bits(tensor) for tensor in kept] == [bits(tensor) for tensor in computed]
     assert not any(tensor.requires_grad for tensor in kept + computed)
@@ -451,7 +451,7 @@ def test_any_program_is_kept_to_the_bit_or_refused(lines: list[tuple[str, int, i
 
 def test_a_trunk_that_trains_from_its_start_is_refused() -> None:
     trunk = timm.create_model("resnet10t", num_classes=0)
-    with pytest.raises(PrefixError, match=r"conv1\.0 needs the images, and no frozen module lies before it"):
+    with pytest.raises(PrefixError, match=r"conv1\.0 needs the images, and no frozen module is before it"):
         Prefix.record(trunk, partial(read_features, trunk, levels=[], pooled=True), pictures(2))
     trunk, read = small_resnet(".layer3")
     with pytest.raises(PrefixError, match="needs the images"):
@@ -509,7 +509,7 @@ def test_a_compiled_module_is_refused() -> None:
 
 def test_modules_without_parameters_are_no_prefix() -> None:
     trunk, read = by_hand(nn.AvgPool2d(2), conv(), conv(), train_from=1)
-    with pytest.raises(PrefixError, match="1 needs the images, and no frozen module lies before it"):
+    with pytest.raises(PrefixError, match="1 needs the images, and no frozen module is before it"):
         Prefix.record(trunk, read, pictures(2, 8))
 
 
@@ -591,7 +591,7 @@ def test_nothing_is_left_behind() -> None:
     with unchanged(trunk):
         assert prefix.agrees(images)
         kept = prefix.compute(images)
-        with untouched(trunk, CPU):
+        with no_side_effects(trunk, CPU):
             prefix.run(images)
             prefix.replay(kept)
 
@@ -662,7 +662,7 @@ REFUSED = [
 def test_half_of_an_architecture_is_kept_to_the_bit(name: str, size: int, options: dict[str, Any]) -> None:
     trunk, read = build(name, "@first:50%", **options)
     try:
-        with untouched(trunk, CPU):
+        with no_side_effects(trunk, CPU):
             read(pictures(2, size))
     except (AttributeError, RuntimeError):  # no intermediate features
         read = partial(read_features, trunk, levels=[], pooled=True)
@@ -679,7 +679,7 @@ def test_a_freeze_that_starts_later_is_refused(name: str, size: int, patterns: l
     model.trunk = trunk
     enforce(model, plan_freeze(model, [f"trunk{p}" if p[0] in ".@" else p for p in patterns]))
     read = partial(read_features, trunk, levels=pyramid_levels(trunk), pooled=True)
-    with pytest.raises(PrefixError, match=f"^{first} needs the images, and no frozen module lies before it"):
+    with pytest.raises(PrefixError, match=f"^{first} needs the images, and no frozen module is before it"):
         Prefix.record(trunk, read, pictures(2, size))
 
 

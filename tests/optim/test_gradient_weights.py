@@ -96,11 +96,11 @@ def test_pcgrad_of_two_tasks_takes_from_each_what_goes_against_the_other() -> No
 @pytest.mark.parametrize("value", [torch.inf, -torch.inf, torch.nan, 1e39])
 def test_a_product_that_is_not_finite_gives_nan_and_the_method_is_not_asked(method: str, value: float) -> None:
     weighting = build(method)
-    before = weighting.memory()
+    before = weighting.state()
     products = CONFLICT.clone()
     products[1, 1] = value
     assert weighting(products).isnan().all()
-    assert weighting.memory() == before
+    assert weighting.state() == before
 
 
 @pytest.mark.parametrize("method", METHODS)
@@ -126,8 +126,8 @@ def test_what_a_method_gathers_goes_through_a_file_to_the_same_bits(method: str)
     whole, first, second = (build(method) for _ in range(3))
     expected = [weigh(whole, each, number) for number, each in enumerate(products)]
     got = [weigh(first, products[0], 0)]
-    tensors, rest = split(first.memory())
-    second.load_memory(merge(tensors, json.loads(json.dumps(rest))))
+    tensors, rest = split(first.state())
+    second.load_state(merge(tensors, json.loads(json.dumps(rest))))
     got += [weigh(second, each, number) for number, each in enumerate(products[1:], start=1)]
     assert [each.tolist() for each in got] == [each.tolist() for each in expected]
     assert weigh(build(method), products[2], 2).tolist() != expected[2].tolist(), "what came before counts"
@@ -142,19 +142,19 @@ def weigh(weighting: GradientWeighting, products: Tensor, seed: int) -> Tensor:
 def test_a_memory_is_a_copy_that_later_calls_leave_alone(method: str) -> None:
     weighting = build(method)
     weigh(weighting, CONFLICT, 0)
-    memory = weighting.memory()
+    memory = weighting.state()
     expected = weigh(weighting, CONFLICT, 1)
     for _ in range(2):
-        weighting.load_memory(memory)
+        weighting.load_state(memory)
         assert torch.equal(weigh(weighting, CONFLICT, 1), expected)
 
 
 def test_a_method_does_not_go_on_with_what_another_has_kept() -> None:
     other = build_balance(BalanceConfig(method="pcd"), TASKS)
-    with pytest.raises(ValueError, match=r"keeps \['_phi_t', '_state_key'\] cannot go on with \['_n_steps'"):
-        build_balance(BalanceConfig(method="gradvac"), TASKS).load_memory(other.memory(), torch.device("cpu"))
-    with pytest.raises(ValueError, match="cannot go on"):
-        build_balance(BalanceConfig(method="uw"), TASKS).load_memory(other.memory(), torch.device("cpu"))
+    with pytest.raises(ValueError, match=r"method with \['_phi_t', '_state_key'\], got \['_n_steps'"):
+        build_balance(BalanceConfig(method="gradvac"), TASKS).load_state(other.state(), torch.device("cpu"))
+    with pytest.raises(ValueError, match="expected the state of a balancing method"):
+        build_balance(BalanceConfig(method="uw"), TASKS).load_state(other.state(), torch.device("cpu"))
 
 
 def test_a_method_of_gradients_has_nothing_in_a_state_dict_whatever_it_keeps() -> None:
@@ -172,9 +172,9 @@ def test_a_method_of_gradients_has_nothing_in_a_state_dict_whatever_it_keeps() -
     [
         (
             BalanceConfig(method="config"),
-            r"'config' cannot be had here: TorchJD makes its step of whole gradients .*mgda",
+            r"'config' is not supported: it needs full gradients .*mgda",
         ),
-        (BalanceConfig(method="NashMTL"), r"balance\.method: 'NashMTL' cannot be had here"),
+        (BalanceConfig(method="NashMTL"), r"balance\.method: 'NashMTL' is not supported"),
         (BalanceConfig(method="mgdb"), r"balance\.method: no method 'mgdb'; nearest: mgda"),
         (BalanceConfig(method="mgda", options={"eps": 1}), r"mgda takes the options epsilon, max_iters: .*'eps'"),
         (BalanceConfig(method="mgda", options={"epsilon": -1.0}), "epsilon must be positive"),

@@ -124,7 +124,7 @@ def test_a_number_for_nothing_is_refused_and_its_place_told() -> None:
 
 
 def test_a_pattern_that_takes_back_is_refused_and_its_place_told() -> None:
-    with pytest.raises(PatternError, match=r"'!head' takes back, but a number cannot be taken back") as caught:
+    with pytest.raises(PatternError, match=r"'!head' starts with !, which cannot undo a number") as caught:
         by_pattern({"**": 0.1, "!head": 0.2}, NAMES, NAMES)
     assert caught.value.index == 1
 

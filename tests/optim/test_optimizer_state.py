@@ -15,7 +15,7 @@ from torch.optim import Optimizer
 
 from mtl.config.optim import OptimizerConfig
 from mtl.freeze import enforce, plan_freeze, trainable_parameters
-from mtl.optim.optimizer_state import Moments
+from mtl.optim.optimizer_state import OptimizerState
 from mtl.optim.optimizers import build_optimizer, group_parameters, optimizer_names
 
 NAMES = ["trunk.weight", "trunk.bias", "head.weight", "head.bias"]
@@ -52,7 +52,7 @@ class Run:
     def __init__(self) -> None:
         torch.manual_seed(3)
         self.model: nn.Module = Tiny()
-        self.moments = Moments()
+        self.moments = OptimizerState()
         self.num_steps = 0
         self.given: list[str] = []
         self.name_of: dict[Tensor, str] = {p: name for name, p in self.model.named_parameters()}
@@ -63,7 +63,7 @@ class Run:
         parameters = trainable_parameters(self.model, plan)
         groups = group_parameters(parameters, dict.fromkeys(parameters, 0.05), {"trunk.weight": 0.1})
         optimizer = build_optimizer(config, groups)
-        self.given = self.moments.give(optimizer, self.name_of)
+        self.given = self.moments.apply(optimizer, self.name_of)
         return optimizer
 
     def train(self, optimizer: Optimizer, num_steps: int) -> None:
@@ -76,7 +76,7 @@ class Run:
     def phase(self, freeze: Sequence[str], num_steps: int, config: OptimizerConfig = ADAMW) -> Optimizer:
         optimizer = self.begin(freeze, config)
         self.train(optimizer, num_steps)
-        self.moments.take(optimizer, self.name_of)
+        self.moments.collect(optimizer, self.name_of)
         return optimizer
 
     def states(self, optimizer: Optimizer) -> dict[str, dict[str, bytes]]:
@@ -113,7 +113,7 @@ def test_a_parameter_thawed_again_goes_on_with_the_state_in_which_it_was_frozen(
     assert run.states(thawed) == expected
     assert any(any(state["momentum_buffer" if config is SGD else "exp_avg"]) for state in expected.values())
     run.train(thawed, 2)
-    run.moments.take(thawed, run.name_of)
+    run.moments.collect(thawed, run.name_of)
     third = run.states(thawed)
 
     # Frozen once more, over two phases, and thawed: still as it was when it last trained.
@@ -217,7 +217,7 @@ def test_there_is_no_state_at_first_nor_of_what_never_trained() -> None:
 def test_what_is_forgotten_begins_anew_and_the_rest_goes_on() -> None:
     run = Run()
     before = run.states(run.phase([], 2))
-    run.moments.forget(["trunk.weight", "head.bias", "not.there"])
+    run.moments.drop(["trunk.weight", "head.bias", "not.there"])
     after = run.states(run.begin([]))
     assert after == {name: before[name] for name in ("trunk.bias", "head.weight")}
 
@@ -226,8 +226,8 @@ def test_forgetting_everything_trains_as_a_new_optimizer_does() -> None:
     forgetful, new = Run(), Run()
     for run in (forgetful, new):
         run.phase([], 3)
-    forgetful.moments.forget(NAMES)
-    new.moments = Moments()
+    forgetful.moments.drop(NAMES)
+    new.moments = OptimizerState()
     keeping = Run()
     keeping.phase([], 3)
     for run in (forgetful, new, keeping):
@@ -240,7 +240,7 @@ def test_forgetting_reaches_the_state_of_every_kind_of_optimizer() -> None:
     run = Run()
     run.phase([], 1, ADAMW)
     run.phase([], 1, SGD)
-    run.moments.forget(["trunk.weight"])
+    run.moments.drop(["trunk.weight"])
     assert {kind: sorted(kept) for kind, kept in run.moments.state_dict().items()} == {
         ADAMW_KIND: ["head.bias", "head.weight", "trunk.bias"],
         SGD_KIND: ["head.bias", "head.weight", "trunk.bias"],
@@ -250,7 +250,7 @@ def test_forgetting_reaches_the_state_of_every_kind_of_optimizer() -> None:
 def test_keep_only_drops_all_others() -> None:
     run = Run()
     before = run.states(run.phase([], 2))
-    run.moments.keep_only({"trunk.weight", "not.there"})
+    run.moments.retain({"trunk.weight", "not.there"})
     assert run.states(run.begin([])) == {"trunk.weight": before["trunk.weight"]}
 
 
@@ -329,9 +329,9 @@ def test_a_boundary_changes_no_bit_with_any_optimizer(name: str) -> None:
             enforce(run.model, plan_freeze(run.model, []))
             groups = group_parameters(dict(run.model.named_parameters()), dict.fromkeys(NAMES, 0.01), {})
             optimizer = build_optimizer(OptimizerConfig(name=name), groups)
-            run.moments.give(optimizer, run.name_of)
+            run.moments.apply(optimizer, run.name_of)
             run.train(optimizer, length)
-            run.moments.take(optimizer, run.name_of)
+            run.moments.collect(optimizer, run.name_of)
     assert cut.weights() == whole.weights()
 
 
@@ -344,7 +344,7 @@ def test_moments_that_were_saved_and_loaded_go_on_as_if_they_had_not_been(config
     file = io.BytesIO()
     torch.save(run.moments.state_dict(), file)
     file.seek(0)
-    run.moments = Moments()
+    run.moments = OptimizerState()
     run.moments.load_state_dict(torch.load(file, weights_only=True))
     for each in (run, other):
         each.phase([], 2, config)
@@ -365,7 +365,7 @@ def test_a_state_dict_has_the_class_then_the_name_then_the_key_and_can_be_change
 
 
 def test_loading_replaces_all_that_was_kept() -> None:
-    run, empty = Run(), Moments()
+    run, empty = Run(), OptimizerState()
     run.phase([], 1)
     run.moments.load_state_dict(empty.state_dict())
     assert run.states(run.begin([])) == {}
@@ -377,9 +377,9 @@ def test_taking_in_the_middle_of_a_phase_leaves_its_course_as_it_was() -> None:
         optimizer = each.begin([])
         each.train(optimizer, 2)
         if each is run:
-            each.moments.take(optimizer, each.name_of)
+            each.moments.collect(optimizer, each.name_of)
         each.train(optimizer, 2)
-        each.moments.take(optimizer, each.name_of)
+        each.moments.collect(optimizer, each.name_of)
         each.phase(["trunk"], 2)
         each.phase([], 2)
     assert run.weights() == other.weights()
@@ -391,10 +391,10 @@ def test_moments_have_the_strides_of_their_parameters_even_if_saved_in_others(sh
     parameter = nn.Parameter(values.to(memory_format=torch.channels_last))
     saved = {"step": torch.tensor(3.0), "exp_avg": values + 1, "exp_avg_sq": values.abs() + 2}
     assert all(saved[key].stride() != parameter.stride() for key in ("exp_avg", "exp_avg_sq"))
-    moments = Moments()
+    moments = OptimizerState()
     moments.load_state_dict({ADAMW_KIND: {"conv": saved}})
     optimizer = build_optimizer(ADAMW, [{"params": [parameter], "lr": 0.1, "weight_decay": 0.0}])
-    assert moments.give(optimizer, {parameter: "conv"}) == ["conv"]
+    assert moments.apply(optimizer, {parameter: "conv"}) == ["conv"]
     state = optimizer.state[parameter]
     assert state["step"].item() == 3
     for key in ("exp_avg", "exp_avg_sq"):

@@ -207,7 +207,7 @@ def test_a_row_with_null_is_read_as_nan() -> None:
 
 def test_grad_is_left_alone_and_the_real_backward_has_the_same_bits() -> None:
     trunk, losses = network(1, 3, torch.float32)
-    untouched, same = network(1, 3, torch.float32)
+    no_side_effects, same = network(1, 3, torch.float32)
     last = next(reversed(list(trunk.parameters())))
     last.grad = torch.full_like(last, 7.0)
     analyse(losses, trunk_groups(trunk))
@@ -216,7 +216,7 @@ def test_grad_is_left_alone_and_the_real_backward_has_the_same_bits() -> None:
     last.grad = None
     torch.stack([*losses.values()]).sum().backward()
     torch.stack([*same.values()]).sum().backward()
-    for a, b in zip(trunk.parameters(), untouched.parameters(), strict=True):
+    for a, b in zip(trunk.parameters(), no_side_effects.parameters(), strict=True):
         assert a.grad is not None and b.grad is not None and torch.equal(a.grad, b.grad)
 
 

@@ -169,7 +169,8 @@ def test_taking_back_what_nothing_selected_is_an_error(patterns: list[str], inde
         select(patterns, NAMES)
     assert caught.value.index == index
     assert str(caught.value) == (
-        f"pattern {patterns[index]!r} takes nothing back: no pattern before it selects any of its {count} names"
+        f"pattern {patterns[index]!r} deselects nothing: no pattern before it selects any of its {count} names;"
+        " leave it out or move it down"
     )
 
 

@@ -12,8 +12,7 @@ from hypothesis import assume, given, settings
 from hypothesis import strategies as st
 from torchjd.scalarization import FAMO
 
-from mtl.config import load_config
-from mtl.config.source import ConfigError
+from mtl.config import ConfigError, load_config
 from mtl.patterns import ModuleTree, PatternError, PatternLike, select
 from mtl.patterns.module_tree import describe
 from mtl.phases.plan import make_plan
@@ -118,7 +117,7 @@ def test_train_takes_patterns_that_overlap_as_freeze_does(patterns: list[str]) -
 def test_train_refuses_to_take_back_what_it_did_not_name_as_freeze_does(patterns: list[str]) -> None:
     for key in ("freeze", "train"):
         (mistake,) = mistakes([f"name: a, epochs: 1, {key}: {patterns}"])
-        assert mistake.startswith(f"run.yaml:6: phases.a.{key}.1: pattern {patterns[1]!r} takes nothing back")
+        assert mistake.startswith(f"run.yaml:6: phases.a.{key}.1: pattern {patterns[1]!r} deselects nothing")
 
 
 @settings(max_examples=25, derandomize=True)
@@ -378,7 +377,7 @@ _PARAMETERS = "matches nothing (nearest: {}; the names start with: trunk, heads)
 _NOTHING = f"phase 'a' trains nothing: every parameter is frozen; {HINT}"
 _BETTER = "expected higher or lower: which values of val/depth/rmse are better"
 _NO_OPTIMIZER = f"no optimizer 'admw'; nearest: adamw; there are: {OPTIMIZERS}, or your own as package.module:Name"
-_RESERVED = "'lr' has a key of its own, beside optimizer"
+_RESERVED = "'lr' has a key of its own, next to optimizer"
 _FEWER = "expected fewer than the phase's 5 steps, got "
 _UNCOVERED = "no pattern covers {} trainable parameters, such as {}; add one for them"
 
@@ -509,11 +508,11 @@ def test_unknown_tasks_are_told_together_with_the_mistakes_of_other_phases() -> 
         ("steps: 2, freeze: [heads, '!heads.object', '!heads']", "phases.a.freeze: the patterns select nothing in"),
         (
             "steps: 2, balance: {method: fixed, weights: {depth: 0, object: 0}}",
-            "phases.a.balance.weights: expected a weight above 0 for one of depth, object at least",
+            "phases.a.balance.weights: expected a weight above 0 for at least one of depth, object",
         ),
         (
             "steps: 2, tasks: [depth], balance: {method: fixed, weights: {depth: 0, object: 1}}",
-            "phases.a.balance.weights: expected a weight above 0 for one of depth at least",
+            "phases.a.balance.weights: expected a weight above 0 for at least one of depth",
         ),
         (
             "steps: 2, balance: {method: stch, options: {mu: 1.0, weights: [0, 0.0]}}",
@@ -540,7 +539,7 @@ def test_the_same_holds_for_what_is_written_for_the_whole_run() -> None:
         ("optim: {accumulate: 6}", "optim.accumulate: expected at most the 5 batches of an epoch of 'a', got 6"),
         (
             "balance: {method: fixed, weights: {depth: 0, object: 0.0}}",
-            "balance.weights: expected a weight above 0 for one of depth, object at least",
+            "balance.weights: expected a weight above 0 for at least one of depth, object",
         ),
     ]:
         (found,) = mistakes(["name: a, epochs: 1", "name: b, epochs: 1"], below)

@@ -14,8 +14,7 @@ from hypothesis import given, reject, settings
 from hypothesis import strategies as st
 from torch import nn
 
-from mtl.config import RunConfig, load_config
-from mtl.config.source import ConfigError
+from mtl.config import ConfigError, RunConfig, load_config
 from mtl.freeze import enforce
 from mtl.model.reachability import reached_parameters
 from mtl.optim.optimizers import build_optimizer

@@ -11,7 +11,7 @@ from hypothesis import strategies as st
 
 from mtl.cli import main
 from mtl.config import load_config
-from mtl.config.source import ConfigError
+from mtl.config.yaml_source import ConfigError
 from mtl.phases.setup import ModelSetup, build_meta_setup
 from runs import tiny_config
 

@@ -74,7 +74,7 @@ def test_the_last_analysis_of_each_phase_is_shown_with_what_no_task_reaches() ->
     row = {"grad/norm/a": 1.0, "grad/norm/a/00 w": 1.0, "grad/unreached": 2}
     page = gradients_html([{"phase": phase, "step": step, **row} for phase, step in [("<p>", 1), ("<p>", 4), ("q", 5)]])
     assert re.findall("<h3>(.*?)</h3>", page) == ["&lt;p&gt;, step 4", "q, step 5"]
-    assert page.count("No task reaches 2 depth groups that would train.") == 2
+    assert page.count("No task reaches 2 trainable depth groups.") == 2
     assert "<table>" not in page, "one task has no pairs"
 
 

@@ -224,7 +224,7 @@ def test_a_narrower_type_takes_half_the_room_and_changes_little(
         ((), [{**PHASES[0], "epochs": 1}], "for no more than one pass over the data"),
         (("cache.mode=ram", "cache.ram_gb=1e-6"), PHASES[:1], "are more than cache.ram_gb allows (1 kB)"),
         (("cache.ram_gb=1e-6", "cache.disk_gb=1e-6"), PHASES[:1], "are more than cache.disk_gb allows (1 kB)"),
-        (("cache.mode=ram",), [{"name": "all", "epochs": 2}], "no frozen module lies before it"),
+        (("cache.mode=ram",), [{"name": "all", "epochs": 2}], "no frozen module is before it"),
     ],
 )
 def test_where_nothing_is_kept_the_reason_is_said(

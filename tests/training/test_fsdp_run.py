@@ -12,8 +12,7 @@ import pytest
 
 from fsdp_runs import DCP, SPREAD, check_same, losses, run, run_alone, write_config
 from mtl.audit.offline.run import audit_run
-from mtl.config import load_config
-from mtl.config.source import ConfigError
+from mtl.config import ConfigError, load_config
 from mtl.distributed.world import World
 from mtl.training.setup import assemble
 

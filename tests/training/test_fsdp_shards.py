@@ -13,7 +13,7 @@ from fsdp_runs import DCP, SPREAD, check_same, run, run_alone, write_config
 from mtl.checkpoint.files import read_state
 from mtl.checkpoint.load import newest_first
 from mtl.config import load_config
-from mtl.config.source import ConfigError
+from mtl.config.yaml_source import ConfigError
 from runs import read_memory, read_model
 
 
@@ -149,5 +149,5 @@ def test_a_process_that_cannot_write_ends_all_with_its_reason(two: Path, tmp_pat
 
 
 def test_shards_of_a_model_that_is_whole_are_refused(tmp_path: Path) -> None:
-    with pytest.raises(ConfigError, match=r"distributed: .*checkpoint: dcp only beside strategy: fsdp2"):
+    with pytest.raises(ConfigError, match=r"distributed: .*checkpoint: dcp only with strategy: fsdp2"):
         load_config(write_config(tmp_path / "run"), [DCP])

@@ -222,7 +222,7 @@ def test_what_a_method_has_gathered_is_put_back_when_a_step_is_left_out(
     real = mtl.training.loop.GradientAudit.after_step
 
     def after(audit: Any) -> None:
-        memories.append(parts.phases[0].balance.memory()["weighting"]["_phi_t"])
+        memories.append(parts.phases[0].balance.state()["weighting"]["_phi_t"])
         real(audit)
 
     finite = iter([True, False, True])

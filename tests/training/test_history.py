@@ -16,9 +16,8 @@ from safetensors.torch import save_file
 from crashes import SHORT, Crash, crash_in_step, crashed, go_on
 from mtl.checkpoint.files import CheckpointError
 from mtl.cli import main
-from mtl.config import RunConfig, TrunkConfig, load_config
-from mtl.config.difference import differences
-from mtl.config.source import ConfigError
+from mtl.config import ConfigError, RunConfig, TrunkConfig, load_config
+from mtl.config.changes import config_differences
 from mtl.model import build_trunk
 from mtl.phases.resolve import Phase
 from mtl.phases.setup import build_meta_setup
@@ -257,7 +256,7 @@ def plain(config: RunConfig) -> dict[str, Any]:
 
 def flat(config: RunConfig) -> dict[str, Any]:
     """Every value of a configuration by its key."""
-    return {each.key: each.now for each in differences({}, plain(config)) if each.key}
+    return {each.key: each.now for each in config_differences({}, plain(config)) if each.key}
 
 
 def replayed(config: RunConfig, history: History) -> dict[str, Any]:
@@ -273,7 +272,7 @@ def test_phases_are_compared_by_name_inside_repeats_too() -> None:
     inner = [{"name": "b", "steps": 5}, {"name": "c", "steps": 3}]
     before = {"phases": [{"name": "a", "steps": 1}, {"repeat": 2, "phases": inner}]}
     now = {"phases": [{"name": "a", "steps": 2}, {"repeat": 3, "phases": [inner[0] | {"steps": 6}, inner[1]]}]}
-    assert [str(each) for each in differences(before, now)] == [
+    assert [str(each) for each in config_differences(before, now)] == [
         "phases (order): ['a', [2, ['b', 'c']]] -> ['a', [3, ['b', 'c']]]",
         "phases.a.steps: 1 -> 2",
         "phases.b.steps: 5 -> 6",

@@ -91,7 +91,7 @@ class Moments:
                 "model": dict(self.parts.root.state_dict()),
                 "moments": {str(n): state for n, state in enumerate(optimizer.state.values())},
                 "ema": {} if ema is None else ema.averages(),
-                "balance": {"memory": self.parts.phases[0].balance.memory()},
+                "balance": {"memory": self.parts.phases[0].balance.state()},
                 "random": {"torch": torch.get_rng_state()},
             }
         )

@@ -20,7 +20,7 @@ import mtl.training.loop
 import mtl.training.validate
 from mtl.checkpoint.files import state_digest
 from mtl.config import load_config
-from mtl.config.source import ConfigError
+from mtl.config.yaml_source import ConfigError
 from mtl.phases.resolve import Phase
 from mtl.training.loop import Trainer
 from mtl.training.phase import ActivePhase, PhaseOptimizer

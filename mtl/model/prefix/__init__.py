@@ -1,4 +1,4 @@
-"""What of a frozen trunk need not be computed again: found by tracing, cut off, replayed from what was kept."""
+"""The frozen first part of a trunk: found by tracing a pass, computed once, replayed from stored tensors."""
 
 from mtl.model.prefix.prefix import Prefix, PrefixError
 

@@ -1,8 +1,8 @@
-"""Where a recorded pass can be cut: which module calls need not be run again, and what is kept in their place.
+"""Where a recorded pass can be cut: which module calls can be skipped, and which of their outputs must be kept.
 
-A value is *constant* (no image is in it), *still* (made of images by what neither trains nor draws random numbers), or
-*live*. A call that makes still values only can be skipped. What live operations read of still values has to be there:
-it is followed back to the outputs of skipped calls, and these are kept.
+A value is *constant* (independent of the images), *static* (computed from images without trainable parameters or random
+numbers), or *live*. A call that makes only static values can be skipped. Static values that live operations read are
+traced back to the outputs of skipped calls, which are kept.
 """
 
 from __future__ import annotations
@@ -10,9 +10,9 @@ from __future__ import annotations
 from collections.abc import Iterable
 from dataclasses import dataclass
 
-from mtl.model.prefix.trace import Call, Step, Trace, Value
+from mtl.model.prefix.trace import Call, Operation, Trace, Value
 
-_CONSTANT, _STILL, _LIVE = 0, 1, 2
+_CONSTANT, _STATIC, _LIVE = 0, 1, 2
 
 
 class PrefixError(ValueError):
@@ -21,7 +21,7 @@ class PrefixError(ValueError):
 
 @dataclass(frozen=True)
 class Size:
-    """An extent of a tensor.
+    """The extent of a dimension of a tensor.
 
     Attributes:
         number: The extent, or how much of it there is per image.
@@ -41,13 +41,13 @@ class Cut:
     """What to skip and what to keep.
 
     Attributes:
-        skipped: Calls that are skipped; none lies in another.
-        kept: Values that are kept, batch first; with nothing that trains, the results.
+        skipped: Calls that are skipped; none is inside another.
+        kept: Values that are kept, batch first; the results if the whole trunk is static.
         shapes: Shapes of the tensors that the skipped calls return.
-        changed: Storages that operations which are not skipped change in place.
-        readers: Names of the modules in which kept values meet what trains.
-        is_first: Whether all that is kept is made before the first live operation.
-        all_still: Whether nothing trains at all.
+        changed: Storages that operations outside the skipped calls change in place.
+        readers: Names of the modules in which live operations read kept values.
+        is_first: Whether all kept values are made before the first live operation.
+        all_static: Whether the whole trunk is static.
     """
 
     skipped: list[int]
@@ -56,7 +56,7 @@ class Cut:
     changed: set[int]
     readers: list[str]
     is_first: bool
-    all_still: bool
+    all_static: bool
 
 
 def find_cut(trace: Trace, other: Trace) -> Cut:
@@ -64,7 +64,7 @@ def find_cut(trace: Trace, other: Trace) -> Cut:
 
     Args:
         trace: A pass.
-        other: A pass of fewer of these images, which tells how shapes grow with the batch.
+        other: A pass of fewer of these images, which shows how shapes grow with the batch.
 
     Raises:
         PrefixError: Nothing can be kept, or the two passes differ in more than the number of images.
@@ -79,7 +79,7 @@ class _Cutter:
         self.trace = trace
         self.state = [_CONSTANT] * len(trace.values)
         self.is_live = self._follow_forward()
-        self.noisy = {0}.union(*(self._around(step.call) for step in self._live_steps()))
+        self.noisy = {0}.union(*(self._around(operation.call) for operation in self._live_operations()))
         self.shapes: dict[int, tuple[Size, ...]] = {}
         self.twins: dict[int, Value] = {}
         self._size_value(0, 0, other)
@@ -89,7 +89,7 @@ class _Cutter:
 
     def cut(self) -> Cut:
         trace = self.trace
-        if all(self.state[value] == _STILL for value in trace.results):
+        if all(self.state[value] == _STATIC for value in trace.results):
             if not all(map(self._is_batch_first, trace.results)):
                 raise PrefixError("the features are not batch first")
             self._check_each_image_alone(trace.results)
@@ -107,23 +107,23 @@ class _Cutter:
         first_live = min(number for number, live in enumerate(self.is_live) if live)
         if not any(any(True for _ in trace.calls[call].module.parameters()) for call in skipped):
             raise PrefixError(_no_prefix(readers[0]))
-        changed = {trace.values[value].storage for step in self._visible(skipped) for value in step.changed}
+        changed = {trace.values[value].storage for operation in self._visible(skipped) for value in operation.changed}
         return Cut(skipped, kept, self.shapes, changed, readers, last <= first_live, False)
 
     def _follow_forward(self) -> list[bool]:
-        """Sets the state of every value; returns which steps are live."""
+        """Sets the state of every value; returns which operations are live."""
         values, calls = self.trace.values, self.trace.calls
-        self.state[0] = _STILL
+        self.state[0] = _STATIC
         live = []
-        for step in self.trace.steps:
-            for value in step.inputs:
+        for operation in self.trace.operations:
+            for value in operation.inputs:
                 origin = values[value].altered_from
                 if origin is not None:
                     self.state[value] = max(self.state[value], self.state[origin])
-            state = max((self.state[value] for value in step.inputs), default=_CONSTANT)
-            if step.trains or any(calls[call].mixes_images for call in self._around(step.call)):
+            state = max((self.state[value] for value in operation.inputs), default=_CONSTANT)
+            if operation.is_live or any(calls[call].mixes_images for call in self._around(operation.call)):
                 state = _LIVE
-            for value in step.outputs:
+            for value in operation.outputs:
                 self.state[value] = state
             live.append(state == _LIVE)
         return live
@@ -136,17 +136,17 @@ class _Cutter:
             call = self.trace.calls[call].parent
         return found
 
-    def _live_steps(self) -> list[Step]:
-        return [step for step, live in zip(self.trace.steps, self.is_live, strict=True) if live]
+    def _live_operations(self) -> list[Operation]:
+        return [operation for operation, live in zip(self.trace.operations, self.is_live, strict=True) if live]
 
     def _size(self, call: Call, twin: Call, other: Trace) -> bool:
-        """Finds how a call's outputs grow with the batch; whether that is known for all of them."""
+        """Records how the shapes of a call's outputs grow with the batch; returns whether that is known for all."""
         if call.is_tensor != twin.is_tensor or call.spec != twin.spec:
             return False
         for one, two, is_tensor in zip(call.leaves, twin.leaves, call.is_tensor, strict=True):
             if is_tensor and not self._size_value(one, two, other):
                 return False
-            # What else is returned is given again as it is: plain values, which are the same for every batch.
+            # Other outputs must be plain values that are the same for every batch, since a replay returns them.
             if not is_tensor and (not isinstance(one, int | float | str | None) or one != two):
                 return False
         return True
@@ -181,29 +181,29 @@ class _Cutter:
         return found
 
     def _makes(self, call: Call) -> bool:
-        """Whether all tensors that a call returns are new, and made of images."""
-        return bool(call.outputs) and all(o >= call.start and self.state[o] == _STILL for o in call.outputs)
+        """Whether all tensors that a call returns are new and static."""
+        return bool(call.outputs) and all(o >= call.start and self.state[o] == _STATIC for o in call.outputs)
 
-    def _visible(self, skipped: list[int]) -> list[Step]:
-        """Steps outside skipped calls."""
+    def _visible(self, skipped: list[int]) -> list[Operation]:
+        """Operations outside skipped calls."""
         hidden = set(skipped)
-        return [step for step in self.trace.steps if hidden.isdisjoint(self._around(step.call))]
+        return [operation for operation in self.trace.operations if hidden.isdisjoint(self._around(operation.call))]
 
     def _maker(self, skipped: list[int]) -> dict[int, int]:
         return {value: call for call in skipped for value in self.trace.calls[call].outputs}
 
     def _needed(self, opened: set[int]) -> tuple[list[int], list[str]]:
-        """Values that must be kept if all calls but the opened ones are skipped, and where they meet what trains."""
+        """Values that must be kept if all calls but the opened ones are skipped, and the modules that read them."""
         skipped = self._skipped(opened)
         visible, made_in = self._visible(skipped), self._maker(skipped)
-        made_by = {value: step for step in visible for value in step.outputs}
+        made_by = {value: operation for operation in visible for value in operation.outputs}
         kept: set[int] = set()
         readers: dict[str, None] = {}
         todo = [(value, "") for value in self.trace.results]
         todo += [(v, self._name(s)) for s in visible if s.reads or self._is_live(s) for v in s.inputs]
         seen: set[int] = set()
         for value, reader in todo:
-            if self.state[value] != _STILL:
+            if self.state[value] != _STATIC:
                 continue
             if reader:
                 readers.setdefault(reader)
@@ -220,18 +220,18 @@ class _Cutter:
                 raise PrefixError(f"{reader or 'a feature'} needs a tensor that is changed in place under another name")
         return sorted(kept), list(readers)
 
-    def _is_live(self, step: Step) -> bool:
-        return any(self.state[value] == _LIVE for value in step.outputs)
+    def _is_live(self, operation: Operation) -> bool:
+        return any(self.state[value] == _LIVE for value in operation.outputs)
 
-    def _name(self, step: Step) -> str:
-        return self.trace.calls[step.call].name or "the trunk itself"
+    def _name(self, operation: Operation) -> str:
+        return self.trace.calls[operation.call].name or "the trunk itself"
 
     def _not_to_skip(self, opened: set[int]) -> set[int]:
-        """Calls that cannot be skipped after all: they are run, and what they are made of is kept instead."""
+        """Calls that cannot be skipped after all: they are run, and their inputs are kept instead."""
         skipped = self._skipped(opened)
-        # A backward runs these regions again, without what stands in for a skipped call.
-        trained_regions = {step.region for step in self._visible(skipped) if self._is_live(step)} - {None}
-        wrong = {call for call in skipped if self.trace.calls[call].region in trained_regions}
+        # A backward recomputes these regions, and then without replacements for skipped calls.
+        live_regions = {each.region for each in self._visible(skipped) if self._is_live(each)} - {None}
+        wrong = {call for call in skipped if self.trace.calls[call].region in live_regions}
         if wrong:
             return wrong
         made_in = self._maker(skipped)
@@ -242,21 +242,22 @@ class _Cutter:
         return first == Size(1, True) and not any(size.per_image for size in others)
 
     def _check_each_image_alone(self, kept: Iterable[int]) -> None:
-        """Raises `PrefixError` if what is kept of an image is another in another batch.
+        """Raises `PrefixError` if a kept value of an image depends on the other images of the batch.
 
-        Kernels for other batch sizes round in other ways, most of all with TF32 or half precision.
+        The tolerance allows for rounding: kernels for other batch sizes round differently, most of all with TF32 or
+        half precision.
         """
         for value, twin in ((self.trace.values[number], self.twins[number]) for number in kept):
             tensor = value.tensor
             if tensor._version != value.version or not tensor.is_floating_point() or tensor.is_meta:
-                continue  # its numbers have changed since, or it has none
+                continue  # changed since, or without values to compare
             two = twin.tensor.detach().double()
             one = value.tensor.detach()[: len(two)].double()
             if (one - two).norm() > (0.01 if value.tensor.dtype.itemsize > 2 else 0.05) * two.norm():
-                raise PrefixError("what is frozen mixes the images of a batch, so nothing can be kept per image")
+                raise PrefixError("frozen modules mix the images of a batch, so nothing can be kept per image")
 
     def _open_what_costs_memory(self, opened: set[int]) -> None:
-        """Runs a cheap call, one without a matrix of weights, if less has to be kept then."""
+        """Opens a cheap call, one without a weight matrix, if less has to be kept then."""
         for call in self._skipped(opened):
             wider = {*opened, call}
             if any(parameter.ndim > 1 for parameter in self.trace.calls[call].module.parameters()):
@@ -272,7 +273,7 @@ class _Cutter:
 
 
 def _no_prefix(reader: str) -> str:
-    return f"{reader or 'a feature'} needs the images, and no frozen module lies before it"
+    return f"{reader or 'a feature'} needs the images, and no frozen module is before it"
 
 
 def num_bytes(trace: Trace, values: Iterable[int]) -> int:

@@ -1,12 +1,12 @@
-"""The frozen first part of a trunk, kept per image: computed once, and in later epochs not at all.
+"""The frozen first part of a trunk, stored per image: computed once, and skipped in later epochs.
 
     prefix = Prefix.record(trunk, read, images)      # raises PrefixError if there is nothing to keep
-    features, kept = prefix.run(images)              # a plain pass, and what is to be kept of it
+    features, kept = prefix.run(images)              # a plain pass, and the tensors to keep
     features = prefix.replay(rows_of_several_kept)   # the same features; no frozen module is run
 
-The trunk's own code runs in a replay too, with its frozen modules' `forward` swapped for the time of the call: those
-whose output is read by what trains return the kept tensors, the others tensors of the right shape without numbers. A
-prefix holds for the freeze and the modes it was recorded under; record another after a change.
+A replay runs the trunk's own code, with the `forward` of frozen modules replaced during the call: modules whose output
+is read by trainable ones return the kept tensors, others return placeholders of the right shape. A prefix is valid for
+the freeze and the train/eval modes it was recorded with; record another after a change.
 """
 
 from __future__ import annotations
@@ -22,8 +22,8 @@ from torch import Tensor, nn
 from torch.utils._pytree import tree_leaves
 
 from mtl.model.prefix.cut import Cut, PrefixError, find_cut
-from mtl.model.prefix.standin import Skip, hollow_tensor, kept_tensor, skips
-from mtl.model.prefix.trace import Trace, record_trace, tensors_of, untouched
+from mtl.model.prefix.skipped_calls import Skip, kept_tensor, placeholder, plan_skips
+from mtl.model.prefix.trace import Trace, no_side_effects, record_trace, tensors_of
 from mtl.model.trunk import Features
 from mtl.runtime.tensors import byte_view
 
@@ -31,18 +31,18 @@ __all__ = ["Prefix", "PrefixError"]
 
 Read = Callable[[Tensor], Features]
 Forward = Callable[..., Any]
-# Two passes of these sizes tell what grows with the batch: no two sizes of a tensor are both by chance.
+# Comparing two passes of these batch sizes shows which dimensions grow with the batch.
 _FEW, _FEWER = 3, 2
-# What a model's own code can raise when it is given tensors without numbers.
+# A model's own code can raise them when it reads placeholders.
 _ERRORS = (RuntimeError, ValueError, TypeError, IndexError, KeyError, AttributeError, AssertionError, ArithmeticError)
 
 
 class _Complete(BaseException):
-    """All that is to be kept is there. No `Exception`, so that no model's code catches it."""
+    """All tensors to keep are computed. Not an `Exception`, so that no model's code catches it."""
 
 
 class Prefix:
-    """What of a trunk need not be computed again, and how to do without.
+    """The part of a trunk that need not be recomputed, and how to run the trunk without it.
 
     Attributes:
         shapes: Shape of each kept tensor for one image.
@@ -50,19 +50,20 @@ class Prefix:
         orders: Of each kept tensor, the dimensions, batch included, from the widest stride to the narrowest.
         bytes_per_image: Size of all kept tensors for one image.
         modules: Names of the modules that a replay skips; empty if it skips the whole trunk.
+        readers: Names of the modules in which trainable operations read kept tensors; empty if the trunk is frozen.
     """
 
     def __init__(self, trunk: nn.Module, read: Read, trace: Trace, cut: Cut) -> None:
-        """For `record` only."""
+        """Use `record` or `forecast` instead."""
         self._trunk, self._read = trunk, read
         self._kept = [kept_tensor(trace, cut, value) for value in cut.kept]
-        self._images = hollow_tensor(trace, cut, 0)
-        self._plan = skips(trace, cut)
+        self._images = placeholder(trace, cut, 0)
+        self._plan = plan_skips(trace, cut)
         self._is_first = cut.is_first
-        # With nothing that trains, the features themselves are kept; this is their place among the kept.
-        self._results = [cut.kept.index(value) for value in trace.results] if cut.all_still else None
+        # In a frozen trunk the features themselves are kept; these are their indices among the kept tensors.
+        self._results = [cut.kept.index(value) for value in trace.results] if cut.all_static else None
         self._has_pooled = trace.has_pooled
-        self._trained = _trained(trunk)
+        self._trainable = _trainable_names(trunk)
         self.shapes = [kept.shape for kept in self._kept]
         self.dtypes = [kept.dtype for kept in self._kept]
         self.orders = [kept.order for kept in self._kept]
@@ -71,20 +72,20 @@ class Prefix:
 
     @classmethod
     def record(cls, trunk: nn.Module, read: Read, images: Tensor) -> Prefix:
-        """Finds the prefix, with passes of a few images that leave no trace in the trunk.
+        """Finds the prefix by passes of a few images, which have no side effects on the trunk.
 
         Args:
-            trunk: The trunk, frozen and in the modes in which it is going to be run.
-            read: Reads the features off the trunk, such as `partial(read_features, trunk, levels=..., pooled=...)`.
-            images: "b 3 h w", at least one; of the size, type, layout and device of all later ones. Autocast must be as
-                it is going to be.
+            trunk: The trunk, with the freeze and the train/eval modes of later passes.
+            read: Reads the features from the trunk, such as `partial(read_features, trunk, levels=..., pooled=...)`.
+            images: "b 3 h w", at least one; of the size, type, layout and device of later ones. Autocast must be as in
+                later passes.
 
         Raises:
-            PrefixError: Nothing can be kept, or what is kept does not give the same features.
+            PrefixError: Nothing can be kept, or a replay does not give the same features.
         """
         if any(_is_compiled(module) for module in trunk.modules()):
-            raise PrefixError("a compiled module does not show what it computes from what")
-        # Of a single image three different ones are made.
+            raise PrefixError("the operations of a compiled module cannot be traced")
+        # Flips make three different images of a single one.
         few = (images if len(images) >= _FEW else torch.cat([images, images.flip(-1), images.flip(-2)]))[:_FEW]
         trace = record_trace(trunk, read, few)
         prefix = cls(trunk, read, trace, find_cut(trace, record_trace(trunk, read, few[:_FEWER])))
@@ -98,7 +99,7 @@ class Prefix:
 
     @classmethod
     def forecast(cls, trunk: nn.Module, read: Read, images: Tensor) -> Prefix:
-        """What `record` would find, as far as shapes tell: nothing is computed and compared. Of use on the meta device.
+        """What `record` would find, judged by shapes only; works on the meta device.
 
         Args, Raises: as for `record`, with three images.
         """
@@ -119,23 +120,23 @@ class Prefix:
             images: "b 3 h w".
 
         Returns:
-            The features, and what is to be kept: batch first, detached.
+            The features, and the tensors to keep: batch first, detached.
         """
-        # Not under no_grad: nothing in the prefix asks for a gradient, so nothing is recorded, and views made under
-        # no_grad may not be changed in place by what trains.
+        # Not under no_grad: no parameter of the prefix requires a gradient, so there is no graph, and trainable modules
+        # could not change views made under no_grad in place.
         kept: dict[int, Tensor] = {}
         with self._in_place_of_modules(partial(self._capture, kept)):
             features = self._read(images)
         return features, self._in_order(kept, features)
 
     def compute(self, images: Tensor) -> list[Tensor]:
-        """What is to be kept, and no more: the pass stops there.
+        """Only the tensors to keep: the pass stops once they are computed.
 
         Args:
             images: "b 3 h w".
 
         Returns:
-            As the second part of what `run` returns.
+            The same as the second value of `run`.
         """
         kept: dict[int, Tensor] = {}
 
@@ -146,8 +147,8 @@ class Prefix:
             return output
 
         features = Features([], None)
-        # A part that trains may lie before the end of the prefix, on another path: its statistics must not move.
-        with nullcontext() if self._is_first else untouched(self._trunk, images.device):
+        # A trainable part on another path may run before the end of the prefix: its statistics must not move.
+        with nullcontext() if self._is_first else no_side_effects(self._trunk, images.device):
             try:
                 with torch.no_grad(), self._in_place_of_modules(capture):
                     features = self._read(images)
@@ -156,13 +157,13 @@ class Prefix:
         return self._in_order(kept, features)
 
     def replay(self, kept: Sequence[Tensor]) -> Features:
-        """The features of the images of which tensors were kept; gradients reach what trains as in a plain pass.
+        """The features of the images whose tensors were kept; trainable parameters get gradients as in a plain pass.
 
         Args:
-            kept: What `run` or `compute` returned, or rows of it for any images in any layout; left unchanged.
+            kept: The tensors from `run` or `compute`, or rows of them for any images, in any layout; not changed.
 
         Raises:
-            ValueError: The tensors are not such.
+            ValueError: A shape or type differs from the recorded one.
         """
         for tensor, expected in zip(kept, self._kept, strict=True):
             if tuple(tensor.shape[1:]) != expected.shape or tensor.dtype != expected.dtype:
@@ -183,33 +184,33 @@ class Prefix:
             return self._read(self._images.make(batch, device))
 
     def agrees(self, images: Tensor) -> bool:
-        """Whether `run`, `compute` and `replay` give the bits of a plain pass, which it runs; leaves no trace.
+        """Whether `run`, `compute` and `replay` give the bits of a plain pass; runs all four, without side effects.
 
-        Never so if other parameters train than when the prefix was recorded: gradients would be missing.
+        False if other parameters are trainable than when the prefix was recorded: gradients would be missing.
 
         Args:
             images: "b 3 h w".
         """
-        if _trained(self._trunk) != self._trained:
+        if _trainable_names(self._trunk) != self._trainable:
             return False
         # Detached at once: three passes' activations need not be in memory together.
-        with untouched(self._trunk, images.device), torch.enable_grad():
+        with no_side_effects(self._trunk, images.device), torch.enable_grad():
             plain = [tensor.detach() for tensor in tensors_of(self._read(images))]
-        with untouched(self._trunk, images.device), torch.enable_grad():
+        with no_side_effects(self._trunk, images.device), torch.enable_grad():
             features, kept = self.run(images)
             ran = [tensor.detach() for tensor in tensors_of(features)]
             del features
         # In the layout of rows that were stored.
         kept = [tensor.clone(memory_format=torch.contiguous_format) for tensor in kept]
-        with untouched(self._trunk, images.device), torch.enable_grad():
+        with no_side_effects(self._trunk, images.device), torch.enable_grad():
             replayed = [tensor.detach() for tensor in tensors_of(self.replay(kept))]
-        with untouched(self._trunk, images.device):
+        with no_side_effects(self._trunk, images.device):
             computed = self.compute(images)
         pairs = [(plain, ran), (plain, replayed), (kept, computed)]
         return all(len(one) == len(two) and all(map(_same_bits, one, two)) for one, two in pairs)
 
     def _capture(self, kept: dict[int, Tensor], skip: Skip, forward: Forward, args: Any, kwargs: Any) -> Any:
-        """Runs a module of the prefix and takes down what is to be kept of it."""
+        """Runs a module of the prefix and records the tensors to keep."""
         output = forward(*args, **kwargs)
         for slot, leaf in zip(skip.slots, tree_leaves(output), strict=True):
             if slot.kept is not None:
@@ -225,8 +226,8 @@ class Prefix:
         return Features(tensors[:-1], tensors[-1]) if self._has_pooled else Features(tensors, None)
 
     @contextmanager
-    def _in_place_of_modules(self, stand_in: Callable[[Skip, Forward, Any, Any], Any]) -> Iterator[None]:
-        """Has `stand_in` called in place of the `forward` of every module call that a replay skips."""
+    def _in_place_of_modules(self, replacement: Callable[[Skip, Forward, Any, Any], Any]) -> Iterator[None]:
+        """Calls `replacement` instead of `forward` at every module call that a replay skips."""
         inside = False
 
         def swapped(name: str, forward: Forward, skips: Iterator[Skip | None]) -> Forward:
@@ -243,7 +244,7 @@ class Prefix:
                     return forward(*args, **kwargs)
                 inside = True
                 try:
-                    return stand_in(skip, forward, args, kwargs)
+                    return replacement(skip, forward, args, kwargs)
                 finally:
                     inside = False
 
@@ -252,7 +253,7 @@ class Prefix:
         before = {module: module.__dict__.get("forward") for module in self._plan}
         try:
             for module, skips in self._plan.items():
-                # An attribute of the instance goes before the class's method.
+                # An instance attribute overrides the class's method.
                 module.__dict__["forward"] = swapped(type(module).__name__, module.forward, iter(skips))
             yield
         finally:
@@ -262,7 +263,7 @@ class Prefix:
                     module.__dict__["forward"] = own
 
 
-def _trained(trunk: nn.Module) -> set[str]:
+def _trainable_names(trunk: nn.Module) -> set[str]:
     return {name for name, parameter in trunk.named_parameters() if parameter.requires_grad}
 
 

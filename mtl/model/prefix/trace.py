@@ -1,6 +1,6 @@
-"""What happens in one forward pass: which module calls and operations make which tensor from which.
+"""A record of one forward pass: which module calls and operations make which tensor from which.
 
-A tensor that is changed in place is another value afterwards: a value is a tensor object together with its version.
+A value is a tensor object at one version: a tensor that is changed in place is another value afterwards.
 """
 
 from __future__ import annotations
@@ -22,11 +22,11 @@ from torch.utils._pytree import TreeSpec, tree_flatten, tree_leaves
 
 from mtl.model.trunk import Features
 
-# They take shape, type and device of what they are given, not its numbers.
+# They read shape, type and device of their argument, not its values.
 _SHAPE_ONLY = {f"{name}_like" for name in ("empty", "full", "ones", "rand", "randn", "zeros")} | {
     f"new_{name}" for name in ("empty", "full", "ones", "tensor", "zeros")
 }
-# They turn numbers of a tensor into Python's, on which the code may then branch.
+# They convert tensor values to Python values, on which the code may then branch.
 _READERS = {"__bool__", "__contains__", "__float__", "__index__", "__int__", "allclose", "equal", "item", "numpy"}
 _READERS.add("tolist")
 _CHECKPOINT = inspect.unwrap(checkpoint.checkpoint).__code__
@@ -37,10 +37,10 @@ class Value:
     """A tensor as it was at one version.
 
     Attributes:
-        tensor: The tensor; held, so that no other gets its id.
+        tensor: The tensor; referenced, so that no other gets its id.
         version: Its version.
         storage: Where its memory starts; views of each other share it.
-        altered_from: The value it was before something else than a recorded operation on it changed it.
+        altered_from: The value before a change in place that was not a recorded operation on this tensor.
     """
 
     tensor: Tensor
@@ -50,24 +50,24 @@ class Value:
 
 
 @dataclass
-class Step:
-    """One operation.
+class Operation:
+    """One operation on tensors.
 
     Attributes:
-        inputs: Values whose numbers it reads.
+        inputs: Values that it reads.
         outputs: Values that it makes.
         changed: Those of its inputs that it changes in place.
         call: The innermost module call around it.
-        trains: Whether a tensor in it needs a gradient, or it draws random numbers.
-        reads: Whether it turns numbers into Python's.
-        region: The checkpointed region that it is in, which a backward runs again.
+        is_live: Whether one of its tensors requires a gradient, or it draws random numbers.
+        reads: Whether it converts tensor values to Python values.
+        region: The checkpointed region that it is in, which a backward recomputes.
     """
 
     inputs: list[int]
     outputs: list[int]
     changed: list[int]
     call: int
-    trains: bool
+    is_live: bool
     reads: bool
     region: int | None
 
@@ -80,13 +80,14 @@ class Call:
         name: The module's name in the trunk.
         module: The module.
         parent: The call around it; -1 for the first.
-        inputs: Values that it was given.
+        inputs: Values of its arguments.
         mixes_images: Whether it computes statistics over the batch, or changes its buffers.
         region: The checkpointed region that it is in.
-        start: How many values there were before it.
-        end: How many steps there were when it returned.
-        leaves: What it returned, flattened: the index of a value for a tensor.
-        spec: How the leaves are put together.
+        start: The number of values before it.
+        end: The number of operations when it returned.
+        leaves: Its output, flattened; tensors as indices of values.
+        is_tensor: Whether each leaf is a tensor.
+        spec: The structure of the output.
     """
 
     name: str
@@ -103,7 +104,7 @@ class Call:
 
     @property
     def outputs(self) -> list[int]:
-        """Values that it returned."""
+        """The values that it returned."""
         return [leaf for leaf, tensor in zip(self.leaves, self.is_tensor, strict=True) if tensor]
 
 
@@ -113,14 +114,14 @@ class Trace:
 
     Attributes:
         values: All tensors at all versions.
-        steps: All operations in their order.
+        operations: All operations in order.
         calls: All module calls in the order in which they began.
         results: The features' values, the pooled vector last.
         has_pooled: Whether there is one.
     """
 
     values: list[Value]
-    steps: list[Step]
+    operations: list[Operation]
     calls: list[Call]
     results: list[int]
     has_pooled: bool
@@ -132,7 +133,7 @@ def tensors_of(features: Features) -> list[Tensor]:
 
 
 def record_trace(trunk: nn.Module, read: Callable[[Tensor], Features], images: Tensor) -> Trace:
-    """Runs a pass with autograd on and writes down what happens; gradients, buffers and random numbers stay.
+    """Runs a pass with autograd on and records it; without side effects on gradients, buffers and random numbers.
 
     Args:
         trunk: The module whose calls are recorded.
@@ -140,15 +141,15 @@ def record_trace(trunk: nn.Module, read: Callable[[Tensor], Features], images: T
         images: "b 3 h w".
     """
     recorder = _Recorder(trunk, images)
-    with untouched(trunk, images.device), torch.enable_grad(), recorder.watching(), recorder:
+    with no_side_effects(trunk, images.device), torch.enable_grad(), recorder.hooked(), recorder:
         features = read(images)
-    results = [recorder.see(tensor) for tensor in tensors_of(features)]
-    return Trace(recorder.values, recorder.steps, recorder.calls, results, features.pooled is not None)
+    results = [recorder.value_of(tensor) for tensor in tensors_of(features)]
+    return Trace(recorder.values, recorder.operations, recorder.calls, results, features.pooled is not None)
 
 
 @contextmanager
-def untouched(trunk: nn.Module, device: torch.device) -> Iterator[None]:
-    """Lets passes run that leave no trace: on copies of the buffers, and with random numbers as if nothing had run."""
+def no_side_effects(trunk: nn.Module, device: torch.device) -> Iterator[None]:
+    """Runs passes on copies of the buffers, and restores the random state and autocast cache afterwards."""
     buffers = [(module, name, b) for module in trunk.modules() for name, b in module._buffers.items() if b is not None]
     copies = {id(buffer): buffer.clone() for _, _, buffer in buffers}
     devices = [] if device.type in ("cpu", "meta") else [device]
@@ -160,12 +161,12 @@ def untouched(trunk: nn.Module, device: torch.device) -> Iterator[None]:
         finally:
             for module, name, buffer in buffers:
                 module._buffers[name] = buffer
-            # Autocast keeps the weights that it cast; those cast without gradient would be used with gradient.
+            # Autocast caches cast weights; those cast without gradient would be used with gradient.
             torch.clear_autocast_cache()
 
 
 class _Recorder(TorchFunctionMode):
-    """Sees every operation on tensors that Python asks for, and through hooks every module call."""
+    """Records every tensor operation called from Python, and through hooks every module call."""
 
     def __init__(self, trunk: nn.Module, images: Tensor) -> None:
         super().__init__()
@@ -176,13 +177,13 @@ class _Recorder(TorchFunctionMode):
         self._frames: dict[FrameType, int] = {}
         self._buffers: list[list[Tensor]] = []
         self.values: list[Value] = []
-        self.steps: list[Step] = []
-        self.calls = [Call("", trunk, -1, [self.see(images)], False, None, 0)]
+        self.operations: list[Operation] = []
+        self.calls = [Call("", trunk, -1, [self.value_of(images)], False, None, 0)]
         self._stack = [0]
 
     @contextmanager
-    def watching(self) -> Iterator[None]:
-        """Hooks hang in the modules, and afterwards none does."""
+    def hooked(self) -> Iterator[None]:
+        """Registers hooks on all modules, and removes them afterwards."""
         with ExitStack() as hooks:
             for name, module in self._trunk.named_modules():
                 enter = self._enter(name)
@@ -199,22 +200,22 @@ class _Recorder(TorchFunctionMode):
         del types
         name = getattr(func, "__name__", "")
         given = _tensors((args, kwargs))
-        inputs = [self.see(tensor) for tensor in given]
-        trains, random = any(tensor.requires_grad for tensor in given), self._random_state()
+        inputs = [self.value_of(tensor) for tensor in given]
+        is_live, random = any(tensor.requires_grad for tensor in given), self._random_state()
         versions = [tensor._version for tensor in given]
         result = func(*args, **(kwargs or {}))
         changed = [i for i, t, v in zip(inputs, given, versions, strict=True) if t._version != v]
         made = [*_tensors(result), *(self.values[i].tensor for i in changed)]
         outputs = [self._new(tensor) for tensor in made if (id(tensor), tensor._version) not in self._index]
         if outputs or name in _READERS:
-            trains |= any(tensor.requires_grad for tensor in made)
-            trains |= any(not torch.equal(a, b) for a, b in zip(random, self._random_state(), strict=True))
+            is_live |= any(tensor.requires_grad for tensor in made)
+            is_live |= any(not torch.equal(a, b) for a, b in zip(random, self._random_state(), strict=True))
             inputs = [] if name in _SHAPE_ONLY else inputs
-            self._step(inputs, outputs, changed, trains, name in _READERS)
+            self._add(inputs, outputs, changed, is_live, name in _READERS)
         return result
 
-    def see(self, tensor: Tensor) -> int:
-        """The value that a tensor is now."""
+    def value_of(self, tensor: Tensor) -> int:
+        """The index of a tensor's current value."""
         known = self._index.get((id(tensor), tensor._version))
         return self._new(tensor, self._latest.get(id(tensor))) if known is None else known
 
@@ -224,13 +225,13 @@ class _Recorder(TorchFunctionMode):
         self._index[id(tensor), tensor._version] = self._latest[id(tensor)] = number
         return number
 
-    def _step(self, inputs: list[int], outputs: list[int], changed: list[int], trains: bool, reads: bool) -> None:
-        self.steps.append(Step(inputs, outputs, changed, self._stack[-1], trains, reads, self._region()))
+    def _add(self, inputs: list[int], outputs: list[int], changed: list[int], is_live: bool, reads: bool) -> None:
+        self.operations.append(Operation(inputs, outputs, changed, self._stack[-1], is_live, reads, self._region()))
 
     def _enter(self, name: str) -> Callable[..., None]:
         def hook(module: nn.Module, args: Any, kwargs: Any) -> None:
             with torch._C.DisableTorchFunction():
-                inputs = [self.see(tensor) for tensor in _tensors((args, kwargs))]
+                inputs = [self.value_of(tensor) for tensor in _tensors((args, kwargs))]
                 buffers = [b.clone() for b in module._buffers.values() if b is not None] if module.training else []
                 self._buffers.append(buffers)
                 mixes = isinstance(module, _BatchNorm) and (module.training or module.running_mean is None)
@@ -245,19 +246,19 @@ class _Recorder(TorchFunctionMode):
         with torch._C.DisableTorchFunction():
             leaves, call.spec = tree_flatten(output)
             tensors = [leaf for leaf in leaves if isinstance(leaf, Tensor)]
-            # Made by code that the mode cannot see, such as a scripted function: of what the module was given.
+            # Made by code that the mode cannot record, such as a scripted function: assumed to read all arguments.
             unseen = [self._new(t) for t in tensors if (id(t), t._version) not in self._index]
             if unseen:
-                self._step(call.inputs, unseen, [], any(t.requires_grad for t in tensors), False)
+                self._add(call.inputs, unseen, [], any(t.requires_grad for t in tensors), False)
             before, now = self._buffers.pop(), [b for b in module._buffers.values() if b is not None]
             call.mixes_images |= module.training and not (
                 len(before) == len(now)
-                # Without numbers, on the meta device, nothing is known to have changed.
+                # On the meta device there are no values to compare: assume no change.
                 and all(a.is_meta or torch.equal(a, b) for a, b in zip(before, now, strict=True))
             )
         call.is_tensor = [isinstance(leaf, Tensor) for leaf in leaves]
-        call.leaves = [self.see(leaf) if isinstance(leaf, Tensor) else leaf for leaf in leaves]
-        call.end = len(self.steps)
+        call.leaves = [self.value_of(leaf) if isinstance(leaf, Tensor) else leaf for leaf in leaves]
+        call.end = len(self.operations)
         self._stack.pop()
 
     def _random_state(self) -> list[Tensor]:
@@ -267,7 +268,7 @@ class _Recorder(TorchFunctionMode):
         return states
 
     def _region(self) -> int | None:
-        """The outermost `checkpoint` that is under way; frames are held, so that no other takes their place."""
+        """The outermost `checkpoint` on the stack; frames are referenced, so that their ids stay unique."""
         frame: FrameType | None = sys._getframe()
         found = None
         while frame is not None:

@@ -1,1 +1,1 @@
-"""How the losses of the tasks become one loss, or their gradients one gradient."""
+"""Balancing: the tasks' losses combined to one loss, or their gradients to one gradient."""

@@ -1,7 +1,7 @@
-"""Balancing: how the losses of the tasks become the one number that is minimised.
+"""`Balance`: the tasks' losses combined to the scalar that is minimised.
 
-The methods are TorchJD's scalarizers, and those of its aggregators that weigh the tasks' gradients; this module only
-finds them by name and tells them what happens in the loop.
+The methods are TorchJD's scalarizers, and those of its aggregators that weigh the tasks' gradients; this module finds
+them by name and calls them after steps, epochs and phases.
 """
 
 from __future__ import annotations
@@ -21,19 +21,19 @@ from mtl.config.optim import BalanceConfig
 from mtl.optim.balance.gradient_weights import (
     GradientWeighting,
     build_weighting,
-    check_same_kept,
+    check_same_method,
     gradient_methods,
-    kept_outside,
     other_aggregators,
+    plain_attributes,
 )
 from mtl.runtime.text import hint
 
-# Those of which the sum over micro-batches is what they make of the losses' sums.
+# Linear in the losses: combining micro-batches one by one gives the same sum as combining them at once.
 _LINEAR = (Constant, DWA, IMTLL, Mean, Random, Sum, UW)
 
 
 def method_names() -> dict[str, str]:
-    """The scalarizers of TorchJD by the name that a configuration writes: `uw` -> `UW`."""
+    """The scalarizers of TorchJD by their name in a configuration: `uw` -> `UW`."""
     return {name.lower(): name for name in scalarization.__all__ if name not in ("Scalarizer", "Constant")}
 
 
@@ -48,10 +48,10 @@ def build_balance(config: BalanceConfig, tasks: Sequence[str], every_task: Seque
     Args:
         config: Which method.
         tasks: The tasks whose losses it combines.
-        every_task: All tasks of the run, which `weights` may name as well; the same if not given.
+        every_task: All tasks of the run, which `weights` may name as well; `tasks` if not given.
 
     Raises:
-        SettingError: No such method, options that it does not take or lacks, or weights that do not name every task.
+        SettingError: The method is unknown, an option is unknown or missing, or `weights` does not name every task.
     """
     if config.method == "fixed":
         return Balance(Constant(_fixed_weights(config.weights or {}, tasks, every_task or tasks)))
@@ -59,7 +59,7 @@ def build_balance(config: BalanceConfig, tasks: Sequence[str], every_task: Seque
     for name in ("weights", "pref_vector"):
         if isinstance(given := config.options.get(name), list) and given and not any(given):
             raise SettingError("balance.options", f"expected a number other than 0 in {name}, got {given}")
-    # What both know by one name (mean, sum, random) is the scalarizer: the same, and without a look at gradients.
+    # A name of both (mean, sum, random) is the scalarizer: the same result without a backward per task.
     if is_by_gradients(method):
         return Balance(Sum(), build_weighting(method, config.options, len(tasks)))
     names = method_names()
@@ -67,7 +67,7 @@ def build_balance(config: BalanceConfig, tasks: Sequence[str], every_task: Seque
         raise SettingError("balance.method", _no_method(config.method))
     scalarizer: type[Scalarizer] = getattr(scalarization, names[method])
     parameters = dict(inspect.signature(scalarizer).parameters)
-    # Lists are written for tensors; learnable methods want to know how many losses there are.
+    # A configuration writes tensors as lists; learnable methods need the number of losses.
     options = {k: torch.tensor(v, dtype=torch.float32) if isinstance(v, list) else v for k, v in config.options.items()}
     if "shape" in parameters:
         options["shape"] = len(tasks)
@@ -80,11 +80,11 @@ def build_balance(config: BalanceConfig, tasks: Sequence[str], every_task: Seque
 
 def _no_method(name: str) -> str:
     names, by_gradients = method_names(), gradient_methods()
-    there = f"there are: fixed, {', '.join(sorted(names))}; by gradients: {', '.join(sorted(by_gradients))}"
+    choices = f"choose from: fixed, {', '.join(sorted(names))}; by gradients: {', '.join(sorted(by_gradients))}"
     if name.lower() in other_aggregators():
-        why = "TorchJD makes its step of whole gradients or of several batches, not of weights from a Gramian"
-        return f"{name!r} cannot be had here: {why}; {there}"
-    return f"no method {name!r}{hint(name.lower(), [*names, *by_gradients])}; {there}"
+        why = "it needs full gradients or several batches, and only methods that weigh by the Gramian are supported"
+        return f"{name!r} is not supported: {why}; {choices}"
+    return f"no method {name!r}{hint(name.lower(), [*names, *by_gradients])}; {choices}"
 
 
 def _fixed_weights(weights: Mapping[str, float], tasks: Sequence[str], every_task: Sequence[str]) -> Tensor:
@@ -93,29 +93,29 @@ def _fixed_weights(weights: Mapping[str, float], tasks: Sequence[str], every_tas
         got = f"; there is no task {extra[0]!r}{hint(extra[0], every_task)}" if extra else f", got {', '.join(weights)}"
         raise SettingError("balance.weights", f"expected a weight for each of {', '.join(tasks)}{got}")
     if not any(weights[task] for task in tasks):
-        raise SettingError("balance.weights", f"expected a weight above 0 for one of {', '.join(tasks)} at least")
+        raise SettingError("balance.weights", f"expected a weight above 0 for at least one of {', '.join(tasks)}")
     return torch.tensor([weights[task] for task in tasks])
 
 
 class Balance(nn.Module):
     """A balancing method as the training loop uses it.
 
-    A task none of whose labels are in a batch has the loss 0 there, which a method takes for a task that is solved; if
-    labels are often missing, `fixed` weights or `mean` are the safe choice.
+    A task without a label in a batch has the loss 0 there, which a method takes for a solved task; if labels are often
+    missing, use `fixed` weights or `mean`.
 
     Attributes:
-        scalarizer: TorchJD's method; parameters that it learns are named `balance.scalarizer.*`.
-        param_groups: Parameters that the method steps itself (FAMO), in the form of an optimizer's; the run's own
-            optimizer must leave them alone.
-        weighting: If given, the gradients of what the tasks share are weighed by it, and the scalarizer says only what
-            the loss is as a number.
+        scalarizer: TorchJD's method; its learned parameters are named `balance.scalarizer.*`.
+        param_groups: Parameters that the method steps itself (FAMO), in the form of an optimizer's; the run's optimizer
+            must not hold them.
+        weighting: If given, it weighs the gradients of parameters that the tasks share, and the scalarizer only
+            computes the value of the loss.
     """
 
     def __init__(self, scalarizer: Scalarizer, weighting: GradientWeighting | None = None) -> None:
         super().__init__()
         self.scalarizer = scalarizer
         self.weighting = weighting
-        # TorchJD keeps weights and reference points as plain attributes, which would not follow to a GPU.
+        # TorchJD has weights and reference points as plain attributes, which `.to(device)` would not move.
         for name, value in list(vars(scalarizer).items()):
             if isinstance(value, Tensor):
                 delattr(scalarizer, name)
@@ -130,7 +130,7 @@ class Balance(nn.Module):
 
     @property
     def adds_up(self) -> bool:
-        """Whether the losses of several batches, each combined apart, give the step of one large batch."""
+        """Whether combining several batches' losses one by one gives the step of one large batch."""
         return self.weighting is None and isinstance(self.scalarizer, _LINEAR)
 
     def forward(self, losses: Tensor) -> Tensor:
@@ -144,10 +144,10 @@ class Balance(nn.Module):
         return total
 
     def after_step(self, losses: Tensor) -> None:
-        """Tells a method that follows steps what the losses are after one.
+        """Passes the losses after a step to a method that follows steps.
 
-        As in FAMO's own code, those come from another forward in train mode, in which BatchNorm statistics of what
-        trains move once more.
+        As in FAMO's own code, they come from another forward in train mode, in which running statistics of trainable
+        BatchNorm layers move once more.
 
         Args:
             losses: "t", of the same batch, without a graph.
@@ -156,41 +156,41 @@ class Balance(nn.Module):
         scalarizer.update(losses)
 
     def after_epoch(self) -> None:
-        """Tells the method that a pass over the data has ended (DWA compares passes)."""
+        """Ends a pass over the data (DWA compares passes)."""
         step: Any = getattr(self.scalarizer, "step", None)
         if step is not None:
             step()
 
-    def memory(self) -> dict[str, Any]:
-        """What the method keeps outside its parameters and buffers, such as the losses of passes before (DWA) or an
-        optimizer of its own (FAMO); TorchJD's `state_dict` has none of it.
+    def state(self) -> dict[str, Any]:
+        """The method's state outside its parameters and buffers, which its `state_dict` lacks: losses of earlier passes
+        (DWA), its own optimizer (FAMO).
         """
-        # A freeze puts a method of its own in the place of `train`.
-        kept = {name: value for name, value in kept_outside(self.scalarizer).items() if name != "train"}
-        weighting = {} if self.weighting is None else {"weighting": self.weighting.memory()}
+        # A freeze replaces `train` by an instance attribute.
+        own = {name: value for name, value in plain_attributes(self.scalarizer).items() if name != "train"}
+        weighting = {} if self.weighting is None else {"weighting": self.weighting.state()}
         return weighting | {
             name: {"optimizer": type(value).__name__, "state": value.state_dict()}
             if isinstance(value, Optimizer)
             else value
-            for name, value in kept.items()
+            for name, value in own.items()
         }
 
-    def load_memory(self, memory: Mapping[str, Any], device: torch.device) -> None:
-        """Goes on with what the same method kept elsewhere.
+    def load_state(self, state: Mapping[str, Any], device: torch.device) -> None:
+        """Restores the state of the same method.
 
         Args:
-            memory: From `memory`.
-            device: Where the losses are.
+            state: From `state`.
+            device: The device of the losses.
 
         Raises:
-            ValueError: Another method kept it.
+            ValueError: It is the state of another method.
         """
-        check_same_kept(self.memory(), memory)
-        for name, value in memory.items():
+        check_same_method(self.state(), state)
+        for name, value in state.items():
             if name == "weighting" and self.weighting is not None:
-                self.weighting.load_memory(value)
+                self.weighting.load_state(value)
             elif isinstance(value, Mapping) and "optimizer" in value:
-                # It is made at the method's first step; its settings come with its state.
+                # The method creates its optimizer at its first step; the settings are part of the optimizer's state.
                 kind: Any = getattr(torch.optim, value["optimizer"])
                 optimizer = kind(list(self.scalarizer.parameters()))
                 optimizer.load_state_dict(dict(value["state"]))
@@ -199,8 +199,8 @@ class Balance(nn.Module):
                 setattr(self.scalarizer, name, _on(device, value))
 
     def after_phase(self) -> None:
-        """Tells the method that a phase has ended: a pass that it broke off is no part of the next one (DWA)."""
-        # TorchJD has no word for it: its `reset` forgets the passes before as well.
+        """Ends a phase: an unfinished pass does not count in the next phase (DWA)."""
+        # TorchJD's `reset` would drop the earlier passes as well.
         dwa: Any = self.scalarizer
         if getattr(dwa, "_loss_sum", None) is not None:
             dwa._loss_sum, dwa._n_batches = None, 0

@@ -1,4 +1,4 @@
-"""Losses balanced by their gradients on what they share: one backward a task, weights, and a loss made of both."""
+"""Losses balanced by their gradients on shared parameters: a backward a task, weights, a loss with known gradients."""
 
 from __future__ import annotations
 
@@ -11,7 +11,7 @@ from torch.amp import GradScaler
 from torch.autograd.function import once_differentiable
 
 from mtl.distributed.world import World
-from mtl.optim.task_gradients import inner_products, task_gradients
+from mtl.optim.task_gradients import inner_products, loss_gradients
 
 
 def balance_gradients(
@@ -23,37 +23,38 @@ def balance_gradients(
     world: World,
     scaler: GradScaler,
 ) -> Tensor:
-    """A loss whose backward gives what is shared the weighted sum of the tasks' gradients, and the rest the plain sum.
+    """A loss whose backward gives shared parameters the weighted sum of the tasks' gradients, and others the plain sum.
 
-    That is TorchJD's `mtl_backward` and `jac_to_grad`. Heads are not weighed: a task of weight 0 would not train its
-    own, and one of negative weight would train it to be wrong.
+    Source: TorchJD's `mtl_backward` and `jac_to_grad`. Heads are not weighed: with weight 0 a task's head would not
+    train, and with a negative weight it would learn to be wrong.
 
-    There is one backward for each task, here, and next to none when the loss is called to its own: it knows the
-    gradients, and hands them to whatever hooks the parameters have, such as those of DDP. While it is made, there are
-    as many gradients of what is shared as there are tasks, and a few more. The graphs stay as they are.
+    The one backward per task runs here. The returned loss's own backward costs next to nothing: it passes the known
+    gradients to the parameters and their hooks, such as DDP's. Memory: one gradient of the shared parameters per task,
+    and a few more. The graphs are kept.
 
     Args:
-        value: What the loss is as a number, a scalar.
-        losses: This process's part of the tasks' losses, each a scalar with its graph, none made of another's; of the
-            same tasks in every process. The losses are the means over the processes.
-        shared: What they share and trains, not empty: its gradients are averaged over the processes, once a task, and
-            weighed.
-        others: What else trains, each of one task as a rule; the loss's backward averages those gradients, or DDP.
-        weigh: From the inner products of the tasks' gradients over all processes, "t t", float64, to weights, "t".
-        world: The processes.
-        scaler: Of fp16, in which gradients of unscaled losses would vanish; one that is not enabled scales nothing.
+        value: The value of the loss, a scalar.
+        losses: This rank's part of the tasks' losses, each a scalar with its own graph, independent of the others; the
+            same tasks on every rank. The full losses are the means over ranks.
+        shared: Trainable parameters that the tasks share, not empty: their gradients are averaged over ranks, once a
+            task, and weighed.
+        others: All other trainable parameters, usually each of one task; the backward of the loss, or DDP, averages
+            their gradients.
+        weigh: Maps the Gramian of the tasks' gradients over all ranks, "t t", float64, to weights, "t".
+        world: The ranks.
+        scaler: The gradient scaler of fp16, without which small gradients would vanish; does nothing if not enabled.
 
     Returns:
-        The loss, a scalar. Where a gradient is not finite, the gradient of what is shared is not either.
+        The loss, a scalar. Where a task's gradient is not finite, the shared parameters' gradient is not either.
     """
     parameters = [*shared, *others]
     rows = shared[0].new_empty(len(losses), sum(each.numel() for each in shared))
     is_reached = [False] * len(shared)
     sums: list[Tensor | None] = [None] * len(others)
     for row, own_loss in zip(rows, losses, strict=True):
-        found = task_gradients(scaler.scale(own_loss), parameters)
+        found = loss_gradients(scaler.scale(own_loss), parameters)
         mine, own = found[: len(shared)], found[len(shared) :]
-        row.copy_(world.mean(_flat(mine, shared)))
+        row.copy_(world.mean(_as_row(mine, shared)))
         is_reached = [before or now is not None for before, now in zip(is_reached, mine, strict=True)]
         sums = [_sum(before, now) for before, now in zip(sums, own, strict=True)]
     if scaler.is_enabled():
@@ -64,12 +65,12 @@ def balance_gradients(
     total = torch.split(weights @ rows, [each.numel() for each in shared])
     known = [_like(each, part) if so else None for each, part, so in zip(shared, total, is_reached, strict=True)]
     pairs = [(p, gradient) for p, gradient in zip(parameters, [*known, *sums], strict=True) if gradient is not None]
-    loss_of: Any = _Known.apply
+    loss_of: Any = _KnownGradients.apply
     loss: Tensor = loss_of(value.detach(), [gradient for _, gradient in pairs], *(p for p, _ in pairs))
     return loss
 
 
-def _flat(gradients: Sequence[Tensor | None], parameters: Sequence[nn.Parameter]) -> Tensor:
+def _as_row(gradients: Sequence[Tensor | None], parameters: Sequence[nn.Parameter]) -> Tensor:
     pairs = zip(gradients, parameters, strict=True)
     return torch.cat([(torch.zeros_like(p) if g is None else g).detach().reshape(-1) for g, p in pairs])
 
@@ -85,8 +86,8 @@ def _like(parameter: nn.Parameter, flat: Tensor) -> Tensor:
     return torch.empty_like(parameter).copy_(flat.view(parameter.shape))
 
 
-class _Known(torch.autograd.Function):
-    """A number whose gradients are known."""
+class _KnownGradients(torch.autograd.Function):
+    """A scalar whose gradients are given."""
 
     @staticmethod
     def forward(ctx: Any, value: Tensor, gradients: list[Tensor], *_: Tensor) -> Tensor:
@@ -96,6 +97,6 @@ class _Known(torch.autograd.Function):
     @staticmethod
     @once_differentiable
     def backward(ctx: Any, factor: Tensor) -> Any:
-        # The loss may live on for a while; what it knew is in the parameters' `.grad` from here on.
+        # The loss may stay alive for a while: release the gradients, which are in the parameters' `.grad` now.
         gradients, ctx.gradients = ctx.gradients, None
         return (None, None, *(factor * each for each in gradients))

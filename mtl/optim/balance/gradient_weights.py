@@ -1,7 +1,7 @@
-"""Weights that follow from how the tasks' gradients lie to each other: TorchJD's weightings, found by name.
+"""Task weights computed from the Gramian of the tasks' gradients: TorchJD's weightings, found by name.
 
-TorchJD's aggregators combine the rows of a Jacobian. Those whose weights it takes from the Gramian, the inner products
-of the rows, are what there is here; sources and formulas are in the docstrings of `torchjd.aggregation`.
+TorchJD's aggregators combine the rows of a Jacobian. This module offers those that compute their weights from the
+Gramian (the rows' inner products); sources and formulas are in the docstrings of `torchjd.aggregation`.
 """
 
 from __future__ import annotations
@@ -19,20 +19,20 @@ from torchjd.linalg import QuadprogProjector
 
 from mtl.config import SettingError
 
-# What a module of torch keeps of itself.
+# Attributes that every torch module has.
 _OF_EVERY_MODULE = frozenset(vars(nn.Module()))
-# What TorchJD raises for options that do not fit each other or the number of tasks.
-_MISFITS = (TypeError, ValueError, RuntimeError, IndexError)
+# TorchJD raises them for options that do not fit each other or the number of tasks.
+_OPTION_ERRORS = (TypeError, ValueError, RuntimeError, IndexError)
 
 
 def gradient_methods() -> dict[str, str]:
-    """The aggregators of TorchJD that weigh by a Gramian, by the name that a configuration writes: `upgrad`."""
+    """The aggregators of TorchJD that weigh by the Gramian, by their name in a configuration: `upgrad`."""
     found = {name: getattr(aggregation, name) for name in aggregation.__all__ if name != "GramianWeightedAggregator"}
     return {name.lower(): name for name, kind in found.items() if issubclass(kind, GramianWeightedAggregator)}
 
 
 def other_aggregators() -> frozenset[str]:
-    """What else of TorchJD combines gradients, by lower-case name."""
+    """The other aggregators of TorchJD, by lower-case name."""
     names = {name.removesuffix("Weighting") for name in aggregation.__all__}
     abstract = {"", "Aggregator", "WeightedAggregator", "GramianWeightedAggregator"}
     ours = {*gradient_methods(), *map(str.lower, scalarization.__all__)}
@@ -44,13 +44,13 @@ def build_weighting(method: str, options: Mapping[str, Any], num_tasks: int) -> 
 
     Args:
         method: One of `gradient_methods`.
-        options: The aggregator's own. For those with a projector (`upgrad`, `dualproj`), `norm_eps` and `reg_eps` of
-            its quadratic program stand in its place: gradients whose squared norms add up to less than `norm_eps`
-            count as zero, and are not balanced.
-        num_tasks: How many tasks there are.
+        options: The aggregator's own. Those with a projector (`upgrad`, `dualproj`) take `norm_eps` and `reg_eps` of
+            its quadratic program instead: gradients whose squared norms add up to less than `norm_eps` count as zero,
+            and are not balanced.
+        num_tasks: The number of tasks.
 
     Raises:
-        SettingError: A package is missing, or the options are not taken, lacking, or do not fit the number of tasks.
+        SettingError: A package is missing, or an option is unknown, missing, or does not fit the number of tasks.
     """
     aggregator: type[GramianWeightedAggregator] = getattr(aggregation, gradient_methods()[method])
     takes, own = _parameters(aggregator), dict(options)
@@ -58,7 +58,7 @@ def build_weighting(method: str, options: Mapping[str, Any], num_tasks: int) -> 
         if "projector" in takes:
             takes = [name for name in takes if name != "projector"] + (inner := _parameters(QuadprogProjector))
             own["projector"] = QuadprogProjector(**{name: own.pop(name) for name in inner if name in own})
-        # Lists are written for tensors. The weights are made on the CPU, wherever the model is drawn up.
+        # A configuration writes tensors as lists. Weights are on the CPU, even if the model is built on meta.
         own = {
             k: torch.tensor(v, dtype=torch.float32, device="cpu") if isinstance(v, list) else v for k, v in own.items()
         }
@@ -68,9 +68,9 @@ def build_weighting(method: str, options: Mapping[str, Any], num_tasks: int) -> 
                 copy.deepcopy(weighting)(torch.eye(num_tasks))
     except ImportError as error:
         raise SettingError("balance.method", f"{method}: {error}") from error
-    except _MISFITS as error:
-        there = ", ".join(takes) or "none"
-        raise SettingError("balance.options", f"{method} takes the options {there}: {error}") from error
+    except _OPTION_ERRORS as error:
+        known = ", ".join(takes) or "none"
+        raise SettingError("balance.options", f"{method} takes the options {known}: {error}") from error
     return GradientWeighting(weighting)
 
 
@@ -81,79 +81,79 @@ def _parameters(kind: type) -> list[str]:
 class GradientWeighting:
     """A weighting of TorchJD as the training loop uses it.
 
-    No module, for nothing of it is learned: what it keeps comes and goes with its calls, and is on the CPU.
+    Not a module, since it has no parameters; its state, which its calls update, is on the CPU.
     """
 
     def __init__(self, weighting: Weighting[Any]) -> None:
         self._weighting = weighting
 
     def __call__(self, gramian: Tensor) -> Tensor:
-        """Waits for the device once; solvers would wait for it at every turn.
+        """Computes the weights on the CPU: one sync with the device, where a solver would sync in every iteration.
 
         Args:
             gramian: "t t", the inner products of the tasks' gradients.
 
         Returns:
-            The tasks' weights, "t", float32, on the CPU. They are all 1 if fewer than two tasks have a gradient, and
-            NaN if a product is not finite, which makes the step's gradient what it has to be; in both cases the method
-            is not asked, and keeps what it keeps.
+            The tasks' weights, "t", float32, on the CPU. All are 1 if fewer than two tasks have a gradient, and NaN if
+            a product is not finite, so that the step's gradient is not finite either; in both cases the method is not
+            called, and its state does not change.
         """
-        # Of float32, whose rounding the gradients have: by it TorchJD tells which of them depend on others.
+        # In float32, the precision of the gradients: TorchJD's test for linear dependence relies on its rounding.
         products = gramian.detach().cpu().float()
         norms = products.diagonal()
         if not products.isfinite().all():
             return torch.full_like(norms, torch.nan)
-        moving = norms > 0
-        if moving.sum() < 2:
+        has_gradient = norms > 0
+        if has_gradient.sum() < 2:
             return torch.ones_like(norms)
-        # A task that moves nothing, such as one without a label in the batch, is in no one's way. Methods would take
-        # its zero for all that there is to win (MGDA), so it stands in as a gradient at right angles to the others.
-        products = products + torch.diag(torch.where(moving, 0.0, norms[moving].mean()))
+        # A task without a gradient, such as one without a label in the batch, conflicts with no other. Methods would
+        # take its zero for the minimum (MGDA), so it is replaced by a gradient orthogonal to the others.
+        products = products + torch.diag(torch.where(has_gradient, 0.0, norms[has_gradient].mean()))
         weights: Tensor = self._weighting(products)
         return weights.detach()
 
-    def memory(self) -> dict[str, Any]:
-        """What the method has gathered over its calls (GradVac, PCD), in copies; its options are not part of it."""
+    def state(self) -> dict[str, Any]:
+        """A copy of the method's state over its calls (GradVac, PCD), without its options."""
         if not isinstance(self._weighting, Stateful):
             return {}
         options = _parameters(type(self._weighting))
-        kept = {name: value for name, value in kept_outside(self._weighting).items() if name.lstrip("_") not in options}
-        return {name: _plain(value) for name, value in {**kept, **self._weighting._buffers}.items()}
+        own = {n: value for n, value in plain_attributes(self._weighting).items() if n.lstrip("_") not in options}
+        return {name: _to_plain(value) for name, value in {**own, **self._weighting._buffers}.items()}
 
-    def load_memory(self, memory: Mapping[str, Any]) -> None:
-        """Goes on with what the same method gathered elsewhere.
+    def load_state(self, state: Mapping[str, Any]) -> None:
+        """Restores the state of the same method.
 
         Raises:
-            ValueError: Another method gathered it.
+            ValueError: It is the state of another method.
         """
-        check_same_kept(self.memory(), memory)
-        for name, value in memory.items():
-            setattr(self._weighting, name, _as_kept(value))
+        check_same_method(self.state(), state)
+        for name, value in state.items():
+            setattr(self._weighting, name, _from_plain(value))
 
 
-def kept_outside(module: nn.Module) -> dict[str, Any]:
-    """What a method keeps outside its parameters and buffers."""
+def plain_attributes(module: nn.Module) -> dict[str, Any]:
+    """A module's own attributes that are neither parameters nor buffers."""
     return {name: value for name, value in vars(module).items() if name not in _OF_EVERY_MODULE}
 
 
-def check_same_kept(own: Mapping[str, Any], memory: Mapping[str, Any]) -> None:
-    """Raises `ValueError` if a memory is that of another method."""
-    if own.keys() != memory.keys():
-        raise ValueError(f"a balancing method that keeps {sorted(own)} cannot go on with {sorted(memory)}")
+def check_same_method(own: Mapping[str, Any], state: Mapping[str, Any]) -> None:
+    """Raises `ValueError` if a state is that of another method."""
+    if own.keys() != state.keys():
+        raise ValueError(f"expected the state of a balancing method with {sorted(own)}, got {sorted(state)}")
 
 
-def _plain(value: Any) -> Any:
-    """Tensors and what JSON can hold; methods compare tuples of types with their own, and begin anew if they differ."""
+def _to_plain(value: Any) -> Any:
+    """Tensors and JSON values; tuples and dtypes keep their type, or a method would reset its state on comparison."""
     if isinstance(value, Tensor):
         return value.detach().clone()
     if isinstance(value, tuple):
-        return {"tuple": [_plain(each) for each in value]}
+        return {"tuple": [_to_plain(each) for each in value]}
     return {"type": str(value).removeprefix("torch.")} if isinstance(value, torch.dtype) else value
 
 
-def _as_kept(value: Any) -> Any:
+def _from_plain(value: Any) -> Any:
     if isinstance(value, Tensor):
         return value.detach().cpu().clone()
     if isinstance(value, Mapping):
-        return tuple(map(_as_kept, value["tuple"])) if "tuple" in value else getattr(torch, value["type"])
+        return tuple(map(_from_plain, value["tuple"])) if "tuple" in value else getattr(torch, value["type"])
     return value

@@ -7,7 +7,7 @@ from collections.abc import Callable, Sequence
 from typing import Any
 
 from mtl.config import RunConfig
-from mtl.config.source import dump_yaml
+from mtl.config.yaml_text import dump_yaml
 from mtl.patterns.module_tree import depth_groups
 from mtl.phases.setup import build_meta_trunk
 

@@ -13,7 +13,7 @@ from torch.nn.attention import SDPBackend, sdpa_kernel
 from torch.utils.flop_counter import FlopCounterMode
 
 from mtl.freeze import enforce, plan_freeze
-from mtl.optim.optimizers import build_optimizer, held_by
+from mtl.optim.optimizers import build_optimizer, parameters_of
 from mtl.phases.resolve import Phase
 from mtl.phases.setup import ModelSetup
 from mtl.runtime.console import first_line
@@ -97,7 +97,7 @@ def _convolution_backward(
 def _optimizer_state(model_setup: ModelSetup, phase: Phase) -> int | None:
     optimizer = build_optimizer(phase.optim.optimizer, phase.groups)
     unreached = {id(model_setup.root.get_parameter(name)) for name in phase.freeze.unreached}
-    for parameter in held_by(optimizer):
+    for parameter in parameters_of(optimizer):
         parameter.grad = None if id(parameter) in unreached else torch.zeros_like(parameter)
     try:
         optimizer.step()

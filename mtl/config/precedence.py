@@ -1,4 +1,4 @@
-"""What of a configuration was written down, and where: command line, file, or a file that it is based on."""
+"""Which of two written keys overrides the other: command line, file, or a file that it is based on."""
 
 from __future__ import annotations
 
@@ -7,23 +7,23 @@ from typing import Any
 
 from pydantic import BaseModel
 
-from mtl.config.source import COMMAND_LINE, KeyPath, Source
+from mtl.config.yaml_source import COMMAND_LINE, KeyPath, Source
 
 
-class Rank(IntEnum):
-    """Which place goes before which: the command line before the file, the file before what it is based on."""
+class Precedence(IntEnum):
+    """The command line overrides the file, and the file overrides the files that it is based on."""
 
     BASE = 0
     FILE = 1
     COMMAND_LINE = 2
 
 
-def rank_of(source: Source, path: KeyPath) -> Rank:
-    """The rank of the place where a key, or the nearest one around it, was written."""
+def precedence_of(source: Source, path: KeyPath) -> Precedence:
+    """The precedence of the place where a key, or the nearest one around it, was written."""
     place = source.where(path)
     if place == COMMAND_LINE:
-        return Rank.COMMAND_LINE
-    return Rank.FILE if _file(place) == _file(source.where(())) else Rank.BASE
+        return Precedence.COMMAND_LINE
+    return Precedence.FILE if _file(place) == _file(source.where(())) else Precedence.BASE
 
 
 def _file(place: str) -> str:
@@ -31,12 +31,12 @@ def _file(place: str) -> str:
 
 
 def is_written(source: Source, path: KeyPath) -> bool:
-    """Whether a key was written down, by anyone anywhere, in place of left to its default."""
+    """Whether a key was written down anywhere; if not, it has its default."""
     return path in source.places
 
 
 def is_default(config: BaseModel, path: KeyPath) -> bool:
-    """Whether a key has the value that it would have if it were left out; keys of no model have none."""
+    """Whether a key has its default value; False for keys that are no field of a model."""
     *around, last = path
     at: Any = config
     for key in around:

@@ -1,4 +1,4 @@
-"""Mistakes in a configuration in words: where, which key, what was expected, what came, the nearest valid choice."""
+"""Pydantic's errors as messages: place, key, what was expected, what came, the nearest valid choice."""
 
 from __future__ import annotations
 
@@ -9,11 +9,11 @@ from typing import Annotated, Any, Literal, Union, get_args, get_origin
 from pydantic import BaseModel, Tag
 from pydantic_core import ErrorDetails
 
-from mtl.config.source import BASE_KEY, KeyPath, Source, dotted, phase_name
+from mtl.config.yaml_source import BASE_KEY, KeyPath, Source, dotted, phase_name
 from mtl.runtime.text import hint
 
 _MOST_SHOWN = 100
-# Mistakes of keys that do not go together: what the command line says is the one to look at.
+# Errors about keys that exclude each other: the one from the command line is to blame.
 _OF_SEVERAL_KEYS = ("balance", "until", "length", "freeze", "restore", "checkpoint")
 _SENTENCES = [
     ("Input should be greater", "expected a number greater"),
@@ -26,56 +26,64 @@ _SENTENCES = [
 ]
 
 
-def describe(error: ErrorDetails, model: type[BaseModel], source: Source) -> str:
+def explain(error: ErrorDetails, model: type[BaseModel], source: Source) -> str:
     """One line for one of pydantic's errors.
 
     Args:
-        error: The error.
+        error: What pydantic reports.
         model: The model that was validated.
-        source: What was read, with the place of every key.
+        source: The configuration as read, with the place of every key.
     """
     path, innermost = _resolve(error["loc"], model)
     kind, came, context = error["type"], error["input"], error.get("ctx", {})
-    expected, got, near = _plain(error["msg"]), f", got {_shown(came)}" if came is not None else ", got nothing", ""
-    if "nearest" in context:
-        near = f"; nearest: {context['nearest']}"
+    expected, got = _our_sentence(error["msg"]), ", got nothing" if came is None else f", got {_value_text(came)}"
+    near = f"; nearest: {context['nearest']}" if "nearest" in context else ""
     if kind == "extra_forbidden":
-        keys = list(innermost.model_fields)
-        near = hint(str(path[-1]), keys)
-        expected, got = "unknown key", "" if near else f"; the keys here are {', '.join(keys)}"
-        if path[-1] == BASE_KEY:
-            got, near = "; a base is taken at the top of a file", ""
-        elif len(path) == 1 and isinstance(came, dict | list) and not near:
-            near = "; what only holds an anchor goes below a key that starts with x-"
+        expected, got, near = "unknown key", "", _fix_of_unknown_key(path, list(innermost.model_fields), came)
     elif kind in ("missing", "union_tag_not_found"):
-        path = (*path, _tag_key(context)) if kind == "union_tag_not_found" else path
         expected, got = "this key is required", ""
+        path = (*path, _tag_key(context)) if kind == "union_tag_not_found" else path
     elif kind in ("union_tag_invalid", "literal_error"):
         if kind == "union_tag_invalid":
             path, came = (*path, _tag_key(context)), came[_tag_key(context)]
         listed = context.get("expected_tags") or context["expected"]
         choices = [choice.strip().strip("'") for choice in listed.replace(" or ", ", ").split(",")]
-        expected, got, near = f"expected one of {', '.join(choices)}", f", got {_shown(came)}", hint(str(came), choices)
+        expected, got, near = (
+            f"expected one of {', '.join(choices)}",
+            f", got {_value_text(came)}",
+            hint(str(came), choices),
+        )
     elif kind in ("model_type", "model_attributes_type"):
         expected = "expected keys and values"
     elif kind == "null":
-        got, near = ", got nothing", "; without the key, its default holds"
+        got, near = ", got nothing", "; leave out the key for its default"
     elif kind == "too_short":
         expected, got = "expected at least one", ", got none"
     elif isinstance(came, dict | list):
         got = ""
     if kind in _OF_SEVERAL_KEYS:
         path = source.overridden_below(path)
-    return told(path, f"{expected}{got}{near}", source)
+    return error_line(path, f"{expected}{got}{near}", source)
 
 
-def told(path: KeyPath, message: str, source: Source) -> str:
-    """A mistake in one line: the place, the key, and what is wrong with its value."""
+def _fix_of_unknown_key(path: KeyPath, keys: list[str], came: Any) -> str:
+    if path[-1] == BASE_KEY:
+        return "; write it at the top of a file"
+    if near := hint(str(path[-1]), keys):
+        return near
+    anchors = (
+        "; put anchors below a key that starts with x-" if len(path) == 1 and isinstance(came, dict | list) else ""
+    )
+    return f"; the keys here are {', '.join(keys)}{anchors}"
+
+
+def error_line(path: KeyPath, message: str, source: Source) -> str:
+    """An error in one line: the place, the key, and what is wrong with its value."""
     return f"{source.where(path)}: {key_of(path, source.data)}: {message}"
 
 
 def key_of(path: KeyPath, data: Any) -> str:
-    """A key as it is written on the command line, phases by the names that they have in some data."""
+    """A key as it is written on the command line; phases by their names in `data`."""
 
     def name_at(place: KeyPath) -> str | None:
         at = data
@@ -87,20 +95,20 @@ def key_of(path: KeyPath, data: Any) -> str:
     return dotted(path, name_at)
 
 
-def _shown(value: Any) -> str:
+def _value_text(value: Any) -> str:
     """A value as a message shows it."""
     text = repr(value)
     return text if len(text) <= _MOST_SHOWN else f"{text[:_MOST_SHOWN]}... ({len(text):,} characters)"
 
 
 def _tag_key(context: Mapping[str, Any]) -> str:
-    """The key whose value says which of several forms a mapping has."""
+    """The key whose value selects the model of a mapping."""
     key: str = context["discriminator"].strip("'")
     return key
 
 
-def _plain(message: str) -> str:
-    """Pydantic's sentence in the form of ours: `expected ...`."""
+def _our_sentence(message: str) -> str:
+    """Pydantic's sentence in our form: `expected ...`."""
     message = message.removeprefix("Value error, ")
     for theirs, ours in _SENTENCES:
         message = message.replace(theirs, ours)
@@ -108,10 +116,10 @@ def _plain(message: str) -> str:
 
 
 def _resolve(location: tuple[int | str, ...], model: type[BaseModel]) -> tuple[KeyPath, type[BaseModel]]:
-    """The key path of pydantic's location, without the marks that it puts in for unions and keys.
+    """The key path of pydantic's location, without its markers for union members and keys.
 
     Returns:
-        The path, and the innermost model that it leads to.
+        The path, and the innermost model on it.
     """
     path: list[int | str] = []
     annotation: Any = model
@@ -126,7 +134,7 @@ def _resolve(location: tuple[int | str, ...], model: type[BaseModel]) -> tuple[K
 
 
 def _descend(annotation: Any, key: int | str) -> tuple[Any, bool]:
-    """What stands below a key of an annotation, and whether the key is but a mark of pydantic's."""
+    """The annotation below a key, and whether the key is a marker of pydantic's."""
     members = _members(annotation)
     if len(members) > 1:
         return next((member for member, tags in members if key in tags), None), True
@@ -138,7 +146,7 @@ def _descend(annotation: Any, key: int | str) -> tuple[Any, bool]:
 
 
 def _members(annotation: Any) -> list[tuple[Any, tuple[str, ...]]]:
-    """The types of a union, None left out, each with the tags that choose it; one for anything else."""
+    """The types of a union without None, each with the tags that select it; one for anything else."""
     tags: tuple[str, ...] = ()
     while get_origin(annotation) is Annotated:
         annotation, *extras = get_args(annotation)

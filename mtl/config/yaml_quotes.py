@@ -1,20 +1,20 @@
-"""Text that YAML does not take without quotes, as patterns often are: told with the quotes that it wants."""
+"""Hints for text that YAML accepts only in quotes, as many patterns are."""
 
 from __future__ import annotations
 
 import re
 
-# Each of them means something in YAML, at the begin of a word or inside a [list].
+# Each has a meaning in YAML, at the start of a word or inside a [list].
 _SPECIAL = "*!@%&`|>[]{}"
 
 
 def quote_hint(text: str, line: int, column: int) -> str:
-    """`; text with * must be in quotes: "**.bias"` to put behind YAML's error at a place, or nothing.
+    """`; text with * must be in quotes: "**.bias"` to append to YAML's error, or nothing.
 
     Args:
-        text: What was to be read.
-        line: Of the error, from 0.
-        column: Likewise.
+        text: The text with the error.
+        line: The error's line, from 0.
+        column: The error's column, from 0.
     """
     lines = text.splitlines()
     for word in re.finditer(r"[^\s,\"']+", lines[line]) if line < len(lines) else ():
@@ -26,13 +26,13 @@ def quote_hint(text: str, line: int, column: int) -> str:
 
 
 def quoted(word: str) -> str:
-    """`; text with * must be in quotes: "*.bias"`, or nothing if there is nothing special about it."""
+    """`; text with * must be in quotes: "*.bias"`, or nothing if the word has no special character."""
     special = next((character for character in word if character in _SPECIAL), None)
     return "" if special is None else f'; text with {special} must be in quotes: "{word}"'
 
 
 def _without_brackets(word: str) -> str:
-    """A word without the brackets of the list or table that it stands in, and without the colon of a key."""
+    """A word without the brackets of the list or table around it, and without the colon of a key."""
     word = word.lstrip("[{").rstrip(":")
     for opening, closing in ("[]", "{}"):
         while word.endswith((closing, f"{closing}]", f"{closing}}}")) and word.count(closing) > word.count(opening):

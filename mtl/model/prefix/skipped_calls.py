@@ -1,4 +1,4 @@
-"""What stands in for a skipped module call in a replay: kept tensors, and hollow ones of the right shape."""
+"""What a skipped module call returns in a replay: kept tensors, and placeholders of the right shape."""
 
 from __future__ import annotations
 
@@ -34,26 +34,26 @@ class KeptTensor:
     changes_in_replay: bool
 
     def laid_out(self, tensor: Tensor) -> Tensor:
-        """The same numbers in the recorded memory layout: a convolution computes in the layout that it is given."""
-        strides, step = [0] * tensor.ndim, 1
+        """The tensor in the recorded memory layout: a convolution computes in the layout of its input."""
+        strides, stride = [0] * tensor.ndim, 1
         for dimension in reversed(self.order):
-            strides[dimension] = step
-            step *= tensor.shape[dimension]
+            strides[dimension] = stride
+            stride *= tensor.shape[dimension]
         if list(tensor.stride()) != strides:
             return torch.empty_strided(tensor.shape, strides, dtype=tensor.dtype, device=tensor.device).copy_(tensor)
         return tensor.clone() if self.changes_in_replay else tensor
 
 
 @dataclass(frozen=True)
-class Hollow:
-    """A tensor that nothing reads in a replay: its shape counts, not its numbers."""
+class Placeholder:
+    """A tensor of which a replay reads the shape only, not the values."""
 
     shape: tuple[Size, ...]
     dtype: torch.dtype
     is_written: bool = False
 
     def make(self, batch: int, device: torch.device) -> Tensor:
-        """One number for all places, NaN if there is one: should anything read it after all, no one will miss it."""
+        """One value for all elements: NaN for floats, so that an unexpected read shows in the result."""
         number = math.nan if self.dtype.is_floating_point else 0
         tensor = torch.full((), number, dtype=self.dtype, device=device).expand([size.of(batch) for size in self.shape])
         return tensor.contiguous() if self.is_written else tensor
@@ -61,22 +61,22 @@ class Hollow:
 
 @dataclass(frozen=True)
 class Slot:
-    """One leaf of what a module returns: a number among the kept, else a hollow tensor, else a plain value."""
+    """One leaf of a module's output: the index of a kept tensor, else a placeholder, else a plain value."""
 
     kept: int | None = None
-    hollow: Hollow | None = None
+    placeholder: Placeholder | None = None
     plain: Any = None
 
     def fill(self, kept: Sequence[Tensor], batch: int, device: torch.device) -> Any:
         """The leaf in a replay of `batch` images."""
         if self.kept is not None:
             return kept[self.kept]
-        return self.plain if self.hollow is None else self.hollow.make(batch, device)
+        return self.plain if self.placeholder is None else self.placeholder.make(batch, device)
 
 
 @dataclass(frozen=True)
 class Skip:
-    """What stands in for a skipped call."""
+    """The output of a skipped call, flattened."""
 
     slots: list[Slot]
     spec: TreeSpec
@@ -86,8 +86,8 @@ class Skip:
         return tree_unflatten([slot.fill(kept, batch, device) for slot in self.slots], self.spec)
 
 
-def skips(trace: Trace, cut: Cut) -> dict[nn.Module, list[Skip | None]]:
-    """For every module that is skipped, what happens at each of its calls outside skipped modules; None: it runs."""
+def plan_skips(trace: Trace, cut: Cut) -> dict[nn.Module, list[Skip | None]]:
+    """For every skipped module, an entry for each of its calls outside skipped modules; None for a call that runs."""
     plan: dict[nn.Module, list[Skip | None]] = {trace.calls[number].module: [] for number in cut.skipped}
     skipped, inside = set(cut.skipped), set[int]()
     for number, call in enumerate(trace.calls):
@@ -109,14 +109,14 @@ def _skip(trace: Trace, cut: Cut, call: Call) -> Skip:
         elif leaf in cut.kept:
             slots.append(Slot(kept=cut.kept.index(leaf)))
         else:
-            slots.append(Slot(hollow=hollow_tensor(trace, cut, leaf)))
+            slots.append(Slot(placeholder=placeholder(trace, cut, leaf)))
     assert call.spec is not None
     return Skip(slots, call.spec)
 
 
-def hollow_tensor(trace: Trace, cut: Cut, value: int) -> Hollow:
+def placeholder(trace: Trace, cut: Cut, value: int) -> Placeholder:
     tensor = trace.values[value].tensor
-    return Hollow(cut.shapes[value], tensor.dtype, trace.values[value].storage in cut.changed)
+    return Placeholder(cut.shapes[value], tensor.dtype, trace.values[value].storage in cut.changed)
 
 
 def kept_tensor(trace: Trace, cut: Cut, number: int) -> KeptTensor:

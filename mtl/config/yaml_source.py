@@ -1,4 +1,4 @@
-"""YAML files as plain data that remembers, for every key, the file and line it was written on."""
+"""YAML files as plain data, with the file and line on which every key was written."""
 
 from __future__ import annotations
 
@@ -9,19 +9,19 @@ from typing import Any
 
 import yaml
 
-from mtl.config.yaml_text import LIST, MAPPING, NULL, ConfigError, compose, dump_yaml, read_scalar
+from mtl.config.errors import ConfigError
+from mtl.config.yaml_text import LIST, MAPPING, NULL, compose, read_scalar
 from mtl.runtime.files import dead_link
 
 KeyPath = tuple[int | str, ...]
 COMMAND_LINE = "command line"
-# A phase with a longer name is told by its number.
+# A phase with a longer name is shown by its number.
 _LONGEST_NAME = 80
 BASE_KEY = "_base_"
-__all__ = ["BASE_KEY", "COMMAND_LINE", "ConfigError", "KeyPath", "Source", "dotted", "dump_yaml", "read_source"]
 
-# Keys that hold nothing but anchors, for `<<` and aliases elsewhere in the file.
+# Keys that only hold anchors, for `<<` and aliases elsewhere in the file.
 _ANCHORS = "x-"
-# Bytes; more is no configuration, and some files never end.
+# No configuration is longer, and some files (devices, pipes) never end.
 _MOST_CHARACTERS = 10_000_000
 
 
@@ -32,8 +32,8 @@ class Source:
     Attributes:
         data: Nested dicts and lists.
         places: Where each key path was written: "file:line", or "command line".
-        names: Names of phases, by the place where each was read.
-        nulls: Keys of which `null` was written in words: they take back what is below, and have nothing else to say.
+        names: Names of phases, by key path.
+        nulls: Keys with an explicit `null`, which removes the value of a base file.
     """
 
     data: dict[str, Any] = field(default_factory=dict)
@@ -42,27 +42,27 @@ class Source:
     nulls: set[KeyPath] = field(default_factory=set)
 
     def where(self, path: KeyPath) -> str:
-        """The place of a key, or of the nearest key around it that was written down."""
+        """The place of a key, or of the nearest key around it that was written."""
         for end in range(len(path), -1, -1):
             if path[:end] in self.places:
                 return self.places[path[:end]]
         return "defaults"
 
     def overridden_below(self, path: KeyPath) -> KeyPath:
-        """The first key below another one that the command line gives; that one itself if there is none."""
+        """The shallowest key below another one that the command line sets; that one itself if there is none."""
         below = (each for each, where in self.places.items() if where == COMMAND_LINE and each[: len(path)] == path)
         return min(below, key=len, default=path)
 
 
 def read_source(file: Path, overrides: Sequence[str] = ()) -> Source:
-    """Reads a YAML file, the files it is based on, and the overrides on top.
+    """Reads a YAML file and the files it is based on, and applies the overrides.
 
     Raises:
         ConfigError: A file is missing, is no YAML, has a key twice, or is based on itself; an override cannot be read.
     """
     source = _read_file(file, ())
     for override in overrides:
-        _override(source, override)
+        _apply_override(source, override)
     return source
 
 
@@ -72,8 +72,8 @@ def _read_file(file: Path, inside: tuple[Path, ...], wanted_by: str = "") -> Sou
         raise ConfigError([f"{wanted_by}{file} is based on itself"])
     node = compose(text, lambda line: f"{file}:{line}")
     if not isinstance(node, yaml.MappingNode):
-        came = "nothing" if node is None else "something else"
-        raise ConfigError([f"{file}:1: expected keys and values, got {came}"])
+        got = "nothing" if node is None else "something else"
+        raise ConfigError([f"{file}:1: expected keys and values, got {got}"])
     own = Source(places={(): f"{file}:1"})
     own.data = _read_node(node, (), own, lambda line: f"{file}:{line}")
     for key in [key for key in own.data if key.startswith(_ANCHORS)]:
@@ -84,8 +84,8 @@ def _read_file(file: Path, inside: tuple[Path, ...], wanted_by: str = "") -> Sou
         place = own.where((BASE_KEY,))
         if not isinstance(base, str):
             raise ConfigError([f"{place}: {BASE_KEY}: expected a file or a list of files, got {base!r}"])
-        _merge(result, _read_file(file.parent / base, (*inside, file.resolve()), f"{place}: {BASE_KEY}: "))
-    _merge(result, own)
+        _merge_sources(result, _read_file(file.parent / base, (*inside, file.resolve()), f"{place}: {BASE_KEY}: "))
+    _merge_sources(result, own)
     return result
 
 
@@ -113,7 +113,7 @@ def _near_files(file: Path) -> str:
 def _read_node(
     node: yaml.Node, path: KeyPath, source: Source, place: Callable[[int], str], around: tuple[yaml.Node, ...] = ()
 ) -> Any:
-    """A YAML node as plain data; the place of everything below it is noted in `source` on the way."""
+    """A YAML node as plain data; records the place of every key below it in `source`."""
     here = place(node.start_mark.line + 1)
     if node in around:
         raise ConfigError([f"{here}: {dotted(path, source.names.get)}: the value contains itself"])
@@ -125,8 +125,8 @@ def _read_node(
                 raise ConfigError([f"{where}: expected a plain key"])
             key = key_node.value
             if key in result:
-                told = dotted((*path, key), source.names.get)
-                raise ConfigError([f"{where}: {told}: this key is given twice"])
+                twice = dotted((*path, key), source.names.get)
+                raise ConfigError([f"{where}: {twice}: this key is given twice"])
             source.places[(*path, key)] = where
             result[key] = _read_node(value_node, (*path, key), source, place, (*around, node))
         return result
@@ -153,13 +153,13 @@ def dotted(path: KeyPath, name_at: Callable[[KeyPath], str | None] = lambda _: N
     segments: list[str] = []
     for end, key in enumerate(path, 1):
         name = name_at(path[:end]) if path[0] == "phases" and isinstance(key, int) else None
-        # Names are unique among all phases: one that is inside a repeat is known by its name alone.
+        # Names are unique among all phases: the name alone finds a phase inside a repeat.
         segments = [*segments, str(key)] if name is None else ["phases", name]
     return ".".join(segments) or "the configuration"
 
 
 def phase_name(entry: Any) -> str | None:
-    """The name of an entry of `phases`; None for a repeat, and where there is none that a key can be read with."""
+    """The name of an entry of `phases`; None for a repeat, and for a name that cannot be part of a readable key."""
     if not isinstance(entry, dict) or entry.keys() & {"repeat", "phases"}:
         return None
     name = entry.get("name")
@@ -168,14 +168,14 @@ def phase_name(entry: Any) -> str | None:
     return name if ":" not in name else None
 
 
-def _merge(below: Source, above: Source) -> None:
-    """Lays one source over another: mappings are merged key by key, everything else is replaced whole or taken back."""
+def _merge_sources(below: Source, above: Source) -> None:
+    """Merges `above` into `below`: mappings key by key; other values replace the one below, and `null` removes it."""
 
-    def lay(under: dict[str, Any], over: dict[str, Any], path: KeyPath) -> None:
+    def merge(under: dict[str, Any], over: dict[str, Any], path: KeyPath) -> None:
         for key, value in over.items():
             here = (*path, key)
             if isinstance(value, dict) and isinstance(under.get(key), dict):
-                lay(under[key], value, here)
+                merge(under[key], value, here)
             else:
                 for place in [place for place in below.places if place[: len(here)] == here]:
                     del below.places[place]
@@ -185,13 +185,15 @@ def _merge(below: Source, above: Source) -> None:
                 under[key] = value
                 below.places.update({p: where for p, where in above.places.items() if p[: len(here)] == here})
 
-    lay(below.data, above.data, ())
+    merge(below.data, above.data, ())
 
 
-def _override(source: Source, override: str) -> None:
+def _apply_override(source: Source, override: str) -> None:
     key, equals, text = override.partition("=")
     if BASE_KEY in key.split("."):
-        raise ConfigError([f"command line: {override!r}: a file takes bases, at its top: {BASE_KEY}: [FILE, ...]"])
+        raise ConfigError(
+            [f"command line: {override!r}: only a file can have bases; write at its top: {BASE_KEY}: [FILE, ...]"]
+        )
     if not equals or not key or not all(key.split(".")):
         raise ConfigError([f"command line: {override!r}: expected key=value, such as optim.lr_scale=0.5"])
     target: Any = source.data
@@ -223,13 +225,12 @@ def _override(source: Source, override: str) -> None:
 def _steps(target: Any, segment: str, override: str) -> list[int | str]:
     """The keys and indices that a segment of an override names.
 
-    An item of a list may be named by its `name`; the items of lists inside the list's items (phases that are repeated)
-    are found by theirs as well.
+    An item of a list may be named by its `name`, and so may items of lists inside it (phases inside a repeat).
     """
     if isinstance(target, dict):
         return [segment]
     if isinstance(target, list):
-        names = dict(_names(target, []))
+        names = dict(_item_names(target, []))
         if segment in names:
             return names[segment]
         if segment.isdigit() and int(segment) < len(target):
@@ -241,12 +242,12 @@ def _steps(target: Any, segment: str, override: str) -> list[int | str]:
     raise ConfigError([f"command line: {override!r}: there is nothing below {segment!r}'s parent"])
 
 
-def _names(items: list[Any], path: list[int | str]) -> Iterator[tuple[str, list[int | str]]]:
-    """The names of a list's items, and of items of lists inside them, with the way to each."""
+def _item_names(items: list[Any], path: list[int | str]) -> Iterator[tuple[str, list[int | str]]]:
+    """The names of a list's items, and of items of lists inside them, each with its key path."""
     for index, item in enumerate(items):
         if isinstance(item, dict) and isinstance(item.get("name"), str):
             yield item["name"], [*path, index]
         elif isinstance(item, dict):
             for key, value in item.items():
                 if isinstance(value, list):
-                    yield from _names(value, [*path, index, key])
+                    yield from _item_names(value, [*path, index, key])
