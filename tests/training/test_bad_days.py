@@ -88,9 +88,9 @@ mtl.{module}.{name} = fill
 """
 MOMENTS = {
     "a checkpoint": {"module": "checkpoint.folder", "name": "Checkpoints._write", "number": 4, "condition": "True"},
-    "the metrics": {"module": "tracking", "name": "Tracker.log", "number": 6, "condition": "True"},
+    "the metrics": {"module": "training.tracking.tracker", "name": "Tracker.log", "number": 6, "condition": "True"},
     "the audit": {
-        "module": "trainer",
+        "module": "training.loop",
         "name": "write_json",
         "number": 2,
         "condition": "str(arguments[0]).endswith('audit.json')",
