@@ -77,8 +77,8 @@ def save(folder: Path, model: MultiTaskModel, optimizer: AdamW, starts: tuple[st
     with patch.object(DTensor, "full_tensor", side_effect=AssertionError("a whole tensor was asked for")):
         for step in (1, 2):
             Checkpoints(folder / "shards").save_shards(model, frozen, memory, {"step": step}, ["last"], WORLD)
-    whole, memory = gather_model(model, WORLD), gathered(memory, WORLD.leads)
-    if WORLD.leads:
+    whole, memory = gather_model(model, WORLD), gathered(memory, WORLD.is_main)
+    if WORLD.is_main:
         Checkpoints(folder / "plain").save(whole, frozen, memory, {"step": 2}, ["last"])
     WORLD.barrier()
 
@@ -112,7 +112,7 @@ def check(name: str, first: str, folder: Path) -> dict[str, Any]:
         found[f"{phase} sharded"] = all(isinstance(p, DTensor) for p in spread.parameters())
     whole = gather_model(spread, WORLD).state_dict()
     found["names on rank"] = len(whole)
-    if WORLD.leads:
+    if WORLD.is_main:
         found["difference"] = difference(whole, gather_model(plain, World.alone()).state_dict())
     save(folder / name, spread, optimizer, (first, "heads.object"))
     other = build(name)
@@ -128,7 +128,7 @@ def check(name: str, first: str, folder: Path) -> dict[str, Any]:
     moments.load_state_dict(memory["moments"])
     moments.apply(again, {p: n for n, p in other.named_parameters()})
     taken_up = gather_model(other, WORLD).state_dict()
-    if WORLD.leads:
+    if WORLD.is_main:
         found["taken up"] = difference(taken_up, whole)
     freeze(other, ("none",))
     found["go on"] = [train(m, o, mine, WORLD) for m, o in ((spread, optimizer), (other, again))]
