@@ -66,7 +66,7 @@ def text_of(pattern: PatternLike) -> str:
 
 @dataclass(frozen=True)
 class Selection:
-    """What a list of patterns selects among some names.
+    """The result of matching a list of patterns against names.
 
     Attributes:
         names: The selected names, in the order given.

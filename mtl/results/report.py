@@ -180,8 +180,8 @@ def _analysis_html(phase: str, row: dict[str, Any]) -> str:
     return f"<h3>{escape(title)}</h3>{_img(png_of(draw_gradients(analysis)), f'gradients of {title}')}{note}{pairs}"
 
 
-def draw_run(parts: RunSetup, epochs: list[dict[str, Any]]) -> Figure:
-    """Draws the course of each task's main metric over the phases, above examples of what the model predicts.
+def draw_run(parts: Parts, epochs: list[dict[str, Any]]) -> Figure:
+    """Draws each task's main metric over the phases, above example predictions.
 
     Args:
         parts: The run's parts, the model with the weights to show.
@@ -208,8 +208,8 @@ def draw_run(parts: RunSetup, epochs: list[dict[str, Any]]) -> Figure:
             axes.imshow(image, cmap="gray" if image.shape[-1] == 1 else None)
     vector = [name for name in parts.tasks if name not in dense]
     for i, axes in enumerate(grid[0][: len(batch)]):
-        said = [f"{name}: {int(outputs[name][i].argmax())} (truth {int(batch.labels[name][i])})" for name in vector]
-        axes.set_title("\n".join(said), fontsize=8)
+        lines = [f"{name}: {int(outputs[name][i].argmax())} (truth {int(batch.labels[name][i])})" for name in vector]
+        axes.set_title("\n".join(lines), fontsize=8)
     for axes in grid.flat:
         axes.set(xticks=[], yticks=[])
     return figure

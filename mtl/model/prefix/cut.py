@@ -20,8 +20,8 @@ class PrefixError(ValueError):
 
 
 @dataclass(frozen=True)
-class Size:
-    """The extent of a dimension of a tensor.
+class Extent:
+    """The extent of one dimension of a tensor.
 
     Attributes:
         number: The extent, or how much of it there is per image.
@@ -52,7 +52,7 @@ class Cut:
 
     skipped: list[int]
     kept: list[int]
-    shapes: dict[int, tuple[Size, ...]]
+    shapes: dict[int, tuple[Extent, ...]]
     changed: set[int]
     readers: list[str]
     is_first: bool
@@ -80,7 +80,7 @@ class _Cutter:
         self.state = [_CONSTANT] * len(trace.values)
         self.is_live = self._follow_forward()
         self.noisy = {0}.union(*(self._around(operation.call) for operation in self._live_operations()))
-        self.shapes: dict[int, tuple[Size, ...]] = {}
+        self.shapes: dict[int, tuple[Extent, ...]] = {}
         self.twins: dict[int, Value] = {}
         self._size_value(0, 0, other)
         pairs = enumerate(zip(trace.calls, other.calls, strict=True))
@@ -129,7 +129,7 @@ class _Cutter:
         return live
 
     def _around(self, call: int) -> list[int]:
-        """A call and those that it lies in, without the pass as a whole."""
+        """A call and the calls around it, without the first, which stands for the full pass."""
         found = []
         while call > 0:
             found.append(call)
@@ -159,7 +159,7 @@ class _Cutter:
             per_image = size != twin
             if per_image and (size % num_a or size // num_a * num_b != twin):
                 return False
-            sizes.append(Size(size // num_a, True) if per_image else Size(size))
+            sizes.append(Extent(size // num_a, True) if per_image else Extent(size))
         self.shapes[one], self.twins[one] = tuple(sizes), other.values[two]
         return a.ndim == b.ndim and a.dtype == b.dtype
 
@@ -238,8 +238,8 @@ class _Cutter:
         return {made_in[value] for value in self._needed(opened)[0] if not self._is_batch_first(value)}
 
     def _is_batch_first(self, value: int) -> bool:
-        first, *others = self.shapes[value] or (Size(1),)
-        return first == Size(1, True) and not any(size.per_image for size in others)
+        first, *others = self.shapes[value] or (Extent(1),)
+        return first == Extent(1, True) and not any(size.per_image for size in others)
 
     def _check_each_image_alone(self, kept: Iterable[int]) -> None:
         """Raises `PrefixError` if a kept value of an image depends on the other images of the batch.
@@ -277,5 +277,5 @@ def _no_prefix(reader: str) -> str:
 
 
 def num_bytes(trace: Trace, values: Iterable[int]) -> int:
-    """Size of values for all images of a pass."""
+    """Extent of values for all images of a pass."""
     return sum(trace.values[value].tensor.numel() * trace.values[value].tensor.element_size() for value in values)

@@ -11,7 +11,7 @@ import torch
 from torch import Tensor, nn
 from torch.utils._pytree import TreeSpec, tree_unflatten
 
-from mtl.model.prefix.cut import Cut, Size
+from mtl.model.prefix.cut import Cut, Extent
 from mtl.model.prefix.trace import Call, Trace
 
 
@@ -48,7 +48,7 @@ class KeptTensor:
 class Placeholder:
     """A tensor of which a replay reads the shape only, not the values."""
 
-    shape: tuple[Size, ...]
+    shape: tuple[Extent, ...]
     dtype: torch.dtype
     is_written: bool = False
 

@@ -74,7 +74,7 @@ class Operation:
 
 @dataclass
 class Call:
-    """One call of a module; the first of a trace stands for the pass as a whole.
+    """One call of a module; the first of a trace stands for the full pass.
 
     Attributes:
         name: The module's name in the trunk.
