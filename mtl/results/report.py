@@ -180,7 +180,7 @@ def _analysis_html(phase: str, row: dict[str, Any]) -> str:
     return f"<h3>{escape(title)}</h3>{_img(png_of(draw_gradients(analysis)), f'gradients of {title}')}{note}{pairs}"
 
 
-def draw_run(parts: Parts, epochs: list[dict[str, Any]]) -> Figure:
+def draw_run(parts: RunSetup, epochs: list[dict[str, Any]]) -> Figure:
     """Draws each task's main metric over the phases, above example predictions.
 
     Args:
