@@ -129,7 +129,7 @@ def declared(scene: Scene, freeze: Sequence[str]) -> tuple[Named, Named]:
     visible = [
         (place.name, tensor)
         for place in places
-        if place.kind == "param" and not place.hidden and (tensor := place.look()) is not None
+        if place.kind == "param" and not place.is_hidden and (tensor := place.current()) is not None
     ]
     return [each for each in visible if each[0] in names], [each for each in visible if each[0] not in names]
 

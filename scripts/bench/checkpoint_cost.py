@@ -19,8 +19,7 @@ from pathlib import Path
 from statistics import median
 from typing import Any
 
-from mtl.config import load_config
-from mtl.config.yaml_source import ConfigError
+from mtl.config import ConfigError, load_config
 from mtl.training.checkpoints import CheckpointWriter
 from mtl.training.loop import Trainer
 from mtl.training.phase import ActivePhase
