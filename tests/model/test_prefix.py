@@ -488,7 +488,7 @@ def test_a_frozen_part_that_mixes_the_images_of_a_batch_is_refused(num_frozen: i
 
     trunk, read = by_hand(conv(), Mixing(3, 3, 3), conv(), train_from=num_frozen)
     for number in (1, 4):
-        with pytest.raises(PrefixError, match="mixes the images of a batch"):
+        with pytest.raises(PrefixError, match="mix the images of a batch"):
             Prefix.record(trunk, read, pictures(number, 8))
 
 

@@ -213,7 +213,7 @@ def test_a_tag_that_is_none_names_the_near_ones_at_the_name(name: str, near: str
 
 def test_a_tag_of_an_architecture_without_tags_says_so() -> None:
     with pytest.raises(
-        SettingError, match=r"timm knows no weights 'eca_nfnet_l3\.x' .*; it has no such names: write eca_nfnet_l3$"
+        SettingError, match=r"timm knows no weights 'eca_nfnet_l3\.x' .*; it has no tags: write eca_nfnet_l3$"
     ):
         build_trunk(TrunkConfig(name="eca_nfnet_l3.x"), 32)
 
