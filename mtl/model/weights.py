@@ -127,7 +127,7 @@ def check_tag(name: str) -> None:
     known = [each for each in get_arch_pretrained_cfgs(name) if "." in each]
     if "." in name and name not in known:
         architecture = name.partition(".")[0]
-        choices = f"; choose from: {shorten(known, 8)}" if known else f"; it has no tags: write {architecture}"
+        choices = f"; there are: {shorten(known, 8)}" if known else f"; it has no tags: write {architecture}"
         near = hint(name, known, most=3, cutoff=0.6)
         raise SettingError("trunk.name", f"timm knows no weights {name!r} of {architecture}{near}{choices}")
 

@@ -229,7 +229,7 @@ def _optimizer_class(name: str) -> type[Optimizer]:
             raise SettingError("optimizer.name", str(error)) from error
     names = optimizer_names()
     if name.lower() not in names:
-        choices = f"choose from: {', '.join(sorted(names))}, or your own as package.module:Name"
+        choices = f"there are: {', '.join(sorted(names))}, or your own as package.module:Name"
         raise SettingError("optimizer.name", f"no optimizer {name!r}{hint(name.lower(), names)}; {choices}")
     kind: type[Optimizer] = getattr(torch.optim, names[name.lower()])
     return kind

@@ -76,7 +76,7 @@ def test_dwa_weighs_by_the_course_over_epochs() -> None:
 @pytest.mark.parametrize(
     "config, message",
     [
-        (BalanceConfig(method="uv"), r"balance\.method: no method 'uv'; nearest: uw; choose from: fixed, cosmos, "),
+        (BalanceConfig(method="uv"), r"balance\.method: no method 'uv'; nearest: uw; there are: fixed, cosmos, "),
         (BalanceConfig(method="fixed", weights={"a": 1.0}), r"balance\.weights: expected a weight for each of a, b, c"),
         (BalanceConfig(method="dwa", options={"t": 1}), r"balance\.options: dwa takes the options temperature: "),
         (BalanceConfig(method="dwa", options={"temperature": -1.0}), "should be strictly positive"),

@@ -277,5 +277,5 @@ def _no_prefix(reader: str) -> str:
 
 
 def num_bytes(trace: Trace, values: Iterable[int]) -> int:
-    """Extent of values for all images of a pass."""
+    """Size of values in bytes, for all images of a pass."""
     return sum(trace.values[value].tensor.numel() * trace.values[value].tensor.element_size() for value in values)

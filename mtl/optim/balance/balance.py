@@ -80,7 +80,7 @@ def build_balance(config: BalanceConfig, tasks: Sequence[str], every_task: Seque
 
 def _no_method(name: str) -> str:
     names, by_gradients = method_names(), gradient_methods()
-    choices = f"choose from: fixed, {', '.join(sorted(names))}; by gradients: {', '.join(sorted(by_gradients))}"
+    choices = f"there are: fixed, {', '.join(sorted(names))}; by gradients: {', '.join(sorted(by_gradients))}"
     if name.lower() in other_aggregators():
         why = "it needs full gradients or several batches, and only methods that weigh by the Gramian are supported"
         return f"{name!r} is not supported: {why}; {choices}"
