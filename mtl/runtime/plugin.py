@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import importlib
 import sys
+import sysconfig
 import traceback
 from contextlib import suppress
 from pathlib import Path
@@ -11,6 +12,7 @@ from pathlib import Path
 from mtl.runtime.text import hint
 
 _NOT_THEIRS = (__file__, importlib.__file__)
+_LIBRARIES = tuple(sysconfig.get_paths()[name] for name in ("stdlib", "purelib", "platlib"))
 
 
 class PluginError(ValueError):
@@ -61,5 +63,7 @@ def where_it_failed(error: BaseException) -> str:
     frames = traceback.extract_tb(error.__traceback__)
     # Python's own import machinery is of no help to who wrote the module.
     own = [frame for frame in frames if not frame.filename.startswith("<") and frame.filename not in _NOT_THEIRS]
+    # Nor is a library that the module calls, or that has put its own function in the place of one of Python's.
+    own = [frame for frame in own if not frame.filename.startswith(_LIBRARIES)] or own
     place = f" ({own[-1].filename}:{own[-1].lineno})" if own else ""
     return f"{type(error).__name__}{': ' if said else ''}{said}{place}"

@@ -152,3 +152,10 @@ def test_an_abstract_class_is_refused_with_what_it_lacks(write_module: WriteModu
     )
     with pytest.raises(PluginError, match=r"^own_layers:Layer is abstract: it lacks depth, width$"):
         find_class("own_layers:Layer", nn.Module)
+
+
+def test_the_place_is_the_module_s_own_though_a_library_raises(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.syspath_prepend(str(tmp_path))
+    (tmp_path / "calls_a_library.py").write_text("import json\n\njson.loads('{')\n")
+    with pytest.raises(PluginError, match=r"JSONDecodeError: .*calls_a_library\.py:3\)$"):
+        find_class("calls_a_library:Layer", object)
