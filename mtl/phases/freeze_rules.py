@@ -124,22 +124,35 @@ def _names_in(root: nn.Module) -> tuple[list[str], list[str]]:
     )
 
 
-class FreezeResolver:
-    """Works out what one written phase freezes; `resolve` is the way in."""
+class PhaseResolver:
+    """Resolves one aspect of one written phase."""
 
-    def __init__(self, context: ResolveContext, written: WrittenPhase, always: list[str]) -> None:
+    def __init__(self, context: ResolveContext, written: WrittenPhase) -> None:
         """Args:
         context: What the phase is resolved against.
         written: The phase.
-        always: From `frozen_always`.
         """
         self.context = context
         self.config = context.config
         self.root = context.root
+        self.tree = context.tree
         self.written = written
         self.phase_config = written.config
+
+    def mistake_about(self, key: str, message: str, *below: str) -> ConfigError:
+        """A mistake at a key that the phase may set itself: there if it does, else at that of the run."""
+        return self.config.mistake((*self.config.path_of(self.written, key), *below), message)
+
+
+class FreezeResolver(PhaseResolver):
+    """Works out what one written phase freezes; `resolve` is the way in."""
+
+    def __init__(self, context: ResolveContext, written: WrittenPhase, always: list[str]) -> None:
+        """Args: as for any resolver, and
+        always: From `frozen_always`.
+        """
+        super().__init__(context, written)
         self.always = always
-        self.tree = context.tree
 
     def resolve(self, unreached: Sequence[str], balance: int) -> PhaseFreeze:
         """Resolves the freeze.

@@ -6,7 +6,7 @@ from collections.abc import Collection, Mapping
 from dataclasses import dataclass
 from typing import Any
 
-from mtl.config import ConfigError, SettingError
+from mtl.config import SettingError
 from mtl.config.phase import WrittenPhase
 from mtl.freeze import FreezePlan, trainable_parameters
 from mtl.optim.balance.balance import Balance
@@ -20,7 +20,7 @@ from mtl.optim.optimizers import (
 )
 from mtl.patterns import PatternError, select
 from mtl.patterns.module_tree import join
-from mtl.phases.freeze_rules import ResolveContext
+from mtl.phases.freeze_rules import PhaseResolver, ResolveContext
 
 
 @dataclass(frozen=True)
@@ -40,14 +40,11 @@ class Groups:
     borrows_lr: bool
 
 
-class GroupResolver:
+class GroupResolver(PhaseResolver):
     """Works out the groups of one written phase; `resolve` is the way in."""
 
     def __init__(self, context: ResolveContext, written: WrittenPhase) -> None:
-        self.config = context.config
-        self.root = context.root
-        self.tree = context.tree
-        self.written = written
+        super().__init__(context, written)
         self.optim = context.config.optim_of(written.config)
         self.every_name = [name for name, _ in context.root.named_parameters(remove_duplicate=False)]
 
@@ -79,7 +76,7 @@ class GroupResolver:
             if groups:
                 build_optimizer(self.optim.optimizer, groups)
         except SettingError as error:
-            raise self._mistake_about("optimizer", error.message, *error.key.split(".")[1:]) from error
+            raise self.mistake_about("optimizer", error.message, *error.key.split(".")[1:]) from error
         trains_trunk = any(name.startswith("trunk.") for name in model)
         table = self._table("lr")
         borrows_lr = isinstance(table, dict) and not own.keys() <= self._decided(table).keys()
@@ -101,9 +98,9 @@ class GroupResolver:
             return by_pattern(value, names, self.every_name, self.tree, otherwise)
         except PatternError as error:
             pattern = list(value)[error.index] if isinstance(value, dict) else ""
-            raise self._mistake_about(key, str(error), pattern) from error
+            raise self.mistake_about(key, str(error), pattern) from error
         except UncoveredError as error:
-            raise self._mistake_about(key, str(error)) from error
+            raise self.mistake_about(key, str(error)) from error
 
     def _used(self, key: str, numbers: Mapping[str, float]) -> set[str]:
         """The patterns of a table whose number some parameter has."""
@@ -123,6 +120,3 @@ class GroupResolver:
         """What the trunk itself says should not be decayed, such as position embeddings."""
         method: Any = getattr(self.root.get_submodule("trunk"), "no_weight_decay", None)
         return [] if method is None else [join("trunk", name) for name in method()]
-
-    def _mistake_about(self, key: str, message: str, *below: str) -> ConfigError:
-        return self.config.mistake((*self.config.path_of(self.written, key), *below), message)

@@ -17,7 +17,7 @@ from mtl.data import num_batches
 from mtl.freeze import FreezePlan
 from mtl.optim.balance.balance import Balance
 from mtl.patterns.module_tree import named_modules
-from mtl.phases.freeze_rules import FreezeResolver, PhaseFreeze, ResolveContext, frozen_always
+from mtl.phases.freeze_rules import FreezeResolver, PhaseFreeze, PhaseResolver, ResolveContext, frozen_always
 from mtl.phases.groups import GroupResolver
 from mtl.phases.metrics import SCORE
 from mtl.phases.phase_length import PhaseLength
@@ -123,15 +123,11 @@ def _attempt(mistakes: list[str], part: Callable[[], _Result]) -> _Result | None
         return None
 
 
-class _Resolver:
+class _Resolver(PhaseResolver):
     """Resolves one written phase."""
 
     def __init__(self, context: ResolveContext, written: WrittenPhase, always: list[str]) -> None:
-        self.context = context
-        self.config = context.config
-        self.root = context.root
-        self.written = written
-        self.phase_config = written.config
+        super().__init__(context, written)
         self.always = always
         self.optim = self.config.optim_of(self.phase_config)
         self.batch_size = self.phase_config.batch_size or self.config.data.batch_size
@@ -191,10 +187,10 @@ class _Resolver:
             return direction
         if not isinstance(schedule, OneCycleConfig) and schedule.warmup_steps >= num_steps:
             message = f"expected fewer than the phase's {num_steps} steps, got {schedule.warmup_steps}"
-            raise self._mistake_about("lr_schedule", message, "warmup_steps")
+            raise self.mistake_about("lr_schedule", message, "warmup_steps")
         never = f"is judged after whole passes of {self.steps_per_epoch} steps, but the phase has {num_steps} steps"
         if isinstance(schedule, PlateauConfig) and num_steps < self.steps_per_epoch:
-            raise self._mistake_about("lr_schedule", f"a plateau {never}")
+            raise self.mistake_about("lr_schedule", f"a plateau {never}")
         if num_steps < self.steps_per_epoch and length.metrics:
             raise self.config.mistake((*self.written.path, "until"), f"a metric {never}")
         return direction
@@ -244,6 +240,3 @@ class _Resolver:
     def _sharing(self, tasks: Sequence[str], plan: FreezePlan) -> tuple[str, ...]:
         trained = {name for name in plan.names.trainable if name.startswith("trunk.")}
         return tuple(task for task in tasks if not trained.isdisjoint(self.context.reached[task]))
-
-    def _mistake_about(self, key: str, message: str, *below: str) -> ConfigError:
-        return self.config.mistake((*self.config.path_of(self.written, key), *below), message)
