@@ -16,7 +16,7 @@ from mtl.phases.resolve import Phase
 from mtl.runtime.console import logger
 from mtl.runtime.tensors import gathered, is_sharded
 from mtl.training.phase import ActivePhase
-from mtl.training.resume import Resumption, frozen_names
+from mtl.training.resume import Resumption
 from mtl.training.setup import RunSetup
 from mtl.training.state import RunState
 
@@ -71,13 +71,13 @@ class CheckpointWriter:
         Raises:
             SaveError: The disk does not take it; those before are as they were.
         """
-        world, root, phase, optim = self._world, self._setup.root, active.phase, active.optim
+        world, root, optim = self._world, self._setup.root, active.optim
         if optim is not None:
             optim.keep_state(state)
         plain = state.to_json(row, None if optim is None else optim.lr_schedule.state_dict())
         every = self._setup.config.checkpoint.keep_every_epochs
         for_good = every is not None and state.steps_in_epoch is None and optim is not None and state.epoch % every == 0
-        frozen, names = frozen_names(phase), ["last", *links]
+        frozen, names = plain["frozen"], ["last", *links]
         with state.averaged():
             tensors = state.tensors(statistics or {})
             if self._in_shards:

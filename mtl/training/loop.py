@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import math
 from collections.abc import Generator, Iterator, Sequence
-from contextlib import closing, contextmanager, nullcontext
+from contextlib import AbstractContextManager, closing, contextmanager, nullcontext
 from itertools import islice
 from pathlib import Path
 from typing import Any
@@ -13,7 +13,7 @@ import torch
 from torch import Tensor
 from torch.amp import GradScaler
 
-from mtl.audit import GradientAudit, HoldsParameters
+from mtl.audit import GradientAudit, HoldsParameters, PhaseRecord
 from mtl.data import Batch, Loading, num_batches, training_batches
 from mtl.distributed.world import ALONE, World
 from mtl.freeze import enforce
@@ -106,7 +106,7 @@ class Trainer:
             # Only trainable parameters are in the optimizer: neither decay nor momentum can reach the others.
             optim = None if phase.config.evaluate_only else PhaseOptimizer(setup, phase, state, self.sync.world)
         guard = None if setup.config.not_finite == "raise" else StepGuard(setup.root, phase.balance)
-        active = ActivePhase(phase, optim, guard)
+        active = ActivePhase(phase, {name: setup.tasks[name] for name in phase.tasks}, optim, guard)
         with self._audited(active) as record:
             self.log.audit(self.audit.report)  # the file says: begun, nothing proven yet
             with rng_unchanged(setup.device):
@@ -154,7 +154,7 @@ class Trainer:
         phase, step, rows = active.phase, self.state.step + 1, list[Tensor]()
         if active.guard is not None:
             active.guard.before()
-        shares = self.sync.shares(window, {name: self.setup.tasks[name] for name in phase.tasks})
+        shares = self.sync.shares(window, active.tasks)
         for batch, share in zip(window, shares, strict=True):
             # Gradients are averaged over the processes with those of the window's last batch.
             with nullcontext() if batch is window[-1] else optim.replica.no_sync():
@@ -269,8 +269,7 @@ class Trainer:
             state.train_s,
         )
 
-    @contextmanager
-    def _audited(self, active: ActivePhase) -> Iterator[Any]:
+    def _audited(self, active: ActivePhase) -> AbstractContextManager[PhaseRecord]:
         """The audit's phase. It receives patterns, not the plan: it draws the contract itself, and fingerprints it."""
         phase, freeze = active.phase, active.phase.freeze
         optimizers: list[HoldsParameters] = []
@@ -280,8 +279,7 @@ class Trainer:
         patterns = [text_of(pattern) for pattern in freeze.patterns]
         # What no active task reaches is frozen, unless the user lets it be: then it is not asked to train.
         idle = () if self.setup.config.unreached == "freeze" else freeze.unreached
-        with self.audit.phase(phase.name, patterns, optimizers, idle, freeze.written_at) as record:
-            yield record
+        return self.audit.phase(phase.name, patterns, optimizers, idle, freeze.written_at)
 
     def _batches(self, phase: Phase) -> Generator[Batch]:
         """The batches of the epoch that are left; images whose features are kept are not read."""

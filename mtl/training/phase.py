@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from collections.abc import Mapping
 from dataclasses import dataclass, field
 
 from torch import Tensor
@@ -12,6 +13,7 @@ from mtl.optim.lr_schedule import LrSchedule
 from mtl.optim.optimizers import build_optimizer, parameters_of
 from mtl.phases.resolve import Phase
 from mtl.runtime.console import logger
+from mtl.tasks import Task
 from mtl.training.nonfinite import StepGuard
 from mtl.training.setup import RunSetup
 from mtl.training.state import RunState
@@ -61,12 +63,14 @@ class ActivePhase:
 
     Attributes:
         phase: The phase, resolved.
+        tasks: The tasks whose losses are active, by name.
         optim: What steps its parameters; None if it only evaluates.
         guard: Takes a step back whose loss or gradient is not finite, where `not_finite` says so.
         log: The steps of the epoch.
     """
 
     phase: Phase
+    tasks: Mapping[str, Task]
     optim: PhaseOptimizer | None
     guard: StepGuard | None
     log: StepLog = field(init=False)

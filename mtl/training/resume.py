@@ -22,14 +22,13 @@ from mtl.patterns import text_of
 from mtl.phases.resolve import Phase
 from mtl.phases.scheduler import PhaseChange, TaskScheduler
 from mtl.runtime.console import logger
-from mtl.training.best_checkpoints import BestWeights
 from mtl.training.history import History, as_of_today, differences_from, history_from
 from mtl.training.run_dir import resumes_in_place
 from mtl.training.setup import RunSetup
 
 _NEEDED = (
     *("step", "epoch", "change", "audit", "scores", "metrics_bytes", "train_s", "wandb_id", "features", "num_skipped"),
-    "lr_schedule",
+    *("lr_schedule", "best"),
 )
 
 
@@ -136,9 +135,9 @@ def _find(config: RunConfig) -> ResumeSource | None:
         )
     if config.resume == "auto":
         folder = config.run_dir / "checkpoints"
-        if not in_place or not newest_first(folder):
+        if not in_place or not (folders := newest_first(folder)):
             return None
-        return ResumeSource(folder, False, True, *_newest_state(config, newest_first(folder)))
+        return ResumeSource(folder, False, True, *_newest_state(config, folders))
     path = Path(config.resume)
     if folders := newest_first(path / "checkpoints"):
         return ResumeSource(path / "checkpoints", False, in_place, *_newest_state(config, folders))
@@ -240,7 +239,6 @@ def _check(folder: Path, state: Mapping[str, Any], setup: RunSetup, in_place: bo
     scheduler = TaskScheduler([phase.length for phase in setup.phases])
     try:
         scheduler.load_state_dict(state["scheduler"])
-        BestWeights(phase.restore for phase in setup.phases).load_state_dict(state["best"])
     except ValueError as error:
         done = state["scheduler"]
         phase = names[min(done["index"], len(names) - 1)]

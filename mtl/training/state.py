@@ -31,6 +31,7 @@ from mtl.training.features import FeatureSource
 from mtl.training.history import UNKNOWN, History
 from mtl.training.resume import Resumption, frozen_names
 from mtl.training.setup import RunSetup
+from mtl.training.step_sync import load_buffers
 from mtl.training.tracking.tracker import Tracker
 
 
@@ -259,9 +260,7 @@ class RunState:
             return
         own = every[self.world.rank]
         set_random_state(own["random"], self.setup.device)
-        with torch.no_grad():
-            for name, value in own["statistics"].items():
-                self.setup.root.get_buffer(name).copy_(value)
+        load_buffers(self.setup.root, own["statistics"])
 
     def _of_every_process(self, own: dict[str, Any]) -> list[dict[str, Any]]:
         if self.world.is_alone:

@@ -96,6 +96,11 @@ class StepSync:
         own = {name: root.get_buffer(name).clone() for name in names}
         self.average_statistics(root, plan)
         yield own
-        with torch.no_grad():
-            for name, value in own.items():
-                root.get_buffer(name).copy_(value)
+        load_buffers(root, own)
+
+
+@torch.no_grad()
+def load_buffers(root: nn.Module, values: Mapping[str, Tensor]) -> None:
+    """Copies values, such as a rank's own norm statistics, into the buffers of their names."""
+    for name, value in values.items():
+        root.get_buffer(name).copy_(value)
