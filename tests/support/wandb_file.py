@@ -16,17 +16,26 @@ BLOCK, HEADER = 32768, 7
 FULL, FIRST, MIDDLE, LAST = 1, 2, 3, 4
 
 
+class IncompleteRecordError(Exception):
+    """The file's last record is not whole: it is being written, or was damaged."""
+
+
 def read_records(file: Path) -> Iterator[Record]:
     content = file.read_bytes()
+    if len(content) < HEADER:
+        raise IncompleteRecordError(file)
     assert content[:4] == b":W&B"
     position, parts = HEADER, []
     while position < len(content):
         if BLOCK - position % BLOCK < HEADER:
             position += BLOCK - position % BLOCK
             continue
+        if len(content) - position < HEADER:
+            raise IncompleteRecordError(file)
         checksum, length, kind = struct.unpack("<IHB", content[position : position + HEADER])
         data = content[position + HEADER : position + HEADER + length]
-        assert zlib.crc32(bytes([kind]) + data) == checksum, "a damaged record"
+        if zlib.crc32(bytes([kind]) + data) != checksum:
+            raise IncompleteRecordError(file)
         position += HEADER + length
         assert kind in (FULL, FIRST, MIDDLE, LAST)
         parts.append(data)
@@ -70,7 +79,15 @@ def offline_file(folder: Path, timeout_s: float = 600) -> Path:
     """The file of a run that has been finished; wandb's own process writes it, perhaps a moment later."""
     (file,) = folder.glob("wandb/offline-run-*/*.wandb")
     deadline = time.monotonic() + timeout_s
-    while not any(record.WhichOneof("record_type") == "exit" for record in read_records(file)):
+    while not _is_complete(file):
         assert time.monotonic() < deadline, f"{file} is not complete after {timeout_s} s"
         time.sleep(0.05)
     return file
+
+
+def _is_complete(file: Path) -> bool:
+    """Whether every record is whole and the last ones, among them that of the exit, are there."""
+    try:
+        return "exit" in [record.WhichOneof("record_type") for record in read_records(file)]
+    except IncompleteRecordError:
+        return False
