@@ -12,8 +12,10 @@ from pathlib import Path
 
 import pytest
 
+import forks
 import mtl
 from mtl.runtime.version import __version__
+from processes import HANGS_S
 from runs import read_metrics, tiny_config
 
 ROOT = Path(__file__).parent.parent
@@ -56,8 +58,8 @@ def test_training_from_python_is_what_the_command_does_and_returns_what_came_out
     file = tiny_config(tmp_path)
     outcome = mtl.train(file, "phases.finetune.steps=1", quiet=True)
     assert outcome.report.ok and list(outcome.scores) == ["warm-heads", "finetune"]
-    command = [sys.executable, "-m", "mtl", "train", str(file), "-q", "phases.finetune.steps=1", "name=other"]
-    subprocess.run(command, check=True, cwd=tmp_path, env=None)
+    command = ["-m", "mtl", "train", str(file), "-q", "phases.finetune.steps=1", "name=other"]
+    forks.run(command, timeout=HANGS_S, check=True, cwd=tmp_path)
     rows = [
         [{key: value for key, value in row.items() if not key.startswith("perf/")} for row in read_metrics(run_dir)]
         for run_dir in (outcome.run_dir, tmp_path / "runs/other")

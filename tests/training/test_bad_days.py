@@ -18,6 +18,7 @@ from typing import Any
 import pytest
 import torch
 
+import forks
 import wandb_file
 from crashes import SHORT, assert_same, crashed, go_on, results
 from mtl.cli import main
@@ -43,14 +44,7 @@ def command(file: Path, *overrides: str, before: str = "") -> list[str]:
 
 
 def run(file: Path, *overrides: str, before: str = "") -> subprocess.CompletedProcess[str]:
-    return subprocess.run(
-        command(file, *overrides, before=before),
-        capture_output=True,
-        text=True,
-        timeout=HANGS_S,
-        check=False,
-        env=os.environ | {"PYTHONPATH": str(ROOT), "OMP_NUM_THREADS": "1"},
-    )
+    return forks.run(command(file, *overrides, before=before)[1:], timeout=HANGS_S)
 
 
 def ended_well(said: subprocess.CompletedProcess[str], code: int) -> str:
@@ -87,9 +81,9 @@ mtl.{module}.{name} = fill
 """
 MOMENTS = {
     "a checkpoint": {"module": "checkpoint.folder", "name": "Checkpoints._write", "number": 4, "condition": "True"},
-    "the metrics": {"module": "tracking", "name": "Tracker.log", "number": 6, "condition": "True"},
+    "the metrics": {"module": "training.tracking.tracker", "name": "Tracker.log", "number": 6, "condition": "True"},
     "the audit": {
-        "module": "trainer",
+        "module": "training.loop",
         "name": "write_json",
         "number": 2,
         "condition": "str(arguments[0]).endswith('audit.json')",

@@ -5,17 +5,18 @@ from __future__ import annotations
 import json
 import shutil
 import subprocess
-import sys
 from pathlib import Path
 
 import pytest
 
+import forks
 from fsdp_runs import DCP, SPREAD, check_same, losses, run, run_alone, write_config
 from mtl.audit.offline.run import audit_run
 from mtl.config import load_config
 from mtl.config.source import ConfigError
 from mtl.distributed.world import World
 from mtl.training.setup import assemble
+from processes import HANGS_S
 
 
 @pytest.mark.slow
@@ -38,7 +39,7 @@ def test_a_run_of_two_processes_is_that_of_one_with_half_of_the_parameters_each(
     assert audit_run(in_shards).num_tensors == audit_run(run_dir).num_tensors and audit_run(in_shards).ok
     assert (in_shards / "report.html").exists()
     script = Path(__file__).parents[2] / "scripts/plain_checkpoint.py"
-    subprocess.run([sys.executable, str(script), str(last), str(tmp_path / "converted")], check=True)
+    forks.run([str(script), str(last), str(tmp_path / "converted")], timeout=HANGS_S, check=True)
     for file in plain.glob("*.safetensors"):
         assert (tmp_path / "converted" / file.name).read_bytes() == file.read_bytes(), file.name
 

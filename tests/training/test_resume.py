@@ -3,17 +3,18 @@
 from __future__ import annotations
 
 import json
-import os
 import signal
 import subprocess
-import sys
 from pathlib import Path
 from typing import Any
 
 import pytest
 import torch
 
+import forks
+import killed_run
 from crashes import SHORT, assert_same, crashed, go_on, results, run_whole
+from forks import Forked
 from mtl.audit import AuditError, GradientAudit
 from mtl.cli import main
 from mtl.config import ConfigError, load_config
@@ -22,8 +23,6 @@ from mtl.training.run_dir import MARK, claimed_run_dir
 from processes import HANGS_S, wait_until
 from runs import TINY, read_metrics, tiny_config, tiny_parts
 
-ROOT = Path(__file__).parents[2]
-SUPPORT = ROOT / "tests/support"
 # All that has a state of its own: kept features, a kept prefix, views of images, accumulation, averages, moments that
 # rest, three kinds of balancing, random depths, a rate that waits for a plateau, weights that are gone back to.
 PHASES: list[dict[str, Any]] = [
@@ -69,14 +68,7 @@ def test_a_run_that_is_killed_at_random_moments_ends_with_the_bits_of_one_that_n
     tmp_path: Path, whole: Path, seed: int
 ) -> None:
     file = tiny_config(tmp_path, **EVERYTHING)
-    killed = subprocess.run(
-        [sys.executable, str(SUPPORT / "killed_run.py"), str(file), str(seed), "16"],
-        capture_output=True,
-        text=True,
-        check=False,
-        timeout=HANGS_S,
-        env={**os.environ, "PYTHONPATH": f"{ROOT}:{SUPPORT}"},
-    )
+    killed = forks.run([killed_run.__file__, str(file), str(seed), "16"], timeout=HANGS_S)
     assert killed.returncode == 0, killed.stderr[-2000:]
     # Between them is what the runs warn of.
     deaths = [json.loads(line) for line in killed.stdout.splitlines() if line.startswith("{")]
@@ -240,15 +232,15 @@ def test_a_signal_saves_within_the_step_and_the_run_goes_on_to_the_same_bits(
     tmp_path: Path, whole: Path, asked: signal.Signals
 ) -> None:
     file = tiny_config(tmp_path, **{**EVERYTHING, "checkpoint": {"keep_every_epochs": 4}})
-    command = [sys.executable, "-m", "mtl", "train", str(file), "-q", "resume=auto"]
-    process = subprocess.Popen(command, stderr=subprocess.PIPE, text=True)
+    command = ["-m", "mtl", "train", str(file), "-q", "resume=auto"]
+    process = Forked(command, stderr=subprocess.PIPE)
     metrics = tmp_path / "runs/tiny/metrics.jsonl"
     wait_until(lambda: metrics.exists() and metrics.read_text().count("\n") > 20)
     process.send_signal(asked)
     _, said = process.communicate(timeout=HANGS_S)
     assert process.returncode == 1
     assert f"stopped by {asked.name} after step" in said and "to go on: the same command with resume=auto" in said
-    assert main(command[3:]) == 0
+    assert main(command[2:]) == 0
     assert_same(tmp_path / "runs/tiny", whole)
 
 
