@@ -24,6 +24,7 @@ import sys
 import tempfile
 import threading
 import types
+import weakref
 from collections.abc import Iterator
 from contextlib import contextmanager, suppress
 from importlib import import_module
@@ -64,6 +65,9 @@ class Request:
         os.environ.clear()
         os.environ.update(self.env)
         random.seed()
+        # A temporary folder that was made in an import, as wandb does, is the server's to remove.
+        for finalizer in [*weakref.finalize._registry]:  # type: ignore[attr-defined]
+            finalizer.atexit = False
         for name, number, mode in (("stdin", 0, "r"), ("stdout", 1, "w"), ("stderr", 2, "w")):
             by_line = number == 2 or self.arguments[0] == "-u"
             stream = open(number, mode, 1 if by_line else -1, closefd=False)  # noqa: SIM115
@@ -225,6 +229,7 @@ def main(place: str) -> None:
         sys.stdout.flush()
         request = serve(listener, os.dup(0))
     if request is None:
+        atexit._run_exitfuncs()
         os._exit(0)
     if [*request.arguments[:2]] == TORCHRUN:
         request = serve_torchrun() or request
