@@ -65,9 +65,11 @@ class Request:
         os.environ.clear()
         os.environ.update(self.env)
         random.seed()
-        # A temporary folder that was made in an import, as wandb does, is the server's to remove.
+        # wandb makes a temporary folder when it is imported, and removes it when it ends: each fork has its own.
         for finalizer in [*weakref.finalize._registry]:  # type: ignore[attr-defined]
             finalizer.atexit = False
+        made = import_module("wandb.sdk.data_types._private").MEDIA_TMP
+        made.__init__("wandb-media")  # type: ignore[misc]
         for name, number, mode in (("stdin", 0, "r"), ("stdout", 1, "w"), ("stderr", 2, "w")):
             by_line = number == 2 or self.arguments[0] == "-u"
             stream = open(number, mode, 1 if by_line else -1, closefd=False)  # noqa: SIM115
