@@ -169,7 +169,8 @@ def serve_torchrun() -> Request | None:
     listener.bind(str(place))
     listener.listen()
     until, held = os.pipe()
-    if os.fork() == 0:
+    child = os.fork()
+    if child == 0:
         os.close(held)
         # torchrun's own signals are not its.
         os.setsid()
@@ -187,7 +188,12 @@ def serve_torchrun() -> Request | None:
         streams = (handler._stdout, handler._stderr)
         return Forked(arguments[1:], *streams, env=environment, new_session=True, server=place)
 
+    def end_server() -> None:
+        os.close(held)
+        os.waitpid(child, 0)
+
     SubprocessHandler._popen = popen
+    atexit.register(end_server)
     return None
 
 
