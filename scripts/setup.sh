@@ -4,7 +4,7 @@
 #
 # An active environment that has all modules is used as it is. Otherwise the project's own .venv is used, and made or
 # brought up to date first if need be. A stamp in .venv, written last, says what was installed from which setup.cfg: a
-# .venv without any stamp comes from an interrupted set-up and is made anew. Set-ups that run at once wait for each other.
+# .venv without any stamp comes from an interrupted set-up and is made again. Set-ups that run at once wait for each other.
 
 PROJECT=$(cd "$(dirname "${BASH_SOURCE[0]}")/.." && pwd)
 # The code is this checkout's, whatever the environment may have installed, and wherever the script is called from.

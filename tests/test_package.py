@@ -12,8 +12,10 @@ from pathlib import Path
 
 import pytest
 
+import forks
 import mtl
 from mtl.runtime.version import __version__
+from processes import HANGS_S
 from runs import read_metrics, tiny_config
 
 ROOT = Path(__file__).parent.parent
@@ -56,8 +58,8 @@ def test_training_from_python_is_what_the_command_does_and_returns_what_came_out
     file = tiny_config(tmp_path)
     outcome = mtl.train(file, "phases.finetune.steps=1", quiet=True)
     assert outcome.report.ok and list(outcome.scores) == ["warm-heads", "finetune"]
-    command = [sys.executable, "-m", "mtl", "train", str(file), "-q", "phases.finetune.steps=1", "name=other"]
-    subprocess.run(command, check=True, cwd=tmp_path, env=None)
+    command = ["-m", "mtl", "train", str(file), "-q", "phases.finetune.steps=1", "name=other"]
+    forks.run(command, timeout=HANGS_S, check=True, cwd=tmp_path)
     rows = [
         [{key: value for key, value in row.items() if not key.startswith("perf/")} for row in read_metrics(run_dir)]
         for run_dir in (outcome.run_dir, tmp_path / "runs/other")
@@ -89,12 +91,12 @@ TEXTS = [
 
 
 @pytest.mark.parametrize("file", TEXTS)
-def test_nothing_tells_to_install_another_program_called_mtl(file: str) -> None:
+def test_nothing_says_to_install_another_program_called_mtl(file: str) -> None:
     found = re.findall(r".*install[^\n]*[\s'\"]mtl(?:\[|[\s'\"]|$).*", (ROOT / file).read_text(encoding="utf-8"))
     assert found == []
 
 
-def test_what_an_installation_leaves_beside_the_code_is_ignored_by_git() -> None:
+def test_what_an_installation_leaves_next_to_the_code_is_ignored_by_git() -> None:
     done = subprocess.run(
         ["git", "check-ignore", "mtl_freeze.egg-info/PKG-INFO"], cwd=ROOT, capture_output=True, text=True, check=False
     )

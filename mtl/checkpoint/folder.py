@@ -107,8 +107,7 @@ class Checkpoints:
     ) -> None:
         """As `save`, of a sharded module: each process writes its shards. All have to call it.
 
-        The checkpoint takes its place once all have written. Of what is not spread, and of folders and links, the first
-        process takes care.
+        The checkpoint takes its place once all have written. Rank 0 writes what is not sharded, the folders and links.
         """
         content = collect_shards(module, frozen, optimizer_state, state, world)
         target = self._of(state["step"])

@@ -28,7 +28,7 @@ def add_parser(verbs: Verbs) -> None:
 
 
 def run(options: argparse.Namespace, _: Attempt) -> int:
-    """Proves a finished run again from its own files, or tells which tensors of two checkpoints differ in a bit."""
+    """Proves a finished run again from its own files, or names the tensors of two checkpoints that differ in a bit."""
     paths, freeze = options.paths, options.freeze
     if len(paths) > 2 or (len(paths) == 1 and freeze):
         return refuse("expected a run directory alone, or two checkpoints and --freeze PATTERN ...")

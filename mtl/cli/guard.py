@@ -83,7 +83,7 @@ def _open_closed_streams() -> None:
         if getattr(sys, name) is None:
             # A write to standard output fails as it would if it were closed; one to standard error has no reader.
             number = os.open(os.devnull, os.O_WRONLY if name == "stderr" else os.O_RDONLY)
-            setattr(sys, name, open(number, mode, closefd=False))  # noqa: SIM115  a descriptor, for good
+            setattr(sys, name, open(number, mode, closefd=False))  # noqa: SIM115  a descriptor, permanently
 
 
 def _explain(error: Exception, attempt: Attempt) -> int | None:

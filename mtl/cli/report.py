@@ -39,9 +39,9 @@ def run(options: argparse.Namespace, _: Attempt) -> int:
     from mtl.training.setup import assemble
 
     # Only the architecture is needed: the weights are the run's own.
-    parts = assemble(load_config(run_dir / "config.yaml", ["trunk.weights=none", "device=auto"]))
+    setup = assemble(load_config(run_dir / "config.yaml", ["trunk.weights=none", "device=auto"]))
     try:
-        page = write_report(parts, run_dir, picture)
+        page = write_report(setup, run_dir, picture)
     except OSError as error:
         return refuse(f"{error.filename or run_dir} cannot be written: {error.strerror}")
     print_out(str(page))

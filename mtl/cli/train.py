@@ -89,41 +89,41 @@ def run_config(file: Path, overrides: Sequence[str], quiet: bool, attempt: Attem
     show_log(quiet or not world.is_main, only_errors=not world.is_main)
     config, source = resumed_config(config)
     attempt.config = config
-    parts = assemble(config, quiet, world, begins=source is None)
-    attempt.plan = parts.plan
-    logger.info(short_plan(parts.plan, line_width(sys.stdout)))
-    outcome = train(parts, quiet, world, source)
+    setup = assemble(config, quiet, world, begins=source is None)
+    attempt.plan = setup.plan
+    logger.info(short_plan(setup.plan, line_width(sys.stdout)))
+    result = train(setup, quiet, world, source)
     attempt.is_trained = True
-    if outcome.asked_to_end and world.is_alone:
+    if result.asked_to_end and world.is_alone:
         # It came too late to end training; what is left is the report.
-        raise KeyboardInterrupt(outcome.asked_to_end)
-    return outcome, _close(parts, outcome, world)
+        raise KeyboardInterrupt(result.asked_to_end)
+    return result, _close(setup, result, world)
 
 
-def _close(parts: RunSetup, outcome: RunResult, world: World) -> bool:
+def _close(setup: RunSetup, result: RunResult, world: World) -> bool:
     """Logs a run's result, and leaves the other processes; whether the audit is clean in all of them."""
     from mtl.checkpoint.run_files import RunFileError
     from mtl.results.report import write_report
     from mtl.results.summary import closing_line, results_table, verdict
     from mtl.runtime.console import line_width, logger
 
-    is_clean = not world.all_reduce_flags(broken=not outcome.report.ok).broken
+    is_clean = not world.all_reduce_flags(broken=not result.report.ok).broken
     if world.is_main:
-        main = {name: task.goal.metric for name, task in parts.tasks.items()}
-        logger.info(results_table(outcome, main, line_width(sys.stdout)))
-        logger.log(logging.INFO if outcome.report.ok else logging.ERROR, verdict(outcome))
-        logger.info(closing_line(outcome))
-        if outcome.report.ok and not is_clean:
-            logger.error(f"audit: another rank found the freeze broken; see {outcome.run_dir}/audit.rank-N.json")
+        main = {name: task.goal.metric for name, task in setup.tasks.items()}
+        logger.info(results_table(result, main, line_width(sys.stdout)))
+        logger.log(logging.INFO if result.report.ok else logging.ERROR, verdict(result))
+        logger.info(closing_line(result))
+        if result.report.ok and not is_clean:
+            logger.error(f"audit: another rank found the freeze broken; see {result.run_dir}/audit.rank-N.json")
         # Last, since all else is on disk by now: a drawing that fails costs nothing.
-        kept = "last" if math.isnan(outcome.best_score) else "{best,last}"
+        kept = "last" if math.isnan(result.best_score) else "{best,last}"
         files = [f"checkpoints/{kept}", "metrics.jsonl", "audit.json", "plan.json", "config.yaml"]
         try:
-            files.insert(0, write_report(parts, outcome.run_dir).name)
+            files.insert(0, write_report(setup, result.run_dir).name)
         except (OSError, RunFileError) as error:
             reason = error.strerror if isinstance(error, OSError) else error
-            logger.warning(f"report.html cannot be written ({reason}); to write it later: mtl report {outcome.run_dir}")
-        logger.info(f"{outcome.run_dir}: {', '.join(files)}")
+            logger.warning(f"report.html cannot be written ({reason}); to write it later: mtl report {result.run_dir}")
+        logger.info(f"{result.run_dir}: {', '.join(files)}")
     # torchrun ends all processes as soon as one has failed.
     world.barrier()
     world.close()

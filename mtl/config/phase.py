@@ -81,12 +81,12 @@ class UntilConfig(Strict):
         check_one_of(self, kinds)
         for key in ("patience", "min_delta", "direction"):
             if getattr(self, key) is not None and self.plateau is None:
-                raise PydanticCustomError("until", f"Input should have {key} only beside plateau")
+                raise PydanticCustomError("until", f"Input should have {key} only with plateau")
         marks = [key for key in ("at_least", "at_most") if getattr(self, key) is not None]
         if self.metric is not None and len(marks) != 1:
-            raise PydanticCustomError("until", "Input should have either at_least or at_most beside metric")
+            raise PydanticCustomError("until", "Input should have either at_least or at_most with metric")
         if self.metric is None and marks:
-            raise PydanticCustomError("until", f"Input should have {marks[0]} only beside metric")
+            raise PydanticCustomError("until", f"Input should have {marks[0]} only with metric")
         return self
 
 
@@ -108,7 +108,7 @@ class RestoreConfig(Strict):
     @model_validator(mode="after")
     def _metric_goes_with_best(self) -> RestoreConfig:
         if self.which == "last" and not self.metric == self.direction is None:
-            raise PydanticCustomError("restore", "Input should have metric and direction only beside best")
+            raise PydanticCustomError("restore", "Input should have metric and direction only with best")
         return self
 
 
@@ -118,14 +118,14 @@ class PhaseConfig(Strict):
     Attributes:
         name: Its name in logs, plan and audit; no two phases have the same.
         freeze: Patterns of what is frozen; if neither this nor `train` is set, everything trains.
-        train: Patterns of what trains; everything else is frozen. Refused with `freeze`.
+        train: Patterns of what is trained; everything else is frozen. Refused with `freeze`.
         epochs: Length in epochs (passes over the training data).
         steps: Length in optimizer steps.
         until: A condition that ends the phase; requires `max_epochs` or `max_steps`.
         max_epochs: At most this many epochs. Refused without `until`.
         max_steps: At most this many steps. Refused without `until`.
         evaluate_only: Everything is frozen, no step is made, and the model is validated once. Refused with every key
-            that says what trains or how: `freeze`, `train`, `tasks`, `lr`, `layer_decay`, `optimizer`, `lr_schedule`,
+            of what is trained or how: `freeze`, `train`, `tasks`, `lr`, `layer_decay`, `optimizer`, `lr_schedule`,
             `weight_decay`, `balance`, and `optimizer_state: reset`.
         tasks: The tasks whose losses are active; all if not set. All tasks are validated.
         lr: `optim.lr` of this phase.
@@ -171,16 +171,16 @@ class PhaseConfig(Strict):
         check_one_of(self, ["epochs", "steps", "until", "evaluate_only"])
         limited = self.max_epochs is not None or self.max_steps is not None
         if self.until is not None and not limited:
-            raise PydanticCustomError("length", "Input should have max_epochs or max_steps beside until")
+            raise PydanticCustomError("length", "Input should have max_epochs or max_steps with until")
         if self.until is None and limited:
-            raise PydanticCustomError("length", "Input should have max_epochs and max_steps only beside until")
+            raise PydanticCustomError("length", "Input should have max_epochs and max_steps only with until")
         if self.evaluate_only and self.optimizer_state == "reset":
-            raise PydanticCustomError("length", "Input should have no optimizer_state beside evaluate_only")
+            raise PydanticCustomError("length", "Input should have no optimizer_state with evaluate_only")
         for key in _OF_TRAINING if self.evaluate_only else ():
             if getattr(self, key) is not None:
                 raise PydanticCustomError(
                     "length",
-                    f"Input should have no {key} beside evaluate_only: everything is frozen, and nothing stepped",
+                    f"Input should have no {key} with evaluate_only: everything is frozen, and nothing stepped",
                 )
         return self
 

@@ -19,7 +19,7 @@ from mtl.data import multifashion, scenes, sprites
 from mtl.data.augment import View, draw_view
 from mtl.data.cache import DataError, cached, default_cache_dir, entry_of
 from mtl.data.dataset import Batch, Split
-from mtl.data.loading import Loading, training_batches, validation_batches, validation_rounds
+from mtl.data.loading import Loading, training_batches, validation_batches, validation_rounds, windows
 from mtl.data.room import bytes_of, check_disk, check_image, check_memory
 from mtl.data.samplers import num_batches
 from mtl.data.sprites import load_sprites
@@ -43,6 +43,7 @@ __all__ = [
     "training_batches",
     "validation_batches",
     "validation_rounds",
+    "windows",
 ]
 
 

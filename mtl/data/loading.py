@@ -8,6 +8,7 @@ from collections.abc import Generator, Iterator
 from concurrent.futures import ThreadPoolExecutor
 from contextlib import closing
 from dataclasses import dataclass
+from itertools import islice
 from multiprocessing import connection
 from multiprocessing.process import BaseProcess
 from typing import Any, TypeVar
@@ -76,6 +77,12 @@ def training_batches(
     """
     # Not a generator itself, so that a mistake is raised by the call.
     return _load(split, EpochSampler(len(split), batch_size, seed, epoch, skip, world), world.rank, view, loading)
+
+
+def windows(batches: Iterator[Batch], size: int) -> Iterator[list[Batch]]:
+    """Groups batches whose gradients make one step; the last group of an epoch may be smaller."""
+    while window := list(islice(batches, size)):
+        yield window
 
 
 def validation_batches(split: Split, batch_size: int) -> Iterator[Batch]:

@@ -165,7 +165,7 @@ def _draw_floor(canvas: _Canvas, room: _Room, rays: Array) -> None:
     x, z = rays[0] * t, rays[2] * t
     checker = room.checker[:, None, None]
     odd = (np.floor(x / checker) + np.floor(z / checker)) % 2 == 1
-    # A soft contact shadow under every garment tells where it stands.
+    # A soft contact shadow under every garment shows where it stands.
     light = np.ones_like(t)
     for k in range(MAX_OBJECTS):
         base_x, _, base_z = room.base[:, k].T[:, :, None, None]

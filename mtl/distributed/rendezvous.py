@@ -1,7 +1,7 @@
 """Rendezvous of the processes of one start, although torchrun may have started others before them.
 
 torchrun keeps one store over all its restarts, and in it the addresses of processes that have ended (pytorch issue
-135712). Its count of restarts cannot tell starts apart: each machine counts its own. So every start has its own name.
+135712). Its count of restarts does not distinguish starts: each machine counts its own. Hence every start has a name.
 """
 
 from __future__ import annotations

@@ -78,7 +78,7 @@ class World:
         """As torchrun's variables have it; one process if they are not set.
 
         Raises:
-            WorldError: The variables are incomplete, or are no numbers that fit each other.
+            WorldError: The variables are incomplete, or are not numbers that fit each other.
         """
         environment = os.environ if environment is None else environment
         found = {name: environment[name] for name in _VARIABLES if name in environment}

@@ -3,31 +3,17 @@
 from __future__ import annotations
 
 from collections.abc import Callable, Collection, Mapping
-from contextlib import nullcontext
-from pathlib import Path
 from typing import Any
 
-import timm
 import torch
 from einops import rearrange
 from torch import Tensor, nn
 
-from mtl.config import SettingError, TrunkConfig
-from mtl.model.grad_checkpointing import enable_grad_checkpointing
+from mtl.config import TrunkConfig
+from mtl.model.build import build_trunk, features_of
 from mtl.model.heads import DenseHead, VectorHead, build_head
 from mtl.model.prefix import Prefix
-from mtl.model.trunk import Features, FeatureShape, feature_shape, pyramid_levels, read_features
-from mtl.model.weights import (
-    PACKAGED_TRUNK,
-    WeightsError,
-    check_tag,
-    file_weights,
-    hub_or_cache,
-    load_into,
-    packaged_weights,
-)
-from mtl.runtime.console import first_line
-from mtl.runtime.text import hint
+from mtl.model.trunk import Features, read_features
 from mtl.tasks.base import Task
 
 MEMORY_FORMATS = {"contiguous": torch.contiguous_format, "channels_last": torch.channels_last}
@@ -82,10 +68,7 @@ class MultiTaskModel(nn.Module):
         super().__init__()
         trunk = build_trunk(config, image_size)
         dense = any(task.output == "dense" for task in tasks.values())
-        try:
-            self.levels, shape = _probe(trunk, dense, image_size, config)
-        except _UnfitError as error:
-            raise _blamed(error, config, image_size, dense) from error
+        self.levels, shape = features_of(trunk, dense, image_size, config)
         trained_on: Any = trunk.pretrained_cfg
         self.normalize = Normalize(trained_on["mean"], trained_on["std"])
         self.trunk = trunk
@@ -200,114 +183,3 @@ class MultiTaskModel(nn.Module):
 
     def _heads_of(self, tasks: Collection[str] | None) -> dict[str, nn.Module]:
         return {name: head for name, head in self.heads.items() if tasks is None or name in tasks}
-
-
-def build_trunk(config: TrunkConfig, image_size: int) -> nn.Module:
-    """Builds a timm model without a classifier, with the weights that `trunk.weights` names.
-
-    Raises:
-        SettingError: timm knows no such model, or cannot build it with these options and this size.
-        WeightsError: The weights are not available, or do not fit.
-    """
-    if not timm.is_model(config.name):
-        near = hint(config.name, timm.list_models(), most=3, cutoff=0.6)
-        raise SettingError("trunk.name", f"timm knows no model {config.name!r}{near}")
-    check_tag(config.name)
-    options = _options(config, image_size)
-    if config.weights == "packaged" and config.name != PACKAGED_TRUNK:
-        raise WeightsError(
-            f"packaged holds weights of {PACKAGED_TRUNK} only, not of {config.name};"
-            " other choices: hub, none, or the path of a weights file"
-        )
-    # Read before the model is built, so that a missing file fails at once.
-    state = None
-    if config.weights == "packaged":
-        state = packaged_weights()
-    elif config.weights not in ("hub", "none"):
-        state = file_weights(Path(config.weights))
-    try:
-        with hub_or_cache() if config.weights == "hub" else nullcontext():
-            trunk = _create(config.name, pretrained=config.weights == "hub", options=options)
-    except _UnfitError as error:
-        raise _blamed(error, config, image_size, dense=False) from error
-    if state is not None:
-        load_into(trunk, state, config.weights)
-    if config.checkpointing:
-        try:
-            enable_grad_checkpointing(trunk)
-        except (AttributeError, AssertionError, NotImplementedError) as error:
-            message = f"timm does not support it for {config.name!r}; leave it out"
-            raise SettingError("trunk.checkpointing", message) from error
-    return trunk
-
-
-# timm and torch raise them for a user's options and sizes, when a model is built or first run.
-_TIMM_ERRORS = (TypeError, ValueError, AssertionError, RuntimeError, AttributeError, IndexError, KeyError)
-
-
-class _UnfitError(SettingError):
-    """A trunk that cannot be built or run, because of its options or the size of the images."""
-
-
-def _create(name: str, pretrained: bool, options: dict[str, Any]) -> nn.Module:
-    try:
-        trunk: nn.Module = timm.create_model(name, pretrained=pretrained, num_classes=0, **options)
-    except _TIMM_ERRORS as error:
-        if pretrained and isinstance(error, RuntimeError):
-            raise  # no weights for this architecture: hub_or_cache reports it
-        raise _UnfitError("trunk.options", f"timm cannot build {name!r} with {options}: {error}") from error
-    return trunk
-
-
-def _options(config: TrunkConfig, image_size: int) -> dict[str, Any]:
-    """The options for timm; models with a fixed number of tokens need the image size, others take any."""
-    for key, instead in (("pretrained", "set trunk.weights instead"), ("num_classes", "the heads have the classes")):
-        if key in config.options:
-            raise SettingError("trunk.options", f"{key!r} is no option here: {instead}")
-    is_fixed = timm.models.get_pretrained_cfg_value(config.name, "fixed_input_size")
-    return ({"img_size": image_size} if is_fixed else {}) | config.options
-
-
-def _probe(trunk: nn.Module, dense: bool, image_size: int, config: TrunkConfig) -> tuple[list[int], FeatureShape]:
-    """The levels that dense heads read, and the shape of all features."""
-    try:
-        levels = pyramid_levels(trunk) if dense else []
-        return levels, feature_shape(trunk, levels, image_size)
-    except _TIMM_ERRORS as error:
-        key = "trunk.options" if config.options else "trunk.name"
-        raise _UnfitError(
-            key,
-            f"{config.name!r} with options {config.options} gives no features for images of"
-            f" {image_size} x {image_size} pixels with 3 channels: {first_line(error)}",
-        ) from error
-
-
-# Patch sizes, window sizes and strides of nearly all trunks are among these, or divide one of them.
-_GRIDS = (14, 16, 32, 64, 256)
-
-
-def _blamed(error: _UnfitError, config: TrunkConfig, image_size: int, dense: bool) -> SettingError:
-    """The error; blames the image size, with the nearest sizes that fit, if the trunk can run with another size."""
-    usual = timm.models.get_pretrained_cfg_value(config.name, "input_size")
-    if usual is None or not _takes(config, usual[-1], dense):
-        return error
-    below = sorted({image_size // grid * grid for grid in _GRIDS} - {0, image_size}, reverse=True)
-    above = sorted({(image_size // grid + 1) * grid for grid in _GRIDS})
-    nearest = (next((size for size in sizes if _takes(config, size, dense)), None) for sizes in (below, above))
-    fitting = sorted({*(size for size in nearest if size is not None), usual[-1]})
-    return SettingError(
-        "data.image_size",
-        f"{config.name!r} takes no images of {image_size} x {image_size} pixels; sizes that fit:"
-        f" {', '.join(map(str, fitting))} ({error.message})",
-    )
-
-
-def _takes(config: TrunkConfig, image_size: int, dense: bool) -> bool:
-    """Whether a trunk can be built for a size and gives features; tried on the meta device."""
-    try:
-        with torch.device("meta"):
-            trunk = _create(config.name, pretrained=False, options=_options(config, image_size))
-            _probe(trunk, dense, image_size, config)
-    except _UnfitError:
-        return False
-    return True

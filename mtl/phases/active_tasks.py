@@ -63,7 +63,7 @@ def resolve_tasks(
     own, own_match = _select(patterns_of(phase.train or phase.freeze or []), names, tree)
     always, always_match = _select([*patterns_of(config.freeze_always), *classic_patterns(config)], names, tree)
     frozen = always.union(untrainable_parameters(model))
-    # `train` lists what trains, `freeze` what does not.
+    # `train` lists what is trained, `freeze` what is not.
     trainable = [name for name in names if (name in own) == (phase.train is not None) and name not in frozen]
     if own_match and always_match:
         tasks = tuple(task for task in tasks if not reached[task].isdisjoint(trainable)) or tasks

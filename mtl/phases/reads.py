@@ -48,7 +48,7 @@ def reads_of(
     keys.add(("data", "batch_size") if phase.batch_size is None else (*written.path, "batch_size"))
     keys.add(("cache", "mode") if phase.cache is None else (*written.path, "cache"))
     mode = phase.cache or config.cache.mode
-    # Whether or not they are kept, so many views are taken in turn: a run without a cache ends with the same bits.
+    # Whether or not they are kept, `views` views are taken in turn: a run without a cache ends with the same bits.
     keys |= {("cache", "views")} if config.data.augment is not None else set()
     if mode != "off":
         keys.add(("cache", "dtype"))

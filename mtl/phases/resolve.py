@@ -36,7 +36,7 @@ class Phase:
         optim: How its parameters are stepped: the run's settings with the phase's own on top.
         length: What the scheduler has to know.
         tasks: The tasks whose losses are active, and train something.
-        sharing: Those of them whose losses depend on what trains of the trunk.
+        sharing: Those of them whose losses depend on trainable parameters of the trunk.
         balance: The balancing method, for exactly these tasks.
         freeze: What it freezes, and why.
         groups: What the optimizer trains, in groups with peak learning rate and weight decay.

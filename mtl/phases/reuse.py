@@ -30,7 +30,7 @@ def num_views(config: RunConfig) -> int:
 
 
 def why_not_kept(config: RunConfig, phase: Phase, passes: float) -> str:
-    """Why a phase keeps nothing of the trunk, as far as the configuration tells; empty if it may.
+    """Why a phase keeps nothing of the trunk, as far as the configuration says; empty if it may.
 
     Args:
         config: The run.

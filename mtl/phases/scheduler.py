@@ -35,7 +35,7 @@ class SchedulerState(TypedDict):
         epochs: Epochs done in the phase.
         steps: Steps done in the phase.
         seconds: Time spent in the phase.
-        plateaus: What the phase's plateaus remember, in the order in which they stand.
+        plateaus: The state of the phase's plateaus, in the order in which they are written.
         latest: The latest values of the metrics that have to reach a mark; None if there is none, or it is not finite.
     """
 

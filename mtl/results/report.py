@@ -52,11 +52,11 @@ _STYLE = (
 )
 
 
-def write_report(parts: RunSetup, run_dir: Path, picture: Path | None = None) -> Path:
+def write_report(setup: RunSetup, run_dir: Path, picture: Path | None = None) -> Path:
     """Writes `report.html` into a run directory.
 
     Args:
-        parts: The set-up of the run; its model is loaded with the run's best weights.
+        setup: The set-up of the run; its model is loaded with the run's best weights.
         run_dir: The directory of a finished run.
         picture: The file to save the report's picture to, if any.
 
@@ -71,19 +71,19 @@ def write_report(parts: RunSetup, run_dir: Path, picture: Path | None = None) ->
     rows, audit = read_metrics(run_dir / METRICS), read_audit(run_dir / AUDIT)
     # A run whose score never was a number has no best weights.
     which = "best" if (run_dir / "checkpoints" / "best").exists() else "last"
-    if any(is_sharded(parameter) for parameter in parts.root.parameters()):
+    if any(is_sharded(parameter) for parameter in setup.root.parameters()):
         # The other ranks have exited: build an unsharded model.
-        trunk = parts.config.trunk.model_copy(update={"weights": "none"})
-        own = build_model_setup(parts.config.with_changes(trunk=trunk))
-        own.root.to(parts.device)
-        parts = replace(parts, model=own.model, root=own.root)
-    state, _ = load_checkpoint(run_dir / "checkpoints" / which, parts.root)
+        trunk = setup.config.trunk.model_copy(update={"weights": "none"})
+        own = build_model_setup(setup.config.with_changes(trunk=trunk))
+        own.root.to(setup.device)
+        setup = replace(setup, model=own.model, root=own.root)
+    state, _ = load_checkpoint(run_dir / "checkpoints" / which, setup.root)
     rounded = "none" if state["val/score"] is None else f"{state['val/score']:.3f}"
-    figure = draw_run(parts, [row for row in rows if "val/score" in row])
+    figure = draw_run(setup, [row for row in rows if "val/score" in row])
     image = png_of(figure)
     if picture is not None:
         picture.write_bytes(image)
-    name = escape(parts.config.name)
+    name = escape(setup.config.name)
     page = (
         f"<!doctype html><html lang=en><meta charset=utf-8><title>{name}</title><style>{_STYLE}</style>"
         f"<h1>{name}</h1>{_audit_html(audit)}"
@@ -180,23 +180,23 @@ def _analysis_html(phase: str, row: dict[str, Any]) -> str:
     return f"<h3>{escape(title)}</h3>{_img(png_of(draw_gradients(analysis)), f'gradients of {title}')}{note}{pairs}"
 
 
-def draw_run(parts: RunSetup, epochs: list[dict[str, Any]]) -> Figure:
+def draw_run(setup: RunSetup, epochs: list[dict[str, Any]]) -> Figure:
     """Draws each task's main metric over the phases, above example predictions.
 
     Args:
-        parts: The run's parts, the model with the weights to show.
+        setup: The run's setup, the model with the weights to show.
         epochs: Rows of `metrics.jsonl` with validation metrics.
     """
     from matplotlib.figure import Figure
 
-    dense = {name: task for name, task in parts.tasks.items() if task.output == "dense"}
+    dense = {name: task for name, task in setup.tasks.items() if task.output == "dense"}
     figure = Figure(figsize=(11, 3 + 1.6 * (1 + 2 * len(dense))), layout="constrained")
     above, below = figure.subfigures(2, 1, squeeze=False, height_ratios=[3, 1.6 * (1 + 2 * len(dense))])[:, 0]
     for axes, (name, task) in zip(
-        above.subplots(1, len(parts.tasks), squeeze=False)[0], parts.tasks.items(), strict=True
+        above.subplots(1, len(setup.tasks), squeeze=False)[0], setup.tasks.items(), strict=True
     ):
         _draw_metric(axes, name, task, epochs)
-    batch, outputs = _predict(parts)
+    batch, outputs = _predict(setup)
     grid = below.subplots(1 + 2 * len(dense), _NUM_EXAMPLES, squeeze=False)
     pictures = [("image", batch.images)]
     for name, task in dense.items():
@@ -206,7 +206,7 @@ def draw_run(parts: RunSetup, epochs: list[dict[str, Any]]) -> Figure:
         axes_row[0].set_ylabel(title, fontsize=8)
         for axes, image in zip(axes_row, images.numpy(), strict=False):
             axes.imshow(image, cmap="gray" if image.shape[-1] == 1 else None)
-    vector = [name for name in parts.tasks if name not in dense]
+    vector = [name for name in setup.tasks if name not in dense]
     for i, axes in enumerate(grid[0][: len(batch)]):
         lines = [f"{name}: {int(outputs[name][i].argmax())} (truth {int(batch.labels[name][i])})" for name in vector]
         axes.set_title("\n".join(lines), fontsize=8)
@@ -235,10 +235,10 @@ def _draw_metric(axes: Axes, name: str, task: Task, epochs: list[dict[str, Any]]
         axes.legend(fontsize=7)
 
 
-def _predict(parts: RunSetup) -> tuple[Batch, dict[str, Tensor]]:
-    batch = next(validation_batches(parts.val, _NUM_EXAMPLES))
-    with in_eval_mode(parts.model), torch.no_grad():
-        outputs = parts.model(batch.images.to(parts.device))
+def _predict(setup: RunSetup) -> tuple[Batch, dict[str, Tensor]]:
+    batch = next(validation_batches(setup.val, _NUM_EXAMPLES))
+    with in_eval_mode(setup.model), torch.no_grad():
+        outputs = setup.model(batch.images.to(setup.device))
     return batch, {name: output.float().cpu() for name, output in outputs.items()}
 
 

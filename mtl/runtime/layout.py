@@ -50,7 +50,7 @@ def wrap_text(text: str, width: int | None, indent: int) -> str:
 
 
 def _fill(parts: Sequence[str], first: int, later: int) -> list[str]:
-    """Puts parts, each with the space after it, into lines of at most so many letters."""
+    """Puts parts, each with the space after it, into lines of at most a number of letters."""
     lines = [""]
     for part in parts:
         room = first if len(lines) == 1 else later

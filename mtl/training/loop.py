@@ -5,7 +5,6 @@ from __future__ import annotations
 import math
 from collections.abc import Generator, Iterator, Sequence
 from contextlib import AbstractContextManager, closing, contextmanager, nullcontext
-from itertools import islice
 from pathlib import Path
 from typing import Any
 
@@ -14,7 +13,7 @@ from torch import Tensor
 from torch.amp import GradScaler
 
 from mtl.audit import GradientAudit, HoldsParameters, PhaseRecord
-from mtl.data import Batch, Loading, num_batches, training_batches
+from mtl.data import Batch, Loading, num_batches, training_batches, windows
 from mtl.distributed.world import ALONE, World
 from mtl.freeze import enforce
 from mtl.patterns import text_of
@@ -299,9 +298,3 @@ class Trainer:
 
     def _row(self, phase: Phase) -> dict[str, Any]:
         return {"step": self.state.step, "epoch": self.state.epoch, "phase": phase.name}
-
-
-def windows(batches: Iterator[Batch], size: int) -> Iterator[list[Batch]]:
-    """Groups batches whose gradients make one step; the last group of an epoch may be smaller."""
-    while window := list(islice(batches, size)):
-        yield window

@@ -268,7 +268,7 @@ def _check(folder: Path, state: Mapping[str, Any], setup: RunSetup, in_place: bo
 
 
 def _check_balances(folder: Path, memory: Mapping[str, Any], setup: RunSetup) -> None:
-    """Raises `CheckpointError` if the balancing methods are others than those that remember something there."""
+    """Raises `CheckpointError` if the balancing methods are others than those whose state is there."""
     balances: Any = setup.root.get_submodule("balance").children()
     try:
         for balance, there in zip(balances, memory["balance"], strict=True):

@@ -3,8 +3,8 @@
     [PYTHONPATH=DIRECTORY] python scripts/bench/audit_table.py > table.md
 
 `torcheck` and `torchtest` are taken from the import path, if they are there; `torcheck` asks for an old torch, so that
-both are best unpacked into a directory of their own. Each is used in good faith: it is told by name of every parameter
-what was meant to be frozen, and of all others that they have to change. `torchtest` compares one training step; the
+both are best unpacked into a directory of their own. Each is used in good faith: it is given the names of all that
+was meant to be frozen, and of all others that they have to change. `torchtest` compares one training step; the
 whole phase is given to it as that step, which spares it false alarms. For all three, any complaint counts as caught.
 """
 
@@ -147,7 +147,7 @@ def by_flags(scene: Scene, freeze: Sequence[str]) -> bool:
 
 
 def by_torcheck(scene: Scene, freeze: Sequence[str]) -> bool:
-    """Looks behind every step of every optimizer, at what that optimizer holds."""
+    """Looks after every step of every optimizer, at what that optimizer holds."""
     from torcheck.registry import Registry
 
     frozen, free = declared(scene, freeze)
@@ -194,7 +194,7 @@ class _Stub:
 
 
 def by_torchtest(scene: Scene, freeze: Sequence[str]) -> bool:
-    """Compares all parameters from before the phase with those behind it."""
+    """Compares all parameters from before the phase with those after it."""
     from torchtest import torchtest
 
     frozen, free = declared(scene, freeze)

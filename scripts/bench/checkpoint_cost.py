@@ -111,10 +111,10 @@ def seconds_to_first_epoch(folder: str, *overrides: str) -> float:
     try:
         for number in range(3):
             config, source = resumed_config(settings(folder, *overrides, f"{overrides[0]}-{number}"))
-            parts = assemble(config, quiet=True)
+            setup = assemble(config, quiet=True)
             start = time.perf_counter()
             try:
-                train(parts, quiet=True, source=source)
+                train(setup, quiet=True, source=source)
             except Enough:
                 found.append(time.perf_counter() - start)
     finally:

@@ -78,7 +78,7 @@ class Case:
         trunk: Its name.
         image_size: Height and width of images, in pixels.
         plan: What the plan says of the phase, for one process.
-        buffers: Bytes of the model's buffers, which FSDP2 does not spread.
+        buffers: Bytes of the model's buffers, which FSDP2 does not shard.
         gathered: Bytes of weights that are whole at a time under FSDP2: those of the trunk in no block, and two blocks,
             since the next one is fetched while one computes.
         gathered_gradient: Bytes of gradients that are whole at a time: those of the block with the most of them.
@@ -127,7 +127,7 @@ class Case:
         return 2 * (num_devices - 1) * self.plan.reduced_bytes // num_devices
 
     def fsdp_sent(self, num_devices: int) -> int:
-        """What each device sends a step under FSDP2: all weights, and what trains twice more, for the backward."""
+        """What each device sends a step under FSDP2: all weights, and those trained twice more, for the backward."""
         moved = self.weights - self.buffers + 2 * self.plan.reduced_bytes
         return (num_devices - 1) * moved // num_devices
 
@@ -149,7 +149,7 @@ class Step:
 def step(
     case: Case, num_devices: int, batch: float, a: Assumptions, *, keeps: bool = False, fsdp: bool = False
 ) -> Step:
-    """The time of a step, in which traffic hides behind what is computed at the same time.
+    """The time of a step, in which traffic overlaps with what is computed at the same time.
 
     Args:
         case: The phase.
@@ -157,7 +157,7 @@ def step(
         batch: Images for each of them.
         a: What they give.
         keeps: Whether features are kept, in the memory of the hosts.
-        fsdp: Whether the model is spread.
+        fsdp: Whether the model is sharded.
     """
     flops = case.plan.flops
     forward = batch * (case.left_forward if keeps else flops.forward) / a.flops_per_s

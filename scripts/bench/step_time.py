@@ -36,15 +36,15 @@ def new_schedule(phase: Phase, optimizer: torch.optim.Optimizer, num_steps: int)
 
 
 def by_hand(
-    parts: RunSetup, phase: Phase, autocast: torch.autocast, optimizer: torch.optim.Optimizer, num_steps: int
+    setup: RunSetup, phase: Phase, autocast: torch.autocast, optimizer: torch.optim.Optimizer, num_steps: int
 ) -> float:
     """Seconds a step of the loop that one would write."""
     schedule = new_schedule(phase, optimizer, num_steps)
     started = time.perf_counter()
-    for batch in islice(training_batches(parts.train, phase.batch_size, 0, 0), num_steps):
+    for batch in islice(training_batches(setup.train, phase.batch_size, 0, 0), num_steps):
         with autocast:
-            outputs = parts.model(batch.images)
-        losses = torch.stack([task.loss(outputs[name], batch.labels[name]) for name, task in parts.tasks.items()])
+            outputs = setup.model(batch.images)
+        losses = torch.stack([task.loss(outputs[name], batch.labels[name]) for name, task in setup.tasks.items()])
         phase.balance(losses).backward()
         optimizer.step()
         schedule.step()
@@ -73,17 +73,17 @@ def main() -> None:
     with tempfile.TemporaryDirectory() as folder:
         always = [f"runs_dir={folder}", "tracking.mode=disabled", "cache=off"]
         config = load_config(options.config, [*always, *options.overrides])
-        parts = assemble(config)
+        setup = assemble(config)
         tracker = Tracker(config.tracking, Path(folder), "bench", {})
-        autocast = autocast_for(config.precision, parts.device)
-        for index, phase in enumerate(parts.phases):
-            trainer = Trainer(parts, Path(folder), tracker, quiet=False)
+        autocast = autocast_for(config.precision, setup.device)
+        for index, phase in enumerate(setup.phases):
+            trainer = Trainer(setup, Path(folder), tracker, quiet=False)
             trainer.state.phase_index = index
             seconds: dict[str, list[float]] = {"hand": [], "mtl": []}
             with trainer.active(phase) as active:
                 assert active.optim is not None
                 for round_number in range(options.rounds + 1):
-                    hand = by_hand(parts, phase, autocast, active.optim.optimizer, options.steps)
+                    hand = by_hand(setup, phase, autocast, active.optim.optimizer, options.steps)
                     mtl = by_mtl(trainer, active, options.steps)
                     if round_number:  # the first round warms up
                         seconds["hand"].append(hand)

@@ -51,13 +51,13 @@ class Scene:
         freeze: Patterns of what was meant to be frozen.
         num_steps: Steps of each phase.
         before: Called with the number of the step, from 1, before its forward.
-        after: The same behind the optimizers' step.
+        after: The same after the optimizers' step.
         loss: The loss of a step; by default, that the model gives ones.
         backward: Forward and backward of a step, if they are not the usual ones.
         update: What takes the place of stepping every optimizer.
         clear: What takes the place of `zero_grad`.
         watched: The optimizers that a checker is told of, if they are not all.
-        also: Modules beside the model.
+        also: Modules next to the model.
         ema: An average of the model.
         phases: One, or several of them.
         attach: Whether the audit is to look by itself.
@@ -118,9 +118,9 @@ class Entry:
     Attributes:
         family: What it belongs to.
         name: Its own name.
-        setup: Builds the loop anew.
+        setup: Builds the loop again.
         expected: (kind, name) of what has to be found; nothing for a correct loop.
-        hazards: (kind, name) of what has to be listed as a hazard; beside a fault, more may be.
+        hazards: (kind, name) of what has to be listed as a hazard; next to a fault, more may be.
         needs: A package that may be missing.
         ignore: The beginning of a warning that torch gives here and that means nothing to us.
         idle: Patterns of what may stay as it is.
@@ -821,7 +821,7 @@ def add_module(model: Any) -> None:
     model.trunk.adapter = nn.Linear(2, 2, bias=False)
 
 
-def register_anew(model: Any) -> None:
+def register_again(model: Any) -> None:
     model.trunk.weight = nn.Parameter(model.trunk.weight.detach().clone(), requires_grad=False)
 
 
@@ -833,7 +833,7 @@ class Doubled(nn.Module):
 CHANGES: dict[str, tuple[Callable[[Any], object], str]] = {
     "a swapped module": (swap_module, TRUNK),
     "a module added": (add_module, "trunk.adapter.weight"),
-    "registered anew": (register_anew, TRUNK),
+    "registered again": (register_again, TRUNK),
     "a parametrization after the freeze": (
         lambda model: parametrize.register_parametrization(model.trunk, "weight", Doubled()),
         TRUNK,
@@ -1328,7 +1328,7 @@ def stepped_in_backward_correctly() -> Scene:
     return in_backward(model, trainable(model))
 
 
-@correct("optimizer", "schedule-free over what trains", needs="schedulefree")
+@correct("optimizer", "schedule-free over what is trained", needs="schedulefree")
 def schedule_free_correct() -> Scene:
     import schedulefree
 
@@ -1468,7 +1468,7 @@ def learned_loss() -> Scene:
     return Scene(model, [optimizer], loss=lambda _: criterion(model(X)), also={"loss": criterion})
 
 
-@correct("tasks", "a frozen teacher beside the model")
+@correct("tasks", "a frozen teacher next to the model")
 def teacher() -> Scene:
     model = uneven()
     model.teacher = [Tiny()]
@@ -1568,7 +1568,7 @@ def pruned() -> Scene:
     return plain(model)
 
 
-correct("structure", "rows behind a gradient mask")(partial(with_rows, 0.0))
+correct("structure", "rows after a gradient mask")(partial(with_rows, 0.0))
 
 
 @correct("structure", "DataParallel")
@@ -1799,7 +1799,7 @@ def lazy_head() -> Scene:
     return Scene(model, [SGD(model.head.parameters(), lr=0.05)])
 
 
-@correct("optimizer", "Muon beside AdamW")
+@correct("optimizer", "Muon with AdamW")
 def muon() -> Scene:
     model = uneven()
     return Scene(model, [torch.optim.Muon([model.head.weight], lr=0.01), AdamW([model.head.bias], lr=0.01)])
@@ -1839,7 +1839,7 @@ def target_network() -> Scene:
     return plain(model, loss=loss, after=follow)
 
 
-@correct("structure", "spectral norm on what trains")
+@correct("structure", "spectral norm on what is trained")
 def spectral_head() -> Scene:
     model = Layers(["trunk", "head"])
     freeze_by_hand(model.trunk)

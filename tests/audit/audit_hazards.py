@@ -125,7 +125,7 @@ def over_all_attached() -> Scene:
     return Scene(model, [AdamW(model.parameters(), lr=0.01)], attach=True)
 
 
-@hazard("flag", "behind a detach, with the flag left on", REQUIRES_GRAD)
+@hazard("flag", "after a detach, with the flag left on", REQUIRES_GRAD)
 def behind_a_detach() -> Scene:
     model = uneven()
     model.trunk.requires_grad_(True)
@@ -134,7 +134,7 @@ def behind_a_detach() -> Scene:
     )
 
 
-@hazard("flag", "behind a detach, and in the optimizer", REQUIRES_GRAD, IN_OPTIMIZER)
+@hazard("flag", "after a detach, and in the optimizer", REQUIRES_GRAD, IN_OPTIMIZER)
 def behind_a_detach_in_optimizer() -> Scene:
     scene = behind_a_detach()
     scene.optimizers = [AdamW(scene.model.parameters(), lr=0.01)]
@@ -158,7 +158,7 @@ def cache_made_again() -> Scene:
     return plain(model, after=lambda step: step == 4 and setattr(model.trunk, "cached", torch.ones(4)))
 
 
-# --- what trains, and what is fixed
+# --- what is trained, and what is fixed
 
 
 class Positioned(Tiny):

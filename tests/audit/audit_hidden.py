@@ -103,21 +103,21 @@ def module_in_object() -> Scene:
     return plain(model, after=at(4, lambda: norm.running_mean.add_(1)))
 
 
-@fault("hidden", "an attribute is bound anew after it stayed for some steps", (ATTRIBUTE, "trunk.scale"))
+@fault("hidden", "an attribute is rebound after it stayed for some steps", (ATTRIBUTE, "trunk.scale"))
 def rebound() -> Scene:
     model = uneven()
     model.trunk.scale = torch.tensor([0.1, 0.2])
     return plain(model, after=lambda step: step >= 5 and setattr(model.trunk, "scale", model.trunk.scale * 0.9))
 
 
-@fault("hidden", "an entry of a list is bound anew", (ATTRIBUTE, "trunk.scales.0"))
+@fault("hidden", "an entry of a list is rebound", (ATTRIBUTE, "trunk.scales.0"))
 def rebound_in_list() -> Scene:
     model = uneven()
     model.trunk.scales = [torch.tensor([0.1, 0.2])]
     return plain(model, after=at(6, lambda: model.trunk.scales.__setitem__(0, torch.zeros(2))))
 
 
-@correct("hidden", "a result that a forward binds anew in every step")
+@correct("hidden", "a result that a forward rebinds in every step")
 def result() -> Scene:
     model = uneven()
 
@@ -157,7 +157,7 @@ def with_trainer() -> Scene:
     return scene
 
 
-@correct("hidden", "a queue of negatives beside a frozen trunk")
+@correct("hidden", "a queue of negatives next to a frozen trunk")
 def queue() -> Scene:
     model = Tiny()
     model.negatives = deque([torch.zeros(2)], maxlen=4)

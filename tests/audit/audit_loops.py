@@ -67,7 +67,7 @@ def train(
 
 
 def run(model: nn.Module, freeze: Sequence[str] = ("trunk",), num_steps: int = 3, **faults: dict[int, Fault]) -> Report:
-    """One phase under the policy `collect`, with an optimizer of exactly what trains."""
+    """One phase under the policy `collect`, with an optimizer of exactly what is trained."""
     optimizer = SGD(trainable(model), lr=0.1)
     audit = GradientAudit(model, freeze, [optimizer], policy="collect")
     with audit.phase("frozen"):

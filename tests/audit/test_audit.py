@@ -61,7 +61,7 @@ def test_the_policy_raise_does_not_let_a_broken_phase_begin() -> None:
     assert not audit.report.ok
 
 
-def test_the_policy_warn_warns_once_and_goes_on() -> None:
+def test_the_policy_warn_warns_once_and_continues() -> None:
     model = Tiny()
     optimizer = SGD(trainable(model), lr=0.1)
     audit = GradientAudit(model, ["trunk"], [optimizer], policy="warn")
@@ -73,7 +73,7 @@ def test_the_policy_warn_warns_once_and_goes_on() -> None:
     assert audit.report.phases[0].completed
 
 
-def test_the_policy_collect_says_nothing_and_goes_on() -> None:
+def test_the_policy_collect_says_nothing_and_continues() -> None:
     model = Tiny()
     report = run(model, num_steps=4, after_step={2: lambda: write_in_place(model.trunk.weight)})
     assert not report.ok
@@ -143,7 +143,7 @@ def bits(module: nn.Module) -> dict[str, bytes]:
     return {name: tensor.numpy().tobytes() for name, tensor in module.state_dict().items()}
 
 
-def test_the_policy_restore_puts_bits_flags_and_modes_back_records_it_and_goes_on() -> None:
+def test_the_policy_restore_puts_bits_flags_and_modes_back_records_it_and_continues() -> None:
     faults: list[tuple[str, Fault, str]] = []
     for kind, fault in [
         ("param_changed", lambda model: write_in_place(model.trunk[0].weight)),
@@ -360,7 +360,7 @@ def test_the_report_has_this_shape() -> None:
     ]
 
 
-def test_a_root_changes_with_the_bytes_behind_it() -> None:
+def test_a_root_changes_with_the_bytes_after_it() -> None:
     model = Tiny()
     audit = GradientAudit(model, ["trunk"])
     roots = []

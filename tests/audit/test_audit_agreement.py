@@ -34,7 +34,7 @@ plants = {
     "nothing": lambda model: None,
     "a weight that trains": at_the_last(lambda model: write(model.head.weight)),
     "a frozen buffer": at_the_last(lambda model: write(model.trunk[1].running_mean)),
-    "statistics of what trains": lambda model: model.norm.running_mean.add_(rank),
+    "statistics of what is trained": lambda model: model.norm.running_mean.add_(rank),
     "a tensor more": at_the_last(lambda model: model.head.register_parameter("extra", nn.Parameter(torch.ones(1)))),
     "another type": at_the_last(lambda model: model.head.double()),
     "all apart": lambda model: model.head.bias.data.add_(rank),
@@ -122,12 +122,12 @@ def test_the_policy_raise_raises_on_all_ranks(of_two: dict[str, Any], plant: str
     assert of_two[f"{plant}, raise"][0]
 
 
-def test_statistics_of_what_trains_are_compared_only_if_asked_for(of_two: dict[str, Any]) -> None:
+def test_statistics_of_what_is_trained_are_compared_only_if_asked_for(of_two: dict[str, Any]) -> None:
     # Two looks found nothing wrong; the third was for buffers as well.
-    assert [each[:2] for each in of_two["statistics of what trains"][1]] == [["ranks_differ", "norm.running_mean"]]
+    assert [each[:2] for each in of_two["statistics of what is trained"][1]] == [["ranks_differ", "norm.running_mean"]]
 
 
-def test_a_tensor_that_one_rank_has_alone_and_one_of_another_type_are_told_as_such(of_two: dict[str, Any]) -> None:
+def test_a_tensor_that_one_rank_has_alone_and_one_of_another_type_are_reported_as_such(of_two: dict[str, Any]) -> None:
     details = {each[1]: each[4] for each in of_two["a tensor more"][1]}
     assert details == {"head.extra": "rank 1 of 2 has a tensor here, unlike rank 0"}
     details = {each[1]: each[4] for each in of_two["another type"][1]}
@@ -213,6 +213,6 @@ def test_without_other_processes_nothing_is_compared() -> None:
          "rank 2 of 5 has no such tensor, unlike the other ranks"),
     ],
 )  # fmt: skip
-def test_who_stands_apart_is_told_from_the_greater_part_or_from_rank_0(held: list[str | None], detail: str) -> None:
+def test_a_rank_that_differs_is_named_against_most_ranks_or_rank_0(held: list[str | None], detail: str) -> None:
     digests = [{"same": "f|0"} | ({} if each is None else {"name": each}) for each in held]
     assert [(each.name, each.detail) for each in differences(digests, is_frozen=False)] == [("name", detail)]

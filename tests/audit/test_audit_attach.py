@@ -400,7 +400,7 @@ def test_an_adapter_that_is_put_into_the_frozen_part_is_found_at_that_step() -> 
     assert audit.report.violations[0].cause.startswith("it was added after the phase began")
 
 
-def test_no_hook_is_left_behind_a_phase() -> None:
+def test_no_hook_is_left_over_a_phase() -> None:
     from torch.nn.modules import module as torch_module
 
     registries = (

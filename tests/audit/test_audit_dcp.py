@@ -49,7 +49,7 @@ def optimizer_state() -> dict[str, Any]:
 
 
 def edit(folder: Path, change: Callable[[Metadata], None]) -> None:
-    """Writes the metadata of a folder anew after a change."""
+    """Writes the metadata of a folder again after a change."""
     content = pickle.loads((folder / ".metadata").read_bytes())
     change(content)
     (folder / ".metadata").write_bytes(pickle.dumps(content))
@@ -191,7 +191,7 @@ def other_code_of_torch(folder: Path) -> None:
     (folder / ".metadata").write_bytes(b"ctorch\nload\n(S'x'\ntR.")
 
 
-def code_behind_a_dot(folder: Path) -> None:
+def code_after_a_dot(folder: Path) -> None:
     (folder / ".metadata").write_bytes(b"\x80\x04\x8c\x05torch\x8c\x09os.system\x93\x8c\x04true\x85R.")
 
 
@@ -268,7 +268,7 @@ def another_type(folder: Path) -> None:
         (code_in_planner_data, "names builtins.exec, "),
         (code_by_getattr, "is no pickle of metadata"),
         (other_code_of_torch, "names torch.load, which the metadata of a checkpoint does not need; not run"),
-        (code_behind_a_dot, "names torch.os.system"),
+        (code_after_a_dot, "names torch.os.system"),
         (attribute_of_a_class, "is no pickle of metadata"),
         (code_in_a_shard, "w: __0_0.distcp: it holds an exec, which is code; not run"),
         (places(relative_path="../outside.distcp"), "names ../outside.distcp, which is outside the folder; not read"),

@@ -108,7 +108,7 @@ def test_a_weight_that_was_replaced_says_by_what(replace: Callable[[Tiny], None]
     assert len(causes) == 1 and causes.pop().startswith(words)
 
 
-def test_a_write_without_a_sign_is_found_in_turn_and_its_steps_are_told() -> None:
+def test_a_write_without_a_sign_is_found_in_turn_and_its_steps_are_reported() -> None:
     model = Tiny()
     size = BYTES_A_STEP // 4
     model.trunk.weight = nn.Parameter(torch.ones(2, 2), requires_grad=False)
@@ -121,7 +121,7 @@ def test_a_write_without_a_sign_is_found_in_turn_and_its_steps_are_told() -> Non
                 model.trunk.large[2].data[7] = 3
             train(audit, model, [], 1)
             seen += [step] * (len(audit.report.violations) - len(seen))
-    # Five tensors, one a step but for the small one beside another: each is read at least every fifth step.
+    # Five tensors, one a step but for the small one next to another: each is read at least every fifth step.
     assert len(seen) == 1 and 5 <= seen[0] <= 9
     violation = only(audit.report)
     assert violation.name == "trunk.large.2" and violation.since < 5 <= violation.step
@@ -149,7 +149,7 @@ def test_rows_are_read_as_slices(written: str, expected: list[int]) -> None:
     assert [list(range(5))[part] for part in rows["head.weight"]] == [expected]
 
 
-def test_a_slice_behind_a_module_is_left_to_the_pattern_language() -> None:
+def test_a_slice_after_a_module_is_left_to_the_pattern_language() -> None:
     assert split_rows(["trunk[:2]", "trunk@first:1", "head"], {"trunk.0.weight": 3}) == (
         ["trunk[:2]", "trunk@first:1", "head"],
         {},
@@ -287,7 +287,7 @@ def test_a_write_to_a_parameter_that_the_optimizer_skips_is_not_blamed_on_it() -
     assert "decay" not in told
 
 
-def test_a_parameter_that_enters_an_optimizer_in_mid_phase_is_told_from_one_that_was_in_it() -> None:
+def test_a_parameter_that_enters_an_optimizer_in_mid_phase_is_distinguished_from_one_that_was_in_it() -> None:
     model = Tiny()
     optimizer = SGD(model.head.parameters(), lr=0.1)
     told = causes_of(
@@ -342,7 +342,7 @@ def test_rows_past_the_end_are_refused(written: str) -> None:
         audit.begin("frozen")
 
 
-def test_a_name_that_the_model_has_is_no_name_for_a_module_beside_it() -> None:
+def test_a_name_that_the_model_has_is_no_name_for_a_module_next_to_it() -> None:
     model = Tiny()
     audit = GradientAudit(model, ["trunk"], also={"head": nn.Linear(2, 2)})
     with pytest.raises(ValueError, match="something called 'head' already"):

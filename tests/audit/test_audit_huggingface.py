@@ -237,7 +237,7 @@ def test_a_broken_freeze_is_found_before_its_checkpoint_if_the_audit_comes_last(
 # --- the policy `raise`, and what else ends a training
 
 
-def test_an_error_at_the_beginning_leaves_train_and_the_report_tells_of_it(make_trainer: Any) -> None:
+def test_an_error_at_the_beginning_leaves_train_and_the_report_names_it(make_trainer: Any) -> None:
     audit, model = AuditCallback("trunk", strict=True), Held()
     with pytest.raises(AuditError, match="in_optimizer"):
         make_trainer(audit, model, optimizer=SGD(model.parameters(), lr=0.05)).train()
@@ -269,7 +269,7 @@ def test_an_exception_comes_out_as_it_is_and_nothing_is_proven(make_trainer: Any
 
 
 class Thaw(TrainerCallback):
-    """Freezes all but the last layers, from the first one that trains on by epoch, and steps what trains."""
+    """Freezes all but the last layers, from the first one that trains on by epoch, and steps what is trained."""
 
     def __init__(self, first_trained: dict[int, int]) -> None:
         self.first_trained = first_trained
@@ -338,7 +338,7 @@ def test_a_function_of_the_epoch_says_what_is_frozen_and_is_asked_for_epochs_tha
 @pytest.mark.parametrize(
     ("step", "expected"), [(6, [("fit[1-2]", 6, True), ("fit[3-]", 4, True)]), (12, [("fit[3-]", 4, True)])]
 )
-def test_a_training_that_goes_on_from_a_checkpoint_begins_with_the_freeze_of_its_epoch(
+def test_a_training_that_resumes_from_a_checkpoint_begins_with_the_freeze_of_its_epoch(
     make_trainer: Any, tmp_path: Path, step: int, expected: list[tuple[str, int, bool]]
 ) -> None:
     options = {"num_train_epochs": 4, "save_strategy": "steps", "save_steps": 6}

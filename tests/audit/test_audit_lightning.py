@@ -34,7 +34,7 @@ STATISTICS = {"trunk.1.running_mean", "trunk.1.running_var", "trunk.1.num_batche
 
 
 class Lit(LightningModule):
-    """trunk = Linear, BatchNorm; head = Linear, with an optimizer of what trains."""
+    """trunk = Linear, BatchNorm; head = Linear, with an optimizer of what is trained."""
 
     def __init__(self, frozen: bool = True) -> None:
         super().__init__()
@@ -248,7 +248,7 @@ def test_a_checkpoint_of_a_broken_freeze_is_not_written(tmp_path: Path) -> None:
 # --- the policy `raise`, and what else ends a fit
 
 
-def test_an_error_at_the_beginning_leaves_fit_and_the_report_tells_of_it() -> None:
+def test_an_error_at_the_beginning_leaves_fit_and_the_report_names_it() -> None:
     audit = AuditCallback("trunk", strict=True)
     with pytest.raises(AuditError, match="in_optimizer"):
         fit(audit, InEveryParameter())
@@ -273,7 +273,7 @@ def test_an_exception_comes_out_as_it_is_and_nothing_is_proven() -> None:
     assert not audit.report.to_json()["ok"]
 
 
-def test_the_fit_after_an_exception_is_audited_anew() -> None:
+def test_the_fit_after_an_exception_is_audited_again() -> None:
     audit = AuditCallback("trunk")
     with pytest.raises(KeyError):
         fit(audit, Failing())
@@ -285,7 +285,7 @@ def test_the_fit_after_an_exception_is_audited_anew() -> None:
 
 
 class Finetuned(LightningModule):
-    """backbone = Linear, LayerNorm, Linear; head = Linear; the optimizer is built of what trains by then."""
+    """backbone = Linear, LayerNorm, Linear; head = Linear; the optimizer is built of what is trained by then."""
 
     def __init__(self) -> None:
         super().__init__()
@@ -319,7 +319,7 @@ class Gradually(BaseFinetuning):
 
 
 class Scheduled(Callback):
-    """As FinetuningScheduler runs a schedule: at the start of an epoch it sets what trains, and builds its groups."""
+    """As FinetuningScheduler runs a schedule: at the start of an epoch it sets what is trained, and its groups."""
 
     def __init__(self, first_trained: dict[int, int]) -> None:
         self.first_trained = first_trained
@@ -417,7 +417,7 @@ def test_a_write_in_the_last_batch_of_a_freeze_is_found_when_its_epoch_ends() ->
 
 
 @pytest.mark.parametrize(("epochs", "expected"), [(2, "fit[1-2]"), (4, "fit[3-]")])
-def test_a_fit_that_goes_on_from_a_checkpoint_begins_with_the_freeze_of_its_epoch(
+def test_a_fit_that_resumes_from_a_checkpoint_begins_with_the_freeze_of_its_epoch(
     tmp_path: Path, epochs: int, expected: str
 ) -> None:
     trainer = fit_with([AuditCallback(BY_EPOCH), Gradually()], epochs)

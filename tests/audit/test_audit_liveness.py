@@ -208,6 +208,6 @@ def test_where_tasks_are_drawn_a_head_is_given_more_steps(num_steps: int, expect
     assert [(v.kind, v.name) for v in audit.report.violations] == [("never_received_grad", name) for name in expected]
 
 
-def test_nothing_is_asked_of_what_trains_if_no_optimizer_is_known() -> None:
+def test_nothing_is_asked_of_what_is_trained_if_no_optimizer_is_known() -> None:
     model = Tiny()
     assert follow(model, [], 10).ok

@@ -415,7 +415,7 @@ def swap_module(model: Tiny) -> None:
     model.trunk = nn.Linear(2, 2, bias=False).requires_grad_(False)
 
 
-def test_a_parameter_registered_anew_is_named() -> None:
+def test_a_parameter_registered_again_is_named() -> None:
     model = Tiny()
 
     def register() -> None:
@@ -434,7 +434,7 @@ def test_a_parameter_turned_into_a_plain_tensor_is_named_as_gone() -> None:
     assert only(report).detail == "is gone"
 
 
-def test_a_buffer_registered_anew_is_named() -> None:
+def test_a_buffer_registered_again_is_named() -> None:
     model = Tiny()
     model.trunk.register_buffer("scale", torch.ones(2))
 

@@ -20,7 +20,7 @@ State = dict[str, Any]
 
 
 class Net(nn.Module):
-    """A trunk of convolution, BatchNorm and a counter behind it; one head in use and one that may be left out."""
+    """A trunk of convolution, BatchNorm and a counter after it; one head in use and one that may be left out."""
 
     def __init__(self) -> None:
         super().__init__()
@@ -38,7 +38,7 @@ Faults = dict[tuple[int, int], Callable[["Run"], object]]
 
 
 class Run:
-    """A loop of two phases, which can be saved before any of their steps, and be built anew from that."""
+    """A loop of two phases, which can be saved before any of their steps, and be built again from that."""
 
     phases = (("first", ["trunk", "neck"]), ("second", ["trunk"]))
 
@@ -359,7 +359,7 @@ def test_a_state_between_phases_and_one_that_no_phase_took_up_yet_are_passed_on(
 
 
 @pytest.mark.parametrize("counted", [True, False])
-def test_a_verify_behind_the_last_step_makes_sure_that_nothing_was_changed_before_the_stop(counted: bool) -> None:
+def test_a_verify_after_the_last_step_makes_sure_that_nothing_was_changed_before_the_stop(counted: bool) -> None:
     state, tensors = stopped(verified=False)
     audit, model, optimizer = resumed(state, tensors)
     audit.begin("frozen")

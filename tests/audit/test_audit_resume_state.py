@@ -50,8 +50,8 @@ class Loop:
     Attributes:
         num_steps: Its length.
         before: What happens before a step's forward.
-        stepped: What happens between a step and the look behind it.
-        between: What happens behind that look, before a checkpoint is written.
+        stepped: What happens between a step and the look after it.
+        between: What happens after that look, before a checkpoint is written.
         idle: Patterns of what may stay as it is.
         attached: Whether hooks look.
         rate: Of the only optimizer, which holds all that trains, and the trunk's first layer if `decayed`.
@@ -84,7 +84,7 @@ class Loop:
         self.audit.begin("only", optimizers=[self.optimizer], idle=self.idle)
 
     def report(self, stop: int | None) -> dict[str, Any]:
-        """The report's content, stopped behind a step, or not at all."""
+        """The report's content, stopped after a step, or not at all."""
         self.build()
         self.begin()
         if self.every:
@@ -165,7 +165,7 @@ def gradient_early_and_a_write_late(loop: Loop, step: int) -> None:
 def gradient_of_zero(loop: Loop, step: int) -> None:
     weight = loop.net.trunk[0].weight
     assert isinstance(weight, Tensor)
-    # It is there for the look behind the backward of one step, and moves nothing.
+    # It is there for the look after the backward of one step, and moves nothing.
     if step == 2:
         weight.grad = torch.zeros_like(weight)
     elif step == 3:

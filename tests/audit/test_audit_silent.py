@@ -35,7 +35,7 @@ from mtl.audit import GradientAudit
     ],
     ids=["SGD with momentum", "AdamW foreach", "AdamW fused"],
 )
-def test_training_beside_a_frozen_trunk_is_silent(
+def test_training_next_to_a_frozen_trunk_is_silent(
     make_model: Callable[[], Any], make_optimizer: Callable[..., Optimizer]
 ) -> None:
     # Normed: BatchNorm and Dropout, held in eval in the trunk and active in the head.

@@ -391,7 +391,7 @@ def test_a_bit_turned_anywhere_is_found_or_changes_nothing(tmp_path: Path, name:
 
 
 class Trap:
-    """Unpickled, it leaves a file behind."""
+    """Unpickled, it leaves a file."""
 
     def __reduce__(self) -> tuple[Any, ...]:
         return Path("trapped").touch, ()

@@ -3,34 +3,24 @@
 from __future__ import annotations
 
 import json
-import os
 import resource
 import shutil
-import subprocess
-import sys
 from pathlib import Path
 from typing import Any
 
 import pytest
 from torch import nn
 
+import checkpoint_kills
+import forks
 from mtl.checkpoint.folder import Checkpoints, SaveError
 from mtl.checkpoint.load import load_newest, newest_first
 from processes import HANGS_S
 
-ROOT = Path(__file__).parents[2]
-
 
 def outcomes(verb: str, *arguments: str) -> list[list[Any]]:
     """What a process of checkpoint_kills.py says: survived, last step that was saved, newest step that is there."""
-    done = subprocess.run(
-        [sys.executable, str(ROOT / "tests/checkpoint/checkpoint_kills.py"), verb, *arguments],
-        check=True,
-        stdout=subprocess.PIPE,
-        text=True,
-        timeout=HANGS_S,
-        env={**os.environ, "PYTHONPATH": str(ROOT), "OMP_NUM_THREADS": "1"},
-    )
+    done = forks.run([checkpoint_kills.__file__, verb, *arguments], timeout=HANGS_S, check=True)
     found: list[list[Any]] = json.loads(done.stdout)
     return found
 

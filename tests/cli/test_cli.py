@@ -13,6 +13,8 @@ from typing import Any
 
 import pytest
 
+import forks
+from forks import Forked
 from mtl.cli import main
 from mtl.config import load_config
 from mtl.runtime.version import __version__
@@ -24,20 +26,16 @@ from runs import read_metrics, tiny_config
 ROOT = Path(__file__).parents[2]
 
 
-def run(*arguments: str, **surroundings: str) -> subprocess.CompletedProcess[str]:
-    return subprocess.run(
-        [sys.executable, "-m", "mtl", *arguments],
+def test_a_run_shows_phases_epochs_results_and_where_the_files_lie(tmp_path: Path) -> None:
+    # A Python of its own, imports and exit and all; elsewhere, forks do.
+    result = subprocess.run(
+        [sys.executable, "-m", "mtl", "train", str(tiny_config(tmp_path))],
         capture_output=True,
         text=True,
         timeout=HANGS_S,
         stdin=subprocess.DEVNULL,
-        env=os.environ | surroundings,
         check=False,
     )
-
-
-def test_a_run_shows_phases_epochs_results_and_where_the_files_lie(tmp_path: Path) -> None:
-    result = run("train", str(tiny_config(tmp_path)))
     assert result.returncode == 0, result.stderr
     lines = result.stdout.splitlines()
     assert lines[0].split()[:3] == ["phase", "freeze", "frozen"]
@@ -60,14 +58,15 @@ def test_a_run_shows_phases_epochs_results_and_where_the_files_lie(tmp_path: Pat
 
 @pytest.mark.slow
 def test_quiet_says_nothing(tmp_path: Path) -> None:
-    result = run("train", str(tiny_config(tmp_path)), "-q", "phases.finetune.steps=1")
+    call = ["-m", "mtl", "train", str(tiny_config(tmp_path)), "-q", "phases.finetune.steps=1"]
+    result = forks.run(call, timeout=HANGS_S)
     assert (result.returncode, result.stdout, result.stderr) == (0, "", "")
 
 
 def test_a_broken_freeze_is_exit_code_3_and_named(tmp_path: Path) -> None:
     file = tiny_config(tmp_path)
-    (tmp_path / "sitecustomize.py").write_text(
-        "import torch\n"
+    program = (
+        "import sys, torch\n"
         "from torch.optim import AdamW\n"
         "real = AdamW.step\n"
         "def step(self, *a, **k):\n"
@@ -78,8 +77,10 @@ def test_a_broken_freeze_is_exit_code_3_and_named(tmp_path: Path) -> None:
         "        with torch.no_grad():\n"
         "            model.trunk.bn1.weight[0] += 1\n"
         "AdamW.step = step\n"
+        "from mtl.cli import main\n"
+        "sys.exit(main(sys.argv[1:]))\n"
     )
-    result = run("train", str(file), "-q", PYTHONPATH=f"{tmp_path}:{ROOT}")
+    result = forks.run(["-c", program, "train", str(file), "-q"], timeout=HANGS_S)
     assert result.returncode == 3, result.stderr
     assert "phase 'warm-heads', step 1, trunk.bn1.weight: param_changed" in result.stderr
     assert "likely cause: written" in result.stderr
@@ -298,8 +299,8 @@ def test_the_module_and_the_command_are_the_same_program() -> None:
 @pytest.mark.slow
 def test_of_two_runs_that_start_at_once_with_one_name_one_is_refused(tmp_path: Path) -> None:
     file = tiny_config(tmp_path)
-    call = [sys.executable, "-m", "mtl", "train", str(file), "-q"]
-    processes = [subprocess.Popen(call, stderr=subprocess.PIPE, text=True) for _ in range(2)]
+    call = ["-m", "mtl", "train", str(file), "-q"]
+    processes = [Forked(call, stderr=subprocess.PIPE) for _ in range(2)]
     results = sorted((process.wait(timeout=HANGS_S), process.communicate()[1]) for process in processes)
     assert [code for code, _ in results] == [0, 2], results
     assert "another process trains in" in results[1][1] or "already holds a run" in results[1][1]
@@ -307,7 +308,7 @@ def test_of_two_runs_that_start_at_once_with_one_name_one_is_refused(tmp_path: P
     assert steps == list(range(1, 13))
 
 
-def test_a_loss_that_is_not_finite_is_exit_code_1_and_says_how_to_go_on(
+def test_a_loss_that_is_not_finite_is_exit_code_1_and_says_how_to_resume(
     tmp_path: Path, capsys: pytest.CaptureFixture[str]
 ) -> None:
     assert main(["train", str(tiny_config(tmp_path)), "-q", "phases.0.lr=1e10", "phases.0.epochs=3"]) == 1
@@ -319,7 +320,7 @@ def test_a_loss_that_is_not_finite_is_exit_code_1_and_says_how_to_go_on(
 @pytest.mark.slow
 def test_a_run_that_is_killed_is_not_called_clean(tmp_path: Path) -> None:
     file = tiny_config(tmp_path, phases=[{"name": "a", "freeze": ["trunk"], "epochs": 1}, {"name": "b", "epochs": 500}])
-    process = subprocess.Popen([sys.executable, "-m", "mtl", "train", str(file), "-q"])
+    process = Forked(["-m", "mtl", "train", str(file), "-q"])
     audit = tmp_path / "runs/tiny/audit.json"
     wait_until(lambda: audit.exists() and '"name": "b"' in audit.read_text())
     process.kill()
@@ -332,10 +333,9 @@ def test_a_run_that_is_killed_is_not_called_clean(tmp_path: Path) -> None:
 
 
 @pytest.mark.slow
-def test_a_run_that_is_interrupted_says_how_to_go_on(tmp_path: Path) -> None:
+def test_a_run_that_is_interrupted_says_how_to_resume(tmp_path: Path) -> None:
     file = tiny_config(tmp_path, phases=[{"name": "a", "epochs": 500}])
-    command = [sys.executable, "-m", "mtl", "train", str(file), "-q"]
-    process = subprocess.Popen(command, stderr=subprocess.PIPE, text=True)
+    process = Forked(["-m", "mtl", "train", str(file), "-q"], stderr=subprocess.PIPE)
     last = tmp_path / "runs/tiny/checkpoints/last"
     wait_until(last.exists)
     process.send_signal(signal.SIGINT)

@@ -13,6 +13,7 @@ from pathlib import Path
 
 import pytest
 
+import forks
 from mtl.cli import main
 from mtl.runtime.files import in_one_line, is_of_the_machine
 from mtl.runtime.signals import Interrupt, raised_signals
@@ -23,8 +24,11 @@ ENDING = [signal.SIGINT, signal.SIGTERM, signal.SIGHUP]
 
 
 def shell(line: str, folder: Path) -> subprocess.CompletedProcess[str]:
-    """Runs a line of bash, in which `mtl` is this Python's, and a pipe ends with the code of its first part."""
-    program = f'set -o pipefail\nmtl() {{ {sys.executable} -m mtl "$@"; }}\n{line}'
+    """Runs a line of bash, in which `mtl` is this Python's, and a pipe ends with the code of its first part.
+
+    `forked` is the same program in a fork, whose outputs have to be open.
+    """
+    program = f'set -o pipefail\nmtl() {{ {sys.executable} -m mtl "$@"; }}\n{forks.in_bash()}\n{line}'
     return subprocess.run(
         ["bash", "-c", program],
         capture_output=True,
@@ -173,24 +177,24 @@ def test_a_closed_terminal_ends_a_program_unless_nohup_keeps_it_alive(is_ignored
 @pytest.mark.parametrize(
     ("command", "reason"),
     [
-        ("--help > /dev/full", "No space left on device"),
-        ("--version > /dev/full", "No space left on device"),
-        ("--version >&-", "Bad file descriptor"),
-        pytest.param("plan tiny.yaml > /dev/full", "No space left on device", marks=pytest.mark.slow),
-        pytest.param("plan tiny.yaml >&-", "Bad file descriptor", marks=pytest.mark.slow),
-        pytest.param("plan tiny.yaml --params | true", "Broken pipe", marks=pytest.mark.slow),
+        ("mtl --help > /dev/full", "No space left on device"),
+        ("mtl --version > /dev/full", "No space left on device"),
+        ("mtl --version >&-", "Bad file descriptor"),
+        pytest.param("forked plan tiny.yaml > /dev/full", "No space left on device", marks=pytest.mark.slow),
+        pytest.param("mtl plan tiny.yaml >&-", "Bad file descriptor", marks=pytest.mark.slow),
+        pytest.param("forked plan tiny.yaml --params | true", "Broken pipe", marks=pytest.mark.slow),
     ],
 )
 def test_an_output_that_takes_nothing_is_one_line_and_exit_code_1(tmp_path: Path, command: str, reason: str) -> None:
     tiny_config(tmp_path)
-    done = shell(f"mtl {command}", tmp_path)
+    done = shell(command, tmp_path)
     assert (done.returncode, done.stderr) == (1, f"error: standard output cannot be written: {reason}\n")
 
 
 @pytest.mark.slow
 def test_a_reader_that_reads_one_line_gets_it(tmp_path: Path) -> None:
     tiny_config(tmp_path)
-    done = shell("mtl plan tiny.yaml --params | head -1", tmp_path)
+    done = shell("forked plan tiny.yaml --params | head -1", tmp_path)
     assert done.stdout.startswith("parameter ") and "Traceback" not in done.stderr
     # Either all fitted into the pipe before `head` was gone, or not.
     assert (done.returncode, done.stderr) in [
@@ -201,14 +205,18 @@ def test_a_reader_that_reads_one_line_gets_it(tmp_path: Path) -> None:
 
 @pytest.mark.slow
 @pytest.mark.parametrize(
-    ("output", "reason"),
-    [("| true", "Broken pipe"), ("> /dev/full", "No space left on device"), (">&-", "Bad file descriptor")],
+    ("mtl", "output", "reason"),
+    [
+        ("forked", "| true", "Broken pipe"),
+        ("forked", "> /dev/full", "No space left on device"),
+        ("mtl", ">&-", "Bad file descriptor"),
+    ],
 )
 def test_a_run_whose_output_is_gone_says_so_once_and_trains_to_its_end(
-    tmp_path: Path, output: str, reason: str
+    tmp_path: Path, mtl: str, output: str, reason: str
 ) -> None:
     tiny_config(tmp_path, phases=[{"name": "a", "steps": 1}])
-    done = shell(f"mtl train tiny.yaml {output}", tmp_path)
+    done = shell(f"{mtl} train tiny.yaml {output}", tmp_path)
     said = f"warning: standard output cannot be written ({reason}): the run continues without it\n"
     assert (done.returncode, done.stderr) == (0, said)
     assert (tmp_path / "runs/tiny/report.html").is_file()
@@ -230,13 +238,12 @@ def test_an_error_of_ours_keeps_its_traceback_and_is_exit_code_1(tmp_path: Path)
         "def broken(*_, **__): return {}['bug']\nmtl.phases.setup.build_meta_setup = broken\n"
         "sys.exit(main(sys.argv[1:]))"
     )
-    call = [sys.executable, "-c", program, "plan", str(tiny_config(tmp_path))]
-    done = subprocess.run(call, capture_output=True, text=True, check=False, timeout=HANGS_S)
+    done = forks.run(["-c", program, "plan", str(tiny_config(tmp_path))], timeout=HANGS_S)
     assert done.returncode == 1 and done.stdout == ""
     assert done.stderr.startswith("Traceback") and done.stderr.endswith("KeyError: 'bug'\n")
 
 
-def test_what_a_disk_does_to_any_program_is_told_from_our_own_errors() -> None:
+def test_what_a_disk_does_to_any_program_is_distinguished_from_our_own_errors() -> None:
     refused = PermissionError(errno.EACCES, "Permission denied", "runs/x/config.yaml")
     assert is_of_the_machine(refused) and in_one_line(refused) == "runs/x/config.yaml: Permission denied"
     assert is_of_the_machine(OSError(errno.EROFS, "Read-only file system"))

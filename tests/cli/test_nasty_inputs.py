@@ -161,7 +161,7 @@ def test_a_base_on_the_command_line_is_refused_with_what_to_write(
         ),
     ],
 )
-def test_a_folder_that_is_a_dead_link_is_told(
+def test_a_folder_that_is_a_dead_link_is_reported(
     override: str, message: str, tmp_path: Path, capsys: pytest.CaptureFixture[str]
 ) -> None:
     file = tiny_config(tmp_path)

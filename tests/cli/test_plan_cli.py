@@ -64,9 +64,7 @@ def test_every_phase_has_a_paragraph_that_says_what_its_patterns_decide(
     assert newly.endswith("2 tensors, 970 parameters, 3.88 kB: heads.object")
 
 
-def test_overrides_change_the_plan_before_and_behind_options(
-    tmp_path: Path, capsys: pytest.CaptureFixture[str]
-) -> None:
+def test_overrides_change_the_plan_before_and_after_options(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
     file = small_config(tmp_path, phases=[{"name": "only", "steps": 7}])
     text = said_by(capsys, file, "phases.only.steps=3", "--world-size", "2", "phases.0.freeze=[trunk.layer1]")
     assert text.startswith("only: 3 steps, ")
@@ -110,7 +108,7 @@ def test_plain_data_parses_and_is_that_of_the_plan(
 
 
 @pytest.mark.parametrize("ending", ["png", "svg"])
-def test_a_picture_is_drawn_beside_what_is_printed(
+def test_a_picture_is_drawn_next_to_what_is_printed(
     tmp_path: Path, capsys: pytest.CaptureFixture[str], ending: str
 ) -> None:
     phases = [*TINY["phases"], {"name": "last-look", "evaluate_only": True}]
@@ -128,7 +126,7 @@ def test_a_picture_is_drawn_beside_what_is_printed(
             assert name in content.decode()
 
 
-def test_the_traffic_among_processes_is_told_only_if_there_are_several(
+def test_the_traffic_among_processes_is_reported_only_if_there_are_several(
     tmp_path: Path, capsys: pytest.CaptureFixture[str]
 ) -> None:
     file = small_config(tmp_path, phases=[{"name": "all", "steps": 1}])

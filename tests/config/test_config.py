@@ -278,7 +278,7 @@ def test_two_phases_of_one_name_are_named_where_the_phases_are() -> None:
     assert mistake.startswith(("run.yaml:7: phases: ", "run.yaml:10: phases.2"))
 
 
-def test_all_mistakes_are_told_at_once() -> None:
+def test_all_mistakes_are_reported_at_once() -> None:
     lines = with_line(3, "data: {image_size: big, batch_sise: 3}")
     lines[5] = "  object: {type: clasification}"
     lines[7] = "  - {freeze: [1], steps: 2}"
@@ -423,7 +423,7 @@ def _errors_of(kind: type[Strict], data: dict[str, Any]) -> list[Any]:
 
 
 @pytest.mark.parametrize("written", ["", " null", " ~"])
-def test_a_key_with_nothing_behind_it_is_an_error_beside_all_others(written: str) -> None:
+def test_a_key_with_nothing_after_it_is_an_error_next_to_all_others(written: str) -> None:
     lines = [*LINES[:7], "  - name: warm", "    steps: 2", f"    freeze:{written}", "    tasks: 3"]
     assert mistakes(lines) == [
         "run.yaml:10: phases.warm.freeze: expected a value, got nothing; leave out the key for its default",
@@ -537,7 +537,7 @@ def test_the_last_pattern_that_matches_gives_the_rate(lr: Any, table: dict[str, 
     assert by_pattern(lr, NAMES, NAMES) == table
 
 
-def test_only_what_trains_has_a_rate_and_a_pattern_may_match_frozen_names_only() -> None:
+def test_only_what_is_trained_has_a_rate_and_a_pattern_may_match_frozen_names_only() -> None:
     assert by_pattern({"trunk": 1.0, "heads": 2.0}, NAMES[2:], NAMES) == {"heads.depth.weight": 2.0}
     assert by_pattern(0.5, NAMES[2:], NAMES) == {"heads.depth.weight": 0.5}
 
@@ -600,7 +600,7 @@ def test_keys_that_do_not_go_together_are_blamed_on_the_one_of_the_command_line(
     ]
 
 
-def test_nothing_is_told_as_nothing(tmp_path: Path) -> None:
+def test_nothing_is_reported_as_nothing(tmp_path: Path) -> None:
     file = tmp_path / "nothing.yaml"
     file.write_text(tiny_config(tmp_path).read_text() + "optim: {lr: }\n")
     with pytest.raises(ConfigError, match=r"optim\.lr: expected .*, got nothing"):

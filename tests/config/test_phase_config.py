@@ -311,8 +311,8 @@ def test_a_mistake_in_an_override_is_placed_at_the_phase_that_it_reaches(overrid
 # Mistakes
 
 
-_LIMIT = ": expected max_epochs and max_steps only beside until"
-_NEITHER = "beside evaluate_only: everything is frozen, and nothing stepped"
+_LIMIT = ": expected max_epochs and max_steps only with until"
+_NEITHER = "with evaluate_only: everything is frozen, and nothing stepped"
 _NAMES = ".lr_schedule.name: expected one of constant, cosine, linear, step, plateau, one-cycle"
 
 
@@ -334,7 +334,7 @@ _NAMES = ".lr_schedule.name: expected one of constant, cosine, linear, step, pla
         ("epochs: 1, max_steps: 2", _LIMIT),
         ("evaluate_only: true, max_epochs: 2", _LIMIT),
         ("batch_size: 3", _ONE_OF),
-        ("until: {epochs: 1}", ": expected max_epochs or max_steps beside until"),
+        ("until: {epochs: 1}", ": expected max_epochs or max_steps with until"),
         ("epochs: 1, max_epochs: 2", _LIMIT),
         ("steps: 1, max_steps: 2", _LIMIT),
         ("evaluate_only: true, max_steps: 2", _LIMIT),
@@ -345,7 +345,7 @@ _NAMES = ".lr_schedule.name: expected one of constant, cosine, linear, step, pla
         ("evaluate_only: true, freeze: []", f": expected no freeze {_NEITHER}"),
         ("evaluate_only: true, train: heads", f": expected no train {_NEITHER}"),
         ("evaluate_only: true, lr: 1", f": expected no lr {_NEITHER}"),
-        ("epochs: 1, restore: {which: last, metric: m}", ".restore: expected metric and direction only beside best"),
+        ("epochs: 1, restore: {which: last, metric: m}", ".restore: expected metric and direction only with best"),
         ("epochs: 1, train: []", ".train: expected at least one, got none"),
         ("epochs: 1, tasks: []", ".tasks: expected at least one, got none"),
         ("epochs: 1, layer_decay: 1.1", ".layer_decay: expected a number less than or equal to 1, got 1.1"),
@@ -357,14 +357,14 @@ _NAMES = ".lr_schedule.name: expected one of constant, cosine, linear, step, pla
         ("epochs: 1, lr_schedule: cosin", f"{_NAMES}, got 'cosin'; nearest: cosine"),
     ],
 )
-def test_a_mistake_in_a_phase_is_told_with_place_key_and_what_was_expected(keys: str, mistake: str) -> None:
+def test_a_mistake_in_a_phase_is_reported_with_place_key_and_what_was_expected(keys: str, mistake: str) -> None:
     assert mistakes([*HEAD, f"  - {{name: a, {keys}}}"]) == [f"run.yaml:5: phases.a{mistake}"]
     inside = [*HEAD, "  - repeat: 2", "    phases:", f"      - {{name: a, {keys}}}"]
     assert mistakes(inside) == [f"run.yaml:7: phases.a{mistake}"]
 
 
 _KINDS = ": expected exactly one of plateau, metric, wall_time_s, epochs, steps, any, all"
-_MARK = ": expected either at_least or at_most beside metric"
+_MARK = ": expected either at_least or at_most with metric"
 
 
 @pytest.mark.parametrize(
@@ -379,14 +379,14 @@ _MARK = ": expected either at_least or at_most beside metric"
         ("{any: {epochs: 1}}", ".any: expected a valid list"),
         ("{any: [{epoch: 1}]}", ".any.0.epoch: unknown key; nearest: epochs"),
         ("plateau", ": expected keys and values, got 'plateau'"),
-        ("{epochs: 1, patience: 2}", ": expected patience only beside plateau"),
-        ("{steps: 1, min_delta: 2}", ": expected min_delta only beside plateau"),
-        ("{metric: m, at_least: 1, direction: higher}", ": expected direction only beside plateau"),
+        ("{epochs: 1, patience: 2}", ": expected patience only with plateau"),
+        ("{steps: 1, min_delta: 2}", ": expected min_delta only with plateau"),
+        ("{metric: m, at_least: 1, direction: higher}", ": expected direction only with plateau"),
         ("{metric: m}", _MARK),
         ("{metric: m, at_least: 1, at_most: 2}", _MARK),
-        ("{epochs: 2, at_most: 1}", ": expected at_most only beside metric"),
-        ("{plateau: m, at_least: 0}", ": expected at_least only beside metric"),
-        ("{epochs: 2, at_least: 1, at_most: 1}", ": expected at_least only beside metric"),
+        ("{epochs: 2, at_most: 1}", ": expected at_most only with metric"),
+        ("{plateau: m, at_least: 0}", ": expected at_least only with metric"),
+        ("{epochs: 2, at_least: 1, at_most: 1}", ": expected at_least only with metric"),
         ("{metric: m, at_least: .inf}", ".at_least: expected a finite number, got inf"),
         ("{epochs: 0}", ".epochs: expected a number greater than or equal to 1, got 0"),
         ("{any: [{steps: -1}]}", ".any.0.steps: expected a number greater than or equal to 1, got -1"),
@@ -395,7 +395,7 @@ _MARK = ": expected either at_least or at_most beside metric"
         ("{plateau: m, direction: lwer}", ".direction: expected one of higher, lower, got 'lwer'; nearest: lower"),
     ],
 )
-def test_a_mistake_in_a_condition_is_told_with_its_place(until: str, mistake: str) -> None:
+def test_a_mistake_in_a_condition_is_reported_with_its_place(until: str, mistake: str) -> None:
     lines = [*HEAD, "  - name: a", "    max_epochs: 1", f"    until: {until}"]
     assert mistakes(lines) == [f"run.yaml:7: phases.a.until{mistake}"]
 
@@ -440,7 +440,7 @@ _NOT = "4: phases: expected a name of its own for every phase, not"
         (["warm"], "5: phases.0: expected keys and values, got 'warm'"),
     ],
 )
-def test_a_mistake_in_the_list_of_phases_is_told_with_its_place(entries: list[str], mistake: str) -> None:
+def test_a_mistake_in_the_list_of_phases_is_reported_with_its_place(entries: list[str], mistake: str) -> None:
     assert mistakes([*HEAD, *(f"  - {entry}" for entry in entries)]) == [f"run.yaml:{mistake}"]
 
 
@@ -460,12 +460,12 @@ def test_phases_that_contain_themselves_are_a_clear_error() -> None:
         ("name: a, until: &u {any: [*u]}", "phases.a.until.any.0: the value contains itself"),
     ],
 )
-def test_what_cannot_even_be_read_is_told_by_the_phases_name_too(keys: str, mistake: str) -> None:
+def test_what_cannot_even_be_read_is_reported_by_the_phases_name_too(keys: str, mistake: str) -> None:
     assert mistakes([*HEAD, f"  - {{{keys}}}"]) == [f"run.yaml:5: {mistake}"]
     assert mistakes([*HEAD, "  - repeat: 2", "    phases:", f"      - {{{keys}}}"]) == [f"run.yaml:7: {mistake}"]
 
 
-def test_a_phase_is_told_by_its_name_wherever_it_stands_and_one_without_by_its_place() -> None:
+def test_a_phase_is_reported_by_its_name_wherever_it_stands_and_one_without_by_its_place() -> None:
     config = load(NESTED)
     told = {written.name: str(config.mistake((*written.path, "freeze", 0), "x")) for written in config.written_phases}
     assert told["a"] == "run.yaml:5: phases.a.freeze.0: x"

@@ -179,7 +179,7 @@ def test_a_value_that_cannot_be_made_is_named_with_its_line(value: str) -> None:
     assert mistake.startswith("run.yaml:2: ")
 
 
-def test_a_missing_file_lists_the_yaml_files_beside_it() -> None:
+def test_a_missing_file_lists_the_yaml_files_next_to_it() -> None:
     for name in ("folder/two.yaml", "folder/one.yaml", "folder/notes.txt", "configs/elsewhere.yaml"):
         write(name, "a: 1\n")
     with pytest.raises(ConfigError) as caught:
@@ -194,7 +194,7 @@ def test_a_file_in_a_missing_folder_lists_the_configs() -> None:
     assert str(caught.value) == "confgs/scenes.yaml: no such file; there are: configs/scenes.yaml"
 
 
-def test_a_missing_file_with_nothing_beside_it_lists_nothing() -> None:
+def test_a_missing_file_with_nothing_next_to_it_lists_nothing() -> None:
     with pytest.raises(ConfigError) as caught:
         read_source(RUN)
     assert str(caught.value) == "run.yaml: no such file"
@@ -266,7 +266,7 @@ def test_a_file_that_is_based_on_itself_is_an_error(files: dict[str, str], named
     assert str(caught.value).endswith(f".yaml:1: _base_: {named} is based on itself")
 
 
-def test_a_missing_base_is_named_with_the_files_beside_it() -> None:
+def test_a_missing_base_is_named_with_the_files_next_to_it() -> None:
     write("far/base.yaml", "a: 1\n")
     assert mistakes("_base_: far/bse.yaml\n") == [
         "run.yaml:1: _base_: far/bse.yaml: no such file; there are: far/base.yaml"
@@ -447,7 +447,7 @@ QUOTED = {
 
 
 @pytest.mark.parametrize(("word", "text"), [(word, text) for word, texts in QUOTED.items() for text in texts])
-def test_text_that_wants_quotes_is_told_with_its_quotes(word: str, text: str) -> None:
+def test_text_that_wants_quotes_is_reported_with_its_quotes(word: str, text: str) -> None:
     (mistake,) = mistakes(f"{text}\n")
     assert mistake.startswith("run.yaml:") and mistake.endswith(f' must be in quotes: "{word}"'), mistake
     with_quotes = text.replace(word, f'"{word}"')

@@ -49,7 +49,7 @@ def test_the_two_splits_share_no_garment() -> None:
     assert not {image.tobytes() for image in train.images} & {image.tobytes() for image in val.images}
 
 
-def test_the_notice_of_the_garments_is_beside_them() -> None:
+def test_the_notice_of_the_garments_is_next_to_them() -> None:
     notice = Path(scenes.__file__).parent / "assets" / "fashion-mnist-10k.LICENSE"
     assert "Copyright (c) 2017 Zalando SE" in notice.read_text()
 
@@ -292,7 +292,7 @@ def test_the_cache_is_read_the_second_time(tmp_path: Path, monkeypatch: pytest.M
     monkeypatch.setattr(multifashion, "render_block", None)
     again, _ = load_data(config, tasks, quiet=True)
     assert torch.equal(first.images, again.images)
-    assert not list(tmp_path.glob(".*")), "a temporary folder was left behind"
+    assert not list(tmp_path.glob(".*")), "a temporary folder was left over"
 
 
 def test_an_unwritable_cache_is_named(tmp_path: Path) -> None:

@@ -81,14 +81,14 @@ def _run_child(work: Callable[[], None], delay_s: float | None = None) -> bool:
 
 
 def _look(folder: Path, key: str, num_rows: int, fields: list[Field]) -> str:
-    """Opens what a killed process left behind: what the store is then, or what is wrong."""
+    """Opens what a killed process left over: what the store is then, or what is wrong."""
     said = io.StringIO()
     logging.basicConfig(stream=said, level=logging.WARNING, force=True)
     with contextlib.closing(open_store(folder, num_rows, fields, key)) as store:
         if said.getvalue():
             return said.getvalue()
         if left := [path.name for path in folder.iterdir() if path.name.count(".") > 1]:
-            return f"left behind: {left}"
+            return f"left over: {left}"
         if not store.is_complete:
             return "empty" if store.num_present == 0 and not store.path.exists() else "half"
         everything = torch.arange(num_rows)

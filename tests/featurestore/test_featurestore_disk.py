@@ -9,7 +9,6 @@ import os
 import resource
 import shutil
 import subprocess
-import sys
 import tempfile
 import threading
 from collections.abc import Callable, Iterator, Sequence
@@ -20,12 +19,13 @@ import numpy as np
 import pytest
 import torch
 
+import featurestore_rows
 from featurestore_rows import BIG, FIELDS, fill, filled, open_store, rows, same_bits
+from forks import Forked
 from mtl.featurestore import DiskStore
 from mtl.featurestore.entry import _all_bytes
 from processes import HANGS_S, wait_until
 
-ROOT = Path(__file__).parents[2]
 ALL = torch.arange(8)
 
 
@@ -35,11 +35,7 @@ def warnings_of(caplog: pytest.LogCaptureFixture) -> list[str]:
 
 def processes(verb: str, *arguments: list[str]) -> list[Any]:
     """What processes of featurestore_rows.py say that run at the same time."""
-    command = [sys.executable, str(ROOT / "tests/featurestore/featurestore_rows.py"), verb]
-    environment = {**os.environ, "PYTHONPATH": str(ROOT), "OMP_NUM_THREADS": "1"}
-    running = [
-        subprocess.Popen([*command, *each], stdout=subprocess.PIPE, text=True, env=environment) for each in arguments
-    ]
+    running = [Forked([featurestore_rows.__file__, verb, *each], stdout=subprocess.PIPE) for each in arguments]
     said = [process.communicate(timeout=HANGS_S)[0] for process in running]
     assert [process.returncode for process in running] == [0] * len(running)
     return [json.loads(text) for text in said]
@@ -283,7 +279,7 @@ def test_damage_while_it_is_open_is_found_once_by_many_threads(
     store.close()
 
 
-def test_damage_does_not_remove_what_another_process_made_anew(tmp_path: Path) -> None:
+def test_damage_does_not_remove_what_another_process_made_again(tmp_path: Path) -> None:
     first, second = filled(tmp_path), open_store(tmp_path)
     exchange_rows(first.path / "rows.bin")
     assert first.read(ALL) is None

@@ -173,6 +173,6 @@ def test_layer1_and_layer2_of_a_resnet18_stay_and_adamw_over_the_rest_moves_the_
     everything = {name for name, _ in [*model.named_parameters(), *model.named_buffers()]}
     frozen = names_below(model, "layer1.", "layer2.")
     assert changed == everything - frozen
-    # Below, beside and above the frozen stages.
+    # Below, next to and above the frozen stages.
     assert {"conv1.weight", "bn1.running_mean", "layer3.0.downsample.0.weight", "fc.bias"} <= changed
     assert len([name for name, _ in model.named_parameters() if name in frozen]) == 27

@@ -127,9 +127,9 @@ def check(name: str, first: str, folder: Path) -> dict[str, Any]:
     again, moments = optimizer_of(other), OptimizerState()
     moments.load_state_dict(memory["moments"])
     moments.apply(again, {p: n for n, p in other.named_parameters()})
-    taken_up = gather_model(other, WORLD).state_dict()
+    resumed = gather_model(other, WORLD).state_dict()
     if WORLD.is_main:
-        found["taken up"] = difference(taken_up, whole)
+        found["taken up"] = difference(resumed, whole)
     freeze(other, ("none",))
     found["go on"] = [train(m, o, mine, WORLD) for m, o in ((spread, optimizer), (other, again))]
     return found

@@ -1,4 +1,4 @@
-"""Parameters that cannot train behind frozen zeros: found before training, and nothing else is called so."""
+"""Parameters that cannot train after frozen zeros: found before training, and nothing else is called so."""
 
 from __future__ import annotations
 

@@ -25,7 +25,7 @@ from processes import run_in_processes
 @pytest.mark.slow
 @pytest.mark.parametrize("number", [2, 3])
 @pytest.mark.parametrize("name", ["test_resnet", "test_vit"])
-def test_a_spread_model_trains_as_a_plain_one_and_is_taken_up(name: str, number: int, tmp_path: Path) -> None:
+def test_a_sharded_model_trains_as_a_plain_one_and_is_resumed(name: str, number: int, tmp_path: Path) -> None:
     script = Path(fsdp_script.__file__).read_text().replace('("test_resnet", "test_vit")', f'("{name}",)')
     run_in_processes(script, tmp_path, number)
     found: list[dict[str, Any]] = [json.loads((tmp_path / f"{rank}.json").read_text()) for rank in range(number)]
@@ -92,7 +92,7 @@ def test_alone_a_model_stays_as_it_is() -> None:
     assert all(type(p) is torch.nn.Parameter for p in model.parameters())
 
 
-def test_a_layout_that_cannot_be_spread_is_refused() -> None:
+def test_a_layout_that_cannot_be_sharded_is_refused() -> None:
     model = fsdp_script.build("test_resnet").to(memory_format=torch.channels_last)
     with pytest.raises(WorldError, match=r"trunk.conv1.0.weight: FSDP takes contiguous tensors only"):
         shard(model, World(0, 2, 0))

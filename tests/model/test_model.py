@@ -10,8 +10,9 @@ from torch import nn
 from mtl.config import SettingError, TrunkConfig
 from mtl.freeze import enforce, plan_freeze
 from mtl.model import MultiTaskModel, set_output_bias
+from mtl.model.build import build_trunk
 from mtl.model.heads import enlarge
-from mtl.model.network import Normalize, build_trunk
+from mtl.model.network import Normalize
 from mtl.model.trunk import feature_shape, pyramid_levels, read_features
 from mtl.tasks import Classification, Depth, Normals, Segmentation, Task
 

@@ -102,7 +102,7 @@ def readers_of(trunk: nn.Module, read: Read, size: int = 64) -> list[str]:
 
 
 def state_of(trunk: nn.Module) -> list[Any]:
-    """All that a pass could leave behind: tensors by identity, version and bits, modes, attributes, hooks."""
+    """All that a pass could leaves: tensors by identity, version and bits, modes, attributes, hooks."""
     tensors = [*trunk.named_parameters(), *trunk.named_buffers()]
     return [
         [(name, id(t), t._version, bits(t), t.requires_grad, t.grad) for name, t in tensors],
@@ -255,7 +255,7 @@ def by_hand(*modules: nn.Module, train_from: int) -> tuple[Sequence, Read]:
     "tail",
     [[nn.ReLU(inplace=True), conv()], [nn.Dropout(0.5), conv()], [nn.BatchNorm2d(3), nn.ReLU(inplace=True), conv()]],
 )
-def test_what_trains_may_change_its_input_in_place_or_drop_of_it(tail: list[nn.Module]) -> None:
+def test_what_is_trained_may_change_its_input_in_place_or_drop_of_it(tail: list[nn.Module]) -> None:
     trunk, read = by_hand(conv(), conv(), *tail, train_from=2)
     check(trunk, read, 8)
 
@@ -583,7 +583,7 @@ def unchanged(trunk: nn.Module) -> Iterator[None]:
     assert state_of(trunk) == before
 
 
-def test_nothing_is_left_behind() -> None:
+def test_nothing_is_left_over() -> None:
     trunk, read = small_resnet(".conv1", ".bn1", ".layer1", drop_rate=0.2)
     with unchanged(trunk):
         prefix = Prefix.record(trunk, read, pictures(3))
@@ -596,7 +596,7 @@ def test_nothing_is_left_behind() -> None:
             prefix.replay(kept)
 
 
-def test_nothing_is_left_behind_by_a_failure() -> None:
+def test_nothing_is_left_over_by_a_failure() -> None:
     trunk, read = by_hand(conv(), conv(), train_from=1)
     prefix = Prefix.record(trunk, read, pictures(2, 8))
     last = trunk[1]

@@ -54,8 +54,21 @@ def with_gradient(model: MultiTaskModel, size: int, task: str) -> set[str]:
     return {name for name, p in model.named_parameters(remove_duplicate=False) if p.grad is not None}
 
 
-@pytest.mark.parametrize("kind", TASKS)
-@pytest.mark.parametrize(("trunk", "size"), [*TRUNKS, *(pytest.param(*each, marks=pytest.mark.slow) for each in HEAVY)])
+# Of every trunk with tasks of both kinds; with those of one kind, which leave other parts of a trunk out, of one
+# trunk of each way to build them: convolutions, convolutions with a head that only pooling reads, and tokens.
+CASES = [(trunk, size, "mixed") for trunk, size in TRUNKS]
+CASES += [
+    (trunk, size, kind)
+    for trunk, size in (("test_resnet", 32), ("tf_efficientnet_lite0", 32), ("test_vit", 64))
+    for kind in ("dense", "vector")
+]
+SLOW = [(trunk, size, "mixed") for trunk, size in HEAVY]
+SLOW += [("cait_xxs24_224", 64, "vector"), ("deit_tiny_distilled_patch16_224", 64, "vector")]
+
+
+@pytest.mark.parametrize(
+    ("trunk", "size", "kind"), [*CASES, *(pytest.param(*each, marks=pytest.mark.slow) for each in SLOW)]
+)
 def test_what_is_reached_is_what_a_backward_gives_a_gradient(trunk: str, size: int, kind: str) -> None:
     model = model_of(trunk, size, TASKS[kind])
     reached = reached_parameters(model)

@@ -18,7 +18,7 @@ from mtl.checkpoint.folder import Checkpoints
 from mtl.cli import main
 from mtl.config import SettingError, TrunkConfig
 from mtl.model import weights
-from mtl.model.network import build_trunk
+from mtl.model.build import build_trunk
 from mtl.model.weights import WeightsError, file_weights, load_into, packaged_weights
 from runs import tiny_config
 

@@ -1,4 +1,4 @@
-"""The moving average of what trains: its values by hand, what it follows, and that swapping loses no bit."""
+"""The moving average of what is trained: its values by hand, what it follows, and that swapping loses no bit."""
 
 from __future__ import annotations
 
@@ -86,7 +86,7 @@ def test_only_followed_parameters_are_averaged_and_swapped() -> None:
     assert bits({"frozen": parameters["frozen"]}) == frozen
 
 
-def test_what_goes_on_training_keeps_its_average_and_what_is_thawed_begins_with_its_value() -> None:
+def test_what_continues_training_keeps_its_average_and_what_is_thawed_begins_with_its_value() -> None:
     parameters = parameters_of(stays=0.0, thawed=0.0, leaves=0.0)
     ema = Ema(0.5)
     ema.follow({name: parameters[name] for name in ("stays", "leaves")})
@@ -142,7 +142,7 @@ def test_parameters_are_put_back_when_judging_fails() -> None:
     assert (parameters["a"].item(), ema.averages()["a"].item()) == (4.0, 2.0)
 
 
-def test_loaded_averages_go_on_as_if_never_saved() -> None:
+def test_loaded_averages_continue_as_if_never_saved() -> None:
     def steps(ema: Ema, parameters: dict[str, nn.Parameter], values: list[float]) -> None:
         for value in values:
             for number, parameter in enumerate(parameters.values()):
@@ -189,7 +189,7 @@ EVALUATED = [
 ]
 
 
-def test_a_run_taken_up_before_an_evaluation_judges_the_averages_as_one_that_never_stopped(tmp_path: Path) -> None:
+def test_a_run_resumed_before_an_evaluation_judges_the_averages_as_one_that_never_stopped(tmp_path: Path) -> None:
     phases = [EVALUATED[0], {"name": "e", "evaluate_only": True}]
     whole = train(tiny_parts(tmp_path, optim={"ema_decay": 0.9}, phases=phases), quiet=True)
     source = whole.run_dir / "checkpoints/last"
@@ -201,7 +201,7 @@ def test_a_run_taken_up_before_an_evaluation_judges_the_averages_as_one_that_nev
 
 
 @pytest.mark.slow
-def test_training_after_an_evaluation_goes_on_from_the_weights_as_they_trained(tmp_path: Path) -> None:
+def test_training_after_an_evaluation_resumes_from_the_weights_as_they_trained(tmp_path: Path) -> None:
     ends = []
     for name, phases in (("with", EVALUATED), ("without", [EVALUATED[0], {**EVALUATED[2], "restore": "best"}])):
         parts = tiny_parts(tmp_path, f"name={name}", optim={"ema_decay": 0.5}, phases=phases)

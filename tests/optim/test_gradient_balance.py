@@ -1,4 +1,4 @@
-"""Balanced gradients: those of TorchJD's own backward, what fp16 needs, and what a step leaves behind."""
+"""Balanced gradients: those of TorchJD's own backward, what fp16 needs, and what a step leaves."""
 
 from __future__ import annotations
 

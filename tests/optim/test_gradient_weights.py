@@ -149,7 +149,7 @@ def test_a_memory_is_a_copy_that_later_calls_leave_alone(method: str) -> None:
         assert torch.equal(weigh(weighting, CONFLICT, 1), expected)
 
 
-def test_a_method_does_not_go_on_with_what_another_has_kept() -> None:
+def test_a_method_does_not_continue_with_what_another_has_kept() -> None:
     other = build_balance(BalanceConfig(method="pcd"), TASKS)
     with pytest.raises(ValueError, match=r"method with \['_phi_t', '_state_key'\], got \['_n_steps'"):
         build_balance(BalanceConfig(method="gradvac"), TASKS).load_state(other.state(), torch.device("cpu"))

@@ -296,7 +296,7 @@ def test_no_other_course_heeds_metrics(config: LrScheduleConfig) -> None:
     through_json=st.booleans(),
 )
 @CHECKED
-def test_a_course_taken_up_at_any_step_has_the_same_future(
+def test_a_course_resumed_at_any_step_has_the_same_future(
     config: LrScheduleConfig, metrics: list[float], at: int, through_json: bool
 ) -> None:
     def advance(schedule: LrSchedule, optimizer: SGD, steps: range) -> list[list[float]]:
@@ -313,12 +313,12 @@ def test_a_course_taken_up_at_any_step_has_the_same_future(
     schedule = LrSchedule(config, optimizer, 12, 2)
     advance(schedule, optimizer, range(at))
     state = schedule.state_dict()
-    taken_up = LrSchedule(config, later, 12, 2)
-    taken_up.load_state_dict(json.loads(json.dumps(state, allow_nan=False)) if through_json else state)
+    resumed = LrSchedule(config, later, 12, 2)
+    resumed.load_state_dict(json.loads(json.dumps(state, allow_nan=False)) if through_json else state)
     rest = range(at, 12)
     assert [group["lr"] for group in later.param_groups] == [group["lr"] for group in optimizer.param_groups]
-    assert advance(taken_up, later, rest) == advance(schedule, optimizer, rest)
-    assert taken_up.state_dict() == schedule.state_dict()
+    assert advance(resumed, later, rest) == advance(schedule, optimizer, rest)
+    assert resumed.state_dict() == schedule.state_dict()
 
 
 def test_a_state_is_plain_data_of_what_was_done() -> None:

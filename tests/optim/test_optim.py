@@ -117,13 +117,13 @@ def test_a_table_that_leaves_a_parameter_uncovered_is_refused_with_an_example() 
         by_pattern({"head": 0.1}, NAMES, NAMES, otherwise={"trunk.weight": 0.3})
 
 
-def test_a_number_for_nothing_is_refused_and_its_place_told() -> None:
+def test_a_number_for_nothing_is_refused_and_its_place_named() -> None:
     with pytest.raises(PatternError, match=r"pattern 'heads' matches nothing \(nearest: head") as caught:
         by_pattern({"**": 0.1, "heads": 0.2}, NAMES, NAMES)
     assert caught.value.index == 1
 
 
-def test_a_pattern_that_takes_back_is_refused_and_its_place_told() -> None:
+def test_a_pattern_that_takes_back_is_refused_and_its_place_named() -> None:
     with pytest.raises(PatternError, match=r"'!head' starts with !, which cannot undo a number") as caught:
         by_pattern({"**": 0.1, "!head": 0.2}, NAMES, NAMES)
     assert caught.value.index == 1
@@ -165,7 +165,7 @@ def test_layer_factors_are_those_of_timm_one_layer_further_from_the_heads() -> N
 
 
 @pytest.mark.parametrize(
-    ("name", "shape", "excepted", "expected"),
+    ("name", "shape", "excluded", "expected"),
     [
         ("conv.weight", (2, 3, 1, 1), [], True),
         ("fc.weight", (2, 3), [], True),
@@ -181,8 +181,8 @@ def test_layer_factors_are_those_of_timm_one_layer_further_from_the_heads() -> N
         ("trunk.Table", (4, 8), ["trunk.table"], True),
     ],
 )
-def test_what_is_decayed_is_this_table(name: str, shape: tuple[int, ...], excepted: list[str], expected: bool) -> None:
-    assert is_decayed(name, torch.zeros(shape), excepted) is expected
+def test_what_is_decayed_is_this_table(name: str, shape: tuple[int, ...], excluded: list[str], expected: bool) -> None:
+    assert is_decayed(name, torch.zeros(shape), excluded) is expected
 
 
 def test_parameters_of_one_rate_and_decay_share_a_group() -> None:
@@ -220,7 +220,7 @@ def test_decay_pulls_weights_towards_zero_and_leaves_biases() -> None:
         (["**", "!head.bias"], ["head.bias"]),
     ],
 )
-def test_the_optimizer_holds_exactly_what_trains_each_once(freeze: list[str], expected: list[str]) -> None:
+def test_the_optimizer_holds_exactly_what_is_trained_each_once(freeze: list[str], expected: list[str]) -> None:
     model = tiny()
     assert held(model, freeze) == expected
     assert sorted(name for name, parameter in model.named_parameters() if parameter.requires_grad) == expected
@@ -254,7 +254,7 @@ def test_the_well_known_optimizers_are_there_and_those_that_do_not_fit_the_loop_
     assert not {"optimizer", "lbfgs", "sparseadam", "muon"} & names.keys()
 
 
-def test_the_kernel_that_cannot_step_what_is_thawed_beside_momentum_is_refused() -> None:
+def test_the_kernel_that_cannot_step_what_is_thawed_next_to_momentum_is_refused() -> None:
     model = tiny()
     options: dict[str, Any] = {"momentum": 0.9, "fused": True}
     with pytest.raises(SettingError, match=r"optimizer\.options: torch's fused SGD fails .* leave out fused"):
@@ -426,7 +426,7 @@ def test_an_optimizer_of_ones_own_that_cannot_be_had_is_refused(own_module: str,
         ),
     ],
 )
-def test_a_class_of_ones_own_that_does_not_work_is_told_at_its_key(
+def test_a_class_of_ones_own_that_does_not_work_is_reported_at_its_key(
     own_module: str, tmp_path: Path, body: str, key: str, message: str
 ) -> None:
     assert own_module

@@ -99,7 +99,7 @@ def bits(tensor: Tensor) -> bytes:
 
 
 @EACH
-def test_a_parameter_thawed_again_goes_on_with_the_state_in_which_it_was_frozen(config: OptimizerConfig) -> None:
+def test_a_parameter_thawed_again_continues_with_the_state_in_which_it_was_frozen(config: OptimizerConfig) -> None:
     run = Run()
     keys = {"momentum_buffer"} if config is SGD else {"step", "exp_avg", "exp_avg_sq"}
     first = run.states(run.phase([], 3, config))
@@ -214,7 +214,7 @@ def test_there_is_no_state_at_first_nor_of_what_never_trained() -> None:
     assert set(run.states(run.begin([]))) == {"head.weight", "head.bias"}
 
 
-def test_what_is_forgotten_begins_anew_and_the_rest_goes_on() -> None:
+def test_what_is_forgotten_begins_again_and_the_rest_continues() -> None:
     run = Run()
     before = run.states(run.phase([], 2))
     run.moments.drop(["trunk.weight", "head.bias", "not.there"])
@@ -272,7 +272,7 @@ def test_state_stays_apart_per_kind_of_optimizer() -> None:
 
 
 @EACH
-def test_what_is_thawed_trains_beside_what_has_moments_already(config: OptimizerConfig) -> None:
+def test_what_is_thawed_trains_next_to_what_has_moments_already(config: OptimizerConfig) -> None:
     run = Run()
     run.phase(["trunk"], 2, config)
     before = run.weights()
@@ -336,7 +336,7 @@ def test_a_boundary_changes_no_bit_with_any_optimizer(name: str) -> None:
 
 
 @EACH
-def test_moments_that_were_saved_and_loaded_go_on_as_if_they_had_not_been(config: OptimizerConfig) -> None:
+def test_moments_that_were_saved_and_loaded_continue_as_if_they_had_not_been(config: OptimizerConfig) -> None:
     run, other = Run(), Run()
     for each in (run, other):
         each.phase([], 2, config)

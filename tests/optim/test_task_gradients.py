@@ -305,7 +305,7 @@ def parts_tracking() -> Any:
     return TrackingConfig()
 
 
-def test_a_phase_taken_up_in_its_middle_keeps_the_cadence_and_what_no_task_reaches_is_told_once(
+def test_a_phase_resumed_in_its_middle_keeps_the_cadence_and_what_no_task_reaches_is_reported_once(
     tmp_path: Path, monkeypatch: pytest.MonkeyPatch, caplog: pytest.LogCaptureFixture
 ) -> None:
     monkeypatch.setenv("WANDB_MODE", "disabled")

@@ -108,7 +108,7 @@ def test_the_groups_of_parameters_are_timm_s_own(name: str) -> None:
 
 
 class Rotary(nn.Module):
-    """Buffers where a timm trunk has them: beside parameters, in a module without any, before, between and after."""
+    """Buffers where a timm trunk has them: next to parameters, in a module without any, before, between and after."""
 
     def __init__(self) -> None:
         super().__init__()

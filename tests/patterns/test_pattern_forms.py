@@ -100,7 +100,7 @@ def test_a_class_pattern_takes_the_buffers_of_its_modules_too() -> None:
 
 
 @pytest.mark.parametrize("patterns", [["trunk@first:3"], ["trunk", "!trunk@last:3"], ["**", "!heads", "!trunk@last:3"]])
-def test_depth_groups_take_the_buffers_beside_their_parameters_and_take_them_back(patterns: list[str]) -> None:
+def test_depth_groups_take_the_buffers_next_to_their_parameters_and_take_them_back(patterns: list[str]) -> None:
     split = partition(patterns, NAMES, BUFFERS, TREE)
     assert split.frozen_buffers == tuple(name for name in BUFFERS if name.startswith("trunk.blocks.0."))
 

@@ -111,7 +111,7 @@ def test_the_last_pattern_that_matches_decides(patterns: list[str], selected: li
     assert select(patterns, NAMES).names == tuple(selected)
 
 
-def test_a_selection_tells_which_pattern_decided_each_name() -> None:
+def test_a_selection_says_which_pattern_decided_each_name() -> None:
     selection = select(["trunk", "!trunk.norm", "**.bias"], ["trunk.a.w", "trunk.norm.w", "trunk.norm.bias", "scale"])
     assert selection.names == ("trunk.a.w", "trunk.norm.bias")
     assert selection.decided_by == {"trunk.a.w": 0, "trunk.norm.w": 1, "trunk.norm.bias": 2}
@@ -356,7 +356,7 @@ STATISTICS = ["bn.running_mean", "bn.running_var"]
     [
         ([], [], []),
         (["bn"], [*BN, "bn.inner.weight"], [*STATISTICS, "bn.inner.mean"]),
-        (["bn.weight"], ["bn.weight"], []),  # the bias beside it trains
+        (["bn.weight"], ["bn.weight"], []),  # the bias next to it trains
         (["bn.weight", "bn.bias"], BN, STATISTICS),  # said of the parameters only: the buffers go with them
         (["**.bias", "**.weight"], [*BN, "bn.inner.weight", "conv.weight"], [*STATISTICS, "bn.inner.mean"]),
         (["bn.*", "!bn.running_*"], [*BN, "bn.inner.weight"], ["bn.inner.mean"]),  # taken back by name
@@ -369,7 +369,7 @@ STATISTICS = ["bn.running_mean", "bn.running_var"]
         (["conv", "bn.inner"], ["bn.inner.weight", "conv.weight"], ["bn.inner.mean"]),
     ],
 )
-def test_a_buffer_is_frozen_with_all_parameters_beside_it_or_by_name(
+def test_a_buffer_is_frozen_with_all_parameters_next_to_it_or_by_name(
     patterns: list[str], frozen: list[str], frozen_buffers: list[str]
 ) -> None:
     parameters = [*BN, "bn.inner.weight", "conv.weight"]
@@ -391,10 +391,10 @@ def test_buffers_of_the_root_go_with_the_parameters_of_the_root() -> None:
     assert partition(["bn"], ["scale", "bn.weight"], ["step"]).frozen_buffers == ()
 
 
-def test_a_partition_tells_which_pattern_decided() -> None:
+def test_a_partition_says_which_pattern_decided() -> None:
     line = partition(["bn", "!bn.mean"], ["bn.weight"], ["bn.mean", "bn.var"])
     assert line.decided_by == {"bn.weight": 0, "bn.mean": 1, "bn.var": 0}
-    # The rule of the parameters beside it is no pattern.
+    # The rule of the parameters next to it is no pattern.
     assert partition(["bn.weight"], ["bn.weight"], ["bn.var"]).decided_by == {"bn.weight": 0}
 
 

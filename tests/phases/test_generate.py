@@ -1,4 +1,4 @@
-"""Generated schedules: they load and plan beside the file they were made from, and train what they promise."""
+"""Generated schedules: they load and plan next to the file they were made from, and train what they promise."""
 
 from __future__ import annotations
 
@@ -41,7 +41,7 @@ def base_of(folder: Path, trunk: str = "test_resnet", **changes: Any) -> Path:
 
 
 def generated(capsys: pytest.CaptureFixture[str], base: Path, kind: str, *arguments: str) -> Path:
-    """Saves what `mtl plan --generate` prints beside its base."""
+    """Saves what `mtl plan --generate` prints next to its base."""
     code = main(["plan", str(base), "--generate", kind, *arguments])
     said = capsys.readouterr()
     assert (code, said.err) == (0, "")

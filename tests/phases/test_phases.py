@@ -1,4 +1,4 @@
-"""Phases resolved against a real model on the meta device: what freezes, what trains with what, and each mistake."""
+"""Phases resolved against a real model on the meta device: what is frozen, what is trained and how, each mistake."""
 
 from __future__ import annotations
 
@@ -100,7 +100,7 @@ def test_train_freezes_exactly_what_its_patterns_do_not_select(patterns: list[st
     assert [*names.trainable] == [name for name in parameters if name in selected]
     assert [*names.frozen] == [name for name in parameters if name not in selected]
     assert {*names.free_buffers} >= selected & {*buffers}
-    # Statistics go with the parameters beside them; a module without any has none to go with.
+    # Statistics go with the parameters next to them; a module without any has none to go with.
     modules = {name.rpartition(".")[0] for name in selected} | {"normalize"}
     assert {*names.frozen_buffers} >= {name for name in buffers if name.rpartition(".")[0] not in modules}
 
@@ -144,7 +144,7 @@ def test_what_is_always_frozen_takes_back_only_among_its_own_patterns() -> None:
         assert phase.freeze.plan.names.frozen == ("heads.object.out.weight", "heads.object.out.bias")
 
 
-def test_statistics_beside_weights_that_train_move_whether_a_phase_says_freeze_or_train() -> None:
+def test_statistics_next_to_weights_that_train_move_whether_a_phase_says_freeze_or_train() -> None:
     frozen, trained = drawn(
         ["name: a, epochs: 1, freeze: 'trunk@first:3'", "name: b, epochs: 1, train: ['trunk@last:2', heads]"]
     ).phases
@@ -154,7 +154,7 @@ def test_statistics_beside_weights_that_train_move_whether_a_phase_says_freeze_o
 
 
 @pytest.mark.parametrize("own", ["freeze: []", "train: '**'", "freeze: [trunk, '!trunk', trunk.bn1.weight]"])
-def test_statistics_beside_weights_that_are_always_frozen_rest_however_a_phase_is_written(own: str) -> None:
+def test_statistics_next_to_weights_that_are_always_frozen_rest_however_a_phase_is_written(own: str) -> None:
     (phase,) = drawn([f"name: a, epochs: 1, {own}"], "freeze_always: [trunk.bn1.weight, trunk.bn1.bias]").phases
     assert phase.freeze.plan.names.frozen == ("trunk.bn1.weight", "trunk.bn1.bias")
     assert {"trunk.bn1.running_mean", "trunk.bn1.running_var"} <= {*phase.freeze.plan.names.frozen_buffers}
@@ -251,9 +251,9 @@ def test_vectors_and_what_the_trunk_itself_excepts_are_not_decayed() -> None:
     run = drawn(["name: a, epochs: 1"], overrides=("trunk.name=test_vit", "data.image_size=64"))
     decays = {name: decay for name, (_, decay) in table(run, run.phases[0]).items()}
     shapes = {name: parameter.ndim for name, parameter in run.root.named_parameters()}
-    excepted = {"trunk.pos_embed", "trunk.cls_token"}
-    assert all(shapes[name] == 3 for name in excepted)
-    assert decays == {name: 0.05 if ndim > 1 and name not in excepted else 0.0 for name, ndim in shapes.items()}
+    excluded = {"trunk.pos_embed", "trunk.cls_token"}
+    assert all(shapes[name] == 3 for name in excluded)
+    assert decays == {name: 0.05 if ndim > 1 and name not in excluded else 0.0 for name, ndim in shapes.items()}
     assert decays["trunk.patch_embed.proj.weight"] == 0.05
 
 
@@ -437,11 +437,11 @@ _UNCOVERED = "no pattern covers {} trainable parameters, such as {}; add one for
     ],
     ids=str,
 )  # fmt: skip
-def test_a_mistake_is_told_at_the_place_where_it_was_written(phase: str, below: str, mistake: str) -> None:
+def test_a_mistake_is_reported_at_the_place_where_it_was_written(phase: str, below: str, mistake: str) -> None:
     assert mistakes([f"name: a, epochs: 1{phase and ', '}{phase}"], below) == [f"run.yaml:{mistake}"]
 
 
-def test_a_dead_pattern_of_train_is_told_as_it_was_written() -> None:
+def test_a_dead_pattern_of_train_is_reported_as_it_was_written() -> None:
     (mistake,) = mistakes(["name: a, epochs: 1, train: [heads.depth, hedas]"])
     assert mistake == f"run.yaml:6: phases.a.train.1: pattern 'hedas' {START.format('heads')}"
 
@@ -458,12 +458,12 @@ def test_a_dead_pattern_of_train_is_told_as_it_was_written() -> None:
         ),
     ],
 )
-def test_a_mistake_in_a_condition_is_told_at_its_place(until: str, mistake: str) -> None:
+def test_a_mistake_in_a_condition_is_reported_at_its_place(until: str, mistake: str) -> None:
     assert mistakes([f"name: a, max_epochs: 1, until: {until}"]) == [f"run.yaml:6: phases.a.until.{mistake}"]
 
 
 @pytest.mark.parametrize("place", ["phase", "optim"])
-def test_options_that_an_optimizer_does_not_take_are_told_with_those_that_it_takes(place: str) -> None:
+def test_options_that_an_optimizer_does_not_take_are_reported_with_those_that_it_takes(place: str) -> None:
     option = "optimizer: {name: sgd, options: {momentun: 1}}"
     phase, below = (f", {option}", "") if place == "phase" else ("", f"optim: {{{option}}}")
     (mistake,) = mistakes([f"name: a, epochs: 1{phase}"], below)
@@ -472,7 +472,7 @@ def test_options_that_an_optimizer_does_not_take_are_told_with_those_that_it_tak
     assert mistake.endswith("got an unexpected keyword argument 'momentun'")
 
 
-def test_mistakes_of_several_phases_are_told_at_once_and_that_of_a_repeated_one_once() -> None:
+def test_mistakes_of_several_phases_are_reported_at_once_and_that_of_a_repeated_one_once() -> None:
     inner = "{name: b, steps: 2, lr_schedule: {name: linear, warmup_steps: 2}}"
     found = mistakes(
         ["name: a, epochs: 1, freeze: '**'", f"repeat: 3, phases: [{inner}]", "name: c, epochs: 1, train: [hed]"]
@@ -484,7 +484,7 @@ def test_mistakes_of_several_phases_are_told_at_once_and_that_of_a_repeated_one_
     ]
 
 
-def test_unknown_tasks_are_told_together_with_the_mistakes_of_other_phases() -> None:
+def test_unknown_tasks_are_reported_together_with_the_mistakes_of_other_phases() -> None:
     found = mistakes(["name: a, epochs: 1, tasks: [zz]", "name: b, epochs: 1, freeze: zz"])
     assert [mistake.split(": ")[1] for mistake in found] == ["phases.a.tasks.0", "phases.b.freeze.0"]
 
@@ -568,7 +568,7 @@ def test_batches_of_one_image_are_taken_where_no_norm_trains(phase: str) -> None
     assert resolved.batch_size == 1
 
 
-def test_all_that_is_wrong_with_a_phase_is_told_at_once() -> None:
+def test_all_that_is_wrong_with_a_phase_is_reported_at_once() -> None:
     phase = "name: a, epochs: 1, freeze: [trnk], lr: {hds: 1.0}, weight_decay: {hds: 1.0}, restore: best"
     found = mistakes([f"{phase}, batch_size: 100", "name: b, epochs: 1, tasks: [dept]"], "freeze_always: [zz]")
     assert [mistake.split(": ")[1] for mistake in found] == [

@@ -144,7 +144,7 @@ def check_partition(root: nn.Module, plan: Plan, phase: PhasePlan) -> None:
 
 
 def check_claims(root: nn.Module, phase: PhasePlan) -> None:
-    """Each pattern alone, then the last that matches decides: worked out anew here, without the plan's own way."""
+    """Each pattern alone, then the last that matches decides: worked out again here, without the plan's own way."""
     parameters = [name for name, _ in root.named_parameters()]
     every_name = parameters + [name for name, _ in root.named_buffers()]
     alone = [set(select([text.removeprefix("!")], every_name, describe(root)).names) for text in phase.freeze]
@@ -195,7 +195,7 @@ def test_the_last_pattern_that_matches_claims_a_name(resolver: tuple[nn.Module, 
 # ---- Small cases, written out ----------------------------------------------------------------------------------------
 
 
-def test_what_thaws_and_what_freezes_between_phases_is_told(tmp_path: Path) -> None:
+def test_what_thaws_and_what_freezes_between_phases_is_reported(tmp_path: Path) -> None:
     phases = [
         {"name": "a", "freeze": ["trunk.layer1", "heads.normals"], "steps": 1},
         {"name": "b", "freeze": ["trunk.conv1", "trunk.bn1", "heads.object"], "steps": 1},
@@ -241,7 +241,7 @@ def test_the_heads_of_inactive_tasks_are_named_as_unreached(tmp_path: Path) -> N
     assert set(phase.unreached) <= set(phase.frozen.names)
 
 
-def test_a_warning_about_what_is_unreached_leaves_it_among_what_trains(tmp_path: Path) -> None:
+def test_a_warning_about_what_is_unreached_leaves_it_among_what_is_trained(tmp_path: Path) -> None:
     phases = [{"name": "a", "tasks": ["depth"], "epochs": 1}]
     (phase,) = plan_of(tmp_path, phases, unreached="warn").phases
     assert "heads.object.out.bias" in phase.unreached and set(phase.unreached) <= set(phase.trainable.names)
@@ -325,7 +325,7 @@ def test_an_evaluation_in_between_thaws_and_freezes_nothing(tmp_path: Path) -> N
     assert (last.thawed.count, last.newly_frozen.count) == (0, 0)
 
 
-def test_train_is_told_in_the_users_words(tmp_path: Path) -> None:
+def test_train_is_reported_in_the_users_words(tmp_path: Path) -> None:
     phase = plan_of(tmp_path, [{"name": "a", "train": ["heads.depth", "balance"], "steps": 1}]).phases[0]
     assert (phase.freeze, phase.train) == ((), ("heads.depth, balance",))
     assert [(claim.key, claim.parameters) for claim in phase.claims] == [("train", phase.frozen.count)]

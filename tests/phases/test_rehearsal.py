@@ -151,7 +151,7 @@ def test_a_phase_that_only_evaluates_costs_a_forward_alone(tmp_path: Path) -> No
     assert rehearse(model_setup, model_setup.phases[0]) == Cost(sum(BY_HAND.values()), 0, 0)
 
 
-# What trains beside a frozen trunk: a weight of 96 x 10 and a bias of 10.
+# What trains next to a frozen trunk: a weight of 96 x 10 and a bias of 10.
 NUMBERS, TENSORS = 970, 2
 
 
@@ -211,7 +211,7 @@ ATTENTION = 6 * 2 * (2 * 5 * 5 * 64)
 
 
 @pytest.mark.parametrize("device", ["meta", "cpu"])
-def test_attention_is_counted_beside_the_layers(tmp_path: Path, device: str) -> None:
+def test_attention_is_counted_next_to_the_layers(tmp_path: Path, device: str) -> None:
     changes: dict[str, Any] = {"trunk": {"name": "test_vit"}, "tasks": OBJECT, "balance": {}}
     layers = of_layers(model_setup_of(tmp_path, "cpu", **changes))
     cost = cost_of(tmp_path, {}, device, **changes)
@@ -220,7 +220,7 @@ def test_attention_is_counted_beside_the_layers(tmp_path: Path, device: str) -> 
 
 
 @pytest.mark.parametrize("device", ["meta", "cpu"])
-def test_no_gradient_is_left_behind(tmp_path: Path, device: str) -> None:
+def test_no_gradient_is_left_over(tmp_path: Path, device: str) -> None:
     phases: list[dict[str, Any]] = [
         {"name": "a", "freeze": ["trunk"], "epochs": 1},
         {"name": "b", "epochs": 1},

@@ -50,7 +50,7 @@ def test_a_config_of_the_repository_writes_nothing_in_vain(file: Path) -> None:
 
 
 def _examples() -> list[str]:
-    """What README, docs and scripts tell users to type behind `train_mtl.sh`."""
+    """What README, docs and scripts tell users to type after `train_mtl.sh`."""
     files = [ROOT / "README.md", *(ROOT / "docs").glob("*.md"), *(ROOT / "scripts").glob("*.sh")]
     found = [
         line
@@ -197,7 +197,7 @@ def test_a_rate_of_a_table_has_to_be_used_in_one_phase_only() -> None:
     assert said.startswith("run.yaml:9: optim.lr.trunk: no parameter that trains has this number: phases.a.freeze")
 
 
-def test_a_rate_that_only_balancing_weights_take_is_told() -> None:
+def test_a_rate_that_only_balancing_weights_take_is_reported() -> None:
     phases = ["name: a, epochs: 1, lr: 1", "name: b, epochs: 1, lr: {trunk: 1, heads: 2}"]
     for place, said in [
         ("command line", warned(phases, overrides=("optim.lr=3e-4",))),
@@ -227,7 +227,7 @@ def test_what_a_base_says_may_be_outvoted_by_the_file_and_defaults_may_be_writte
     assert said.startswith("run.yaml:3: optim.lr: no phase reads it: phases.a.lr (run.yaml:2) goes before it")
 
 
-def test_a_phase_that_never_gets_to_a_condition_is_told() -> None:
+def test_a_phase_that_never_gets_to_a_condition_is_reported() -> None:
     until = "until: {any: [{plateau: val/score, patience: 3}, {epochs: 4}, {steps: 16}, {steps: 15}]}, max_epochs: 3"
     assert [w.split(": ")[:2] for w in warned([f"name: a, {until}"])] == [
         ["run.yaml:7", "phases.a.until.any.0.patience"],
@@ -263,7 +263,7 @@ def _outcome(phases: list[str], *overrides: str) -> object:
     return rates, [(p.optim.optimizer, p.optim.lr_schedule, p.batch_size) for p in run.phases]
 
 
-def test_an_entry_that_later_ones_replace_is_told_with_these() -> None:
+def test_an_entry_that_later_ones_replace_is_reported_with_these() -> None:
     phase = "name: a, epochs: 2, freeze: [trunk], lr: {heads.depth: 5.0e-3, heads: 1.0e-3, balance: 1.0e-2}"
     (said,) = warned([phase])
     assert "phases.a.lr.heads.depth: no parameter that trains has this number: phases.a.lr.heads (run.yaml:7)" in said

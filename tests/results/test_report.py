@@ -18,9 +18,21 @@ from mtl.training.run import train
 from runs import read_model, tiny_parts
 
 
+@pytest.fixture(scope="module")
+def finished(tmp_path_factory: pytest.TempPathFactory, cache_dir: Path) -> Path:
+    """The folder of a run that has ended."""
+    folder = tmp_path_factory.mktemp("finished")
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setenv("MTL_CACHE_DIR", str(cache_dir))
+        train(tiny_parts(folder), quiet=True)
+    return folder
+
+
 @pytest.fixture
-def run_dir(tmp_path: Path) -> Path:
-    return train(tiny_parts(tmp_path), quiet=True).run_dir
+def run_dir(finished: Path, tmp_path: Path) -> Path:
+    """The directory of a copy of it."""
+    shutil.copytree(finished / "runs", tmp_path / "runs", symlinks=True)
+    return tmp_path / "runs/tiny"
 
 
 def test_the_report_shows_verdict_phases_picture_and_configuration(

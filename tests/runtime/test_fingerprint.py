@@ -1,4 +1,4 @@
-"""Fingerprints: what they must tell apart, what they must not, and what they are made of."""
+"""Fingerprints: what they must distinguish, what they must not, and what they are made of."""
 
 from __future__ import annotations
 
@@ -36,7 +36,7 @@ def example(dtype: torch.dtype) -> Tensor:
     return torch.arange(12).reshape(3, 4).remainder(2 if dtype == torch.bool else 12).to(dtype)
 
 
-# --- what is told apart
+# --- what is distinguished
 
 
 @pytest.mark.parametrize("dtype", DTYPES, ids=str)
@@ -107,7 +107,7 @@ def test_two_nans_of_different_bytes_differ() -> None:
     assert fingerprint(quiet) != fingerprint(other)
 
 
-# --- what is not told apart
+# --- what is not distinguished
 
 
 def test_nan_equals_itself() -> None:

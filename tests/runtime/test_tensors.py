@@ -45,16 +45,16 @@ CUTS: list[tuple[str, Cut, Cut, bool]] = [
     ("columns that meet", lambda m: m[:, :4], lambda m: m[:, 3:], True),
     ("even and odd columns", lambda m: m[:, ::2], lambda m: m[:, 1::2], False),
     ("a column and a row", lambda m: m[:, 2], lambda m: m[1], True),
-    ("a column and a row beside it", lambda m: m[1:, 2], lambda m: m[0], False),
+    ("a column and a row next to it", lambda m: m[1:, 2], lambda m: m[0], False),
     ("a column within a span but not its bytes", lambda m: m[:, 0], lambda m: m[1, 1:5], False),
     ("a number expanded", lambda m: m[0, 0].expand(3, 3), lambda m: m[0], True),
-    ("a number expanded, beside", lambda m: m[0, 0].expand(3, 3), lambda m: m[0, 1:], False),
+    ("a number expanded, next to", lambda m: m[0, 0].expand(3, 3), lambda m: m[0, 1:], False),
     ("nothing", lambda m: m, lambda m: m[1:1], False),
     ("the same bytes as bytes", lambda m: m[1], lambda m: m.view(torch.uint8)[1], True),
     ("a last byte", lambda m: m[1], lambda m: m.view(torch.uint8)[1, 23:], True),
     ("a byte before", lambda m: m[1], lambda m: m.view(torch.uint8)[0, 23:], False),
     ("wider numbers", lambda m: m[:, 1], lambda m: m.view(torch.float64)[:, 0], True),
-    ("wider numbers beside", lambda m: m[:, 2], lambda m: m.view(torch.float64)[:, 0], False),
+    ("wider numbers next to", lambda m: m[:, 2], lambda m: m.view(torch.float64)[:, 0], False),
 ]
 
 

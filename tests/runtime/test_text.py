@@ -40,7 +40,7 @@ def test_names_of_modules_are_condensed_as_well() -> None:
     assert condense(["trunk.a.norm", "trunk.b"], every) == ["trunk.a.norm", "trunk.b"]
 
 
-def test_a_module_without_what_hangs_in_it_is_listed_by_its_own_name() -> None:
+def test_a_module_without_what_is_in_it_is_listed_by_its_own_name() -> None:
     # As a module is that owns a frozen buffer and is held in eval for it, while its children train.
     assert condense(["trunk.block"], ["trunk", "trunk.block", "trunk.block.conv"]) == ["trunk.block"]
 

@@ -84,7 +84,7 @@ def test_the_time_of_a_step_is_what_is_computed_and_what_is_waited_for(cases: li
     case = replace(cases[0], plan=replace(cases[0].plan, flops=flops, reduced_bytes=10**9), left_forward=10**8)
     alone = costs.step(case, 1, 100, ROUND)
     assert alone.compute == alone.seconds == pytest.approx(0.6)
-    # 1.5 GB sent in 1.5 s, of which 0.4 s hide behind the backward; three messages of which one takes 2 log2(4) ms.
+    # 1.5 GB sent in 1.5 s, of which 0.4 s overlap with the backward; three messages of which one takes 2 log2(4) ms.
     many = costs.step(case, 4, 100, ROUND)
     assert (many.compute, many.gradients, many.kept, many.control) == pytest.approx((0.6, 1.1, 0.0, 0.004))
     assert costs.per_device_efficiency(case, 4, replace(ROUND, batch_per_device=100)) == pytest.approx(0.6 / 1.704)

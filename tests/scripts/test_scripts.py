@@ -76,7 +76,7 @@ def test_the_first_call_sets_up_and_the_second_starts_at_once(project: Path) -> 
     assert use(project)[2] == ""
 
 
-def test_an_interrupted_set_up_is_made_anew(project: Path) -> None:
+def test_an_interrupted_set_up_is_made_again(project: Path) -> None:
     process = start(project)
     wait_until((project / ".venv/bin/python").exists)
     os.killpg(process.pid, signal.SIGKILL)

@@ -91,7 +91,7 @@ def requeued(slurm: Path) -> bool:
     return "requeue 123456" in (slurm / "scontrol").read_text()
 
 
-def test_it_starts_one_torchrun_on_each_machine_that_goes_on_by_itself(slurm: Path) -> None:
+def test_it_starts_one_torchrun_on_each_machine_that_resumes_by_itself(slurm: Path) -> None:
     assert finish(start(slurm, "configs/a b.yaml", "name=big", SLURM_GPUS_ON_NODE="4")) == (0, "")
     called = json.loads((slurm / "srun-called.json").read_text())
     assert called["arguments"] == [

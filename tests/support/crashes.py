@@ -2,7 +2,11 @@
 
 from __future__ import annotations
 
+import atexit
 import json
+import os
+import shutil
+import tempfile
 from pathlib import Path
 from typing import Any
 
@@ -70,8 +74,25 @@ def crash_in_step(patch: pytest.MonkeyPatch, number: int) -> None:
     patch.setattr(mtl.training.loop.GradientAudit, "after_backward", after_backward)
 
 
+_CRASHED: dict[tuple[int, str | None], Path] = {}
+
+
 def crashed(folder: Path, step: int, *overrides: str, **changes: Any) -> Path:
-    """The run directory of a run that ended in a step."""
+    """The run directory of a run that ended in a step; of `SHORT` as it is, a copy of the first one that did so."""
+    if overrides or changes:
+        return crash(folder, step, *overrides, **changes)
+    of = (step, os.environ.get("WANDB_MODE"))
+    if of not in _CRASHED:
+        place = Path(tempfile.mkdtemp(prefix="crashed-"))
+        atexit.register(shutil.rmtree, place, ignore_errors=True)
+        crash(place, step)
+        _CRASHED[of] = place
+    tiny_config(folder, **SHORT)
+    shutil.copytree(_CRASHED[of] / "runs", folder / "runs", symlinks=True)
+    return folder / "runs/tiny"
+
+
+def crash(folder: Path, step: int, *overrides: str, **changes: Any) -> Path:
     parts = tiny_parts(folder, *overrides, **{**SHORT, **changes})
     with pytest.MonkeyPatch.context() as patch:
         crash_in_step(patch, step)
@@ -80,7 +101,7 @@ def crashed(folder: Path, step: int, *overrides: str, **changes: Any) -> Path:
     return parts.config.run_dir
 
 
-def go_on(folder: Path, *overrides: str, **changes: Any) -> Path:
+def resume(folder: Path, *overrides: str, **changes: Any) -> Path:
     """As the command line does: settles the configuration, and goes on."""
     config = load_config(tiny_config(folder, **{**SHORT, **changes}), ["resume=auto", *overrides])
     check_run_dir(config)

@@ -4,11 +4,10 @@ from __future__ import annotations
 
 import json
 import signal
-import subprocess
 from pathlib import Path
 from typing import Any
 
-from processes import HANGS_S, started, torchrun
+from processes import HANGS_S, Process, started, torchrun
 from runs import TINY, tiny_config
 
 PROGRAM = str(Path(__file__).parent / "planted_run.py")
@@ -49,7 +48,7 @@ def finish(command: list[str], environment: dict[str, str], seconds: float = HAN
     return process.returncode, said
 
 
-def ask_to_end(process: subprocess.Popen[str], seconds: float = HANGS_S) -> str:
+def ask_to_end(process: Process, seconds: float = HANGS_S) -> str:
     """Sends SIGTERM, as Slurm does; returns what was said on standard error."""
     process.send_signal(signal.SIGTERM)
     return process.communicate(timeout=seconds)[1]

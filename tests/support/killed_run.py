@@ -26,7 +26,7 @@ _OPERATIONS = ("fsync", "rename", "replace", "link", "symlink", "unlink", "trunc
 
 
 def die_at(number: int) -> None:
-    """Kills this process before its n-th file operation, or right behind it."""
+    """Kills this process before its n-th file operation, or right after it."""
     left = [number]
 
     def wrapped(call: Callable[..., Any]) -> Callable[..., Any]:

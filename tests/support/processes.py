@@ -11,6 +11,10 @@ from collections.abc import Callable, Iterator, Sequence
 from contextlib import contextmanager, suppress
 from pathlib import Path
 
+import fork_server
+from forks import Forked
+
+Process = subprocess.Popen[str] | Forked
 # After so long, a process hangs: no test waits for it, and none fails since a machine is slow.
 HANGS_S = 600
 
@@ -44,14 +48,21 @@ def torchrun(number: int, *program: str, options: Sequence[str] = ()) -> list[st
 
 
 @contextmanager
-def started(command: Sequence[str], **environment: str) -> Iterator[subprocess.Popen[str]]:
-    """A torchrun that is running; when the block ends, it and its processes have ended."""
+def started(command: Sequence[str], **environment: str) -> Iterator[Process]:
+    """A torchrun or another program that is running; when the block ends, it and its processes have ended.
+
+    Without options of Python's own, such as `-X importtime`, they are forks of a process that has imported torch.
+    """
     # A script that was copied elsewhere finds the modules next to this one as well.
     path = os.pathsep.join(filter(None, [str(Path(__file__).parent), os.environ.get("PYTHONPATH")]))
-    surroundings = {"OMP_NUM_THREADS": "1", "GLOO_SOCKET_IFNAME": "lo", "PYTHONPATH": path, **environment}
-    process = subprocess.Popen(
-        command, stdout=subprocess.PIPE, stderr=subprocess.PIPE, text=True, env={**os.environ, **surroundings}
-    )
+    own = {"OMP_NUM_THREADS": "1", "GLOO_SOCKET_IFNAME": "lo", "PYTHONPATH": path}
+    surroundings = {**os.environ, **own, **environment}
+    pipe = subprocess.PIPE
+    process: Process
+    if command[0] == sys.executable and command[1] != "-X":
+        process = Forked(command[1:], pipe, pipe, env=surroundings)
+    else:
+        process = subprocess.Popen(command, stdout=pipe, stderr=pipe, text=True, env=surroundings)
     try:
         yield process
     finally:
@@ -61,8 +72,19 @@ def started(command: Sequence[str], **environment: str) -> Iterator[subprocess.P
                 stream.close()
 
 
-def workers(process: subprocess.Popen[str]) -> list[int]:
+def workers(process: Process) -> list[int]:
     """The processes that a process has started, and those that they have: torchrun's are in sessions of their own."""
+    return [number for number in descendants(process) if not is_fork_server(number)]
+
+
+def is_fork_server(number: int) -> bool:
+    try:
+        return Path(f"/proc/{number}/comm").read_text() == f"{fork_server.NAME}\n"
+    except OSError:
+        return False
+
+
+def descendants(process: Process) -> list[int]:
     found, known = [], [process.pid]
     while known:
         children = []
@@ -76,11 +98,11 @@ def workers(process: subprocess.Popen[str]) -> list[int]:
     return found
 
 
-def kill_all(process: subprocess.Popen[str]) -> None:
+def kill_all(process: Process) -> None:
     """Kills a process that we started, then those that it started."""
     if process.poll() is not None:
         return
-    children = workers(process)
+    children = descendants(process)
     process.kill()
     for child in children:
         with suppress(ProcessLookupError):

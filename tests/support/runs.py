@@ -49,7 +49,7 @@ def read_metrics(run_dir: Path) -> list[dict[str, Any]]:
 
 
 def read_memory(folder: Path) -> dict[str, Tensor]:
-    """The tensors of a checkpoint beside its model."""
+    """The tensors of a checkpoint next to its model."""
     return read_shards(folder, ["optimizer"]) if is_in_shards(folder) else load_file(folder / "optimizer.safetensors")
 
 

@@ -11,9 +11,9 @@ import pytest
 import torch
 from torch import Tensor
 
-from mtl.data import Batch
+from mtl.data import Batch, windows
 from mtl.phases.resolve import Phase
-from mtl.training.loop import Trainer, windows
+from mtl.training.loop import Trainer
 from mtl.training.phase import ActivePhase
 from mtl.training.run import train
 from mtl.training.setup import RunSetup

@@ -18,8 +18,9 @@ from typing import Any
 import pytest
 import torch
 
+import forks
 import wandb_file
-from crashes import SHORT, assert_same, crashed, go_on, results
+from crashes import SHORT, assert_same, crashed, results, resume
 from mtl.cli import main
 from mtl.training.loop import Trainer
 from mtl.training.phase import ActivePhase
@@ -44,14 +45,7 @@ def command(file: Path, *overrides: str, before: str = "") -> list[str]:
 
 
 def run(file: Path, *overrides: str, before: str = "") -> subprocess.CompletedProcess[str]:
-    return subprocess.run(
-        command(file, *overrides, before=before),
-        capture_output=True,
-        text=True,
-        timeout=HANGS_S,
-        check=False,
-        env=os.environ | {"PYTHONPATH": str(ROOT), "OMP_NUM_THREADS": "1"},
-    )
+    return forks.run(command(file, *overrides, before=before)[1:], timeout=HANGS_S)
 
 
 def ended_well(said: subprocess.CompletedProcess[str], code: int) -> str:
@@ -100,7 +94,7 @@ MOMENTS = {
 
 @pytest.mark.slow
 @pytest.mark.parametrize("moment", ["a checkpoint", "the metrics", "the audit"])
-def test_a_disk_that_fills_ends_the_run_with_a_message_and_it_goes_on_once_there_is_room(
+def test_a_disk_that_fills_ends_the_run_with_a_message_and_it_continues_once_there_is_room(
     tmp_path: Path, small_disk: Path, moment: str
 ) -> None:
     whole = whole_run(tmp_path, SMALL)
@@ -238,12 +232,12 @@ def copy_of(broken: tuple[Path, Path], tmp_path: Path) -> Path:
 
 
 @pytest.mark.parametrize("piece", GOES_ON)
-def test_a_run_that_lost_what_a_checkpoint_has_goes_on_to_the_same_bits(
+def test_a_run_that_lost_what_a_checkpoint_has_resumes_to_the_same_bits(
     tmp_path: Path, broken: tuple[Path, Path], piece: str
 ) -> None:
     run_dir = copy_of(broken, tmp_path)
     GOES_ON[piece](run_dir)
-    assert_same(go_on(tmp_path), broken[1])
+    assert_same(resume(tmp_path), broken[1])
     assert (run_dir / "config.yaml").is_file() and (run_dir / "checkpoints/last").exists()
 
 
@@ -253,7 +247,7 @@ def test_lost_rows_are_said_and_those_that_follow_can_be_read(
 ) -> None:
     run_dir = copy_of(broken, tmp_path)
     (lose("metrics.jsonl") if left is None else cut("metrics.jsonl", left))(run_dir)
-    go_on(tmp_path)
+    resume(tmp_path)
     assert any("metrics.jsonl has lost rows: " in record.message for record in caplog.records)
     expected = [row["step"] for row in read_metrics(broken[1])]
     found = [row["step"] for row in read_metrics(run_dir)]
@@ -305,7 +299,7 @@ REFUSED: dict[str, tuple[Callable[[Path], object], str]] = {
 
 @pytest.mark.slow
 @pytest.mark.parametrize("piece", REFUSED)
-def test_a_run_that_cannot_go_on_says_why_and_leaves_everything_as_it_is(
+def test_a_run_that_cannot_continue_says_why_and_leaves_everything_as_it_is(
     tmp_path: Path, broken: tuple[Path, Path], piece: str
 ) -> None:
     run_dir = copy_of(broken, tmp_path)
@@ -322,13 +316,13 @@ def test_a_run_that_cannot_go_on_says_why_and_leaves_everything_as_it_is(
             folder.chmod(0o755)  # for whoever clears up
 
 
-def test_a_run_without_checkpoints_begins_anew_and_says_so(
+def test_a_run_without_checkpoints_begins_again_and_says_so(
     tmp_path: Path, broken: tuple[Path, Path], caplog: pytest.LogCaptureFixture
 ) -> None:
     run_dir = copy_of(broken, tmp_path)
     shutil.rmtree(run_dir / "checkpoints")
     (run_dir / "checkpoints").mkdir()
-    assert_same(go_on(tmp_path), broken[1])
+    assert_same(resume(tmp_path), broken[1])
     assert any("has no checkpoint: the run starts from scratch" in record.message for record in caplog.records)
 
 
@@ -363,7 +357,7 @@ NASTY: dict[str, tuple[list[str], str]] = {
 
 
 @pytest.mark.parametrize("value", NASTY)
-def test_a_place_that_no_run_can_go_on_from_is_refused_in_one_line(
+def test_a_place_that_no_run_can_continue_from_is_refused_in_one_line(
     tmp_path: Path, broken: tuple[Path, Path], value: str, capsys: pytest.CaptureFixture[str]
 ) -> None:
     copy_of(broken, tmp_path)
@@ -410,7 +404,7 @@ def test_all_parts_of_a_run_have_one_id_and_every_step_in_wandb(
 
 
 @pytest.mark.slow
-def test_a_run_whose_folder_of_wandb_is_gone_goes_on_in_another(
+def test_a_run_whose_folder_of_wandb_is_gone_continues_in_another(
     tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     monkeypatch.setenv("WANDB_MODE", "offline")
@@ -437,7 +431,7 @@ crash_in_step(pytest.MonkeyPatch(), {{number}})
 
 
 @pytest.mark.slow
-def test_a_run_whose_data_worker_is_killed_says_so_and_goes_on_to_the_same_bits(tmp_path: Path) -> None:
+def test_a_run_whose_data_worker_is_killed_says_so_and_resumes_to_the_same_bits(tmp_path: Path) -> None:
     phases = [{"name": "a", "freeze": ["trunk"], "epochs": 2}, {"name": "b", "epochs": 12}]
     settings = SHORT | {"phases": phases, "cache": "off"}
     whole = whole_run(tmp_path, settings)

@@ -98,7 +98,7 @@ def test_before_there_is_a_finite_score_there_is_no_best() -> None:
     assert best.step == 0
 
 
-def test_only_metrics_that_somebody_goes_by_are_told_to_be_not_finite() -> None:
+def test_only_metrics_that_somebody_goes_by_are_reported_to_be_not_finite() -> None:
     assert BestWeights([]).see({"val/score": 0.5, "train/loss": NAN}, 1) == (["best"], [])
 
 
@@ -109,7 +109,7 @@ VALUES = st.sampled_from([0.0, 0.25, 0.5, 0.75, NAN, INF])
 
 @given(before=st.lists(st.tuples(VALUES, VALUES)), after=st.lists(st.tuples(VALUES, VALUES)))
 @settings(max_examples=100, derandomize=True)
-def test_a_run_taken_up_goes_on_as_if_it_had_not_been_left(
+def test_a_run_resumed_continues_as_if_it_had_not_been_left(
     before: list[tuple[float, float]], after: list[tuple[float, float]]
 ) -> None:
     best, other = BestWeights([LOSS]), BestWeights([LOSS])
@@ -124,7 +124,7 @@ def test_a_run_taken_up_goes_on_as_if_it_had_not_been_left(
         assert (other.score, other.step) == pytest.approx((best.score, best.step), nan_ok=True)
 
 
-def test_goals_that_the_other_run_did_not_have_begin_anew() -> None:
+def test_goals_that_the_other_run_did_not_have_begin_again() -> None:
     old, new = BestWeights([LOSS]), BestWeights([LOSS, ACCURACY])
     old.see(seen(0.5, 0.5), 7)
     new.load_state_dict(old.state_dict())
@@ -150,7 +150,7 @@ def test_a_state_without_a_best_brings_no_link() -> None:
 
 
 @pytest.mark.parametrize(("link", "moved"), [("best", ["best"]), (BEST_LOSS, [BEST_LOSS]), ("best-other", [])])
-def test_a_goal_that_is_forgotten_begins_anew_and_the_others_go_on(link: str, moved: list[str]) -> None:
+def test_a_goal_that_is_forgotten_begins_again_and_the_others_continue(link: str, moved: list[str]) -> None:
     best = BestWeights([LOSS])
     best.see(seen(0.5, 0.5), 7)
     best.forget(link)

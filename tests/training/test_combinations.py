@@ -12,7 +12,7 @@ import pytest
 import torch
 from torch import Tensor
 
-from crashes import assert_same, crashed, go_on
+from crashes import assert_same, crashed, resume
 from mixes import VALUES, every_pair, in_words, settings
 from mtl.checkpoint.load import load_checkpoint
 from mtl.runtime.fingerprint import fingerprint
@@ -33,7 +33,7 @@ def test_every_pair_of_values_meets_and_few_runs_do() -> None:
 
 @pytest.mark.slow
 @pytest.mark.parametrize("number", range(len(ROWS)), ids=map(in_words, ROWS))
-def test_every_pair_of_settings_is_clean_and_goes_on_to_the_same_bits(tmp_path: Path, number: int) -> None:
+def test_every_pair_of_settings_is_clean_and_resumes_to_the_same_bits(tmp_path: Path, number: int) -> None:
     changes = settings(ROWS[number])
     for name in ("whole", "broken"):
         (tmp_path / name).mkdir()
@@ -44,7 +44,7 @@ def test_every_pair_of_settings_is_clean_and_goes_on_to_the_same_bits(tmp_path: 
     steps = max(row["step"] for row in rows)
     at = random.Random(number).randint(1, steps)
     crashed(tmp_path / "broken", at, **changes)
-    assert_same(go_on(tmp_path / "broken", **changes), whole)
+    assert_same(resume(tmp_path / "broken", **changes), whole)
 
 
 # Half precision that overflows
@@ -62,7 +62,7 @@ OVERFLOWS: dict[str, Any] = {
 
 
 class Seen:
-    """Fingerprints of all that a step may move, before and behind every step of a run."""
+    """Fingerprints of all that a step may move, before and after every step of a run."""
 
     def __init__(self, trainer: Trainer) -> None:
         self.steps: list[tuple[bool, bool, float]] = []
@@ -118,12 +118,12 @@ def test_steps_that_overflow_are_counted_and_move_neither_weights_nor_averages(t
 
 @pytest.mark.slow
 @pytest.mark.parametrize("step", [2, 4, 9, 13])
-def test_a_run_that_overflows_goes_on_with_scale_and_count(tmp_path: Path, step: int) -> None:
+def test_a_run_that_overflows_continues_with_scale_and_count(tmp_path: Path, step: int) -> None:
     for name in ("whole", "broken"):
         (tmp_path / name).mkdir()
     whole = train(tiny_parts(tmp_path / "whole", **OVERFLOWS), quiet=True).run_dir
     crashed(tmp_path / "broken", step, **OVERFLOWS)
-    again = go_on(tmp_path / "broken", **OVERFLOWS)
+    again = resume(tmp_path / "broken", **OVERFLOWS)
     assert_same(again, whole)
     root = tiny_parts(tmp_path, **OVERFLOWS).root
     scales = [load_checkpoint(each / "checkpoints/last", root)[1]["scaler"] for each in (whole, again)]

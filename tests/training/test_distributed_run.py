@@ -84,7 +84,7 @@ def test_two_processes_train_what_one_does(one: Path, two: Path) -> None:
     assert largest_difference(*weights) < WEIGHT
 
 
-def test_what_is_sent_at_a_step_is_the_gradient_of_what_trains_in_the_phase(two: Path) -> None:
+def test_what_is_sent_at_a_step_is_the_gradient_of_what_is_trained_in_the_phase(two: Path) -> None:
     ranks = [json.loads((two / f"{rank}.json").read_text()) for rank in range(2)]
     assert ranks[0] == ranks[1]
     assert [phase["steps"] for phase in ranks[0]] == list(NUM_STEPS.values())
@@ -93,7 +93,7 @@ def test_what_is_sent_at_a_step_is_the_gradient_of_what_trains_in_the_phase(two:
     assert [phase["trainable"] for phase in ranks[0]] == sorted({phase["trainable"] for phase in ranks[0]})
 
 
-def test_a_checkpoint_of_two_processes_is_taken_up_by_one(
+def test_a_checkpoint_of_two_processes_is_resumed_by_one(
     tmp_path: Path, one: Path, two: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     from mtl.config import load_config
@@ -135,7 +135,7 @@ def test_three_processes_train_what_one_does(tmp_path: Path, one: Path, cache_di
 
 
 @pytest.mark.slow
-def test_a_torchrun_that_is_sent_sigterm_saves_and_goes_on_to_the_same_bits(
+def test_a_torchrun_that_is_sent_sigterm_saves_and_resumes_to_the_same_bits(
     tmp_path: Path, two: Path, cache_dir: Path
 ) -> None:
     metrics, environment = tmp_path / "runs/tiny/metrics.jsonl", surroundings(cache_dir)
@@ -168,7 +168,7 @@ def test_two_machines_with_a_torchrun_each_train_what_one_process_does(
 
 @pytest.mark.slow
 @pytest.mark.parametrize("number", [1, 3])
-def test_a_run_of_two_processes_goes_on_inside_an_epoch_with_another_number(
+def test_a_run_of_two_processes_resumes_inside_an_epoch_with_another_number(
     tmp_path: Path, one: Path, cache_dir: Path, number: int
 ) -> None:
     planted = {"what": "kill", "rank": 0, "step": 9}

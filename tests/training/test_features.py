@@ -138,7 +138,7 @@ def test_a_byte_that_changes_between_epochs_raises_before_anything_stale_is_serv
     assert before == [len(served)], "not one batch was served after the change"
 
 
-def test_under_a_policy_that_goes_on_what_is_stale_is_not_served(
+def test_under_a_policy_that_continues_what_is_stale_is_not_served(
     tmp_path: Path, caplog: pytest.LogCaptureFixture
 ) -> None:
     parts = tiny_parts(tmp_path, "cache.mode=ram", "audit.policy=collect", phases=PHASES[:1])
@@ -189,7 +189,7 @@ def test_other_weights_images_or_settings_are_other_features(changes: dict[str, 
     assert len(more) == 4
 
 
-def test_a_damaged_entry_on_disk_is_computed_anew_and_the_run_is_the_same(tmp_path: Path) -> None:
+def test_a_damaged_entry_on_disk_is_computed_again_and_the_run_is_the_same(tmp_path: Path) -> None:
     settings = ("cache.mode=disk", f"cache.dir={tmp_path / 'features'}")
     first = outcome(tmp_path / "first", *settings, phases=PHASES[:1])
     for file in (tmp_path / "features").rglob("*"):
@@ -286,7 +286,7 @@ AUGMENTED = {"name": "scenes", "image_size": 32, "batch_size": 8, "num_train": 4
 AUGMENTED |= {"augment": {"brightness": 0.3, "contrast": 0.3}}
 
 
-def test_an_epoch_that_augments_anew_keeps_nothing_and_says_so(
+def test_an_epoch_that_augments_again_keeps_nothing_and_says_so(
     tmp_path: Path, caplog: pytest.LogCaptureFixture
 ) -> None:
     caplog.set_level(logging.INFO, "mtl")

@@ -5,16 +5,17 @@ from __future__ import annotations
 import json
 import shutil
 import subprocess
-import sys
 from pathlib import Path
 
 import pytest
 
+import forks
 from fsdp_runs import DCP, SPREAD, check_same, losses, run, run_alone, write_config
 from mtl.audit.offline.run import audit_run
 from mtl.config import ConfigError, load_config
 from mtl.distributed.world import World
 from mtl.training.setup import assemble
+from processes import HANGS_S
 
 
 @pytest.mark.slow
@@ -37,14 +38,14 @@ def test_a_run_of_two_processes_is_that_of_one_with_half_of_the_parameters_each(
     assert audit_run(in_shards).num_tensors == audit_run(run_dir).num_tensors and audit_run(in_shards).ok
     assert (in_shards / "report.html").exists()
     script = Path(__file__).parents[2] / "scripts/plain_checkpoint.py"
-    subprocess.run([sys.executable, str(script), str(last), str(tmp_path / "converted")], check=True)
+    forks.run([str(script), str(last), str(tmp_path / "converted")], timeout=HANGS_S, check=True)
     for file in plain.glob("*.safetensors"):
         assert (tmp_path / "converted" / file.name).read_bytes() == file.read_bytes(), file.name
 
 
 @pytest.mark.slow
-@pytest.mark.parametrize("die_at", [2, 4, 8], ids=["in the first phase", "in the second", "behind the best weights"])
-def test_a_killed_run_goes_on_spread_alone_and_with_ddp(die_at: int, tmp_path: Path) -> None:
+@pytest.mark.parametrize("die_at", [2, 4, 8], ids=["in the first phase", "in the second", "after the best weights"])
+def test_a_killed_run_resumes_sharded_alone_and_with_ddp(die_at: int, tmp_path: Path) -> None:
     expected = run_alone(tmp_path / "one")
     write_config(tmp_path / "killed")
     with pytest.raises(subprocess.CalledProcessError):
@@ -60,7 +61,7 @@ def test_a_killed_run_goes_on_spread_alone_and_with_ddp(die_at: int, tmp_path: P
 
 @pytest.mark.slow
 @pytest.mark.parametrize("die_at", [2, 8])
-def test_a_killed_run_of_one_process_goes_on_spread(die_at: int, tmp_path: Path) -> None:
+def test_a_killed_run_of_one_process_resumes_sharded(die_at: int, tmp_path: Path) -> None:
     expected = run_alone(tmp_path / "one")
     write_config(tmp_path / "killed")
     with pytest.raises(subprocess.CalledProcessError):

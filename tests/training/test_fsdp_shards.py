@@ -50,7 +50,7 @@ def check_same_bits(got: Path, expected: Path) -> None:
 
 
 @pytest.mark.slow
-def test_it_goes_on_with_three_processes_then_alone(one: Path, tmp_path: Path) -> None:
+def test_it_continues_with_three_processes_then_alone(one: Path, tmp_path: Path) -> None:
     folder = tmp_path / "run"
     checkpoints = killed(folder, 2, die_at=4)
     assert [read_state(each)["step"] for each in newest_first(checkpoints)] == [3, 2]
@@ -66,7 +66,7 @@ def test_it_goes_on_with_three_processes_then_alone(one: Path, tmp_path: Path) -
 
 
 @pytest.mark.slow
-def test_it_goes_on_from_plain_ones_and_with_ddp(one: Path, tmp_path: Path) -> None:
+def test_it_resumes_from_plain_ones_and_with_ddp(one: Path, tmp_path: Path) -> None:
     plain = tmp_path / "plain"
     write_config(plain)
     with pytest.raises(subprocess.CalledProcessError):
@@ -80,7 +80,7 @@ def test_it_goes_on_from_plain_ones_and_with_ddp(one: Path, tmp_path: Path) -> N
 
 
 @pytest.mark.slow
-def test_another_run_goes_on_from_it(two: Path, tmp_path: Path) -> None:
+def test_another_run_resumes_from_it(two: Path, tmp_path: Path) -> None:
     killed(tmp_path / "old", die_at=6)
     old, new = tmp_path / "old/runs/run/checkpoints", tmp_path / "old/runs/new"
     run(tmp_path / "old", 2, SPREAD, DCP, f"resume={old.parent}", "name=new")
@@ -113,7 +113,7 @@ def test_damage_is_found_and_all_processes_take_an_older_one(damage: str, two: P
 def test_who_is_killed_while_writing_leaves_the_checkpoints_before(
     rank: int, writing: int, two: Path, tmp_path: Path
 ) -> None:
-    # A first checkpoint has three writings: of what trains, of what is beside it, and of what is frozen. The next
+    # A first checkpoint has three writings: of what is trained, of what is next to it, and of what is frozen. The next
     # one has two, and the first of the next phase, where other tensors are frozen, three again.
     checkpoints = killed(tmp_path / "run", die_writing=[rank, writing])
     before = [read_state(each)["step"] for each in newest_first(checkpoints)]

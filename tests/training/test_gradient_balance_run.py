@@ -93,7 +93,7 @@ def test_two_processes_train_what_one_does_and_send_a_trunk_more_for_each_task(
 
 
 @pytest.mark.parametrize("number", [pytest.param(5, id="gradvac", marks=pytest.mark.slow), pytest.param(12, id="pcd")])
-def test_a_run_that_is_broken_off_goes_on_to_the_same_bits(
+def test_a_run_that_is_broken_off_resumes_to_the_same_bits(
     tmp_path: Path, one: Path, number: int, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     with monkeypatch.context() as patch:
@@ -122,7 +122,7 @@ def test_a_frozen_trunk_leaves_nothing_to_balance_and_it_is_said_once(
     assert read_losses(got.run_dir) == read_losses(plain.run_dir)
 
 
-def test_a_task_alone_on_what_trains_of_the_trunk_is_not_balanced(
+def test_a_task_alone_on_what_is_trained_of_the_trunk_is_not_balanced(
     tmp_path: Path, caplog: pytest.LogCaptureFixture
 ) -> None:
     phases = [
@@ -247,7 +247,7 @@ def test_accumulation_is_refused_where_gradients_are_balanced(tmp_path: Path) ->
 
 
 @pytest.mark.parametrize("of_phase", [False, True])
-def test_a_spread_model_is_refused(tmp_path: Path, of_phase: bool) -> None:
+def test_a_sharded_model_is_refused(tmp_path: Path, of_phase: bool) -> None:
     phases = [{"name": "a", "epochs": 1, **({"balance": "mgda"} if of_phase else {})}]
     file = tiny_config(tmp_path, balance="mean" if of_phase else "mgda", phases=phases)
     config = load_config(file, ["distributed.strategy=fsdp2"])

@@ -13,7 +13,7 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 from safetensors.torch import save_file
 
-from crashes import SHORT, Crash, crash_in_step, crashed, go_on
+from crashes import SHORT, Crash, crash_in_step, crashed, resume
 from mtl.checkpoint.files import CheckpointError
 from mtl.cli import main
 from mtl.config import ConfigError, RunConfig, TrunkConfig, load_config
@@ -92,8 +92,8 @@ def test_a_setting_that_only_phases_that_are_over_read_is_refused(tmp_path: Path
     crashed(tmp_path, 9, phases=phases)
     for override in ("optim.lr=2e-3", "optim.lr={heads: 1, balance: 1}"):
         with pytest.raises(ConfigError, match=_UNREAD):
-            go_on(tmp_path, override, "resume_override=true", phases=phases)
-    go_on(tmp_path, "optim.weight_decay=0.2", "resume_override=true", phases=phases)
+            resume(tmp_path, override, "resume_override=true", phases=phases)
+    resume(tmp_path, "optim.weight_decay=0.2", "resume_override=true", phases=phases)
 
 
 @pytest.mark.slow
@@ -101,8 +101,8 @@ def test_a_run_that_is_over_takes_no_change(tmp_path: Path) -> None:
     file = tiny_config(tmp_path, **SHORT)
     assert main(["train", str(file), "-q"]) == 0
     with pytest.raises(ConfigError, match=r"phases\.b\.steps: 5 -> 9, but phase b is over"):
-        go_on(tmp_path, "phases.b.steps=9", "resume_override=true")
-    go_on(tmp_path, "tracking.log_every_steps=3")
+        resume(tmp_path, "phases.b.steps=9", "resume_override=true")
+    resume(tmp_path, "tracking.log_every_steps=3")
     assert [c["key"] for c in history_of(tmp_path / "runs/tiny")["changes"]] == ["tracking.log_every_steps"]
 
 
@@ -127,7 +127,7 @@ def test_what_is_changed_is_kept_with_its_step_over_further_resumes_and_kills(tm
     ]
     in_order = sorted(history_of(run_dir)["changes"], key=str)
     assert in_order == sorted(expected, key=str)
-    go_on(tmp_path, phases=PHASES)
+    resume(tmp_path, phases=PHASES)
     assert history_of(run_dir) == began
     assert [row["step"] for row in read_metrics(run_dir) if "val/score" in row][-1] == 13
 
@@ -137,16 +137,16 @@ def test_changes_stay_with_the_steps_that_were_made_with_them(tmp_path: Path, br
     with pytest.MonkeyPatch.context() as patch:
         crash_in_step(patch, 4)
         with pytest.raises(Crash):
-            go_on(tmp_path, "phases.b.steps=7", "resume_override=true", phases=PHASES)
+            resume(tmp_path, "phases.b.steps=7", "resume_override=true", phases=PHASES)
     (change,) = history_of(run_dir)["changes"]
     state = json.loads((run_dir / "checkpoints/last/state.json").read_text())
     assert (state["step"], state["history"]["changes"]) == (10, [change])
     longer = [PHASES[0], PHASES[1] | {"steps": 7}, PHASES[2]]
     # The new value is the run's by now: it is no override any more, and the old one would be a change.
-    go_on(tmp_path, phases=longer)
+    resume(tmp_path, phases=longer)
     assert history_of(run_dir)["changes"] == [change]
     with pytest.raises(ConfigError, match=r"phases\.b\.steps: 7 -> 5, but the run is over"):
-        go_on(tmp_path, "resume_override=true", phases=PHASES)
+        resume(tmp_path, "resume_override=true", phases=PHASES)
     page = history_html(run_dir)
     assert "<td>8<td><code>phases.b.steps</code><td>5<td>7</tr>" in page
 
@@ -155,7 +155,7 @@ def test_a_run_from_another_ones_checkpoint_has_a_command_of_its_own_and_says_fr
     tmp_path: Path, broken: Path
 ) -> None:
     run_dir = copy_of(broken, tmp_path)
-    again = go_on(
+    again = resume(
         tmp_path, f"resume={run_dir}", "name=again", "phases.c.steps=1", "resume_override=true", phases=PHASES
     )
     history = history_of(again)
@@ -165,7 +165,7 @@ def test_a_run_from_another_ones_checkpoint_has_a_command_of_its_own_and_says_fr
 
 
 @pytest.mark.slow
-def test_a_run_whose_file_of_weights_is_gone_goes_on(tmp_path: Path) -> None:
+def test_a_run_whose_file_of_weights_is_gone_continues(tmp_path: Path) -> None:
 
     from crashes import Crash, crash_in_step
 

@@ -87,7 +87,7 @@ def test_frozen_tensors_keep_their_bits_and_the_others_move(tmp_path: Path) -> N
     assert any(name.startswith("trunk.layer1.") and not same_bits(last[name], after[name]) for name in last)
 
 
-def test_moments_of_what_goes_on_training_are_carried_into_the_next_phase(tmp_path: Path) -> None:
+def test_moments_of_what_continues_training_are_carried_into_the_next_phase(tmp_path: Path) -> None:
     parts = tiny_parts(tmp_path)
     trainer = Trainer(parts, tmp_path, Tracker(parts.config.tracking, tmp_path, "x", {}), quiet=True)
     trainer.run_phase(parts.phases[0])
@@ -285,7 +285,7 @@ def test_what_a_model_keeps_fixed_itself_stays_fixed_and_is_proven(
     assert all("trunk.table" in phase.fingerprints for phase in outcome.report.phases)
 
 
-def test_a_pass_that_ends_with_a_phase_in_steps_is_told_to_the_balancing_method(tmp_path: Path) -> None:
+def test_a_pass_that_ends_with_a_phase_in_steps_is_passed_to_the_balancing_method(tmp_path: Path) -> None:
     phases = [{"name": name, "steps": 5} for name in ("a", "b", "c")]
     parts = tiny_parts(tmp_path, balance={"method": "dwa"}, phases=phases)
     calls = []
@@ -305,7 +305,7 @@ def test_a_task_without_validation_labels_leaves_a_score_of_the_others_and_a_bes
     assert state["val/object/accuracy"] is None and state["val/score"] == outcome.best_score
 
 
-def test_a_score_that_is_no_number_never_counts_as_best_and_is_reported(
+def test_a_score_that_is_nan_never_counts_as_best_and_is_reported(
     tmp_path: Path, caplog: pytest.LogCaptureFixture
 ) -> None:
     task = {"object": {"type": "classification", "num_classes": 10}}
@@ -349,7 +349,7 @@ def test_a_broken_freeze_stops_the_run_and_is_recorded(tmp_path: Path, monkeypat
     assert not (tmp_path / "runs/tiny/checkpoints").exists(), "what the audit did not pass is not kept"
 
 
-def test_under_collect_the_run_goes_on_and_the_report_is_not_ok(tmp_path: Path) -> None:
+def test_under_collect_the_run_continues_and_the_report_is_not_ok(tmp_path: Path) -> None:
     parts = tiny_parts(tmp_path, "audit.policy=collect")
     stem = parts.model.trunk.get_parameter("conv1.0.weight")
 

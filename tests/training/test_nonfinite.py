@@ -1,4 +1,4 @@
-"""Losses and gradients that are no number, or infinite: what is said, what is saved, and that nothing else moves."""
+"""Losses and gradients that are NaN or infinite: what is said, what is saved, and that nothing else moves."""
 
 from __future__ import annotations
 
@@ -55,7 +55,7 @@ def indices_of(parts: RunSetup, size: int, image: int = IMAGE) -> tuple[int, lis
 
 
 class Moments:
-    """What stands before and behind every step of a run, as fingerprints."""
+    """What stands before and after every step of a run, as fingerprints."""
 
     def __init__(self, patch: pytest.MonkeyPatch, parts: RunSetup, folder: Path) -> None:
         self.parts = parts
@@ -194,7 +194,7 @@ def bits(run_dir: Path) -> dict[str, str]:
     return {name: fingerprint(tensor) for name, tensor in read_model(run_dir / "checkpoints/last").items()}
 
 
-def test_a_run_that_stopped_goes_on_to_the_bits_of_one_without_the_bad_label(tmp_path: Path) -> None:
+def test_a_run_that_stopped_resumes_to_the_bits_of_one_without_the_bad_label(tmp_path: Path) -> None:
     changes = {**ALL_THAT_MOVES, "balance": {"method": "famo"}}
     clean = run(tmp_path, "name=clean", "not_finite=stop", **changes)
     with pytest.raises(Stopped, match=r"train/loss/normals is inf at step \d of phase 'a', .*; saved as it was"):
@@ -207,7 +207,7 @@ def test_a_run_that_stopped_goes_on_to_the_bits_of_one_without_the_bad_label(tmp
     assert ended["ok"] and ended == whole
 
 
-def test_a_run_that_ended_so_goes_on_under_another_policy(tmp_path: Path) -> None:
+def test_a_run_that_ended_so_resumes_under_another_policy(tmp_path: Path) -> None:
     phases = [{"name": "a", "epochs": 2}]
     skipped = run(tmp_path, "name=skipped", "not_finite=skip", is_planted=True, phases=phases)
     with pytest.raises(Stopped):
@@ -233,7 +233,7 @@ def planted(monkeypatch: pytest.MonkeyPatch) -> Iterator[None]:
 
 @pytest.mark.usefixtures("planted")
 @pytest.mark.parametrize(("policy", "saved"), [("raise", "Nothing was saved yet."), ("stop", "resume=auto")])
-def test_the_command_ends_with_1_and_says_what_and_how_to_go_on(
+def test_the_command_ends_with_1_and_says_what_and_how_to_resume(
     tmp_path: Path, capsys: pytest.CaptureFixture[str], policy: str, saved: str
 ) -> None:
     assert main(["train", str(tiny_config(tmp_path)), "-q", f"not_finite={policy}"]) == 1
@@ -270,9 +270,7 @@ def test_a_step_that_overflows_in_fp16_is_left_to_the_scaler_and_counted(tmp_pat
     assert trainer.scaler.get_scale() == 2.0**15
 
 
-def test_a_loss_that_is_no_number_behind_a_step_spoils_no_balancing(
-    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
-) -> None:
+def test_a_loss_that_is_nan_after_a_step_spoils_no_balancing(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     real, number = StepLosses.without_graph, iter(range(100))
 
     def infinite_once(objective: StepLosses, *arguments: Any) -> Any:
@@ -290,7 +288,7 @@ def test_a_loss_that_is_no_number_behind_a_step_spoils_no_balancing(
 
 @pytest.mark.slow
 @pytest.mark.parametrize("precision", ["fp16", "bf16"])
-def test_a_run_in_half_precision_goes_on_to_the_same_bits(tmp_path: Path, precision: str) -> None:
+def test_a_run_in_half_precision_resumes_to_the_same_bits(tmp_path: Path, precision: str) -> None:
     settings = (f"precision={precision}", "checkpoint.every_steps=1", "optim.accumulate=2")
     whole = tiny_parts(tmp_path, "name=whole", *settings, **HALF)
     if precision == "fp16":
@@ -298,7 +296,7 @@ def test_a_run_in_half_precision_goes_on_to_the_same_bits(tmp_path: Path, precis
     with pytest.MonkeyPatch.context() as patch:
         patch.setattr("mtl.checkpoint.folder.Checkpoints._prune", lambda _: None)
         run_dir = train(whole, quiet=True).run_dir
-    # Inside the second epoch, and behind it.
+    # Inside the second epoch, and after it.
     for step in (4, 6):
         source = f"resume={run_dir}/checkpoints/step-{step:08d}"
         again = train(tiny_parts(tmp_path, f"name=at-{step}", source, *settings, **HALF), quiet=True).run_dir

@@ -3,17 +3,18 @@
 from __future__ import annotations
 
 import json
-import os
 import signal
 import subprocess
-import sys
 from pathlib import Path
 from typing import Any
 
 import pytest
 import torch
 
-from crashes import SHORT, assert_same, crashed, go_on, results, run_whole
+import forks
+import killed_run
+from crashes import SHORT, assert_same, crashed, results, resume, run_whole
+from forks import Forked
 from mtl.audit import AuditError, GradientAudit
 from mtl.cli import main
 from mtl.config import ConfigError, load_config
@@ -22,8 +23,6 @@ from mtl.training.run_dir import MARK, claimed_run_dir
 from processes import HANGS_S, wait_until
 from runs import TINY, read_metrics, tiny_config, tiny_parts
 
-ROOT = Path(__file__).parents[2]
-SUPPORT = ROOT / "tests/support"
 # All that has a state of its own: kept features, a kept prefix, views of images, accumulation, averages, moments that
 # rest, three kinds of balancing, random depths, a rate that waits for a plateau, weights that are gone back to.
 PHASES: list[dict[str, Any]] = [
@@ -69,14 +68,7 @@ def test_a_run_that_is_killed_at_random_moments_ends_with_the_bits_of_one_that_n
     tmp_path: Path, whole: Path, seed: int
 ) -> None:
     file = tiny_config(tmp_path, **EVERYTHING)
-    killed = subprocess.run(
-        [sys.executable, str(SUPPORT / "killed_run.py"), str(file), str(seed), "16"],
-        capture_output=True,
-        text=True,
-        check=False,
-        timeout=HANGS_S,
-        env={**os.environ, "PYTHONPATH": f"{ROOT}:{SUPPORT}"},
-    )
+    killed = forks.run([killed_run.__file__, str(file), str(seed), "16"], timeout=HANGS_S)
     assert killed.returncode == 0, killed.stderr[-2000:]
     # Between them is what the runs warn of.
     deaths = [json.loads(line) for line in killed.stdout.splitlines() if line.startswith("{")]
@@ -84,11 +76,11 @@ def test_a_run_that_is_killed_at_random_moments_ends_with_the_bits_of_one_that_n
     assert_same(tmp_path / "runs/tiny", whole)
 
 
-# In the first epoch, before anything was saved and after it; behind an epoch; in the next phase; in its last step.
+# In the first epoch, before anything was saved and after it; after an epoch; in the next phase; in its last step.
 @pytest.mark.parametrize("step", [3, 8, *(pytest.param(step, marks=pytest.mark.slow) for step in (1, 4, 11))])
-def test_a_run_that_ends_in_a_step_goes_on_to_the_same_bits(tmp_path: Path, whole_short: Path, step: int) -> None:
+def test_a_run_that_ends_in_a_step_resumes_to_the_same_bits(tmp_path: Path, whole_short: Path, step: int) -> None:
     crashed(tmp_path, step)
-    assert_same(go_on(tmp_path), whole_short)
+    assert_same(resume(tmp_path), whole_short)
 
 
 def test_a_phase_of_which_one_pass_is_left_keeps_features_as_it_did_before(tmp_path: Path, cache_dir: Path) -> None:
@@ -96,7 +88,7 @@ def test_a_phase_of_which_one_pass_is_left_keeps_features_as_it_did_before(tmp_p
     whole = run_whole(tmp_path / "whole", cache_dir, {**SHORT, **phases})
     # Epochs have three steps; that of the crash is the first one of the last epoch, of which nothing was saved.
     crashed(tmp_path, 7, **phases)
-    assert_same(go_on(tmp_path, **phases), whole)
+    assert_same(resume(tmp_path, **phases), whole)
 
 
 @pytest.mark.slow
@@ -106,23 +98,23 @@ def test_a_phase_that_would_find_features_in_memory_decides_as_if_it_still_did(t
     phases = {"phases": [SHORT["phases"][0], *later]}
     whole = run_whole(tmp_path / "whole", cache_dir, {**SHORT, **phases})
     crashed(tmp_path, 7, **phases)
-    assert_same(go_on(tmp_path, **phases), whole)
+    assert_same(resume(tmp_path, **phases), whole)
 
 
 def test_a_run_that_is_over_is_closed_again_and_stays_the_same(tmp_path: Path, whole_short: Path) -> None:
     train(tiny_parts(tmp_path, **SHORT), quiet=True)
     before = results(tmp_path / "runs/tiny")
-    assert results(go_on(tmp_path)) == before
+    assert results(resume(tmp_path)) == before
     assert_same(tmp_path / "runs/tiny", whole_short)
 
 
 def test_auto_begins_where_there_is_nothing(tmp_path: Path, whole_short: Path) -> None:
-    assert_same(go_on(tmp_path), whole_short)
+    assert_same(resume(tmp_path), whole_short)
 
 
 def test_another_run_can_be_begun_from_the_middle_of_an_epoch(tmp_path: Path, whole_short: Path) -> None:
     run_dir = crashed(tmp_path, 6)
-    again = go_on(tmp_path, f"resume={run_dir}", "name=again")
+    again = resume(tmp_path, f"resume={run_dir}", "name=again")
     weights, _, audit = results(again)
     expected, _, expected_audit = results(whole_short)
     assert (weights, audit) == (expected, expected_audit)
@@ -148,7 +140,7 @@ def test_a_damaged_checkpoint_is_said_and_an_older_one_taken(
     run_dir = crashed(tmp_path, 9)
     last = (run_dir / "checkpoints/last").resolve()
     damage(last / name)
-    assert_same(go_on(tmp_path), whole_short)
+    assert_same(resume(tmp_path), whole_short)
     (said,) = [record.message for record in caplog.records if "an older checkpoint is loaded" in record.message]
     assert last.name in said and ("damaged" in said)
 
@@ -159,24 +151,24 @@ def test_where_every_checkpoint_is_damaged_nothing_is_trained(tmp_path: Path) ->
     for file in (run_dir / "checkpoints").glob("step-*/model.safetensors"):
         damage(file)
     with pytest.raises(ConfigError, match=r"resume: .* has no checkpoint that is sound: .*model\.safetensors"):
-        go_on(tmp_path)
+        resume(tmp_path)
     assert (run_dir / "metrics.jsonl").read_bytes() == before
 
 
-def test_a_run_from_before_there_were_marks_goes_on_by_its_checkpoints(tmp_path: Path, whole_short: Path) -> None:
+def test_a_run_from_before_there_were_marks_resumes_by_its_checkpoints(tmp_path: Path, whole_short: Path) -> None:
     run_dir = crashed(tmp_path, 6)
     (run_dir / MARK).unlink()
     (run_dir / "history.json").unlink(missing_ok=True)
-    assert_same(go_on(tmp_path), whole_short)
+    assert_same(resume(tmp_path), whole_short)
     assert (run_dir / MARK).is_file()
 
 
 def test_nobody_who_gave_a_name_is_advised_to_give_another_one(tmp_path: Path) -> None:
     run_dir = crashed(tmp_path, 4)
     with pytest.raises(ConfigError, match=r"another value; without resume, a run begins with it$"):
-        go_on(tmp_path, f"resume={run_dir}", "name=again", "seed=1")
+        resume(tmp_path, f"resume={run_dir}", "name=again", "seed=1")
     with pytest.raises(ConfigError, match=r"another value; begin a new one, with another name$"):
-        go_on(tmp_path, "seed=1")
+        resume(tmp_path, "seed=1")
 
 
 def test_another_configuration_is_refused_with_the_difference(tmp_path: Path) -> None:
@@ -188,19 +180,19 @@ def test_another_configuration_is_refused_with_the_difference(tmp_path: Path) ->
         (["seed=1", "resume_override=true"], r"seed: 0 -> 1; a run cannot resume with another value"),
     ]:
         with pytest.raises(ConfigError, match=message):
-            go_on(tmp_path, *overrides)
+            resume(tmp_path, *overrides)
 
 
-def test_with_an_override_it_goes_on_with_what_can_be_honoured(
+def test_with_an_override_it_continues_with_what_can_be_honoured(
     tmp_path: Path, caplog: pytest.LogCaptureFixture
 ) -> None:
     crashed(tmp_path, 4)
-    run_dir = go_on(tmp_path, "phases.b.steps=7", "optim.weight_decay=0.1", "resume_override=true")
+    run_dir = resume(tmp_path, "phases.b.steps=7", "optim.weight_decay=0.1", "resume_override=true")
     assert [row["step"] for row in read_metrics(run_dir) if "val/score" in row][-1] == 13
     assert any("with another optim.weight_decay: 0.05 -> 0.1" in record.message for record in caplog.records)
 
 
-def test_a_run_that_the_audit_ended_is_not_taken_up_unless_it_is_asked_for(
+def test_a_run_that_the_audit_ended_is_not_resumed_unless_it_is_asked_for(
     tmp_path: Path, whole_short: Path, caplog: pytest.LogCaptureFixture
 ) -> None:
     parts = tiny_parts(tmp_path, **SHORT)
@@ -218,8 +210,8 @@ def test_a_run_that_the_audit_ended_is_not_taken_up_unless_it_is_asked_for(
     said = r"resume: the audit ended this run: .*: param_changed, step \d of phase 'a', see .*audit\.json; mend"
     for override in ("seed=0", "audit.policy=collect"):
         with pytest.raises(ConfigError, match=said):
-            go_on(tmp_path, override)
-    assert_same(go_on(tmp_path, "resume_override=true"), whole_short)
+            resume(tmp_path, override)
+    assert_same(resume(tmp_path, "resume_override=true"), whole_short)
     assert any("it resumes from what was saved before that" in record.message for record in caplog.records)
 
 
@@ -230,25 +222,25 @@ def test_two_processes_do_not_train_in_one_directory(tmp_path: Path) -> None:
         claimed_run_dir(config, resumes=True),
         pytest.raises(ConfigError, match=r"another process is training in .*tiny"),
     ):
-        go_on(tmp_path)
-    assert go_on(tmp_path) == run_dir
+        resume(tmp_path)
+    assert resume(tmp_path) == run_dir
 
 
 @pytest.mark.slow
 @pytest.mark.parametrize("asked", [signal.SIGTERM, signal.SIGINT])
-def test_a_signal_saves_within_the_step_and_the_run_goes_on_to_the_same_bits(
+def test_a_signal_saves_within_the_step_and_the_run_resumes_to_the_same_bits(
     tmp_path: Path, whole: Path, asked: signal.Signals
 ) -> None:
     file = tiny_config(tmp_path, **{**EVERYTHING, "checkpoint": {"keep_every_epochs": 4}})
-    command = [sys.executable, "-m", "mtl", "train", str(file), "-q", "resume=auto"]
-    process = subprocess.Popen(command, stderr=subprocess.PIPE, text=True)
+    command = ["-m", "mtl", "train", str(file), "-q", "resume=auto"]
+    process = Forked(command, stderr=subprocess.PIPE)
     metrics = tmp_path / "runs/tiny/metrics.jsonl"
     wait_until(lambda: metrics.exists() and metrics.read_text().count("\n") > 20)
     process.send_signal(asked)
     _, said = process.communicate(timeout=HANGS_S)
     assert process.returncode == 1
     assert f"stopped by {asked.name} after step" in said and "To resume, rerun with resume=auto." in said
-    assert main(command[3:]) == 0
+    assert main(command[2:]) == 0
     assert_same(tmp_path / "runs/tiny", whole)
 
 

@@ -163,7 +163,7 @@ def test_moments_go_back_with_the_weights_unless_the_phase_resets_them(
     assert steps == [15, 10 + 1, 1]
 
 
-def test_best_by_a_named_metric_and_direction_is_kept_beside_the_best_score(tmp_path: Path) -> None:
+def test_best_by_a_named_metric_and_direction_is_kept_next_to_the_best_score(tmp_path: Path) -> None:
     phases = [
         {"name": "a", "epochs": 2},
         {"name": "b", "steps": 1, "restore": {"which": "best", "metric": "val/depth/rmse", "direction": "lower"}},
@@ -176,7 +176,7 @@ def test_best_by_a_named_metric_and_direction_is_kept_beside_the_best_score(tmp_
     assert state["step"] == lowest["step"] and state["val/depth/rmse"] == lowest["val/depth/rmse"]
 
 
-def test_going_back_before_there_is_a_best_goes_on_and_says_so(
+def test_going_back_before_there_is_a_best_continues_and_says_so(
     tmp_path: Path, monkeypatch: pytest.MonkeyPatch, caplog: pytest.LogCaptureFixture
 ) -> None:
     parts = parts_with(tmp_path, [{"name": "a", "steps": 1}, {"name": "b", "steps": 1, "restore": "best"}])
@@ -186,7 +186,7 @@ def test_going_back_before_there_is_a_best_goes_on_and_says_so(
     assert outcome.best_step == 2
 
 
-def test_a_metric_that_is_no_number_never_counts_as_best_nor_against_the_one_before(
+def test_a_metric_that_is_nan_never_counts_as_best_nor_against_the_one_before(
     tmp_path: Path, monkeypatch: pytest.MonkeyPatch, caplog: pytest.LogCaptureFixture
 ) -> None:
     parts = parts_with(tmp_path, [{"name": "a", "epochs": 4}])
@@ -211,7 +211,7 @@ def keep_every_checkpoint(monkeypatch: pytest.MonkeyPatch) -> None:
 
 
 @pytest.mark.slow
-def test_a_run_taken_up_from_any_checkpoint_in_any_phase_ends_with_the_bits_of_one_that_never_stopped(
+def test_a_run_resumed_from_any_checkpoint_in_any_phase_ends_with_the_bits_of_one_that_never_stopped(
     tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     keep_every_checkpoint(monkeypatch)
@@ -236,7 +236,7 @@ def test_a_run_taken_up_from_any_checkpoint_in_any_phase_ends_with_the_bits_of_o
 
 
 @pytest.mark.parametrize("link", ["best", "last"])
-def test_a_run_taken_up_holds_every_parameter_once(tmp_path: Path, monkeypatch: pytest.MonkeyPatch, link: str) -> None:
+def test_a_run_resumed_holds_every_parameter_once(tmp_path: Path, monkeypatch: pytest.MonkeyPatch, link: str) -> None:
     scripted_scores(monkeypatch, [0.1, 0.5, 0.4])
     first = parts_with(tmp_path, [*COURSE[:1], {"name": "b", "epochs": 1}])
     run_dir = train(first, quiet=True).run_dir
@@ -261,7 +261,7 @@ def test_a_run_taken_up_holds_every_parameter_once(tmp_path: Path, monkeypatch: 
     assert sum(held) == 5 * len(list(parts.root.parameters()))
 
 
-def test_what_cannot_be_taken_up_is_said_before_anything_is_written(tmp_path: Path) -> None:
+def test_what_cannot_be_resumed_is_said_before_anything_is_written(tmp_path: Path) -> None:
     run_dir = train(parts_with(tmp_path, [{"name": "a", "epochs": 1}, {"name": "b", "epochs": 1}]), quiet=True).run_dir
     last = run_dir / "checkpoints/last"
     two = [{"name": "a", "epochs": 1}, {"name": "b", "epochs": 1}]
@@ -317,7 +317,7 @@ def test_optimizer_rate_schedule_and_decay_may_change_from_phase_to_phase(tmp_pa
     assert watcher.optims[2].optimizer.param_groups[0]["betas"] == (0.8, 0.9)
 
 
-def test_repeated_phases_take_turns_and_each_goes_on_with_its_own_moments(tmp_path: Path) -> None:
+def test_repeated_phases_take_turns_and_each_continues_with_its_own_moments(tmp_path: Path) -> None:
     turns = [{"name": "heads", "freeze": ["trunk"], "steps": 2}, {"name": "trunk", "freeze": ["heads"], "steps": 3}]
     parts = parts_with(tmp_path, [{"repeat": 2, "phases": turns}], balance={"method": "mean"})
     trainer = trainer_of(parts, tmp_path)
@@ -535,7 +535,7 @@ def test_wall_time_and_a_reached_metric_end_a_phase_and_say_so(
 # --- clipping, averaging
 
 
-def test_gradients_are_clipped_over_what_trains_alone(tmp_path: Path) -> None:
+def test_gradients_are_clipped_over_what_is_trained_alone(tmp_path: Path) -> None:
     phases = [{"name": "a", "freeze": ["trunk"], "steps": 1, "optimizer": "sgd", "lr": 1.0, "weight_decay": 0}]
     options = ("optim.lr_schedule=constant",)
     free, clipped = (
@@ -554,7 +554,7 @@ def test_gradients_are_clipped_over_what_trains_alone(tmp_path: Path) -> None:
     torch.testing.assert_close(deltas[1], deltas[0] * 0.01 / norm, rtol=1e-2, atol=1e-6)
 
 
-def test_averaged_weights_are_judged_and_kept_and_training_goes_on_from_its_own(tmp_path: Path) -> None:
+def test_averaged_weights_are_judged_and_kept_and_training_resumes_from_its_own(tmp_path: Path) -> None:
     phases = [{"name": "a", "freeze": ["trunk"], "steps": 4}, {"name": "b", "steps": 3}]
     plain = parts_with(tmp_path, phases, "name=plain")
     averaged = parts_with(tmp_path, phases, "name=averaged", "optim.ema_decay=0.5")
@@ -585,7 +585,7 @@ def test_averaged_weights_are_judged_and_kept_and_training_goes_on_from_its_own(
     assert outcomes["averaged"].scores["b"] != outcomes["plain"].scores["b"]
 
 
-def test_a_run_with_averages_is_taken_up_to_the_same_bits(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+def test_a_run_with_averages_is_resumed_to_the_same_bits(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     keep_every_checkpoint(monkeypatch)
     phases = [{"name": "a", "freeze": ["trunk"], "epochs": 2}, {"name": "b", "epochs": 1}]
     whole = parts_with(tmp_path, phases, "optim.ema_decay=0.9")
@@ -608,7 +608,7 @@ def test_the_resolved_configuration_of_every_schedule_here_loads_again(tmp_path:
         assert [phase.name for phase in config.written_phases] == [phase["name"] for phase in phases]
 
 
-def test_a_copy_of_a_checkpoint_that_is_its_own_best_is_taken_up_with_it(tmp_path: Path) -> None:
+def test_a_copy_of_a_checkpoint_that_is_its_own_best_is_resumed_with_it(tmp_path: Path) -> None:
     phases = [{"name": "a", "epochs": 1}, {"name": "b", "epochs": 1, "restore": "best"}]
     first = parts_with(tmp_path, phases, "name=first")
     with pytest.MonkeyPatch.context() as patch:
@@ -620,7 +620,7 @@ def test_a_copy_of_a_checkpoint_that_is_its_own_best_is_taken_up_with_it(tmp_pat
     assert not moved(tensors(first), read_model(again.run_dir / "checkpoints/last"))
 
 
-def test_a_checkpoint_inside_a_phase_is_not_taken_up_by_one_that_freezes_other_parts(
+def test_a_checkpoint_inside_a_phase_is_not_resumed_by_one_that_freezes_other_parts(
     tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     keep_every_checkpoint(monkeypatch)

@@ -5,14 +5,13 @@ from __future__ import annotations
 import io
 import json
 import os
-import subprocess
-import sys
 from pathlib import Path
 from typing import Any
 
 import pytest
 from PIL import Image
 
+import forks
 import wandb_file
 from mtl.config import TrackingConfig
 from mtl.training.tracking.tracker import Tracker
@@ -151,15 +150,8 @@ tracker.log({{"step": 1, "x": 2.0}})
 tracker.finish({{}}, failed=False)
 """
     clean = {k: v for k, v in os.environ.items() if not k.startswith("WANDB")}
-    result = subprocess.run(
-        [sys.executable, "-c", code],
-        capture_output=True,
-        text=True,
-        timeout=HANGS_S,
-        stdin=subprocess.DEVNULL,
-        env=clean | {"HOME": str(folder)} | surroundings,
-        check=True,
-    )
+    environment = clean | {"HOME": str(folder)} | surroundings
+    result = forks.run(["-c", code], timeout=HANGS_S, env=environment, check=True)
     assert json.loads((folder / "metrics.jsonl").read_text()) == {"step": 1, "x": 2.0}
     return result.stdout
 
@@ -188,8 +180,6 @@ def test_a_quiet_run_warns_of_tracking_that_it_does_not_get(tmp_path: Path) -> N
         ({"WANDB_MODE": "disabled"} | key, "wandb: offline, since online failed"),
     ]:
         name = f"name=n{len(surroundings)}"
-        command = [sys.executable, "-m", "mtl", "train", str(file), "-q", "tracking.mode=online", name]
-        done = subprocess.run(
-            command, capture_output=True, text=True, timeout=HANGS_S, env=clean | surroundings, check=True
-        )
+        command = ["-m", "mtl", "train", str(file), "-q", "tracking.mode=online", name]
+        done = forks.run(command, timeout=HANGS_S, env=clean | surroundings, check=True)
         assert said in done.stdout + done.stderr

@@ -116,7 +116,7 @@ class TrainableTensor:
         """The record as plain data."""
         is_there = self.place.current() is self.tensor
         record = {key: value for key, value in vars(self).items() if key not in ("place", "tensor")}
-        # A replaced tensor does not exist in another process: whether it changed is settled now.
+        # A replaced tensor does not exist in another process: whether it changed is decided now.
         return record | {"left_changed": None if is_there else digest_of(self.tensor) != self.digest}
 
     def load_state_dict(self, state: Mapping[str, Any]) -> None:

@@ -60,9 +60,9 @@ class MemoryPlan:
 
     Attributes:
         weights: Parameters and buffers.
-        gradients: Of what trains.
-        optimizer_state: What the optimizer keeps of what trains; None if that is only known once it has stepped.
-        average: The moving average of what trains, if there is one.
+        gradients: Of the trainable parameters.
+        optimizer_state: The state of the optimizer; None if that is only known once it has stepped.
+        average: The moving average of the trainable parameters, if there is one.
     """
 
     weights: int
@@ -127,7 +127,7 @@ class PhasePlan:
         optimizer_state: Whether it is kept or reset.
         restore: The metric by which it goes back to the best weights; None if it continues with the last ones.
         freeze: The user's patterns of what is frozen.
-        train: Or of what trains, everything else being frozen.
+        train: Or of what is trained, everything else being frozen.
         claims: What each of them decided.
         frozen: Frozen parameters.
         trainable: The others.

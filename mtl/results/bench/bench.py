@@ -206,28 +206,28 @@ def draw(rows: list[Row]) -> Figure:
 
 
 def _measure(setting: Setting, phase: str, folder: Path, rounds: int) -> Row:
-    parts = assemble(setting.config(folder, phase), quiet=True)
+    setup = assemble(setting.config(folder, phase), quiet=True)
     contenders: dict[str, Callable[[], None]] = {}
     peaks, first = {}, {}
     seconds: dict[str, list[float]] = {"naive": [], "mtl": [], "limit": []}
-    with mtl_loop(parts, folder) as (mtl, audit_seconds):
+    with mtl_loop(setup, folder) as (mtl, audit_seconds):
         makers: dict[str, Callable[[], Callable[[], None]]] = {
-            "naive": lambda: naive_loop(parts),
+            "naive": lambda: naive_loop(setup),
             "mtl": lambda: mtl,
-            "limit": lambda: limit_loop(parts),
+            "limit": lambda: limit_loop(setup),
         }
         for name, make in makers.items():
-            with peak_growth(parts.device) as peak:
+            with peak_growth(setup.device) as peak:
                 contenders[name] = make()
-                first[name] = _time(contenders[name], parts.device)
+                first[name] = _time(contenders[name], setup.device)
             peaks[name] = peak[0]
         audit_seconds.clear()
         for _ in range(rounds):
             for name, epoch in contenders.items():
-                seconds[name].append(_time(epoch, parts.device))
+                seconds[name].append(_time(epoch, setup.device))
     naive, ours, limit = (median(seconds[name]) for name in ("naive", "mtl", "limit"))
     share = sum(audit_seconds) / sum(seconds["mtl"])
-    num_images = len(parts.train) // setting.batch_size * setting.batch_size
+    num_images = len(setup.train) // setting.batch_size * setting.batch_size
     return Row(setting.name, phase, num_images, naive, ours, limit, first["mtl"], share, peaks)
 
 

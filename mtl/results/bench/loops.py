@@ -24,9 +24,9 @@ from mtl.training.tracking.tracker import Tracker
 
 
 @contextmanager
-def mtl_loop(parts: RunSetup, folder: Path) -> Iterator[tuple[Callable[[], None], list[float]]]:
+def mtl_loop(setup: RunSetup, folder: Path) -> Iterator[tuple[Callable[[], None], list[float]]]:
     """An epoch of the real loop, without the validation and the checkpoint that follow one; the first one enters."""
-    trainer = Trainer(parts, folder, Tracker(parts.config.tracking, folder, "bench", {}), quiet=True)
+    trainer = Trainer(setup, folder, Tracker(setup.config.tracking, folder, "bench", {}), quiet=True)
     spent: list[float] = []
     audit: Any = trainer.audit
     for name in ("after_backward", "after_step", "verify"):
@@ -36,7 +36,7 @@ def mtl_loop(parts: RunSetup, folder: Path) -> Iterator[tuple[Callable[[], None]
 
         def epoch() -> None:
             if not entered:
-                entered.append(stack.enter_context(trainer.active(parts.phases[0])))
+                entered.append(stack.enter_context(trainer.active(setup.phases[0])))
             trainer.train_epoch(entered[0])
             trainer.audit.verify()
 
@@ -52,34 +52,34 @@ def _timed(call: Callable[..., None], spent: list[float]) -> Callable[..., None]
     return timed
 
 
-def naive_loop(parts: RunSetup) -> Callable[[], None]:
-    model = copy.deepcopy(parts.model)
-    return _plain_loop(parts, model, lambda batch: model(batch.images))
+def naive_loop(setup: RunSetup) -> Callable[[], None]:
+    model = copy.deepcopy(setup.model)
+    return _plain_loop(setup, model, lambda batch: model(batch.images))
 
 
-def limit_loop(parts: RunSetup) -> Callable[[], None]:
-    phase, model = parts.phases[0], copy.deepcopy(parts.model)
+def limit_loop(setup: RunSetup) -> Callable[[], None]:
+    phase, model = setup.phases[0], copy.deepcopy(setup.model)
     if not any(name.startswith("trunk.") for name in phase.freeze.plan.names.frozen):
-        return _plain_loop(parts, model, lambda batch: model(batch.images))
+        return _plain_loop(setup, model, lambda batch: model(batch.images))
     _freeze_as_tutorials_do(model, phase.freeze.plan.names.frozen)
     _rest(model)
-    batches = [parts.train.batch(each).to(parts.device) for each in torch.split(torch.arange(len(parts.train)), 64)]
+    batches = [setup.train.batch(each).to(setup.device) for each in torch.split(torch.arange(len(setup.train)), 64)]
     prefix = Prefix.record(model.trunk, model.read, model.prepare(batches[0].images))
     by_batch = [prefix.compute(model.prepare(batch.images)) for batch in batches]
     extracted = [torch.cat(field) for field in zip(*by_batch, strict=True)]
 
     def outputs(batch: Batch) -> dict[str, Tensor]:
-        indices = batch.indices.to(parts.device)
+        indices = batch.indices.to(setup.device)
         features: Features = prefix.replay([field.index_select(0, indices) for field in extracted])
         return model.decode(features, batch.size)
 
-    return _plain_loop(parts, model, outputs)
+    return _plain_loop(setup, model, outputs)
 
 
 def _plain_loop(
-    parts: RunSetup, model: MultiTaskModel, outputs: Callable[[Batch], dict[str, Tensor]]
+    setup: RunSetup, model: MultiTaskModel, outputs: Callable[[Batch], dict[str, Tensor]]
 ) -> Callable[[], None]:
-    phase = parts.phases[0]
+    phase = setup.phases[0]
     balance = copy.deepcopy(phase.balance)
     _freeze_as_tutorials_do(model, phase.freeze.plan.names.frozen)
     _rest(model)
@@ -90,10 +90,10 @@ def _plain_loop(
     def epoch() -> None:
         nonlocal epochs
         epochs += 1
-        for batch in training_batches(parts.train, phase.batch_size, 0, epochs):
-            batch = batch.to(parts.device)
+        for batch in training_batches(setup.train, phase.batch_size, 0, epochs):
+            batch = batch.to(setup.device)
             predicted = outputs(batch)
-            losses = torch.stack([task.loss(predicted[name], batch.labels[name]) for name, task in parts.tasks.items()])
+            losses = torch.stack([task.loss(predicted[name], batch.labels[name]) for name, task in setup.tasks.items()])
             balance(losses).backward()
             optimizer.step()
             optimizer.zero_grad()

@@ -2,21 +2,18 @@
 
 from __future__ import annotations
 
-import json
 import math
 from collections.abc import Callable, Collection, Mapping
 from functools import partial
-from pathlib import Path
 from typing import Any
 
 import torch
 from torch import Tensor
 
-from mtl.audit import PhaseRecord, fingerprint
+from mtl.audit import PhaseRecord
 from mtl.data import Batch, Split, View, draw_view
-from mtl.data.cache import default_cache_dir
 from mtl.distributed.world import ALONE, World
-from mtl.featurestore import DiskStore, FeatureStore, Field, RamStore
+from mtl.featurestore import FeatureStore
 from mtl.featurestore.sharded import ShardedStore, batches_to_fill
 from mtl.model.prefix import Prefix, PrefixError
 from mtl.model.trunk import Features
@@ -25,6 +22,7 @@ from mtl.phases.reuse import num_passes, num_views, why_not_kept
 from mtl.runtime.console import logger, progress_bar
 from mtl.runtime.text import count, in_bytes
 from mtl.training.features.key import feature_key
+from mtl.training.features.stores import FeatureStores, as_computed, as_stored
 from mtl.training.features.survey import NotKept, survey
 from mtl.training.setup import RunSetup
 
@@ -42,27 +40,23 @@ class FeatureSource:
         kept_in: Where the phase's activations are kept: `ram`, `disk`, or `off`.
     """
 
-    def __init__(self, parts: RunSetup, autocast: torch.autocast, quiet: bool, world: World = ALONE) -> None:
-        self._parts = parts
-        self._model = parts.model
-        self._settings = parts.config.cache
-        self._num_views = num_views(parts.config)
+    def __init__(self, setup: RunSetup, autocast: torch.autocast, quiet: bool, world: World = ALONE) -> None:
+        self._setup = setup
+        self._model = setup.model
+        self._settings = setup.config.cache
+        self._num_views = num_views(setup.config)
         self._autocast = autocast
         self._quiet = quiet
         self._world = world
         self._holds: Callable[[], bool] = lambda: False
-        self._batch_size = parts.config.data.batch_size
+        self._batch_size = setup.config.data.batch_size
         self._prefix: Prefix | None = None
         self.kept_in = "off"
         # What `auto` decided in a phase that is resumed, until that is entered.
         self._resumed_in: str | None = None
-        # Of the phase, by the identity of the split.
-        self._stores: dict[int, FeatureStore] = {}
+        self._stores = FeatureStores(setup, self._num_views, world)
         # Splits by identity, and views.
         self._filled: set[tuple[int, int]] = set()
-        self._digests: dict[int, str] = {}
-        # Of this phase and earlier ones, by key, the one used last at the end.
-        self._in_ram: dict[str, FeatureStore] = {}
 
     @property
     def keeps(self) -> bool:
@@ -71,11 +65,11 @@ class FeatureSource:
 
     def view(self, epoch: int) -> View | None:
         """How the training images are seen in an epoch of the run, counted from 0."""
-        config = self._parts.config
+        config = self._setup.config
         if config.data.augment is None:
             return None
         number = epoch if self._settings.views is None else epoch % self._settings.views
-        return draw_view(config.data.augment, config.seed, number, len(self._parts.train))
+        return draw_view(config.data.augment, config.seed, number, len(self._setup.train))
 
     @property
     def trunk_rests(self) -> bool:
@@ -84,11 +78,7 @@ class FeatureSource:
 
     def state_dict(self) -> dict[str, Any]:
         """The decision for the phase, and which features are in memory, as plain data; not the features."""
-        in_memory = [
-            [key, store.num_rows, [[field.shape, str(field.dtype).removeprefix("torch.")] for field in store.fields]]
-            for key, store in self._in_ram.items()
-        ]
-        return {"kept_in": self.kept_in, "in_memory": in_memory}
+        return {"kept_in": self.kept_in, "in_memory": self._stores.state_dict()}
 
     def load_state_dict(self, state: Mapping[str, Any]) -> None:
         """Opens stores for the features that the interrupted run had in memory, so that later phases decide the same.
@@ -96,9 +86,7 @@ class FeatureSource:
         The stores are empty; features are computed again when they are first needed.
         """
         self._resumed_in = state["kept_in"]
-        for key, num_rows, fields in state["in_memory"]:
-            own = [Field(tuple(shape), getattr(torch, dtype)) for shape, dtype in fields]
-            self._in_ram[key] = self._new_store("ram", json.loads(key), num_rows, own)
+        self._stores.load_state_dict(state["in_memory"])
 
     def enter(
         self,
@@ -115,7 +103,7 @@ class FeatureSource:
             holds: Whether the audit has found nothing wrong so far.
             steps_done: Steps of the phase that were taken already.
         """
-        phase, kept_in = self._parts.phases[index], self._resumed_in
+        phase, kept_in = self._setup.phases[index], self._resumed_in
         self.leave()
         self._batch_size, self._holds = phase.batch_size, holds
         mode = phase.config.cache or self._settings.mode
@@ -124,27 +112,28 @@ class FeatureSource:
         if mode == "off":
             return
         # Each view of an image is another image.
-        passes = num_passes(self._parts.phases[index:], steps_done) / self._num_views
+        passes = num_passes(self._setup.phases[index:], steps_done) / self._num_views
         try:
             # Features that an earlier phase left in memory may pay for a single epoch; and a phase that is resumed
             # continues as it began, however little is left of it.
-            pays = bool(self._in_ram) or kept_in is not None
-            why_not = why_not_kept(self._parts.config, phase, math.inf if pays else passes)
+            pays = self._stores.are_in_memory or kept_in is not None
+            why_not = why_not_kept(self._setup.config, phase, math.inf if pays else passes)
             if why_not:
                 raise NotKept(why_not)
             prefix, seconds, is_exact = self._survey(phase)
-            key = feature_key(self._parts, prefix, record, self._num_views, phase.batch_size)
+            key = feature_key(self._setup, prefix, record, self._num_views, phase.batch_size)
             # Seconds are not the same on every rank; those of rank 0 count.
             seconds = self._world.broadcast(seconds)
             chosen = self._choose(prefix, mode, passes, seconds, key)
-            self._open(prefix, chosen, key)
+            if not self._stores.open(prefix, chosen, key):
+                raise NotKept("the disk cannot hold it; see the warning above")
         except (NotKept, PrefixError) as reason:
             self.leave()
             logger.info(f"features: not kept: {reason}")
             return
         self._prefix, self.kept_in = prefix, chosen
         what = f"the first {count(len(prefix.modules), 'module')} of the trunk" if prefix.modules else "the trunk"
-        size, num_images = in_bytes(self._bytes(prefix)), len(self._parts.train) + len(self._parts.val)
+        size, num_images = in_bytes(self._stores.num_bytes(prefix)), len(self._setup.train) + len(self._setup.val)
         logger.info(
             f"features: {what} computed once, in {1e3 * seconds:.1f} ms a batch, and kept"
             f" {'in memory' if chosen == 'ram' else 'on disk'}: {size} for {num_images} images"
@@ -157,22 +146,19 @@ class FeatureSource:
         Raises:
             NotKept, PrefixError: Nothing can.
         """
-        if self._parts.config.distributed.strategy == "fsdp2" and not self._world.is_alone:
+        if self._setup.config.distributed.strategy == "fsdp2" and not self._world.is_alone:
             raise NotKept("the trunk is sharded over the ranks (fsdp2)")
         with self._autocast:
-            first = torch.arange(min(phase.batch_size, len(self._parts.train)))
-            found = survey(self._model, self._images(self._parts.train, first))
+            first = torch.arange(min(phase.batch_size, len(self._setup.train)))
+            found = survey(self._model, self._images(self._setup.train, first))
         if why_not := self._model.why_not_cut(found[0], phase.tasks):
             raise NotKept(why_not)
         return found
 
     def leave(self) -> None:
         """Ends a phase: no kept features are served until the next one is entered."""
-        for store in self._stores.values():
-            if not any(store is kept for kept in self._in_ram.values()):
-                store.close()
-        self._prefix, self._stores, self._filled, self.kept_in = None, {}, set(), "off"
-        self._resumed_in = None
+        self._stores.close()
+        self._prefix, self._filled, self.kept_in, self._resumed_in = None, set(), "off", None
 
     def __call__(self, batch: Batch, tasks: Collection[str] | None = None) -> Features:
         """The features that the heads of some tasks read for a batch, and maybe more.
@@ -184,10 +170,10 @@ class FeatureSource:
         if self._prefix is not None and not self._holds():
             logger.warning("features: no longer kept, since the audit found the contract broken")
             self.leave()
-            self._in_ram.clear()
+            self._stores.clear()
         if self._prefix is None:
             return self._model.encode(batch.images, tasks)
-        store, prefix = self._stores[id(batch.split)], self._prefix
+        store, prefix, device = self._stores.of(batch.split), self._prefix, self._setup.device
         number = 0 if batch.view is None else batch.view.number
         first = number * len(batch.split)
         rows = batch.indices + first
@@ -197,7 +183,8 @@ class FeatureSource:
                 self._fill(batch.split, batch.view, store, prefix)
             every = [indices + first for indices in batch.every or [batch.indices]]
             again = partial(self._compute_again, batch.split, batch.view, first, prefix)
-            return prefix.replay(self._as_computed(store.read_every(every, again, self._parts.device), prefix))
+            shared = store.read_every(every, again, device)
+            return prefix.replay(as_computed(shared, prefix, device))
         kept = store.read(rows)
         if kept is None and (id(batch.split), number) not in self._filled:
             self._filled.add((id(batch.split), number))
@@ -205,15 +192,15 @@ class FeatureSource:
             kept = store.read(rows)
         if kept is None:  # the disk is full, or the entry is damaged; the store has warned of it
             features, kept = prefix.run(self._model.prepare(batch.images))
-            store.write(rows, self._as_stored(kept, prefix))
+            store.write(rows, as_stored(kept, prefix))
             return features
-        return prefix.replay(self._as_computed(kept, prefix))
+        return prefix.replay(as_computed(kept, prefix, device))
 
     def _compute_again(self, split: Split, view: View | None, first: int, prefix: Prefix, rows: Tensor) -> list[Tensor]:
         """Features of rows of this rank that its store does not have."""
         # Tensors made in inference mode could not be used in training.
         with torch.inference_mode(mode=False), torch.no_grad():
-            return self._as_stored(prefix.compute(self._images(split, rows - first, view)), prefix)
+            return as_stored(prefix.compute(self._images(split, rows - first, view)), prefix)
 
     def _choose(self, prefix: Prefix, mode: str, passes: float, seconds: float, key: dict[str, Any]) -> str:
         """`ram` or `disk`.
@@ -221,12 +208,12 @@ class FeatureSource:
         Raises:
             NotKept: Neither, and why.
         """
-        size, settings = self._bytes(prefix), self._settings
+        size, settings = self._stores.num_bytes(prefix), self._settings
         place = mode if mode != "auto" else "ram" if size <= 1e9 * settings.ram_gb else "disk"
         limit = 1e9 * (settings.ram_gb if place == "ram" else settings.disk_gb)
         if size > limit:
             raise NotKept(f"{in_bytes(size)} are more than cache.{place}_gb allows ({in_bytes(int(limit))})")
-        if mode == "auto" and not self._is_there(key):
+        if mode == "auto" and not self._stores.has(self._setup.train, key):
             read = prefix.bytes_per_image * self._batch_size / _READ_RATE[place]
             if seconds + passes * read > 0.95 * passes * seconds:
                 raise NotKept(
@@ -235,68 +222,13 @@ class FeatureSource:
                 )
         return place
 
-    def _is_there(self, key: dict[str, Any]) -> bool:
-        """Whether an earlier phase has left the features of the training split in memory."""
-        return json.dumps(self._key_of(self._parts.train, key)) in self._in_ram
-
-    def _key_of(self, split: Split, key: dict[str, Any]) -> dict[str, Any]:
-        """The key with the images, by their bytes."""
-        name = id(split)
-        if name not in self._digests:
-            self._digests[name] = fingerprint(split.images)
-        return {**key, "images": self._digests[name]}
-
-    def _open(self, prefix: Prefix, place: str, key: dict[str, Any]) -> None:
-        """Opens the stores of both splits, empty or as an earlier phase or run left them."""
-        kind = getattr(torch, self._settings.dtype)
-        fields = [
-            Field(tuple(shape[axis - 1] for axis in order[1:]), kind if dtype.is_floating_point else dtype)
-            for shape, dtype, order in zip(prefix.shapes, prefix.dtypes, self._orders(prefix), strict=True)
-        ]
-        for split in (self._parts.train, self._parts.val):
-            own, num_rows = self._key_of(split, key), len(split)
-            if split is self._parts.train:
-                num_rows *= self._num_views
-            name = json.dumps(own)
-            store = self._in_ram.pop(name, None) if place == "ram" else None
-            store = store or self._new_store(place, own, num_rows, fields)
-            if place == "ram":
-                self._in_ram[name] = store
-            self._stores[id(split)] = store
-        self._forget_old()
-        if self._world.all_reduce_flags(broken=any(store.is_disabled for store in self._stores.values())).broken:
-            raise NotKept("the disk cannot hold it; see the warning above")
-
-    def _new_store(self, place: str, key: dict[str, Any], num_rows: int, fields: list[Field]) -> FeatureStore:
-        def make(rows: int, own: dict[str, Any]) -> FeatureStore:
-            # A copy to a GPU from memory that is not pinned would wait for it at every step.
-            pin_memory = self._parts.device.type == "cuda"
-            if place == "ram":
-                return RamStore(rows, fields, pin_memory)
-            return DiskStore(
-                self._folder(), own, rows, fields, int(1e9 * self._settings.disk_gb), pin_memory=pin_memory
-            )
-
-        if self._world.is_alone:
-            return make(num_rows, key)
-        part = {**key, "part": [self._world.rank, self._world.size]}
-        return ShardedStore(num_rows, fields, self._world, lambda rows: make(rows, part))
-
-    def _forget_old(self) -> None:
-        """Drops stores of earlier phases, the least recently used first, until the rest is within `cache.ram_gb`."""
-        while sum(store.nbytes for store in self._in_ram.values()) > 1e9 * self._settings.ram_gb:
-            oldest = next(iter(self._in_ram))
-            if self._in_ram[oldest] in self._stores.values():
-                return
-            del self._in_ram[oldest]
-
     def _fill(self, split: Split, view: View | None, store: FeatureStore, prefix: Prefix) -> None:
         """Computes the features of every image of a split, in batches of the sizes that training and validation use.
 
         Training batches are all full; the last one of validation may be smaller.
         """
         first = 0 if view is None else view.number * len(split)
-        keeps_last = split is not self._parts.train
+        keeps_last = split is not self._setup.train
         batches = batches_to_fill(first, len(split), self._batch_size, keeps_last, self._world)
         with (
             progress_bar(len(split), "computing features", self._quiet) as bar,
@@ -306,36 +238,10 @@ class FeatureSource:
         ):
             for indices in batches:
                 computed = prefix.compute(self._images(split, indices, view))
-                store.write(first + indices, self._as_stored(computed, prefix))
+                store.write(first + indices, as_stored(computed, prefix))
                 if store.is_disabled:
                     return
                 bar.update(len(indices) * self._world.size)
 
     def _images(self, split: Split, indices: Tensor, view: View | None = None) -> Tensor:
-        return self._model.prepare(split.batch(indices, view).to(self._parts.device).images)
-
-    @staticmethod
-    def _orders(prefix: Prefix) -> list[tuple[int, ...]]:
-        """The order of each kept tensor's dimensions in the store: that in memory, so that no batch is rearranged."""
-        return [order if order[0] == 0 else tuple(range(len(order))) for order in prefix.orders]
-
-    def _as_stored(self, kept: list[Tensor], prefix: Prefix) -> list[Tensor]:
-        return [tensor.permute(order) for tensor, order in zip(kept, self._orders(prefix), strict=True)]
-
-    def _as_computed(self, kept: list[Tensor], prefix: Prefix) -> list[Tensor]:
-        """Kept tensors on the device, and in the types and the layout in which they were computed."""
-        computed = []
-        for tensor, dtype, order in zip(kept, prefix.dtypes, self._orders(prefix), strict=True):
-            back = sorted(range(len(order)), key=order.__getitem__)
-            computed.append(tensor.to(self._parts.device, dtype, non_blocking=True).permute(back))
-        return computed
-
-    def _bytes(self, prefix: Prefix) -> int:
-        """Size of what is kept of all images."""
-        num_images = self._num_views * len(self._parts.train) + len(self._parts.val)
-        return num_images * prefix.bytes_in(getattr(torch, self._settings.dtype))
-
-    def _folder(self) -> Path:
-        settings, data = self._settings, self._parts.config.data
-        own = Path(data.cache_dir) if data.cache_dir else default_cache_dir()
-        return Path(settings.dir or own / "features").expanduser()
+        return self._model.prepare(split.batch(indices, view).to(self._setup.device).images)

@@ -18,49 +18,49 @@ from mtl.training.setup import RunSetup
 from mtl.training.tracking.steps import StepLog
 
 
-def log_classic_freeze(parts: RunSetup) -> None:
+def log_classic_freeze(setup: RunSetup) -> None:
     """Logs what the classic list of substrings freezes, in the words of the code that it comes from."""
-    substrings = parts.config.MODEL.NOT_TRAIN_IN_MULTI_TASK
+    substrings = setup.config.MODEL.NOT_TRAIN_IN_MULTI_TASK
     if not substrings:
         return
     logger.info(f"use freeze for {substrings}")
-    for name in parts.phases[0].freeze.plan.names.frozen:
+    for name in setup.phases[0].freeze.plan.names.frozen:
         if any(substring in name for substring in substrings):
             logger.info(f"freezing {name}")
 
 
-def warn_of_dead_branches(parts: RunSetup) -> None:
+def warn_of_dead_branches(setup: RunSetup) -> None:
     """Warns of parameters that would train in a phase but cannot, since frozen zeros stop their gradients.
 
     Args:
-        parts: The run, with its initial weights and no freeze enforced yet.
+        setup: The run, with its initial weights and no freeze enforced yet.
     """
     phases_of: dict[DeadBranch, list[str]] = {}
-    for name, branch in dead_branches(parts).items():
+    for name, branch in dead_branches(setup).items():
         phases_of.setdefault(branch, []).append(name)
     for branch, phases in phases_of.items():
-        dead = condense(branch.parameters, [name for name, _ in parts.root.named_parameters()])
+        dead = condense(branch.parameters, [name for name, _ in setup.root.named_parameters()])
         are = "is" if len(branch.zeros) == 1 else "are"
         logger.warning(
             f"{shorten(phases, 3)}: {count(len(branch.parameters), 'trainable tensor')} ({shorten(dead, 4)}) cannot"
             f" train: gradients there stay zero, since {count(len(branch.zeros), 'frozen tensor')} in their way {are}"
-            f" zero in every element ({shorten(list(branch.zeros), 4)}); {_remedy(parts, branch)}"
+            f" zero in every element ({shorten(list(branch.zeros), 4)}); {_remedy(setup, branch)}"
         )
 
 
-def _remedy(parts: RunSetup, branch: DeadBranch) -> str:
+def _remedy(setup: RunSetup, branch: DeadBranch) -> str:
     ways = [f"leave {'it' if len(branch.zeros) == 1 else 'them'} out of the freeze"]
     if any(name.startswith("trunk.") for name in branch.zeros):
-        if "zero_init_last" in inspect.signature(type(parts.model.trunk)).parameters:
+        if "zero_init_last" in inspect.signature(type(setup.model.trunk)).parameters:
             ways.append("set trunk.options.zero_init_last=false")
-        if parts.config.trunk.weights == "none":
+        if setup.config.trunk.weights == "none":
             ways.append("begin with trained weights (trunk.weights)")
     return " or ".join(ways)
 
 
-def log_idle_tasks(parts: RunSetup, phase: Phase) -> None:
+def log_idle_tasks(setup: RunSetup, phase: Phase) -> None:
     """Logs which of a phase's tasks have no loss in it, since all their parameters are frozen."""
-    idle = [task for task in active_tasks(parts.config, phase.config) if task not in phase.tasks]
+    idle = [task for task in active_tasks(setup.config, phase.config) if task not in phase.tasks]
     if idle:
         logger.info(f"{phase.name}: no losses of {', '.join(idle)}: everything that they would train is frozen")
 
@@ -81,15 +81,15 @@ def log_balance(phase: Phase) -> None:
         )
 
 
-def log_epoch(parts: RunSetup, row: Mapping[str, Any], log: StepLog | None) -> None:
+def log_epoch(setup: RunSetup, row: Mapping[str, Any], log: StepLog | None) -> None:
     """Logs a validation as one line of fields, two spaces between them: the main metric of each task.
 
     Args:
-        parts: The run.
+        setup: The run.
         row: The validation's row of numbers.
         log: The steps before it, if there were any.
     """
-    goals = [f"{name} {task.goal.metric}" for name, task in parts.tasks.items()]
+    goals = [f"{name} {task.goal.metric}" for name, task in setup.tasks.items()]
     values = [row[f"val/{goal.replace(' ', '/')}"] for goal in goals]
     logger.info(
         f"{row['phase']}  epoch {row['epoch']}  step {row['step']}"
@@ -100,11 +100,11 @@ def log_epoch(parts: RunSetup, row: Mapping[str, Any], log: StepLog | None) -> N
     )
 
 
-def log_unreached(parts: RunSetup, phase: Phase) -> None:
+def log_unreached(setup: RunSetup, phase: Phase) -> None:
     """Logs which parameters would train in a phase but get no gradient, and how they are treated."""
-    every_name = [name for name, _ in parts.root.named_parameters(remove_duplicate=False)]
+    every_name = [name for name, _ in setup.root.named_parameters(remove_duplicate=False)]
     names = shorten(condense(phase.freeze.unreached, every_name), 6)
-    is_frozen = parts.config.unreached == "freeze"
+    is_frozen = setup.config.unreached == "freeze"
     treated = "frozen for this phase" if is_frozen else "NOT frozen; it will not train"
     level = logging.INFO if is_frozen else logging.WARNING
     logger.log(
