@@ -9,7 +9,9 @@ import logging
 import os
 import re
 import sys
+import warnings
 from collections.abc import Mapping
+from pathlib import Path
 from typing import TYPE_CHECKING, Any, TextIO
 
 from tqdm import tqdm
@@ -24,6 +26,7 @@ else:
     _Tqdm = tqdm
 
 logger = logging.getLogger("mtl")
+_PACKAGE = Path(__file__).parents[1]
 
 
 class OutputError(Exception):
@@ -140,10 +143,24 @@ class _LogHandler(logging.Handler):
 
 
 def show_log(quiet: bool, only_errors: bool = False) -> None:
-    """Prints the log on standard output; if quiet, only warnings and errors; or only errors."""
+    """Prints the log, and Python's warnings as warnings of it, on standard output.
+
+    Args:
+        quiet: Only warnings and errors.
+        only_errors: Only errors, such as on all ranks but one.
+    """
     logger.handlers = [_LogHandler()]
     logger.setLevel(logging.ERROR if only_errors else logging.WARNING if quiet else logging.INFO)
     logger.propagate = False
+    warnings.showwarning = _log_warning
+
+
+def _log_warning(
+    message: Warning | str, category: type[Warning], filename: str, lineno: int, *_: object, **__: object
+) -> None:
+    """Logs a warning: the audit's as it is, another library's with its place."""
+    is_ours = category is UserWarning and Path(filename).is_relative_to(_PACKAGE)
+    logger.warning(f"{message}" if is_ours else f"{message} ({category.__name__}, {filename}:{lineno})")
 
 
 # --- the bar

@@ -32,6 +32,9 @@ from mtl.training.tracking.tracker import Tracker
 
 
 def new_schedule(phase: Phase, optimizer: torch.optim.Optimizer, num_steps: int) -> LrSchedule:
+    """A schedule of so few steps from the phase's peak rates, which the one before has brought down to 0."""
+    for group, peak in zip(optimizer.param_groups, phase.groups, strict=True):
+        group["lr"] = peak["lr"]
     return LrSchedule(phase.optim.lr_schedule, optimizer, num_steps, phase.steps_per_epoch)
 
 

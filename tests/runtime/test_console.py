@@ -5,10 +5,12 @@ from __future__ import annotations
 import io
 import logging
 import sys
+import warnings
 from pathlib import Path
 
 import pytest
 
+import mtl.training.loop
 from mtl.runtime.console import has_colour, line_width, logger, print_err, progress_bar, show_log
 from terminal import lines_of, terminal
 
@@ -91,6 +93,18 @@ def test_an_epoch_line_is_wrapped_on_a_terminal_between_its_fields(monkeypatch: 
         "    object accuracy 0.000  339 img/s",
     ]
     assert logged(monkeypatch, 200, logging.INFO, EPOCH) == f"{EPOCH}\n"
+
+
+def test_a_warning_of_python_is_one_of_the_log(capsys: pytest.CaptureFixture[str]) -> None:
+    with warnings.catch_warnings():
+        warnings.simplefilter("always")
+        show_log(quiet=True)
+        warnings.warn_explicit("param_changed", UserWarning, mtl.training.loop.__file__, 7)
+        warnings.warn_explicit("old", FutureWarning, "/lib/other.py", 8)
+        show_log(quiet=True, only_errors=True)
+        warnings.warn_explicit("of another rank", UserWarning, mtl.training.loop.__file__, 7)
+    said = "warning: param_changed\nwarning: old (FutureWarning, /lib/other.py:8)\n"
+    assert capsys.readouterr() == (said, "")
 
 
 def test_an_epoch_line_in_a_file_is_whole_unless_columns_are_given(
