@@ -303,7 +303,7 @@ def test_of_two_runs_that_start_at_once_with_one_name_one_is_refused(tmp_path: P
     processes = [Forked(call, stderr=subprocess.PIPE) for _ in range(2)]
     results = sorted((process.wait(timeout=HANGS_S), process.communicate()[1]) for process in processes)
     assert [code for code, _ in results] == [0, 2], results
-    assert "another process trains in" in results[1][1] or "already holds a run" in results[1][1]
+    assert "another process is training in" in results[1][1] or "already holds a run" in results[1][1]
     steps = [row["step"] for row in read_metrics(tmp_path / "runs/tiny") if "train/loss" in row]
     assert steps == list(range(1, 13))
 

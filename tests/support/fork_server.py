@@ -118,6 +118,7 @@ def woken_by_children(selector: selectors.BaseSelector) -> Iterator[None]:
 def serve(listener: socket.socket, until: int) -> Request | None:
     """Forks for each request until a descriptor is closed; returns None then, and in a fork what it is to run."""
     running: dict[int, socket.socket] = {}
+    over: dict[int, socket.socket] = {}
     with selectors.DefaultSelector() as selector, woken_by_children(selector):
         selector.register(listener, selectors.EVENT_READ, "request")
         selector.register(until, selectors.EVENT_READ, "end")
@@ -128,13 +129,20 @@ def serve(listener: socket.socket, until: int) -> Request | None:
                 if key.data == "child":
                     with suppress(BlockingIOError):
                         key.fileobj.recv(1 << 10)  # type: ignore[union-attr]
-                    reap(running)
+                    for child in ended(running):
+                        over[child] = running.pop(child)
+                        selector.register(over[child], selectors.EVENT_READ, child)
+                    continue
+                if isinstance(key.data, int):  # who waited for it knows that it has ended
+                    selector.unregister(key.fileobj)
+                    over.pop(key.data).close()
+                    os.waitpid(key.data, 0)
                     continue
                 connection, _ = listener.accept()
                 request = Request(connection)
                 child = os.fork()
                 if child == 0:
-                    for each in (listener, *running.values()):
+                    for each in (listener, *running.values(), *over.values()):
                         each.close()
                     os.close(until)
                     request.begin()
@@ -146,16 +154,21 @@ def serve(listener: socket.socket, until: int) -> Request | None:
                 running[child] = connection
 
 
-def reap(running: dict[int, socket.socket]) -> None:
-    """Tells those who wait for it that a program has ended."""
-    while running:
-        child, status = os.waitpid(-1, os.WNOHANG)
-        if child == 0:
-            return
-        connection = running.pop(child)
+def ended(running: dict[int, socket.socket]) -> list[int]:
+    """The programs that have ended, after their exit codes were sent to who waits for them.
+
+    They stay zombies until the other side closes: it may signal a process that it does not know to have ended yet.
+    """
+    found_over = []
+    for child, connection in running.items():
+        found = os.waitid(os.P_PID, child, os.WEXITED | os.WNOHANG | os.WNOWAIT)
+        if found is None:
+            continue
+        code = found.si_status if found.si_code == os.CLD_EXITED else -found.si_status
         with suppress(OSError):  # nobody waits
-            connection.sendall(f"{os.waitstatus_to_exitcode(status)}\n".encode())
-        connection.close()
+            connection.sendall(f"{code}\n".encode())
+        found_over.append(child)
+    return found_over
 
 
 def serve_torchrun() -> Request | None:

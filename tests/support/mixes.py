@@ -9,7 +9,7 @@ from typing import Any
 from runs import TINY
 
 # Five batches an epoch, so that windows of 2 and 3 end short; or six, of an odd size and with images left over.
-_DATA = {"five": {"num_train": 40, "batch_size": 8}, "six": {"num_train": 44, "batch_size": 7}}
+_DATA = {"five": {"num_train": 20, "batch_size": 4}, "six": {"num_train": 20, "batch_size": 3}}
 VALUES: dict[str, tuple[Any, ...]] = {
     "precision": ("fp32", "bf16", "fp16"),
     "accumulate": (1, 2, 3),
@@ -63,7 +63,7 @@ def settings(row: Mapping[str, Any]) -> dict[str, Any]:
         },
         "cache": {"mode": row["cache"]},
         "balance": fixed if row["balance"] == "fixed" else {"method": row["balance"]},
-        "data": TINY["data"] | _DATA[row["data"]],
+        "data": TINY["data"] | _DATA[row["data"]] | {"num_val": 8},
         "optim": {key: row[key] for key in ("accumulate", "clip_norm", "ema_decay") if row[key] is not None},
         "checkpoint": {"every_steps": 2},
         "phases": PHASES,

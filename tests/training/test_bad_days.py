@@ -84,7 +84,7 @@ MOMENTS = {
     "a checkpoint": {"module": "checkpoint.folder", "name": "Checkpoints._write", "number": 4, "condition": "True"},
     "the metrics": {"module": "training.tracking.tracker", "name": "Tracker.log", "number": 6, "condition": "True"},
     "the audit": {
-        "module": "training.loop",
+        "module": "training.tracking.log",
         "name": "write_json",
         "number": 2,
         "condition": "str(arguments[0]).endswith('audit.json')",
@@ -469,8 +469,8 @@ def test_corrupt_samples_end_a_run_or_are_left_out_and_counted(tmp_path: Path) -
     file = tiny_config(tmp_path, phases=[{"name": "a", "steps": 2}])
     said = ended_well(run(file, before=SPOIL), 2)
     assert said == (
-        "error: scenes, train: sample 3 has a label of depth that cannot be trained on (those with a depth that is"
-        " infinite), and 1 more have; data.on_bad_sample=skip leaves them out\n"
+        "error: scenes, train: sample 3 has a label of depth that cannot be trained on (samples with an infinite depth)"
+        ", and 1 more have; data.on_bad_sample=skip leaves them out\n"
     )
     assert not (tmp_path / "runs").exists()
     done = run(file, "data.on_bad_sample=skip", before=SPOIL)

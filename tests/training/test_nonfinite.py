@@ -30,7 +30,7 @@ from mtl.training.run import train
 from mtl.training.setup import RunSetup, assemble
 from mtl.training.step import StepLosses
 from mtl.training.tracking.tracker import Tracker
-from runs import read_metrics, read_model, tiny_config, tiny_parts
+from runs import TINY, read_metrics, read_model, tiny_config, tiny_parts
 
 IMAGE = 17
 ALL_THAT_MOVES: dict[str, Any] = {
@@ -246,7 +246,12 @@ def test_the_command_ends_with_1_and_says_what_and_how_to_resume(
 # Half precision
 
 
-HALF = {"balance": {"method": "mean"}, "phases": [{"name": "a", "epochs": 2}, {"name": "b", "steps": 3}]}
+HALF: dict[str, Any] = {
+    # Few images: on a CPU, convolutions of fp16 are slow.
+    "data": TINY["data"] | {"num_train": 20, "num_val": 8, "batch_size": 4},
+    "balance": {"method": "mean"},
+    "phases": [{"name": "a", "epochs": 2}, {"name": "b", "steps": 3}],
+}
 
 
 @pytest.mark.slow
