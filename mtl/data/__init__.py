@@ -70,12 +70,16 @@ BUILT_IN: Mapping[str, BuiltIn] = {
 }
 
 
-def load_data(config: DataConfig, tasks: Mapping[str, Task], quiet: bool = False) -> tuple[Split, Split]:
+def load_data(
+    config: DataConfig, tasks: Mapping[str, Task], label_of: Mapping[str, str] | None = None, quiet: bool = False
+) -> tuple[Split, Split]:
     """Makes or reads a data set, and checks that its labels fit the tasks.
 
     Args:
         config: Which data set.
-        tasks: The tasks, named after labels of the data set; labels that no task uses are left out.
+        tasks: The tasks by name.
+        label_of: The name of each task's label, if it is another than the task's; labels that no task learns are left
+            out.
         quiet: Whether to show no progress bar.
 
     Returns:
@@ -87,8 +91,9 @@ def load_data(config: DataConfig, tasks: Mapping[str, Task], quiet: bool = False
     """
     data = BUILT_IN[config.name]
     num_train, num_val = num_images(config)
-    train = _load_split(data, config, "train", num_train, quiet).only(tasks)
-    val = _load_split(data, config, "val", num_val, quiet).only(tasks)
+    label_of = {name: (label_of or {}).get(name, name) for name in tasks}
+    train = _load_split(data, config, "train", num_train, quiet).with_labels(label_of)
+    val = _load_split(data, config, "val", num_val, quiet).with_labels(label_of)
     if config.on_bad_sample == "skip":
         train, val = _sound(train, "train", config, tasks), _sound(val, "val", config, tasks)
     for name, task in tasks.items():

@@ -73,7 +73,7 @@ def build_model_setup(config: RunConfig, device: str = "cpu", num_train: int | N
         except SettingError as error:
             raise mistake_of(config, error) from error
     _seed_everything(config.seed)
-    tasks = build_tasks(config.tasks)
+    tasks = build_tasks(config)
     # Where it is to be found out, a run begins with the first one.
     layout = MEMORY_FORMATS["contiguous" if config.memory_format == "auto" else config.memory_format]
     trunk = (without_weights(config) if device == "meta" else config).trunk
@@ -202,10 +202,14 @@ def _check_labels(config: RunConfig) -> None:
     if data is None:
         there = f"there are: {', '.join(BUILT_IN)}{hint(config.data.name, BUILT_IN)}"
         raise config.mistake(("data", "name"), f"no data set {config.data.name!r}; {there}")
-    for task in config.tasks:
-        if task not in data.labels:
-            there = f"it has: {', '.join(data.labels)}{hint(task, data.labels)}"
-            raise config.mistake(("tasks", task), f"{config.data.name} has no labels of that name; {there}")
+    for task, own in config.tasks.items():
+        label = own.label or task
+        if label not in data.labels:
+            there = f"it has: {', '.join(data.labels)}{hint(label, data.labels)}"
+            if own.label is not None:
+                raise config.mistake(("tasks", task, "label"), f"{config.data.name} has no label {label!r}; {there}")
+            elsewhere = "; if the task has another name than its label, set label"
+            raise config.mistake(("tasks", task), f"{config.data.name} has no labels of that name; {there}{elsewhere}")
 
 
 def _seed_everything(seed: int) -> None:

@@ -15,12 +15,22 @@ _NOT_THEIRS = (__file__, importlib.__file__)
 _LIBRARIES = tuple(sysconfig.get_paths()[name] for name in ("stdlib", "purelib", "platlib"))
 
 
+# Where modules are looked for besides the working directory: the folders of the configurations that were read.
+_FOLDERS: list[str] = []
+
+
 class PluginError(ValueError):
     """What was named cannot be imported, or is of another kind."""
 
 
+def search_in(folder: Path) -> None:
+    """Has modules of a folder found from now on; those of the working directory come first."""
+    if str(folder.resolve()) not in _FOLDERS:
+        _FOLDERS.append(str(folder.resolve()))
+
+
 def find_class(text: str, base: type) -> type:
-    """Imports a class by name; modules of the working directory are found as well.
+    """Imports a class by name; modules of the working directory and of `search_in` are found as well.
 
     Args:
         text: `package.module:Name`.
@@ -33,16 +43,17 @@ def find_class(text: str, base: type) -> type:
     module_name, _, name = text.partition(":")
     if not all(part.isidentifier() for part in [*module_name.split("."), name]):
         raise PluginError(f"{text!r}: expected package.module:Name")
-    here = str(Path.cwd())
-    sys.path.insert(0, here)
+    folders = [str(Path.cwd()), *_FOLDERS]
+    sys.path[:0] = folders
     try:
         module = importlib.import_module(module_name)
     except (Exception, SystemExit) as error:
         raise PluginError(f"{module_name!r} cannot be imported: {where_it_failed(error)}") from error
     finally:
         # The module may have changed it.
-        with suppress(ValueError):
-            sys.path.remove(here)
+        for folder in folders:
+            with suppress(ValueError):
+                sys.path.remove(folder)
     found = getattr(module, name, None)
     if found is None:
         raise PluginError(f"{module_name} has no {name!r}{hint(name, dir(module))}")

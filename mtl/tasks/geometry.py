@@ -81,6 +81,13 @@ class Depth(Task):
         """The number of labelled pixels."""
         return _labelled_depth(label).sum().double()
 
+    def draw(self, values: Tensor, is_label: bool) -> Tensor:
+        """From 0 to 8 metres, on a scale of colours."""
+        from matplotlib import colormaps
+
+        metres = (values if is_label else values.exp()).squeeze(1)
+        return torch.from_numpy(colormaps["viridis"]((metres / 8).clamp(0, 1).numpy())[..., :3])
+
     def metrics(self) -> DepthMetrics:
         return DepthMetrics()
 
@@ -175,6 +182,10 @@ class Normals(Task):
     def weight(self, label: Tensor) -> Tensor:
         """The number of labelled pixels."""
         return _labelled_normals(label).sum().double()
+
+    def draw(self, values: Tensor, is_label: bool) -> Tensor:  # noqa: ARG002  one signature for all
+        """Each axis as a colour."""
+        return rearrange(functional.normalize(values, dim=1), "b c h w -> b h w c") / 2 + 0.5
 
     def metrics(self) -> NormalsMetrics:
         return NormalsMetrics()
