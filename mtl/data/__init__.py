@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Mapping
+from collections.abc import Callable, Collection, Mapping
 from dataclasses import dataclass
 from pathlib import Path
 from types import ModuleType
@@ -20,6 +20,7 @@ from mtl.data.augment import View, draw_view
 from mtl.data.cache import DataError, cached, default_cache_dir, entry_of
 from mtl.data.dataset import Batch, Split
 from mtl.data.loading import Loading, training_batches, validation_batches, validation_rounds, windows
+from mtl.data.own import OwnData
 from mtl.data.room import bytes_of, check_disk, check_image, check_memory
 from mtl.data.samplers import num_batches
 from mtl.data.sprites import load_sprites
@@ -37,6 +38,8 @@ __all__ = [
     "check_image",
     "check_room",
     "draw_view",
+    "is_own",
+    "labels_of",
     "load_data",
     "num_images",
     "num_batches",
@@ -89,11 +92,15 @@ def load_data(
         DataError: The data cache cannot be written or read.
         SettingError: The labels do not fit a task.
     """
-    data = BUILT_IN[config.name]
     num_train, num_val = num_images(config)
     label_of = {name: (label_of or {}).get(name, name) for name in tasks}
-    train = _load_split(data, config, "train", num_train, quiet).with_labels(label_of)
-    val = _load_split(data, config, "val", num_val, quiet).with_labels(label_of)
+    if is_own(config):
+        own = OwnData(config)
+        train, val = (own.load(split, tasks, label_of, quiet) for split in ("train", "val"))
+    else:
+        data = BUILT_IN[config.name]
+        train = _load_split(data, config, "train", num_train, quiet).with_labels(label_of)
+        val = _load_split(data, config, "val", num_val, quiet).with_labels(label_of)
     if config.on_bad_sample == "skip":
         train, val = _sound(train, "train", config, tasks), _sound(val, "val", config, tasks)
     for name, task in tasks.items():
@@ -133,9 +140,34 @@ def _sound(split: Split, which: str, config: DataConfig, tasks: Mapping[str, Tas
 
 
 def num_images(config: DataConfig) -> tuple[int, int]:
-    """Images in the training and the validation split, which need not be made for it."""
+    """Images in the training and the validation split, which need not be made or read for it.
+
+    Raises:
+        SettingError: A data set of the user's own cannot be had.
+    """
+    if is_own(config):
+        return OwnData(config).num_images
     data = BUILT_IN[config.name]
     return config.num_train or data.num_train, config.num_val or data.num_val
+
+
+def is_own(config: DataConfig) -> bool:
+    """Whether the data set is a class of the user's own."""
+    return ":" in config.name
+
+
+def labels_of(config: DataConfig, wanted: Collection[str]) -> tuple[str, ...]:
+    """The names of a data set's labels.
+
+    Args:
+        config: Which data set.
+        wanted: Those that tasks learn; of a data set of the user's own, images are read until all of them are found.
+
+    Raises:
+        SettingError: A data set of the user's own cannot be had.
+        DataError: One of its images cannot.
+    """
+    return OwnData(config).labels(wanted) if is_own(config) else BUILT_IN[config.name].labels
 
 
 def check_room(config: DataConfig) -> None:

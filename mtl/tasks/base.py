@@ -110,6 +110,14 @@ class Task(ABC):
     def metrics(self) -> Metrics:
         """Fresh, empty statistics."""
 
+    def unlabelled(self, label: Tensor) -> Tensor:
+        """The label of a sample that has none, in the form of another's.
+
+        Raises:
+            NotImplementedError: The task type has no such value.
+        """
+        raise NotImplementedError(f"{type(self).__name__} has no `unlabelled`: it needs a label for every image")
+
     def bad_samples(self, label: Tensor) -> Tensor:
         """Which samples have a label that cannot be trained on.
 

@@ -103,6 +103,9 @@ class _ClassTask(Task):
             self._class_weights[label.device] = (fitted, here)
         return here[torch.where(valid, label, 0)] * valid
 
+    def unlabelled(self, label: Tensor) -> Tensor:
+        return torch.full_like(label, self.ignore_index)
+
     def bad_samples(self, label: Tensor) -> Tensor:
         """Samples with a class out of range."""
         known = (label == self.ignore_index) | ((label >= 0) & (label < self.num_outputs))

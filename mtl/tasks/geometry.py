@@ -91,6 +91,9 @@ class Depth(Task):
     def metrics(self) -> DepthMetrics:
         return DepthMetrics()
 
+    def unlabelled(self, label: Tensor) -> Tensor:
+        return torch.zeros_like(label)
+
     def bad_samples(self, label: Tensor) -> Tensor:
         """Samples with an infinite depth."""
         return label.isinf().flatten(1).any(dim=1)
@@ -189,6 +192,9 @@ class Normals(Task):
 
     def metrics(self) -> NormalsMetrics:
         return NormalsMetrics()
+
+    def unlabelled(self, label: Tensor) -> Tensor:
+        return torch.zeros_like(label)
 
     def bad_samples(self, label: Tensor) -> Tensor:
         """Samples with an infinite normal."""
