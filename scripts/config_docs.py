@@ -23,6 +23,7 @@ from pydantic.fields import FieldInfo
 
 from mtl.config import RunConfig
 from mtl.config.phase import PhaseConfig, RepeatConfig, UntilConfig
+from mtl.config.tasks import OwnTaskConfig
 from mtl.config.types import CountedConfig
 
 HEAD = """# All configuration keys
@@ -49,6 +50,7 @@ _TITLES: dict[type[BaseModel], str] = {
 }
 _WORDS: dict[type[BaseModel], str] = {
     CountedConfig: "pattern with a count",
+    OwnTaskConfig: "your own",
     PhaseConfig: "phase",
     RepeatConfig: "repeat",
     UntilConfig: "condition",
@@ -76,6 +78,8 @@ class Section:
             for name in ("type", "name")
             if (field := self.model.model_fields.get(name)) and (value := _only_value(field.annotation))
         }
+        if self.model is OwnTaskConfig:
+            return f"`{_dotted(self.path)}` with a type of your own"
         if words:
             name, value = next(iter(words.items()))
             return f"`{_dotted(self.path)}` with `{name}: {value}`"

@@ -2,10 +2,18 @@
 
 from mtl.config.data import AugmentConfig, DataConfig
 from mtl.config.errors import ConfigError, SettingError
-from mtl.config.schema import RunConfig, load_config, mistake_of
-from mtl.config.tasks import ClassificationConfig, DepthConfig, NormalsConfig, SegmentationConfig, TaskConfig
+from mtl.config.schema import RunConfig, load_config, mistake_of, options_of
+from mtl.config.tasks import (
+    ClassificationConfig,
+    DepthConfig,
+    NormalsConfig,
+    OwnTaskConfig,
+    SegmentationConfig,
+    TaskConfig,
+)
 from mtl.config.tracking import TrackingConfig
 from mtl.config.trunk import TrunkConfig
+from mtl.config.types import Strict
 
 __all__ = [
     "AugmentConfig",
@@ -14,12 +22,15 @@ __all__ = [
     "DataConfig",
     "DepthConfig",
     "NormalsConfig",
+    "OwnTaskConfig",
     "RunConfig",
     "SegmentationConfig",
     "SettingError",
+    "Strict",
     "TaskConfig",
     "TrackingConfig",
     "TrunkConfig",
     "load_config",
     "mistake_of",
+    "options_of",
 ]

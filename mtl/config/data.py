@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from typing import Annotated, Literal
+from typing import Annotated, Any, Literal
 
 from pydantic import Field, model_validator
 from pydantic_core import PydanticCustomError
@@ -34,11 +34,14 @@ class DataConfig(Strict):
     """The data set, and how it is read.
 
     Attributes:
-        name: `scenes` or `multifashion`.
+        name: `scenes` or `multifashion`; or your own as `package.module:Name`, see docs/own_data.md.
+        options: Passed to a class of your own. Refused with a built-in data set.
         image_size: Height and width in pixels.
         batch_size: Images in one batch, that of all processes together. At most `num_train`.
-        num_train: Number of training images; if not set, 6,000 of `scenes` and 20,000 of `multifashion`.
-        num_val: Number of validation images; if not set, 500 of `scenes` and 2,000 of `multifashion`.
+        num_train: Number of training images; if not set, 6,000 of `scenes` and 20,000 of `multifashion`, or
+            all of your own.
+        num_val: Number of validation images; if not set, 500 of `scenes` and 2,000 of `multifashion`, or
+            all of your own.
         augment: Random changes of training images; if not set, there are none.
         seed: Seed of generated data. The run's `seed` does not change it, so that runs with several seeds have the same
             data.
@@ -50,6 +53,7 @@ class DataConfig(Strict):
     """
 
     name: str = "scenes"
+    options: dict[str, Any] = {}
     image_size: Annotated[int, Field(ge=8)] = 64
     batch_size: Count = 32
     num_train: Count | None = None
@@ -59,3 +63,9 @@ class DataConfig(Strict):
     cache_dir: str | None = None
     num_workers: Annotated[int, Field(ge=0, le=256)] = 0
     on_bad_sample: Literal["raise", "skip"] = "raise"
+
+    @model_validator(mode="after")
+    def _options_are_read(self) -> DataConfig:
+        if self.options and ":" not in self.name:
+            raise PydanticCustomError("data", "Input should have options only with a data set of your own")
+        return self

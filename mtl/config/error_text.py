@@ -26,15 +26,17 @@ _SENTENCES = [
 ]
 
 
-def explain(error: ErrorDetails, model: type[BaseModel], source: Source) -> str:
+def explain(error: ErrorDetails, model: type[BaseModel], source: Source, below: KeyPath = ()) -> str:
     """One line for one of pydantic's errors.
 
     Args:
         error: What pydantic reports.
         model: The model that was validated.
         source: The configuration as read, with the place of every key.
+        below: The key path of what was validated, if that is not the whole configuration.
     """
     path, innermost = _resolve(error["loc"], model)
+    path = (*below, *path)
     kind, came, context = error["type"], error["input"], error.get("ctx", {})
     expected, got = _our_sentence(error["msg"]), ", got nothing" if came is None else f", got {_value_text(came)}"
     near = f"; nearest: {context['nearest']}" if "nearest" in context else ""
@@ -103,7 +105,8 @@ def _value_text(value: Any) -> str:
 
 def _tag_key(context: Mapping[str, Any]) -> str:
     """The key whose value selects the model of a mapping."""
-    key: str = context["discriminator"].strip("'")
+    # A key in quotes, or a function that is named after it: `_by_type()`.
+    key: str = context["discriminator"].strip("'").removesuffix("()").removeprefix("_by_")
     return key
 
 

@@ -21,10 +21,11 @@ class BalanceConfig(Strict):
 
     Attributes:
         method: A scalarizer of TorchJD by name, such as `uw`, `dwa`, `famo`, `mean`; or one of its aggregators that
-            weigh the tasks' gradients on the trunk, such as `mgda`, `upgrad`, `pcgrad`, `cagrad`; or `fixed`.
+            weigh the tasks' gradients on the trunk, such as `mgda`, `upgrad`, `pcgrad`, `cagrad`; or `fixed`; or your
+            own as `package.module:Name`, see docs/own_balancing.md.
             Aggregators are refused with `optim.accumulate` above 1 and with `distributed.strategy: fsdp2`.
         weights: The weight of every active task, one of them above 0. Required by `fixed`, refused by other methods.
-        options: Passed to the scalarizer or aggregator. Refused with `fixed`.
+        options: Passed to the method. Refused with `fixed`.
     """
 
     method: str = "mean"

@@ -7,12 +7,12 @@ each value was written.
 from __future__ import annotations
 
 import shlex
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from functools import cached_property
 from pathlib import Path
-from typing import Annotated, Any, Literal
+from typing import Annotated, Any, Literal, TypeVar
 
-from pydantic import BeforeValidator, Field, PrivateAttr, ValidationError, field_validator
+from pydantic import BaseModel, BeforeValidator, Field, PrivateAttr, ValidationError, field_validator
 from pydantic_core import PydanticCustomError
 
 from mtl.config.audit import AuditConfig
@@ -30,7 +30,10 @@ from mtl.config.tracking import TrackingConfig
 from mtl.config.trunk import TrunkConfig
 from mtl.config.types import Patterns, Seed, Strict, one_as_list
 from mtl.config.yaml_source import KeyPath, Source, read_source
+from mtl.runtime.plugin import search_in
 from mtl.runtime.text import shorten
+
+_Options = TypeVar("_Options", bound=BaseModel)
 
 # A phase costs at least an optimizer, a contract and a validation.
 _MOST_PHASES = 1000
@@ -67,7 +70,7 @@ class RunConfig(Strict):
         cache: The kept activations of a frozen trunk, which need not be computed twice; see docs/dividend.md.
         trunk: The shared timm model.
         data: The data set.
-        tasks: The tasks; each is named after a label of the data set and has one head.
+        tasks: The tasks by name, each with one head; each learns a label of the data set, by default that of its name.
         balance: How the tasks' losses become one.
         optim: How parameters are stepped; a phase may set most of it for itself.
         freeze_always: Patterns of what is frozen in every phase; a phase cannot thaw it.
@@ -183,6 +186,24 @@ def mistake_of(config: RunConfig, error: SettingError) -> ConfigError:
     return config.mistake(tuple(error.key.split(".")), error.message)
 
 
+def options_of(config: RunConfig, path: KeyPath, model: type[_Options], options: Mapping[str, Any]) -> _Options:
+    """Options of a class that a user brings, checked as the rest of the configuration is.
+
+    Args:
+        config: The configuration.
+        path: The key path of the options.
+        model: The model that the class brings.
+        options: The options as written.
+
+    Raises:
+        ConfigError: Anything is wrong with them; all mistakes are reported at once, each with its file and line.
+    """
+    try:
+        return model.model_validate(options)
+    except ValidationError as error:
+        raise ConfigError([explain(each, model, config.source, path) for each in error.errors()]) from None
+
+
 def load_config(file: Path, overrides: Sequence[str] = ()) -> RunConfig:
     """Reads and checks a configuration.
 
@@ -194,6 +215,7 @@ def load_config(file: Path, overrides: Sequence[str] = ()) -> RunConfig:
         ConfigError: Anything is wrong; all mistakes are reported at once, each with its file and line.
     """
     source = read_source(file, overrides)
+    search_in(file.parent)
     try:
         config = RunConfig.model_validate(source.data)
     except ValidationError as error:

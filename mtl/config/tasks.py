@@ -2,14 +2,26 @@
 
 from __future__ import annotations
 
-from typing import Annotated, Literal
+from typing import Annotated, Any, Literal
 
-from pydantic import Field
+from pydantic import Discriminator, Field, Tag
 
 from mtl.config.types import Strict
 
 
-class SegmentationConfig(Strict):
+class _OneTaskConfig(Strict):
+    """A task.
+
+    Attributes:
+        type: The task type.
+        label: The label of the data set that it learns, which other tasks may learn too; if not set, that of its name.
+    """
+
+    type: str
+    label: Annotated[str, Field(min_length=1)] | None = None
+
+
+class SegmentationConfig(_OneTaskConfig):
     """A class per pixel.
 
     Attributes:
@@ -26,7 +38,7 @@ class SegmentationConfig(Strict):
     balance_power: Annotated[float, Field(ge=0, le=1)] = 0.5
 
 
-class DepthConfig(Strict):
+class DepthConfig(_OneTaskConfig):
     """Metres per pixel.
 
     Attributes:
@@ -36,7 +48,7 @@ class DepthConfig(Strict):
     type: Literal["depth"]
 
 
-class NormalsConfig(Strict):
+class NormalsConfig(_OneTaskConfig):
     """A unit surface normal per pixel.
 
     Attributes:
@@ -46,7 +58,7 @@ class NormalsConfig(Strict):
     type: Literal["normals"]
 
 
-class ClassificationConfig(Strict):
+class ClassificationConfig(_OneTaskConfig):
     """A class per image.
 
     Attributes:
@@ -60,6 +72,33 @@ class ClassificationConfig(Strict):
     ignore_index: int = -1
 
 
+class OwnTaskConfig(_OneTaskConfig):
+    """A task type of your own; see docs/own_task.md.
+
+    Attributes:
+        type: A subclass of `mtl.tasks.Task`, as `package.module:Name`.
+        options: Passed to the class.
+    """
+
+    type: str
+    options: dict[str, Any] = {}
+
+
+_OWN = "package.module:Name"
+
+
+def _by_type(value: Any) -> str | None:
+    """Which of the models below a task is; a word that is no type is none of them."""
+    # What is neither a mapping nor a model, any of them refuses.
+    kind = value.get("type") if isinstance(value, dict) else getattr(value, "type", "depth")
+    return _OWN if isinstance(kind, str) and ":" in kind else None if kind is None else str(kind)
+
+
 TaskConfig = Annotated[
-    SegmentationConfig | DepthConfig | NormalsConfig | ClassificationConfig, Field(discriminator="type")
+    Annotated[SegmentationConfig, Tag("segmentation")]
+    | Annotated[DepthConfig, Tag("depth")]
+    | Annotated[NormalsConfig, Tag("normals")]
+    | Annotated[ClassificationConfig, Tag("classification")]
+    | Annotated[OwnTaskConfig, Tag(_OWN)],
+    Discriminator(_by_type),
 ]

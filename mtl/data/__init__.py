@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Mapping
+from collections.abc import Callable, Collection, Mapping
 from dataclasses import dataclass
 from pathlib import Path
 from types import ModuleType
@@ -20,6 +20,7 @@ from mtl.data.augment import View, draw_view
 from mtl.data.cache import DataError, cached, default_cache_dir, entry_of
 from mtl.data.dataset import Batch, Split
 from mtl.data.loading import Loading, training_batches, validation_batches, validation_rounds, windows
+from mtl.data.own import OwnData
 from mtl.data.room import bytes_of, check_disk, check_image, check_memory
 from mtl.data.samplers import num_batches
 from mtl.data.sprites import load_sprites
@@ -37,6 +38,8 @@ __all__ = [
     "check_image",
     "check_room",
     "draw_view",
+    "is_own",
+    "labels_of",
     "load_data",
     "num_images",
     "num_batches",
@@ -70,12 +73,16 @@ BUILT_IN: Mapping[str, BuiltIn] = {
 }
 
 
-def load_data(config: DataConfig, tasks: Mapping[str, Task], quiet: bool = False) -> tuple[Split, Split]:
+def load_data(
+    config: DataConfig, tasks: Mapping[str, Task], label_of: Mapping[str, str] | None = None, quiet: bool = False
+) -> tuple[Split, Split]:
     """Makes or reads a data set, and checks that its labels fit the tasks.
 
     Args:
         config: Which data set.
-        tasks: The tasks, named after labels of the data set; labels that no task uses are left out.
+        tasks: The tasks by name.
+        label_of: The name of each task's label, if it is another than the task's; labels that no task learns are left
+            out.
         quiet: Whether to show no progress bar.
 
     Returns:
@@ -85,10 +92,15 @@ def load_data(config: DataConfig, tasks: Mapping[str, Task], quiet: bool = False
         DataError: The data cache cannot be written or read.
         SettingError: The labels do not fit a task.
     """
-    data = BUILT_IN[config.name]
     num_train, num_val = num_images(config)
-    train = _load_split(data, config, "train", num_train, quiet).only(tasks)
-    val = _load_split(data, config, "val", num_val, quiet).only(tasks)
+    label_of = {name: (label_of or {}).get(name, name) for name in tasks}
+    if is_own(config):
+        own = OwnData(config)
+        train, val = (own.load(split, tasks, label_of, quiet) for split in ("train", "val"))
+    else:
+        data = BUILT_IN[config.name]
+        train = _load_split(data, config, "train", num_train, quiet).with_labels(label_of)
+        val = _load_split(data, config, "val", num_val, quiet).with_labels(label_of)
     if config.on_bad_sample == "skip":
         train, val = _sound(train, "train", config, tasks), _sound(val, "val", config, tasks)
     for name, task in tasks.items():
@@ -128,9 +140,34 @@ def _sound(split: Split, which: str, config: DataConfig, tasks: Mapping[str, Tas
 
 
 def num_images(config: DataConfig) -> tuple[int, int]:
-    """Images in the training and the validation split, which need not be made for it."""
+    """Images in the training and the validation split, which need not be made or read for it.
+
+    Raises:
+        SettingError: A data set of the user's own cannot be had.
+    """
+    if is_own(config):
+        return OwnData(config).num_images
     data = BUILT_IN[config.name]
     return config.num_train or data.num_train, config.num_val or data.num_val
+
+
+def is_own(config: DataConfig) -> bool:
+    """Whether the data set is a class of the user's own."""
+    return ":" in config.name
+
+
+def labels_of(config: DataConfig, wanted: Collection[str]) -> tuple[str, ...]:
+    """The names of a data set's labels.
+
+    Args:
+        config: Which data set.
+        wanted: Those that tasks learn; of a data set of the user's own, images are read until all of them are found.
+
+    Raises:
+        SettingError: A data set of the user's own cannot be had.
+        DataError: One of its images cannot.
+    """
+    return OwnData(config).labels(wanted) if is_own(config) else BUILT_IN[config.name].labels
 
 
 def check_room(config: DataConfig) -> None:

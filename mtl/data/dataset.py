@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Collection, Sequence
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, replace
 from functools import cached_property
 
@@ -94,9 +94,13 @@ class Split:
     def __len__(self) -> int:
         return len(self.images)
 
-    def only(self, names: Collection[str]) -> Split:
-        """The same images with these labels."""
-        return replace(self, labels={name: self.labels[name] for name in names})
+    def with_labels(self, label_of: Mapping[str, str]) -> Split:
+        """The same images with the labels of some tasks, which may share one.
+
+        Args:
+            label_of: The name of each task's label.
+        """
+        return replace(self, labels={name: self.labels[label] for name, label in label_of.items()})
 
     def without(self, bad: Tensor) -> Split:
         """The other images, in their order.

@@ -55,7 +55,7 @@ def check_memory(key: str, image_size: int, num: int, stored: Stored) -> None:
         num: How many are made.
         stored: What is made.
     """
-    # RunSetup are joined in the end, and then are there twice.
+    # Blocks are joined in the end, and then are there twice.
     needed, memory = 2 * bytes_of(stored), machine_memory()
     if memory is not None and needed > memory:
         raise SettingError(

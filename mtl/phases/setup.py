@@ -11,9 +11,10 @@ import numpy as np
 import torch
 from torch import nn
 
-from mtl.config import ConfigError, RunConfig, SettingError, mistake_of
+from mtl.config import ConfigError, RunConfig, SettingError, mistake_of, options_of
 from mtl.config.yaml_source import KeyPath
-from mtl.data import BUILT_IN, check_image, num_images
+from mtl.data import BUILT_IN, check_image, is_own, labels_of, num_images
+from mtl.data.own import own_class
 from mtl.freeze import untrainable_parameters
 from mtl.model import MultiTaskModel, build_trunk
 from mtl.model.network import MEMORY_FORMATS
@@ -73,7 +74,7 @@ def build_model_setup(config: RunConfig, device: str = "cpu", num_train: int | N
         except SettingError as error:
             raise mistake_of(config, error) from error
     _seed_everything(config.seed)
-    tasks = build_tasks(config.tasks)
+    tasks = build_tasks(config)
     # Where it is to be found out, a run begins with the first one.
     layout = MEMORY_FORMATS["contiguous" if config.memory_format == "auto" else config.memory_format]
     trunk = (without_weights(config) if device == "meta" else config).trunk
@@ -198,14 +199,35 @@ def _build_balances(
 
 
 def _check_labels(config: RunConfig) -> None:
-    data = BUILT_IN.get(config.data.name)
-    if data is None:
-        there = f"there are: {', '.join(BUILT_IN)}{hint(config.data.name, BUILT_IN)}"
+    if is_own(config.data):
+        _check_options(config)
+    elif config.data.name not in BUILT_IN:
+        there = (
+            f"there are: {', '.join(BUILT_IN)}, or your own as package.module:Name{hint(config.data.name, BUILT_IN)}"
+        )
         raise config.mistake(("data", "name"), f"no data set {config.data.name!r}; {there}")
-    for task in config.tasks:
-        if task not in data.labels:
-            there = f"it has: {', '.join(data.labels)}{hint(task, data.labels)}"
-            raise config.mistake(("tasks", task), f"{config.data.name} has no labels of that name; {there}")
+    try:
+        labels = labels_of(config.data, [own.label or task for task, own in config.tasks.items()])
+    except SettingError as error:
+        raise mistake_of(config, error) from error
+    for task, own in config.tasks.items():
+        label = own.label or task
+        if label not in labels:
+            there = f"it has: {', '.join(labels)}{hint(label, labels)}"
+            if own.label is not None:
+                raise config.mistake(("tasks", task, "label"), f"{config.data.name} has no label {label!r}; {there}")
+            elsewhere = "; if the task has another name than its label, set label"
+            raise config.mistake(("tasks", task), f"{config.data.name} has no labels of that name; {there}{elsewhere}")
+
+
+def _check_options(config: RunConfig) -> None:
+    """Checks the options of a data set of the user's own by the model that it brings."""
+    try:
+        model = getattr(own_class(config.data.name), "Options", None)
+    except SettingError as error:
+        raise mistake_of(config, error) from error
+    if model is not None:
+        options_of(config, ("data", "options"), model, config.data.options)
 
 
 def _seed_everything(seed: int) -> None:

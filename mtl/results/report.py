@@ -10,7 +10,6 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 import torch
-from einops import rearrange
 from torch import Tensor
 
 from mtl.checkpoint.load import load_checkpoint
@@ -31,7 +30,7 @@ from mtl.phases.setup import build_model_setup
 from mtl.runtime.files import write_text
 from mtl.runtime.tensors import is_sharded
 from mtl.runtime.text import count
-from mtl.tasks import Depth, Normals, Segmentation, Task
+from mtl.tasks import Task
 from mtl.training.history import History
 from mtl.training.setup import RunSetup
 from mtl.training.tracking.gradient_figure import draw_gradients, png_of
@@ -200,15 +199,19 @@ def draw_run(setup: RunSetup, epochs: list[dict[str, Any]]) -> Figure:
     grid = below.subplots(1 + 2 * len(dense), _NUM_EXAMPLES, squeeze=False)
     pictures = [("image", batch.images)]
     for name, task in dense.items():
-        pictures += [(f"{name}\ntruth", _picture(task, batch.labels[name], truth=True))]
-        pictures += [(f"{name}\npredicted", _picture(task, outputs[name], truth=False))]
+        pictures += [(f"{name}\ntruth", task.draw(batch.labels[name], is_label=True))]
+        pictures += [(f"{name}\npredicted", task.draw(outputs[name], is_label=False))]
     for axes_row, (title, images) in zip(grid, pictures, strict=True):
         axes_row[0].set_ylabel(title, fontsize=8)
         for axes, image in zip(axes_row, images.numpy(), strict=False):
             axes.imshow(image, cmap="gray" if image.shape[-1] == 1 else None)
-    vector = [name for name in setup.tasks if name not in dense]
+    texts = {
+        name: (task.caption(outputs[name], is_label=False), task.caption(batch.labels[name], is_label=True))
+        for name, task in setup.tasks.items()
+        if name not in dense
+    }
     for i, axes in enumerate(grid[0][: len(batch)]):
-        lines = [f"{name}: {int(outputs[name][i].argmax())} (truth {int(batch.labels[name][i])})" for name in vector]
+        lines = [f"{name}: {predicted[i]} (truth {truth[i]})" for name, (predicted, truth) in texts.items()]
         axes.set_title("\n".join(lines), fontsize=8)
     for axes in grid.flat:
         axes.set(xticks=[], yticks=[])
@@ -240,19 +243,3 @@ def _predict(setup: RunSetup) -> tuple[Batch, dict[str, Tensor]]:
     with in_eval_mode(setup.model), torch.no_grad():
         outputs = setup.model(batch.images.to(setup.device))
     return batch, {name: output.float().cpu() for name, output in outputs.items()}
-
-
-def _picture(task: Task, values: Tensor, truth: bool) -> Tensor:
-    """Labels or outputs of a dense task as images, "b h w c", floats from 0 to 1."""
-    from matplotlib import colormaps
-
-    match task:
-        case Segmentation():
-            classes = values if truth else values.argmax(dim=1)
-            return torch.from_numpy(colormaps["tab20"](classes.clamp(max=19).numpy())[..., :3])
-        case Depth():
-            metres = (values if truth else values.exp()).squeeze(1)
-            return torch.from_numpy(colormaps["viridis"]((metres / 8).clamp(0, 1).numpy())[..., :3])
-        case Normals():
-            return rearrange(torch.nn.functional.normalize(values, dim=1), "b c h w -> b h w c") / 2 + 0.5
-    return rearrange(values, "b c h w -> b h w c")[..., :1]

@@ -8,6 +8,7 @@ from dataclasses import dataclass
 from typing import ClassVar, Literal
 
 import torch
+from pydantic import BaseModel
 from torch import Tensor
 
 
@@ -63,12 +64,17 @@ class Metrics(ABC):
 class Task(ABC):
     """One task: output, loss and metrics of its head.
 
+    A class of the user's own receives its options as keyword arguments.
+
     Attributes:
+        Options: The model of the options of a class of the user's own, a subclass of `mtl.config.Strict`; without one,
+            they are not checked before they are passed.
         output: `dense` for an output per pixel, `vector` for one per image.
         num_outputs: Channels of the head's output.
         goal: The metric that stands for the task in `val/score`.
     """
 
+    Options: ClassVar[type[BaseModel] | None] = None
     output: ClassVar[Literal["dense", "vector"]]
     goal: ClassVar[Goal]
     num_outputs: int
@@ -104,6 +110,14 @@ class Task(ABC):
     def metrics(self) -> Metrics:
         """Fresh, empty statistics."""
 
+    def unlabelled(self, label: Tensor) -> Tensor:
+        """The label of a sample that has none, in the form of another's.
+
+        Raises:
+            NotImplementedError: The task type has no such value.
+        """
+        raise NotImplementedError(f"{type(self).__name__} has no `unlabelled`: it needs a label for every image")
+
     def bad_samples(self, label: Tensor) -> Tensor:
         """Which samples have a label that cannot be trained on.
 
@@ -114,6 +128,42 @@ class Task(ABC):
             "n", bool; by default all False.
         """
         return torch.zeros(len(label), dtype=torch.bool)
+
+    def constant_output(self, constant: Tensor, num_images: int, size: tuple[int, int]) -> Tensor:
+        """The output of the trivial predictor.
+
+        Args:
+            constant: From `fit`.
+            num_images: How many images.
+            size: Their height and width in pixels.
+
+        Returns:
+            The constant for every image, and every pixel of a dense task, in the shape of the head's output.
+        """
+        if self.output == "dense":
+            return constant.view(1, -1, 1, 1).expand(num_images, -1, *size)
+        return constant.view(1, -1).expand(num_images, -1)
+
+    def draw(self, values: Tensor, is_label: bool) -> Tensor:  # noqa: ARG002  classes of their own need it
+        """Pictures of labels or outputs of a dense task; by default, of their first channel, from black to white.
+
+        Args:
+            values: On the CPU: labels as `loss` takes them, or float32 outputs of the head.
+            is_label: Which of both.
+
+        Returns:
+            "b h w c", floats from 0 to 1, c is 1 or 3.
+        """
+        first = (values if values.ndim == 3 else values[:, 0]).float().nan_to_num(0, 0, 0)
+        low, high = first.amin(), first.amax()
+        return ((first - low) / (high - low).clamp(min=1e-12))[..., None]
+
+    def caption(self, values: Tensor, is_label: bool) -> list[str]:  # noqa: ARG002  as above
+        """Labels or outputs of a vector task in words, a text per image; by default, their first numbers.
+
+        Args: as for `draw`.
+        """
+        return [", ".join(f"{number:.3g}" for number in each.flatten()[:4].tolist()) for each in values]
 
     @abstractmethod
     def check_labels(self, label: Tensor) -> None:

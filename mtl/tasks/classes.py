@@ -103,6 +103,9 @@ class _ClassTask(Task):
             self._class_weights[label.device] = (fitted, here)
         return here[torch.where(valid, label, 0)] * valid
 
+    def unlabelled(self, label: Tensor) -> Tensor:
+        return torch.full_like(label, self.ignore_index)
+
     def bad_samples(self, label: Tensor) -> Tensor:
         """Samples with a class out of range."""
         known = (label == self.ignore_index) | ((label >= 0) & (label < self.num_outputs))
@@ -145,6 +148,13 @@ class Segmentation(_ClassTask):
         self.class_weight = weight / (weight * frequency).sum()
         return prior
 
+    def draw(self, values: Tensor, is_label: bool) -> Tensor:
+        """A colour for each class."""
+        from matplotlib import colormaps
+
+        classes = values if is_label else values.argmax(dim=1)
+        return torch.from_numpy(colormaps["tab20"](classes.clamp(max=19).numpy())[..., :3])
+
     def metrics(self) -> SegmentationMetrics:
         return SegmentationMetrics(self.num_outputs, self.ignore_index)
 
@@ -157,6 +167,10 @@ class Classification(_ClassTask):
 
     def __init__(self, num_classes: int, ignore_index: int = -1) -> None:
         super().__init__(num_classes, ignore_index)
+
+    def caption(self, values: Tensor, is_label: bool) -> list[str]:
+        """The number of the class."""
+        return [str(int(each)) for each in (values if is_label else values.argmax(dim=1))]
 
     def metrics(self) -> ClassificationMetrics:
         return ClassificationMetrics(self.num_outputs, self.ignore_index)

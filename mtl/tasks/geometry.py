@@ -81,8 +81,18 @@ class Depth(Task):
         """The number of labelled pixels."""
         return _labelled_depth(label).sum().double()
 
+    def draw(self, values: Tensor, is_label: bool) -> Tensor:
+        """From 0 to 8 metres, on a scale of colours."""
+        from matplotlib import colormaps
+
+        metres = (values if is_label else values.exp()).squeeze(1)
+        return torch.from_numpy(colormaps["viridis"]((metres / 8).clamp(0, 1).numpy())[..., :3])
+
     def metrics(self) -> DepthMetrics:
         return DepthMetrics()
+
+    def unlabelled(self, label: Tensor) -> Tensor:
+        return torch.zeros_like(label)
 
     def bad_samples(self, label: Tensor) -> Tensor:
         """Samples with an infinite depth."""
@@ -176,8 +186,15 @@ class Normals(Task):
         """The number of labelled pixels."""
         return _labelled_normals(label).sum().double()
 
+    def draw(self, values: Tensor, is_label: bool) -> Tensor:  # noqa: ARG002  one signature for all
+        """Each axis as a colour."""
+        return rearrange(functional.normalize(values, dim=1), "b c h w -> b h w c") / 2 + 0.5
+
     def metrics(self) -> NormalsMetrics:
         return NormalsMetrics()
+
+    def unlabelled(self, label: Tensor) -> Tensor:
+        return torch.zeros_like(label)
 
     def bad_samples(self, label: Tensor) -> Tensor:
         """Samples with an infinite normal."""

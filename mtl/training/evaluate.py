@@ -62,13 +62,10 @@ def validate_constant(
 
     def outputs() -> Iterator[tuple[Batch, dict[str, Tensor]]]:
         for batch in validation_batches(split, batch_size):
-            size = batch.size
             yield (
                 batch,
                 {
-                    name: constant.view(1, -1, *([1, 1] if tasks[name].output == "dense" else [])).expand(
-                        len(batch), -1, *(size if tasks[name].output == "dense" else [])
-                    )
+                    name: tasks[name].constant_output(constant, len(batch), batch.size)
                     for name, constant in constants.items()
                 },
             )

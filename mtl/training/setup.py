@@ -69,7 +69,8 @@ def assemble(config: RunConfig, quiet: bool = False, world: World = ALONE, begin
     try:
         # Data that has to be made is made once.
         with world.main_first():
-            train, val = load_data(config.data, tasks, quiet)
+            label_of = {name: own.label for name, own in config.tasks.items() if own.label}
+            train, val = load_data(config.data, tasks, label_of, quiet)
     except SettingError as error:
         raise mistake_of(config, error) from error
     if train.num_skipped:

@@ -125,7 +125,7 @@ def _of_features(cases: Sequence[Case], a: Assumptions) -> list[list[str]]:
 
 def _of_devices(cases: Sequence[Case], a: Assumptions) -> list[list[str]]:
     last, norms = cases[-1], max(cases, key=lambda case: case.buffers)
-    tasks = build_tasks(config_of(last.trunk, last.image_size).tasks).values()
+    tasks = build_tasks(config_of(last.trunk, last.image_size)).values()
     outputs = 4 * sum(task.num_outputs * (last.image_size**2 if task.output == "dense" else 1) for task in tasks)
     metrics = sum(tensor.nbytes for task in tasks for tensor in task.metrics().state())
     whole, (frozen, saved) = int(1e9 * a.device_gb / outputs), checkpoint_bytes(last)

@@ -18,8 +18,8 @@ from torch import Tensor
 import mtl.data
 from mtl.config import ConfigError
 from mtl.data import Batch, DataError, Loading, Split, training_batches
-from mtl.data.loading import THREAD_NAME
 from mtl.data.samplers import EpochSampler
+from mtl.data.workers import THREAD_NAME
 from mtl.distributed.world import World
 from mtl.training.run import train
 from runs import read_metrics, tiny_parts

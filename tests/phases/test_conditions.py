@@ -22,7 +22,7 @@ def length_of(keys: str) -> PhaseLength:
     file = Path("run.yaml")
     file.write_text(f"{PHASE}{keys}}}\n")
     config = load_config(file)
-    return PhaseLength.from_config(config.written_phases[0], RunMetrics(config, build_tasks(config.tasks)))
+    return PhaseLength.from_config(config.written_phases[0], RunMetrics(config, build_tasks(config)))
 
 
 @pytest.mark.parametrize(

@@ -10,8 +10,9 @@ from torch import Tensor
 from torch.nn import functional
 from torchmetrics.classification import MulticlassJaccardIndex
 
-from mtl.config import ClassificationConfig, DepthConfig, NormalsConfig, SegmentationConfig
+from mtl.config import RunConfig
 from mtl.tasks import Classification, Depth, Normals, Segmentation, Task, build_tasks
+from runs import TINY
 
 NAN = float("nan")
 
@@ -219,14 +220,13 @@ def test_skill_is_one_for_perfect_zero_for_trivial_and_signed() -> None:
 
 
 def test_every_task_type_of_a_configuration_is_built() -> None:
-    tasks = build_tasks(
-        {
-            "a": SegmentationConfig(type="segmentation", num_classes=4, ignore_index=9),
-            "b": DepthConfig(type="depth"),
-            "c": NormalsConfig(type="normals"),
-            "d": ClassificationConfig(type="classification", num_classes=5),
-        }
-    )
+    written = {
+        "a": {"type": "segmentation", "num_classes": 4, "ignore_index": 9},
+        "b": {"type": "depth"},
+        "c": {"type": "normals"},
+        "d": {"type": "classification", "num_classes": 5},
+    }
+    tasks = build_tasks(RunConfig.model_validate({**TINY, "tasks": written}))
     assert [(type(t).__name__, t.num_outputs, t.output) for t in tasks.values()] == [
         ("Segmentation", 4, "dense"),
         ("Depth", 1, "dense"),

@@ -6,6 +6,7 @@ them by name and calls them after steps, epochs and phases.
 
 from __future__ import annotations
 
+import copy
 import inspect
 from collections.abc import Mapping, Sequence
 from typing import Any
@@ -14,6 +15,7 @@ import torch
 from torch import Tensor, nn
 from torch.optim import Optimizer
 from torchjd import scalarization
+from torchjd.aggregation import Weighting
 from torchjd.scalarization import DWA, IMTLL, UW, Constant, Mean, Random, Scalarizer, Sum
 
 from mtl.config import SettingError
@@ -25,7 +27,9 @@ from mtl.optim.balance.gradient_weights import (
     gradient_methods,
     other_aggregators,
     plain_attributes,
+    try_out_weighting,
 )
+from mtl.runtime.plugin import PluginError, find_class, where_it_failed
 from mtl.runtime.text import hint
 
 # Linear in the losses: combining micro-batches one by one gives the same sum as combining them at once.
@@ -38,7 +42,13 @@ def method_names() -> dict[str, str]:
 
 
 def is_by_gradients(method: str) -> bool:
-    """Whether a method, by name, weighs the tasks' gradients."""
+    """Whether a method, by name, weighs the tasks' gradients.
+
+    Raises:
+        SettingError: It is a class of the user's own that cannot be had.
+    """
+    if ":" in method:
+        return issubclass(own_class(method), Weighting)
     return method.lower() in gradient_methods() and method.lower() not in method_names()
 
 
@@ -55,6 +65,8 @@ def build_balance(config: BalanceConfig, tasks: Sequence[str], every_task: Seque
     """
     if config.method == "fixed":
         return Balance(Constant(_fixed_weights(config.weights or {}, tasks, every_task or tasks)))
+    if ":" in config.method:
+        return _build_own(config, len(tasks))
     method = config.method.lower()
     for name in ("weights", "pref_vector"):
         if isinstance(given := config.options.get(name), list) and given and not any(given):
@@ -78,9 +90,42 @@ def build_balance(config: BalanceConfig, tasks: Sequence[str], every_task: Seque
         raise SettingError("balance.options", f"{config.method} takes the options {takes}: {error}") from error
 
 
+def own_class(method: str) -> type[Scalarizer] | type[Weighting[Any]]:
+    """A balancing method of the user's own.
+
+    Raises:
+        SettingError: It cannot be imported, or is neither a `Scalarizer` nor a `Weighting` of TorchJD.
+    """
+    try:
+        return find_class(method, Scalarizer, Weighting)
+    except PluginError as error:
+        raise SettingError("balance.method", str(error)) from error
+
+
+def _build_own(config: BalanceConfig, num_tasks: int) -> Balance:
+    """A method of the user's own, tried with losses and gradients of 1."""
+    kind: Any = own_class(config.method)
+    try:
+        method = kind(**config.options)
+        if isinstance(method, Weighting):
+            try_out_weighting(method, num_tasks)
+            return Balance(Sum(), GradientWeighting(method))
+        with torch.random.fork_rng([]), torch.device("cpu"):
+            total = copy.deepcopy(method)(torch.ones(num_tasks))
+    except Exception as error:  # the user's code may raise anything
+        raise SettingError("balance.options", f"{config.method}: {where_it_failed(error)}") from error
+    if total.shape != ():
+        message = f"{config.method} gave {tuple(total.shape)} for {num_tasks} losses; expected a scalar"
+        raise SettingError("balance.method", message)
+    return Balance(method)
+
+
 def _no_method(name: str) -> str:
     names, by_gradients = method_names(), gradient_methods()
-    choices = f"there are: fixed, {', '.join(sorted(names))}; by gradients: {', '.join(sorted(by_gradients))}"
+    choices = (
+        f"there are: fixed, {', '.join(sorted(names))}; by gradients: {', '.join(sorted(by_gradients))};"
+        " or your own as package.module:Name"
+    )
     if name.lower() in other_aggregators():
         why = "it needs full gradients or several batches, and only methods that weigh by the Gramian are supported"
         return f"{name!r} is not supported: {why}; {choices}"

@@ -63,15 +63,27 @@ def build_weighting(method: str, options: Mapping[str, Any], num_tasks: int) -> 
             k: torch.tensor(v, dtype=torch.float32, device="cpu") if isinstance(v, list) else v for k, v in own.items()
         }
         weighting = aggregator(**own).gramian_weighting
-        if num_tasks > 1:
-            with torch.random.fork_rng([]), torch.device("cpu"):
-                copy.deepcopy(weighting)(torch.eye(num_tasks))
+        try_out_weighting(weighting, num_tasks)
     except ImportError as error:
         raise SettingError("balance.method", f"{method}: {error}") from error
     except _OPTION_ERRORS as error:
         known = ", ".join(takes) or "none"
         raise SettingError("balance.options", f"{method} takes the options {known}: {error}") from error
     return GradientWeighting(weighting)
+
+
+def try_out_weighting(weighting: Weighting[Any], num_tasks: int) -> None:
+    """Calls a copy of a weighting on gradients that are orthogonal; what it raises shows what does not fit.
+
+    Raises:
+        ValueError: It does not give a weight for each task.
+    """
+    if num_tasks < 2:
+        return
+    with torch.random.fork_rng([]), torch.device("cpu"):
+        weights = copy.deepcopy(weighting)(torch.eye(num_tasks))
+    if weights.shape != (num_tasks,):
+        raise ValueError(f"gave weights of shape {tuple(weights.shape)} for {num_tasks} tasks")
 
 
 def _parameters(kind: type) -> list[str]:
