@@ -49,7 +49,10 @@ def find_class(text: str, *bases: type) -> type:
     try:
         module = importlib.import_module(module_name)
     except (Exception, SystemExit) as error:
-        raise PluginError(f"{module_name!r} cannot be imported: {where_it_failed(error)}") from error
+        where = "; looked for in the working directory, next to the configuration and where Python does"
+        is_not_there = isinstance(error, ModuleNotFoundError) and module_name.startswith(error.name or " ")
+        why = f"{where_it_failed(error)}{where if is_not_there else ''}"
+        raise PluginError(f"{module_name!r} cannot be imported: {why}") from error
     finally:
         # The module may have changed it.
         for folder in folders:

@@ -20,6 +20,7 @@ from mtl.cli import main
 from mtl.config import ConfigError, load_config
 from mtl.training.run import train
 from mtl.training.run_dir import MARK, claimed_run_dir
+from once import made_once
 from processes import HANGS_S, wait_until
 from runs import TINY, read_metrics, tiny_config, tiny_parts
 
@@ -53,13 +54,13 @@ EVERYTHING: dict[str, Any] = {
 
 @pytest.fixture(scope="module")
 def whole_short(tmp_path_factory: pytest.TempPathFactory, cache_dir: Path) -> Path:
-    return run_whole(tmp_path_factory.mktemp("short"), cache_dir, SHORT)
+    return made_once(tmp_path_factory, "resume-short", lambda folder: run_whole(folder, cache_dir, SHORT))
 
 
 @pytest.fixture(scope="module")
 def whole(tmp_path_factory: pytest.TempPathFactory, cache_dir: Path) -> Path:
     """The run directory of one that never stopped."""
-    return run_whole(tmp_path_factory.mktemp("whole"), cache_dir, EVERYTHING)
+    return made_once(tmp_path_factory, "resume-whole", lambda folder: run_whole(folder, cache_dir, EVERYTHING))
 
 
 @pytest.mark.slow
