@@ -19,6 +19,7 @@ from mtl.phases.plan.text import full_plan
 from mtl.phases.setup import ModelSetup, build_meta_setup
 from mtl.tasks import Classification, Depth, Normals, Segmentation, Task
 from mtl.training.evaluate import score
+from pages import code_block
 from runs import read_metrics, tiny_config
 
 ROOT = Path(__file__).parent.parent
@@ -29,19 +30,15 @@ import config_docs  # noqa: E402
 PAGES = ["README.md", "CONTRIBUTING.md", *(f"docs/{page.name}" for page in sorted((ROOT / "docs").glob("*.md")))]
 
 
-def yaml_blocks(page: str) -> list[str]:
-    return re.findall(r"```yaml\n(.*?)```", (ROOT / page).read_text(encoding="utf-8"), flags=re.DOTALL)
-
-
 def test_the_configuration_in_the_readme_loads_and_its_phases_resolve(tmp_path: Path) -> None:
-    (block,) = yaml_blocks("README.md")
+    block = code_block("README.md", "yaml")
     file = tmp_path / "readme.yaml"
     file.write_text(block)
     assert [phase.name for phase in build_meta_setup(load_config(file)).phases] == ["warm-heads", "finetune"]
 
 
 def test_the_phases_in_the_documentation_resolve(tmp_path: Path) -> None:
-    (block,) = yaml_blocks("docs/phases.md")
+    block = code_block("docs/phases.md", "yaml")
     base = (ROOT / "configs/scenes.yaml").read_text(encoding="utf-8")
     file = tmp_path / "phases.yaml"
     file.write_text(base[: base.index("phases:")] + block)

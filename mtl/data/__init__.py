@@ -92,13 +92,12 @@ def load_data(
         DataError: The data cache cannot be written or read.
         SettingError: The labels do not fit a task.
     """
-    num_train, num_val = num_images(config)
     label_of = {name: (label_of or {}).get(name, name) for name in tasks}
     if is_own(config):
         own = OwnData(config)
         train, val = (own.load(split, tasks, label_of, quiet) for split in ("train", "val"))
     else:
-        data = BUILT_IN[config.name]
+        data, (num_train, num_val) = BUILT_IN[config.name], num_images(config)
         train = _load_split(data, config, "train", num_train, quiet).with_labels(label_of)
         val = _load_split(data, config, "val", num_val, quiet).with_labels(label_of)
     if config.on_bad_sample == "skip":

@@ -8,7 +8,7 @@ from typing import Any
 import numpy as np
 import torch
 from torch import Tensor
-from torch.utils.data import Dataset
+from torch.utils.data import Dataset, Subset
 from tqdm import tqdm
 
 from mtl.config import DataConfig, SettingError
@@ -102,7 +102,7 @@ class OwnData:
         labels[missing] = none.to(labels.dtype)
         return labels
 
-    def _items(self, dataset: _First, which: str) -> Iterator[tuple[int, Mapping[str, Any]]]:
+    def _items(self, dataset: Subset[Any], which: str) -> Iterator[tuple[int, Mapping[str, Any]]]:
         """The items in their order, read by as many workers as batches are."""
         reader, num_workers = _Reader(dataset, self._config, which), min(self._config.num_workers, len(dataset))
         if num_workers:
@@ -147,7 +147,7 @@ class _Column:
 class _Reader(Dataset[_Read]):
     """Single items with their index; one that cannot be read is the error that says so, whole across processes."""
 
-    def __init__(self, dataset: _First, config: DataConfig, which: str) -> None:
+    def __init__(self, dataset: Subset[Any], config: DataConfig, which: str) -> None:
         self._dataset, self._config, self._which = dataset, config, which
 
     def __len__(self) -> int:
@@ -159,19 +159,6 @@ class _Reader(Dataset[_Read]):
             return index, _item(self._dataset, index, self._config, self._which)
         except DataError as error:
             return index, error
-
-
-class _First(Dataset[Any]):
-    """The first items of a data set."""
-
-    def __init__(self, dataset: Dataset[Any], num: int) -> None:
-        self._dataset, self._num = dataset, num
-
-    def __len__(self) -> int:
-        return self._num
-
-    def __getitem__(self, index: int) -> Any:
-        return self._dataset[index]
 
 
 def own_class(name: str) -> type[Any]:
@@ -199,7 +186,7 @@ def _make(config: DataConfig, split: str) -> Dataset[Any]:
     return made
 
 
-def _first_of(dataset: Dataset[Any], config: DataConfig, split: str) -> _First:
+def _first_of(dataset: Dataset[Any], config: DataConfig, split: str) -> Subset[Any]:
     """As many items as the configuration asks for."""
     number = len(dataset)  # type: ignore[arg-type]
     if number == 0:
@@ -208,10 +195,10 @@ def _first_of(dataset: Dataset[Any], config: DataConfig, split: str) -> _First:
     if asked is not None and asked > number:
         message = f"expected at most the {number} images of {config.name}'s split {split!r}, got {asked}"
         raise SettingError(f"data.{_SPLITS[split]}", message)
-    return _First(dataset, asked or number)
+    return Subset(dataset, range(asked or number))
 
 
-def _item(dataset: Dataset[Any], index: int, config: DataConfig, split: str) -> Mapping[str, Any]:
+def _item(dataset: Subset[Any], index: int, config: DataConfig, split: str) -> Mapping[str, Any]:
     try:
         item = dataset[index]
     except Exception as error:  # the user's code may raise anything

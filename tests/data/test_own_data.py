@@ -17,21 +17,17 @@ from mtl.cli import main
 from mtl.config import ConfigError, load_config
 from mtl.data import DataError
 from mtl.training.setup import RunSetup, assemble
+from pages import code_block
 from runs import tiny_config
 
-PAGE = Path(__file__).parents[2] / "docs/own_data.md"
+PAGE = "docs/own_data.md"
 PHASES = [{"name": "a", "freeze": ["trunk"], "epochs": 2}, {"name": "b", "freeze": ["trunk.conv1"], "steps": 3}]
-
-
-def block(language: str) -> str:
-    (found,) = PAGE.read_text().split(f"```{language}\n")[1:]
-    return found.split("```")[0]
 
 
 @pytest.fixture
 def birds(tmp_path: Path) -> Iterator[Path]:
     """Configuration, module and 24 pictures of one colour for each species; one of every four has no genus."""
-    (tmp_path / "birds.py").write_text(block("python"))
+    (tmp_path / "birds.py").write_text(code_block(PAGE, "python"))
     rows = []
     for number in range(24):
         species = number % 5
@@ -40,7 +36,7 @@ def birds(tmp_path: Path) -> Iterator[Path]:
         rows.append([f"{number}.png", "val" if number >= 16 else "train", species, genus])
     with (tmp_path / "birds.csv").open("w", newline="") as file:
         csv.writer(file).writerows([["file", "split", "species", "genus"], *rows])
-    written = yaml.safe_load(block("yaml"))
+    written = yaml.safe_load(code_block(PAGE, "yaml"))
     written["data"] |= {"batch_size": 4, "options": {"root": str(tmp_path)}}
     yield tiny_config(tmp_path, **written, phases=PHASES)
     sys.modules.pop("birds", None)
@@ -62,7 +58,7 @@ def own(folder: Path, body: str, **data: Any) -> RunSetup:
 
 
 def test_the_page_has_a_file_of_few_lines() -> None:
-    assert len([line for line in block("python").splitlines() if line.strip()]) <= 40
+    assert len([line for line in code_block(PAGE, "python").splitlines() if line.strip()]) <= 40
 
 
 def test_the_data_set_of_the_page_is_read_trained_on_and_reported(birds: Path, tmp_path: Path) -> None:

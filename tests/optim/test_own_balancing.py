@@ -16,32 +16,28 @@ from mtl.config.optim import BalanceConfig
 from mtl.optim.balance.balance import build_balance, is_by_gradients
 from mtl.training.run import train
 from mtl.training.setup import assemble
+from pages import code_block
 from runs import tiny_config
 
-PAGE = Path(__file__).parents[2] / "docs/own_balancing.md"
-
-
-def block(language: str) -> str:
-    (found,) = PAGE.read_text().split(f"```{language}\n")[1:]
-    return found.split("```")[0]
+PAGE = "docs/own_balancing.md"
 
 
 @pytest.fixture
 def folder(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Iterator[Path]:
     """The working directory, with the module of the page."""
     monkeypatch.chdir(tmp_path)
-    (tmp_path / "weigh.py").write_text(block("python"))
+    (tmp_path / "weigh.py").write_text(code_block(PAGE, "python"))
     yield tmp_path
     sys.modules.pop("weigh", None)
 
 
 def test_the_page_has_a_file_of_few_lines() -> None:
-    assert len([line for line in block("python").splitlines() if line.strip()]) <= 40
+    assert len([line for line in code_block(PAGE, "python").splitlines() if line.strip()]) <= 40
 
 
 def test_losses_are_combined_as_the_class_says(folder: Path) -> None:
     assert folder
-    config = BalanceConfig(**yaml.safe_load(block("yaml"))["balance"])
+    config = BalanceConfig(**yaml.safe_load(code_block(PAGE, "yaml"))["balance"])
     losses = torch.tensor([1.0, 3.0], dtype=torch.float64)
     weights = torch.tensor([1.0, torch.e], dtype=torch.float64) / (1 + torch.e)
     assert build_balance(config, ["a", "b"])(losses).item() == pytest.approx(float(weights @ losses), rel=1e-6)
@@ -60,7 +56,7 @@ def test_gradients_are_weighed_as_the_class_says(folder: Path) -> None:
 def test_a_run_with_it_is_clean_and_resumes_to_the_same_bits(folder: Path, cache_dir: Path, method: str) -> None:
     for name in ("whole", "broken"):
         (folder / name).mkdir()
-        (folder / name / "weigh.py").write_text(block("python"))
+        (folder / name / "weigh.py").write_text(code_block(PAGE, "python"))
     changes = {"balance": method, "optim": {}}
     whole = run_whole(folder / "whole", cache_dir, {**SHORT, **changes})
     crashed(folder / "broken", 5, **changes)
@@ -68,7 +64,7 @@ def test_a_run_with_it_is_clean_and_resumes_to_the_same_bits(folder: Path, cache
 
 
 def test_a_module_next_to_the_configuration_is_found(tmp_path: Path) -> None:
-    (tmp_path / "nearby.py").write_text(block("python"))
+    (tmp_path / "nearby.py").write_text(code_block(PAGE, "python"))
     try:
         phases = [{"name": "a", "freeze": ["trunk"], "steps": 1}]
         setup = assemble(load_config(tiny_config(tmp_path, balance="nearby:Softmax", phases=phases)), quiet=True)

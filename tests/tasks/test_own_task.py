@@ -15,28 +15,23 @@ from mtl.config import ConfigError, load_config
 from mtl.tasks import build_tasks
 from mtl.training.run import train
 from mtl.training.setup import assemble
+from pages import code_block
 from runs import TINY, tiny_config
 
-PAGE = Path(__file__).parents[2] / "docs/own_task.md"
-
-
-def block(language: str) -> str:
-    """The one block of a language in the page."""
-    (found,) = PAGE.read_text().split(f"```{language}\n")[1:]
-    return found.split("```")[0]
+PAGE = "docs/own_task.md"
 
 
 @pytest.fixture
 def own(tmp_path: Path) -> Iterator[Path]:
     """The configuration next to the module, neither of them in the working directory."""
-    (tmp_path / "sizes.py").write_text(block("python"))
-    file = tiny_config(tmp_path, **yaml.safe_load(block("yaml")))
+    (tmp_path / "sizes.py").write_text(code_block(PAGE, "python"))
+    file = tiny_config(tmp_path, **yaml.safe_load(code_block(PAGE, "yaml")))
     yield file
     sys.modules.pop("sizes", None)
 
 
 def test_the_page_has_a_file_of_few_lines() -> None:
-    lines = [line for line in block("python").splitlines() if line.strip()]
+    lines = [line for line in code_block(PAGE, "python").splitlines() if line.strip()]
     assert len(lines) <= 40
 
 
