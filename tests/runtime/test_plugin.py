@@ -84,7 +84,11 @@ def test_a_working_directory_that_is_on_the_search_path_stays_on_it(
 @pytest.mark.parametrize(
     ("text", "message"),
     [
-        ("own_layer:Layer", r"^'own_layer' cannot be imported: No module named 'own_layer'$"),
+        (
+            "own_layer:Layer",
+            r"^'own_layer' cannot be imported: No module named 'own_layer'; looked for in the working directory, "
+            r"next to the configuration and where Python does$",
+        ),
         ("own_layers.inner:Layer", r"^'own_layers\.inner' cannot be imported: No module named 'own_layers\.inner'"),
         ("own_layers:Layr", r"^own_layers has no 'Layr'; nearest: Layer$"),
         ("own_layers:Zzz", r"^own_layers has no 'Zzz'$"),
