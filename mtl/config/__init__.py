@@ -2,7 +2,7 @@
 
 from mtl.config.data import AugmentConfig, DataConfig
 from mtl.config.errors import ConfigError, SettingError
-from mtl.config.schema import RunConfig, load_config, mistake_of, options_of
+from mtl.config.schema import RunConfig, load_config, mistake_of
 from mtl.config.tasks import (
     ClassificationConfig,
     DepthConfig,
@@ -32,5 +32,4 @@ __all__ = [
     "TrunkConfig",
     "load_config",
     "mistake_of",
-    "options_of",
 ]

@@ -4,6 +4,8 @@ from __future__ import annotations
 
 from collections.abc import Sequence
 
+from pydantic import BaseModel, ValidationError
+
 
 class ConfigError(ValueError):
     """Mistakes in a configuration, one line each."""
@@ -25,3 +27,17 @@ class SettingError(ValueError):
         super().__init__(f"{key}: {message}")
         self.key = key
         self.message = message
+
+
+class OptionsError(SettingError):
+    """Options that do not fit the model of the class that they are for.
+
+    Attributes:
+        model: The model.
+        errors: What pydantic says of them.
+    """
+
+    def __init__(self, key: str, model: type[BaseModel], errors: ValidationError) -> None:
+        super().__init__(key, str(errors))
+        self.model = model
+        self.errors = errors

@@ -7,12 +7,12 @@ each value was written.
 from __future__ import annotations
 
 import shlex
-from collections.abc import Mapping, Sequence
+from collections.abc import Sequence
 from functools import cached_property
 from pathlib import Path
-from typing import Annotated, Any, Literal, TypeVar
+from typing import Annotated, Any, Literal
 
-from pydantic import BaseModel, BeforeValidator, Field, PrivateAttr, ValidationError, field_validator
+from pydantic import BeforeValidator, Field, PrivateAttr, ValidationError, field_validator
 from pydantic_core import PydanticCustomError
 
 from mtl.config.audit import AuditConfig
@@ -21,7 +21,7 @@ from mtl.config.checkpoint import CheckpointConfig
 from mtl.config.data import DataConfig
 from mtl.config.distributed import DistributedConfig
 from mtl.config.error_text import error_line, explain, key_of
-from mtl.config.errors import ConfigError, SettingError
+from mtl.config.errors import ConfigError, OptionsError, SettingError
 from mtl.config.names import Device, RunName
 from mtl.config.optim import BalanceConfig, OptimConfig, word_for
 from mtl.config.phase import PhaseConfig, PhaseEntry, WrittenPhase, num_unrolled, unroll
@@ -32,8 +32,6 @@ from mtl.config.types import Patterns, Seed, Strict, one_as_list
 from mtl.config.yaml_source import KeyPath, Source, read_source
 from mtl.runtime.plugin import search_in
 from mtl.runtime.text import shorten
-
-_Options = TypeVar("_Options", bound=BaseModel)
 
 # A phase costs at least an optimizer, a contract and a validation.
 _MOST_PHASES = 1000
@@ -181,27 +179,18 @@ class RunConfig(Strict):
         return self.optim.model_copy(update=own)
 
 
-def mistake_of(config: RunConfig, error: SettingError) -> ConfigError:
-    """A `SettingError` with the place where the value was written."""
-    return config.mistake(tuple(error.key.split(".")), error.message)
-
-
-def options_of(config: RunConfig, path: KeyPath, model: type[_Options], options: Mapping[str, Any]) -> _Options:
-    """Options of a class that a user brings, checked as the rest of the configuration is.
+def mistake_of(config: RunConfig, error: SettingError, below: KeyPath = ()) -> ConfigError:
+    """A `SettingError` with the place where the value was written; for options, each mistake with its own.
 
     Args:
         config: The configuration.
-        path: The key path of the options.
-        model: The model that the class brings.
-        options: The options as written.
-
-    Raises:
-        ConfigError: Anything is wrong with them; all mistakes are reported at once, each with its file and line.
+        error: The error.
+        below: The key path below which its key is, if that is not the whole configuration.
     """
-    try:
-        return model.model_validate(options)
-    except ValidationError as error:
-        raise ConfigError([explain(each, model, config.source, path) for each in error.errors()]) from None
+    path = (*below, *error.key.split("."))
+    if isinstance(error, OptionsError):
+        return ConfigError([explain(each, error.model, config.source, path) for each in error.errors.errors()])
+    return config.mistake(path, error.message)
 
 
 def load_config(file: Path, overrides: Sequence[str] = ()) -> RunConfig:

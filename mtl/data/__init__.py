@@ -15,6 +15,7 @@ from torch import Tensor
 from tqdm import tqdm
 
 from mtl.config import DataConfig, SettingError
+from mtl.config.own import is_own
 from mtl.data import multifashion, scenes, sprites
 from mtl.data.augment import View, draw_view
 from mtl.data.cache import DataError, cached, default_cache_dir, entry_of
@@ -38,7 +39,6 @@ __all__ = [
     "check_image",
     "check_room",
     "draw_view",
-    "is_own",
     "labels_of",
     "load_data",
     "num_images",
@@ -93,7 +93,7 @@ def load_data(
         SettingError: The labels do not fit a task.
     """
     label_of = {name: (label_of or {}).get(name, name) for name in tasks}
-    if is_own(config):
+    if is_own(config.name):
         own = OwnData(config)
         train, val = (own.load(split, tasks, label_of, quiet) for split in ("train", "val"))
     else:
@@ -144,15 +144,10 @@ def num_images(config: DataConfig) -> tuple[int, int]:
     Raises:
         SettingError: A data set of the user's own cannot be had.
     """
-    if is_own(config):
+    if is_own(config.name):
         return OwnData(config).num_images
     data = BUILT_IN[config.name]
     return config.num_train or data.num_train, config.num_val or data.num_val
-
-
-def is_own(config: DataConfig) -> bool:
-    """Whether the data set is a class of the user's own."""
-    return ":" in config.name
 
 
 def labels_of(config: DataConfig, wanted: Collection[str]) -> tuple[str, ...]:
@@ -166,7 +161,7 @@ def labels_of(config: DataConfig, wanted: Collection[str]) -> tuple[str, ...]:
         SettingError: A data set of the user's own cannot be had.
         DataError: One of its images cannot.
     """
-    return OwnData(config).labels(wanted) if is_own(config) else BUILT_IN[config.name].labels
+    return OwnData(config).labels(wanted) if is_own(config.name) else BUILT_IN[config.name].labels
 
 
 def check_room(config: DataConfig) -> None:

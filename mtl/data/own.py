@@ -12,11 +12,12 @@ from torch.utils.data import Dataset, Subset
 from tqdm import tqdm
 
 from mtl.config import DataConfig, SettingError
+from mtl.config.own import make_own, own_class
 from mtl.data.cache import DataError
 from mtl.data.dataset import Split
 from mtl.data.room import check_memory
 from mtl.data.workers import ahead, read_by_workers
-from mtl.runtime.plugin import PluginError, find_class, where_it_failed
+from mtl.runtime.plugin import where_it_failed
 from mtl.runtime.text import hint
 from mtl.tasks import Task
 
@@ -161,28 +162,13 @@ class _Reader(Dataset[_Read]):
             return index, error
 
 
-def own_class(name: str) -> type[Any]:
-    """The class that a configuration names.
-
-    Raises:
-        SettingError: It cannot be imported, or is no torch `Dataset`.
-    """
-    try:
-        return find_class(name, Dataset)
-    except PluginError as error:
-        raise SettingError("data.name", str(error)) from error
-
-
 def _make(config: DataConfig, split: str) -> Dataset[Any]:
-    kind = own_class(config.name)
-    options, model = dict(config.options), getattr(kind, "Options", None)
+    kind = own_class(config.name, "data.name", Dataset)
+    made: Dataset[Any] = make_own(kind, config.options, "data.options", f"{config.name}, {split}", split=split)
     try:
-        if model is not None:
-            options = dict(model.model_validate(options))
-        made: Dataset[Any] = kind(split=split, **options)
         len(made)  # type: ignore[arg-type]
     except Exception as error:  # the user's code may raise anything
-        raise SettingError("data.options", f"{config.name}, {split}: {where_it_failed(error)}") from error
+        raise SettingError("data.name", f"{config.name}, {split}: {where_it_failed(error)}") from error
     return made
 
 

@@ -13,9 +13,10 @@ from torch.optim import Optimizer
 
 from mtl.config import SettingError
 from mtl.config.optim import OptimizerConfig
+from mtl.config.own import checked_options, is_own, own_class
 from mtl.patterns import NO_TREE, ModuleTree, PatternError, select
 from mtl.runtime.console import first_line
-from mtl.runtime.plugin import PluginError, find_class, where_it_failed
+from mtl.runtime.plugin import where_it_failed
 from mtl.runtime.text import hint
 
 # They cannot step parameters of all shapes from one backward: LBFGS needs a closure, SparseAdam sparse gradients, Muon
@@ -29,7 +30,7 @@ _OPTION_ERRORS = (TypeError, ValueError, RuntimeError, AssertionError, IndexErro
 
 def _errors_of(config: OptimizerConfig) -> tuple[type[Exception], ...]:
     """The errors that are reported as a wrong setting: any, if the optimizer is the user's own class."""
-    return (Exception,) if ":" in config.name else _OPTION_ERRORS
+    return (Exception,) if is_own(config.name) else _OPTION_ERRORS
 
 
 class UncoveredError(ValueError):
@@ -135,7 +136,7 @@ def build_optimizer(config: OptimizerConfig, groups: Sequence[Mapping[str, Any]]
     kind = _optimizer_class(config.name)
     takes = inspect.signature(kind).parameters
     _check_supported(config, kind, any(group["weight_decay"] for group in groups))
-    options = dict(config.options)
+    options = checked_options(kind, config.options, "optimizer.options")
     if not {"fused", "foreach", "capturable", "differentiable"} & options.keys():
         # One fused kernel if there is one for these devices, else loops over lists of tensors.
         fast = "fused" if "fused" in takes and _can_be_fused(kind, options, groups) else "foreach"
@@ -178,7 +179,7 @@ def _check_supported(config: OptimizerConfig, kind: type[Optimizer], decays: boo
 
 def _text(error: Exception, config: OptimizerConfig) -> str:
     """An optimizer's error in one line; with the place in the user's code if the class is the user's own."""
-    return where_it_failed(error) if ":" in config.name else first_line(error)
+    return where_it_failed(error) if is_own(config.name) else first_line(error)
 
 
 def _can_be_fused(kind: type[Optimizer], options: Mapping[str, Any], groups: Sequence[Mapping[str, Any]]) -> bool:
@@ -221,12 +222,8 @@ def try_out(config: OptimizerConfig, device: torch.device) -> None:
 
 
 def _optimizer_class(name: str) -> type[Optimizer]:
-    if ":" in name:
-        try:
-            found: type[Optimizer] = find_class(name, Optimizer)
-            return found
-        except PluginError as error:
-            raise SettingError("optimizer.name", str(error)) from error
+    if is_own(name):
+        return own_class(name, "optimizer.name", Optimizer)
     names = optimizer_names()
     if name.lower() not in names:
         choices = f"there are: {', '.join(sorted(names))}, or your own as package.module:Name"

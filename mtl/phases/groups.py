@@ -6,7 +6,7 @@ from collections.abc import Collection, Mapping
 from dataclasses import dataclass
 from typing import Any
 
-from mtl.config import SettingError
+from mtl.config import SettingError, mistake_of
 from mtl.config.phase import WrittenPhase
 from mtl.freeze import FreezePlan, trainable_parameters
 from mtl.optim.balance.balance import Balance
@@ -76,7 +76,7 @@ class GroupResolver(PhaseResolver):
             if groups:
                 build_optimizer(self.optim.optimizer, groups)
         except SettingError as error:
-            raise self.mistake_about("optimizer", error.message, *error.key.split(".")[1:]) from error
+            raise mistake_of(self.config, error, self.config.path_of(self.written, "optimizer")[:-1]) from error
         trains_trunk = any(name.startswith("trunk.") for name in model)
         table = self._table("lr")
         borrows_lr = isinstance(table, dict) and not own.keys() <= self._decided(table).keys()

@@ -11,10 +11,10 @@ import numpy as np
 import torch
 from torch import nn
 
-from mtl.config import ConfigError, RunConfig, SettingError, mistake_of, options_of
+from mtl.config import ConfigError, RunConfig, SettingError, mistake_of
+from mtl.config.own import is_own
 from mtl.config.yaml_source import KeyPath
-from mtl.data import BUILT_IN, check_image, is_own, labels_of, num_images
-from mtl.data.own import own_class
+from mtl.data import BUILT_IN, check_image, labels_of, num_images
 from mtl.freeze import untrainable_parameters
 from mtl.model import MultiTaskModel, build_trunk
 from mtl.model.network import MEMORY_FORMATS
@@ -191,7 +191,7 @@ def _build_balances(
             try:
                 balances.append(build_balance(settings, tasks, list(config.tasks)))
             except SettingError as error:
-                mistakes += config.mistake((*place, *error.key.split(".")), error.message).mistakes
+                mistakes += mistake_of(config, error, place).mistakes
                 continue
             keys.append(key)
         balance_of[written.path] = keys.index(key)
@@ -199,9 +199,7 @@ def _build_balances(
 
 
 def _check_labels(config: RunConfig) -> None:
-    if is_own(config.data):
-        _check_options(config)
-    elif config.data.name not in BUILT_IN:
+    if not is_own(config.data.name) and config.data.name not in BUILT_IN:
         there = (
             f"there are: {', '.join(BUILT_IN)}, or your own as package.module:Name{hint(config.data.name, BUILT_IN)}"
         )
@@ -218,16 +216,6 @@ def _check_labels(config: RunConfig) -> None:
                 raise config.mistake(("tasks", task, "label"), f"{config.data.name} has no label {label!r}; {there}")
             elsewhere = "; if the task has another name than its label, set label"
             raise config.mistake(("tasks", task), f"{config.data.name} has no labels of that name; {there}{elsewhere}")
-
-
-def _check_options(config: RunConfig) -> None:
-    """Checks the options of a data set of the user's own by the model that it brings."""
-    try:
-        model = getattr(own_class(config.data.name), "Options", None)
-    except SettingError as error:
-        raise mistake_of(config, error) from error
-    if model is not None:
-        options_of(config, ("data", "options"), model, config.data.options)
 
 
 def _seed_everything(seed: int) -> None:

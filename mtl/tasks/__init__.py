@@ -2,9 +2,6 @@
 
 from __future__ import annotations
 
-from collections.abc import Mapping
-from typing import Any
-
 from mtl.config import (
     ClassificationConfig,
     ConfigError,
@@ -13,9 +10,10 @@ from mtl.config import (
     OwnTaskConfig,
     RunConfig,
     SegmentationConfig,
-    options_of,
+    SettingError,
+    mistake_of,
 )
-from mtl.runtime.plugin import PluginError, find_class, where_it_failed
+from mtl.config.own import make_own, own_class
 from mtl.tasks.base import Goal, Metrics, Task
 from mtl.tasks.classes import Classification, Segmentation
 from mtl.tasks.geometry import Depth, Normals
@@ -33,8 +31,8 @@ def build_tasks(config: RunConfig) -> dict[str, Task]:
     for name in config.tasks:
         try:
             tasks[name] = _build(config, name)
-        except ConfigError as error:
-            mistakes += error.mistakes
+        except SettingError as error:
+            mistakes += mistake_of(config, error).mistakes
     if mistakes:
         raise ConfigError(mistakes)
     return tasks
@@ -51,22 +49,13 @@ def _build(config: RunConfig, name: str) -> Task:
         case NormalsConfig():
             return Normals()
         case OwnTaskConfig() as own:
-            return _build_own(config, ("tasks", name), own)
+            return _build_own(f"tasks.{name}", own)
 
 
-def _build_own(config: RunConfig, path: tuple[str, ...], own: OwnTaskConfig) -> Task:
-    try:
-        kind: type[Task] = find_class(own.type, Task)
-    except PluginError as error:
-        raise config.mistake((*path, "type"), str(error)) from error
-    options: Mapping[str, Any] = own.options
-    if kind.Options is not None:
-        options = dict(options_of(config, (*path, "options"), kind.Options, options))
-    try:
-        task = kind(**options)
-    except Exception as error:  # the user's code may raise anything
-        raise config.mistake((*path, "options"), f"{own.type}: {where_it_failed(error)}") from error
+def _build_own(path: str, own: OwnTaskConfig) -> Task:
+    kind = own_class(own.type, f"{path}.type", Task)
+    task: Task = make_own(kind, own.options, f"{path}.options", own.type)
     for attribute in ("output", "goal", "num_outputs"):
         if not hasattr(task, attribute):
-            raise config.mistake((*path, "type"), f"{own.type} has no {attribute!r}, which every task has")
+            raise SettingError(f"{path}.type", f"{own.type} has no {attribute!r}, which every task has")
     return task

@@ -108,7 +108,7 @@ def _try_out_optimizers(model_setup: ModelSetup, device: torch.device) -> None:
         try:
             try_out(optimizer, device)
         except SettingError as error:
-            raise config.mistake((*config.path_of(written, "optimizer"), "options"), error.message) from error
+            raise mistake_of(config, error, config.path_of(written, "optimizer")[:-1]) from error
 
 
 def _check_processes(model_setup: ModelSetup, world: World) -> None:

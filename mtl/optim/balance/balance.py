@@ -20,6 +20,7 @@ from torchjd.scalarization import DWA, IMTLL, UW, Constant, Mean, Random, Scalar
 
 from mtl.config import SettingError
 from mtl.config.optim import BalanceConfig
+from mtl.config.own import is_own, make_own, own_class
 from mtl.optim.balance.gradient_weights import (
     GradientWeighting,
     build_weighting,
@@ -29,7 +30,7 @@ from mtl.optim.balance.gradient_weights import (
     plain_attributes,
     try_out_weighting,
 )
-from mtl.runtime.plugin import PluginError, find_class, where_it_failed
+from mtl.runtime.plugin import where_it_failed
 from mtl.runtime.text import hint
 
 # Linear in the losses: combining micro-batches one by one gives the same sum as combining them at once.
@@ -47,8 +48,8 @@ def is_by_gradients(method: str) -> bool:
     Raises:
         SettingError: It is a class of the user's own that cannot be had.
     """
-    if ":" in method:
-        return issubclass(own_class(method), Weighting)
+    if is_own(method):
+        return issubclass(own_method(method), Weighting)
     return method.lower() in gradient_methods() and method.lower() not in method_names()
 
 
@@ -65,7 +66,7 @@ def build_balance(config: BalanceConfig, tasks: Sequence[str], every_task: Seque
     """
     if config.method == "fixed":
         return Balance(Constant(_fixed_weights(config.weights or {}, tasks, every_task or tasks)))
-    if ":" in config.method:
+    if is_own(config.method):
         return _build_own(config, len(tasks))
     method = config.method.lower()
     for name in ("weights", "pref_vector"):
@@ -90,23 +91,19 @@ def build_balance(config: BalanceConfig, tasks: Sequence[str], every_task: Seque
         raise SettingError("balance.options", f"{config.method} takes the options {takes}: {error}") from error
 
 
-def own_class(method: str) -> type[Scalarizer] | type[Weighting[Any]]:
+def own_method(method: str) -> type[Scalarizer] | type[Weighting[Any]]:
     """A balancing method of the user's own.
 
     Raises:
         SettingError: It cannot be imported, or is neither a `Scalarizer` nor a `Weighting` of TorchJD.
     """
-    try:
-        return find_class(method, Scalarizer, Weighting)
-    except PluginError as error:
-        raise SettingError("balance.method", str(error)) from error
+    return own_class(method, "balance.method", Scalarizer, Weighting)
 
 
 def _build_own(config: BalanceConfig, num_tasks: int) -> Balance:
     """A method of the user's own, tried with losses and gradients of 1."""
-    kind: Any = own_class(config.method)
+    method = make_own(own_method(config.method), config.options, "balance.options", config.method)
     try:
-        method = kind(**config.options)
         if isinstance(method, Weighting):
             try_out_weighting(method, num_tasks)
             return Balance(Sum(), GradientWeighting(method))
