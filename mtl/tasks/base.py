@@ -11,6 +11,16 @@ import torch
 from pydantic import BaseModel
 from torch import Tensor
 
+# What a label is, for whatever reads or changes labels with no regard to the task's loss:
+#   class    "", the number of an image's class; -1, or the task's own number, is none
+#   tags     "k", 1 or 0 for each attribute of an image; NaN is none
+#   numbers  "" or "k", numbers of an image; NaN is none
+#   mask     "h w", the number of each pixel's class
+#   depth    "1 h w", a distance that a change of the image's scale changes; 0 or NaN is none
+#   normals  "3 h w", unit vectors, which turn and flip with the image; zero or NaN is none
+#   points   "k 3", column and row in pixels from the image's corner, and visibility; 0 is none
+LabelKind = Literal["class", "tags", "numbers", "mask", "depth", "normals", "points"]
+
 
 @dataclass(frozen=True)
 class Goal:
@@ -78,6 +88,11 @@ class Task(ABC):
     output: ClassVar[Literal["dense", "vector"]]
     goal: ClassVar[Goal]
     num_outputs: int
+
+    @property
+    def label_kind(self) -> LabelKind:
+        """What its label is: decides how files and tables are read, and how transforms change it."""
+        return "mask" if self.output == "dense" else "numbers"
 
     @abstractmethod
     def fit(self, label: Tensor) -> Tensor:

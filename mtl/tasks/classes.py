@@ -9,7 +9,7 @@ import torch
 from torch import Tensor
 from torch.nn import functional
 
-from mtl.tasks.base import Goal, Metrics, Task
+from mtl.tasks.base import Goal, LabelKind, Metrics, Task
 
 
 class Confusion(Metrics):
@@ -163,6 +163,7 @@ class Classification(_ClassTask):
     """A class per image; cross-entropy."""
 
     output: ClassVar[Literal["dense", "vector"]] = "vector"
+    label_kind: LabelKind = "class"
     goal = Goal("accuracy", perfect=1.0)
 
     def __init__(self, num_classes: int, ignore_index: int = -1) -> None:

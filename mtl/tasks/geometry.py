@@ -10,7 +10,7 @@ from einops import rearrange
 from torch import Tensor
 from torch.nn import functional
 
-from mtl.tasks.base import Goal, Metrics, Task, masked_mean
+from mtl.tasks.base import Goal, LabelKind, Metrics, Task, masked_mean
 
 # Angles are counted in bins this wide (degrees); 11.25, 22.5 and 30 lie on edges, so shares under them are exact.
 _ANGLE_BIN = 3.75 / 2**15
@@ -58,6 +58,7 @@ class Depth(Task):
     """Metres along the optical axis. The head outputs log metres, so that equal ratios weigh alike."""
 
     output: ClassVar[Literal["dense", "vector"]] = "dense"
+    label_kind: LabelKind = "depth"
     goal = Goal("abs_rel", perfect=0.0)
     num_outputs = 1
 
@@ -160,6 +161,7 @@ class Normals(Task):
     """Unit surface normals. The head's three outputs are normalised before use."""
 
     output: ClassVar[Literal["dense", "vector"]] = "dense"
+    label_kind: LabelKind = "normals"
     goal = Goal("mean", perfect=0.0)
     num_outputs = 3
 

@@ -1,0 +1,164 @@
+"""Reads images and labels from files: pictures by Pillow, arrays as `.npy` without pickles."""
+
+from __future__ import annotations
+
+import struct
+from collections.abc import Iterator
+from contextlib import contextmanager
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import torch
+from numpy.typing import NDArray
+from PIL import Image, ImageOps
+from torch import Tensor
+
+from mtl.data.cache import DataError
+
+Pixels = NDArray[Any]
+
+# Modes of Pillow whose channels are the file's own; others are converted to RGB.
+_PLAIN = ("L", "RGB", "RGBA", "CMYK")
+_DEEP = ("I;16", "I;16L", "I;16B", "I")
+_BROKEN = (OSError, ValueError, EOFError, SyntaxError, struct.error, IndexError, Image.DecompressionBombError)
+
+
+def inside(root: Path, name: str) -> Path:
+    """The file of that name in a folder.
+
+    Raises:
+        DataError: The name leads out of the folder: it is absolute, has `..` that leave it, or passes a link that does.
+    """
+    base, file = root.resolve(), (root / name).resolve()
+    if not file.is_relative_to(base):
+        raise DataError(f"{name}: leads out of {root}")
+    return file
+
+
+def read_image(file: Path, enough: tuple[int, int] | None = None) -> Tensor:
+    """An image as it is stored, upright.
+
+    Args:
+        file: A picture, or an array `.npy` "h w c" or "h w".
+        enough: Height and width that are enough: a JPEG is decoded at the smallest size that is at least that.
+
+    Returns:
+        "c h w": uint8; or float32 from 0 to 255, if the file has 16 bits, or floats from 0 to 1.
+
+    Raises:
+        DataError: The file cannot be read, or is no image.
+    """
+    with _reading(file):
+        if file.suffix == ".npy":
+            pixels = _array(file)
+        else:
+            with Image.open(file) as picture:
+                if enough is not None:
+                    picture.draft(None, (enough[1], enough[0]))
+                pixels = _pixels(ImageOps.exif_transpose(picture))
+        if pixels.ndim not in (2, 3):
+            raise ValueError(f'expected an image "h w" or "h w c", got shape {pixels.shape}')
+        if pixels.dtype == np.uint16:
+            pixels = pixels.astype(np.float32) / 257
+        elif pixels.dtype.kind == "f":
+            if pixels.size and not (pixels.min() >= 0 and pixels.max() <= 1):
+                raise ValueError(f"expected floats from 0 to 1, got {pixels.min():.4g} to {pixels.max():.4g}")
+            pixels = pixels.astype(np.float32) * 255
+        elif pixels.dtype != np.uint8:
+            raise ValueError(f"expected 8 or 16 bits without sign, or floats, got {pixels.dtype}")
+    image = torch.from_numpy(np.ascontiguousarray(pixels))
+    return image[None] if image.ndim == 2 else image.permute(2, 0, 1)
+
+
+def read_mask(file: Path) -> Tensor:
+    """The number of each pixel, "h w", uint8 or int32: grey, a palette's index, 16 bits, or an array `.npy`.
+
+    Raises:
+        DataError: The file cannot be read, or has several numbers a pixel, or no whole ones.
+    """
+    with _reading(file):
+        numbers = _one_number(file)
+        if numbers.dtype.kind == "f" and not np.array_equal(numbers, np.round(numbers)):
+            raise ValueError("expected whole numbers")
+        is_narrow = numbers.dtype in (np.bool_, np.uint8)
+        return torch.from_numpy(numbers.astype(np.uint8 if is_narrow else np.int32))
+
+
+def read_depth(file: Path, scale: float = 1.0) -> Tensor:
+    """A distance for each pixel, "1 h w", float32: what the file holds times `scale`; 0 and NaN are no label.
+
+    Raises:
+        DataError: The file cannot be read, or has several numbers a pixel.
+    """
+    with _reading(file):
+        return torch.from_numpy(_one_number(file).astype(np.float32))[None] * scale
+
+
+def read_normals(file: Path) -> Tensor:
+    """A unit vector for each pixel, "3 h w", float32: an array `.npy` "h w 3", or a picture whose 0 to 255 are -1 to 1.
+
+    What is shorter than a half, such as grey or black where a picture has none, becomes a zero vector: no label.
+
+    Raises:
+        DataError: The file cannot be read, or has not three numbers a pixel.
+    """
+    with _reading(file):
+        if file.suffix == ".npy":
+            values, is_none = _array(file).astype(np.float32), np.False_
+        else:
+            with Image.open(file) as picture:
+                pixels = np.array(picture)
+            values, is_none = pixels.astype(np.float32) * (2 / 255) - 1, (pixels == 0).all(axis=-1, keepdims=True)
+        if values.ndim != 3 or values.shape[2] != 3:
+            raise ValueError(f"expected three numbers a pixel, got shape {values.shape}")
+        values = np.nan_to_num(np.where(is_none, 0, values), posinf=0, neginf=0)
+        length = np.sqrt((values**2).sum(axis=2, keepdims=True))
+        unit = np.where(length > 0.5, values / np.maximum(length, 0.5), 0)
+    return torch.from_numpy(unit.astype(np.float32)).permute(2, 0, 1)
+
+
+def read_array(file: Path) -> Pixels:
+    """An array of numbers from `.npy`; pickled objects are refused.
+
+    Raises:
+        DataError: The file cannot be read, or holds something else.
+    """
+    with _reading(file):
+        return _array(file)
+
+
+@contextmanager
+def _reading(file: Path) -> Iterator[None]:
+    """What goes wrong with a file is a `DataError` with its name."""
+    try:
+        yield
+    except _BROKEN as error:
+        why = error.strerror if isinstance(error, OSError) and error.strerror else " ".join(str(error).split())
+        raise DataError(f"{file}: {why.replace(f' {str(file)!r}', '')}") from error
+
+
+def _array(file: Path) -> Pixels:
+    array = np.load(file, allow_pickle=False)
+    if not isinstance(array, np.ndarray) or array.dtype.kind not in "buif":
+        raise ValueError("expected an array of numbers")
+    return array
+
+
+def _pixels(picture: Image.Image) -> Pixels:
+    if picture.mode in _DEEP:
+        return np.array(picture).astype(np.uint16)
+    mode = "L" if picture.mode == "1" else picture.mode if picture.mode in _PLAIN else "RGB"
+    return np.array(picture if mode == picture.mode else picture.convert(mode))
+
+
+def _one_number(file: Path) -> Pixels:
+    if file.suffix == ".npy":
+        numbers = _array(file)
+        numbers = numbers[..., 0] if numbers.ndim == 3 and numbers.shape[2] == 1 else numbers
+    else:
+        with Image.open(file) as picture:  # of a palette, the indices
+            numbers = np.array(picture)
+    if numbers.ndim != 2:
+        raise ValueError(f"expected one number a pixel, got shape {numbers.shape}")
+    return numbers
