@@ -21,9 +21,10 @@ from annotated_types import Ge, Gt, Le, Lt
 from pydantic import BaseModel, BeforeValidator, Tag
 from pydantic.fields import FieldInfo
 
-from mtl.config import RunConfig
+from mtl.config import DataConfig, FileData, OwnData, OwnTaskConfig, RunConfig
+from mtl.config.optim import OwnLrScheduleConfig
 from mtl.config.phase import PhaseConfig, RepeatConfig, UntilConfig
-from mtl.config.tasks import OwnTaskConfig
+from mtl.config.transform import OwnTransformConfig
 from mtl.config.types import CountedConfig
 
 HEAD = """# All configuration keys
@@ -48,9 +49,24 @@ _TITLES: dict[type[BaseModel], str] = {
     CountedConfig: "A pattern with a count",
     RepeatConfig: "A `repeat` in place of a phase",
 }
+# Classes of the user's own, and the key that names them.
+_OWN: dict[type[BaseModel], str] = {
+    OwnData: "name",
+    OwnLrScheduleConfig: "name",
+    OwnTaskConfig: "type",
+    OwnTransformConfig: "name",
+}
+# Models whose keys others have too: listed once, and not again with each of those.
+_SHARED: dict[type[BaseModel], str] = {
+    DataConfig: "`data`, whatever its name",
+    FileData: "`data` that is read from files",
+}
 _WORDS: dict[type[BaseModel], str] = {
     CountedConfig: "pattern with a count",
+    OwnData: "your own",
+    OwnLrScheduleConfig: "your own",
     OwnTaskConfig: "your own",
+    OwnTransformConfig: "your own",
     PhaseConfig: "phase",
     RepeatConfig: "repeat",
     UntilConfig: "condition",
@@ -64,26 +80,26 @@ class Section:
     Attributes:
         path: The key that it is under.
         model: The model.
+        of: The word that chooses the model around it; empty if none does.
     """
 
     path: tuple[str, ...]
     model: type[BaseModel]
+    of: str = ""
 
     @property
     def title(self) -> str:
         if not self.path:
             return "The run"
-        words = {
-            name: value
-            for name in ("type", "name")
-            if (field := self.model.model_fields.get(name)) and (value := _only_value(field.annotation))
-        }
-        if self.model is OwnTaskConfig:
-            return f"`{_dotted(self.path)}` with a type of your own"
-        if words:
-            name, value = next(iter(words.items()))
-            return f"`{_dotted(self.path)}` with `{name}: {value}`"
-        return _TITLES.get(self.model, f"`{_dotted(self.path)}`")
+        place = f"`{_dotted(self.path)}`"
+        if self.model in _SHARED:
+            return _SHARED[self.model]
+        if self.model in _OWN:
+            return f"{place} with a {_OWN[self.model]} of your own"
+        for name in ("type", "name"):
+            if words := _words(self.model, name):
+                return f"{place} with `{name}: {words[0]}`" + "".join(f" or `{word}`" for word in words[1:])
+        return _TITLES.get(self.model, f"{place} of `{self.of}`" if self.of else place)
 
     def key(self, key: str) -> str:
         """One of the model's keys, dotted."""
@@ -112,16 +128,20 @@ def _sections() -> list[Section]:
     """Every model once, at the first key that takes it; a model before those inside it."""
     found: dict[type[BaseModel], Section] = {}
 
-    def visit(model: type[BaseModel], path: tuple[str, ...]) -> None:
+    def visit(model: type[BaseModel], path: tuple[str, ...], of: str = "") -> None:
         if model in found:
             return
-        found[model] = Section(path, model)
+        for base in reversed(model.__mro__[1:]):
+            if base in _SHARED:
+                visit(base, path)
+        found[model] = Section(path, model, of)
+        word = next((words[0] for name in ("type", "name") if (words := _words(model, name))), "")
         inner = [(key, inside(field.annotation)) for key, field in model.model_fields.items()]
         # The run's `optim` and `balance` come first, so that a phase's refer to them.
         for key, models in inner:
             below = (*path, key, _NAMED[key]) if key in _NAMED and not path else (*path, key)
             for each in models:
-                visit(each, path if key == "phases" and path else below)
+                visit(each, path if key == "phases" and path else below, word if key == "options" else "")
 
     visit(RunConfig, ())
     return list(found.values())
@@ -152,6 +172,9 @@ def _table(section: Section, anchors: Mapping[type[BaseModel], str]) -> str:
     # A model's own keys before those of its bases.
     own = sorted(section.model.model_fields.items(), key=lambda item: item[0] not in section.model.__annotations__)
     for key, field in own:
+        is_shared = any(key in base.model_fields for base in section.model.__mro__[1:] if base in _SHARED)
+        if is_shared and key not in section.model.__annotations__:
+            continue
         if key not in meanings:
             raise ValueError(f"{section.model.__name__}: expected every field among its Attributes, {key} is missing")
         kind = _type(field.annotation, field.metadata, anchors)
@@ -208,8 +231,8 @@ def _bare_type(
 def _word(model: type[BaseModel]) -> str:
     """What a link to a model says: the word that chooses it, or `keys`."""
     for name in ("type", "name"):
-        if (field := model.model_fields.get(name)) and (value := _only_value(field.annotation)):
-            return f"`{value}`"
+        if words := _words(model, name):
+            return ", ".join(f"`{word}`" for word in words)
     return _WORDS.get(model, "keys")
 
 
@@ -236,10 +259,10 @@ def _number(value: Any) -> str:
     return f"2^{power}" if power and value == 2**power else f"{value:,}"
 
 
-def _only_value(annotation: Any) -> str | None:
-    """The value of a key that can have one only."""
-    values = get_args(annotation) if get_origin(annotation) is Literal else ()
-    return str(values[0]) if len(values) == 1 else None
+def _words(model: type[BaseModel], key: str) -> tuple[str, ...]:
+    """The words that a key can be; none if it can be any text, or is not there."""
+    field = model.model_fields.get(key)
+    return get_args(field.annotation) if field is not None and get_origin(field.annotation) is Literal else ()
 
 
 def _default(field: FieldInfo) -> str:

@@ -1,6 +1,6 @@
 """The configuration of a run: its keys and types, how it is read, and the messages about mistakes in it."""
 
-from mtl.config.data import AugmentConfig, DataConfig
+from mtl.config.data import AugmentConfig, DataConfig, FileData, GeneratedData, OwnData
 from mtl.config.errors import ConfigError, SettingError
 from mtl.config.schema import RunConfig, load_config, mistake_of
 from mtl.config.tasks import (
@@ -21,7 +21,10 @@ __all__ = [
     "ConfigError",
     "DataConfig",
     "DepthConfig",
+    "FileData",
+    "GeneratedData",
     "NormalsConfig",
+    "OwnData",
     "OwnTaskConfig",
     "RunConfig",
     "SegmentationConfig",

@@ -4,10 +4,12 @@ from __future__ import annotations
 
 from typing import Annotated, Any, Literal
 
-from pydantic import Field, model_validator
+from pydantic import Discriminator, Field, Tag, model_validator
 from pydantic_core import PydanticCustomError
 
-from mtl.config.types import Count, Seed, Strict
+from mtl.config.own import is_own
+from mtl.config.transform import TransformsConfig
+from mtl.config.types import Count, ImageSize, NotNegative, Seed, Side, Strict
 
 
 class AugmentConfig(Strict):
@@ -31,41 +33,98 @@ class AugmentConfig(Strict):
 
 
 class DataConfig(Strict):
-    """The data set, and how it is read.
+    """The data set, and how it is read: the keys of every data set.
 
     Attributes:
-        name: `scenes` or `multifashion`; or your own as `package.module:Name`, see docs/own_data.md.
-        options: Passed to a class of your own. Refused with a built-in data set.
-        image_size: Height and width in pixels.
+        name: Which data set.
+        image_size: Height and width in pixels: one number for both, or `[height, width]`.
         batch_size: Images in one batch, that of all processes together. At most `num_train`.
-        num_train: Number of training images; if not set, 6,000 of `scenes` and 20,000 of `multifashion`, or
-            all of your own.
-        num_val: Number of validation images; if not set, 500 of `scenes` and 2,000 of `multifashion`, or
-            all of your own.
-        augment: Random changes of training images; if not set, there are none.
-        seed: Seed of generated data. The run's `seed` does not change it, so that runs with several seeds have the same
-            data.
-        cache_dir: Where generated data is kept. If not set: the environment variable `MTL_CACHE_DIR`, else the user's
-            cache directory.
+        num_train: Number of training images, the first ones; if not set, 6,000 of `scenes` and 20,000 of
+            `multifashion`, or all of another data set.
+        num_val: Number of validation images, the first ones; if not set, 500 of `scenes` and 2,000 of `multifashion`,
+            or all of another data set.
+        transform: Changes of images together with their labels.
+        augment: Random changes of training images that leave labels as they are; if not set, there are none.
+        cache_dir: Where generated data and kept features are. If not set: the environment variable `MTL_CACHE_DIR`,
+            else the user's cache directory.
         num_workers: Worker processes that read batches ahead of the steps; with 0, a thread of the main process does.
-        on_bad_sample: What happens to a sample with labels that cannot be trained on: `raise` ends the run and names
-            the first one, `skip` leaves such samples out and logs how many there were.
+        on_bad_sample: What happens to a sample that cannot be read, or has labels that cannot be trained on: `raise`
+            ends the run and names it, `skip` leaves such samples out and logs how many there were.
     """
 
-    name: str = "scenes"
-    options: dict[str, Any] = {}
-    image_size: Annotated[int, Field(ge=8)] = 64
+    name: str
+    image_size: ImageSize = 64
     batch_size: Count = 32
     num_train: Count | None = None
     num_val: Count | None = None
+    transform: TransformsConfig = TransformsConfig()
     augment: AugmentConfig | None = None
-    seed: Seed = 0
     cache_dir: str | None = None
     num_workers: Annotated[int, Field(ge=0, le=256)] = 0
     on_bad_sample: Literal["raise", "skip"] = "raise"
 
-    @model_validator(mode="after")
-    def _options_are_read(self) -> DataConfig:
-        if self.options and ":" not in self.name:
-            raise PydanticCustomError("data", "Input should have options only with a data set of your own")
-        return self
+    @property
+    def size(self) -> tuple[int, int]:
+        """Height and width of the images in pixels."""
+        height, width = [self.image_size] * 2 if isinstance(self.image_size, int) else self.image_size
+        return height, width
+
+    @property
+    def has_views(self) -> bool:
+        """Whether training images are changed at random, in another way in every epoch."""
+        return self.augment is not None or any(each.name != "resize" for each in self.transform.train)
+
+
+class GeneratedData(DataConfig):
+    """Images that are made from the embedded garments.
+
+    Attributes:
+        name: `scenes`, rooms with garments in them: `segmentation`, `depth`, `normals` and the nearest `object`; or
+            `multifashion`, two garments on top of each other: `left` and `right`.
+        image_size: Height and width in pixels.
+        seed: Seed of what is made. The run's `seed` does not change it, so that runs with several seeds have the same
+            data.
+    """
+
+    name: Literal["scenes", "multifashion"] = "scenes"
+    image_size: Side = 64
+    seed: Seed = 0
+
+
+class FileData(DataConfig):
+    """The keys of every data set that is read from files.
+
+    Attributes:
+        memory_gb: Data that takes no more than this, in 10^9 bytes at `image_size`, is read once into memory when a run
+            begins. More, and data with random transforms, is read batch by batch.
+    """
+
+    memory_gb: NotNegative = 4.0
+
+
+class OwnData(FileData):
+    """A data set of your own, see docs/own_data.md.
+
+    Attributes:
+        name: A torch `Dataset` whose items are dicts, as `package.module:Name`.
+        options: Passed to the class.
+    """
+
+    options: dict[str, Any] = {}
+
+
+_OWN = "package.module:Name"
+
+
+def _by_name(value: Any) -> str:
+    """Which of the models below a data set is; a word that is no name is none of them."""
+    name = value.get("name", "scenes") if isinstance(value, dict) else getattr(value, "name", "scenes")
+    return _OWN if isinstance(name, str) and is_own(name) else str(name)
+
+
+AnyDataConfig = Annotated[
+    Annotated[GeneratedData, Tag("scenes")]
+    | Annotated[GeneratedData, Tag("multifashion")]
+    | Annotated[OwnData, Tag(_OWN)],
+    Discriminator(_by_name),
+]

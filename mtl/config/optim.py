@@ -4,9 +4,10 @@ from __future__ import annotations
 
 from typing import Annotated, Any, Literal
 
-from pydantic import BeforeValidator, Field, model_validator
+from pydantic import BeforeValidator, Discriminator, Field, Tag, model_validator
 from pydantic_core import PydanticCustomError
 
+from mtl.config.own import is_own
 from mtl.config.types import Count, NotNegative, NotNegativeByPattern, Positive, PositiveByPattern, Strict
 from mtl.runtime.best import Direction
 
@@ -128,9 +129,37 @@ class OneCycleConfig(Strict):
     name: Literal["one-cycle"]
 
 
+class OwnLrScheduleConfig(Strict):
+    """A schedule of your own; see docs/own_lr_schedule.md.
+
+    Attributes:
+        name: Its class, as `package.module:Name`.
+        options: Passed to the class.
+    """
+
+    name: str
+    options: dict[str, Any] = {}
+
+
+_OWN = "package.module:Name"
+
+
+def _by_name(value: Any) -> str | None:
+    """Which of the models above a schedule is; a word that is no name is none of them."""
+    # What is neither a mapping nor a model, any of them refuses.
+    name = value.get("name") if isinstance(value, dict) else getattr(value, "name", "constant")
+    return _OWN if isinstance(name, str) and is_own(name) else None if name is None else str(name)
+
+
 LrScheduleConfig = Annotated[
-    ConstantConfig | CosineConfig | LinearConfig | StepConfig | PlateauConfig | OneCycleConfig,
-    Field(discriminator="name"),
+    Annotated[ConstantConfig, Tag("constant")]
+    | Annotated[CosineConfig, Tag("cosine")]
+    | Annotated[LinearConfig, Tag("linear")]
+    | Annotated[StepConfig, Tag("step")]
+    | Annotated[PlateauConfig, Tag("plateau")]
+    | Annotated[OneCycleConfig, Tag("one-cycle")]
+    | Annotated[OwnLrScheduleConfig, Tag(_OWN)],
+    Discriminator(_by_name),
     word_for("name"),
 ]
 

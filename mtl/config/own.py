@@ -22,13 +22,13 @@ def own_class(name: str, key: str, *bases: type) -> type[Any]:
     Args:
         name: `package.module:Name`.
         key: The key under which the name is written, dotted.
-        bases: It has to be a subclass of one of them.
+        bases: It has to be a subclass of one of them; any class may be named if there are none.
 
     Raises:
         SettingError: It cannot be imported, or is of another kind.
     """
     try:
-        return find_class(name, *bases)
+        return find_class(name, *(bases or (object,)))
     except PluginError as error:
         raise SettingError(key, str(error)) from error
 

@@ -18,7 +18,7 @@ from pydantic_core import PydanticCustomError
 from mtl.config.audit import AuditConfig
 from mtl.config.cache import CacheConfig, cache_word
 from mtl.config.checkpoint import CheckpointConfig
-from mtl.config.data import DataConfig
+from mtl.config.data import AnyDataConfig, GeneratedData
 from mtl.config.distributed import DistributedConfig
 from mtl.config.error_text import error_line, explain, key_of
 from mtl.config.errors import ConfigError, OptionsError, SettingError
@@ -98,7 +98,7 @@ class RunConfig(Strict):
     compile: bool = False
     cache: Annotated[CacheConfig, BeforeValidator(cache_word)] = CacheConfig()
     trunk: TrunkConfig
-    data: DataConfig = DataConfig()
+    data: AnyDataConfig = GeneratedData()
     tasks: dict[Annotated[str, Field(pattern=r"^[A-Za-z_]\w*$")], TaskConfig] = Field(min_length=1)
     balance: Annotated[BalanceConfig, word_for("method")] = BalanceConfig()
     optim: OptimConfig = OptimConfig()

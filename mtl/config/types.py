@@ -31,6 +31,14 @@ class Strict(BaseModel):
         return value
 
 
+Side = Annotated[int, Field(ge=8)]
+# One number for both, or height and width.
+ImageSize = Annotated[
+    Annotated[Side, Tag("one")] | Annotated[list[Side], Field(min_length=2, max_length=2), Tag("both")],
+    Discriminator(lambda value: "both" if isinstance(value, list) else "one"),
+]
+
+
 def one_as_list(value: object) -> object:
     return [value] if isinstance(value, str | dict) else value
 

@@ -1,16 +1,34 @@
-"""A data set in memory: stored images and labels, and batches of them without a Python loop per sample."""
+"""One half of a data set: batches of it, without regard to where images and labels lie."""
 
 from __future__ import annotations
 
-from collections.abc import Mapping, Sequence
+from abc import ABC, abstractmethod
+from collections.abc import Sequence
 from dataclasses import dataclass, replace
 from functools import cached_property
+from typing import ClassVar
 
 import torch
 from torch import Tensor
 
 from mtl.data.augment import View
+from mtl.data.cache import DataError
 from mtl.data.transfer import to_device
+
+
+@dataclass(frozen=True)
+class Rows:
+    """What is stored of some images, on the host, in the types in which it is stored.
+
+    Attributes:
+        labels: By task.
+        images: "b h w c", uint8, or float32 from 0 to 255; None if they were not to be read.
+        fault: Why they cannot be read; then there is nothing else.
+    """
+
+    labels: dict[str, Tensor]
+    images: Tensor | None
+    fault: str = ""
 
 
 @dataclass(frozen=True)
@@ -23,7 +41,7 @@ class Batch:
         labels: By task; class labels int64, others float32.
         device: Where labels are, and images will be.
         view: How the images are seen; as they are if not given.
-        stored: "b h w c", uint8, the images as the split has them, if they were read together with the labels.
+        stored: "b h w c", the images as the split gives them, if they were read together with the labels.
         every: Where several ranks share kept features: the indices of each rank's batch in this step, by rank, this
             one's included.
     """
@@ -47,14 +65,16 @@ class Batch:
     @property
     def size(self) -> tuple[int, int]:
         """Height and width in pixels."""
-        return self.split.images.shape[1], self.split.images.shape[2]
+        return self.split.size
 
     @cached_property
     def images(self) -> Tensor:
-        """Of shape "b h w c", uint8; read when first asked for, since a step with kept features needs no images."""
-        stored = self.split.images[self.indices] if self.stored is None else self.stored
+        """Of shape "b h w c", uint8, or float32 from 0 to 255; read when first asked for, since a step with kept
+        features needs no images.
+        """
+        stored = self.split.images_of(self.indices, self.view) if self.stored is None else self.stored
         images = to_device(stored, self.device)
-        return images if self.view is None else self.view.of(images, self.indices)
+        return images if self.view is None or self.view.light is None else self.view.light.of(images, self.indices)
 
     def to(self, device: torch.device) -> Batch:
         if device == self.device:
@@ -64,62 +84,59 @@ class Batch:
         return replace(self, labels=labels, device=device, stored=stored)
 
 
-@dataclass(frozen=True)
-class Rows:
-    """What is stored of some images, on the host, in the types in which it is stored.
-
-    Attributes:
-        labels: By name.
-        images: None if they were not to be read.
-    """
-
-    labels: dict[str, Tensor]
-    images: Tensor | None
-
-
-@dataclass(frozen=True)
-class Split:
+class Split(ABC):
     """The training or the validation half of a data set.
 
     Attributes:
-        images: "n h w c", uint8.
-        labels: By name, first axis n; whole numbers of any width for classes, floats of any width otherwise.
+        is_in_memory: Whether reading takes no time.
         num_skipped: Samples that were left out, since one of their labels cannot be trained on.
     """
 
-    images: Tensor
-    labels: dict[str, Tensor]
     num_skipped: int = 0
+    is_in_memory: ClassVar[bool]
 
+    @property
+    @abstractmethod
+    def size(self) -> tuple[int, int]:
+        """Height and width of its images in pixels."""
+
+    @property
+    @abstractmethod
+    def channels(self) -> int:
+        """Channels of its images."""
+
+    @abstractmethod
     def __len__(self) -> int:
-        return len(self.images)
+        """The number of images."""
 
-    def with_labels(self, label_of: Mapping[str, str]) -> Split:
-        """The same images with the labels of some tasks, which may share one.
-
-        Args:
-            label_of: The name of each task's label.
-        """
-        return replace(self, labels={name: self.labels[label] for name, label in label_of.items()})
-
-    def without(self, bad: Tensor) -> Split:
-        """The other images, in their order.
-
-        Args:
-            bad: "n", bool.
-        """
-        labels = {name: label[~bad] for name, label in self.labels.items()}
-        return Split(self.images[~bad], labels, self.num_skipped + int(bad.sum()))
-
-    def rows(self, indices: Tensor, with_images: bool) -> Rows:
-        """Copies of what is stored of some images.
+    @abstractmethod
+    def rows(self, indices: Tensor, with_images: bool, view: View | None = None) -> Rows:
+        """Reads what is stored of some images; also called in processes of data workers.
 
         Args:
             indices: "b", int64.
             with_images: Whether to read the images too.
+            view: How they are seen; images and labels are transformed alike.
         """
-        labels = {name: label[indices] for name, label in self.labels.items()}
-        return Rows(labels, self.images[indices] if with_images else None)
+
+    def images_of(self, indices: Tensor, view: View | None) -> Tensor:
+        """The images alone, "b h w c".
+
+        Raises:
+            DataError: One cannot be read.
+        """
+        rows = self.rows(indices, with_images=True, view=view)
+        if rows.images is None:
+            raise DataError(rows.fault)
+        return rows.images
+
+    @abstractmethod
+    def labels_to_fit(self, task: str) -> Tensor:
+        """Labels from which the task's constant is fitted, first axis n: all, or those of images at even distances."""
+
+    @abstractmethod
+    def identity(self) -> str:
+        """A digest of the images; it is another one whenever an image is."""
 
     def batch(
         self,
@@ -135,8 +152,13 @@ class Split:
             view: How the images are seen.
             every: By rank, the indices of each rank's batch in this step.
             rows: What is stored of the images, if it was read already.
+
+        Raises:
+            DataError: Something cannot be read.
         """
-        rows = rows or self.rows(indices, with_images=False)
+        rows = rows or self.rows(indices, with_images=False, view=view)
+        if rows.fault:
+            raise DataError(rows.fault)
         labels = {n: label.float() if label.is_floating_point() else label.long() for n, label in rows.labels.items()}
         own = None if every is None else tuple(every)
         return Batch(self, indices, labels, torch.device("cpu"), view, own, rows.images)

@@ -7,8 +7,11 @@ from collections.abc import Collection, Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
+import xxhash
 from torch import Tensor
 from torch.utils.data import Dataset
+
+from mtl.data.cache import DataError
 
 IMAGE = "image"
 
@@ -58,6 +61,22 @@ class FileSet(Dataset[Mapping[str, Any]], ABC):
     def where(self, index: int) -> str:
         """An item as messages name it: a table's row, or the image's file."""
         return str(self.files(index)[IMAGE])
+
+    def identity(self, num: int) -> str:
+        """A digest of the first images, by names, sizes and times of their files; another one whenever one is edited.
+
+        Raises:
+            DataError: A file is not there.
+        """
+        digest = xxhash.xxh3_128()
+        for index in range(num):
+            file = self.files(index)[IMAGE]
+            try:
+                status = file.stat()
+            except OSError as error:
+                raise DataError(f"{self.where(index)}: {file}: {error.strerror}") from error
+            digest.update(f"{file}\0{status.st_size}\0{status.st_mtime_ns}\n".encode())
+        return digest.hexdigest()
 
     def __getitem__(self, index: int) -> dict[str, Any]:
         return self.read(index, (IMAGE, *self.labels))

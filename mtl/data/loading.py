@@ -2,12 +2,13 @@
 
 from __future__ import annotations
 
-from collections.abc import Generator, Iterator
+from collections.abc import Generator, Iterator, Sequence
 from contextlib import closing
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from itertools import islice
 
 import torch
+from torch import Tensor
 from torch.utils.data import Dataset
 
 from mtl.data.augment import View
@@ -32,6 +33,9 @@ class Loading:
     num_workers: int = 0
 
 
+IN_THREAD = Loading()
+
+
 def training_batches(
     split: Split,
     batch_size: int,
@@ -41,7 +45,7 @@ def training_batches(
     world: World = ALONE,
     *,
     skip: int = 0,
-    loading: Loading = Loading(),
+    loading: Loading = IN_THREAD,
 ) -> Generator[Batch, None, None]:
     """One epoch in random order: of every global batch this rank's share, in the order of `EpochSampler`.
 
@@ -64,7 +68,8 @@ def training_batches(
         DataError: While it runs: a worker died.
     """
     # Not a generator itself, so that a mistake is raised by the call.
-    return _load(split, EpochSampler(len(split), batch_size, seed, epoch, skip, world), world.rank, view, loading)
+    sampler = EpochSampler(len(split), batch_size, seed, epoch, skip, world)
+    return _load(split, sampler.shares, world.rank, view, loading)
 
 
 def windows(batches: Iterator[Batch], size: int) -> Iterator[list[Batch]]:
@@ -73,31 +78,53 @@ def windows(batches: Iterator[Batch], size: int) -> Iterator[list[Batch]]:
         yield window
 
 
-def validation_batches(split: Split, batch_size: int) -> Iterator[Batch]:
+def validation_batches(split: Split, batch_size: int, loading: Loading = IN_THREAD) -> Generator[Batch, None, None]:
     """Every image once, in order."""
-    for batch, _ in validation_rounds(split, batch_size, ALONE):
+    for batch, _ in validation_rounds(split, batch_size, ALONE, loading):
         yield batch
 
 
-def validation_rounds(split: Split, batch_size: int, world: World) -> Iterator[tuple[Batch, bool]]:
+def validation_rounds(
+    split: Split, batch_size: int, world: World, loading: Loading = IN_THREAD
+) -> Generator[tuple[Batch, bool], None, None]:
     """This rank's batches of `validation_shares`, and whether it is the one to count each."""
-    for shares, counts in validation_shares(len(split), batch_size, world):
-        yield split.batch(shares[world.rank], every=shares), counts
+    rounds = list(validation_shares(len(split), batch_size, world))
+    if split.is_in_memory:
+        yield from ((split.batch(shares[world.rank], every=shares), counts) for shares, counts in rounds)
+        return
+    with closing(_load(split, [shares for shares, _ in rounds], world.rank, None, loading)) as batches:
+        yield from zip(batches, [counts for _, counts in rounds], strict=True)
+
+
+def batches_of(
+    split: Split, parts: Sequence[Tensor], view: View | None, loading: Loading
+) -> Generator[Batch, None, None]:
+    """Batches of given images; what is in memory is read without processes.
+
+    Args:
+        split: The images and labels.
+        parts: The indices of each batch, "b", int64.
+        view: How the images are seen.
+        loading: How batches are made.
+    """
+    own = replace(loading, num_workers=0) if split.is_in_memory else loading
+    return _load(split, [[part] for part in parts], 0, view, own)
 
 
 def _load(
-    split: Split, sampler: EpochSampler, rank: int, view: View | None, loading: Loading
+    split: Split, shares_of: Sequence[Sequence[Tensor]], rank: int, view: View | None, loading: Loading
 ) -> Generator[Batch, None, None]:
     copier = _Copier(loading.device) if loading.device is not None and loading.device.type == "cuda" else None
 
     def make() -> Generator[tuple[Batch, torch.cuda.Event | None], None, None]:
-        num_workers = min(loading.num_workers, len(sampler))
+        num_workers = min(loading.num_workers, len(shares_of))
         if num_workers:
-            rows = read_by_workers(_RowsOfBatches(split, loading.with_images), sampler, num_workers)
+            indices = [shares[rank].tolist() for shares in shares_of]
+            rows = read_by_workers(_RowsOfBatches(split, view, loading.with_images), indices, num_workers)
         else:
-            rows = (split.rows(shares[rank], loading.with_images) for shares in sampler.shares)
+            rows = (split.rows(shares[rank], loading.with_images, view) for shares in shares_of)
         with closing(rows):
-            for shares, stored in zip(sampler.shares, rows, strict=True):
+            for shares, stored in zip(shares_of, rows, strict=True):
                 batch = split.batch(shares[rank], view, shares, stored)
                 if copier is not None:
                     yield copier.start(batch)
@@ -116,12 +143,13 @@ def _load(
 class _RowsOfBatches(Dataset[Rows]):
     """What is stored of a whole batch at a time, for workers."""
 
-    def __init__(self, split: Split, with_images: bool) -> None:
+    def __init__(self, split: Split, view: View | None, with_images: bool) -> None:
         self._split = split
+        self._view = view
         self._with_images = with_images
 
     def __getitems__(self, indices: list[int]) -> Rows:
-        rows = self._split.rows(torch.tensor(indices), self._with_images)
+        rows = self._split.rows(torch.tensor(indices), self._with_images, self._view)
         # Shared here, where torch passes an error on to the main process. If memory ran out in the worker's thread that
         # sends the batch, the batch would be lost, and the main process would wait for it for ever.
         for tensor in [*rows.labels.values(), *([] if rows.images is None else [rows.images])]:

@@ -35,9 +35,9 @@ def machine_memory() -> int | None:
         return total
 
 
-def check_image(image_size: int) -> None:
+def check_image(image_size: tuple[int, int]) -> None:
     """Raises `SettingError` if not even one image, as the trunk takes it, fits into memory."""
-    needed, memory = 3 * 4 * image_size**2, machine_memory()
+    needed, memory = 3 * 4 * math.prod(image_size), machine_memory()
     if memory is not None and needed > memory:
         raise SettingError(
             "data.image_size",
@@ -46,17 +46,16 @@ def check_image(image_size: int) -> None:
         )
 
 
-def check_memory(key: str, image_size: int, num: int, stored: Stored) -> None:
-    """Raises `SettingError` if images that are to be made do not fit into memory.
+def check_memory(key: str, image_size: tuple[int, int], num: int, needed: int) -> None:
+    """Raises `SettingError` if images do not fit into memory.
 
     Args:
-        key: The setting to blame, if one image would fit.
+        key: The setting to blame.
         image_size: Their height and width in pixels.
-        num: How many are made.
-        stored: What is made.
+        num: How many there are.
+        needed: The bytes that they take with their labels, as far as is known.
     """
-    # Blocks are joined in the end, and then are there twice.
-    needed, memory = 2 * bytes_of(stored), machine_memory()
+    memory = machine_memory()
     if memory is not None and needed > memory:
         raise SettingError(
             key,
@@ -65,7 +64,7 @@ def check_memory(key: str, image_size: int, num: int, stored: Stored) -> None:
         )
 
 
-def check_disk(key: str, image_size: int, num: int, num_bytes: int, folder: Path) -> None:
+def check_disk(key: str, image_size: tuple[int, int], num: int, num_bytes: int, folder: Path) -> None:
     """Raises `SettingError` if the data does not fit on the disk of the data cache.
 
     Args:
@@ -87,5 +86,5 @@ def check_disk(key: str, image_size: int, num: int, num_bytes: int, folder: Path
         )
 
 
-def _pixels(image_size: int) -> str:
-    return f"{image_size:,} x {image_size:,} pixels"
+def _pixels(image_size: tuple[int, int]) -> str:
+    return f"{image_size[0]:,} x {image_size[1]:,} pixels"

@@ -26,7 +26,7 @@ from mtl.runtime.console import first_line
 from mtl.runtime.text import hint
 
 
-def build_trunk(config: TrunkConfig, image_size: int) -> nn.Module:
+def build_trunk(config: TrunkConfig, image_size: tuple[int, int]) -> nn.Module:
     """Builds a timm model without a classifier, with the weights that `trunk.weights` names.
 
     Raises:
@@ -83,7 +83,7 @@ def _create(name: str, pretrained: bool, options: dict[str, Any]) -> nn.Module:
     return trunk
 
 
-def _options(config: TrunkConfig, image_size: int) -> dict[str, Any]:
+def _options(config: TrunkConfig, image_size: tuple[int, int]) -> dict[str, Any]:
     """The options for timm; models with a fixed number of tokens need the image size, others take any."""
     for key, instead in (("pretrained", "set trunk.weights instead"), ("num_classes", "the heads have the classes")):
         if key in config.options:
@@ -92,7 +92,15 @@ def _options(config: TrunkConfig, image_size: int) -> dict[str, Any]:
     return ({"img_size": image_size} if is_fixed else {}) | config.options
 
 
-def features_of(trunk: nn.Module, dense: bool, image_size: int, config: TrunkConfig) -> tuple[list[int], FeatureShape]:
+def input_channels(config: TrunkConfig) -> int:
+    """Channels of the images that a trunk takes."""
+    channels: int = config.options.get("in_chans", 3)
+    return channels
+
+
+def features_of(
+    trunk: nn.Module, dense: bool, image_size: tuple[int, int], config: TrunkConfig
+) -> tuple[list[int], FeatureShape]:
     """The levels of a trunk that dense heads read, and the shape of all features.
 
     Args:
@@ -110,16 +118,18 @@ def features_of(trunk: nn.Module, dense: bool, image_size: int, config: TrunkCon
         raise _blamed(error, config, image_size, dense) from error
 
 
-def _probe(trunk: nn.Module, dense: bool, image_size: int, config: TrunkConfig) -> tuple[list[int], FeatureShape]:
+def _probe(
+    trunk: nn.Module, dense: bool, image_size: tuple[int, int], config: TrunkConfig
+) -> tuple[list[int], FeatureShape]:
     try:
         levels = pyramid_levels(trunk) if dense else []
-        return levels, feature_shape(trunk, levels, image_size)
+        return levels, feature_shape(trunk, levels, image_size, input_channels(config))
     except _TIMM_ERRORS as error:
         key = "trunk.options" if config.options else "trunk.name"
         raise _UnfitError(
             key,
             f"{config.name!r} with options {config.options} gives no features for images of"
-            f" {image_size} x {image_size} pixels with 3 channels: {first_line(error)}",
+            f" {image_size[0]} x {image_size[1]} pixels: {first_line(error)}",
         ) from error
 
 
@@ -127,23 +137,35 @@ def _probe(trunk: nn.Module, dense: bool, image_size: int, config: TrunkConfig) 
 _GRIDS = (14, 16, 32, 64, 256)
 
 
-def _blamed(error: _UnfitError, config: TrunkConfig, image_size: int, dense: bool) -> SettingError:
+def _blamed(error: _UnfitError, config: TrunkConfig, image_size: tuple[int, int], dense: bool) -> SettingError:
     """The error; blames the image size, with the nearest sizes that fit, if the trunk can run with another size."""
     usual = timm.models.get_pretrained_cfg_value(config.name, "input_size")
-    if usual is None or not _takes(config, usual[-1], dense):
+    if usual is None or not _takes(config, (usual[-2], usual[-1]), dense):
         return error
-    below = sorted({image_size // grid * grid for grid in _GRIDS} - {0, image_size}, reverse=True)
-    above = sorted({(image_size // grid + 1) * grid for grid in _GRIDS})
+    grids = [grid for grid in _GRIDS if grid <= min(image_size)]
+    below = sorted({_on_grid(image_size, grid, 0) for grid in grids} - {image_size}, reverse=True)
+    above = sorted({_on_grid(image_size, grid, 1) for grid in _GRIDS})
     nearest = (next((size for size in sizes if _takes(config, size, dense)), None) for sizes in (below, above))
-    fitting = sorted({*(size for size in nearest if size is not None), usual[-1]})
+    fitting = sorted({*(size for size in nearest if size is not None), (usual[-2], usual[-1])})
     return SettingError(
         "data.image_size",
-        f"{config.name!r} takes no images of {image_size} x {image_size} pixels; sizes that fit:"
-        f" {', '.join(map(str, fitting))} ({error.message})",
+        f"{config.name!r} takes no images of {image_size[0]} x {image_size[1]} pixels; sizes that fit:"
+        f" {', '.join(map(_size_text, fitting))} ({error.message})",
     )
 
 
-def _takes(config: TrunkConfig, image_size: int, dense: bool) -> bool:
+def _on_grid(image_size: tuple[int, int], grid: int, more: int) -> tuple[int, int]:
+    """The size in whole cells of a grid: as many as fit, or some more."""
+    height, width = ((side // grid + more) * grid for side in image_size)
+    return height, width
+
+
+def _size_text(size: tuple[int, int]) -> str:
+    """A size as a configuration writes it."""
+    return str(size[0]) if size[0] == size[1] else str(list(size))
+
+
+def _takes(config: TrunkConfig, image_size: tuple[int, int], dense: bool) -> bool:
     """Whether a trunk can be built for a size and gives features; tried on the meta device."""
     try:
         with torch.device("meta"):

@@ -10,7 +10,7 @@ from einops import rearrange
 from torch import Tensor, nn
 
 from mtl.config import TrunkConfig
-from mtl.model.build import build_trunk, features_of
+from mtl.model.build import build_trunk, features_of, input_channels
 from mtl.model.heads import DenseHead, VectorHead, build_head
 from mtl.model.prefix import Prefix
 from mtl.model.trunk import Features, read_features
@@ -31,12 +31,20 @@ class Normalize(nn.Module):
 
     def forward(self, images: Tensor) -> Tensor:
         """Args:
-            images: "b h w c", uint8, c is 3, or 1 for grey.
+            images: "b h w c", uint8 or float32 from 0 to 255; where the trunk takes 3 channels, c is 3, or 1 for grey.
 
         Returns:
-            "b 3 h w", float32, channels_last in memory, since the images are stored so; callers may convert it.
+            "b c h w", float32, channels_last in memory, since the images are stored so; callers may convert it.
         """
         return rearrange(images, "b h w c -> b c h w").to(self.scale.dtype) * self.scale + self.shift
+
+
+def _statistics(trained_on: Mapping[str, Any], channels: int) -> tuple[tuple[float, ...], tuple[float, ...]]:
+    """Mean and std of each channel; those of other channels than a trunk was trained on are their means."""
+    mean, std = trained_on["mean"], trained_on["std"]
+    if len(mean) == channels:
+        return mean, std
+    return (sum(mean) / len(mean),) * channels, (sum(std) / len(std),) * channels
 
 
 class MultiTaskModel(nn.Module):
@@ -52,7 +60,7 @@ class MultiTaskModel(nn.Module):
         self,
         config: TrunkConfig,
         tasks: Mapping[str, Task],
-        image_size: int,
+        image_size: tuple[int, int],
         memory_format: torch.memory_format = torch.contiguous_format,
     ) -> None:
         """Args:
@@ -70,12 +78,13 @@ class MultiTaskModel(nn.Module):
         dense = any(task.output == "dense" for task in tasks.values())
         self.levels, shape = features_of(trunk, dense, image_size, config)
         trained_on: Any = trunk.pretrained_cfg
-        self.normalize = Normalize(trained_on["mean"], trained_on["std"])
+        self.normalize = Normalize(*_statistics(trained_on, input_channels(config)))
         self.trunk = trunk
         heads = {name: build_head(task.output, shape, task.num_outputs) for name, task in tasks.items()}
         self.heads = nn.ModuleDict(heads)
         self.memory_format = memory_format
         self.image_size = image_size
+        self.channels = input_channels(config)
         self.to(memory_format=memory_format)
         # Compiled methods by name.
         self._compiled: dict[str, Callable[..., Any]] = {}
@@ -102,9 +111,9 @@ class MultiTaskModel(nn.Module):
             device: Where they are; with the model's parameters if not given.
 
         Returns:
-            "b h w 3", uint8, all 0.
+            "b h w c", uint8, all 0.
         """
-        shape = (num_images, self.image_size, self.image_size, 3)
+        shape = (num_images, *self.image_size, self.channels)
         return torch.zeros(shape, dtype=torch.uint8, device=device or next(self.parameters()).device)
 
     def forward(self, images: Tensor, tasks: Collection[str] | None = None) -> dict[str, Tensor]:

@@ -78,14 +78,14 @@ def in_eval_mode(module: nn.Module) -> Iterator[None]:
             part.training = mode
 
 
-def feature_shape(trunk: nn.Module, levels: list[int], image_size: int) -> FeatureShape:
+def feature_shape(trunk: nn.Module, levels: list[int], image_size: tuple[int, int], channels: int) -> FeatureShape:
     """Channels of the features, from one forward of a blank image; the trunk is unchanged afterwards.
 
     Raises:
         ValueError: The trunk does not pool to one vector per image.
     """
     reference = next(trunk.parameters())
-    blank = torch.zeros(1, 3, image_size, image_size, device=reference.device, dtype=reference.dtype)
+    blank = torch.zeros(1, channels, *image_size, device=reference.device, dtype=reference.dtype)
     with in_eval_mode(trunk), torch.no_grad():
         features = read_features(trunk, blank, levels, pooled=True)
     if features.pooled is None or features.pooled.ndim != 2:

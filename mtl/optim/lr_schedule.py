@@ -3,21 +3,26 @@
 from __future__ import annotations
 
 import math
-from collections.abc import Mapping
+from collections.abc import Callable, Mapping
+from functools import partial
 from typing import TypedDict
 
 from torch.optim import Optimizer
 
+from mtl.config import SettingError
 from mtl.config.optim import (
     ConstantConfig,
     CosineConfig,
     LinearConfig,
     LrScheduleConfig,
     OneCycleConfig,
+    OwnLrScheduleConfig,
     PlateauConfig,
     StepConfig,
 )
+from mtl.config.own import make_own, own_class
 from mtl.runtime.best import Best, BestState, Direction
+from mtl.runtime.plugin import where_it_failed
 
 # One-cycle (Smith and Topin, arXiv 1708.07120): up from a 25th of the peak, then down to 0, each along half a cosine.
 _WARM_UP_SHARE, _START_FACTOR = 0.3, 0.04
@@ -53,6 +58,7 @@ class LrSchedule:
         direction: Which values of the metric of `plateau` are better.
         """
         self._config = config
+        self._share = share_of(config)
         self._optimizer = optimizer
         self._peaks = [group["lr"] for group in optimizer.param_groups]
         self._num_steps = num_steps
@@ -91,9 +97,45 @@ class LrSchedule:
         self._set()
 
     def _set(self) -> None:
-        factor = self._scale * factor_at(self._config, self._step, self._num_steps, self._steps_per_epoch)
+        factor = self._scale * self._share(self._step, self._num_steps, self._steps_per_epoch)
         for group, peak in zip(self._optimizer.param_groups, self._peaks, strict=True):
             group["lr"] = peak * factor
+
+
+# From the step, from 0, the length of the phase in steps, and the steps in one pass over the data: the share of the peak.
+Share = Callable[[int, int, int], float]
+
+
+def share_of(config: LrScheduleConfig) -> Share:
+    """A schedule as a function of the step.
+
+    Raises:
+        SettingError: A class of the user's own cannot be had, or does not take its options.
+    """
+    if isinstance(config, OwnLrScheduleConfig):
+        kind = own_class(config.name, "lr_schedule.name")
+        own: Share = make_own(kind, config.options, "lr_schedule.options", config.name)
+        return own
+    return partial(factor_at, config)
+
+
+def try_out_schedule(config: LrScheduleConfig, num_steps: int, steps_per_epoch: int) -> None:
+    """Asks a schedule of the user's own for its first and its last share.
+
+    Raises:
+        SettingError: It cannot be made or called, or gives no share: a finite number that is not negative.
+    """
+    share = share_of(config)
+    if not isinstance(config, OwnLrScheduleConfig):
+        return
+    for step in (0, num_steps - 1):
+        try:
+            found = float(share(step, num_steps, steps_per_epoch))
+        except Exception as error:  # the user's code may raise anything
+            raise SettingError("lr_schedule.name", f"{config.name}, step {step}: {where_it_failed(error)}") from error
+        if not 0 <= found < math.inf:
+            message = f"{config.name} gave {found} at step {step}; expected the share of the peak rate, 0 or more"
+            raise SettingError("lr_schedule.name", message)
 
 
 def factor_at(config: LrScheduleConfig, step: int, num_steps: int, steps_per_epoch: int) -> float:
@@ -119,6 +161,8 @@ def factor_at(config: LrScheduleConfig, step: int, num_steps: int, steps_per_epo
             return config.factor ** (step // steps_per_epoch // config.every_epochs)
         case ConstantConfig() | PlateauConfig():
             return 1.0
+        case OwnLrScheduleConfig():
+            raise TypeError(config)
 
 
 def _one_cycle(step: int, num_steps: int) -> float:

@@ -8,14 +8,15 @@ from typing import Any, TypeVar
 
 from torch.nn.modules.batchnorm import _BatchNorm
 
-from mtl.config import ConfigError
-from mtl.config.optim import OneCycleConfig, OptimConfig, PlateauConfig
+from mtl.config import ConfigError, SettingError, mistake_of
+from mtl.config.optim import OptimConfig, PlateauConfig
 from mtl.config.phase import PhaseConfig, WrittenPhase
 from mtl.config.precedence import is_written
 from mtl.config.yaml_source import KeyPath
 from mtl.data import num_batches
 from mtl.freeze import FreezePlan
 from mtl.optim.balance.balance import Balance
+from mtl.optim.lr_schedule import try_out_schedule
 from mtl.patterns.module_tree import named_modules
 from mtl.phases.freeze_rules import FreezeResolver, PhaseFreeze, PhaseResolver, ResolveContext, frozen_always
 from mtl.phases.groups import GroupResolver
@@ -185,8 +186,14 @@ class _Resolver(PhaseResolver):
             )
         if length is None or self.phase_config.evaluate_only:
             return direction
-        if not isinstance(schedule, OneCycleConfig) and schedule.warmup_steps >= num_steps:
-            message = f"expected fewer than the phase's {num_steps} steps, got {schedule.warmup_steps}"
+        try:
+            try_out_schedule(schedule, num_steps, self.steps_per_epoch)
+        except SettingError as error:
+            path = self.config.path_of(self.written, "lr_schedule")[:-1]
+            raise mistake_of(self.config, error, path) from error
+        warmup_steps = getattr(schedule, "warmup_steps", 0)
+        if warmup_steps >= num_steps:
+            message = f"expected fewer than the phase's {num_steps} steps, got {warmup_steps}"
             raise self.mistake_about("lr_schedule", message, "warmup_steps")
         never = f"is judged after whole passes of {self.steps_per_epoch} steps, but the phase has {num_steps} steps"
         if isinstance(schedule, PlateauConfig) and num_steps < self.steps_per_epoch:

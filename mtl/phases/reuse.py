@@ -26,7 +26,7 @@ def num_passes(phases: Sequence[Phase], steps_done: int) -> float:
 
 def num_views(config: RunConfig) -> int:
     """How many views of each training image are kept."""
-    return config.cache.views or 1 if config.data.augment is not None else 1
+    return config.cache.views or 1 if config.data.has_views else 1
 
 
 def why_not_kept(config: RunConfig, phase: Phase, passes: float) -> str:
@@ -40,7 +40,7 @@ def why_not_kept(config: RunConfig, phase: Phase, passes: float) -> str:
     mode = phase.config.cache or config.cache.mode
     if mode == "off":
         return "cache is off"
-    if config.data.augment is not None and config.cache.views is None:
+    if config.data.has_views and config.cache.views is None:
         return "every epoch augments the images again; cache.views would keep some views of each"
     if phase.config.evaluate_only and config.optim.ema_decay is not None:
         return "an evaluation judges averages, of which there are no fingerprints"

@@ -12,9 +12,8 @@ import torch
 from torch import nn
 
 from mtl.config import ConfigError, RunConfig, SettingError, mistake_of
-from mtl.config.own import is_own
 from mtl.config.yaml_source import KeyPath
-from mtl.data import BUILT_IN, check_image, labels_of, num_images
+from mtl.data import Source, check_image, open_data
 from mtl.freeze import untrainable_parameters
 from mtl.model import MultiTaskModel, build_trunk
 from mtl.model.network import MEMORY_FORMATS
@@ -26,7 +25,7 @@ from mtl.phases.metrics import RunMetrics
 from mtl.phases.resolve import Phase, resolve_phases
 from mtl.phases.unread import unread_settings
 from mtl.runtime.text import hint
-from mtl.tasks import Task, build_tasks
+from mtl.tasks import Task, build_tasks, label_kinds
 
 _Made = TypeVar("_Made")
 
@@ -37,6 +36,7 @@ class ModelSetup:
 
     Attributes:
         config: The configuration they were made from.
+        source: The data set.
         tasks: The tasks by name.
         model: Trunk and heads.
         root: One module around all that has parameters, under the names that users write: trunk, heads, balance.
@@ -46,6 +46,7 @@ class ModelSetup:
     """
 
     config: RunConfig
+    source: Source
     tasks: dict[str, Task]
     model: MultiTaskModel
     root: nn.Module
@@ -54,7 +55,9 @@ class ModelSetup:
     unread: list[str]
 
 
-def build_model_setup(config: RunConfig, device: str = "cpu", num_train: int | None = None) -> ModelSetup:
+def build_model_setup(
+    config: RunConfig, device: str = "cpu", num_train: int | None = None, source: Source | None = None
+) -> ModelSetup:
     """Makes the model of a run and resolves its phases.
 
     The model's initial weights follow from the run's seed; on the meta device it has none, and costs nothing.
@@ -62,15 +65,17 @@ def build_model_setup(config: RunConfig, device: str = "cpu", num_train: int | N
     Args:
         config: The run.
         device: `cpu` or `meta`.
-        num_train: Training images, if they are not as many as the configuration says.
+        num_train: Training images, if they are not as many as the data set has.
+        source: The data set, if it is open already.
 
     Raises:
         ConfigError: Anything in the configuration that turns out not to work, with the place where it was written.
+        DataError: Something of the data set cannot be read.
     """
-    _check_labels(config)
+    source = open_source(config) if source is None else source
     if device != "meta":
         try:
-            check_image(config.data.image_size)
+            check_image(config.data.size)
         except SettingError as error:
             raise mistake_of(config, error) from error
     _seed_everything(config.seed)
@@ -78,9 +83,11 @@ def build_model_setup(config: RunConfig, device: str = "cpu", num_train: int | N
     # Where it is to be found out, a run begins with the first one.
     layout = MEMORY_FORMATS["contiguous" if config.memory_format == "auto" else config.memory_format]
     trunk = (without_weights(config) if device == "meta" else config).trunk
+    if source.channels > 3:
+        trunk = trunk.model_copy(update={"options": {"in_chans": source.channels} | trunk.options})
     try:
         with torch.device(device):
-            model = MultiTaskModel(trunk, tasks, config.data.image_size, layout)
+            model = MultiTaskModel(trunk, tasks, config.data.size, layout)
             reached = reached_parameters(model)
             tasks_of, mistakes = _tasks_of_phases(config, model, reached)
             balances, balance_of = _build_balances(config, tasks_of, mistakes)
@@ -88,7 +95,7 @@ def build_model_setup(config: RunConfig, device: str = "cpu", num_train: int | N
         raise mistake_of(config, error) from error
     root = nn.ModuleDict({**dict(model.named_children()), "balance": balances})
     fixed = untrainable_parameters(root)
-    num_train = num_train or num_images(config.data)[0]
+    num_train = num_train or source.num_images[0]
     context = ResolveContext(
         config=config,
         root=root,
@@ -103,17 +110,18 @@ def build_model_setup(config: RunConfig, device: str = "cpu", num_train: int | N
     unread_mistakes, unread = unread_settings(config, phases)
     if unread_mistakes:
         raise ConfigError(unread_mistakes)
-    return ModelSetup(config, tasks, model, root, fixed, phases, unread)
+    return ModelSetup(config, source, tasks, model, root, fixed, phases, unread)
 
 
-def build_meta_setup(config: RunConfig, num_train: int | None = None) -> ModelSetup:
+def build_meta_setup(config: RunConfig, num_train: int | None = None, source: Source | None = None) -> ModelSetup:
     """As `build_model_setup`, on the meta device, or on the CPU for a trunk that cannot be built there.
 
     Raises:
-        ConfigError: As `build_model_setup`.
+        ConfigError, DataError: As `build_model_setup`.
     """
     without = without_weights(config)
-    setup = _on_meta_or_cpu(lambda device: build_model_setup(without, device, num_train))
+    opened = open_source(config) if source is None else source
+    setup = _on_meta_or_cpu(lambda device: build_model_setup(without, device, num_train, opened))
     return replace(setup, config=config)
 
 
@@ -127,7 +135,7 @@ def build_meta_trunk(config: RunConfig) -> nn.Module:
     def build(device: str) -> nn.Module:
         try:
             with torch.device(device):
-                return build_trunk(without_weights(config).trunk, config.data.image_size)
+                return build_trunk(without_weights(config).trunk, config.data.size)
         except SettingError as error:
             raise mistake_of(config, error) from error
 
@@ -198,24 +206,26 @@ def _build_balances(
     return balances, balance_of
 
 
-def _check_labels(config: RunConfig) -> None:
-    if not is_own(config.data.name) and config.data.name not in BUILT_IN:
-        there = (
-            f"there are: {', '.join(BUILT_IN)}, or your own as package.module:Name{hint(config.data.name, BUILT_IN)}"
-        )
-        raise config.mistake(("data", "name"), f"no data set {config.data.name!r}; {there}")
+def open_source(config: RunConfig) -> Source:
+    """Opens the data set of a run.
+
+    Raises:
+        ConfigError: It cannot be had, or has no label that a task learns.
+        DataError: Something of it cannot be read.
+    """
     try:
-        labels = labels_of(config.data, [own.label or task for task, own in config.tasks.items()])
+        source = open_data(config.data, label_kinds(config))
     except SettingError as error:
         raise mistake_of(config, error) from error
     for task, own in config.tasks.items():
         label = own.label or task
-        if label not in labels:
-            there = f"it has: {', '.join(labels)}{hint(label, labels)}"
+        if label not in source.labels:
+            there = f"it has: {', '.join(source.labels)}{hint(label, source.labels)}"
             if own.label is not None:
                 raise config.mistake(("tasks", task, "label"), f"{config.data.name} has no label {label!r}; {there}")
             elsewhere = "; if the task has another name than its label, set label"
             raise config.mistake(("tasks", task), f"{config.data.name} has no labels of that name; {there}{elsewhere}")
+    return source
 
 
 def _seed_everything(seed: int) -> None:

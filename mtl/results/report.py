@@ -73,7 +73,7 @@ def write_report(setup: RunSetup, run_dir: Path, picture: Path | None = None) ->
     if any(is_sharded(parameter) for parameter in setup.root.parameters()):
         # The other ranks have exited: build an unsharded model.
         trunk = setup.config.trunk.model_copy(update={"weights": "none"})
-        own = build_model_setup(setup.config.with_changes(trunk=trunk))
+        own = build_model_setup(setup.config.with_changes(trunk=trunk), source=setup.source)
         own.root.to(setup.device)
         setup = replace(setup, model=own.model, root=own.root)
     state, _ = load_checkpoint(run_dir / "checkpoints" / which, setup.root)

@@ -17,8 +17,19 @@ from mtl.config.own import make_own, own_class
 from mtl.tasks.base import Goal, Metrics, Task
 from mtl.tasks.classes import Classification, Segmentation
 from mtl.tasks.geometry import Depth, Normals
+from mtl.tasks.kinds import label_kinds
 
-__all__ = ["Classification", "Depth", "Goal", "Metrics", "Normals", "Segmentation", "Task", "build_tasks"]
+__all__ = [
+    "Classification",
+    "Depth",
+    "Goal",
+    "Metrics",
+    "Normals",
+    "Segmentation",
+    "Task",
+    "build_tasks",
+    "label_kinds",
+]
 
 
 def build_tasks(config: RunConfig) -> dict[str, Task]:

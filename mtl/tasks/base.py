@@ -20,6 +20,8 @@ from torch import Tensor
 #   normals  "3 h w", unit vectors, which turn and flip with the image; zero or NaN is none
 #   points   "k 3", column and row in pixels from the image's corner, and visibility; 0 is none
 LabelKind = Literal["class", "tags", "numbers", "mask", "depth", "normals", "points"]
+# Those that lie in the image's plane.
+SPATIAL: frozenset[LabelKind] = frozenset({"mask", "depth", "normals", "points"})
 
 
 @dataclass(frozen=True)

@@ -8,7 +8,7 @@ from collections.abc import Callable, Collection, Iterable, Iterator, Mapping
 import torch
 from torch import Tensor
 
-from mtl.data import Batch, Split, validation_batches, validation_rounds
+from mtl.data import IN_THREAD, Batch, Loading, Split, validation_batches, validation_rounds
 from mtl.distributed.world import ALONE, World
 from mtl.model import MultiTaskModel
 from mtl.model.trunk import Features, in_eval_mode
@@ -27,6 +27,7 @@ def validate(
     autocast: torch.autocast,
     encode: Callable[[Batch, Collection[str]], Features],
     world: World = ALONE,
+    loading: Loading = IN_THREAD,
 ) -> Scores:
     """Metrics of some tasks over a split, by task and name: the same on every process.
 
@@ -39,10 +40,11 @@ def validate(
         autocast: The types in which it does.
         encode: Gives what the heads of these tasks read of the trunk.
         world: The processes, which share the work.
+        loading: How batches are made.
     """
 
     def outputs() -> Iterator[tuple[Batch, dict[str, Tensor]]]:
-        for batch, counts in validation_rounds(split, batch_size, world):
+        for batch, counts in validation_rounds(split, batch_size, world, loading):
             batch = batch.to(device)
             with autocast:
                 predicted = model.decode(encode(batch, tasks), batch.size, tasks)

@@ -6,17 +6,17 @@ from dataclasses import dataclass, replace
 
 import torch
 
-from mtl.config import RunConfig, SettingError, mistake_of
+from mtl.config import GeneratedData, RunConfig, SettingError, mistake_of
 from mtl.config.distributed import DistributedConfig
 from mtl.config.precedence import Precedence, is_written, precedence_of
-from mtl.data import Split, check_room, load_data
+from mtl.data import Split, check_room
 from mtl.distributed.world import ALONE, World, WorldError
 from mtl.freeze import free_norm_statistics
 from mtl.model import set_output_bias
 from mtl.optim.balance.balance import is_by_gradients
 from mtl.optim.optimizers import try_out
 from mtl.phases.plan import Plan, make_plan
-from mtl.phases.setup import ModelSetup, build_meta_setup, build_model_setup, without_weights
+from mtl.phases.setup import ModelSetup, build_meta_setup, build_model_setup, open_source, without_weights
 from mtl.runtime.console import logger
 from mtl.training.autotune import choose, lay_out
 from mtl.training.evaluate import Scores, validate_constant
@@ -58,27 +58,29 @@ def assemble(config: RunConfig, quiet: bool = False, world: World = ALONE, begin
     excluded = _check_fsdp(config, world)
     device = _device(config, world)
     try:
-        check_room(config.data)
+        if isinstance(config.data, GeneratedData):
+            check_room(config.data)
     except SettingError as error:
         raise mistake_of(config, error) from error
     world.start(device, config.distributed.timeout_s)
     # Without weights first: what is wrong with the configuration is found before any are loaded.
-    plan = make_plan(build_meta_setup(config))
-    model_setup = build_model_setup(config if begins else without_weights(config))
+    source = open_source(config)
+    plan = make_plan(build_meta_setup(config, source=source))
+    model_setup = build_model_setup(config if begins else without_weights(config), source=source)
     tasks = model_setup.tasks
     try:
         # Data that has to be made is made once.
         with world.main_first():
-            label_of = {name: own.label for name, own in config.tasks.items() if own.label}
-            train, val = load_data(config.data, tasks, label_of, quiet)
+            label_of = {name: own.label or name for name, own in config.tasks.items()}
+            train, val = source.load(tasks, label_of, quiet)
     except SettingError as error:
         raise mistake_of(config, error) from error
     if train.num_skipped:
         # An epoch has fewer steps than were planned.
-        plan = make_plan(build_meta_setup(config, len(train)))
-        model_setup = build_model_setup(model_setup.config, num_train=len(train))
+        plan = make_plan(build_meta_setup(config, len(train), source))
+        model_setup = build_model_setup(model_setup.config, num_train=len(train), source=source)
         tasks = model_setup.tasks
-    constants = {name: task.fit(train.labels[name]) for name, task in tasks.items()}
+    constants = {name: task.fit(train.labels_to_fit(name)) for name, task in tasks.items()}
     for name, constant in constants.items():
         set_output_bias(model_setup.model.heads[name], constant)
     trivial = validate_constant(tasks, constants, val, config.data.batch_size)

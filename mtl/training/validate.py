@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import torch
 
+from mtl.data import Loading
 from mtl.distributed.world import World
 from mtl.freeze import is_fully_frozen
 from mtl.phases.metrics import SCORE
@@ -47,6 +48,7 @@ class Validator:
             self._autocast,
             self._features,
             self._world,
+            Loading(not self._features.keeps, num_workers=setup.config.data.num_workers),
         )
         if is_fully_frozen(plan, "trunk"):
             still |= {name: each for name, each in fresh.items() if is_fully_frozen(plan, f"heads.{name}")}

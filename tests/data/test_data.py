@@ -13,19 +13,19 @@ import pytest
 import torch
 from safetensors.torch import load_file, save_file
 
-from mtl.config import DataConfig, SettingError
+from mtl.config import GeneratedData, SettingError
 from mtl.data import (
     DataError,
     cache,
     check_room,
-    load_data,
     multifashion,
     num_batches,
+    open_data,
     scenes,
     training_batches,
     validation_batches,
 )
-from mtl.data.dataset import Split
+from mtl.data.memory import MemorySplit
 from mtl.data.room import bytes_of
 from mtl.data.sprites import Sprites, load_sprites
 from mtl.tasks import Classification, Depth, Normals, Segmentation
@@ -36,6 +36,11 @@ SCENE_TASKS = {
     "normals": Normals(),
     "object": Classification(10),
 }
+
+
+def load_data(config: GeneratedData, tasks: dict[str, Any], quiet: bool) -> tuple[Any, Any]:
+    kinds = {name: task.label_kind for name, task in tasks.items()}
+    return open_data(config, kinds).load(tasks, dict(zip(tasks, tasks, strict=True)), quiet)
 
 
 @pytest.fixture(scope="module")
@@ -138,8 +143,8 @@ def test_multifashion_shows_the_brighter_garment_where_two_overlap() -> None:
 
 
 def test_a_smaller_data_set_is_the_beginning_of_a_larger_one() -> None:
-    small = DataConfig(name="scenes", image_size=16, num_train=30, num_val=10)
-    large = DataConfig(name="scenes", image_size=16, num_train=120, num_val=10)
+    small = GeneratedData(name="scenes", image_size=16, num_train=30, num_val=10)
+    large = GeneratedData(name="scenes", image_size=16, num_train=120, num_val=10)
     (a, _), (b, _) = load_data(small, SCENE_TASKS, quiet=True), load_data(large, SCENE_TASKS, quiet=True)
     assert (len(a), len(b)) == (30, 120)
     assert torch.equal(a.images, b.images[:30])
@@ -147,13 +152,13 @@ def test_a_smaller_data_set_is_the_beginning_of_a_larger_one() -> None:
 
 
 def test_labels_that_no_task_uses_are_left_out() -> None:
-    config = DataConfig(name="scenes", image_size=16, num_train=10, num_val=10)
+    config = GeneratedData(name="scenes", image_size=16, num_train=10, num_val=10)
     train, _ = load_data(config, {"depth": Depth()}, quiet=True)
     assert list(train.labels) == ["depth"]
 
 
 def test_labels_that_do_not_fit_a_task_are_an_error() -> None:
-    config = DataConfig(name="scenes", image_size=16, num_train=10, num_val=10)
+    config = GeneratedData(name="scenes", image_size=16, num_train=10, num_val=10)
     with pytest.raises(SettingError, match=r"tasks\.segmentation: .*expected classes 0 to 4 \(num_classes: 5\)"):
         load_data(config, {"segmentation": Segmentation(5)}, quiet=True)
 
@@ -178,10 +183,10 @@ HARMS = [
 def test_a_damaged_data_cache_is_made_again_with_a_warning(
     tmp_path: Path, harm: str, caplog: pytest.LogCaptureFixture
 ) -> None:
-    config = DataConfig(name="scenes", image_size=16, num_train=10, num_val=5, cache_dir=str(tmp_path))
+    config = GeneratedData(name="scenes", image_size=16, num_train=10, num_val=5, cache_dir=str(tmp_path))
     train, _ = load_data(config, SCENE_TASKS, quiet=True)
     # What was read is a view of the file that is harmed.
-    sound = Split(train.images.clone(), {name: label.clone() for name, label in train.labels.items()})
+    sound = MemorySplit(train.images.clone(), {name: label.clone() for name, label in train.labels.items()})
     del train
     entry = next(tmp_path.glob("scenes-train-*"))
     file, card = entry / "data.safetensors", entry / "card.json"
@@ -219,7 +224,7 @@ def test_a_damaged_data_cache_is_made_again_with_a_warning(
 
 
 def test_a_cache_that_cannot_keep_what_is_written_is_named(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    config = DataConfig(name="scenes", image_size=16, num_train=5, num_val=5, cache_dir=str(tmp_path))
+    config = GeneratedData(name="scenes", image_size=16, num_train=5, num_val=5, cache_dir=str(tmp_path))
     numbers = iter(range(100))
     monkeypatch.setattr(cache, "_checksum", lambda _: next(numbers))
     with pytest.raises(DataError, match=r"is not what was written a moment ago .*set data\.cache_dir"):
@@ -257,7 +262,7 @@ def test_what_a_data_set_is_said_to_take_is_what_it_takes(module: Any) -> None:
 def test_data_that_is_certain_not_to_fit_into_memory_is_refused_with_its_bytes(
     changes: dict[str, int], key: str, message: str, tmp_path: Path
 ) -> None:
-    config = DataConfig(name="scenes", cache_dir=str(tmp_path / "cache"), **changes)
+    config = GeneratedData(name="scenes", cache_dir=str(tmp_path / "cache"), **changes)
     with pytest.raises(
         SettingError, match=rf"^{re.escape(key)}: {message}.* and this machine has [\d.]+ \wB of memory"
     ):
@@ -271,7 +276,7 @@ def test_data_that_is_certain_not_to_fit_on_the_disk_is_refused_with_its_bytes(
     usage = shutil.disk_usage(tmp_path)._replace(free=100_000)
     monkeypatch.setattr("mtl.data.room.shutil.disk_usage", lambda _: usage)
     folder = tmp_path / "deep/cache"
-    config = DataConfig(name="scenes", image_size=16, num_train=20, num_val=10, cache_dir=str(folder))
+    config = GeneratedData(name="scenes", image_size=16, num_train=20, num_val=10, cache_dir=str(folder))
     message = (
         "30 images of 16 x 16 pixels with their labels take 108 kB in the data cache .*, and 100 kB are free there"
     )
@@ -286,7 +291,7 @@ def test_data_that_is_certain_not_to_fit_on_the_disk_is_refused_with_its_bytes(
 
 
 def test_the_cache_is_read_the_second_time(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    config = DataConfig(name="multifashion", image_size=36, num_train=10, num_val=5, cache_dir=str(tmp_path))
+    config = GeneratedData(name="multifashion", image_size=36, num_train=10, num_val=5, cache_dir=str(tmp_path))
     tasks = {"left": Classification(10), "right": Classification(10)}
     first, _ = load_data(config, tasks, quiet=True)
     monkeypatch.setattr(multifashion, "render_block", None)
@@ -298,20 +303,20 @@ def test_the_cache_is_read_the_second_time(tmp_path: Path, monkeypatch: pytest.M
 def test_an_unwritable_cache_is_named(tmp_path: Path) -> None:
     blocked = tmp_path / "file"
     blocked.write_text("")
-    config = DataConfig(name="scenes", image_size=16, num_train=5, num_val=5, cache_dir=str(blocked / "cache"))
+    config = GeneratedData(name="scenes", image_size=16, num_train=5, num_val=5, cache_dir=str(blocked / "cache"))
     with pytest.raises(DataError, match=r"cannot be written.*set data\.cache_dir"):
         load_data(config, SCENE_TASKS, quiet=True)
 
 
 @pytest.fixture
-def split() -> Split:
-    return Split(
+def split() -> MemorySplit:
+    return MemorySplit(
         torch.arange(10, dtype=torch.uint8).view(10, 1, 1, 1),
         {"a": torch.arange(10, dtype=torch.uint8), "b": torch.zeros(10, 1, 2, 2, dtype=torch.float16)},
     )
 
 
-def test_a_training_pass_has_full_batches_of_distinct_images_in_an_order_of_seed_and_epoch(split: Split) -> None:
+def test_a_training_pass_has_full_batches_of_distinct_images_in_an_order_of_seed_and_epoch(split: MemorySplit) -> None:
     def order(seed: int, epoch: int) -> list[int]:
         batches = list(training_batches(split, 4, seed, epoch))
         assert [len(batch) for batch in batches] == [4, 4]
@@ -322,17 +327,17 @@ def test_a_training_pass_has_full_batches_of_distinct_images_in_an_order_of_seed
     assert order(0, 0) != order(0, 1) and order(0, 0) != order(1, 0)
 
 
-def test_a_split_smaller_than_a_batch_is_one_batch(split: Split) -> None:
+def test_a_split_smaller_than_a_batch_is_one_batch(split: MemorySplit) -> None:
     assert num_batches(len(split), 64) == 1
     assert [len(batch) for batch in training_batches(split, 64, 0, 0)] == [10]
 
 
-def test_validation_sees_every_image_once_in_order(split: Split) -> None:
+def test_validation_sees_every_image_once_in_order(split: MemorySplit) -> None:
     batches = list(validation_batches(split, 4))
     assert [batch.indices.tolist() for batch in batches] == [[0, 1, 2, 3], [4, 5, 6, 7], [8, 9]]
 
 
-def test_batches_keep_images_as_bytes_and_give_labels_in_the_types_that_losses_take(split: Split) -> None:
+def test_batches_keep_images_as_bytes_and_give_labels_in_the_types_that_losses_take(split: MemorySplit) -> None:
     batch = next(iter(validation_batches(split, 4)))
     assert batch.images.dtype == torch.uint8
     assert (batch.labels["a"].dtype, batch.labels["b"].dtype) == (torch.int64, torch.float32)

@@ -17,7 +17,7 @@ from torch import Tensor
 
 import mtl.data
 from mtl.config import ConfigError
-from mtl.data import Batch, DataError, Loading, Split, training_batches
+from mtl.data import Batch, DataError, Loading, MemorySplit, training_batches
 from mtl.data.samplers import EpochSampler
 from mtl.data.workers import THREAD_NAME
 from mtl.distributed.world import World
@@ -25,10 +25,10 @@ from mtl.training.run import train
 from runs import read_metrics, tiny_parts
 
 
-def split(num: int = 23) -> Split:
+def split(num: int = 23) -> MemorySplit:
     generator = torch.Generator().manual_seed(1)
     images = torch.randint(0, 256, (num, 4, 4, 3), dtype=torch.uint8, generator=generator)
-    return Split(
+    return MemorySplit(
         images, {"a": torch.arange(num, dtype=torch.int16), "b": torch.rand(num, 1, generator=generator).half()}
     )
 
@@ -121,15 +121,15 @@ def test_a_loop_that_is_left_ends_the_thread_and_the_workers(way: str) -> None:
 
 
 def test_what_fails_in_the_background_is_raised_in_the_loop(monkeypatch: pytest.MonkeyPatch) -> None:
-    real, calls = Split.rows, []
+    real, calls = MemorySplit.rows, []
 
-    def rows(self: Split, indices: Tensor, with_images: bool) -> Any:
+    def rows(self: MemorySplit, indices: Tensor, with_images: bool, view: Any) -> Any:
         calls.append(1)
         if len(calls) == 3:
             raise OSError("the disk is gone")
-        return real(self, indices, with_images)
+        return real(self, indices, with_images, view)
 
-    monkeypatch.setattr(Split, "rows", rows)
+    monkeypatch.setattr(MemorySplit, "rows", rows)
     taken = []
     with pytest.raises(OSError, match="the disk is gone"):
         taken.extend(training_batches(split(), 5, 3, 1, loading=WAYS["ahead"]))
@@ -140,7 +140,7 @@ def test_what_a_worker_raises_is_raised_in_the_loop(monkeypatch: pytest.MonkeyPa
     def rows(*_: object) -> Any:
         raise OSError("the disk is gone")
 
-    monkeypatch.setattr(Split, "rows", rows)
+    monkeypatch.setattr(MemorySplit, "rows", rows)
     with pytest.raises(OSError, match="the disk is gone"):
         next(training_batches(split(), 5, 3, 1, loading=WAYS["workers"]))
     assert not threads()
@@ -191,7 +191,7 @@ def test_a_worker_that_is_killed_at_any_moment_is_named() -> None:
 
 
 def test_a_worker_that_ends_by_itself_is_named_with_its_exit_code(monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr(Split, "rows", lambda *_: os._exit(3))
+    monkeypatch.setattr(MemorySplit, "rows", lambda *_: os._exit(3))
     with pytest.raises(DataError, match=r"data worker \d \(pid \d+\) ended with exit code 3 while it made a batch"):
         next(training_batches(split(), 5, 3, 1, loading=WAYS["workers"]))
 
@@ -218,18 +218,18 @@ def test_a_run_with_workers_has_the_bits_of_one_without(tmp_path: Path) -> None:
 
 def plant(patch: pytest.MonkeyPatch) -> None:
     """Three samples of the training data and one of the validation data that cannot be used."""
-    real = mtl.data._load_split
+    real = mtl.data.generated.load_split
 
-    def load(data: Any, config: Any, which: str, num: int, quiet: bool) -> Split:
-        found = real(data, config, which, num, quiet)
+    def load(config: Any, which: str, quiet: bool) -> MemorySplit:
+        found = real(config, which, quiet)
         labels = {name: label.clone() for name, label in found.labels.items()}
         labels["depth"][3, 0, 0, 0] = float("inf")
         if which == "train":
             labels["normals"][7, 1, 2, 2] = float("-inf")
             labels["object"][11] = 77
-        return Split(found.images, labels)
+        return MemorySplit(found.images, labels)
 
-    patch.setattr(mtl.data, "_load_split", load)
+    patch.setattr(mtl.data.generated, "load_split", load)
 
 
 def test_a_sample_that_cannot_be_trained_on_is_named(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:

@@ -13,7 +13,7 @@ import torch
 from torch import Tensor, nn
 
 from mtl.config import TrunkConfig
-from mtl.data import Split
+from mtl.data import MemorySplit
 from mtl.distributed.ddp import wrap_ddp
 from mtl.distributed.world import World
 from mtl.model import MultiTaskModel
@@ -114,7 +114,7 @@ def validation(size: int = 4, number: int = 11) -> dict[str, Any]:
         "normals": nn.functional.normalize(torch.randn(number, 3, 32, 32, generator=generator), dim=1),
     }
     labels["depth"][-1], labels["segmentation"][0] = 0, 255
-    split = Split(torch.randint(0, 256, (number, 32, 32, 3), dtype=torch.uint8, generator=generator), labels)
+    split = MemorySplit(torch.randint(0, 256, (number, 32, 32, 3), dtype=torch.uint8, generator=generator), labels)
     device, off = torch.device("cpu"), torch.autocast("cpu", enabled=False)
     num_batches = 0
 

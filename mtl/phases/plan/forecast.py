@@ -4,7 +4,6 @@ from __future__ import annotations
 
 import torch
 
-from mtl.data import num_images
 from mtl.freeze import enforce
 from mtl.model.prefix import Prefix, PrefixError
 from mtl.phases.plan.records import KeptPlan
@@ -33,5 +32,5 @@ def forecast(model_setup: ModelSetup, index: int) -> KeptPlan:
     if why_not := model.why_not_cut(prefix, phase.tasks):
         return KeptPlan(why_not=why_not)
     per_image = prefix.bytes_in(getattr(torch, config.cache.dtype))
-    num_train, num_val = num_images(config.data)
+    num_train, num_val = model_setup.source.num_images
     return KeptPlan(len(prefix.modules), per_image, per_image * (num_views(config) * num_train + num_val))

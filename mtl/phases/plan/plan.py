@@ -35,7 +35,7 @@ def make_plan(model_setup: ModelSetup, world_size: int = 1, with_forecast: bool 
         phases = [replace(phase, kept=forecast(model_setup, index)) for index, phase in enumerate(phases)]
         # Initial values are known without reading any file if there are no trained weights to begin with.
         if model_setup.config.trunk.weights == "none" and planner.weights <= _MOST_BYTES:
-            dead = dead_branches(build_model_setup(model_setup.config))
+            dead = dead_branches(build_model_setup(model_setup.config, source=model_setup.source))
             phases = [replace(phase, dead=dead.get(phase.name)) for phase in phases]
     return Plan(model_setup.config.trunk.name, world_size, tuple(planner.parameters), tuple(phases))
 
@@ -147,7 +147,7 @@ class _Planner:
         """What a phase costs; None stands for one in which nothing is frozen."""
         config = self.model_setup.config
         model = config.model_dump_json(include={"trunk", "tasks", "memory_format"})
-        key: tuple[object, ...] = (model, config.data.image_size)
+        key: tuple[object, ...] = (model, config.data.size)
         if phase is not None:
             optimizer = phase.optim.optimizer.model_dump_json()
             stepped = sum(p.numel() for group in phase.groups for p in group["params"])

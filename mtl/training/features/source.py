@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import math
 from collections.abc import Callable, Collection, Mapping
+from contextlib import closing
 from functools import partial
 from typing import Any
 
@@ -11,7 +12,7 @@ import torch
 from torch import Tensor
 
 from mtl.audit import PhaseRecord
-from mtl.data import Batch, Split, View, draw_view
+from mtl.data import Batch, Loading, Split, View, batches_of, draw_view
 from mtl.distributed.world import ALONE, World
 from mtl.featurestore import FeatureStore
 from mtl.featurestore.sharded import ShardedStore, batches_to_fill
@@ -66,10 +67,8 @@ class FeatureSource:
     def view(self, epoch: int) -> View | None:
         """How the training images are seen in an epoch of the run, counted from 0."""
         config = self._setup.config
-        if config.data.augment is None:
-            return None
         number = epoch if self._settings.views is None else epoch % self._settings.views
-        return draw_view(config.data.augment, config.seed, number, len(self._setup.train))
+        return draw_view(config.data, config.seed, number, len(self._setup.train))
 
     @property
     def trunk_rests(self) -> bool:
@@ -236,12 +235,14 @@ class FeatureSource:
             torch.inference_mode(mode=False),
             torch.no_grad(),
         ):
-            for indices in batches:
-                computed = prefix.compute(self._images(split, indices, view))
-                store.write(first + indices, as_stored(computed, prefix))
-                if store.is_disabled:
-                    return
-                bar.update(len(indices) * self._world.size)
+            loading = Loading(True, self._setup.device, self._setup.config.data.num_workers)
+            with closing(batches_of(split, list(batches), view, loading)) as read:
+                for batch in read:
+                    computed = prefix.compute(self._model.prepare(batch.images))
+                    store.write(first + batch.indices, as_stored(computed, prefix))
+                    if store.is_disabled:
+                        return
+                    bar.update(len(batch) * self._world.size)
 
     def _images(self, split: Split, indices: Tensor, view: View | None = None) -> Tensor:
         return self._model.prepare(split.batch(indices, view).to(self._setup.device).images)

@@ -10,7 +10,6 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from mtl.audit import fingerprint
 from mtl.data import Split
 from mtl.data.cache import default_cache_dir
 from mtl.distributed.world import World
@@ -111,10 +110,10 @@ class FeatureStores:
         return num_images * prefix.bytes_in(getattr(torch, self._settings.dtype))
 
     def _key_of(self, split: Split, key: Mapping[str, Any]) -> dict[str, Any]:
-        """The key with the images, by their bytes."""
+        """The key with the identity of the images."""
         name = id(split)
         if name not in self._digests:
-            self._digests[name] = fingerprint(split.images)
+            self._digests[name] = split.identity()
         return {**key, "images": self._digests[name]}
 
     def _new(self, place: str, key: dict[str, Any], num_rows: int, fields: list[Field]) -> FeatureStore:

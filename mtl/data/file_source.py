@@ -1,0 +1,93 @@
+"""A data set that is read from files: once into memory where it fits there, else batch by batch."""
+
+from __future__ import annotations
+
+from collections.abc import Mapping
+from functools import cached_property
+
+import torch
+
+from mtl.config import FileData, OwnData, SettingError
+from mtl.data.cache import DataError
+from mtl.data.dataset import Split
+from mtl.data.file_split import FileSplit
+from mtl.data.fileset import FileSet
+from mtl.data.into_memory import read_into_memory, sound_items
+from mtl.data.items import ImageForm, ItemReader, first_labels, image_form
+from mtl.data.labelling import Labelling
+from mtl.data.own import OwnSet
+from mtl.data.source import Source, pipelines_of
+from mtl.data.transforms import Pipeline
+from mtl.runtime.fingerprint import fingerprint_of_json
+from mtl.tasks import Task
+from mtl.tasks.base import LabelKind
+
+
+class FileSource(Source):
+    def __init__(self, config: FileData, kinds: Mapping[str, LabelKind]) -> None:
+        self._config, self._kinds = config, kinds
+        self._sets = {split: _open_files(config, split, kinds) for split in ("train", "val")}
+        self.labels, self.classes = self._sets["train"].labels, self._sets["train"].classes
+        self.num_images = (self._number("train"), self._number("val"))
+
+    @property
+    def channels(self) -> int:
+        return self._form.channels
+
+    def load(self, tasks: Mapping[str, Task], label_of: Mapping[str, str], quiet: bool) -> tuple[Split, Split]:
+        pipelines = pipelines_of(self._config)
+        return tuple(  # type: ignore[return-value]
+            self._load(which, num, pipelines[which], tasks, label_of, quiet)
+            for which, num in zip(("train", "val"), self.num_images, strict=True)
+        )
+
+    @cached_property
+    def _form(self) -> ImageForm:
+        try:
+            return image_form(self._sets["train"], self._config.size)
+        except DataError as error:
+            raise DataError(f"{self._config.name}, train: {error}") from error
+
+    def _load(
+        self,
+        which: str,
+        num: int,
+        pipeline: Pipeline,
+        tasks: Mapping[str, Task],
+        label_of: Mapping[str, str],
+        quiet: bool,
+    ) -> Split:
+        config, items, skips = self._config, self._sets[which], self._config.on_bad_sample == "skip"
+        kinds = {label: self._kinds[label] for label in label_of.values()}
+        reader = ItemReader(items, f"{config.name}, {which}", kinds, self._form, pipeline)
+        labelling = Labelling(tasks, label_of, first_labels(reader, label_of, skips))
+        if pipeline.is_random or num * _bytes_of_one(self._form, labelling) > 1e9 * config.memory_gb:
+            there = sound_items(reader, labelling, num, config.num_workers, quiet) if skips else torch.arange(num)
+            identity = fingerprint_of_json([items.identity(num), there.tolist() if skips else num, pipeline.describe()])
+            return FileSplit(reader, labelling, there, identity, num - len(there))
+        return read_into_memory(reader, labelling, num, config.num_workers, skips, quiet)
+
+    def _number(self, split: str) -> int:
+        key, there = f"num_{split}", len(self._sets[split])
+        asked = getattr(self._config, key)
+        if there == 0:
+            raise SettingError("data.name", f"{self._config.name} has no image in its split {split!r}")
+        if asked is not None and asked > there:
+            message = f"expected at most the {there} images of {self._config.name}'s split {split!r}, got {asked}"
+            raise SettingError(f"data.{key}", message)
+        return asked or there
+
+
+def _open_files(config: FileData, split: str, kinds: Mapping[str, LabelKind]) -> FileSet:
+    try:
+        if isinstance(config, OwnData):
+            return OwnSet(config, split, kinds)
+    except DataError as error:
+        raise DataError(f"{config.name}, {split}: {error}") from error
+    raise TypeError(config)
+
+
+def _bytes_of_one(form: ImageForm, labelling: Labelling) -> int:
+    """What a sample takes in memory."""
+    labels = sum(labelling.empty(name, 1).nbytes for name in labelling.tasks)
+    return form.size[0] * form.size[1] * form.channels * form.dtype.itemsize + labels

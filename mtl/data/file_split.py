@@ -1,0 +1,82 @@
+"""A split whose samples are read from files when a batch needs them."""
+
+from __future__ import annotations
+
+import torch
+from torch import Tensor
+
+from mtl.data.augment import View
+from mtl.data.cache import DataError
+from mtl.data.dataset import Rows, Split
+from mtl.data.items import ItemReader, Sample
+from mtl.data.labelling import Labelling
+
+# Labels that lie in files are fitted on those of so many images.
+_NUM_FITTED = 256
+
+
+class FileSplit(Split):
+    """Images and labels in files, in the form in which `ItemReader` reads them."""
+
+    is_in_memory = False
+
+    def __init__(
+        self, reader: ItemReader, labelling: Labelling, items: Tensor, identity: str, num_skipped: int
+    ) -> None:
+        """Args:
+        reader: Reads the samples.
+        labelling: Makes labels of tasks of them.
+        items: "n", int64, which of the data set's items they are.
+        identity: A digest of the data set's images, and of how they are transformed.
+        num_skipped: Samples that were left out, since they cannot be read or trained on.
+        """
+        self._reader, self._labelling, self._items = reader, labelling, items
+        self._identity = identity
+        self.num_skipped = num_skipped
+
+    def __len__(self) -> int:
+        return len(self._items)
+
+    @property
+    def size(self) -> tuple[int, int]:
+        return self._reader.form.size
+
+    @property
+    def channels(self) -> int:
+        return self._reader.form.channels
+
+    def rows(self, indices: Tensor, with_images: bool, view: View | None = None) -> Rows:
+        samples = list[Sample]()
+        for index in indices.tolist():
+            try:
+                samples.append(self._read(index, with_images, view))
+            except DataError as error:
+                # As text: an exception of a worker would arrive with its traceback in the message.
+                return Rows({}, None, str(error))
+        labels = {name: torch.stack([each.labels[name] for each in samples]) for name in self._labelling.tasks}
+        images = [each.image for each in samples if each.image is not None]
+        return Rows(labels, torch.stack(images).permute(0, 2, 3, 1).contiguous() if with_images else None)
+
+    def labels_to_fit(self, task: str) -> Tensor:
+        label = self._labelling.label_of[task]
+        column = self._reader.items.column(label)
+        if column is not None:
+            return self._labelling.of_column(task, column[self._items], self._where)
+        found = list[Tensor]()
+        for index in range(0, len(self), max(1, len(self) // _NUM_FITTED)):
+            item = int(self._items[index])
+            labels = self._reader.read(item, [label], with_image=False, seed=None).labels
+            found.append(self._labelling.of_task(task, labels.get(label), self._reader.where(item)))
+        return torch.stack(found)
+
+    def identity(self) -> str:
+        return self._identity
+
+    def _read(self, index: int, with_image: bool, view: View | None) -> Sample:
+        item = int(self._items[index])
+        seed = None if view is None else view.seed_of(index)
+        sample = self._reader.read(item, self._labelling.names, with_image, seed)
+        return Sample(sample.image, self._labelling.of(sample.labels, self._reader.where(item)))
+
+    def _where(self, index: int) -> str:
+        return self._reader.where(int(self._items[index]))

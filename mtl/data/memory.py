@@ -1,0 +1,113 @@
+"""A split in memory: batches of it without a Python loop per sample."""
+
+from __future__ import annotations
+
+from collections.abc import Mapping
+from dataclasses import dataclass, field, replace
+from typing import ClassVar
+
+import torch
+from torch import Tensor
+
+from mtl.data.augment import View
+from mtl.data.dataset import Rows, Split
+from mtl.data.transforms import Pipeline
+from mtl.runtime.fingerprint import fingerprint
+from mtl.tasks.base import SPATIAL, LabelKind
+
+
+@dataclass(frozen=True)
+class Transform:
+    """How the samples of a split in memory are changed.
+
+    Attributes:
+        pipeline: The changes.
+        kinds: The kind of label that each task learns.
+    """
+
+    pipeline: Pipeline
+    kinds: Mapping[str, LabelKind]
+
+    @property
+    def changes_labels(self) -> bool:
+        """Whether a label lies in the image's plane, and changes with it."""
+        return not SPATIAL.isdisjoint(self.kinds.values())
+
+
+@dataclass(frozen=True)
+class MemorySplit(Split):
+    """Images and labels in memory.
+
+    Attributes:
+        images: "n h w c", uint8, or float32 from 0 to 255.
+        labels: By task, first axis n; whole numbers of any width for classes, floats of any width otherwise.
+        num_skipped: Samples that were left out, since one of their labels cannot be trained on.
+        transform: Changes of each sample; random ones where it is seen in a view.
+    """
+
+    is_in_memory: ClassVar[bool] = True
+
+    images: Tensor
+    labels: dict[str, Tensor]
+    num_skipped: int = 0
+    transform: Transform | None = field(default=None, compare=False)
+
+    def __len__(self) -> int:
+        return len(self.images)
+
+    @property
+    def size(self) -> tuple[int, int]:
+        return self.images.shape[1], self.images.shape[2]
+
+    @property
+    def channels(self) -> int:
+        return self.images.shape[3]
+
+    def with_labels(self, label_of: Mapping[str, str]) -> MemorySplit:
+        """The same images with the labels of some tasks, which may share one.
+
+        Args:
+            label_of: The name of each task's label.
+        """
+        return replace(self, labels={name: self.labels[label] for name, label in label_of.items()})
+
+    def without(self, bad: Tensor) -> MemorySplit:
+        """The other images, in their order.
+
+        Args:
+            bad: "n", bool.
+        """
+        labels = {name: label[~bad] for name, label in self.labels.items()}
+        return replace(self, images=self.images[~bad], labels=labels, num_skipped=self.num_skipped + int(bad.sum()))
+
+    def rows(self, indices: Tensor, with_images: bool, view: View | None = None) -> Rows:
+        labels = {name: label[indices] for name, label in self.labels.items()}
+        own = self.transform
+        is_seen_plainly = own is None or (view is None and own.pipeline.is_random)
+        if own is None or is_seen_plainly or not (with_images or own.changes_labels):
+            return Rows(labels, self.images[indices] if with_images else None)
+        images, labels = _transformed(own, self.images[indices], labels, indices, view)
+        return Rows(labels, images if with_images else None)
+
+    def labels_to_fit(self, task: str) -> Tensor:
+        return self.labels[task]
+
+    def identity(self) -> str:
+        return fingerprint(self.images)
+
+
+def _transformed(
+    transform: Transform, images: Tensor, labels: Mapping[str, Tensor], indices: Tensor, view: View | None
+) -> tuple[Tensor, dict[str, Tensor]]:
+    """Each sample changed by itself, from the seed of its index."""
+    changed = [
+        transform.pipeline(
+            images[place].permute(2, 0, 1),
+            {name: label[place] for name, label in labels.items()},
+            transform.kinds,
+            None if view is None else view.seed_of(index),
+        )
+        for place, index in enumerate(indices.tolist())
+    ]
+    stacked = {name: torch.stack([own[name] for _, own in changed]) for name in labels}
+    return torch.stack([image.permute(1, 2, 0) for image, _ in changed]), stacked

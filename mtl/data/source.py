@@ -1,0 +1,62 @@
+"""A data set as a configuration names it, opened: what it has, before any image is read."""
+
+from __future__ import annotations
+
+from abc import ABC, abstractmethod
+from collections.abc import Mapping, Sequence
+
+from mtl.config import DataConfig, SettingError
+from mtl.data.dataset import Split
+from mtl.data.transforms import Pipeline, build_transforms
+from mtl.tasks import Task
+
+
+class Source(ABC):
+    """A data set with a training and a validation split.
+
+    Attributes:
+        labels: The names of its labels.
+        classes: The names of the classes, by label, as far as the data set knows them.
+        num_images: Images in the training and in the validation split.
+        channels: Channels of the images.
+    """
+
+    labels: tuple[str, ...]
+    classes: Mapping[str, Sequence[str]]
+    num_images: tuple[int, int]
+
+    @property
+    @abstractmethod
+    def channels(self) -> int:
+        """Channels of the images."""
+
+    @abstractmethod
+    def load(self, tasks: Mapping[str, Task], label_of: Mapping[str, str], quiet: bool) -> tuple[Split, Split]:
+        """The training and the validation split.
+
+        Args:
+            tasks: The tasks by name.
+            label_of: The name of each task's label.
+            quiet: Whether to show no progress bar.
+
+        Raises:
+            DataError: The data cannot be had.
+            SettingError: The labels do not fit a task.
+        """
+
+
+def pipelines_of(config: DataConfig) -> dict[str, Pipeline]:
+    """What makes samples of items, in training and in validation.
+
+    Raises:
+        SettingError: A transform cannot be had, or one of validation draws at random.
+    """
+    settings = {"train": config.transform.train, "val": config.transform.val}
+    made = {split: build_transforms(own, config.size, f"data.transform.{split}") for split, own in settings.items()}
+    if made["val"].is_random:
+        names = ", ".join(each.name for each in config.transform.val)
+        raise SettingError(
+            "data.transform.val",
+            f"validation shows images the same way every time, and one of these draws at random: {names}",
+        )
+    return made
