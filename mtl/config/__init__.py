@@ -2,6 +2,7 @@
 
 from mtl.config.data import AugmentConfig, DataConfig
 from mtl.config.errors import ConfigError, SettingError
+from mtl.config.head import HeadConfig
 from mtl.config.schema import RunConfig, load_config, mistake_of
 from mtl.config.tasks import (
     ClassificationConfig,
@@ -21,6 +22,7 @@ __all__ = [
     "ConfigError",
     "DataConfig",
     "DepthConfig",
+    "HeadConfig",
     "NormalsConfig",
     "OwnTaskConfig",
     "RunConfig",

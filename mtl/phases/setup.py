@@ -80,7 +80,8 @@ def build_model_setup(config: RunConfig, device: str = "cpu", num_train: int | N
     trunk = (without_weights(config) if device == "meta" else config).trunk
     try:
         with torch.device(device):
-            model = MultiTaskModel(trunk, tasks, config.data.image_size, layout)
+            heads = {name: own.head for name, own in config.tasks.items()}
+            model = MultiTaskModel(trunk, tasks, config.data.image_size, layout, heads)
             reached = reached_parameters(model)
             tasks_of, mistakes = _tasks_of_phases(config, model, reached)
             balances, balance_of = _build_balances(config, tasks_of, mistakes)
