@@ -2,6 +2,7 @@
 
 from mtl.config.data import AugmentConfig, DataConfig, FileData, GeneratedData, OwnData
 from mtl.config.errors import ConfigError, SettingError
+from mtl.config.head import HeadConfig
 from mtl.config.schema import RunConfig, load_config, mistake_of
 from mtl.config.tasks import (
     ClassificationConfig,
@@ -23,6 +24,7 @@ __all__ = [
     "DepthConfig",
     "FileData",
     "GeneratedData",
+    "HeadConfig",
     "NormalsConfig",
     "OwnData",
     "OwnTaskConfig",

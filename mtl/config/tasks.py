@@ -6,6 +6,8 @@ from typing import Annotated, Any, Literal
 
 from pydantic import Discriminator, Field, Tag
 
+from mtl.config.head import HeadConfig
+from mtl.config.optim import word_for
 from mtl.config.types import Strict
 
 
@@ -15,10 +17,13 @@ class _OneTaskConfig(Strict):
     Attributes:
         type: The task type.
         label: The label of the data set that it learns, which other tasks may learn too; if not set, that of its name.
+        head: What gives its output; a name alone is short for `{name: ...}`. If not set, `fpn` for an output per pixel,
+            `linear` for one per image.
     """
 
     type: str
     label: Annotated[str, Field(min_length=1)] | None = None
+    head: Annotated[HeadConfig, word_for("name")] | None = None
 
 
 class SegmentationConfig(_OneTaskConfig):

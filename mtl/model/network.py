@@ -9,11 +9,11 @@ import torch
 from einops import rearrange
 from torch import Tensor, nn
 
-from mtl.config import TrunkConfig
+from mtl.config import HeadConfig, TrunkConfig
 from mtl.model.build import build_trunk, features_of, input_channels
-from mtl.model.heads import DenseHead, VectorHead, build_head
+from mtl.model.heads import Head, build_head, class_of, try_out
 from mtl.model.prefix import Prefix
-from mtl.model.trunk import Features, read_features
+from mtl.model.trunk import Features, Kind, in_eval_mode, read_features, size_of
 from mtl.tasks.base import Task
 
 MEMORY_FORMATS = {"contiguous": torch.contiguous_format, "channels_last": torch.channels_last}
@@ -60,34 +60,57 @@ class MultiTaskModel(nn.Module):
         self,
         config: TrunkConfig,
         tasks: Mapping[str, Task],
-        image_size: tuple[int, int],
+        image_size: int | tuple[int, int],
         memory_format: torch.memory_format = torch.contiguous_format,
+        heads: Mapping[str, HeadConfig | None] | None = None,
     ) -> None:
         """Args:
             config: The trunk.
-            tasks: The tasks by name; each determines its head.
-            image_size: Height and width of the images, in pixels.
+            tasks: The tasks by name.
+            image_size: Height and width of the images, in pixels; a single number is both.
             memory_format: Layout of weights and activations.
+            heads: The heads by task; a task without one has the default head for its kind of output.
 
         Raises:
-            SettingError: timm knows no such trunk, or it cannot be built or run with these options and this size.
+            SettingError: timm knows no such trunk, or it cannot be built or run with these options and this size; or
+                a head does not fit its task or the trunk.
             WeightsError: The weights are not available, or do not fit.
         """
         super().__init__()
-        trunk = build_trunk(config, image_size)
-        dense = any(task.output == "dense" for task in tasks.values())
-        self.levels, shape = features_of(trunk, dense, image_size, config)
+        chosen = {name: (heads or {}).get(name) for name in tasks}
+        kinds = {name: class_of(chosen[name], task.output, name) for name, task in tasks.items()}
+        trunk = build_trunk(config, size_of(image_size))
+        dense = any("pyramid" in kind.reads for kind in kinds.values())
+        self.levels, shape = features_of(trunk, dense, size_of(image_size), config)
         trained_on: Any = trunk.pretrained_cfg
         self.normalize = Normalize(*_statistics(trained_on, input_channels(config)))
         self.trunk = trunk
-        heads = {name: build_head(task.output, shape, task.num_outputs) for name, task in tasks.items()}
-        self.heads = nn.ModuleDict(heads)
+        self.heads = nn.ModuleDict(
+            {
+                name: build_head(kinds[name], chosen[name], shape, task.output, task.num_outputs, name)
+                for name, task in tasks.items()
+            }
+        )
         self.memory_format = memory_format
-        self.image_size = image_size
+        self.image_size = size_of(image_size)
         self.channels = input_channels(config)
         self.to(memory_format=memory_format)
         # Compiled methods by name.
         self._compiled: dict[str, Callable[..., Any]] = {}
+        self._try_out({name: (own, tasks[name].num_outputs) for name, own in chosen.items() if own is not None})
+
+    def _try_out(self, heads: Mapping[str, tuple[HeadConfig, int]]) -> None:
+        """Runs heads that were chosen, each on nothing but the features that it says it reads.
+
+        Args:
+            heads: By task, what was configured, and the channels of the task's output.
+        """
+        if not heads:
+            return
+        with in_eval_mode(self), torch.no_grad():
+            found = self.encode(self.example_inputs(1), heads)
+            for name, (config, num_outputs) in heads.items():
+                try_out(self._head(name), found.only(self.reads([name])), self.image_size, config, num_outputs, name)
 
     @property
     def trunk_is_frozen(self) -> bool:
@@ -156,13 +179,13 @@ class MultiTaskModel(nn.Module):
 
     def read(self, prepared: Tensor, tasks: Collection[str] | None = None) -> Features:
         """`encode` after `prepare`."""
-        dense, pooled = self.reads(tasks)
-        return read_features(self.trunk, prepared, self.levels if dense else [], pooled)
+        kinds = self.reads(tasks)
+        levels = self.levels if "pyramid" in kinds else []
+        return read_features(self.trunk, prepared, levels, "pooled" in kinds, "tokens" in kinds)
 
-    def reads(self, tasks: Collection[str] | None) -> tuple[bool, bool]:
-        """Whether the heads of some tasks read the trunk's pyramid, and its pooled vector."""
-        heads = self._heads_of(tasks).values()
-        return any(isinstance(head, DenseHead) for head in heads), any(isinstance(head, VectorHead) for head in heads)
+    def reads(self, tasks: Collection[str] | None) -> frozenset[Kind]:
+        """The kinds of the trunk's features that the heads of some tasks read."""
+        return frozenset[Kind]().union(*(self._head(name).reads for name in self._names_of(tasks)))
 
     def why_not_cut(self, prefix: Prefix, tasks: Collection[str]) -> str:
         """Why a phase of some tasks cannot run only the trunk after a prefix for all tasks; empty if it can."""
@@ -188,7 +211,12 @@ class MultiTaskModel(nn.Module):
         return outputs
 
     def _decode(self, features: Features, size: tuple[int, int], tasks: Collection[str] | None) -> dict[str, Tensor]:
-        return {name: head(features, size) for name, head in self._heads_of(tasks).items()}
+        return {name: self.heads[name](features, size) for name in self._names_of(tasks)}
 
-    def _heads_of(self, tasks: Collection[str] | None) -> dict[str, nn.Module]:
-        return {name: head for name, head in self.heads.items() if tasks is None or name in tasks}
+    def _names_of(self, tasks: Collection[str] | None) -> list[str]:
+        return [name for name in self.heads if tasks is None or name in tasks]
+
+    def _head(self, task: str) -> Head:
+        head = self.heads[task]
+        assert isinstance(head, Head)
+        return head

@@ -102,7 +102,7 @@ class LrSchedule:
             group["lr"] = peak * factor
 
 
-# From the step, from 0, the length of the phase in steps, and the steps in one pass over the data: the share of the peak.
+# Step, from 0, length of the phase in steps, and steps in one pass over the data -> share of the peak rate.
 Share = Callable[[int, int, int], float]
 
 

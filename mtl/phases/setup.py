@@ -87,7 +87,8 @@ def build_model_setup(
         trunk = trunk.model_copy(update={"options": {"in_chans": source.channels} | trunk.options})
     try:
         with torch.device(device):
-            model = MultiTaskModel(trunk, tasks, config.data.size, layout)
+            heads = {name: own.head for name, own in config.tasks.items()}
+            model = MultiTaskModel(trunk, tasks, config.data.size, layout, heads)
             reached = reached_parameters(model)
             tasks_of, mistakes = _tasks_of_phases(config, model, reached)
             balances, balance_of = _build_balances(config, tasks_of, mistakes)

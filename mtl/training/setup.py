@@ -82,7 +82,10 @@ def assemble(config: RunConfig, quiet: bool = False, world: World = ALONE, begin
         tasks = model_setup.tasks
     constants = {name: task.fit(train.labels_to_fit(name)) for name, task in tasks.items()}
     for name, constant in constants.items():
-        set_output_bias(model_setup.model.heads[name], constant)
+        try:
+            set_output_bias(model_setup.model.heads[name], constant)
+        except ValueError as error:
+            raise config.mistake(("tasks", name, "head"), str(error)) from error
     trivial = validate_constant(tasks, constants, val, config.data.batch_size)
     _try_out_optimizers(model_setup, device)
     model_setup.root.to(device)

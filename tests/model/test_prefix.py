@@ -20,7 +20,7 @@ from device_sync import no_device_sync
 from mtl.freeze import enforce, plan_freeze
 from mtl.model.prefix import Prefix, PrefixError
 from mtl.model.prefix.cut import find_cut
-from mtl.model.prefix.trace import no_side_effects, record_trace, tensors_of
+from mtl.model.prefix.trace import no_side_effects, record_trace
 from mtl.model.trunk import Features, pyramid_levels, read_features
 
 CPU = torch.device("cpu")
@@ -62,7 +62,7 @@ def outcome(trunk: nn.Module, run: Callable[[], Features]) -> tuple[list[bytes],
     """The bits of the features, and of the gradients that a loss of them gives."""
     with no_side_effects(trunk, CPU):
         torch.manual_seed(1)
-        tensors = tensors_of(run())
+        tensors = run().tensors()
         live = [tensor for tensor in tensors if tensor.requires_grad]
         if live:
             torch.stack([tensor.float().square().sum() for tensor in live]).sum().backward()
@@ -218,7 +218,7 @@ def test_a_prefix_serves_validation_too() -> None:
     trunk.eval()
     with torch.no_grad():
         replayed = prefix.replay(rows_of(prefix.compute(pictures(2))))
-        assert [bits(t) for t in tensors_of(replayed)] == [bits(t) for t in tensors_of(read(pictures(2)))]
+        assert [bits(t) for t in replayed.tensors()] == [bits(t) for t in read(pictures(2)).tensors()]
 
 
 def test_one_image_is_enough_to_record() -> None:
@@ -554,7 +554,7 @@ def test_a_single_wrong_bit_and_a_changed_freeze_are_no_agreement(monkeypatch: p
 def _with_a_wrong_bit(method: Callable[[Any], Any], given: Any) -> Any:
     result = method(given)
     features = result[0] if isinstance(result, tuple) else result
-    tensors = tensors_of(features) if isinstance(features, Features) else features
+    tensors = features.tensors() if isinstance(features, Features) else features
     tensors[-1].data.view(torch.int32).view(-1)[-1] ^= 1
     return result
 
@@ -570,7 +570,7 @@ def test_on_a_gpu_nothing_waits_for_it() -> None:
         with no_device_sync():
             features, kept = prefix.run(images)
             replayed = prefix.replay(prefix.compute(images))
-    assert all(tensor.is_cuda for tensor in [*kept, *tensors_of(features), *tensors_of(replayed)])
+    assert all(tensor.is_cuda for tensor in [*kept, *features.tensors(), *replayed.tensors()])
 
 
 # No trace

@@ -19,10 +19,17 @@ from runs import tiny_config
 PAGE = "docs/own_lr_schedule.md"
 PHASES = [{"name": "a", "freeze": ["trunk"], "steps": 30}, {"name": "b", "steps": 20, "lr_schedule": "constant"}]
 
+FALLING = """
+
+class Falling:
+    def __call__(self, step, num_steps, steps_per_epoch):
+        return 1 - 2 * step / (num_steps - 1)
+"""
+
 
 @pytest.fixture
 def run(tmp_path: Path) -> Iterator[Path]:
-    (tmp_path / "warm.py").write_text(code_block(PAGE, "python"))
+    (tmp_path / "warm.py").write_text(code_block(PAGE, "python") + FALLING)
     written = yaml.safe_load(code_block(PAGE, "yaml"))
     yield tiny_config(tmp_path, **written, phases=PHASES, tracking={"log_every_steps": 1})
     sys.modules.pop("warm", None)
@@ -45,8 +52,8 @@ def test_the_schedule_of_the_page_sets_the_rate_of_every_step(run: Path, tmp_pat
         ("optim.lr_schedule.options.warmup=3", r"lr_schedule\.options\.warmup: unknown key; nearest: warmup_steps"),
         ("optim.lr_schedule.options.warmup_steps=x", r"options\.warmup_steps: expected a valid integer, got 'x'"),
         ("optim.lr_schedule.options.warmup_steps=0", r"lr_schedule\.name: .*step 0: ZeroDivisionError.*warm\.py"),
-        ("optim.lr_schedule.options.warmup_steps=-1", r"warm:WarmUpThenSqrt gave -1\.0 at step 0; expected the share"),
-        ("optim.lr_schedule.name=warm:Warm", r"optim\.lr_schedule\.name: warm has no 'Warm'; nearest"),
+        ("optim.lr_schedule=warm:Falling", r"lr_schedule\.name: warm:Falling gave -1\.0 at step 29; expected the share"),
+        ("optim.lr_schedule.name=warm:WarmUpSqrt", r"lr_schedule\.name: warm has no 'WarmUpSqrt'; nearest: Warm"),
         ("optim.lr_schedule.name=cosin", r"expected one of constant, .*Name, got 'cosin'; nearest: cosine"),
     ],
 )

@@ -23,8 +23,8 @@ from torch.utils._pytree import tree_leaves
 
 from mtl.model.prefix.cut import Cut, PrefixError, find_cut
 from mtl.model.prefix.skipped_calls import Skip, kept_tensor, placeholder, plan_skips
-from mtl.model.prefix.trace import Trace, no_side_effects, record_trace, tensors_of
-from mtl.model.trunk import Features
+from mtl.model.prefix.trace import Trace, no_side_effects, record_trace
+from mtl.model.trunk import Features, features_from
 from mtl.runtime.tensors import byte_view
 
 __all__ = ["Prefix", "PrefixError"]
@@ -62,7 +62,7 @@ class Prefix:
         self._is_first = cut.is_first
         # In a frozen trunk the features themselves are kept; these are their indices among the kept tensors.
         self._results = [cut.kept.index(value) for value in trace.results] if cut.all_static else None
-        self._has_pooled = trace.has_pooled
+        self._kinds = trace.kinds
         self._trainable = _trainable_names(trunk)
         self.shapes = [kept.shape for kept in self._kept]
         self.dtypes = [kept.dtype for kept in self._kept]
@@ -173,7 +173,7 @@ class Prefix:
                 )
         tensors = [expected.laid_out(tensor) for tensor, expected in zip(kept, self._kept, strict=True)]
         if self._results is not None:
-            return self._as_features([tensors[number] for number in self._results])
+            return features_from([tensors[number] for number in self._results], self._kinds)
         batch, device = len(tensors[0]), tensors[0].device
 
         def fill(skip: Skip, forward: Forward, args: Any, kwargs: Any) -> Any:
@@ -195,15 +195,15 @@ class Prefix:
             return False
         # Detached at once: three passes' activations need not be in memory together.
         with no_side_effects(self._trunk, images.device), torch.enable_grad():
-            plain = [tensor.detach() for tensor in tensors_of(self._read(images))]
+            plain = [tensor.detach() for tensor in self._read(images).tensors()]
         with no_side_effects(self._trunk, images.device), torch.enable_grad():
             features, kept = self.run(images)
-            ran = [tensor.detach() for tensor in tensors_of(features)]
+            ran = [tensor.detach() for tensor in features.tensors()]
             del features
         # In the layout of rows that were stored.
         kept = [tensor.clone(memory_format=torch.contiguous_format) for tensor in kept]
         with no_side_effects(self._trunk, images.device), torch.enable_grad():
-            replayed = [tensor.detach() for tensor in tensors_of(self.replay(kept))]
+            replayed = [tensor.detach() for tensor in self.replay(kept).tensors()]
         with no_side_effects(self._trunk, images.device):
             computed = self.compute(images)
         pairs = [(plain, ran), (plain, replayed), (kept, computed)]
@@ -219,11 +219,8 @@ class Prefix:
 
     def _in_order(self, kept: dict[int, Tensor], features: Features) -> list[Tensor]:
         if self._results is not None:
-            kept = {n: tensor.detach() for n, tensor in zip(self._results, tensors_of(features), strict=True)}
+            kept = {n: tensor.detach() for n, tensor in zip(self._results, features.tensors(), strict=True)}
         return [kept[number] for number in range(len(self._kept))]
-
-    def _as_features(self, tensors: list[Tensor]) -> Features:
-        return Features(tensors[:-1], tensors[-1]) if self._has_pooled else Features(tensors, None)
 
     @contextmanager
     def _in_place_of_modules(self, replacement: Callable[[Skip, Forward, Any, Any], Any]) -> Iterator[None]:

@@ -20,7 +20,7 @@ from torch.overrides import TorchFunctionMode
 from torch.utils import checkpoint
 from torch.utils._pytree import TreeSpec, tree_flatten, tree_leaves
 
-from mtl.model.trunk import Features
+from mtl.model.trunk import Features, Kind
 
 # They read shape, type and device of their argument, not its values.
 _SHAPE_ONLY = {f"{name}_like" for name in ("empty", "full", "ones", "rand", "randn", "zeros")} | {
@@ -116,20 +116,15 @@ class Trace:
         values: All tensors at all versions.
         operations: All operations in order.
         calls: All module calls in the order in which they began.
-        results: The features' values, the pooled vector last.
-        has_pooled: Whether there is one.
+        results: The features' values, in the order of `Features.tensors`.
+        kinds: The kinds of the features.
     """
 
     values: list[Value]
     operations: list[Operation]
     calls: list[Call]
     results: list[int]
-    has_pooled: bool
-
-
-def tensors_of(features: Features) -> list[Tensor]:
-    """The pyramid, then the pooled vector if there is one."""
-    return [*features.pyramid, *([] if features.pooled is None else [features.pooled])]
+    kinds: frozenset[Kind]
 
 
 def record_trace(trunk: nn.Module, read: Callable[[Tensor], Features], images: Tensor) -> Trace:
@@ -143,8 +138,8 @@ def record_trace(trunk: nn.Module, read: Callable[[Tensor], Features], images: T
     recorder = _Recorder(trunk, images)
     with no_side_effects(trunk, images.device), torch.enable_grad(), recorder.hooked(), recorder:
         features = read(images)
-    results = [recorder.value_of(tensor) for tensor in tensors_of(features)]
-    return Trace(recorder.values, recorder.operations, recorder.calls, results, features.pooled is not None)
+    results = [recorder.value_of(tensor) for tensor in features.tensors()]
+    return Trace(recorder.values, recorder.operations, recorder.calls, results, features.kinds)
 
 
 @contextmanager

@@ -9,7 +9,7 @@ from torch import Tensor
 
 from mtl.model import MultiTaskModel
 from mtl.model.prefix import Prefix
-from mtl.model.prefix.trace import no_side_effects, tensors_of
+from mtl.model.prefix.trace import no_side_effects
 
 
 class NotKept(Exception):  # noqa: N818
@@ -45,7 +45,7 @@ def survey(model: MultiTaskModel, images: Tensor) -> tuple[Prefix, float, bool]:
         with no_side_effects(trunk, images.device):
             replayed = prefix.replay(kept)
         elsewhere = prefix.compute(images.flip(0).contiguous(memory_format=model.memory_format))
-    if not all(map(torch.equal, tensors_of(plain), tensors_of(replayed))):
+    if not all(map(torch.equal, plain.tensors(), replayed.tensors())):
         raise NotKept("the trunk gives other features without its frozen modules")
     # Kernels may compute the tail of a tensor, or of a thread's part of it, in another way (sigmoid, SiLU).
     return prefix, seconds, all(torch.equal(one, other.flip(0)) for one, other in zip(kept, elsewhere, strict=True))

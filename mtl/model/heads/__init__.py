@@ -1,0 +1,6 @@
+"""Heads: modules that map the trunk's features to one task's output, a file each, found by name."""
+
+from mtl.model.heads.base import Head, enlarge
+from mtl.model.heads.build import HEADS, build_head, class_of, set_output_bias, try_out
+
+__all__ = ["HEADS", "Head", "build_head", "class_of", "enlarge", "set_output_bias", "try_out"]
