@@ -77,7 +77,11 @@ def test_the_config_that_the_scripts_train_is_in_the_repository() -> None:
         # unknown keys, at every depth
         (10, "nme: x", "run.yaml:10: nme: unknown key; nearest: name"),
         (3, "data: {imge_size: 32}", "run.yaml:3: data.imge_size: unknown key; nearest: image_size"),
-        (5, "  depth: {type: depth, zz: 1}", "run.yaml:5: tasks.depth.zz: unknown key; the keys here are type, label"),
+        (
+            5,
+            "  depth: {type: depth, zz: 1}",
+            "run.yaml:5: tasks.depth.zz: unknown key; the keys here are type, label, head",
+        ),
         (
             6,
             "  object: {type: classification, num_classes: 10, num_class: 3}",
@@ -260,7 +264,7 @@ def test_an_unknown_key_may_be_called_like_the_tasks_type() -> None:
     assert mistakes(
         with_line(6, "  object: {type: classification, num_classes: 2, classification: {a: 1}, zz: 1}")
     ) == [
-        f"run.yaml:6: tasks.object.{key}: unknown key; the keys here are type, label, num_classes, ignore_index"
+        f"run.yaml:6: tasks.object.{key}: unknown key; the keys here are type, label, head, num_classes, ignore_index"
         for key in ("classification", "zz")
     ]
 
@@ -362,7 +366,10 @@ def test_overrides_reach_every_depth() -> None:
         ),
         ("phases.fine.steps=4", "command line: 'phases.fine.steps=4': 'fine' is none of warm, tune, 0 to 1"),
         ("name", "command line: 'name': expected key=value, such as optim.lr_scale=0.5"),
-        ("tasks.depth={type: depth, x: 1}", "command line: tasks.depth.x: unknown key; the keys here are type, label"),
+        (
+            "tasks.depth={type: depth, x: 1}",
+            "command line: tasks.depth.x: unknown key; the keys here are type, label, head",
+        ),
         (
             "data={image_size: 9, num_val: 0}",
             "command line: data.num_val: expected a number greater than or equal to 1, got 0",

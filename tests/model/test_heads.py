@@ -26,8 +26,7 @@ from mtl.model.trunk import feature_shape, features_from, pyramid_levels
 from mtl.tasks import Classification, Depth, Segmentation, Task
 
 SMP = ("dpt", "upernet", "segformer", "deeplabv3plus")
-SMALL: dict[str, dict[str, Any]] = {"mlp": {"hidden": 8}, "bins": {"num_bins": 8}}
-SMALL |= {name: {"width": 8} for name in SMP}
+SMALL = {name: {"width": 8} for name in SMP} | {"mlp": {"hidden": 8}, "bins": {"num_bins": 8}}
 # Levels at strides 4 to 32, at odd and unequal sizes too; and four equal levels with tokens, in odd and even numbers.
 CASES: list[tuple[str, int | tuple[int, int]]] = [("test_resnet", (37, 70)), ("test_vit", 48), ("test_vit", (32, 64))]
 

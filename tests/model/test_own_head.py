@@ -115,9 +115,7 @@ def own_model(folder: Path, monkeypatch: pytest.MonkeyPatch, trunk: str, body: s
 
 
 @pytest.mark.parametrize("body", [GOOD + TOKENS, AS_POOLED + POOLED.replace("self.out", "self.last") + OVERRIDE])
-def test_a_head_that_keeps_to_the_contract_is_taken(
-    body: str, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
-) -> None:
+def test_a_head_that_keeps_to_the_contract_is_taken(body: str, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     model = own_model(tmp_path, monkeypatch, "test_vit", body)
     assert model.reads(["t"]) == {"tokens" if "tokens" in body else "pooled"}
 

@@ -52,7 +52,7 @@ def test_the_schedule_of_the_page_sets_the_rate_of_every_step(run: Path, tmp_pat
         ("optim.lr_schedule.options.warmup=3", r"lr_schedule\.options\.warmup: unknown key; nearest: warmup_steps"),
         ("optim.lr_schedule.options.warmup_steps=x", r"options\.warmup_steps: expected a valid integer, got 'x'"),
         ("optim.lr_schedule.options.warmup_steps=0", r"lr_schedule\.name: .*step 0: ZeroDivisionError.*warm\.py"),
-        ("optim.lr_schedule=warm:Falling", r"lr_schedule\.name: warm:Falling gave -1\.0 at step 29; expected the share"),
+        ("optim.lr_schedule=warm:Falling", r"lr_schedule\.name: warm:Falling gave -1\.0 at step 29; expected the"),
         ("optim.lr_schedule.name=warm:WarmUpSqrt", r"lr_schedule\.name: warm has no 'WarmUpSqrt'; nearest: Warm"),
         ("optim.lr_schedule.name=cosin", r"expected one of constant, .*Name, got 'cosin'; nearest: cosine"),
     ],
