@@ -13,7 +13,7 @@ from torch import Tensor
 from mtl.config.public_data import PublicDataConfig
 from mtl.data.cache import DataError
 from mtl.data.fileset import IMAGE, FileSet
-from mtl.data.reading import read_image, read_mask
+from mtl.data.reading import read_depth, read_image, read_mask
 from mtl.data.sets.folder import SetFolder
 from mtl.runtime.text import hint
 from mtl.tasks.base import LabelKind
@@ -134,3 +134,8 @@ def table_of(class_of: Mapping[int, int], size: int) -> Tensor:
     for stored, number in class_of.items():
         table[stored] = number
     return table
+
+
+def above(file: Path, threshold: float) -> Tensor:
+    """1 where a picture or array is above a threshold, else 0; "h w", uint8."""
+    return (read_depth(file)[0] > threshold).to(torch.uint8)
