@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from abc import abstractmethod
-from collections.abc import Callable, Collection, Mapping
+from collections.abc import Callable, Collection, Iterable, Mapping
 from pathlib import Path
 from typing import Any, ClassVar
 
@@ -15,7 +15,7 @@ from mtl.data.cache import DataError
 from mtl.data.fileset import IMAGE, FileSet
 from mtl.data.reading import read_depth, read_image, read_mask
 from mtl.data.sets.folder import SetFolder
-from mtl.runtime.text import hint
+from mtl.runtime.text import hint, shorten
 from mtl.tasks.base import LabelKind
 
 # The number of pixels that have no class, in what all sets return; the default of a task's `ignore_index`.
@@ -98,6 +98,10 @@ class PublicSet(FileSet):
     def where(self, index: int) -> str:
         return str(self.folder.root / str(self.file(index, IMAGE)))
 
+    def __getitem__(self, index: int) -> dict[str, Any]:
+        """The image and the labels that tasks want."""
+        return self.read(index, (IMAGE, *self.wanted))
+
     def _value(self, index: int, name: str) -> Any:
         file = self.file(index, name)
         return None if file is None else self.load(name, self.folder.path(file))
@@ -108,32 +112,41 @@ def rgb(file: Path) -> Tensor:
     return read_image(file, to_rgb=True)
 
 
+def table_of(class_of: Mapping[int, int], none: Iterable[int] = ()) -> Tensor:
+    """A table for `classes_by`.
+
+    Args:
+        class_of: The class of each number that a mask may hold.
+        none: Numbers of pixels that have no class.
+
+    Returns:
+        "n", int16: the class of each number, `NO_CLASS` for none, -1 for numbers that no mask holds.
+    """
+    classes = {**class_of, **dict.fromkeys(none, NO_CLASS)}
+    return torch.tensor([classes.get(stored, -1) for stored in range(max(classes) + 1)], dtype=torch.int16)
+
+
 def classes_by(table: Tensor, file: Path) -> Tensor:
     """A mask whose stored numbers are looked up in a table.
 
     Args:
-        table: "n", uint8: the class of each stored number, `NO_CLASS` for none.
+        table: What `table_of` returned.
         file: The mask.
 
     Returns:
         "h w", uint8.
 
     Raises:
-        DataError: A number has no place in the table.
+        DataError: The mask holds a number that the table has not.
     """
-    stored = read_mask(file)
-    low, high = stored.aminmax()
-    if low < 0 or high >= len(table):
-        raise DataError(f"{file}: expected numbers from 0 to {len(table) - 1}, got {int(low)} to {int(high)}")
-    return table[stored.long()]
-
-
-def table_of(class_of: Mapping[int, int], size: int) -> Tensor:
-    """A table for `classes_by`: what is not named has no class."""
-    table = torch.full((size,), NO_CLASS, dtype=torch.uint8)
-    for stored, number in class_of.items():
-        table[stored] = number
-    return table
+    stored = read_mask(file).long()
+    is_known = (stored >= 0) & (stored < len(table))
+    classes = table[torch.where(is_known, stored, 0)]
+    unknown = stored[~is_known | (classes < 0)]
+    if len(unknown):
+        known = shorten([str(number) for number in (table >= 0).nonzero().flatten().tolist()], 50)
+        raise DataError(f"{file}: expected the numbers {known}, got {int(unknown[0])}")
+    return classes.to(torch.uint8)
 
 
 def above(file: Path, threshold: float) -> Tensor:

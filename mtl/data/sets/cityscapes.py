@@ -23,7 +23,7 @@ NAMES = (
 )
 # The number of each of these classes in `*_labelIds.png`, which has 0 to 33.
 _IDS = (7, 8, 11, 12, 13, 17, *range(19, 29), 31, 32, 33)
-_TABLE = table_of({stored: number for number, stored in enumerate(_IDS)}, 34)
+_TABLE = table_of({stored: number for number, stored in enumerate(_IDS)}, set(range(34)) - set(_IDS))
 # By `image` and label, its folder and how its files end.
 _FILES = {
     IMAGE: ("leftImg8bit", "_leftImg8bit.png"),

@@ -24,7 +24,7 @@ NAMES = (
     "other prop",
 )
 # The files have 0 for none and the classes from 1 on.
-_TABLE = table_of({number + 1: number for number in range(len(NAMES))}, 1 + len(NAMES))
+_TABLE = table_of({number + 1: number for number in range(len(NAMES))}, none=[0])
 # By `image` and label, its folder and suffix in the tree with JPEGs, and its suffix in the other.
 _FILES = {
     IMAGE: ("images", ".jpg", ".png"),

@@ -62,13 +62,9 @@ def test_each_attribute_is_a_label_of_its_own(tmp_path: Path) -> None:
 
 def test_the_three_splits_share_no_face(tmp_path: Path) -> None:
     celeba(tmp_path)
-    faces = {
-        s: [d.where(i) for i in range(len(d))]
-        for s in ("train", "val", "test")
-        for d in [opened("celeba", tmp_path, s)]
-    }
-    assert [len(each) for each in faces.values()] == [3, 1, 1]
-    assert len(set().union(*faces.values())) == 5
+    splits = [opened("celeba", tmp_path, split) for split in ("train", "val", "test")]
+    assert [len(split) for split in splits] == [3, 1, 1]
+    assert len({split.where(index) for split in splits for index in range(len(split))}) == 5
 
 
 def test_lists_of_celeba_that_do_not_fit_are_refused(tmp_path: Path) -> None:
@@ -250,7 +246,7 @@ def test_a_label_of_nyud_that_is_missing_is_named(tmp_path: Path) -> None:
         opened("nyud_mt", tmp_path, "train")
     assert len(opened("nyud_mt", tmp_path, "train", {"depth": "depth"})) == 3
     put(tmp_path / "segmentation/0001.png", np.full(NYUD, 41, np.uint8))
-    with pytest.raises(DataError, match=r"segmentation/0001\.png: expected numbers from 0 to 40, got 41 to 41"):
+    with pytest.raises(DataError, match=r"segmentation/0001\.png: expected the numbers 0, 1, 2, .*, 40, got 41"):
         opened("nyud_mt", tmp_path, "train", {"segmentation": "mask"})[0]
     put(tmp_path / "gt_sets/train.txt", "\n")
     with pytest.raises(DataError, match=r"gt_sets/train\.txt: expected names of images, got none"):
