@@ -100,7 +100,7 @@ def edges_of(label_map: NDArray[Any]) -> Mask:
 
     padded = np.pad(label_map.astype(np.float64), 1, mode="reflect")
     around = padded[:-2, 1:-1] + padded[2:, 1:-1] + padded[1:-1, :-2] + padded[1:-1, 2:]
-    edges: Mask = thin(around != 4 * padded[1:-1, 1:-1])
+    edges: Mask = thin(around != 4 * padded[1:-1, 1:-1])  # type: ignore[no-untyped-call]
     return edges
 
 
