@@ -46,7 +46,7 @@ def test_an_empty_folder_is_refused(name: str, tmp_path: Path) -> None:
     kind = public_set(name)
     settings = PUBLIC_DATA[name].model_validate({"name": name, "root": str(tmp_path)})
     for kinds in ({}, {label: allowed[0] for label, allowed in kind.label_kinds.items()}):
-        with pytest.raises(DataError, match="no such (folder|list|file)"):
+        with pytest.raises(DataError, match=r"no such (folder|list|file)"):
             kind(settings, "train", kinds)
 
 
