@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import os
 import struct
 from collections.abc import Iterator
 from contextlib import contextmanager
@@ -21,30 +22,46 @@ Pixels = NDArray[Any]
 # Modes of Pillow whose channels are the file's own; others are converted to RGB.
 _PLAIN = ("L", "RGB", "RGBA", "CMYK")
 _DEEP = ("I;16", "I;16L", "I;16B", "I")
+# Resizing with a cubic filter goes a little beyond the range.
+_OVERSHOOT = 0.1
 _BROKEN = (OSError, ValueError, EOFError, SyntaxError, struct.error, IndexError, Image.DecompressionBombError)
 
 
-def inside(root: Path, name: str) -> Path:
+def inside(root: Path, name: str, follow_links: bool = False) -> Path:
     """The file of that name in a folder.
+
+    Args:
+        root: The folder.
+        name: A path relative to it.
+        follow_links: Whether links may lead out of the folder; the name itself never may.
 
     Raises:
         DataError: The name leads out of the folder: it is absolute, has `..` that leave it, or passes a link that does.
     """
-    base, file = root.resolve(), (root / name).resolve()
-    if not file.is_relative_to(base):
-        raise DataError(f"{name}: leads out of {root}")
-    return file
+    if "\0" in name:
+        raise DataError(f"{name!r}: expected a file's name, got one with a null character")
+    written = root / os.path.normpath(name)
+    if written.is_relative_to(root) and ".." not in written.parts[len(root.parts) :]:
+        if follow_links:
+            return written
+        file = Path(os.path.realpath(written))
+        if file.is_relative_to(os.path.realpath(root)):
+            return file
+    raise DataError(f"{name}: leads out of {root}")
 
 
-def read_image(file: Path, enough: tuple[int, int] | None = None) -> Tensor:
+def read_image(file: Path, enough: tuple[int, int] | None = None, to_rgb: bool = False) -> Tensor:
     """An image as it is stored, upright.
 
     Args:
         file: A picture, or an array `.npy` "h w c" or "h w".
         enough: Height and width that are enough: a JPEG is decoded at the smallest size that is at least that.
+        to_rgb: Whether a picture of 8 bits gets the channels red, green and blue, whatever it is stored as; an alpha
+            channel is left out.
 
     Returns:
-        "c h w": uint8; or float32 from 0 to 255, if the file has 16 bits, or floats from 0 to 1.
+        "c h w": uint8; or float32 from 0 to 255, if the file has 16 bits, or floats from 0 to 1. Floats that were
+        resized may be up to a tenth beyond; they stay as they are.
 
     Raises:
         DataError: The file cannot be read, or is no image.
@@ -56,14 +73,17 @@ def read_image(file: Path, enough: tuple[int, int] | None = None) -> Tensor:
             with Image.open(file) as picture:
                 if enough is not None:
                     picture.draft(None, (enough[1], enough[0]))
-                pixels = _pixels(ImageOps.exif_transpose(picture))
+                pixels = _pixels(ImageOps.exif_transpose(picture), to_rgb)
         if pixels.ndim not in (2, 3):
             raise ValueError(f'expected an image "h w" or "h w c", got shape {pixels.shape}')
         if pixels.dtype == np.uint16:
             pixels = pixels.astype(np.float32) / 257
         elif pixels.dtype.kind == "f":
-            if pixels.size and not (pixels.min() >= 0 and pixels.max() <= 1):
-                raise ValueError(f"expected floats from 0 to 1, got {pixels.min():.4g} to {pixels.max():.4g}")
+            if pixels.size and not (pixels.min() >= -_OVERSHOOT and pixels.max() <= 1 + _OVERSHOOT):
+                raise ValueError(
+                    f"expected floats from 0 to 1, got {pixels.min():.4g} to {pixels.max():.4g};"
+                    " store 0 to 255 as whole numbers of 8 bits, and an image as it was before it was normalised"
+                )
             pixels = pixels.astype(np.float32) * 255
         elif pixels.dtype != np.uint8:
             raise ValueError(f"expected 8 or 16 bits without sign, or floats, got {pixels.dtype}")
@@ -139,16 +159,23 @@ def _reading(file: Path) -> Iterator[None]:
 
 
 def _array(file: Path) -> Pixels:
-    array = np.load(file, allow_pickle=False)
-    if not isinstance(array, np.ndarray) or array.dtype.kind not in "buif":
+    with file.open("rb") as stream:  # np.load would leave an archive open
+        array: Pixels = np.lib.format.read_array(stream, allow_pickle=False)
+    if array.dtype.kind not in "buif":
         raise ValueError("expected an array of numbers")
     return array
 
 
-def _pixels(picture: Image.Image) -> Pixels:
+def _pixels(picture: Image.Image, to_rgb: bool) -> Pixels:
     if picture.mode in _DEEP:
-        return np.array(picture).astype(np.uint16)
+        deep: Pixels = np.array(picture)
+        if deep.size and not (deep.min() >= 0 and deep.max() < 2**16):
+            raise ValueError(f"expected at most 16 bits, got {deep.min()} to {deep.max()}")
+        return deep.astype(np.uint16)
+    if picture.mode == "F":
+        raise ValueError("expected whole numbers, got a picture of floats")
     mode = "L" if picture.mode == "1" else picture.mode if picture.mode in _PLAIN else "RGB"
+    mode = "RGB" if to_rgb else mode
     return np.array(picture if mode == picture.mode else picture.convert(mode))
 
 
