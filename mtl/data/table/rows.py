@@ -15,8 +15,8 @@ from mtl.config.file_data import SPLITS, SplitConfig, TableData
 from mtl.data.fileset import IMAGE
 from mtl.data.label_files import FILE_KINDS, check_scale
 from mtl.data.mistakes import Mistakes
+from mtl.data.paths import wrong_paths
 from mtl.data.table.cells import CellError, Language, language_of
-from mtl.data.table.paths import wrong_paths
 from mtl.data.table.sheet import Sheet, column_names, read_sheet
 from mtl.runtime.text import count
 from mtl.tasks.base import LabelKind
@@ -115,33 +115,36 @@ def read_tables(settings: TableData, kinds: Mapping[str, LabelKind]) -> Tables:
     mistakes.check()
     division = _division(sheets, settings, mistakes)
     mistakes.check()
-    values = {name: _coded(sheet, settings, kinds, mistakes) for name, sheet in sheets.items()}
-    languages = _learn(sheets["train"], division["train"][1], values["train"], kinds, mistakes)
-    for name, sheet in sheets.items():
-        _check_cells(sheet, values[name], languages, mistakes)
+    values = {place: _coded(sheet, settings, kinds, mistakes) for place, sheet in sheets.items()}
+    place, rows = division["train"]
+    languages = _learn(sheets[place], rows, values[place], kinds, mistakes)
+    for place, sheet in sheets.items():
+        _check_cells(sheet, values[place], languages, mistakes)
     mistakes.check()
     files = [IMAGE, *(label for label, kind in kinds.items() if kind in FILE_KINDS)]
     parts = {
-        split: _part(sheets[name], rows, settings, files, values[name]) for split, (name, rows) in division.items()
+        split: _part(sheets[place], rows, settings, files, values[place]) for split, (place, rows) in division.items()
     }
     return Tables(parts, languages)
 
 
 def _sheets(settings: TableData, kinds: Mapping[str, LabelKind], mistakes: Mistakes) -> dict[str, Sheet]:
-    """The tables, by the split whose key names each."""
+    """The tables, by the place that is written in the settings; each is read once."""
     wanted = {**dict.fromkeys(kinds, ""), **_other_columns(settings)}
-    read = {name: read_sheet(Path(place).expanduser(), wanted, mistakes) for name, place in settings.places.items()}
-    return {name: sheet for name, sheet in read.items() if sheet is not None}
+    places = dict.fromkeys(settings.places.values())
+    read = {place: read_sheet(Path(place).expanduser(), wanted, mistakes) for place in places}
+    return {place: sheet for place, sheet in read.items() if sheet is not None}
 
 
 def _division(
     sheets: Mapping[str, Sheet], settings: TableData, mistakes: Mistakes
 ) -> dict[str, tuple[str, NDArray[np.int64]]]:
-    """Of each split, the name of its table, and the rows."""
+    """Of each split, the place of its table, and the rows."""
+    places = settings.places.items()
     if settings.split is None:
-        return {name: (name, np.arange(len(sheet.places), dtype=np.int64)) for name, sheet in sheets.items()}
-    rows_of = _divide(sheets["train"], settings, settings.split, mistakes)
-    return {split: ("train", rows) for split, rows in rows_of.items()}
+        return {split: (place, np.arange(len(sheets[place].places), dtype=np.int64)) for split, place in places}
+    rows_of = _divide(sheets[settings.train], settings, settings.split, mistakes)
+    return {split: (settings.train, rows) for split, rows in rows_of.items()}
 
 
 def _other_columns(settings: TableData) -> dict[str, str]:
@@ -165,7 +168,8 @@ def _divide(sheet: Sheet, settings: TableData, split: SplitConfig, mistakes: Mis
         column = Coded.of(sheet.cells[split.column_name])
         for code, cell in enumerate(column.cells):
             if cell not in SPLITS:
-                _add(mistakes, sheet, column, code, f"expected train, val or test, got {cell!r}", split.column_name)
+                what = f"expected train, val or test, got {cell!r}"
+                _add(mistakes, sheet, column, code, what, split.column_name, cell, SPLITS)
         number = np.array([SPLITS.index(cell) if cell in SPLITS else -1 for cell in column.cells])[column.codes]
         expected = ["train", "val"]
     rows: dict[str, NDArray[np.int64]] = {name: np.flatnonzero(number == n) for n, name in enumerate(SPLITS)}
@@ -228,7 +232,7 @@ def _add(
     message: str,
     name: str,
     word: str = "",
-    choices: Sequence[str] = SPLITS,
+    choices: Sequence[str] = (),
 ) -> None:
     """Notes what is wrong with a cell, at the first row that has it."""
     if mistakes.is_full:
@@ -236,7 +240,7 @@ def _add(
         return
     rows = np.flatnonzero(column.codes == code)
     more = f" (and in {count(len(rows) - 1, 'more row')})" if len(rows) > 1 else ""
-    mistakes.add(f"{sheet.where(int(rows[0]))}: {name}: {message}{more}", word or column.cells[code], choices)
+    mistakes.add(f"{sheet.where(int(rows[0]))}: {name}: {message}{more}", word, choices)
 
 
 def _part(

@@ -15,8 +15,8 @@ from mtl.config.file_data import SplitName, TableData
 from mtl.data.cache import DataError
 from mtl.data.fileset import IMAGE, FileSet
 from mtl.data.label_files import read_label
+from mtl.data.paths import path_in
 from mtl.data.reading import read_image
-from mtl.data.table.paths import path_in
 from mtl.data.table.rows import Tables, read_tables
 from mtl.tasks.base import LabelKind
 

@@ -1,4 +1,4 @@
-"""Paths in tables: relative to a folder, which they do not leave unless they are allowed to."""
+"""Paths in tables and lists: relative to a folder, which they do not leave unless they are allowed to."""
 
 from __future__ import annotations
 
