@@ -24,6 +24,7 @@ from pydantic.fields import FieldInfo
 from mtl.config import DataConfig, FileData, OwnData, OwnTaskConfig, RunConfig
 from mtl.config.optim import OwnLrScheduleConfig
 from mtl.config.phase import PhaseConfig, RepeatConfig, UntilConfig
+from mtl.config.public_data import PublicDataConfig
 from mtl.config.transform import OwnTransformConfig
 from mtl.config.types import CountedConfig
 
@@ -60,6 +61,7 @@ _OWN: dict[type[BaseModel], str] = {
 _SHARED: dict[type[BaseModel], str] = {
     DataConfig: "`data`, whatever its name",
     FileData: "`data` that is read from files",
+    PublicDataConfig: "`data` of a public data set",
 }
 _WORDS: dict[type[BaseModel], str] = {
     CountedConfig: "pattern with a count",

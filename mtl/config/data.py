@@ -4,10 +4,9 @@ from __future__ import annotations
 
 from typing import Annotated, Any, Literal
 
-from pydantic import Discriminator, Field, Tag, model_validator
+from pydantic import Field, model_validator
 from pydantic_core import PydanticCustomError
 
-from mtl.config.own import is_own
 from mtl.config.transform import TransformsConfig
 from mtl.config.types import Count, ImageSize, NotNegative, Seed, Side, Strict
 
@@ -111,20 +110,3 @@ class OwnData(FileData):
     """
 
     options: dict[str, Any] = {}
-
-
-_OWN = "package.module:Name"
-
-
-def _by_name(value: Any) -> str:
-    """Which of the models below a data set is; a word that is no name is none of them."""
-    name = value.get("name", "scenes") if isinstance(value, dict) else getattr(value, "name", "scenes")
-    return _OWN if isinstance(name, str) and is_own(name) else str(name)
-
-
-AnyDataConfig = Annotated[
-    Annotated[GeneratedData, Tag("scenes")]
-    | Annotated[GeneratedData, Tag("multifashion")]
-    | Annotated[OwnData, Tag(_OWN)],
-    Discriminator(_by_name),
-]

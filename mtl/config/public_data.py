@@ -2,17 +2,16 @@
 
 from __future__ import annotations
 
-from collections.abc import Mapping
 from typing import Annotated, Literal
 
 from pydantic import Field
 
-from mtl.config.types import Strict
+from mtl.config.data import FileData
 
 _Path = Annotated[str, Field(min_length=1)]
 
 
-class PublicDataConfig(Strict):
+class PublicDataConfig(FileData):
     """A public data set, in the layout in which it is published; see docs/data_sets.md.
 
     Attributes:
@@ -151,18 +150,3 @@ class MultiMnistConfig(PublicDataConfig):
     """
 
     name: Literal["multimnist"]
-
-
-PUBLIC_DATA: Mapping[str, type[PublicDataConfig]] = {
-    "nyuv2_mtan": NyuV2MtanConfig,
-    "cityscapes_mtan": CityscapesMtanConfig,
-    "cityscapes": CityscapesConfig,
-    "nyud_mt": NyudMtConfig,
-    "pascal_mt": PascalMtConfig,
-    "celeba": CelebAConfig,
-    "office31": OfficeConfig,
-    "office_home": OfficeConfig,
-    "taskonomy": TaskonomyConfig,
-    "bdd100k": Bdd100kConfig,
-    "multimnist": MultiMnistConfig,
-}

@@ -18,7 +18,8 @@ from pydantic_core import PydanticCustomError
 from mtl.config.audit import AuditConfig
 from mtl.config.cache import CacheConfig, cache_word
 from mtl.config.checkpoint import CheckpointConfig
-from mtl.config.data import AnyDataConfig, GeneratedData
+from mtl.config.data import GeneratedData
+from mtl.config.data_sets import AnyDataConfig
 from mtl.config.distributed import DistributedConfig
 from mtl.config.error_text import error_line, explain, key_of
 from mtl.config.errors import ConfigError, OptionsError, SettingError

@@ -2,21 +2,27 @@
 
 from __future__ import annotations
 
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
 from functools import cached_property
 
 import torch
 
 from mtl.config import FileData, OwnData, SettingError
+from mtl.config.file_data import CocoData, FolderData, SplitName, TableData
+from mtl.config.public_data import PublicDataConfig
 from mtl.data.cache import DataError
+from mtl.data.coco import Coco
 from mtl.data.dataset import Split
 from mtl.data.file_split import FileSplit
 from mtl.data.fileset import FileSet
+from mtl.data.folder import Folder
 from mtl.data.into_memory import read_into_memory, sound_items
 from mtl.data.items import ImageForm, ItemReader, first_labels, image_form
 from mtl.data.labelling import Labelling
 from mtl.data.own import OwnSet
+from mtl.data.sets import public_set
 from mtl.data.source import Source, pipelines_of
+from mtl.data.table import Table, read_tables
 from mtl.data.transforms import Pipeline
 from mtl.runtime.fingerprint import fingerprint_of_json
 from mtl.tasks import Task
@@ -26,7 +32,7 @@ from mtl.tasks.base import LabelKind
 class FileSource(Source):
     def __init__(self, config: FileData, kinds: Mapping[str, LabelKind]) -> None:
         self._config, self._kinds = config, kinds
-        self._sets = {split: _open_files(config, split, kinds) for split in ("train", "val")}
+        self._sets = open_file_sets(config, kinds, ("train", "val"))
         self.labels, self.classes = self._sets["train"].labels, self._sets["train"].classes
         self.num_images = (self._number("train"), self._number("val"))
 
@@ -78,13 +84,39 @@ class FileSource(Source):
         return asked or there
 
 
-def _open_files(config: FileData, split: str, kinds: Mapping[str, LabelKind]) -> FileSet:
-    try:
-        if isinstance(config, OwnData):
-            return OwnSet(config, split, kinds)
-    except DataError as error:
-        raise DataError(f"{config.name}, {split}: {error}") from error
-    raise TypeError(config)
+def open_file_sets(config: FileData, kinds: Mapping[str, LabelKind], splits: Sequence[SplitName]) -> dict[str, FileSet]:
+    """Splits of a data set in files; nothing but lists and tables is read.
+
+    Args:
+        config: Which data set.
+        kinds: The kind of each label that tasks learn.
+        splits: Which splits.
+
+    Raises:
+        SettingError: It cannot be had.
+        DataError: Something of it cannot be read.
+    """
+    if isinstance(config, TableData):
+        tables = read_tables(config, kinds)
+        return {split: Table(config, split, kinds, tables) for split in splits}
+    return {split: _open_one(config, split, kinds) for split in splits}
+
+
+def _open_one(config: FileData, split: SplitName, kinds: Mapping[str, LabelKind]) -> FileSet:
+    match config:
+        case OwnData():
+            try:
+                return OwnSet(config, split, kinds)
+            except DataError as error:
+                raise DataError(f"{config.name}, {split}: {error}") from error
+        case FolderData():
+            return Folder(config, split, kinds)
+        case CocoData():
+            return Coco(config, split, kinds)
+        case PublicDataConfig():
+            return public_set(config.name)(config, split, kinds)
+        case _:
+            raise TypeError(config)
 
 
 def _bytes_of_one(form: ImageForm, labelling: Labelling) -> int:

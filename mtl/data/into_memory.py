@@ -102,9 +102,7 @@ class _Reader(Dataset[_Read]):
             return index, error
 
 
-def _samples(
-    reader: ItemReader, labelling: Labelling, num: int, num_workers: int, quiet: bool
-) -> Iterator[_Read]:
+def _samples(reader: ItemReader, labelling: Labelling, num: int, num_workers: int, quiet: bool) -> Iterator[_Read]:
     """All samples in their order, with a bar if it takes longer than a second."""
     items, batches = _Reader(reader, labelling, num), [[index] for index in range(num)]
     with tqdm(total=num, desc=f"{reader.place}: reading", disable=quiet or None, delay=1, leave=False) as bar:

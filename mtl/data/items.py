@@ -132,9 +132,7 @@ class ItemReader:
         return image
 
 
-def first_labels(
-    reader: ItemReader, label_of: Mapping[str, str], skips: bool
-) -> dict[str, Tensor]:
+def first_labels(reader: ItemReader, label_of: Mapping[str, str], skips: bool) -> dict[str, Tensor]:
     """The first label of each task that there is, as it is after transforms.
 
     Args:

@@ -24,6 +24,8 @@ from mtl.config.own import make_own, own_class
 from mtl.runtime.best import Best, BestState, Direction
 from mtl.runtime.plugin import where_it_failed
 
+_BuiltIn = ConstantConfig | CosineConfig | LinearConfig | StepConfig | PlateauConfig | OneCycleConfig
+
 # One-cycle (Smith and Topin, arXiv 1708.07120): up from a 25th of the peak, then down to 0, each along half a cosine.
 _WARM_UP_SHARE, _START_FACTOR = 0.3, 0.04
 
@@ -138,7 +140,7 @@ def try_out_schedule(config: LrScheduleConfig, num_steps: int, steps_per_epoch: 
             raise SettingError("lr_schedule.name", message)
 
 
-def factor_at(config: LrScheduleConfig, step: int, num_steps: int, steps_per_epoch: int) -> float:
+def factor_at(config: _BuiltIn, step: int, num_steps: int, steps_per_epoch: int) -> float:
     """The share of the peak rate that a step uses.
 
     Args:
@@ -161,8 +163,7 @@ def factor_at(config: LrScheduleConfig, step: int, num_steps: int, steps_per_epo
             return config.factor ** (step // steps_per_epoch // config.every_epochs)
         case ConstantConfig() | PlateauConfig():
             return 1.0
-        case OwnLrScheduleConfig():
-            raise TypeError(config)
+
 
 
 def _one_cycle(step: int, num_steps: int) -> float:

@@ -47,4 +47,3 @@ def _kind_of(config: RunConfig, name: str) -> LabelKind:
     # A class that says nothing has the base's property, which asks the object.
     plain: LabelKind = "mask" if getattr(type_, "output", None) == "dense" else "numbers"
     return said if isinstance(said, str) else plain  # type: ignore[return-value]
-

@@ -1,0 +1,60 @@
+"""The settings of data sets in files: each mistake is one, and what is right is read."""
+
+from __future__ import annotations
+
+from typing import Any
+
+import pytest
+from pydantic import ValidationError
+
+from mtl.config.file_data import FILE_DATA, CocoData, TableData
+
+TABLE = {"name": "table", "train": "a.csv", "val": "b.csv"}
+FOLDER = {"name": "folder", "train": "a", "val": "b"}
+COCO = {"name": "coco", "train": "a.json", "val": "b.json", "images": "i"}
+ONE = {"name": "table", "train": "a.csv"}
+
+
+@pytest.mark.parametrize(
+    ("settings", "message"),
+    [
+        (ONE, "should have val, or split to divide the table train"),
+        (TABLE | {"split": {"by": "column"}}, "should have no val and test with split, which divides train"),
+        (ONE | {"test": "a.csv", "split": {"by": "column"}}, "should have no val and test with split"),
+        (ONE | {"split": {"by": "hash"}}, "should have val, the share of images that validate"),
+        (ONE | {"split": {"by": "hash", "val": 0.5, "test": 0.5}}, "should have val and test of less than 1 together"),
+        (ONE | {"split": {"by": "hash", "val": 0.5, "column": "a"}}, "should have a column only with by: column"),
+        (ONE | {"split": {"by": "column", "val": 0.5}}, "should have shares, val and test, only with by: hash"),
+        (ONE | {"split": {"by": "hash", "val": 1.0}}, "should be less than 1"),
+        (ONE | {"split": {"by": "row"}}, "should be 'column' or 'hash'"),
+        (TABLE | {"scale": {"depth": 0.0}}, "should be greater than 0"),
+        (TABLE | {"images": "i"}, "Extra inputs are not permitted"),
+        (TABLE | {"image": ""}, "should have at least 1 character"),
+        (FOLDER | {"images": "i"}, "should have both images and masks, or none of them"),
+        (FOLDER | {"masks": {"a": "b"}}, "should have both images and masks, or none of them"),
+        (FOLDER | {"images": "i", "masks": {}}, "should have at least 1 item"),
+        ({"name": "folder", "train": "a"}, "Field required"),
+        (COCO | {"images": {"train": "t"}}, "should have a folder of images for each of train, val and test"),
+        (COCO | {"images": {"train": "t", "vall": "v"}}, "should be 'train', 'val' or 'test'"),
+        (COCO | {"images": 3}, "should be a valid string"),
+    ],
+)
+def test_a_mistake_in_the_settings_is_told(settings: dict[str, Any], message: str) -> None:
+    with pytest.raises(ValidationError) as error:
+        FILE_DATA[settings["name"]].model_validate(settings)
+    (only,) = [found for found in error.value.errors() if message in found["msg"]]
+    assert only
+
+
+def test_a_split_column_is_called_split_unless_it_has_a_name() -> None:
+    for split, name in (({"by": "column"}, "split"), ({"by": "column", "column": "part"}, "part")):
+        found = TableData.model_validate(ONE | {"split": split}).split
+        assert found is not None and found.column_name == name
+
+
+def test_each_split_has_its_place_and_folder() -> None:
+    one = CocoData.model_validate(COCO | {"test": "c.json"})
+    assert one.places == {"train": "a.json", "val": "b.json", "test": "c.json"}
+    assert one.folders == {"train": "i", "val": "i", "test": "i"}
+    several = CocoData.model_validate(COCO | {"images": {"train": "t", "val": "v"}})
+    assert several.folders == {"train": "t", "val": "v"}
