@@ -165,7 +165,6 @@ def factor_at(config: _BuiltIn, step: int, num_steps: int, steps_per_epoch: int)
             return 1.0
 
 
-
 def _one_cycle(step: int, num_steps: int) -> float:
     if step >= num_steps:
         return 0.0
