@@ -2,12 +2,21 @@
 
 from mtl.config.data import AugmentConfig, DataConfig
 from mtl.config.errors import ConfigError, SettingError
+from mtl.config.evaluate import EvaluateConfig
 from mtl.config.schema import RunConfig, load_config, mistake_of
 from mtl.config.tasks import (
     ClassificationConfig,
     DepthConfig,
+    EdgesConfig,
+    KeypointsConfig,
+    LossConfig,
+    MetricConfig,
+    MultiLabelConfig,
     NormalsConfig,
+    OrdinalConfig,
     OwnTaskConfig,
+    RegressionConfig,
+    SaliencyConfig,
     SegmentationConfig,
     TaskConfig,
 )
@@ -21,9 +30,18 @@ __all__ = [
     "ConfigError",
     "DataConfig",
     "DepthConfig",
+    "EdgesConfig",
+    "EvaluateConfig",
+    "KeypointsConfig",
+    "LossConfig",
+    "MetricConfig",
+    "MultiLabelConfig",
     "NormalsConfig",
+    "OrdinalConfig",
     "OwnTaskConfig",
+    "RegressionConfig",
     "RunConfig",
+    "SaliencyConfig",
     "SegmentationConfig",
     "SettingError",
     "Strict",
