@@ -17,7 +17,19 @@ from mtl.data import BUILT_IN
 from mtl.phases.plan import Plan, make_plan
 from mtl.phases.plan.text import full_plan
 from mtl.phases.setup import ModelSetup, build_meta_setup
-from mtl.tasks import Classification, Depth, Normals, Segmentation, Task
+from mtl.tasks import (
+    Classification,
+    Depth,
+    Edges,
+    Keypoints,
+    MultiLabel,
+    Normals,
+    Ordinal,
+    Regression,
+    Saliency,
+    Segmentation,
+    Task,
+)
 from mtl.training.evaluate import score
 from pages import code_block
 from runs import read_metrics, tiny_config
@@ -220,6 +232,12 @@ TASKS: dict[str, Task] = {
     "depth": Depth(),
     "normals": Normals(),
     "classification": Classification(10),
+    "ordinal": Ordinal(3),
+    "multilabel": MultiLabel(2),
+    "regression": Regression(),
+    "edges": Edges(),
+    "saliency": Saliency(),
+    "keypoints": Keypoints(1, (8, 8)),
 }
 
 

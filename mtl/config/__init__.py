@@ -2,13 +2,22 @@
 
 from mtl.config.data import AugmentConfig, DataConfig, FileData, GeneratedData, OwnData
 from mtl.config.errors import ConfigError, SettingError
+from mtl.config.evaluate import EvaluateConfig
 from mtl.config.head import HeadConfig
 from mtl.config.schema import RunConfig, load_config, mistake_of
 from mtl.config.tasks import (
     ClassificationConfig,
     DepthConfig,
+    EdgesConfig,
+    KeypointsConfig,
+    LossConfig,
+    MetricConfig,
+    MultiLabelConfig,
     NormalsConfig,
+    OrdinalConfig,
     OwnTaskConfig,
+    RegressionConfig,
+    SaliencyConfig,
     SegmentationConfig,
     TaskConfig,
 )
@@ -22,13 +31,22 @@ __all__ = [
     "ConfigError",
     "DataConfig",
     "DepthConfig",
+    "EdgesConfig",
+    "EvaluateConfig",
     "FileData",
     "GeneratedData",
     "HeadConfig",
+    "KeypointsConfig",
+    "LossConfig",
+    "MetricConfig",
+    "MultiLabelConfig",
     "NormalsConfig",
+    "OrdinalConfig",
     "OwnData",
     "OwnTaskConfig",
+    "RegressionConfig",
     "RunConfig",
+    "SaliencyConfig",
     "SegmentationConfig",
     "SettingError",
     "Strict",

@@ -23,6 +23,7 @@ from mtl.config.data_sets import AnyDataConfig
 from mtl.config.distributed import DistributedConfig
 from mtl.config.error_text import error_line, explain, key_of
 from mtl.config.errors import ConfigError, OptionsError, SettingError
+from mtl.config.evaluate import EvaluateConfig
 from mtl.config.names import Device, RunName
 from mtl.config.optim import BalanceConfig, OptimConfig, word_for
 from mtl.config.phase import PhaseConfig, PhaseEntry, WrittenPhase, num_unrolled, unroll
@@ -70,6 +71,7 @@ class RunConfig(Strict):
         trunk: The shared timm model.
         data: The data set.
         tasks: The tasks by name, each with one head; each learns a label of the data set, by default that of its name.
+        evaluate: How a trained model is measured.
         balance: How the tasks' losses become one.
         optim: How parameters are stepped; a phase may set most of it for itself.
         freeze_always: Patterns of what is frozen in every phase; a phase cannot thaw it.
@@ -101,6 +103,7 @@ class RunConfig(Strict):
     trunk: TrunkConfig
     data: AnyDataConfig = GeneratedData()
     tasks: dict[Annotated[str, Field(pattern=r"^[A-Za-z_]\w*$")], TaskConfig] = Field(min_length=1)
+    evaluate: EvaluateConfig = EvaluateConfig()
     balance: Annotated[BalanceConfig, word_for("method")] = BalanceConfig()
     optim: OptimConfig = OptimConfig()
     freeze_always: Patterns = []

@@ -20,7 +20,7 @@ class RunMetrics:
         self._config = config
         self._directions: dict[str, Direction | None] = {SCORE: "higher", "train/loss": "lower"}
         for name, task in tasks.items():
-            for metric in task.metrics().compute():
+            for metric in task.every_metric().compute():
                 known: Direction = "higher" if task.goal.higher_is_better else "lower"
                 self._directions[f"val/{name}/{metric}"] = known if metric == task.goal.metric else None
 

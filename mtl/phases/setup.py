@@ -79,7 +79,7 @@ def build_model_setup(
         except SettingError as error:
             raise mistake_of(config, error) from error
     _seed_everything(config.seed)
-    tasks = build_tasks(config)
+    tasks = build_tasks(config, source.classes)
     # Where it is to be found out, a run begins with the first one.
     layout = MEMORY_FORMATS["contiguous" if config.memory_format == "auto" else config.memory_format]
     trunk = (without_weights(config) if device == "meta" else config).trunk

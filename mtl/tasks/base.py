@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from abc import ABC, abstractmethod
-from collections.abc import Sequence
+from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass
 from typing import ClassVar, Literal
 
@@ -46,7 +46,15 @@ class Goal:
 
 
 class Metrics(ABC):
-    """Sufficient statistics of one task over a data set, on the device; statistics of two parts of it add up."""
+    """Sufficient statistics of one task over a data set, on the device; statistics of two parts of it add up.
+
+    Attributes:
+        higher: Its metrics whose higher values are better; one that is in neither has no known direction.
+        lower: Those whose lower values are better.
+    """
+
+    higher: Sequence[str] = ()
+    lower: Sequence[str] = ()
 
     @abstractmethod
     def update(self, output: Tensor, label: Tensor) -> None:
@@ -73,6 +81,32 @@ class Metrics(ABC):
         raise NotImplementedError(f"{type(self).__name__} has no state and load_state; several ranks need them")
 
 
+class Several(Metrics):
+    """Several metrics as one."""
+
+    def __init__(self, parts: Sequence[Metrics]) -> None:
+        self._parts = parts
+        self.higher = [name for part in parts for name in part.higher]
+        self.lower = [name for part in parts for name in part.lower]
+
+    def update(self, output: Tensor, label: Tensor) -> None:
+        for part in self._parts:
+            part.update(output, label)
+
+    def compute(self) -> dict[str, float]:
+        return {name: value for part in self._parts for name, value in part.compute().items()}
+
+    def state(self) -> list[Tensor]:
+        return [tensor for part in self._parts for tensor in part.state()]
+
+    def load_state(self, state: Sequence[Tensor]) -> None:
+        start = 0
+        for part in self._parts:
+            end = start + len(part.state())
+            part.load_state(state[start:end])
+            start = end
+
+
 class Task(ABC):
     """One task: output, loss and metrics of its head.
 
@@ -84,17 +118,26 @@ class Task(ABC):
         output: `dense` for an output per pixel, `vector` for one per image.
         num_outputs: Channels of the head's output.
         goal: The metric that stands for the task in `val/score`.
+        class_names: The names of its classes or attributes, for pictures and captions; empty if they have none.
+        added: What makes the metrics that the configuration adds to the task's own.
     """
 
     Options: ClassVar[type[BaseModel] | None] = None
     output: ClassVar[Literal["dense", "vector"]]
     goal: ClassVar[Goal]
     num_outputs: int
+    class_names: Sequence[str] = ()
+    added: Sequence[Callable[[], Metrics]] = ()
 
     @property
     def label_kind(self) -> LabelKind:
         """What its label is: decides how files and tables are read, and how transforms change it."""
         return "mask" if self.output == "dense" else "numbers"
+
+    @property
+    def more_metrics(self) -> Mapping[str, Callable[[], Metrics]]:
+        """What makes the metrics that a configuration may add to the task's own, by name."""
+        return {}
 
     @abstractmethod
     def fit(self, label: Tensor) -> Tensor:
@@ -125,7 +168,12 @@ class Task(ABC):
 
     @abstractmethod
     def metrics(self) -> Metrics:
-        """Fresh, empty statistics."""
+        """Fresh, empty statistics: the task's own."""
+
+    def every_metric(self) -> Metrics:
+        """Fresh, empty statistics: the task's own, and those that the configuration adds."""
+        own = self.metrics()
+        return Several([own, *(make() for make in self.added)]) if self.added else own
 
     def unlabelled(self, label: Tensor) -> Tensor:
         """The label of a sample that has none, in the form of another's.
@@ -174,6 +222,10 @@ class Task(ABC):
         first = (values if values.ndim == 3 else values[:, 0]).float().nan_to_num(0, 0, 0)
         low, high = first.amin(), first.amax()
         return ((first - low) / (high - low).clamp(min=1e-12))[..., None]
+
+    def legend(self) -> list[tuple[str, tuple[float, float, float]]]:
+        """What colours in the pictures of a dense task stand for: names, with red, green and blue from 0 to 1."""
+        return []
 
     def caption(self, values: Tensor, is_label: bool) -> list[str]:  # noqa: ARG002  as above
         """Labels or outputs of a vector task in words, a text per image; by default, their first numbers.

@@ -1,177 +1,118 @@
-"""`segmentation` and `classification`: a class for each pixel or for each image."""
+"""What `classification` and `segmentation` share; and checks of labels that are numbers of classes."""
 
 from __future__ import annotations
 
-from collections.abc import Sequence
-from typing import ClassVar, Literal
+from collections.abc import Callable, Mapping, Sequence
+from typing import ClassVar
 
 import torch
 from torch import Tensor
-from torch.nn import functional
 
-from mtl.tasks.base import Goal, LabelKind, Metrics, Task
-
-
-class Confusion(Metrics):
-    """Confusion matrix, "true predicted", int64; every metric of class predictions follows from it."""
-
-    def __init__(self, num_classes: int, ignore_index: int) -> None:
-        self.num_classes = num_classes
-        self.ignore_index = ignore_index
-        self.counts: Tensor | None = None
-
-    def update(self, output: Tensor, label: Tensor) -> None:
-        predicted = output.argmax(dim=1)
-        valid = label != self.ignore_index
-        # Ignored labels are counted in a cell after the matrix, since boolean indexing would sync the device.
-        cell = torch.where(valid, label * self.num_classes + predicted, self.num_classes**2).flatten()
-        if self.counts is None:
-            self.counts = self._zeros().to(output.device)
-        self.counts.scatter_add_(0, cell, torch.ones_like(cell))
-
-    def state(self) -> list[Tensor]:
-        return [self._zeros() if self.counts is None else self.counts]
-
-    def load_state(self, state: Sequence[Tensor]) -> None:
-        (self.counts,) = state
-
-    def matrix(self) -> Tensor:
-        return self.state()[0].cpu()[:-1].view(self.num_classes, self.num_classes).double()
-
-    def _zeros(self) -> Tensor:
-        return torch.zeros(self.num_classes**2 + 1, dtype=torch.int64)
+from mtl.tasks.base import Metrics
+from mtl.tasks.class_losses import ClassLoss, ClassWeights, CrossEntropy, Focal
+from mtl.tasks.confusion import MacroF1, MeanAccuracy
+from mtl.tasks.entries import EntryTask
+from mtl.tasks.loss import Loss
 
 
-class SegmentationMetrics(Confusion):
-    def compute(self) -> dict[str, float]:
-        """`miou`: mean over the classes in labels or predictions; `pixel_accuracy`: share of labelled pixels."""
-        matrix = self.matrix()
-        hit = matrix.diag()
-        union = matrix.sum(0) + matrix.sum(1) - hit
-        return {
-            "miou": (hit / union)[union > 0].mean().item(),
-            "pixel_accuracy": (hit.sum() / matrix.sum()).item(),
-        }
+class ClassTask(EntryTask):
+    """A class for each entry: log-frequency prior, weights of classes, label checks."""
 
-
-class ClassificationMetrics(Confusion):
-    def compute(self) -> dict[str, float]:
-        """`accuracy`: share of labelled images."""
-        matrix = self.matrix()
-        return {"accuracy": (matrix.diag().sum() / matrix.sum()).item()}
-
-
-class _ClassTask(Task):
-    """Base of both class tasks: cross-entropy, log-frequency prior, label checks."""
-
+    losses: ClassVar[Mapping[str, type[Loss]]] = {"cross_entropy": CrossEntropy, "focal": Focal}
     class_weight: Tensor | None = None
 
-    def __init__(self, num_classes: int, ignore_index: int) -> None:
+    def __init__(
+        self,
+        num_classes: int,
+        ignore_index: int,
+        loss: Loss | None = None,
+        class_names: Sequence[str] = (),
+        balance_power: float = 0.0,
+    ) -> None:
         self.num_outputs = num_classes
         self.ignore_index = ignore_index
+        self.entry_loss = loss or CrossEntropy()
+        self.class_names = class_names
+        self.balance_power = balance_power
+        weights: ClassWeights | None = loss.class_weights if isinstance(loss, ClassLoss) else None
+        if weights == "balanced":
+            self.balance_power = 1.0
+        elif weights is not None:
+            self.balance_power, self.class_weight = 0.0, torch.tensor(weights, dtype=torch.float32)
         # A copy per device: labels on the host need no transfer from the GPU.
         self._class_weights: dict[torch.device, tuple[Tensor, Tensor]] = {}
 
+    @property
+    def more_metrics(self) -> Mapping[str, Callable[[], Metrics]]:
+        own = (self.num_outputs, self.ignore_index)
+        return {"macro_f1": lambda: MacroF1(*own), "mean_accuracy": lambda: MeanAccuracy(*own)}
+
     def fit(self, label: Tensor) -> Tensor:
+        """The log of each class's frequency; where entries weigh by class, also their weights."""
         counts = torch.bincount(label[label != self.ignore_index].flatten().long(), minlength=self.num_outputs)
-        return (counts.clamp(min=1) / counts.sum().clamp(min=1)).log().float()
+        prior = (counts.clamp(min=1) / counts.sum().clamp(min=1)).log().float()
+        if self.balance_power:
+            frequency = prior.exp()
+            weight = frequency**-self.balance_power
+            self.class_weight = weight / (weight * frequency).sum()
+        return prior
 
-    def loss(self, output: Tensor, label: Tensor) -> Tensor:
-        """Cross-entropy over labelled entries.
-
-        Args:
-            output: "b c ..." logits.
-            label: "b ...", int64, `ignore_index` = no label.
-        """
-        output = output.float()
-        weight = self._weights(label)
-        losses = functional.cross_entropy(output, label, ignore_index=self.ignore_index, reduction="none")
-        return (losses * weight).sum() / weight.sum().clamp(min=1e-6)
-
-    def weight(self, label: Tensor) -> Tensor:
-        """The sum of class weights over labelled entries."""
-        return self._weights(label).sum(dtype=torch.float64)
-
-    def _weights(self, label: Tensor) -> Tensor:
-        """The weight of each entry; 0 where there is no label."""
+    def entry_weights(self, label: Tensor) -> Tensor:
+        """The weight of each entry's class; 0 where there is no label."""
         valid, fitted = label != self.ignore_index, self.class_weight
         if fitted is None:
-            return valid.float()
+            return valid
         source, here = self._class_weights.get(label.device, (None, fitted))
         if source is not fitted:
             here = fitted.to(label.device, non_blocking=True)
             self._class_weights[label.device] = (fitted, here)
         return here[torch.where(valid, label, 0)] * valid
 
+    def stand_in(self, label: Tensor) -> Tensor:
+        return label.masked_fill(label == self.ignore_index, 0)
+
+    def marked(self, label: Tensor) -> Tensor:
+        return label.masked_fill(label == self.ignore_index, -1)
+
+    def blank(self, num_images: int, size: tuple[int, int]) -> Tensor:
+        shape = (num_images, *size) if self.output == "dense" else (num_images,)
+        return torch.full(shape, self.ignore_index)
+
     def unlabelled(self, label: Tensor) -> Tensor:
         return torch.full_like(label, self.ignore_index)
 
     def bad_samples(self, label: Tensor) -> Tensor:
         """Samples with a class out of range."""
-        known = (label == self.ignore_index) | ((label >= 0) & (label < self.num_outputs))
-        return ~known.flatten(1).all(dim=1) if label.ndim > 1 else ~known
+        return samples_out_of_range(label, self.num_outputs, self.ignore_index)
 
     def check_labels(self, label: Tensor) -> None:
-        dims = 3 if self.output == "dense" else 1
-        if label.ndim != dims or label.dtype.is_floating_point:
-            raise ValueError(
-                f"expected whole numbers with {dims} axes, got {label.dtype} of shape {tuple(label.shape)}"
-            )
-        known = label[label != self.ignore_index]
-        if known.numel() and not 0 <= int(known.min()) <= int(known.max()) < self.num_outputs:
-            raise ValueError(
-                f"expected classes 0 to {self.num_outputs - 1} (num_classes: {self.num_outputs}) or"
-                f" {self.ignore_index} for none, got {int(known.min())} to {int(known.max())}"
-            )
+        check_classes(label, 3 if self.output == "dense" else 1, self.num_outputs, self.ignore_index)
 
 
-class Segmentation(_ClassTask):
-    """A class per pixel; cross-entropy weighted by class, since backgrounds cover most pixels."""
+def samples_out_of_range(label: Tensor, num_classes: int, ignore_index: int) -> Tensor:
+    """Which samples have a class outside 0 to `num_classes` - 1, "n", bool.
 
-    output: ClassVar[Literal["dense", "vector"]] = "dense"
-    goal = Goal("miou", perfect=1.0)
-
-    def __init__(self, num_classes: int, ignore_index: int = 255, balance_power: float = 0.5) -> None:
-        """Args:
+    Args:
+        label: "n ...", whole numbers.
         num_classes: Number of classes.
-        ignore_index: Label of pixels that do not count.
-        balance_power: Classes weigh frequency ** -balance_power, scaled so that the mean pixel weighs 1.
-            0 weighs all pixels alike, 1 all classes alike.
-        """
-        super().__init__(num_classes, ignore_index)
-        self.balance_power = balance_power
-
-    def fit(self, label: Tensor) -> Tensor:
-        prior = super().fit(label)
-        frequency = prior.exp()
-        weight = frequency**-self.balance_power
-        self.class_weight = weight / (weight * frequency).sum()
-        return prior
-
-    def draw(self, values: Tensor, is_label: bool) -> Tensor:
-        """A colour for each class."""
-        from matplotlib import colormaps
-
-        classes = values if is_label else values.argmax(dim=1)
-        return torch.from_numpy(colormaps["tab20"](classes.clamp(max=19).numpy())[..., :3])
-
-    def metrics(self) -> SegmentationMetrics:
-        return SegmentationMetrics(self.num_outputs, self.ignore_index)
+        ignore_index: The label that is none.
+    """
+    known = (label == ignore_index) | ((label >= 0) & (label < num_classes))
+    return ~known.flatten(1).all(dim=1) if label.ndim > 1 else ~known
 
 
-class Classification(_ClassTask):
-    """A class per image; cross-entropy."""
+def check_classes(label: Tensor, num_axes: int, num_classes: int, ignore_index: int) -> None:
+    """Raises `ValueError` if a label is not of classes, or one of them is out of range.
 
-    output: ClassVar[Literal["dense", "vector"]] = "vector"
-    label_kind: LabelKind = "class"
-    goal = Goal("accuracy", perfect=1.0)
-
-    def __init__(self, num_classes: int, ignore_index: int = -1) -> None:
-        super().__init__(num_classes, ignore_index)
-
-    def caption(self, values: Tensor, is_label: bool) -> list[str]:
-        """The number of the class."""
-        return [str(int(each)) for each in (values if is_label else values.argmax(dim=1))]
-
-    def metrics(self) -> ClassificationMetrics:
-        return ClassificationMetrics(self.num_outputs, self.ignore_index)
+    Args: as above; `num_axes` is how many the label has.
+    """
+    if label.ndim != num_axes or label.dtype.is_floating_point:
+        raise ValueError(
+            f"expected whole numbers with {num_axes} axes, got {label.dtype} of shape {tuple(label.shape)}"
+        )
+    known = label[label != ignore_index]
+    if known.numel() and not 0 <= int(known.min()) <= int(known.max()) < num_classes:
+        raise ValueError(
+            f"expected classes 0 to {num_classes - 1} (num_classes: {num_classes}) or"
+            f" {ignore_index} for none, got {int(known.min())} to {int(known.max())}"
+        )

@@ -7,14 +7,27 @@ from typing import Any
 from mtl.config import OwnTaskConfig, RunConfig, SettingError, mistake_of
 from mtl.config.own import own_class
 from mtl.tasks.base import LabelKind, Task
-from mtl.tasks.classes import Classification, Segmentation
-from mtl.tasks.geometry import Depth, Normals
+from mtl.tasks.binary_maps import Edges, Saliency
+from mtl.tasks.classification import Classification
+from mtl.tasks.depth import Depth
+from mtl.tasks.keypoints import Keypoints
+from mtl.tasks.multilabel import MultiLabel
+from mtl.tasks.normals import Normals
+from mtl.tasks.ordinal import Ordinal
+from mtl.tasks.regression import Regression
+from mtl.tasks.segmentation import Segmentation
 
 _TYPES: dict[str, type[Task]] = {
     "segmentation": Segmentation,
     "classification": Classification,
+    "ordinal": Ordinal,
+    "multilabel": MultiLabel,
+    "regression": Regression,
     "depth": Depth,
     "normals": Normals,
+    "edges": Edges,
+    "saliency": Saliency,
+    "keypoints": Keypoints,
 }
 
 

@@ -78,7 +78,7 @@ def validate_constant(
 def _measure(
     tasks: Mapping[str, Task], outputs: Iterable[tuple[Batch, dict[str, Tensor]]], world: World = ALONE
 ) -> Scores:
-    metrics = {name: task.metrics() for name, task in tasks.items()}
+    metrics = {name: task.every_metric() for name, task in tasks.items()}
     for batch, predicted in outputs:
         for name, each in metrics.items():
             each.update(predicted[name], batch.labels[name])

@@ -79,8 +79,8 @@ def test_the_config_that_the_scripts_train_is_in_the_repository() -> None:
         (3, "data: {imge_size: 32}", "run.yaml:3: data.imge_size: unknown key; nearest: image_size"),
         (
             5,
-            "  depth: {type: depth, zz: 1}",
-            "run.yaml:5: tasks.depth.zz: unknown key; the keys here are type, label, head",
+            "  depth: {type: normals, zz: 1}",
+            "run.yaml:5: tasks.depth.zz: unknown key; the keys here are type, label, head, metrics, loss",
         ),
         (
             6,
@@ -102,7 +102,7 @@ def test_the_config_that_the_scripts_train_is_in_the_repository() -> None:
         (1, "seed: 0", "run.yaml:1: name: this key is required"),
         (2, "trunk: {weights: none}", "run.yaml:2: trunk.name: this key is required"),
         (5, "  depth: {}", "run.yaml:5: tasks.depth.type: this key is required"),
-        (6, "  object: {type: classification}", "run.yaml:6: tasks.object.num_classes: this key is required"),
+        (6, "  object: {type: keypoints}", "run.yaml:6: tasks.object.num_points: this key is required"),
         (9, "  - {epochs: 3}", "run.yaml:9: phases.1.name: this key is required"),
         # wrong types: nothing is converted
         (3, "data: {image_size: true}", "run.yaml:3: data.image_size: expected a valid integer, got True"),
@@ -144,7 +144,7 @@ def test_the_config_that_the_scripts_train_is_in_the_repository() -> None:
             5,
             "  depth: {type: dept}",
             "run.yaml:5: tasks.depth.type: expected one of segmentation, depth, normals, classification,"
-            " package.module:Name, got 'dept';"
+            " ordinal, multilabel, regression, edges, saliency, keypoints, package.module:Name, got 'dept';"
             " nearest: depth",
         ),
         (
@@ -264,7 +264,8 @@ def test_an_unknown_key_may_be_called_like_the_tasks_type() -> None:
     assert mistakes(
         with_line(6, "  object: {type: classification, num_classes: 2, classification: {a: 1}, zz: 1}")
     ) == [
-        f"run.yaml:6: tasks.object.{key}: unknown key; the keys here are type, label, head, num_classes, ignore_index"
+        f"run.yaml:6: tasks.object.{key}: unknown key;"
+        " the keys here are type, label, head, metrics, loss, num_classes, ignore_index"
         for key in ("classification", "zz")
     ]
 
@@ -293,7 +294,8 @@ def test_all_mistakes_are_reported_at_once() -> None:
         "run.yaml:3: data.image_size: expected a valid integer, got 'big'",
         "run.yaml:3: data.batch_sise: unknown key; nearest: batch_size",
         "run.yaml:6: tasks.object.type: expected one of segmentation, depth, normals, classification,"
-        " package.module:Name, got 'clasification'; nearest: classification",
+        " ordinal, multilabel, regression, edges, saliency, keypoints, package.module:Name,"
+        " got 'clasification'; nearest: classification",
         "run.yaml:8: phases.0.name: this key is required",
         "run.yaml:8: phases.0.freeze.0: expected a valid string, got 1",
         "command line: optim.lr: expected a number greater than 0, got -1",
@@ -367,8 +369,8 @@ def test_overrides_reach_every_depth() -> None:
         ("phases.fine.steps=4", "command line: 'phases.fine.steps=4': 'fine' is none of warm, tune, 0 to 1"),
         ("name", "command line: 'name': expected key=value, such as optim.lr_scale=0.5"),
         (
-            "tasks.depth={type: depth, x: 1}",
-            "command line: tasks.depth.x: unknown key; the keys here are type, label, head",
+            "tasks.depth={type: normals, x: 1}",
+            "command line: tasks.depth.x: unknown key; the keys here are type, label, head, metrics, loss",
         ),
         (
             "data={image_size: 9, num_val: 0}",
@@ -499,6 +501,8 @@ _RUNS = st.fixed_dictionaries(
                     {"type": "normals"},
                     {"type": "segmentation", "num_classes": 3, "balance_power": 1},
                     {"type": "classification", "num_classes": 2, "ignore_index": -100},
+                    {"type": "depth", "space": "bins", "min": 0.1, "max": 10.0, "loss": "silog"},
+                    {"type": "multilabel", "loss": {"name": "focal", "options": {"gamma": 1}}, "metrics": "m:M"},
                 ]
             ),
             min_size=1,
