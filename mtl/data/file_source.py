@@ -12,7 +12,7 @@ from mtl.config.file_data import CocoData, FolderData, SplitName, TableData
 from mtl.config.public_data import PublicDataConfig
 from mtl.data.cache import DataError
 from mtl.data.coco import Coco
-from mtl.data.dataset import Split
+from mtl.data.dataset import Batch, Split
 from mtl.data.file_split import FileSplit
 from mtl.data.fileset import FileSet
 from mtl.data.folder import Folder
@@ -64,14 +64,29 @@ class FileSource(Source):
         quiet: bool,
     ) -> Split:
         config, items, skips = self._config, self._sets[which], self._config.on_bad_sample == "skip"
-        kinds = {label: self._kinds[label] for label in label_of.values()}
-        reader = ItemReader(items, f"{config.name}, {which}", kinds, self._form, pipeline)
-        labelling = Labelling(tasks, label_of, first_labels(reader, label_of, skips))
+        reader, labelling = self._reading(which, pipeline, tasks, label_of)
         if pipeline.is_random or num * _bytes_of_one(self._form, labelling) > 1e9 * config.memory_gb:
             there = sound_items(reader, labelling, num, config.num_workers, quiet) if skips else torch.arange(num)
             identity = fingerprint_of_json([items.identity(num), there.tolist() if skips else num, pipeline.describe()])
             return FileSplit(reader, labelling, there, identity, num - len(there))
         return read_into_memory(reader, labelling, num, config.num_workers, skips, quiet)
+
+    def preview(self, tasks: Mapping[str, Task], label_of: Mapping[str, str], num: int) -> Batch:
+        there = self.num_images[0]
+        chosen = torch.linspace(0, there - 1, min(num, there)).long()
+        reading = self._reading("train", pipelines_of(self._config)["val"], tasks, label_of)
+        split = FileSplit(*reading, chosen, "", 0)
+        indices = torch.arange(len(split))
+        return split.batch(indices, rows=split.rows(indices, with_images=True))
+
+    def _reading(
+        self, which: str, pipeline: Pipeline, tasks: Mapping[str, Task], label_of: Mapping[str, str]
+    ) -> tuple[ItemReader, Labelling]:
+        """What reads the samples of a split, and what makes labels of tasks of them."""
+        kinds = {label: self._kinds[label] for label in label_of.values()}
+        reader = ItemReader(self._sets[which], f"{self._config.name}, {which}", kinds, self._form, pipeline)
+        skips = self._config.on_bad_sample == "skip"
+        return reader, Labelling(tasks, label_of, first_labels(reader, label_of, skips))
 
     def _number(self, split: str) -> int:
         key, there = f"num_{split}", len(self._sets[split])

@@ -17,7 +17,7 @@ from tqdm import tqdm
 from mtl.config import GeneratedData, SettingError
 from mtl.data import multifashion, scenes, sprites
 from mtl.data.cache import DataError, cached, default_cache_dir, entry_of
-from mtl.data.dataset import Split
+from mtl.data.dataset import Batch, Split
 from mtl.data.memory import MemorySplit, Transform
 from mtl.data.room import bytes_of, check_disk, check_image, check_memory
 from mtl.data.source import Source, pipelines_of
@@ -91,6 +91,10 @@ class GeneratedSource(Source):
         if config.transform.val:
             val = replace(val, transform=Transform(pipelines["val"], kinds))
         return train, val
+
+    def preview(self, tasks: Mapping[str, Task], label_of: Mapping[str, str], num: int) -> Batch:
+        train, _ = self.load(tasks, label_of, quiet=True)
+        return train.batch(torch.linspace(0, len(train) - 1, min(num, len(train))).long())
 
 
 def check_room(config: GeneratedData) -> None:

@@ -98,7 +98,8 @@ class ItemReader:
             item = self.items.read(index, [IMAGE, *names] if with_image or decides else list(names))
         except DataError as error:
             raise DataError(f"{self.place}: {error}") from error
-        labels = {name: _tensor(item[name], f"{self.where(index)}: {name}") for name in names if _is_there(item, name)}
+        there = [name for name in names if item.get(name) is not None]
+        labels = {name: as_tensor(item[name], f"{self.where(index)}: {name}") for name in there}
         maps = [name for name in labels if kinds[name] in SPATIAL and kinds[name] != "points"]
         if IMAGE in item:
             image = self._image(item, index)
@@ -191,11 +192,8 @@ def words(tensor: Tensor) -> str:
     return f"{str(tensor.dtype).removeprefix('torch.')} of shape {tuple(tensor.shape)}"
 
 
-def _is_there(item: Mapping[str, Any], name: str) -> bool:
-    return item.get(name) is not None
-
-
-def _tensor(value: Any, where: str) -> Tensor:
+def as_tensor(value: Any, where: str) -> Tensor:
+    """A label as a tensor. Raises `DataError` if it is neither a number nor an array."""
     if isinstance(value, Tensor):
         return value.detach().cpu()
     if isinstance(value, bool | int | float | np.number):

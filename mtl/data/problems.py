@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Container, Iterator, Mapping
+from collections.abc import Callable, Container, Iterator, Mapping
 
 import numpy as np
 import torch
@@ -10,13 +10,17 @@ from torch import Tensor
 
 from mtl.data.cache import DataError
 from mtl.data.fileset import IMAGE, FileSet
+from mtl.data.items import as_tensor
 from mtl.data.label_files import FILE_KINDS
 from mtl.runtime.text import shorten
 from mtl.tasks.base import LabelKind
 
 
 def problems(
-    data: FileSet, kinds: Mapping[str, LabelKind], allowed: Mapping[str, Container[int]] | None = None
+    data: FileSet,
+    kinds: Mapping[str, LabelKind],
+    allowed: Mapping[str, Container[int]] | None = None,
+    seen: Callable[[str, Tensor], None] = lambda _, __: None,
 ) -> Iterator[str]:
     """What is wrong with the items of a split: files that are missing or cannot be read, sizes, values out of range.
 
@@ -24,21 +28,26 @@ def problems(
         data: The split; every image and label of it is read.
         kinds: What each label is.
         allowed: The class numbers that a label may have, of an image or of a pixel; all if not given.
+        seen: Is called with each image and label that could be read, by its name.
 
     Yields:
         A line for each, with file and row.
     """
     for index in range(len(data)):
         size = None
-        for name in (IMAGE, *data.labels):
+        for name in (IMAGE, *kinds):
             try:
-                value: Tensor | None = data.read(index, (name,)).get(name)
+                read = data.read(index, (name,)).get(name)
+                value = None if read is None else as_tensor(read, f"{data.where(index)}: {name}")
             except DataError as error:
                 yield str(error)
                 continue
-            if name == IMAGE and value is not None:
+            if value is None:
+                continue
+            seen(name, value)
+            if name == IMAGE:
                 size = tuple(value.shape[-2:])
-            elif value is not None:
+            else:
                 place = data.files(index).get(name)
                 start = f"{data.where(index)}: {name}: {f'{place}: ' if place else ''}"
                 yield from (start + what for what in _wrong_size(value, kinds[name], size))

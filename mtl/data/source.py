@@ -6,7 +6,7 @@ from abc import ABC, abstractmethod
 from collections.abc import Mapping, Sequence
 
 from mtl.config import DataConfig, SettingError
-from mtl.data.dataset import Split
+from mtl.data.dataset import Batch, Split
 from mtl.data.transforms import Pipeline, build_transforms
 from mtl.tasks import Task
 
@@ -42,6 +42,19 @@ class Source(ABC):
         Raises:
             DataError: The data cannot be had.
             SettingError: The labels do not fit a task.
+        """
+
+    @abstractmethod
+    def preview(self, tasks: Mapping[str, Task], label_of: Mapping[str, str], num: int) -> Batch:
+        """Some training samples at even distances; nothing else is read of data that lies in files.
+
+        Args:
+            tasks: The tasks by name.
+            label_of: The name of each task's label.
+            num: How many, at most.
+
+        Raises:
+            DataError, SettingError: As `load`.
         """
 
 

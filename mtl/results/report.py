@@ -27,6 +27,7 @@ from mtl.data import Batch, validation_batches
 from mtl.model.trunk import in_eval_mode
 from mtl.optim.task_gradients import GradientAnalysis
 from mtl.phases.setup import build_model_setup
+from mtl.results.pictures import picture_of
 from mtl.runtime.files import write_text
 from mtl.runtime.tensors import is_sharded
 from mtl.runtime.text import count
@@ -197,7 +198,7 @@ def draw_run(setup: RunSetup, epochs: list[dict[str, Any]]) -> Figure:
         _draw_metric(axes, name, task, epochs)
     batch, outputs = _predict(setup)
     grid = below.subplots(1 + 2 * len(dense), _NUM_EXAMPLES, squeeze=False)
-    pictures = [("image", batch.images)]
+    pictures = [("image", picture_of(batch.images))]
     for name, task in dense.items():
         pictures += [(f"{name}\ntruth", task.draw(batch.labels[name], is_label=True))]
         pictures += [(f"{name}\npredicted", task.draw(outputs[name], is_label=False))]

@@ -79,19 +79,19 @@ def _build_type(config: RunConfig, name: str, names: Sequence[str]) -> EntryTask
     def loss_of(kind: type[EntryTask]) -> Loss | None:
         return build_loss(own.loss, kind.losses, f"{path}.loss")
 
-    written = getattr(own, "num_classes", None)
-    if "num_classes" in type(own).model_fields:
-        written = _num_classes(written, names, path)
+    num = 0
+    if isinstance(own, SegmentationConfig | ClassificationConfig | OrdinalConfig | MultiLabelConfig):
+        num = _num_classes(own.num_classes, names, path)
         # The data set may have fewer than the model.
-        names = [*names, *map(str, range(len(names), written))] if names else names
+        names = [*names, *map(str, range(len(names), num))] if names else names
 
     match own:
         case SegmentationConfig():
             loss = loss_of(Segmentation)
             _check_balance_power(own, loss, path)
-            task: EntryTask = Segmentation(written, own.ignore_index, own.balance_power, loss, names)
+            task: EntryTask = Segmentation(num, own.ignore_index, own.balance_power, loss, names)
         case ClassificationConfig():
-            task = Classification(written, own.ignore_index, loss_of(Classification), names)
+            task = Classification(num, own.ignore_index, loss_of(Classification), names)
         case DepthConfig():
             losses = Depth.losses_of_logs if own.space == "log" else Depth.losses
             loss = build_loss(own.loss, losses, f"{path}.loss")
@@ -99,9 +99,9 @@ def _build_type(config: RunConfig, name: str, names: Sequence[str]) -> EntryTask
         case NormalsConfig():
             task = Normals(loss_of(Normals))
         case OrdinalConfig():
-            task = Ordinal(written, own.ignore_index, loss_of(Ordinal), names)
+            task = Ordinal(num, own.ignore_index, loss_of(Ordinal), names)
         case MultiLabelConfig():
-            task = MultiLabel(written, loss_of(MultiLabel), names)
+            task = MultiLabel(num, loss_of(MultiLabel), names)
         case RegressionConfig():
             task = Regression(own.num_outputs, own.scale, loss_of(Regression))
         case EdgesConfig():
@@ -122,7 +122,8 @@ def _num_classes(written: int | None, names: Sequence[str], path: str) -> int:
         raise SettingError(key, "expected a number, since the data set does not name the classes of this label")
     if written is not None and names and written < len(names):
         some = ", ".join(names[:3])
-        raise SettingError(key, f"expected at least the {len(names)} classes of this label ({some}, ...), got {written}")
+        message = f"expected at least the {len(names)} classes of this label ({some}, ...), got {written}"
+        raise SettingError(key, message)
     return written or len(names)
 
 

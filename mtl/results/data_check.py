@@ -1,0 +1,180 @@
+"""What a data set holds, item by item: every file read, every mistake named, and numbers to judge the labels by."""
+
+from __future__ import annotations
+
+from collections import Counter
+from collections.abc import Callable, Iterator, Mapping, Sequence
+from functools import partial
+from pathlib import Path
+
+import torch
+from torch import Tensor
+
+from mtl.config import FileData, RunConfig, SettingError, mistake_of
+from mtl.config.file_data import SPLITS, SplitName
+from mtl.data import MemorySplit
+from mtl.data.file_source import open_file_sets
+from mtl.data.fileset import IMAGE
+from mtl.data.problems import problems
+from mtl.phases.setup import open_source
+from mtl.results.pictures import draw_samples
+from mtl.runtime.text import count
+from mtl.tasks import build_tasks, label_kinds
+from mtl.tasks.base import LabelKind
+
+# Classes that are listed by their share, the most frequent first.
+_MOST_CLASSES = 12
+_NUM_PICTURES = 6
+
+
+class DataCheck:
+    """Reads a whole data set, and keeps what is worth a line.
+
+    Attributes:
+        mistakes: A line for each, with file and row.
+    """
+
+    def __init__(self, config: RunConfig) -> None:
+        """Opens the data set.
+
+        Raises:
+            ConfigError, DataError: It cannot be opened.
+        """
+        self._config = config
+        self._kinds = label_kinds(config)
+        self._source = open_source(config)
+        self._tasks = build_tasks(config, self._source.classes)
+        self.mistakes: list[str] = []
+
+    def lines(self) -> Iterator[str]:
+        """Reads it split by split; a paragraph for each."""
+        data = self._config.data
+        if not isinstance(data, FileData):
+            yield from self._of_generated()
+            return
+        for split, items in open_file_sets(data, self._kinds, self._splits()).items():
+            census = {name: _Census(kind) for name, kind in self._kinds.items()} | {IMAGE: _Census(None)}
+            count_it: Callable[[str, Tensor], None] = partial(_count, census)
+            for line in problems(items, self._kinds, self._allowed(), count_it):
+                self.mistakes.append(f"{data.name}, {split}: {line}")
+            yield from self._paragraph(split, len(items), census)
+
+    def _of_generated(self) -> Iterator[str]:
+        """Generated data is exact; it is made, and measured alike."""
+        label_of = {task: own.label or task for task, own in self._config.tasks.items()}
+        try:
+            splits = self._source.load(self._tasks, label_of, quiet=False)
+        except SettingError as error:
+            raise mistake_of(self._config, error) from error
+        for name, split in zip(("train", "val"), splits, strict=True):
+            assert isinstance(split, MemorySplit)
+            census = {label: _Census(kind) for label, kind in self._kinds.items()} | {IMAGE: _Census(None)}
+            for image in split.images:
+                census[IMAGE].add(image.permute(2, 0, 1))
+            for task, label in label_of.items():
+                for value in split.labels[task]:
+                    census[label].add(value)
+            yield from self._paragraph(name, len(split), census)
+
+    def _splits(self) -> list[SplitName]:
+        """Training and validation, and the test split if the configuration names one."""
+        return [split for split in SPLITS if split != "test" or getattr(self._config.data, "test", None) is not None]
+
+    def draw(self, file: Path) -> None:
+        """Writes a PNG with some training samples and their labels.
+
+        Raises:
+            DataError: One of them cannot be read.
+            OSError: The file cannot be written.
+        """
+        label_of = {task: own.label or task for task, own in self._config.tasks.items()}
+        draw_samples(self._source.preview(self._tasks, label_of, _NUM_PICTURES), self._tasks, file)
+
+    def _allowed(self) -> dict[str, set[int]]:
+        """The class numbers that every task of a label takes."""
+        allowed: dict[str, set[int]] = {}
+        for name, own in self._config.tasks.items():
+            task, label = self._tasks[name], own.label or name
+            ignored = getattr(task, "ignore_index", None)
+            if self._kinds[label] in ("class", "mask") and ignored is not None:
+                number = getattr(task, "num_classes", task.num_outputs)
+                taken = {*range(number), ignored}
+                allowed[label] = allowed.get(label, taken) & taken
+        return allowed
+
+    def _paragraph(self, split: str, num: int, census: Mapping[str, _Census]) -> Iterator[str]:
+        yield f"{self._config.data.name}, {split}: {count(num, 'image')}, {census[IMAGE].of_images()}"
+        for label in self._kinds:
+            names = self._source.classes.get(label, ())
+            yield f"  {label}: {census[label].of_labels(num, names)}"
+
+
+def _count(census: Mapping[str, _Census], name: str, value: Tensor) -> None:
+    census[name].add(value)
+
+
+class _Census:
+    """Counts of one label, or of the images, of a split."""
+
+    def __init__(self, kind: LabelKind | None) -> None:
+        self._kind = kind
+        self._num = 0
+        self._classes: Counter[int] = Counter()
+        self._sizes: Counter[tuple[int, ...]] = Counter()
+        self._low, self._high, self._sum, self._count = float("inf"), float("-inf"), 0.0, 0
+        self._mean = torch.zeros(3, dtype=torch.float64)
+
+    def add(self, value: Tensor) -> None:
+        """Counts an image or a label."""
+        self._num += 1
+        if self._kind is None:
+            self._sizes[tuple(value.shape)] += 1
+        if self._kind in ("class", "mask"):
+            numbers, counts = torch.unique(value, return_counts=True)
+            self._classes.update(dict(zip(numbers.tolist(), counts.tolist(), strict=True)))
+            return
+        if self._kind == "normals":
+            there = value.flatten(1)[:, (value != 0).any(dim=0).flatten()].double()
+            self._mean += there.sum(dim=1)
+            self._count += there.shape[1]
+            return
+        known = value.double().flatten()
+        known = known[known.isfinite() & ((known > 0) if self._kind == "depth" else True)]
+        if known.numel():
+            self._low, self._high = min(self._low, known.min().item()), max(self._high, known.max().item())
+            self._sum += known.sum().item()
+            self._count += known.numel()
+
+    def of_images(self) -> str:
+        """Sizes, channels and values in words."""
+        sizes = sorted(self._sizes)
+        heights, widths = ([shape[axis] for shape in sizes] for axis in (1, 2))
+        channels = sorted({shape[0] for shape in sizes})
+        size = f"{_range(heights)} x {_range(widths)} pixels" if sizes else "none readable"
+        return f"{size}, channels {', '.join(map(str, channels))}, {self._values()}"
+
+    def of_labels(self, num_images: int, names: Sequence[str]) -> str:
+        """Coverage, and shares of classes or values, in words."""
+        covered = f"{self._num} of {num_images} labelled"
+        if self._kind in ("class", "mask"):
+            total = sum(self._classes.values())
+            listed = [
+                f"{names[number] if 0 <= number < len(names) else number} {100 * each / total:.3g} %"
+                for number, each in self._classes.most_common(_MOST_CLASSES)
+            ]
+            more = len(self._classes) - len(listed)
+            return f"{covered}; {', '.join(listed)}{f', and {more} more' if more else ''}"
+        if self._kind == "normals":
+            mean = (self._mean / max(1, self._count)).tolist()
+            return f"{covered}; mean ({', '.join(f'{axis:.3f}' for axis in mean)})"
+        return f"{covered}; {self._values()}"
+
+    def _values(self) -> str:
+        if not self._count:
+            return "no values"
+        return f"{self._low:.4g} to {self._high:.4g}, mean {self._sum / self._count:.4g}"
+
+
+def _range(numbers: Sequence[int]) -> str:
+    low, high = min(numbers), max(numbers)
+    return str(low) if low == high else f"{low}-{high}"
