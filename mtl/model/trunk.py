@@ -21,8 +21,8 @@ class Features:
     Attributes:
         pyramid: Maps from fine to coarse, each "b c h w"; empty if no head reads them.
         pooled: One vector per image, "b c"; None if no head reads it.
-        tokens: The trunk's last tokens, "b n c": those of the image as a whole (class, registers) first, then a token
-            per patch, row by row; None if no head reads them.
+        tokens: The trunk's last tokens, "b n c", in its own order: in a ViT those of the image as a whole (class,
+            registers), then one per patch, row by row; None if no head reads them.
     """
 
     pyramid: list[Tensor]

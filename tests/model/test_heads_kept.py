@@ -14,7 +14,7 @@ import pytest
 import torch
 from torch import Tensor
 
-from mtl.config import HeadConfig, TrunkConfig
+from mtl.config import ConfigError, HeadConfig, TrunkConfig
 from mtl.freeze import enforce, plan_freeze
 from mtl.model import MultiTaskModel
 from mtl.model.heads import HEADS
@@ -78,10 +78,26 @@ def test_a_run_with_kept_tokens_ends_with_the_bits_of_one_that_computes_them(
     assert kept.keys() == computed.keys() and all(torch.equal(kept[name], computed[name]) for name in kept)
 
 
+def test_bins_that_cannot_give_the_mean_depth_are_refused_at_their_key(tmp_path: Path) -> None:
+    head = {"name": "bins", "options": {"max": 0.2}}
+    phases = [{"name": "a", "freeze": ["trunk"], "epochs": 1}]
+    message = r"tiny\.yaml:\d+: tasks\.depth\.head: bins from -2.303 to -1.609 cannot give the task's best constant"
+    with pytest.raises(ConfigError, match=message):
+        tiny_parts(tmp_path, tasks={"depth": {"type": "depth", "head": head}}, phases=phases)
+
+
 @pytest.mark.slow
-@pytest.mark.parametrize(("trunk", "size"), [("test_resnet", 64), ("test_vit", 32)])
-@pytest.mark.parametrize("precision", ["fp32", "bf16"])
-def test_a_run_with_every_head_passes_the_audit(trunk: str, size: int, precision: str, tmp_path: Path) -> None:
+@pytest.mark.parametrize(
+    ("trunk", "size", "precision", "optim"),
+    [
+        ("test_resnet", 64, "fp32", {}),
+        ("test_vit", 32, "fp32", {}),
+        ("test_vit", 32, "bf16", {"optimizer": "sgd", "weight_decay": 0.0, "lr": 0.1}),
+    ],
+)
+def test_a_run_with_every_head_passes_the_audit(
+    trunk: str, size: int, precision: str, optim: dict[str, Any], tmp_path: Path
+) -> None:
     tasks: dict[str, dict[str, Any]] = {}
     for name, kind in HEADS.items():
         small = {"mlp": {"hidden": 8}, "bins": {"num_bins": 8}, "linear": {}, "attention_pool": {}, "linear_bn": {}}
@@ -95,7 +111,7 @@ def test_a_run_with_every_head_passes_the_audit(trunk: str, size: int, precision
         trunk={"name": trunk},
         tasks=tasks,
         balance={"method": "mean"},
-        optim={"optimizer": "sgd", "weight_decay": 0.0, "lr": 0.1},
+        optim=optim,
         data={"name": "scenes", "image_size": size, "batch_size": 8, "num_train": 40, "num_val": 8},
         phases=[{"name": "kept", "freeze": ["trunk"], "epochs": 2, "cache": "ram"}, {"name": "all", "epochs": 1}],
     )

@@ -17,7 +17,7 @@ from mtl.model.trunk import Features, FeatureShape, Kind
 class AttentionPoolHead(Head):
     """Multi-head attention of one learned query over the trunk's tokens, or the positions of its last map.
 
-    The pooling of the Set Transformer (Lee et al., arXiv 1810.00825, section 3.2) with one seed, without its
+    The pooling of the Set Transformer (Lee et al., arXiv 1810.00825) with one seed, without its
     feed-forward layers. Keys have no bias: the same number added to all of a query's scores changes nothing, so that it
     would never train.
     """

@@ -21,9 +21,9 @@ Space = Literal["log", "linear"]
 class BinsHead(Head):
     """BatchNorm, a 1x1 convolution to a score per bin, and the expectation of the bins' centres under their softmax.
 
-    AdaBins (Bhat et al., arXiv 2011.14141) with bins that are the same for all images, as DINOv2's depth probe has them
-    (arXiv 2304.07193), which divides relu(score) + 0.1 by its sum in place of the softmax. The centres are at even
-    distances in the space of the task's output, so that the output is what the task takes: log metres or metres.
+    AdaBins (Bhat et al., arXiv 2011.14141) with bins that are the same for all images, as in the depth probe of
+    DINOv2's code (arXiv 2304.07193). That one has no BatchNorm, and divides relu(score) + 0.1 by its sum in place of
+    the softmax. The centres are at even distances in the space of the task's output, log metres or metres.
     """
 
     class Options(Strict):
@@ -80,8 +80,8 @@ class BinsHead(Head):
         return enlarge((shares * self.centres.view(1, -1, 1, 1)).sum(dim=1, keepdim=True), size)
 
     def set_output_bias(self, constant: Tensor) -> None:
-        """The scores of which the softmax has this expectation, and the highest entropy: a linear function of the
-        centres (Jaynes 1957), whose slope is found by bisection.
+        """Sets the scores whose softmax has this expectation: a linear function of the centres, which of all such
+        distributions gives the one of highest entropy (Jaynes 1957). The slope is found by bisection.
 
         Args:
             constant: "1", in the space of the output.

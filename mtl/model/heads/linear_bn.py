@@ -35,10 +35,9 @@ class NormedLevels(nn.BatchNorm2d):
 
 
 class LinearBnHead(Head):
-    """The linear probe of DINOv2 (Oquab et al., arXiv 2304.07193, section 7.4): BatchNorm, then a 1x1 convolution.
+    """BatchNorm, then a 1x1 convolution: the probe for segmentation in DINOv2's code (Oquab et al., arXiv 2304.07193).
 
-    With `levels: all` it reads four levels as that paper's "+ms" does, without class tokens. The levels are those of
-    the trunk before its last norm, which is why BatchNorm is needed.
+    With `levels: all` it reads all levels, concatenated. Unlike there, they have not passed the trunk's last norm.
     """
 
     class Options(Strict):

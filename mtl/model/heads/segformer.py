@@ -13,7 +13,7 @@ from mtl.model.trunk import Features, FeatureShape, Kind
 
 
 class SegFormerHead(Head):
-    """The decoder of SegFormer (Xie et al., arXiv 2105.15203, section 3.2), as in segmentation-models-pytorch.
+    """The decoder of SegFormer (Xie et al., arXiv 2105.15203), as in segmentation-models-pytorch.
 
     The linear maps have no bias here, since the BatchNorm after the fusion takes a constant away, so that it would
     never train.
