@@ -177,7 +177,7 @@ def _categories(content: Mapping[str, Any], file: Path, mistakes: Mistakes) -> d
     for number, each in enumerate(content["categories"]):
         try:
             found[int(each["id"])] = str(each["name"])
-        except (KeyError, TypeError, ValueError):
+        except (KeyError, TypeError, ValueError, OverflowError):
             mistakes.add(f"{file}, category {number}: expected an id and a name, got {str(each)[:80]}")
     if len(found) < len(content["categories"]) and not len(mistakes):
         mistakes.add(f"{file}: several categories have the same id")
@@ -202,7 +202,7 @@ def _pictures(
             if min(size) < 1 or each["id"] in pictures:
                 raise ValueError
             pictures[each["id"]] = Picture(str(each["file_name"]), size)
-        except (KeyError, TypeError, ValueError):
+        except (KeyError, TypeError, ValueError, OverflowError):
             what = "expected an id of its own, file_name, height and width"
             mistakes.add(f"{file}, image {number}: {what}, got {str(each)[:80]}")
     for _, what in wrong_paths([picture.path for picture in pictures.values()], outside):
@@ -220,7 +220,7 @@ def _pictures(
             mistakes.add(
                 f"{file}, annotation {number}: expected a key {error}, got {', '.join(map(str, each)) or 'nothing'}"
             )
-        except (TypeError, ValueError) as error:
+        except (TypeError, ValueError, OverflowError) as error:
             mistakes.add(f"{file}, annotation {number}: {error}")
     return list(pictures.values())
 
@@ -238,7 +238,8 @@ def _outline(number: int, annotation: Mapping[str, Any], place_of: Mapping[int, 
         if not isinstance(counts, str):
             counts = tuple(map(int, counts))
         return Outline(number, category, counts=counts, size=(int(height), int(width)))
-    polygons = tuple(np.array(polygon, np.float32) for polygon in shape)
+    with np.errstate(over="ignore"):
+        polygons = tuple(np.array(polygon, np.float32) for polygon in shape)
     if not polygons or any(len(p) < 6 or p.ndim != 1 or len(p) % 2 or not np.isfinite(p).all() for p in polygons):
         raise ValueError("expected a segmentation of polygons, each of three points or more as x, y, x, y, ...")
     return Outline(number, category, tuple(polygon.reshape(-1, 2) for polygon in polygons))

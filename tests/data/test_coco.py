@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import math
 from collections.abc import Mapping
 from pathlib import Path
 from typing import Any
@@ -122,6 +123,11 @@ def test_compressed_run_lengths_are_those_written_by_hand() -> None:
     assert decode_counts("`0") == [16]  # 16 alone would be -16
 
 
+def test_compressed_run_lengths_are_those_that_pycocotools_writes() -> None:
+    counts = decode_counts("61X13mN000`0")
+    assert counts == [6, 1, 40, 4, 5, 4, 5, 4, 21] and run_length_mask(counts, (9, 10)).sum() == 13
+
+
 @given(st.lists(st.integers(0, 10**6)))
 def test_compressed_run_lengths_are_read_as_they_are_written(counts: list[int]) -> None:
     assert decode_counts(encode(counts)) == counts
@@ -204,6 +210,9 @@ def test_each_split_may_have_a_folder_of_images(tmp_path: Path) -> None:
         ({"segmentation": [[1, 2, 3, 4]]}, "expected a segmentation of polygons"),
         ({"segmentation": [[1, 2, 3, 4, 5, 6, 7]]}, "expected a segmentation of polygons"),
         ({"segmentation": [[1, 2, 3, 4, 5, "x"]]}, "could not convert"),
+        ({"segmentation": [[1, 2, 3, 4, 5, 1e300]]}, "expected a segmentation of polygons"),
+        ({"segmentation": {"counts": [math.inf], "size": [3, 4]}}, "cannot convert float infinity"),
+        ({"segmentation": None}, "'NoneType' object is not iterable"),
         ({"segmentation": {"counts": [12]}}, "expected a key 'size', got image_id, category_id, segmentation"),
     ],
 )

@@ -3,6 +3,8 @@
 from __future__ import annotations
 
 import math
+import pickle
+import sys
 from pathlib import Path
 from typing import Any
 
@@ -207,6 +209,30 @@ def test_lines_are_counted_beyond_the_rows_that_are_read_at_once(tmp_path: Path)
         assert data.where(number).endswith(f", line {number + 2 + number // 1000}")
 
 
+def test_columns_of_many_different_cells_are_read_like_others(tmp_path: Path) -> None:
+    rows = [f"{n},{n / 8},c{n % 4500:04d},{n};?,{'train' if n < 4500 else 'val'}" for n in range(5000)]
+    kinds: dict[str, LabelKind] = {"a": "numbers", "b": "class", "c": "numbers"}
+    text = "\n".join(["image,a,b,c,split", *rows, "x,,,,val"])
+    data = table(tmp_path, text, kinds, which="val", split={"by": "column"})
+    a, b, c = (data.column(name) for name in kinds)
+    assert a is not None and b is not None and c is not None
+    numbers = np.arange(4500, 5000)
+    assert data.classes == {"b": tuple(f"c{n:04d}" for n in range(4500))}
+    np.testing.assert_array_equal(a, [*(numbers / 8), math.nan])
+    np.testing.assert_array_equal(b, [*(numbers - 4500), math.nan])
+    np.testing.assert_array_equal(c, [*([number, math.nan] for number in numbers), [math.nan] * 2])
+    assert data.read(7, ["a", "b"]) == {"a": 4507 / 8, "b": 7} and data.read(500, ["a", "b"]) == {}
+
+
+def test_mistakes_among_many_different_cells_are_found(tmp_path: Path) -> None:
+    rows = [f"{number},{number / 8}" for number in range(5000)]
+    rows[4000], rows[4500] = "4000,1e99", "4500,x"
+    assert whats_wrong(tmp_path, "\n".join(["image,label", *rows]), {"label": "numbers"}) == [
+        f"{tmp_path}/a.csv, line 4002: label: expected a number of 32 bits, got '1e99'",
+        f"{tmp_path}/a.csv, line 4502: label: expected a number, got 'x'",
+    ]
+
+
 def test_exactly_as_many_rows_as_are_read_at_once(tmp_path: Path) -> None:
     for number in (4094, 4095, 4096):
         assert len(table(tmp_path, "image,label\n" + "1,a\n" * number)) == number
@@ -272,6 +298,8 @@ def test_parquet_holds_the_same_as_a_csv(tmp_path: Path) -> None:
             ],
         ),
         ('image,label\n1,2\n3,"4\n5,6\n', {}, ["a.csv, line 3: the row has a quote that is never closed"]),
+        ('image\n"', {}, ["a.csv has no column 'label'"]),
+        ('label,image\n1,2\n3,"', {}, ["a.csv, line 3: the row has a quote that is never closed"]),
         (b"image,label\n1,2\n\xff,3\n", {}, ["a.csv, line 3: expected text in UTF-8"]),
         ("image,label\n1,\n", {}, ["a.csv: label: no row of the training split has a label"]),
         (
@@ -347,6 +375,32 @@ def test_a_tag_never_seen_in_training(tmp_path: Path) -> None:
     text = "image,label,split\n1,red;green,train\n2,red;grean,val\n"
     (line,) = whats_wrong(tmp_path, text, {"label": "tags"}, split={"by": "column"})
     assert line.endswith("a.csv, line 3: label: tag 'grean' is never seen in training; nearest: green")
+
+
+def test_a_quote_that_the_last_line_opens_is_found_in_a_table_of_one_column(tmp_path: Path) -> None:
+    lines = whats_wrong(tmp_path, 'image\n1\n"', {})
+    assert lines == [f"{tmp_path}/a.csv, line 3: the row has a quote that is never closed"]
+
+
+def test_parquet_without_pyarrow_says_what_to_install(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setitem(sys.modules, "pyarrow.parquet", None)  # as if it were not installed
+    file = str(tmp_path / "a.parquet")
+    with pytest.raises(
+        SettingError, match=r"^data\.train: Parquet needs pyarrow; .* pip install 'mtl-freeze\[parquet\]'"
+    ):
+        Table(TableData(name="table", train=file, val=file), "train", {})
+
+
+def test_a_worker_process_reads_the_same(tmp_path: Path) -> None:
+    kinds: dict[str, LabelKind] = {"a": "class", "b": "tags", "c": "numbers", "d": "points"}
+    data = table(tmp_path, 'image,a,b,c,d\n1,x,p;q,1;2,"1,2,1"\n', kinds)
+    copy = pickle.loads(pickle.dumps(data))
+    assert {name: label.tolist() for name, label in copy.read(0, list(kinds)).items()} == {
+        "a": 0,
+        "b": [1, 1],
+        "c": [1, 2],
+        "d": [[1, 2, 1]],
+    }
 
 
 def test_at_most_twenty_mistakes_are_told_and_the_others_counted(tmp_path: Path) -> None:

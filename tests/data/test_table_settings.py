@@ -2,12 +2,17 @@
 
 from __future__ import annotations
 
+from pathlib import Path
 from typing import Any
 
 import pytest
+import yaml
 from pydantic import ValidationError
 
 from mtl.config.file_data import FILE_DATA, CocoData, TableData
+from mtl.data.table import Table
+from mtl.tasks.base import LabelKind
+from pages import code_block, code_blocks
 
 TABLE = {"name": "table", "train": "a.csv", "val": "b.csv"}
 FOLDER = {"name": "folder", "train": "a", "val": "b"}
@@ -58,3 +63,37 @@ def test_each_split_has_its_place_and_folder() -> None:
     assert one.folders == {"train": "i", "val": "i", "test": "i"}
     several = CocoData.model_validate(COCO | {"images": {"train": "t", "val": "v"}})
     assert several.folders == {"train": "t", "val": "v"}
+
+
+# The page
+
+PAGE = "docs/table.md"
+SHOWN = [
+    yaml.safe_load(block)["data"]
+    for text in code_blocks(PAGE, "yaml")
+    for block in ([text] if "\ntasks:" in text else text.splitlines())
+]
+
+
+def test_the_page_shows_each_data_set() -> None:
+    assert [data["name"] for data in SHOWN] == ["table", "table", "table", "folder", "folder", "coco"]
+
+
+@pytest.mark.parametrize("data", SHOWN, ids=str)
+def test_settings_of_the_page_are_read(data: dict[str, Any]) -> None:
+    FILE_DATA[data["name"]].model_validate(data)
+
+
+def test_the_table_of_the_page_is_read(tmp_path: Path) -> None:
+    for name in ("train", "val"):
+        (tmp_path / f"birds/{name}.csv").parent.mkdir(exist_ok=True)
+        (tmp_path / f"birds/{name}.csv").write_text(code_block(PAGE, "csv"))
+    places = {name: str(tmp_path / SHOWN[0][name]) for name in ("train", "val")}
+    kinds: dict[str, LabelKind] = {"species": "class", "outline": "mask", "distance": "depth"}
+    data = Table(TableData.model_validate(SHOWN[0] | places), "train", kinds)
+    assert data.classes == {"species": ("jay", "owl")}
+    assert [sorted(data.files(index)) for index in range(3)] == [
+        ["distance", "image", "outline"],
+        ["image"],
+        ["image", "outline"],
+    ]

@@ -64,27 +64,29 @@ class Language(ABC):
             CellError: The cell is not of this language.
         """
 
-    def parses_all(self, cells: Sequence[str]) -> bool:  # noqa: ARG002  most languages have no faster way
-        """Whether all cells are certain to be of this language; if not, each has to be parsed to know."""
-        return False
+    def parse_all(self, cells: Sequence[str]) -> list[float] | None:  # noqa: ARG002  most have no faster way
+        """The labels of many cells, NaN for empty ones; None if each has to be parsed."""
+        return None
 
 
-def language_of(kind: LabelKind, cells: Sequence[str]) -> Language:
+def language_of(kind: LabelKind, cells: Iterable[str]) -> Language:
     """The language of a label.
 
     Args:
         kind: `class`, `tags`, `numbers` or `points`.
-        cells: The different cells of the training split, at least one, none of them empty.
+        cells: The cells of the training split, at least one, none of them empty.
 
     Raises:
         CellError: The first cell is of no language, or there are too many classes.
     """
+    if kind in ("numbers", "points"):
+        num = len(_entries(next(iter(cells))))
+        return NumberList(num) if kind == "numbers" else PointList(num)
+    cells = list(dict.fromkeys(cells))
     if kind == "class":
         return ClassNumbers.of(cells) if all(map(_WHOLE.fullmatch, cells)) else ClassNames.of(cells)
-    if kind == "tags":
-        is_numbers = all(entry in ("0", "1", *_MISSING) for cell in cells for entry in _entries(cell))
-        return TagNumbers(_numbered(len(_entries(cells[0])))) if is_numbers else TagNames.of(cells)
-    return (NumberList if kind == "numbers" else PointList)(len(_entries(cells[0])))
+    is_numbers = all(entry in ("0", "1", *_MISSING) for cell in cells for entry in _entries(cell))
+    return TagNumbers(_numbered(len(_entries(cells[0])))) if is_numbers else TagNames.of(cells)
 
 
 @dataclass(frozen=True)
@@ -195,13 +197,14 @@ class NumberList(Language):
             return _number(cell)
         return [_number(entry) for entry in _of_number(_entries(cell), self.num, "number")]
 
-    def parses_all(self, cells: Sequence[str]) -> bool:
+    def parse_all(self, cells: Sequence[str]) -> list[float] | None:
         if self.num > 1 or not set("".join(cells)) <= set("0123456789.+-eE"):
-            return False
+            return None
         try:
-            return max(map(abs, map(float, filter(None, cells)))) <= _LARGEST
+            numbers = [float(cell) if cell else math.nan for cell in cells]
         except ValueError:
-            return False
+            return None
+        return numbers if all(-_LARGEST <= number <= _LARGEST or number != number for number in numbers) else None
 
 
 @dataclass(frozen=True)

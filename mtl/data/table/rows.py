@@ -2,9 +2,11 @@
 
 from __future__ import annotations
 
-from collections.abc import Mapping, Sequence
+import gc
+from collections.abc import Iterator, Mapping, Sequence
+from contextlib import contextmanager
 from dataclasses import dataclass
-from itertools import repeat
+from itertools import compress, repeat
 from pathlib import Path
 
 import numpy as np
@@ -23,15 +25,18 @@ from mtl.tasks.base import LabelKind
 
 # Of `split: {by: hash}`: another one would be another split.
 _HASH_SEED = 20_240
+# First cells of a column by which to say whether most are different.
+_SAMPLE = 4096
 
 
 @dataclass(frozen=True)
 class Coded:
-    """A column as numbers that stand for its different cells.
+    """A column as numbers that stand for its cells.
 
     Attributes:
         codes: "n", int32, the place of each row's cell.
-        cells: The different cells; an empty one is no label.
+        cells: The different cells, in the order of their first rows; or all, if few are the same. An empty one is no
+            label.
     """
 
     codes: NDArray[np.int32]
@@ -39,14 +44,17 @@ class Coded:
 
     @classmethod
     def of(cls, column: Sequence[str]) -> Coded:
+        if len(set(column[:_SAMPLE])) > _SAMPLE // 2:
+            return cls(np.arange(len(column), dtype=np.int32), column)
         place_of = {cell: place for place, cell in enumerate(dict.fromkeys(column))}
         codes = np.fromiter(map(place_of.__getitem__, column), np.int32, len(column))
         return cls(codes, list(place_of))
 
-    def used(self) -> list[int]:
-        """The places of the cells that are there and not empty, in the order of the rows."""
-        codes, first = np.unique(self.codes, return_index=True)
-        return [int(code) for code in codes[np.argsort(first)] if self.cells[code]]
+    def of_rows(self, rows: NDArray[np.int64]) -> Iterator[str]:
+        """The cells of some rows that are not empty, each once if it is there once."""
+        is_used = np.zeros(len(self.cells), np.bool_)
+        is_used[self.codes[rows]] = True
+        return filter(None, compress(self.cells, is_used.tolist()))
 
 
 @dataclass(frozen=True)
@@ -108,6 +116,23 @@ def read_tables(settings: TableData, kinds: Mapping[str, LabelKind]) -> Tables:
         SettingError: A key of `scale` is no depth; a table is Parquet, and pyarrow is not installed.
     """
     check_scale(settings.scale, kinds)
+    with _without_collector():
+        return _read_tables(settings, kinds)
+
+
+@contextmanager
+def _without_collector() -> Iterator[None]:
+    """The garbage collector would look through a million cells again and again, which takes as long as reading them."""
+    was_enabled = gc.isenabled()
+    gc.disable()
+    try:
+        yield
+    finally:
+        if was_enabled:
+            gc.enable()
+
+
+def _read_tables(settings: TableData, kinds: Mapping[str, LabelKind]) -> Tables:
     mistakes = Mistakes()
     if IMAGE in kinds:
         mistakes.add(f"{IMAGE!r} is the name of the images, and of no label")
@@ -200,12 +225,11 @@ def _learn(
     """The language of each label whose training cells have one."""
     languages = {}
     for label, column in values.items():
-        used = Coded(column.codes[rows], column.cells).used()
-        if not used:
+        if next(column.of_rows(rows), None) is None:
             mistakes.add(f"{sheet.file}: {label}: no row of the training split has a label")
             continue
         try:
-            languages[label] = language_of(kinds[label], [column.cells[code] for code in used])
+            languages[label] = language_of(kinds[label], column.of_rows(rows))
         except CellError as error:
             mistakes.add(f"{sheet.file}: {label}: {error}")
     return languages
@@ -216,7 +240,7 @@ def _check_cells(
 ) -> None:
     for label, language in languages.items():
         column = values[label]
-        for code, cell in enumerate([] if language.parses_all(column.cells) else column.cells):
+        for code, cell in enumerate(column.cells if language.parse_all(column.cells) is None else ()):
             try:
                 if cell:
                     language.parse(cell)

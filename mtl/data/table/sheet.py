@@ -22,8 +22,8 @@ if TYPE_CHECKING:
     from _csv import Reader as _Rows
 
 _ROWS_AT_ONCE = 1 << 12
-# After the last line of a file; it is a row of its own unless a quote is still open.
-_END = "\0end"
+# After the last line of a file: a row of its own, unless a quote is still open; then it is one cell, or a part of one.
+_END = ["\0end", "\0end"]
 
 
 @dataclass(frozen=True)
@@ -104,7 +104,7 @@ def _columns(file: Path, mistakes: Mistakes) -> tuple[str, ...] | None:
     else:
         with _noting(file, mistakes), _open(file) as stream:
             header: list[str] = next(filter(None, _reader(stream)), [])
-            names = () if header == [_END] else tuple(map(str.strip, header))
+            names = () if header == _END else tuple(map(str.strip, header))
             if not names:
                 mistakes.add(f"{file}: expected a line with the names of the columns, got an empty file")
     twice = [repr(name) for name, number in Counter(names).items() if name and number > 1]
@@ -119,7 +119,7 @@ def _open(file: Path) -> TextIO:
 
 def _reader(stream: Iterable[str]) -> _Rows:
     """The rows of a CSV as text, and one of `_END`; not strict, which would refuse a space after a quoted cell."""
-    return csv.reader(chain(stream, [_END]), skipinitialspace=True)
+    return csv.reader(chain(stream, [",".join(_END)]), skipinitialspace=True)
 
 
 @contextmanager
@@ -173,7 +173,7 @@ def _parts(rows: _Rows, mistakes: Mistakes, file: Path) -> Iterator[tuple[list[l
             lines = np.cumsum([line, *(1 + sum(map(_num_breaks, row)) for row in part[:-1])], dtype=np.int64)
         line, following = end, list(islice(rows, _ROWS_AT_ONCE))
         if not following:
-            if part.pop() != [_END]:
+            if part.pop() != _END:
                 mistakes.add(f"{file}, line {lines[-1]}: the row has a quote that is never closed")
             lines = lines[:-1]
         yield part, lines

@@ -69,9 +69,12 @@ class Table(FileSet):
         if column is None:
             return None
         language = self._languages[label]
+        if (quick := language.parse_all(column.cells)) is not None:
+            return torch.from_numpy(np.array(quick)[column.codes])
         values = np.full((len(column.cells), *language.shape), np.nan)
-        for code in column.used():
-            values[code] = language.parse(column.cells[code])
+        for code, cell in enumerate(column.cells):
+            if cell:
+                values[code] = language.parse(cell)
         return torch.from_numpy(values[column.codes])
 
     def where(self, index: int) -> str:
