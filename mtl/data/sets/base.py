@@ -88,6 +88,7 @@ class PublicSet(FileSet):
         """Reads an image or label from its file; None if the file says that there is no label."""
 
     def read(self, index: int, names: Collection[str]) -> dict[str, Any]:
+        assert {IMAGE, *self.wanted}.issuperset(names), "only labels that are wanted were looked for"
         values = {name: self._value(index, name) for name in names}
         return {name: value for name, value in values.items() if value is not None}
 

@@ -72,7 +72,7 @@ class Taskonomy(PublicSet):
         return len(self._names)
 
     def file(self, index: int, name: str) -> str:
-        return f"{self._folders[name]}/{self._names[index]}{self._endings.get(name, f'_domain_{name}.png')}"
+        return f"{self._folders[name]}/{self._names[index]}{self._endings[name]}"
 
     def load(self, name: str, file: Path) -> Any:
         if name == IMAGE:
