@@ -118,24 +118,27 @@ def read_depth(file: Path, scale: float = 1.0) -> Tensor:
 def read_normals(file: Path) -> Tensor:
     """A unit vector for each pixel, "3 h w", float32: an array `.npy` "h w 3", or a picture whose 0 to 255 are -1 to 1.
 
-    What is shorter than a half, such as grey or black where a picture has none, becomes a zero vector: no label.
+    What is not finite, or shorter than a half, becomes a zero vector: no label; so does black, as grey does, where a
+    picture has none.
 
     Raises:
         DataError: The file cannot be read, or has not three numbers a pixel.
     """
     with _reading(file):
         if file.suffix == ".npy":
-            values, is_none = _array(file).astype(np.float32), np.False_
+            values = _array(file).astype(np.float32)
         else:
             with Image.open(file) as picture:
-                pixels = np.array(picture)
-            values, is_none = pixels.astype(np.float32) * (2 / 255) - 1, (pixels == 0).all(axis=-1, keepdims=True)
+                values = np.array(picture)
         if values.ndim != 3 or values.shape[2] != 3:
             raise ValueError(f"expected three numbers a pixel, got shape {values.shape}")
-        values = np.nan_to_num(np.where(is_none, 0, values), posinf=0, neginf=0)
-        length = np.sqrt((values**2).sum(axis=2, keepdims=True))
-        unit = np.where(length > 0.5, values / np.maximum(length, 0.5), 0)
-    return torch.from_numpy(unit.astype(np.float32)).permute(2, 0, 1)
+    # By plane: sums over a last axis of three take several times as long.
+    vectors = torch.from_numpy(np.ascontiguousarray(values.transpose(2, 0, 1)))
+    is_some = (vectors != 0).any(dim=0)
+    if not vectors.is_floating_point():
+        vectors = vectors.float().mul_(2 / 255).sub_(1)
+    length = vectors.square().sum(dim=0).sqrt_()
+    return torch.where(is_some & (length > 0.5) & length.isfinite(), vectors / length, 0)
 
 
 def read_array(file: Path) -> Pixels:

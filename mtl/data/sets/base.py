@@ -88,6 +88,7 @@ class PublicSet(FileSet):
         """Reads an image or label from its file; None if the file says that there is no label."""
 
     def read(self, index: int, names: Collection[str]) -> dict[str, Any]:
+        assert {IMAGE, *self.wanted}.issuperset(names), "only labels that are wanted were looked for"
         values = {name: self._value(index, name) for name in names}
         return {name: value for name, value in values.items() if value is not None}
 
@@ -112,43 +113,44 @@ def rgb(file: Path) -> Tensor:
     return read_image(file, to_rgb=True)
 
 
-def table_of(class_of: Mapping[int, int], none: Iterable[int] = ()) -> Tensor:
-    """A table for `classes_by`.
+class Numbers:
+    """The class of each number that a mask may hold, 0 to 255."""
 
-    Args:
-        class_of: The class of each number that a mask may hold.
-        none: Numbers of pixels that have no class.
+    def __init__(self, class_of: Mapping[int, int], none: Iterable[int] = ()) -> None:
+        """Makes the table.
 
-    Returns:
-        "n", int16: the class of each number, `NO_CLASS` for none, -1 for numbers that no mask holds.
-    """
-    classes = {**class_of, **dict.fromkeys(none, NO_CLASS)}
-    return torch.tensor([classes.get(stored, -1) for stored in range(max(classes) + 1)], dtype=torch.int16)
+        Args:
+            class_of: The class of each number.
+            none: Numbers of pixels that have no class.
+        """
+        classes = {**class_of, **dict.fromkeys(none, NO_CLASS)}
+        self._known = bytes(sorted(classes))
+        self._table = bytes(classes.get(number, NO_CLASS) for number in range(256))
 
+    def read(self, file: Path) -> Tensor:
+        """The classes of a mask, "h w", uint8.
 
-def classes_by(table: Tensor, file: Path) -> Tensor:
-    """A mask whose stored numbers are looked up in a table.
+        Raises:
+            DataError: The mask cannot be read, or holds a number that is not among these.
+        """
+        stored = read_mask(file)
+        if stored.dtype != torch.uint8:
+            low, high = (int(bound) for bound in stored.aminmax())
+            if low < 0 or high > 255:
+                raise self._mistake(file, low if low < 0 else high)
+        # Looking numbers up in a tensor takes longer than decoding the picture.
+        content = stored.to(torch.uint8).numpy().tobytes()
+        if unknown := content.translate(None, self._known):
+            raise self._mistake(file, unknown[0])
+        return torch.frombuffer(bytearray(content.translate(self._table)), dtype=torch.uint8).view(stored.shape)
 
-    Args:
-        table: What `table_of` returned.
-        file: The mask.
-
-    Returns:
-        "h w", uint8.
-
-    Raises:
-        DataError: The mask holds a number that the table has not.
-    """
-    stored = read_mask(file).long()
-    is_known = (stored >= 0) & (stored < len(table))
-    classes = table[torch.where(is_known, stored, 0)]
-    unknown = stored[~is_known | (classes < 0)]
-    if len(unknown):
-        known = shorten([str(number) for number in (table >= 0).nonzero().flatten().tolist()], 50)
-        raise DataError(f"{file}: expected the numbers {known}, got {int(unknown[0])}")
-    return classes.to(torch.uint8)
+    def _mistake(self, file: Path, number: int) -> DataError:
+        return DataError(
+            f"{file}: expected the numbers {shorten([str(each) for each in self._known], 50)}, got {number}"
+        )
 
 
 def above(file: Path, threshold: float) -> Tensor:
     """1 where a picture or array is above a threshold, else 0; "h w", uint8."""
-    return (read_depth(file)[0] > threshold).to(torch.uint8)
+    values = read_depth(file)[0] if file.suffix == ".npy" else read_mask(file)
+    return (values > threshold).to(torch.uint8)

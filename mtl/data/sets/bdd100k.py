@@ -10,12 +10,9 @@ from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import Any, ClassVar
 
-import torch
-
 from mtl.config.public_data import PublicDataConfig
 from mtl.data.fileset import IMAGE
-from mtl.data.reading import read_mask
-from mtl.data.sets.base import NO_CLASS, PublicSet, classes_by, rgb, table_of
+from mtl.data.sets.base import NO_CLASS, Numbers, PublicSet, rgb
 from mtl.data.sets.cityscapes import NAMES
 from mtl.tasks.base import LabelKind
 
@@ -35,11 +32,27 @@ _CLASSES: dict[str, tuple[str, ...]] = {
     "lane_style": ("solid", "dashed", "background"),
     "segmentation": NAMES,
 }
-# In a lane mask, a byte has the category in its last three bits, then background, style, direction.
-_LANE_BITS = {"lane_category": (0, 7), "lane_style": (4, 1), "lane_direction": (5, 1)}
-_LANE_BACKGROUND = 3
-_DRIVABLE = table_of({0: 0, 1: 1, 2: 2})
-_SEGMENTATION = table_of({number: number for number in range(len(NAMES))}, none=[NO_CLASS])
+
+
+def _lanes(label: str, shift: int, bits: int) -> Numbers:
+    """One label of a lane mask, in whose bytes the last three bits are the category, then background, style, direction.
+
+    Args:
+        label: The label; its last class is background.
+        shift: Where its bits begin.
+        bits: What remains of them.
+    """
+    background = len(_CLASSES[label]) - 1
+    return Numbers({byte: background if byte & 0b1000 else (byte >> shift) & bits for byte in range(256)})
+
+
+_NUMBERS = {
+    "drivable": Numbers({0: 0, 1: 1, 2: 2}),
+    "segmentation": Numbers({number: number for number in range(len(NAMES))}, none=[NO_CLASS]),
+    "lane_category": _lanes("lane_category", 0, 0b111),
+    "lane_style": _lanes("lane_style", 4, 1),
+    "lane_direction": _lanes("lane_direction", 5, 1),
+}
 
 
 class Bdd100k(PublicSet):
@@ -83,14 +96,7 @@ class Bdd100k(PublicSet):
         return f"{self._masks(name)}/{stem}.png" if _IMAGES_OF[name] == subset else None
 
     def load(self, name: str, file: Path) -> Any:
-        if name == IMAGE:
-            return rgb(file)
-        if name not in _LANE_BITS:
-            return classes_by(_DRIVABLE if name == "drivable" else _SEGMENTATION, file)
-        stored = read_mask(file).int()
-        shift, bits = _LANE_BITS[name]
-        is_background = (stored >> _LANE_BACKGROUND) & 1 == 1
-        return torch.where(is_background, len(_CLASSES[name]) - 1, (stored >> shift) & bits).to(torch.uint8)
+        return rgb(file) if name == IMAGE else _NUMBERS[name].read(file)
 
     def _masks(self, label: str) -> str:
         return f"labels/{_MASKS_OF.get(label, 'lane')}/masks/{self._split}"

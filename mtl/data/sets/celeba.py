@@ -49,10 +49,10 @@ class CelebA(PublicSet):
     def __init__(self, settings: PublicDataConfig, split: str, kinds: Mapping[str, LabelKind]) -> None:
         super().__init__(settings, split, kinds)
         self._as_tags = {label for label, kind in kinds.items() if kind == "tags"}
-        names, values = self._attributes()
-        is_here = self._partition(names) == self.splits.index(split)
+        names, numbers = self._partition()
+        is_here = numbers == self.splits.index(split)
         self._names = [name for name, is_wanted in zip(names, is_here.tolist(), strict=True) if is_wanted]
-        self._values = values[is_here]
+        self._values = self._attributes(names)[is_here]
         if not self._names:
             raise self.folder.mistake(f"{self.folder.root / _PARTITION}: no image is in the split {split!r}")
         self.folder.check_files(f"{_IMAGES}/{name}" for name in self._names)
@@ -82,29 +82,35 @@ class CelebA(PublicSet):
         value = int(self._values[index, ATTRIBUTES.index(name)])
         return [float(value)] if name in self._as_tags else value
 
-    def _attributes(self) -> tuple[list[str], np.ndarray[Any, np.dtype[np.uint8]]]:
-        """The names of all images and their attributes, "n 40", 1 where the list has 1 and 0 where it has -1."""
+    def _partition(self) -> tuple[list[str], np.ndarray[Any, np.dtype[np.int64]]]:
+        """The names of all images, and the number of each one's split."""
+        # All words at once: a list for each of 200,000 lines would cost seconds.
+        words = " ".join(self.folder.lines(_PARTITION)).split()
+        names, numbers = words[::2], words[1::2]
+        if len(names) != len(numbers) or not {"0", "1", "2"}.issuperset(numbers):
+            where = self.folder.root / _PARTITION
+            raise DataError(f"{where}: expected a name and 0 (train), 1 (val) or 2 (test) in each line")
+        return names, np.array(numbers, dtype=np.int64)
+
+    def _attributes(self, names: Sequence[str]) -> np.ndarray[Any, np.dtype[np.uint8]]:
+        """The attributes of all images, "n 40": 1 where the list has 1, 0 where it has -1.
+
+        Args:
+            names: The images, in the order of the partition, which is that of the attributes too.
+        """
         where = self.folder.root / _ATTRIBUTES
         lines = self.folder.lines(_ATTRIBUTES)
         if len(lines) < 3 or tuple(lines[1].split()) != ATTRIBUTES:
             raise DataError(f"{where}: expected the number of images, then CelebA's 40 attributes, each in a line")
-        # Eight million numbers: split and converted one by one, they would take seconds.
-        rows = [line.partition(" ") for line in lines[2:]]
-        digits = [values.replace("-1", "0").replace(" ", "") for _, _, values in rows]
-        for line, each in zip(lines[2:], digits, strict=True):
-            if len(each) != len(ATTRIBUTES) or each.strip("01"):
-                raise DataError(f"{where}: expected a name and 40 times 1 or -1 in each line, got {line}")
+        rows = lines[2:]
         if lines[0] != str(len(rows)):
             raise DataError(f"{where}: expected {lines[0]} images, as its first line says, got {len(rows)}")
+        if len(rows) != len(names):
+            raise DataError(f"{where}: expected the {len(names)} images of {_PARTITION}, got {len(rows)}")
+        digits = []
+        for name, row in zip(names, rows, strict=True):
+            digits.append(row[len(name) :].replace("-1", "0").replace(" ", ""))
+            if not row.startswith(name) or len(digits[-1]) != len(ATTRIBUTES) or digits[-1].strip("01"):
+                raise DataError(f"{where}: expected {name} and 40 times 1 or -1, got {row}")
         values = np.frombuffer("".join(digits).encode(), dtype=np.uint8) - ord("0")
-        return [name for name, _, _ in rows], values.reshape(len(rows), len(ATTRIBUTES))
-
-    def _partition(self, names: Sequence[str]) -> np.ndarray[Any, np.dtype[np.int64]]:
-        """The number of each image's split."""
-        where = self.folder.root / _PARTITION
-        rows = [line.split() for line in self.folder.lines(_PARTITION)]
-        if [row[0] for row in rows] != names:
-            raise DataError(f"{where}: expected the {len(names)} images of {_ATTRIBUTES} in the same order")
-        if not all(len(row) == 2 and row[1] in ("0", "1", "2") for row in rows):
-            raise DataError(f"{where}: expected a name and 0 (train), 1 (val) or 2 (test) in each line")
-        return np.array([int(row[1]) for row in rows])
+        return values.reshape(len(rows), len(ATTRIBUTES))

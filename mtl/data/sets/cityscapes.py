@@ -9,12 +9,10 @@ from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import Any, ClassVar
 
-import torch
-
 from mtl.config.public_data import PublicDataConfig
 from mtl.data.fileset import IMAGE
 from mtl.data.reading import read_depth
-from mtl.data.sets.base import PublicSet, classes_by, rgb, table_of
+from mtl.data.sets.base import Numbers, PublicSet, rgb
 from mtl.tasks.base import LabelKind
 
 NAMES = (
@@ -23,7 +21,7 @@ NAMES = (
 )
 # The number of each of these classes in `*_labelIds.png`, which has 0 to 33.
 _IDS = (7, 8, 11, 12, 13, 17, *range(19, 29), 31, 32, 33)
-_TABLE = table_of({stored: number for number, stored in enumerate(_IDS)}, set(range(34)) - set(_IDS))
+_TABLE = Numbers({stored: number for number, stored in enumerate(_IDS)}, set(range(34)) - set(_IDS))
 # By `image` and label, its folder and how its files end.
 _FILES = {
     IMAGE: ("leftImg8bit", "_leftImg8bit.png"),
@@ -67,6 +65,5 @@ class Cityscapes(PublicSet):
         if name == IMAGE:
             return rgb(file)
         if name == "segmentation":
-            return classes_by(_TABLE, file)
-        stored = read_depth(file)
-        return torch.where(stored > 0, (stored - 1) / 256, 0)
+            return _TABLE.read(file)
+        return read_depth(file).sub_(1).div_(256).clamp_(min=0)

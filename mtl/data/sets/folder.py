@@ -77,7 +77,7 @@ class SetFolder:
             if isinstance(error, FileNotFoundError):
                 raise self.mistake(f"{self.root / file}: no such list{self._near(file)}") from error
             raise DataError(f"{path}: {getattr(error, 'strerror', None) or error}") from error
-        return [line.strip() for line in text.splitlines() if line.strip()]
+        return [stripped for line in text.splitlines() if (stripped := line.strip())]
 
     def check_same(self, names: Mapping[str, Sequence[str]]) -> None:
         """Checks that folders hold files of the same names.
@@ -112,7 +112,8 @@ class SetFolder:
         missing: list[str] = []
         for folder, names in wanted.items():
             there = {entry.name for entry in self._scan(folder)}
-            missing += [f"{folder}/{name}" for name in names if name not in there]
+            if not there.issuperset(names):
+                missing += [f"{folder}/{name}" for name in names if name not in there]
         if missing:
             more = f", and {count(len(missing) - 1, 'more file')}" if len(missing) > 1 else ""
             raise self.mistake(f"{self.root / missing[0]}: no such file{more}")

@@ -13,7 +13,7 @@ from typing import Any, ClassVar
 from mtl.config.public_data import PublicDataConfig
 from mtl.data.fileset import IMAGE
 from mtl.data.reading import read_depth, read_normals
-from mtl.data.sets.base import PublicSet, above, classes_by, rgb, table_of
+from mtl.data.sets.base import Numbers, PublicSet, above, rgb
 from mtl.tasks.base import LabelKind
 
 NAMES = (
@@ -24,7 +24,7 @@ NAMES = (
     "other prop",
 )
 # The files have 0 for none and the classes from 1 on.
-_TABLE = table_of({number + 1: number for number in range(len(NAMES))}, none=[0])
+_TABLE = Numbers({number + 1: number for number in range(len(NAMES))}, none=[0])
 # By `image` and label, its folder and suffix in the tree with JPEGs, and its suffix in the other.
 _FILES = {
     IMAGE: ("images", ".jpg", ".png"),
@@ -71,7 +71,7 @@ class NyudMt(PublicSet):
         if name == IMAGE:
             return rgb(file)
         if name == "segmentation":
-            return classes_by(_TABLE, file)
+            return _TABLE.read(file)
         if name == "edges":
             return above(file, 0.5 if file.suffix == ".npy" else 127.5)
         return read_depth(file) if name == "depth" else read_normals(file)

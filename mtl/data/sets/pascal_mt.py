@@ -15,7 +15,7 @@ from mtl.config.public_data import PublicDataConfig
 from mtl.data.cache import DataError
 from mtl.data.fileset import IMAGE
 from mtl.data.reading import read_mask, read_normals
-from mtl.data.sets.base import NO_CLASS, PublicSet, above, classes_by, rgb, table_of
+from mtl.data.sets.base import NO_CLASS, Numbers, PublicSet, above, rgb
 from mtl.data.sets.folder import SetFolder
 from mtl.tasks.base import LabelKind
 
@@ -24,7 +24,7 @@ NAMES = (
     *("diningtable", "dog", "horse", "motorbike", "person", "pottedplant", "sheep", "sofa", "train", "tvmonitor"),
 )
 PARTS = ("background", "head", "torso", "upper arm", "lower arm", "upper leg", "lower leg")
-_VOC = table_of({number: number for number in range(len(NAMES))}, none=[NO_CLASS])
+_VOC = Numbers({number: number for number in range(len(NAMES))}, none=[NO_CLASS])
 _VOC_MASKS, _CONTEXT_MASKS = "semseg/VOC12", "semseg/pascal-context"
 # By `image` and label, its folder and suffix; segmentation lies in one of two.
 _FILES = {
@@ -109,7 +109,7 @@ class PascalMt(PublicSet):
         if name == IMAGE:
             return rgb(file)
         if name == "segmentation":
-            return classes_by(_VOC, file)
+            return _VOC.read(file)
         if name == "human_parts":
             parts = read_mask(file)
             return parts if parts.any() else None

@@ -11,13 +11,11 @@ from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import Any, ClassVar
 
-import torch
-
 from mtl.config.public_data import PublicDataConfig, TaskonomyConfig
 from mtl.data.cache import DataError
 from mtl.data.fileset import IMAGE
 from mtl.data.reading import read_depth, read_normals
-from mtl.data.sets.base import PublicSet, classes_by, rgb, table_of
+from mtl.data.sets.base import Numbers, PublicSet, rgb
 from mtl.tasks.base import LabelKind
 
 NAMES = (
@@ -25,7 +23,7 @@ NAMES = (
     *("oven", "toaster", "sink", "refrigerator", "book", "clock", "vase"),
 )
 # The files have 0 for uncertain and the classes from 1 on.
-_TABLE = table_of({number + 1: number for number in range(len(NAMES))}, none=[0])
+_TABLE = Numbers({number + 1: number for number in range(len(NAMES))}, none=[0])
 # By `image` and label, its folder as it is spelled now, and as the first samples spelled it.
 _FOLDERS = {
     IMAGE: ("rgb",),
@@ -74,17 +72,17 @@ class Taskonomy(PublicSet):
         return len(self._names)
 
     def file(self, index: int, name: str) -> str:
-        return f"{self._folders[name]}/{self._names[index]}{self._endings.get(name, f'_domain_{name}.png')}"
+        return f"{self._folders[name]}/{self._names[index]}{self._endings[name]}"
 
     def load(self, name: str, file: Path) -> Any:
         if name == IMAGE:
             return rgb(file)
         if name == "segmentation":
-            return classes_by(_TABLE, file)
+            return _TABLE.read(file)
         if name == "normals":
             return read_normals(file)
         stored = read_depth(file)
-        return torch.where(stored == _NO_DEPTH, 0, stored / 512)
+        return stored.masked_fill_(stored == _NO_DEPTH, 0).div_(512)
 
     def _domain(self, name: str) -> str:
         """The folder of `image` or a label: as it is spelled here, with the component's folder if that is there."""

@@ -74,8 +74,8 @@ def test_lists_of_celeba_that_do_not_fit_are_refused(tmp_path: Path) -> None:
     for wrong, message in [
         (text.replace("5\n", "6\n", 1), r"list_attr_celeba\.txt: expected 6 images, as its first line says, got 5"),
         (text.replace("Young", "Old"), "expected the number of images, then CelebA's 40 attributes, each in a line"),
-        (text.replace(" 1", " 2", 1), "expected a name and 40 times 1 or -1 in each line, got 000001.jpg"),
-        (text.replace(" 1", "", 1), "expected a name and 40 times 1 or -1 in each line, got 000001.jpg"),
+        (text.replace(" 1", " 2", 1), "expected 000001.jpg and 40 times 1 or -1, got 000001.jpg"),
+        (text.replace(" 1", "", 1), "expected 000001.jpg and 40 times 1 or -1, got 000001.jpg"),
     ]:
         put(attributes, wrong)
         with pytest.raises(DataError, match=message):
@@ -84,8 +84,9 @@ def test_lists_of_celeba_that_do_not_fit_are_refused(tmp_path: Path) -> None:
     for wrong, message in [
         (
             parts.replace("000002.jpg 1\n", ""),
-            r"partition\.txt: expected the 5 images of Anno/list_attr_celeba\.txt in",
+            r"celeba\.txt: expected the 4 images of Eval/list_eval_partition\.txt, got",
         ),
+        (parts.replace("000002.jpg", "00002.jpg"), r"expected 00002\.jpg and 40 times 1 or -1, got 000002\.jpg"),
         (parts.replace("000002.jpg 1", "000002.jpg 3"), r"expected a name and 0 \(train\), 1 \(val\) or 2 \(test\)"),
         (parts.replace("000002.jpg 1", "000002.jpg"), r"expected a name and 0 \(train\), 1 \(val\) or 2 \(test\)"),
     ]:
