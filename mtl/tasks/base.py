@@ -135,7 +135,7 @@ class Task(ABC):
         return "mask" if self.output == "dense" else "numbers"
 
     @property
-    def more_metrics(self) -> Mapping[str, Callable[[], Metrics]]:
+    def more_metrics(self) -> Mapping[str, Callable[..., Metrics]]:
         """What makes the metrics that a configuration may add to the task's own, by name."""
         return {}
 

@@ -2,17 +2,18 @@
 
 from __future__ import annotations
 
-from collections.abc import Mapping
+from collections.abc import Callable, Mapping
 from typing import ClassVar, Literal
 
 import torch
 from torch import Tensor
 
-from mtl.tasks.base import Goal, LabelKind, Several
+from mtl.tasks.base import Goal, LabelKind, Metrics, Several
 from mtl.tasks.binary_losses import BalancedBce, Bce, BinaryFocal, WeightedBce, log_odds
 from mtl.tasks.classes import check_classes, samples_out_of_range
 from mtl.tasks.entries import EntryTask
 from mtl.tasks.loss import Loss, as_float
+from mtl.tasks.ods_f import OdsF
 from mtl.tasks.thresholds import ForegroundIou, MaxF
 
 
@@ -77,6 +78,10 @@ class Edges(BinaryMap):
         "bce": Bce,
         "focal": BinaryFocal,
     }
+
+    @property
+    def more_metrics(self) -> Mapping[str, Callable[..., Metrics]]:
+        return {"ods_f": OdsF}
 
     def metrics(self) -> MaxF:
         return MaxF([number / 100 for number in range(1, 100)], beta_squared=1.0)

@@ -35,6 +35,7 @@ from mtl.tasks.multilabel import MultiLabel
 from mtl.tasks.normals import Normals
 from mtl.tasks.ordinal import Ordinal
 from mtl.tasks.parts import add_metrics, build_loss, try_out
+from mtl.tasks.protocols import add_protocol
 from mtl.tasks.regression import Regression
 from mtl.tasks.segmentation import Segmentation
 
@@ -48,7 +49,7 @@ def build_tasks(config: RunConfig, class_names: Mapping[str, Sequence[str]] | No
 
     Raises:
         ConfigError: A class of the user's own cannot be had, or does not take its options; the number of classes is not
-            known; a loss or a metric does not fit; for all tasks at once.
+            known; a loss or a metric does not fit; for all tasks at once. Or the protocol measures none of them.
     """
     tasks, mistakes = {}, list[str]()
     for name, own in config.tasks.items():
@@ -59,6 +60,10 @@ def build_tasks(config: RunConfig, class_names: Mapping[str, Sequence[str]] | No
             mistakes += mistake_of(config, error).mistakes
     if mistakes:
         raise ConfigError(mistakes)
+    try:
+        add_protocol(tasks, config.evaluate.protocol)
+    except SettingError as error:
+        raise mistake_of(config, error) from error
     return tasks
 
 

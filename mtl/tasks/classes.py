@@ -43,7 +43,7 @@ class ClassTask(EntryTask):
         self._class_weights: dict[torch.device, tuple[Tensor, Tensor]] = {}
 
     @property
-    def more_metrics(self) -> Mapping[str, Callable[[], Metrics]]:
+    def more_metrics(self) -> Mapping[str, Callable[..., Metrics]]:
         own = (self.num_outputs, self.ignore_index)
         return {"macro_f1": lambda: MacroF1(*own), "mean_accuracy": lambda: MeanAccuracy(*own)}
 

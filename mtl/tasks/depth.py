@@ -57,7 +57,7 @@ class Depth(EntryTask):
         self.num_outputs = num_bins if space == "bins" else 1
 
     @property
-    def more_metrics(self) -> Mapping[str, Callable[[], Metrics]]:
+    def more_metrics(self) -> Mapping[str, Callable[..., Metrics]]:
         return {name: partial(DepthMean, name, self.metres, self.labelled) for name in TERMS}
 
     def labelled(self, label: Tensor) -> Tensor:

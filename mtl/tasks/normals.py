@@ -33,7 +33,7 @@ class Normals(EntryTask):
         self.entry_loss = loss or Chord()
 
     @property
-    def more_metrics(self) -> Mapping[str, Callable[[], Metrics]]:
+    def more_metrics(self) -> Mapping[str, Callable[..., Metrics]]:
         return {"rmse": AngleRmse}
 
     def fit(self, label: Tensor) -> Tensor:

@@ -105,9 +105,12 @@ def _built_in(task: Task, config: MetricConfig, place: str) -> Callable[[], Metr
         raise SettingError(
             f"{place}.name", f"no metric {config.name!r} here; there are: {offers}{hint(config.name, there)}"
         )
+    make, key = there[config.name], f"{place}.options"
+    if isinstance(make, type) and getattr(make, "Options", None) is not None:
+        return partial(make, **checked_options(make, config.options, key))
     if config.options:
-        raise SettingError(f"{place}.options", f"{config.name} takes no options")
-    return there[config.name]
+        raise SettingError(key, f"{config.name} takes no options")
+    return make
 
 
 def _own_metrics(config: MetricConfig, place: str) -> Callable[[], Metrics]:
