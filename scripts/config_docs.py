@@ -24,6 +24,14 @@ from pydantic.fields import FieldInfo
 from mtl.config import RunConfig
 from mtl.config.phase import PhaseConfig, RepeatConfig, UntilConfig
 from mtl.config.tasks import OwnTaskConfig
+from mtl.config.transform import (
+    ColourOptions,
+    CropOptions,
+    FlipOptions,
+    OwnTransformConfig,
+    RotationOptions,
+    ScaleOptions,
+)
 from mtl.config.types import CountedConfig
 
 HEAD = """# All configuration keys
@@ -47,10 +55,17 @@ _NAMED = {"tasks": "<task>", "phases": "<phase>"}
 _TITLES: dict[type[BaseModel], str] = {
     CountedConfig: "A pattern with a count",
     RepeatConfig: "A `repeat` in place of a phase",
+    ColourOptions: "The options of `colour`",
+    CropOptions: "The options of `random_resized_crop`",
+    FlipOptions: "The options of `flip`",
+    RotationOptions: "The options of `rotation`",
+    ScaleOptions: "The options of `scale`",
+    OwnTransformConfig: "A transform of your own",
 }
 _WORDS: dict[type[BaseModel], str] = {
     CountedConfig: "pattern with a count",
     OwnTaskConfig: "your own",
+    OwnTransformConfig: "your own",
     PhaseConfig: "phase",
     RepeatConfig: "repeat",
     UntilConfig: "condition",
