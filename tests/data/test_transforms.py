@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import json
 import math
+import pickle
 import random
 from collections.abc import Mapping, Sequence
 from typing import Any
@@ -294,6 +295,12 @@ def test_the_result_depends_on_image_labels_and_seed_alone(entries: list[Any], s
     again(image, labels, KINDS, 1)
     assert same(again(image, labels, KINDS, seed), first)
     assert same((image, labels), kept)
+
+
+def test_a_worker_that_receives_a_pipeline_makes_the_same_of_a_sample() -> None:
+    made = pipeline([*ALL, {"name": "torchvision.transforms.v2:GaussianBlur", "options": {"kernel_size": 3}}], (16, 12))
+    image, labels = sample()
+    assert same(pickle.loads(pickle.dumps(made))(image, labels, KINDS, 4), made(image, labels, KINDS, 4))
 
 
 def random_states() -> tuple[Any, ...]:
