@@ -217,7 +217,7 @@ def _everywhere(sample: Mapping[str, Tensor], operation: Callable[..., Any], **a
     """Applies an operation to the image and to every label that is somewhere in it."""
     dense = [value for value in sample.values() if isinstance(value, Dense)]
     move = Move.of(operation, dense[0], **arguments) if dense and operation in MOVES else None
-    moved = {}
+    moved: Sample = {}
     for name, value in sample.items():
         if isinstance(value, Dense) and move is not None:
             moved[name] = move(value)
