@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import json
 import math
+import pickle
 import random
 from collections.abc import Mapping, Sequence
 from typing import Any
@@ -126,7 +127,7 @@ def test_what_a_rotation_brings_in_from_outside_is_no_label() -> None:
         "points": torch.tensor([[0.2, 0.2, 1], [4.5, 4.5, 1]]),
     }
     turn = {"name": "rotation", "options": {"degrees": 45.0, "ignore": -1}}
-    turned, found = pipeline([turn], (9, 9))(image, labels, KINDS, 3)
+    turned, found = pipeline([turn], (9, 9))(image, labels, KINDS, 2)
     outside = found["mask"] == -1
     assert 4 < outside.sum() < 40
     assert (found["mask"][~outside] == 4).all()
@@ -140,10 +141,10 @@ def test_what_a_rotation_brings_in_from_outside_is_no_label() -> None:
 def test_a_mask_of_8_bits_is_filled_with_255_and_one_that_cannot_hold_it_is_refused() -> None:
     turn = pipeline([{"name": "rotation", "options": {"degrees": 45.0}}], (9, 9))
     image, mask = torch.zeros(3, 9, 9, dtype=torch.uint8), torch.ones(9, 9)
-    _, found = turn(image, {"mask": mask.byte()}, KINDS, 3)
+    _, found = turn(image, {"mask": mask.byte()}, KINDS, 2)
     assert found["mask"].unique().tolist() == [1, 255]
     with pytest.raises(DataError, match=r"^data\.transform\.train\.0: 255, the class of pixels from outside"):
-        turn(image, {"mask": mask.to(torch.int8)}, KINDS, 3)
+        turn(image, {"mask": mask.to(torch.int8)}, KINDS, 2)
 
 
 @pytest.mark.parametrize("dtype", [torch.float16, torch.float32, torch.float64, torch.bfloat16])
@@ -296,6 +297,12 @@ def test_the_result_depends_on_image_labels_and_seed_alone(entries: list[Any], s
     assert same((image, labels), kept)
 
 
+def test_a_worker_that_receives_a_pipeline_makes_the_same_of_a_sample() -> None:
+    made = pipeline([*ALL, {"name": "torchvision.transforms.v2:GaussianBlur", "options": {"kernel_size": 3}}], (16, 12))
+    image, labels = sample()
+    assert same(pickle.loads(pickle.dumps(made))(image, labels, KINDS, 4), made(image, labels, KINDS, 4))
+
+
 def random_states() -> tuple[Any, ...]:
     return torch.get_rng_state().tolist(), random.getstate(), str(np.random.get_state())
 
@@ -313,6 +320,13 @@ def test_other_seeds_are_other_results() -> None:
     for entry in ALL[1:]:
         results = [pipeline([entry], (16, 16))(image, labels, KINDS, seed)[0] for seed in range(8)]
         assert len({result.numpy().tobytes() for result in results}) > (2 if entry == "scale" else 7), entry
+
+
+def test_every_bit_of_a_seed_counts() -> None:
+    image, labels = sample()
+    crop = pipeline(["random_resized_crop"], (16, 16))
+    seeds = [0, *(2**bit for bit in range(0, 70, 3)), -1]
+    assert len({crop(image, labels, KINDS, seed)[0].numpy().tobytes() for seed in seeds}) == len(seeds)
 
 
 def test_half_of_the_images_are_flipped() -> None:

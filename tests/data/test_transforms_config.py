@@ -6,11 +6,13 @@ import re
 from typing import Any
 
 import pytest
+import yaml
 from pydantic import ValidationError
 
 from mtl.config.error_text import explain
 from mtl.config.transform import TransformsConfig
 from mtl.config.yaml_source import Source
+from pages import code_block
 
 
 def test_a_name_is_short_for_a_mapping() -> None:
@@ -24,6 +26,12 @@ def test_what_is_saved_is_read_as_the_same() -> None:
     entries = ["flip", {"name": "scale", "options": {"factors": [1, 2]}}, {"name": "a.b:C", "options": {"d": [1]}}]
     config = TransformsConfig.model_validate({"train": entries, "val": ["resize"]})
     assert TransformsConfig.model_validate(config.model_dump(mode="json")) == config
+
+
+def test_the_list_in_the_documentation_is_read() -> None:
+    written = yaml.safe_load(code_block("docs/transforms.md", "yaml"))["data"]["transform"]
+    names = [each.name for each in TransformsConfig.model_validate(written).train]
+    assert names == ["scale", "flip", "colour", "torchvision.transforms.v2:GaussianBlur"]
 
 
 @pytest.mark.parametrize(

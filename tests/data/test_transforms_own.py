@@ -20,6 +20,7 @@ from mtl.config.transform import TransformsConfig
 from mtl.data import DataError
 from mtl.data.transforms import Pipeline, build_transforms
 from mtl.data.transforms.draws import drawing_from
+from pages import code_block
 
 SIZE = (12, 16)
 KEY = "data.transform.train"
@@ -175,6 +176,14 @@ class Brighter:
     assert not made.is_random
     with pytest.raises(OptionsError, match=rf"{KEY}\.0\.options"):
         pipeline({"name": f"{name}:Brighter", "options": {"buy": 3}})
+
+
+def test_the_class_in_the_documentation_works(module: Any) -> None:
+    name = module(code_block("docs/transforms.md", "python"))
+    near = changed(pipeline({"name": f"{name}:Haze", "options": {"strength": 0.5}}), seed=1)
+    assert bool((near["image"] >= image()).all())
+    assert not torch.equal(near["image"], image())
+    assert torch.equal(near["depth"], labels()["depth"])
 
 
 def test_other_code_is_another_description(module: Any) -> None:

@@ -20,7 +20,7 @@ from mtl.config.transform import (
     ScaleConfig,
 )
 from mtl.data.cache import DataError
-from mtl.data.transforms.dense import Classes, Dense, Normals, mirrored
+from mtl.data.transforms.dense import MOVES, Classes, Dense, Move, Normals, mirrored
 from mtl.data.transforms.points import Points
 
 IMAGE = "image"
@@ -215,10 +215,15 @@ def as_torchvision_takes_it(image: Tensor, change: Callable[[Tensor], Tensor]) -
 
 def _everywhere(sample: Mapping[str, Tensor], operation: Callable[..., Any], **arguments: Any) -> Sample:
     """Applies an operation to the image and to every label that is somewhere in it."""
-    moved = {}
+    dense = [value for value in sample.values() if isinstance(value, Dense)]
+    move = Move.of(operation, dense[0], **arguments) if dense and operation in MOVES else None
+    moved: Sample = {}
     for name, value in sample.items():
-        is_placed = name == IMAGE or isinstance(value, Dense | Points)
-        moved[name] = operation(value, **arguments) if is_placed else value
+        if isinstance(value, Dense) and move is not None:
+            moved[name] = move(value)
+        else:
+            is_placed = name == IMAGE or isinstance(value, Dense | Points)
+            moved[name] = operation(value, **arguments) if is_placed else value
     return moved
 
 

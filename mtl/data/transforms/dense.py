@@ -11,6 +11,7 @@ from __future__ import annotations
 import inspect
 import math
 from collections.abc import Callable, Sequence
+from dataclasses import dataclass
 from typing import Any, ClassVar
 
 import torch
@@ -22,7 +23,7 @@ from torchvision.transforms.v2.functional import register_kernel
 Operation = Callable[..., Any]
 
 # Those that move pixels. `resize`, `resized_crop` and the flips have code of their own.
-_MOVES: tuple[Operation, ...] = (
+MOVES: tuple[Operation, ...] = (
     functional.affine,
     functional.center_crop,
     functional.crop,
@@ -141,32 +142,47 @@ def _turned(vectors: Tensor, degrees: float) -> Tensor:
     return torch.stack([x * cos - y * sin, x * sin + y * cos, z]).to(vectors.dtype)
 
 
-def _take(label: Dense, places: Tensor) -> Tensor:
-    """Pixels of a label.
+@dataclass(frozen=True)
+class Move:
+    """An operation that moves pixels, asked of torchvision once for all labels of an image.
 
-    Args:
-        label: "... h w".
-        places: "h w", floats: 1 + the number of each pixel of the result in the label; 0 for none.
+    Attributes:
+        name: The operation.
+        arguments: What it was called with.
+        places: "h w", int64: the number of each pixel of the result in the label; 0 where there is none.
+        is_outside: "h w", bool: where there is none.
     """
-    values: Tensor = label.as_subclass(Tensor)
-    numbers = places.long()
-    moved = values.flatten(-2).index_select(-1, (numbers - 1).clamp(min=0).flatten())
-    moved = moved.view(*values.shape[:-2], *numbers.shape)
-    is_outside, outside = numbers == 0, torch.tensor(label.outside)
-    if outside.to(values.dtype).to(outside.dtype) != outside:
-        if not bool(is_outside.any()):
-            return moved
-        raise NoFormulaError(f"{label.outside}, the class of pixels from outside, is no number of {values.dtype}")
-    return moved.masked_fill(is_outside, label.outside)
 
+    name: str
+    arguments: dict[str, Any]
+    places: Tensor
+    is_outside: Tensor
 
-def _places(label: Dense) -> Tensor:
-    """Numbers each pixel "1 h w" from 1 on, in a type that has all these numbers."""
-    height, width = label.shape[-2:]
-    exact = torch.float32 if height * width < 2**24 else torch.float64
-    numbers = torch.arange(1, height * width + 1, dtype=exact, device=label.device)
-    places: Tensor = tv_tensors.Mask(numbers.view(1, height, width))
-    return places
+    @classmethod
+    def of(cls, operation: Operation, label: Dense, **arguments: Any) -> Move:
+        """What an operation does to every label of the size of that one."""
+        # What is outside is the label's own matter, whatever fills the image there.
+        arguments.pop("fill", None)
+        height, width = label.shape[-2:]
+        # Numbers from 1 on, in a type that has all of them.
+        exact = torch.float32 if height * width < 2**24 else torch.float64
+        numbers = torch.arange(1, height * width + 1, dtype=exact, device=label.device).view(1, height, width)
+        found = operation(tv_tensors.Mask(numbers), **arguments).as_subclass(Tensor)[0].long()
+        return cls(operation.__name__, arguments, (found - 1).clamp(min=0), found == 0)
+
+    def __call__(self, label: Dense) -> Dense:
+        values: Tensor = label.as_subclass(Tensor)
+        moved = values.flatten(-2).index_select(-1, self.places.flatten())
+        moved = self._fill(moved.view(*values.shape[:-2], *self.places.shape), label.outside)
+        return type(label).wrap(label.changed(moved, self.name, self.arguments), label)
+
+    def _fill(self, values: Tensor, outside: float) -> Tensor:
+        number = torch.tensor(outside)
+        if number.to(values.dtype).to(number.dtype) == number:
+            return values.masked_fill(self.is_outside, outside)
+        if bool(self.is_outside.any()):
+            raise NoFormulaError(f"{outside}, the class of pixels from outside, is no number of {values.dtype}")
+        return values
 
 
 def _register_move(operation: Operation) -> None:
@@ -175,11 +191,7 @@ def _register_move(operation: Operation) -> None:
     def move(label: Dense, *args: Any, **kwargs: Any) -> Dense:
         arguments = dict(signature.bind(label, *args, **kwargs).arguments)
         del arguments["inpt"]
-        # What is outside is the label's own matter, whatever fills the image there.
-        arguments.pop("fill", None)
-        places = operation(_places(label), **arguments).as_subclass(Tensor)[0]
-        moved = label.changed(_take(label, places), operation.__name__, arguments)
-        return type(label).wrap(moved, label)
+        return Move.of(operation, label, **arguments)(label)
 
     register_kernel(operation, Dense)(move)
 
@@ -238,7 +250,7 @@ def _resized_crop(label: Dense, top: int, left: int, height: int, width: int, si
     return type(label).wrap(label.changed(moved, "resized_crop", {"height": height, "width": width}), label)
 
 
-for _operation in _MOVES:
+for _operation in MOVES:
     _register_move(_operation)
 for _operation in _SEVERAL_RESULTS:
     _register_refusal(_operation)

@@ -75,7 +75,8 @@ class Pipeline:
         sample = _typed(image, labels, kinds)
         if not self._steps and image.shape[-2:] == self._size:
             return image, dict(labels)
-        generator = torch.Generator().manual_seed(seed or 0)
+        # Hashed, since a generator of torch reads the lowest 32 bits of a seed only.
+        generator = torch.Generator().manual_seed(xxhash.xxh32_intdigest(str(seed).encode()))
         for place, step in self._steps:
             sample = _applied(step, sample, generator, place)
         if sample[IMAGE].shape[-2:] != self._size:
