@@ -191,7 +191,7 @@ def mistake_of(config: RunConfig, error: SettingError, below: KeyPath = ()) -> C
         error: The error.
         below: The key path below which its key is, if that is not the whole configuration.
     """
-    path = (*below, *error.key.split("."))
+    path = (*below, *(int(part) if part.isdecimal() else part for part in error.key.split(".")))
     if isinstance(error, OptionsError):
         return ConfigError([explain(each, error.model, config.source, path) for each in error.errors.errors()])
     return config.mistake(path, error.message)

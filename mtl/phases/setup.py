@@ -12,6 +12,7 @@ import torch
 from torch import nn
 
 from mtl.config import ConfigError, RunConfig, SettingError, mistake_of
+from mtl.config.transform import RotationConfig
 from mtl.config.yaml_source import KeyPath
 from mtl.data import Source, check_image, open_data
 from mtl.freeze import untrainable_parameters
@@ -80,6 +81,7 @@ def build_model_setup(
             raise mistake_of(config, error) from error
     _seed_everything(config.seed)
     tasks = build_tasks(config, source.classes)
+    _check_fill(config, tasks)
     # Where it is to be found out, a run begins with the first one.
     layout = MEMORY_FORMATS["contiguous" if config.memory_format == "auto" else config.memory_format]
     trunk = (without_weights(config) if device == "meta" else config).trunk
@@ -205,6 +207,19 @@ def _build_balances(
             keys.append(key)
         balance_of[written.path] = keys.index(key)
     return balances, balance_of
+
+
+def _check_fill(config: RunConfig, tasks: Mapping[str, Task]) -> None:
+    """Raises `ConfigError` if a rotation fills masks with a class that a task learns."""
+    for split in ("train", "val"):
+        for number, each in enumerate(getattr(config.data.transform, split)):
+            for name, task in tasks.items():
+                ignored = getattr(task, "ignore_index", None)
+                if isinstance(each, RotationConfig) and task.label_kind == "mask" and ignored != each.options.ignore:
+                    raise config.mistake(
+                        ("data", "transform", split, number, "options", "ignore"),
+                        f"expected the ignore_index of the task {name!r}, {ignored}, got {each.options.ignore}",
+                    )
 
 
 def open_source(config: RunConfig) -> Source:

@@ -313,7 +313,7 @@ def test_a_mistake_in_an_override_is_placed_at_the_phase_that_it_reaches(overrid
 
 _LIMIT = ": expected max_epochs and max_steps only with until"
 _NEITHER = "with evaluate_only: everything is frozen, and nothing stepped"
-_NAMES = ".lr_schedule.name: expected one of constant, cosine, linear, step, plateau, one-cycle"
+_NAMES = ".lr_schedule.name: expected one of constant, cosine, linear, step, plateau, one-cycle, package.module:Name"
 
 
 @pytest.mark.parametrize(
