@@ -17,6 +17,7 @@ from mtl.config.yaml_source import KeyPath
 from mtl.data import Source, check_image, open_data
 from mtl.freeze import untrainable_parameters
 from mtl.model import MultiTaskModel, build_trunk
+from mtl.model.build import input_channels
 from mtl.model.network import MEMORY_FORMATS
 from mtl.model.reachability import reached_parameters
 from mtl.optim.balance.balance import build_balance
@@ -25,7 +26,7 @@ from mtl.phases.freeze_rules import ResolveContext
 from mtl.phases.metrics import RunMetrics
 from mtl.phases.resolve import Phase, resolve_phases
 from mtl.phases.unread import unread_settings
-from mtl.runtime.text import hint
+from mtl.runtime.text import count, hint
 from mtl.tasks import Task, build_tasks, label_kinds
 
 _Made = TypeVar("_Made")
@@ -87,6 +88,11 @@ def build_model_setup(
     trunk = (without_weights(config) if device == "meta" else config).trunk
     if source.channels > 3:
         trunk = trunk.model_copy(update={"options": {"in_chans": source.channels} | trunk.options})
+    takes = input_channels(trunk)
+    # Grey images are shown to each of three channels.
+    if source.channels != takes and (source.channels, takes) != (1, 3):
+        message = f"the trunk takes images of {count(takes, 'channel')}, and those of {config.data.name} have"
+        raise config.mistake(("trunk", "options"), f"{message} {source.channels}")
     try:
         with torch.device(device):
             heads = {name: own.head for name, own in config.tasks.items()}

@@ -137,7 +137,7 @@ BAD: dict[str, tuple[dict[str, Any], list[str], str]] = {
         ["data.num_train=1000000000000"],
         "command line: data.num_train: 1,000,000,000,000 images of 32 x 32 pixels with their labels take 28,",
     ),
-    "unknown data": ({}, ["data.name=scene"], "command line: data.name: no data set 'scene'; .*nearest: scenes"),
+    "unknown data": ({}, ["data.name=scene"], "command line: data.name: expected one of scenes, .*, got 'scene'; nearest: scenes"),
     "task without labels": (
         {},
         ["tasks.dept={type: depth}"],
@@ -146,7 +146,7 @@ BAD: dict[str, tuple[dict[str, Any], list[str], str]] = {
     "labels that do not fit": (
         {},
         ["tasks.segmentation.num_classes=5"],
-        r"tiny.yaml:\d+: tasks.segmentation: the labels of scenes do not fit: expected classes 0 to 4",
+        "command line: tasks.segmentation.num_classes: expected at least the 13 classes of this label .*, got 5",
     ),
     "images too small for the trunk": (
         {"trunk": {"name": "inception_v3"}, "phases": [{"name": "a", "steps": 1}]},
@@ -161,7 +161,7 @@ BAD: dict[str, tuple[dict[str, Any], list[str], str]] = {
     "options of another input": (
         {},
         ["trunk.options={in_chans: 1}"],
-        r"command line: trunk.options: 'test_resnet' with options {'in_chans': 1} gives no features",
+        "command line: trunk.options: the trunk takes images of 1 channel, and those of scenes have 3",
     ),
     "a model that is no trunk": (
         {},

@@ -9,7 +9,8 @@ import pytest
 import yaml
 from pydantic import ValidationError
 
-from mtl.config.file_data import FILE_DATA, CocoData, TableData
+from data_settings import SETTINGS
+from mtl.config.file_data import CocoData, TableData
 from mtl.data.table import Table
 from mtl.tasks.base import LabelKind
 from pages import code_block, code_blocks
@@ -46,7 +47,7 @@ ONE = {"name": "table", "train": "a.csv"}
 )
 def test_a_mistake_in_the_settings_is_told(settings: dict[str, Any], message: str) -> None:
     with pytest.raises(ValidationError) as error:
-        FILE_DATA[settings["name"]].model_validate(settings)
+        SETTINGS[settings["name"]].model_validate(settings)
     (only,) = [found for found in error.value.errors() if message in found["msg"]]
     assert only
 
@@ -81,7 +82,7 @@ def test_the_page_shows_each_data_set() -> None:
 
 @pytest.mark.parametrize("data", SHOWN, ids=str)
 def test_settings_of_the_page_are_read(data: dict[str, Any]) -> None:
-    FILE_DATA[data["name"]].model_validate(data)
+    SETTINGS[data["name"]].model_validate(data)
 
 
 def test_the_table_of_the_page_is_read(tmp_path: Path) -> None:

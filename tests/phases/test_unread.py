@@ -44,9 +44,9 @@ def refused(phases: list[str], *below: str, overrides: tuple[str, ...]) -> list[
     return caught.value.mistakes
 
 
-@pytest.mark.parametrize("file", sorted((ROOT / "configs").glob("*.yaml")), ids=lambda file: file.name)
-def test_a_config_of_the_repository_writes_nothing_in_vain(file: Path) -> None:
-    assert build_meta_setup(load_config(file)).unread == []
+@pytest.mark.parametrize("name", ["scenes", "multifashion"])
+def test_a_config_of_the_repository_writes_nothing_in_vain(name: str) -> None:
+    assert build_meta_setup(load_config(ROOT / f"configs/{name}.yaml")).unread == []
 
 
 def _examples() -> list[str]:

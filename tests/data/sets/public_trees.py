@@ -10,7 +10,7 @@ import numpy as np
 from numpy.typing import NDArray
 from PIL import Image
 
-from mtl.config.public_data import PUBLIC_DATA
+from data_settings import SETTINGS
 from mtl.data.sets import public_set
 from mtl.data.sets.base import PublicSet
 from mtl.tasks.base import LabelKind
@@ -50,4 +50,4 @@ def opened(
     kind = public_set(name)
     if kinds is None:
         kinds = {label: allowed[0] for label, allowed in kind.label_kinds.items()}
-    return kind(PUBLIC_DATA[name].model_validate({"name": name, "root": str(root), **settings}), split, kinds)
+    return kind(SETTINGS[name].model_validate({"name": name, "root": str(root), **settings}), split, kinds)

@@ -14,7 +14,7 @@ from scipy.io import savemat
 from scipy.ndimage import laplace
 from skimage.morphology import thin
 
-from mtl.config.public_data import PUBLIC_DATA
+from data_settings import SETTINGS
 from mtl.data import DataError
 from mtl.data.sets import public_set
 from mtl.data.sets.pascal_derived import KNOWN_TO_NYU, PART_OF, edges_of, human_parts_of, known_normals
@@ -70,7 +70,7 @@ def pascal(root: Path) -> Path:
 def prepared(root: Path) -> list[str]:
     messages: list[str] = []
     public_set("pascal_mt").prepare(
-        PUBLIC_DATA["pascal_mt"].model_validate({"name": "pascal_mt", "root": str(root)}), messages.append
+        SETTINGS["pascal_mt"].model_validate({"name": "pascal_mt", "root": str(root)}), messages.append
     )
     return messages
 
