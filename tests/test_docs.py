@@ -31,7 +31,7 @@ from mtl.tasks import (
     Task,
 )
 from mtl.training.evaluate import score
-from pages import code_block
+from pages import code_block, code_blocks
 from runs import read_metrics, tiny_config
 
 ROOT = Path(__file__).parent.parent
@@ -43,9 +43,11 @@ PAGES = ["README.md", "CONTRIBUTING.md", *(f"docs/{page.name}" for page in sorte
 
 
 def test_the_configuration_in_the_readme_loads_and_its_phases_resolve(tmp_path: Path) -> None:
-    block = code_block("README.md", "yaml")
+    whole, of_ones_own = code_blocks("README.md", "yaml")
     file = tmp_path / "readme.yaml"
-    file.write_text(block)
+    file.write_text(of_ones_own + "name: birds\ntrunk: {name: resnet18}\nphases: [{name: a, epochs: 1}]\n")
+    assert list(load_config(file).tasks) == ["species", "age", "parts"]
+    file.write_text(whole)
     assert [phase.name for phase in build_meta_setup(load_config(file)).phases] == ["warm-heads", "finetune"]
 
 

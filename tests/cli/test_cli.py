@@ -137,7 +137,11 @@ BAD: dict[str, tuple[dict[str, Any], list[str], str]] = {
         ["data.num_train=1000000000000"],
         "command line: data.num_train: 1,000,000,000,000 images of 32 x 32 pixels with their labels take 28,",
     ),
-    "unknown data": ({}, ["data.name=scene"], "command line: data.name: expected one of scenes, .*, got 'scene'; nearest: scenes"),
+    "unknown data": (
+        {},
+        ["data.name=scene"],
+        "command line: data.name: expected one of scenes, .*, got 'scene'; nearest: scenes",
+    ),
     "task without labels": (
         {},
         ["tasks.dept={type: depth}"],
