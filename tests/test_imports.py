@@ -30,7 +30,7 @@ FLOOR_OF = {room: number for number, rooms in enumerate(FLOORS) for room in room
 TRAINING = [
     ["evaluate", "history", "nonfinite", "autotune", "best_checkpoints", "run_dir", "step_sync"],
     ["setup", "result"],
-    ["resume", "tracking", "features"],
+    ["resume", "tracking", "features", "data_record"],
     ["state", "step", "validate"],
     ["phase"],
     ["checkpoints"],

@@ -9,7 +9,7 @@ from typing import Any
 from pydantic import BaseModel, ConfigDict, ValidationError
 
 METRICS, AUDIT, STATE, CONFIG = "metrics.jsonl", "audit.json", "state.json", "config.yaml"
-HISTORY = "history.json"
+HISTORY, DATA = "history.json", "data.json"
 # Of a checkpoint that one process wrote; of a sharded one, see `tensor_file.shards`.
 MODEL_FILE, FROZEN_FILE, OPTIMIZER_FILE = "model.safetensors", "frozen.safetensors", "optimizer.safetensors"
 
@@ -90,6 +90,10 @@ class _History(_Content):
     changes: list[_Change]
 
 
+class _Data(_Content):
+    digests: dict[str, dict[str, str | None]]
+
+
 def read_history(file: Path) -> dict[str, Any]:
     """The content of a `history.json`: the command that began a run, and what was changed since.
 
@@ -106,6 +110,15 @@ def read_audit(file: Path) -> dict[str, Any]:
         RunFileError: There is no such file, it is damaged, or is not the report of an audit.
     """
     return _read_object(file, _Audit)
+
+
+def read_data_record(file: Path) -> dict[str, Any]:
+    """What a run recorded of its data.
+
+    Raises:
+        RunFileError: As for `read_audit`.
+    """
+    return _read_object(file, _Data)
 
 
 def read_state_file(file: Path) -> dict[str, Any]:

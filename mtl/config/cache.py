@@ -23,8 +23,8 @@ class CacheConfig(Strict):
     Attributes:
         mode: `ram`, `disk`, `off`, or `auto`: in memory if they fit there, else on disk, and only if that saves time.
         dtype: Number format of kept activations; `float32` keeps every bit, the others take half the room.
-        views: With `data.augment`: number of augmented views of each image that are kept and used in turn, in place of
-            a new view in every epoch. If not set, nothing of augmented images is kept.
+        views: With `data.augment` or `data.transform.train`: number of views of each image that are kept and used in
+            turn, in place of a new view in every epoch. If not set, nothing of images that change is kept.
         ram_gb: Memory that all kept activations of the run may take, in 10^9 bytes.
         disk_gb: Disk space that the kept activations of all runs may take, in 10^9 bytes; what was not used for longest
             is deleted first.

@@ -135,8 +135,12 @@ class Split(ABC):
         """Labels from which the task's constant is fitted, first axis n: all, or those of images at even distances."""
 
     @abstractmethod
-    def identity(self) -> str:
-        """A digest of the images; it is another one whenever an image is."""
+    def identity(self) -> str | None:
+        """A digest of the images, another one whenever an image is; None if the data set cannot tell."""
+
+    @abstractmethod
+    def label_identity(self, task: str) -> str | None:
+        """The same of the labels that a task learns."""
 
     def batch(
         self,

@@ -24,7 +24,6 @@ from mtl.data.sets import public_set
 from mtl.data.source import Source, pipelines_of
 from mtl.data.table import Table, read_tables
 from mtl.data.transforms import Pipeline
-from mtl.runtime.fingerprint import fingerprint_of_json
 from mtl.tasks import Task
 from mtl.tasks.base import LabelKind
 
@@ -67,15 +66,14 @@ class FileSource(Source):
         reader, labelling = self._reading(which, pipeline, tasks, label_of)
         if pipeline.is_random or num * _bytes_of_one(self._form, labelling) > 1e9 * config.memory_gb:
             there = sound_items(reader, labelling, num, config.num_workers, quiet) if skips else torch.arange(num)
-            identity = fingerprint_of_json([items.identity(num), there.tolist() if skips else num, pipeline.describe()])
-            return FileSplit(reader, labelling, there, identity, num - len(there))
+            return FileSplit(reader, labelling, there, num - len(there))
         return read_into_memory(reader, labelling, num, config.num_workers, skips, quiet)
 
     def preview(self, tasks: Mapping[str, Task], label_of: Mapping[str, str], num: int) -> Batch:
         there = self.num_images[0]
         chosen = torch.linspace(0, there - 1, min(num, there)).long()
         reading = self._reading("train", pipelines_of(self._config)["val"], tasks, label_of)
-        split = FileSplit(*reading, chosen, "", 0)
+        split = FileSplit(*reading, chosen, 0)
         indices = torch.arange(len(split))
         return split.batch(indices, rows=split.rows(indices, with_images=True))
 

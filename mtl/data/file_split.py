@@ -8,8 +8,10 @@ from torch import Tensor
 from mtl.data.augment import View
 from mtl.data.cache import DataError
 from mtl.data.dataset import Rows, Split
+from mtl.data.fileset import IMAGE
 from mtl.data.items import ItemReader, Sample
 from mtl.data.labelling import Labelling
+from mtl.runtime.fingerprint import fingerprint, fingerprint_of_json
 
 # Labels that lie in files are fitted on those of so many images.
 _NUM_FITTED = 256
@@ -20,18 +22,14 @@ class FileSplit(Split):
 
     is_in_memory = False
 
-    def __init__(
-        self, reader: ItemReader, labelling: Labelling, items: Tensor, identity: str, num_skipped: int
-    ) -> None:
+    def __init__(self, reader: ItemReader, labelling: Labelling, items: Tensor, num_skipped: int) -> None:
         """Args:
         reader: Reads the samples.
         labelling: Makes labels of tasks of them.
         items: "n", int64, which of the data set's items they are.
-        identity: A digest of the data set's images, and of how they are transformed.
         num_skipped: Samples that were left out, since they cannot be read or trained on.
         """
         self._reader, self._labelling, self._items = reader, labelling, items
-        self._identity = identity
         self.num_skipped = num_skipped
 
     def __len__(self) -> int:
@@ -69,14 +67,23 @@ class FileSplit(Split):
             found.append(self._labelling.of_task(task, labels.get(label), self._reader.where(item)))
         return torch.stack(found)
 
-    def identity(self) -> str:
-        return self._identity
+    def identity(self) -> str | None:
+        return self._digest(IMAGE)
+
+    def label_identity(self, task: str) -> str | None:
+        return self._digest(self._labelling.label_of[task])
 
     def _read(self, index: int, with_image: bool, view: View | None) -> Sample:
         item = int(self._items[index])
         seed = None if view is None else view.seed_of(index)
         sample = self._reader.read(item, self._labelling.names, with_image, seed)
         return Sample(sample.image, self._labelling.of(sample.labels, self._reader.where(item)))
+
+    def _digest(self, name: str) -> str | None:
+        digest = self._reader.items.identity(int(self._items.max()) + 1, name)
+        if digest is None:
+            return None
+        return fingerprint_of_json([digest, fingerprint(self._items), self._reader.describe()])
 
     def _where(self, index: int) -> str:
         return self._reader.where(int(self._items[index]))

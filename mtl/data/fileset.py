@@ -12,6 +12,7 @@ from torch import Tensor
 from torch.utils.data import Dataset
 
 from mtl.data.cache import DataError
+from mtl.runtime.fingerprint import fingerprint
 
 IMAGE = "image"
 
@@ -62,15 +63,27 @@ class FileSet(Dataset[Mapping[str, Any]], ABC):
         """An item as messages name it: a table's row, or the image's file."""
         return str(self.files(index)[IMAGE])
 
-    def identity(self, num: int) -> str:
-        """A digest of the first images, by names, sizes and times of their files; another one whenever one is edited.
+    def identity(self, num: int, name: str = IMAGE) -> str | None:
+        """A digest of the first images, or of a label of theirs, which is another one whenever one of them is edited.
+
+        Args:
+            num: How many.
+            name: `image`, or a label: files by name, size and time, what `column` has by its numbers.
+
+        Returns:
+            None if nobody knows.
 
         Raises:
             DataError: A file is not there.
         """
+        if name != IMAGE and (column := self.column(name)) is not None:
+            return fingerprint(column[:num])
         digest = xxhash.xxh3_128()
         for index in range(num):
-            file = self.files(index)[IMAGE]
+            file = self.files(index).get(name)
+            if file is None:
+                digest.update(b"\n")
+                continue
             try:
                 status = file.stat()
             except OSError as error:

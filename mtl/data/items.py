@@ -75,6 +75,10 @@ class ItemReader:
         self._pipeline = pipeline
         self._plain = build_transforms([], form.size, "data.image_size")
 
+    def describe(self) -> Any:
+        """All that samples depend on besides the files, as JSON."""
+        return [self._pipeline.describe(), [*self.form.size, self.form.channels, str(self.form.dtype)]]
+
     def where(self, index: int) -> str:
         """An item as messages name it."""
         return f"{self.place}: {self.items.where(index)}"

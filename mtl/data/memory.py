@@ -12,7 +12,7 @@ from torch import Tensor
 from mtl.data.augment import View
 from mtl.data.dataset import Rows, Split
 from mtl.data.transforms import Pipeline
-from mtl.runtime.fingerprint import fingerprint
+from mtl.runtime.fingerprint import fingerprint, fingerprint_of_json
 from mtl.tasks.base import SPATIAL, LabelKind
 
 
@@ -93,7 +93,11 @@ class MemorySplit(Split):
         return self.labels[task]
 
     def identity(self) -> str:
-        return fingerprint(self.images)
+        own = fingerprint(self.images)
+        return own if self.transform is None else fingerprint_of_json([own, self.transform.pipeline.describe()])
+
+    def label_identity(self, task: str) -> str:
+        return fingerprint(self.labels[task])
 
 
 def _transformed(

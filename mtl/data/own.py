@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import uuid
 from collections.abc import Collection, Mapping
 from pathlib import Path
 from typing import Any
@@ -60,10 +59,10 @@ class OwnSet(FileSet):
     def where(self, index: int) -> str:
         return f"item {index}"
 
-    def identity(self, num: int) -> str:
-        """What the class says of itself; where it says nothing, a word that no other process has."""
-        said = getattr(self._dataset, "identity", None) or uuid.uuid4().hex
-        return f"{num} {said() if callable(said) else said}"
+    def identity(self, num: int, name: str = IMAGE) -> str | None:
+        """What the class says of itself, images and labels alike; None if it says nothing."""
+        said = getattr(self._dataset, "identity", None)
+        return None if said is None else f"{num} {name} {said() if callable(said) else said}"
 
     def _find_labels(self, wanted: Collection[str]) -> tuple[str, ...]:
         found: dict[str, None] = {}

@@ -49,7 +49,7 @@ def reads_of(
     keys.add(("cache", "mode") if phase.cache is None else (*written.path, "cache"))
     mode = phase.cache or config.cache.mode
     # Whether or not they are kept, `views` views are taken in turn: a run without a cache ends with the same bits.
-    keys |= {("cache", "views")} if config.data.augment is not None else set()
+    keys |= {("cache", "views")} if config.data.has_views else set()
     if mode != "off":
         keys.add(("cache", "dtype"))
         keys |= {("cache", "ram_gb")} if mode in ("auto", "ram") else set()

@@ -41,7 +41,7 @@ def why_not_kept(config: RunConfig, phase: Phase, passes: float) -> str:
     if mode == "off":
         return "cache is off"
     if config.data.has_views and config.cache.views is None:
-        return "every epoch augments the images again; cache.views would keep some views of each"
+        return "every epoch changes the images in another way; cache.views would keep some views of each"
     if phase.config.evaluate_only and config.optim.ema_decay is not None:
         return "an evaluation judges averages, of which there are no fingerprints"
     if mode == "auto" and passes <= 1:

@@ -95,8 +95,8 @@ def _candidates(config: RunConfig, phases: Sequence[Phase]) -> Iterator[_Unread]
         yield _Unread(("tasks", task), "no phase trains it, and it is validated as it begins", own)
     off = tuple(dict.fromkeys(("cache", "mode") if e.config.cache is None else (*e.path, "cache") for e in written))
     for key in CacheConfig.model_fields:
-        if key == "views" and config.data.augment is None:
-            yield _Unread(("cache", key), "there are views only of images that data.augment changes")
+        if key == "views" and not config.data.has_views:
+            yield _Unread(("cache", key), "there are views only with data.augment or data.transform.train")
         elif key != "mode":
             yield _Unread(("cache", key), f"no phase keeps anything {_KEPT_WHERE.get(key, '')}".rstrip(), off)
     if config.resume is None:

@@ -43,4 +43,4 @@ def caption_classes(classes: Tensor, names: Sequence[str]) -> list[str]:
         classes: "b", whole numbers.
         names: Their names, if they have any.
     """
-    return [names[each] if 0 <= each < len(names) else str(each) for each in classes.tolist()]
+    return ["none" if each < 0 else names[each] if each < len(names) else str(each) for each in classes.tolist()]

@@ -9,6 +9,7 @@ from pathlib import Path
 from typing import Any
 
 from mtl.audit import AuditError
+from mtl.checkpoint.run_files import DATA
 from mtl.config.yaml_text import dump_yaml
 from mtl.distributed.sync_batchnorm import synchronise
 from mtl.distributed.world import ALONE, World
@@ -16,6 +17,8 @@ from mtl.model.fsdp import shard_with_groups
 from mtl.runtime.console import logger
 from mtl.runtime.files import write_json, write_text
 from mtl.runtime.signals import Interrupt
+from mtl.runtime.text import shorten
+from mtl.training.data_record import data_record, what_was_edited
 from mtl.training.history import History
 from mtl.training.loop import Trainer
 from mtl.training.nonfinite import NotFiniteError
@@ -59,9 +62,15 @@ def train(setup: RunSetup, quiet: bool = False, world: World = ALONE, source: Re
     for line in what_is_overridden(config, source):
         logger.warning(f"resume: {line}")
     in_place = resumption is not None and resumption.in_place
+    record = data_record(setup)
+    if in_place and (edited := what_was_edited(config.run_dir, record)):
+        message = f"the data was edited since the run began ({shorten(edited, 5)})"
+        if not config.resume_override:
+            raise config.mistake(("resume",), f"{message}; resume_override=true resumes with what it is now")
+        logger.warning(f"resume: {message}")
     with _directory(setup, in_place, world) as run_dir, Interrupt(not world.is_alone) as asked:
         history = History(config.command) if resumption is None else resumption.history
-        tracker = _start_files(setup, run_dir, resumption if in_place else None, history, world)
+        tracker = _start_files(setup, run_dir, resumption if in_place else None, history, record, world)
         trainer = Trainer(setup, run_dir, tracker, quiet, asked, world, history)
         ended: dict[str, Any] = {}
         is_finished = False
@@ -119,7 +128,12 @@ def _directory(setup: RunSetup, in_place: bool, world: World) -> Iterator[Path]:
 
 
 def _start_files(
-    setup: RunSetup, run_dir: Path, resumption: Resumption | None, history: History, world: World
+    setup: RunSetup,
+    run_dir: Path,
+    resumption: Resumption | None,
+    history: History,
+    record: dict[str, Any],
+    world: World,
 ) -> Tracker:
     """Writes what is known before training, and starts tracking."""
     config = setup.config
@@ -131,6 +145,7 @@ def _start_files(
         write_json(run_dir / "history.json", history.to_json())
         write_text(run_dir / "config.yaml", dump_yaml(resolved))
         write_json(run_dir / "plan.json", setup.plan.to_json())
+        write_json(run_dir / DATA, record)
         log_classic_freeze(setup)
         for line in setup.unread:
             logger.warning(line)

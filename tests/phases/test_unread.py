@@ -111,7 +111,7 @@ IN_VAIN: dict[str, tuple[list[str], str, str]] = {
     "balance": (["name: a, epochs: 1, balance: mean"], "dwa", "phases.a.balance"),
     "cache.mode": (["name: a, epochs: 1, cache: ram"], "disk", "phases.a.cache"),
     "cache.ram_gb": (["name: a, epochs: 1, cache: off"], "5", "no phase keeps anything in memory: phases.a.cache"),
-    "cache.views": (["name: a, epochs: 1"], "5", "there are views only of images that data.augment changes"),
+    "cache.views": (["name: a, epochs: 1"], "5", "there are views only with data.augment or data.transform.train"),
     "trunk.checkpointing": (["name: a, epochs: 1, freeze: trunk"], "true", "phases.a.freeze"),
     "audit.gradients_every_steps": (["name: a, epochs: 1, freeze: trunk"], "7", "phases.a.freeze"),
     "resume_override": (["name: a, epochs: 1"], "true", "resume is not given"),

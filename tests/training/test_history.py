@@ -67,7 +67,7 @@ REFUSED: dict[str, str] = {
     "phases.b.optimizer_state=keep": "phases.b.optimizer_state: reset -> keep, but phase b has begun",
     "phases.b.restore=best": "phases.b.restore.which: last -> best, but phase b has begun",
     "trunk.weights=nowhere.pth": "trunk.weights: none -> nowhere.pth; it is read only where a run begins",
-    "cache.views=3": "cache.views: there are views only of images that data.augment changes",
+    "cache.views=3": "cache.views: there are views only with data.augment or data.transform.train",
     "optim.lr=2e-3": "optim.lr: no phase reads it",
 }
 

@@ -36,7 +36,7 @@ def feature_key(
         "normalize": [fingerprint(buffer) for buffer in setup.model.normalize.buffers()],
         "computed": [setup.device.type, config.precision, config.memory_format, batch_size],
         "stored": config.cache.dtype,
-        "views": None if augment is None else [augment.model_dump(), config.seed, num_views],
+        "views": [augment and augment.model_dump(), config.seed, num_views] if config.data.has_views else None,
         # On a CPU, kernels and their sums depend on these.
         "kernels": [torch.get_num_threads(), torch.backends.cpu.get_cpu_capability()],
         "versions": [torch.__version__, timm.__version__],

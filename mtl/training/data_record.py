@@ -1,0 +1,45 @@
+"""What a run records of its data, so that a resumed run notices edited images and labels."""
+
+from __future__ import annotations
+
+from pathlib import Path
+from typing import Any
+
+from mtl.checkpoint.run_files import DATA, RunFileError, read_data_record
+from mtl.training.setup import RunSetup
+
+
+def data_record(setup: RunSetup) -> dict[str, Any]:
+    """The data set's name, sizes, classes, and a digest of the images and of each task's labels; as JSON."""
+    splits = {"train": setup.train, "val": setup.val}
+    return {
+        "name": setup.config.data.name,
+        "images": {which: len(split) for which, split in splits.items()},
+        "classes": {label: list(names) for label, names in setup.source.classes.items()},
+        "digests": {
+            which: {
+                "images": split.identity(),
+                **{f"labels of {task}": split.label_identity(task) for task in setup.tasks},
+            }
+            for which, split in splits.items()
+        },
+    }
+
+
+def what_was_edited(run_dir: Path, now: dict[str, Any]) -> list[str]:
+    """What is another in the data than when a run began; empty if nothing is, or the run does not say.
+
+    Args:
+        run_dir: The run's directory.
+        now: The data of today.
+    """
+    try:
+        before = read_data_record(run_dir / DATA)["digests"]
+    except RunFileError:
+        return []
+    pairs = (
+        (f"{name}, {which}", digest, before.get(which, {}).get(name))
+        for which, digests in now["digests"].items()
+        for name, digest in digests.items()
+    )
+    return [what for what, digest, old in pairs if digest is not None and old is not None and digest != old]
