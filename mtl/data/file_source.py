@@ -62,7 +62,7 @@ class FileSource(Source):
         label_of: Mapping[str, str],
         quiet: bool,
     ) -> Split:
-        config, items, skips = self._config, self._sets[which], self._config.on_bad_sample == "skip"
+        config, skips = self._config, self._config.on_bad_sample == "skip"
         reader, labelling = self._reading(which, pipeline, tasks, label_of)
         if pipeline.is_random or num * _bytes_of_one(self._form, labelling) > 1e9 * config.memory_gb:
             there = sound_items(reader, labelling, num, config.num_workers, quiet) if skips else torch.arange(num)
