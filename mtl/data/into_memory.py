@@ -96,7 +96,7 @@ class _Reader(Dataset[_Read]):
     def __getitems__(self, indices: list[int]) -> _Read:
         (index,) = indices
         try:
-            sample = self._reader.read(index, self._labelling.names, with_image=True, seed=None)
+            sample = self._reader.read(index, self._labelling.names(), with_image=True, seed=None)
             return index, Sample(sample.image, self._labelling.of(sample.labels, self._reader.where(index)))
         except DataError as error:
             return index, error

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Mapping
+from collections.abc import Callable, Collection, Mapping
 from dataclasses import dataclass
 
 import torch
@@ -46,22 +46,23 @@ class Labelling:
         self.label_of = {name: label_of[name] for name in tasks}
         self._forms = {name: _form_of(task, first[name]) for name, task in tasks.items()}
 
-    @property
-    def names(self) -> list[str]:
-        """The labels that some task learns."""
-        return sorted(set(self.label_of.values()))
+    def names(self, tasks: Collection[str] | None = None) -> list[str]:
+        """The labels that some tasks learn; all tasks if not given."""
+        return sorted({label for name, label in self.label_of.items() if tasks is None or name in tasks})
 
-    def of(self, labels: Mapping[str, Tensor], where: str) -> dict[str, Tensor]:
+    def of(self, labels: Mapping[str, Tensor], where: str, tasks: Collection[str] | None = None) -> dict[str, Tensor]:
         """The labels of one item, by task.
 
         Args:
             labels: By the data set's names; those that are missing are left out.
             where: The item, as messages name it.
+            tasks: The tasks; all if not given.
 
         Raises:
             DataError: One has another form than the first one, or its task cannot be trained on it.
         """
-        return {name: self.of_task(name, labels.get(label), where) for name, label in self.label_of.items()}
+        own = self.label_of if tasks is None else tasks
+        return {name: self.of_task(name, labels.get(self.label_of[name]), where) for name in own}
 
     def of_column(self, name: str, column: Tensor, where: Callable[[int], str]) -> Tensor:
         """A task's label of all items, first axis n.

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Collection, Mapping
+from collections.abc import Collection, Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
@@ -59,10 +59,10 @@ class OwnSet(FileSet):
     def where(self, index: int) -> str:
         return f"item {index}"
 
-    def identity(self, num: int, name: str = IMAGE) -> str | None:
+    def identity(self, items: Sequence[int], name: str = IMAGE) -> str | None:
         """What the class says of itself, images and labels alike; None if it says nothing."""
         said = getattr(self._dataset, "identity", None)
-        return None if said is None else f"{num} {name} {said() if callable(said) else said}"
+        return None if said is None else f"{len(items)} {name} {said() if callable(said) else said}"
 
     def _find_labels(self, wanted: Collection[str]) -> tuple[str, ...]:
         found: dict[str, None] = {}

@@ -77,7 +77,7 @@ def reader_of(files: Files, transforms: Any = ()) -> tuple[ItemReader, Labelling
 def split_of(files: Files, transforms: Any = (), skips: bool = False) -> FileSplit:
     reader, labelling = reader_of(files, transforms)
     items = sound_items(reader, labelling, NUM, 0, quiet=True) if skips else torch.arange(NUM)
-    return FileSplit(reader, labelling, items, "identity", NUM - len(items))
+    return FileSplit(reader, labelling, items, NUM - len(items))
 
 
 def contents(batches: Any) -> list[list[Tensor]]:
@@ -156,14 +156,19 @@ def test_all_samples_that_cannot_be_read_into_memory_are_named_at_once(
 
 
 def test_edited_images_are_another_data_set(files: Files) -> None:
-    before = files.identity(NUM)
-    assert files.identity(NUM) == before != files.identity(NUM - 1)
+    def digest(num: int, name: str = IMAGE) -> str | None:
+        return files.identity(range(num), name)
+
+    before, masks, kinds = digest(NUM), digest(NUM, "mask"), digest(NUM, "kind")
+    assert digest(NUM) == before and len({before, masks, kinds, digest(NUM - 1)}) == 4
     image = Image.open(files.folder / "13.png")
     image.resize((40, 40)).save(files.folder / "13.png")
-    assert files.identity(NUM) != before
+    assert digest(NUM) != before and digest(NUM, "mask") == masks and digest(NUM, "kind") == kinds
     (files.folder / "13.png").unlink()
-    with pytest.raises(DataError, match=r"13\.png: No such file"):
-        files.identity(NUM)
+    (files.folder / "2.png").unlink()
+    with pytest.raises(DataError) as raised:
+        digest(NUM)
+    assert [line.endswith(": No such file or directory") for line in str(raised.value).splitlines()] == [True, True]
 
 
 def test_images_of_several_kinds_get_one_form(files: Files) -> None:

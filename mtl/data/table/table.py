@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import os
 from collections.abc import Collection, Mapping
 from pathlib import Path
 from typing import Any
@@ -48,6 +49,7 @@ class Table(FileSet):
         self.labels = tuple(kinds)
         self.classes = {name: language.classes for name, language in tables.languages.items() if language.classes}
         self._kinds, self._languages, self._part = dict(kinds), tables.languages, tables.parts[split]
+        self._root = f"{self._part.file.parent}{os.sep}"
         self._folder, self._outside, self._scale = self._part.file.parent, settings.outside, settings.scale
 
     def __len__(self) -> int:
@@ -76,6 +78,11 @@ class Table(FileSet):
             if cell:
                 values[code] = language.parse(cell)
         return torch.from_numpy(values[column.codes])
+
+    def path(self, index: int, name: str) -> str | None:
+        # Of a million rows, in a tenth of the time of `files`: whether a link leads out is seen when a file is read.
+        paths = self._part.paths.get(name)
+        return f"{self._root}{paths[index]}" if paths is not None and paths[index] else None
 
     def where(self, index: int) -> str:
         return self._part.where(index)
