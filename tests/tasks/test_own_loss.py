@@ -134,7 +134,7 @@ def test_the_number_of_classes_is_known_from_their_names() -> None:
     names = {"kind": ["cat", "dog", "owl"]}
     task = task_of({"type": "classification", "label": "kind"}, class_names=names)
     assert (task.num_outputs, task.class_names) == (3, names["kind"])
-    assert task.caption(torch.tensor([2, 0, -1]), is_label=True) == ["owl", "cat", "-1"]
+    assert task.caption(torch.tensor([2, 0, -1]), is_label=True) == ["owl", "cat", "none"]
     assert task.caption(torch.eye(3), is_label=False) == ["cat", "dog", "owl"]
     many = task_of({"type": "multilabel", "label": "kind"}, class_names=names)
     assert many.caption(torch.tensor([[1.0, 0.0, 1.0], [0.0, 0.0, NAN]]), is_label=True) == ["cat, owl", "none"]

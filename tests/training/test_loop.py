@@ -54,6 +54,7 @@ def test_a_run_leaves_every_promised_file(finished: tuple[RunSetup, RunResult]) 
         "config.yaml",
         "history.json",
         "plan.json",
+        "data.json",
         "metrics.jsonl",
         "audit.json",
         "checkpoints",

@@ -18,7 +18,7 @@ import mtl.training.nonfinite
 from mtl.checkpoint.load import load_checkpoint
 from mtl.checkpoint.nested import split
 from mtl.cli import main
-from mtl.config import load_config
+from mtl.config import ConfigError, load_config
 from mtl.data import training_batches
 from mtl.phases.resolve import Phase
 from mtl.runtime.fingerprint import fingerprint
@@ -201,7 +201,9 @@ def test_a_run_that_stopped_resumes_to_the_bits_of_one_without_the_bad_label(tmp
         run(tmp_path, "not_finite=stop", is_planted=True, **changes)
     audit = json.loads((tmp_path / "runs/tiny/audit.json").read_text())
     assert not audit["ok"] and not audit["phases"][0]["completed"] and audit["phases"][0]["violations"] == []
-    again = run(tmp_path, "not_finite=stop", "resume=auto", **changes)
+    with pytest.raises(ConfigError, match=r"edited since the run began \(labels of normals, train\); resume_override"):
+        run(tmp_path, "not_finite=stop", "resume=auto", **changes)
+    again = run(tmp_path, "not_finite=stop", "resume=auto", "resume_override=true", **changes)
     assert bits(again) == bits(clean)
     ended, whole = (json.loads((run_dir / "audit.json").read_text()) for run_dir in (again, clean))
     assert ended["ok"] and ended == whole
