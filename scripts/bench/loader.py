@@ -14,7 +14,6 @@ import time
 import warnings
 from collections.abc import Callable, Iterator
 from pathlib import Path
-from typing import Any
 
 import torch
 import yaml
@@ -47,12 +46,11 @@ class Decoded(Dataset[int]):
 
 
 def write_table(folder: Path, num: int) -> None:
-    """Rendered rooms as JPEGs of 178 x 218 pixels, and a table of them."""
-    images, rows, garments = list[Any](), [["image", "kind"]], load_sprites("train")
+    """Rendered rooms as JPEGs of 178 x 218 pixels, each of them in many files, and a table of them."""
+    rooms = scenes.render_block(load_sprites("train"), 224, 0, 0)["images"]
+    rows = [["image", "kind"]]
     for number in range(num):
-        if not images:
-            images = list(scenes.render_block(garments, 224, 0, number)["images"])
-        Image.fromarray(images.pop()[:218, :178]).save(folder / f"{number}.jpg", quality=90)
+        Image.fromarray(rooms[number % len(rooms)][:218, :178]).save(folder / f"{number}.jpg", quality=90)
         rows.append([f"{number}.jpg", f"class {number % 10}"])
     with (folder / "table.csv").open("w", newline="") as file:
         csv.writer(file).writerows(rows)
