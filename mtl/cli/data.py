@@ -55,7 +55,7 @@ def check(options: argparse.Namespace, _: Attempt) -> int:
 
 
 def prepare(options: argparse.Namespace, _: Attempt) -> int:
-    """Derives labels of CONFIG's public data set, such as PASCAL-MT's edges, and writes them beside the data."""
+    """Derives labels of CONFIG's public data set, such as PASCAL-MT's edges, and writes them next to the data."""
     from mtl.config import load_config
     from mtl.config.public_data import PublicDataConfig
     from mtl.data.sets import public_set

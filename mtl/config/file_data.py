@@ -102,7 +102,7 @@ class TableData(_SplitFiles):
 
 
 class FolderData(_SplitFiles):
-    """Folders of images: one for each class, or `images` with folders of masks beside it; see docs/table.md.
+    """Folders of images: one for each class, or `images` with folders of masks next to it; see docs/table.md.
 
     Attributes:
         name: The data set's name.

@@ -17,7 +17,7 @@ from mtl.data.labelling import Labelling
 from mtl.runtime.fingerprint import fingerprint, fingerprint_of_json
 from mtl.tasks.base import SPATIAL
 
-# Labels that lie in files are fitted on those of so many images.
+# Labels that lie in files are fitted on those of about this many images.
 _NUM_FITTED = 256
 
 

@@ -82,14 +82,14 @@ class FileSet(Dataset[Mapping[str, Any]], ABC):
             return fingerprint(column[torch.tensor(items)])
         digest, missing = xxhash.xxh3_128(), Mistakes()
         for index in items:
-            path, told = self.path(index, name), ""
+            path, stamp = self.path(index, name), ""
             try:
                 if path is not None:
                     status = os.stat(path)  # noqa: PTH116  a `Path` for each of a million takes seconds
-                    told = f"{path}\0{status.st_size}\0{status.st_mtime_ns}"
+                    stamp = f"{path}\0{status.st_size}\0{status.st_mtime_ns}"
             except OSError as error:
                 missing.add(f"{self.where(index)}: {name}: {path}: {error.strerror}")
-            digest.update(f"{told}\n".encode())
+            digest.update(f"{stamp}\n".encode())
         missing.check()
         return digest.hexdigest()
 

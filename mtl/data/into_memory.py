@@ -18,7 +18,7 @@ from mtl.data.workers import ahead, read_by_workers
 from mtl.runtime.console import logger
 from mtl.runtime.text import shorten
 
-# Of many mistakes, so many are listed.
+# At most this many mistakes are listed.
 _MOST_LISTED = 20
 
 _Read = tuple[int, Sample | DataError]

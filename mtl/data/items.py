@@ -16,7 +16,7 @@ from mtl.data.transforms import Pipeline, build_transforms
 from mtl.tasks.base import SPATIAL, LabelKind
 
 _IMAGE_TYPES = (torch.uint8, torch.float32)
-# From so many images the number of channels is told.
+# Images that are read to find out how many channels there are.
 _NUM_LOOKED_AT = 16
 
 

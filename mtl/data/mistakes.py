@@ -1,4 +1,4 @@
-"""Mistakes in files of data, collected and told at once."""
+"""Mistakes in files of data, collected, and reported at once."""
 
 from __future__ import annotations
 

@@ -40,7 +40,7 @@ class EntryTask(Task):
 
     @abstractmethod
     def blank(self, num_images: int, size: tuple[int, int]) -> Tensor:
-        """A label of so many images of this height and width that has no entry."""
+        """A label without any entry, for this number of images of this height and width."""
 
     def prediction(self, output: Tensor) -> Tensor:
         """The head's output as losses take it."""

@@ -2,7 +2,7 @@
 
 Layout: https://github.com/SimonVandenhende/Multi-Task-Learning-PyTorch and
 https://github.com/prismformore/Multi-Task-Transformer. `prepare` derives what both derive from MATLAB's files for every
-item anew: human parts, normals and edges.
+item again: human parts, normals and edges.
 """
 
 from __future__ import annotations

@@ -114,7 +114,7 @@ class FeatureStores:
         """The key with the identity of the images."""
         name = id(split)
         if name not in self._digests:
-            # Of images that nobody can tell apart from edited ones, this process alone knows the features.
+            # Without a digest, edited images would go unnoticed: features are this process's alone.
             self._digests[name] = split.identity() or uuid.uuid4().hex
         return {**key, "images": self._digests[name]}
 
