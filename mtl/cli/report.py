@@ -36,8 +36,10 @@ def run(options: argparse.Namespace, _: Attempt) -> int:
 
     from mtl.config import load_config
     from mtl.results.report import write_report
+    from mtl.training.data_record import search_as_the_run_did
     from mtl.training.setup import assemble
 
+    search_as_the_run_did(run_dir)
     # Only the architecture is needed: the weights are the run's own.
     setup = assemble(load_config(run_dir / "config.yaml", ["trunk.weights=none", "device=auto"]))
     try:

@@ -30,6 +30,11 @@ def search_in(folder: Path) -> None:
         _FOLDERS.append(str(folder.resolve()))
 
 
+def searched_folders() -> list[str]:
+    """The folders given to `search_in`, absolute."""
+    return list(_FOLDERS)
+
+
 def find_class(text: str, *bases: type) -> type:
     """Imports a class by name; modules of the working directory and of `search_in` are found as well.
 

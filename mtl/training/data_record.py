@@ -6,14 +6,16 @@ from pathlib import Path
 from typing import Any
 
 from mtl.checkpoint.run_files import DATA, RunFileError, read_data_record
+from mtl.runtime.plugin import search_in, searched_folders
 from mtl.training.setup import RunSetup
 
 
 def data_record(setup: RunSetup) -> dict[str, Any]:
-    """The data set's name, sizes, classes, and a digest of the images and of each task's labels; as JSON."""
+    """Name, sizes and classes of the data set, digests of images and labels, folders of modules; as JSON."""
     splits = {"train": setup.train, "val": setup.val}
     return {
         "name": setup.config.data.name,
+        "modules": searched_folders(),
         "images": {which: len(split) for which, split in splits.items()},
         "classes": {label: list(names) for label, names in setup.source.classes.items()},
         "digests": {
@@ -24,6 +26,16 @@ def data_record(setup: RunSetup) -> dict[str, Any]:
             for which, split in splits.items()
         },
     }
+
+
+def search_as_the_run_did(run_dir: Path) -> None:
+    """Has modules of the user's own found where the run has found them; nothing if the run does not say."""
+    try:
+        folders = read_data_record(run_dir / DATA).get("modules", [])
+    except RunFileError:
+        return
+    for folder in folders:
+        search_in(Path(folder))
 
 
 def what_was_edited(run_dir: Path, now: dict[str, Any]) -> list[str]:

@@ -16,6 +16,7 @@ from PIL import Image
 from mtl.cli import main
 from mtl.config import ConfigError, load_config
 from mtl.data import DataError
+from mtl.runtime import plugin
 from mtl.training.setup import RunSetup, assemble
 from pages import code_block
 from runs import tiny_config
@@ -74,6 +75,20 @@ def test_the_data_set_of_the_page_is_read_trained_on_and_reported(birds: Path, t
     assert (run_dir / "report.html").is_file()
     assert main(["audit", str(run_dir)]) == 0
     assert main(["train", str(birds), "-q", "resume=auto"]) == 0
+
+
+def test_a_report_finds_the_module_where_the_run_did(
+    birds: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    assert main(["train", str(birds), "-q", "phases.a.epochs=1", "phases.b.steps=1"]) == 0
+    # As in a process of its own, in another folder.
+    monkeypatch.setattr(plugin, "_FOLDERS", [])
+    sys.modules.pop("birds")
+    (tmp_path / "elsewhere").mkdir()
+    monkeypatch.chdir(tmp_path / "elsewhere")
+    (tmp_path / "runs/tiny/report.html").unlink()
+    assert main(["report", str(tmp_path / "runs/tiny")]) == 0
+    assert (tmp_path / "runs/tiny/report.html").is_file()
 
 
 def test_workers_read_the_same(birds: Path) -> None:
