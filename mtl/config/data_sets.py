@@ -2,13 +2,13 @@
 
 from __future__ import annotations
 
-from typing import Annotated, Any
+from typing import Annotated
 
-from pydantic import Discriminator, Tag
+from pydantic import Tag
 
 from mtl.config.data import GeneratedData, OwnData
 from mtl.config.file_data import CocoData, FolderData, TableData
-from mtl.config.own import is_own
+from mtl.config.own import OWN, chosen_by
 from mtl.config.public_data import (
     Bdd100kConfig,
     CelebAConfig,
@@ -21,15 +21,6 @@ from mtl.config.public_data import (
     PascalMtConfig,
     TaskonomyConfig,
 )
-
-_OWN = "package.module:Name"
-
-
-def _by_name(value: Any) -> str:
-    """Which of the models below a data set is; a word that is no name is none of them."""
-    name = value.get("name", "scenes") if isinstance(value, dict) else getattr(value, "name", "scenes")
-    return _OWN if isinstance(name, str) and is_own(name) else str(name)
-
 
 AnyDataConfig = Annotated[
     Annotated[GeneratedData, Tag("scenes")]
@@ -48,6 +39,6 @@ AnyDataConfig = Annotated[
     | Annotated[TaskonomyConfig, Tag("taskonomy")]
     | Annotated[Bdd100kConfig, Tag("bdd100k")]
     | Annotated[MultiMnistConfig, Tag("multimnist")]
-    | Annotated[OwnData, Tag(_OWN)],
-    Discriminator(_by_name),
+    | Annotated[OwnData, Tag(OWN)],
+    chosen_by("name", stand_in="scenes", absent="scenes"),
 ]

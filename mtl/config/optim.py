@@ -4,10 +4,10 @@ from __future__ import annotations
 
 from typing import Annotated, Any, Literal
 
-from pydantic import BeforeValidator, Discriminator, Field, Tag, model_validator
+from pydantic import BeforeValidator, Field, Tag, model_validator
 from pydantic_core import PydanticCustomError
 
-from mtl.config.own import is_own
+from mtl.config.own import OWN, chosen_by
 from mtl.config.types import Count, NotNegative, NotNegativeByPattern, Positive, PositiveByPattern, Strict
 from mtl.runtime.best import Direction
 
@@ -141,16 +141,6 @@ class OwnLrScheduleConfig(Strict):
     options: dict[str, Any] = {}
 
 
-_OWN = "package.module:Name"
-
-
-def _by_name(value: Any) -> str | None:
-    """Which of the models above a schedule is; a word that is no name is none of them."""
-    # What is neither a mapping nor a model, any of them refuses.
-    name = value.get("name") if isinstance(value, dict) else getattr(value, "name", "constant")
-    return _OWN if isinstance(name, str) and is_own(name) else None if name is None else str(name)
-
-
 LrScheduleConfig = Annotated[
     Annotated[ConstantConfig, Tag("constant")]
     | Annotated[CosineConfig, Tag("cosine")]
@@ -158,8 +148,8 @@ LrScheduleConfig = Annotated[
     | Annotated[StepConfig, Tag("step")]
     | Annotated[PlateauConfig, Tag("plateau")]
     | Annotated[OneCycleConfig, Tag("one-cycle")]
-    | Annotated[OwnLrScheduleConfig, Tag(_OWN)],
-    Discriminator(_by_name),
+    | Annotated[OwnLrScheduleConfig, Tag(OWN)],
+    chosen_by("name", stand_in="constant"),
     word_for("name"),
 ]
 

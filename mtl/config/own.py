@@ -5,10 +5,35 @@ from __future__ import annotations
 from collections.abc import Mapping
 from typing import Any
 
-from pydantic import BaseModel, ValidationError
+from pydantic import BaseModel, Discriminator, ValidationError
 
 from mtl.config.errors import OptionsError, SettingError
 from mtl.runtime.plugin import PluginError, find_class, where_it_failed
+
+# The tag of the model that takes a class of the user's own.
+OWN = "package.module:Name"
+
+
+def chosen_by(key: str, stand_in: str, absent: str | None = None) -> Discriminator:
+    """Chooses among models by the word under a key, each tagged with its word; a class of the user's own by `OWN`.
+
+    A word that is none of the tags is an error.
+
+    Args:
+        key: The key.
+        stand_in: A tag for what is neither a mapping nor a model, which any of the models refuses.
+        absent: The word where the key is not written; if not given, it is required.
+    """
+
+    def choose(value: Any) -> str | None:
+        word = value.get(key, absent) if isinstance(value, dict) else getattr(value, key, stand_in)
+        if isinstance(word, str) and is_own(word):
+            return OWN
+        return None if word is None and absent is None else str(word)
+
+    # Errors name the key by the function that chooses.
+    choose.__name__ = f"_by_{key}"
+    return Discriminator(choose)
 
 
 def is_own(name: str) -> bool:

@@ -30,8 +30,6 @@ class NyuV2MtanConfig(PublicDataConfig):
 
     Attributes:
         name: The data set.
-        root: Its folder.
-        follow_links: Whether links in the folder may lead out of it.
     """
 
     name: Literal["nyuv2_mtan"]
@@ -42,8 +40,6 @@ class CityscapesMtanConfig(PublicDataConfig):
 
     Attributes:
         name: The data set.
-        root: Its folder.
-        follow_links: Whether links in the folder may lead out of it.
         num_classes: Which of its segmentations is read, by the number of its classes: the folder `label_7`, or another.
             With 7, the folder `label` is read if there is no `label_7`.
     """
@@ -57,8 +53,6 @@ class CityscapesConfig(PublicDataConfig):
 
     Attributes:
         name: The data set.
-        root: Its folder.
-        follow_links: Whether links in the folder may lead out of it.
     """
 
     name: Literal["cityscapes"]
@@ -69,8 +63,6 @@ class NyudMtConfig(PublicDataConfig):
 
     Attributes:
         name: The data set.
-        root: Its folder.
-        follow_links: Whether links in the folder may lead out of it.
     """
 
     name: Literal["nyud_mt"]
@@ -81,8 +73,6 @@ class PascalMtConfig(PublicDataConfig):
 
     Attributes:
         name: The data set.
-        root: Its folder.
-        follow_links: Whether links in the folder may lead out of it.
     """
 
     name: Literal["pascal_mt"]
@@ -93,8 +83,6 @@ class CelebAConfig(PublicDataConfig):
 
     Attributes:
         name: The data set.
-        root: Its folder.
-        follow_links: Whether links in the folder may lead out of it.
     """
 
     name: Literal["celeba"]
@@ -105,8 +93,6 @@ class OfficeConfig(PublicDataConfig):
 
     Attributes:
         name: The data set.
-        root: Its folder.
-        follow_links: Whether links in the folder may lead out of it.
         lists: The folder in `root` with the lists of images, `<domain>_<split>.txt`.
     """
 
@@ -119,8 +105,6 @@ class TaskonomyConfig(PublicDataConfig):
 
     Attributes:
         name: The data set.
-        root: Its folder.
-        follow_links: Whether links in the folder may lead out of it.
         buildings: The table in `root` that says which buildings belong to which split.
     """
 
@@ -133,8 +117,6 @@ class Bdd100kConfig(PublicDataConfig):
 
     Attributes:
         name: The data set.
-        root: Its folder.
-        follow_links: Whether links in the folder may lead out of it.
     """
 
     name: Literal["bdd100k"]
@@ -145,8 +127,6 @@ class MultiMnistConfig(PublicDataConfig):
 
     Attributes:
         name: The data set.
-        root: Its folder.
-        follow_links: Whether links in the folder may lead out of it.
     """
 
     name: Literal["multimnist"]

@@ -4,11 +4,12 @@ from __future__ import annotations
 
 from typing import Annotated, Any, Literal
 
-from pydantic import BeforeValidator, Discriminator, Field, Tag, model_validator
+from pydantic import BeforeValidator, Field, Tag, model_validator
 from pydantic_core import PydanticCustomError
 
 from mtl.config.head import HeadConfig
 from mtl.config.optim import word_for
+from mtl.config.own import OWN, chosen_by
 from mtl.config.types import Positive, Strict, one_as_list
 
 NumClasses = Annotated[int, Field(ge=2, le=2**20)]
@@ -226,16 +227,6 @@ class OwnTaskConfig(_OneTaskConfig):
     options: dict[str, Any] = {}
 
 
-_OWN = "package.module:Name"
-
-
-def _by_type(value: Any) -> str | None:
-    """Which of the models below a task is; a word that is no type is none of them."""
-    # What is neither a mapping nor a model, any of them refuses.
-    kind = value.get("type") if isinstance(value, dict) else getattr(value, "type", "depth")
-    return _OWN if isinstance(kind, str) and ":" in kind else None if kind is None else str(kind)
-
-
 TaskConfig = Annotated[
     Annotated[SegmentationConfig, Tag("segmentation")]
     | Annotated[DepthConfig, Tag("depth")]
@@ -247,6 +238,6 @@ TaskConfig = Annotated[
     | Annotated[EdgesConfig, Tag("edges")]
     | Annotated[SaliencyConfig, Tag("saliency")]
     | Annotated[KeypointsConfig, Tag("keypoints")]
-    | Annotated[OwnTaskConfig, Tag(_OWN)],
-    Discriminator(_by_type),
+    | Annotated[OwnTaskConfig, Tag(OWN)],
+    chosen_by("type", stand_in="depth"),
 ]

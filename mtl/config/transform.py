@@ -4,10 +4,11 @@ from __future__ import annotations
 
 from typing import Annotated, Any, Literal
 
-from pydantic import Discriminator, Field, Tag, model_validator
+from pydantic import Field, Tag, model_validator
 from pydantic_core import PydanticCustomError
 
 from mtl.config.optim import word_for
+from mtl.config.own import OWN, chosen_by
 from mtl.config.types import NotNegative, Positive, Strict
 
 
@@ -179,16 +180,6 @@ class OwnTransformConfig(Strict):
     options: dict[str, Any] = {}
 
 
-_OWN = "package.module:Name"
-
-
-def _by_name(value: Any) -> str | None:
-    """Which of the models below a transform is; a word that is no name is none of them."""
-    # What is neither a mapping nor a model, any of them refuses.
-    name = value.get("name") if isinstance(value, dict) else getattr(value, "name", "resize")
-    return _OWN if isinstance(name, str) and ":" in name else None if name is None else str(name)
-
-
 TransformConfig = Annotated[
     Annotated[ResizeConfig, Tag("resize")]
     | Annotated[CropConfig, Tag("random_resized_crop")]
@@ -196,8 +187,8 @@ TransformConfig = Annotated[
     | Annotated[ScaleConfig, Tag("scale")]
     | Annotated[RotationConfig, Tag("rotation")]
     | Annotated[ColourConfig, Tag("colour")]
-    | Annotated[OwnTransformConfig, Tag(_OWN)],
-    Discriminator(_by_name),
+    | Annotated[OwnTransformConfig, Tag(OWN)],
+    chosen_by("name", stand_in="resize"),
     word_for("name"),
 ]
 
