@@ -2,33 +2,20 @@
 
 from __future__ import annotations
 
-from typing import ClassVar, Literal
-
 from torch import Tensor, nn
 
-from mtl.config.types import Count, Strict
-from mtl.model.heads.base import Head, enlarge, resize, start_near_zero
-from mtl.model.heads.smp import new_decoder
-from mtl.model.trunk import Features, FeatureShape, Kind
+from mtl.model.heads.base import enlarge, resize, start_near_zero
+from mtl.model.heads.smp import DecoderHead, new_decoder
+from mtl.model.trunk import Features, FeatureShape
 
 
-class DeepLabV3PlusHead(Head):
+class DeepLabV3PlusHead(DecoderHead):
     """The decoder of DeepLabV3+ (Chen et al., arXiv 1802.02611), as in segmentation-models-pytorch.
 
     It reads the last level and the first. The paper's trunk is dilated, so that the last level has 1/4 of the first
     one's resolution (timm: `trunk.options: {output_stride: 16}`); where it has less, it is enlarged to that. With
     levels at a ratio of 2 or less, as a plain ViT's, the ratio is 2. Dilations are 6, 12 and 18, dropout is 0.1.
     """
-
-    class Options(Strict):
-        """Attributes:
-        width: Channels of the decoder.
-        """
-
-        width: Count = 256
-
-    output: ClassVar[Literal["dense", "vector"]] = "dense"
-    reads: frozenset[Kind] = frozenset({"pyramid"})
 
     def __init__(self, shape: FeatureShape, num_outputs: int, width: int = 256) -> None:
         """Raises:

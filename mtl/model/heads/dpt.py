@@ -2,32 +2,19 @@
 
 from __future__ import annotations
 
-from typing import ClassVar, Literal
-
 from torch import Tensor, nn
 
-from mtl.config.types import Count, Strict
-from mtl.model.heads.base import Head, enlarge, resize, start_near_zero
-from mtl.model.heads.smp import halved, new_decoder
-from mtl.model.trunk import Features, FeatureShape, Kind
+from mtl.model.heads.base import enlarge, resize, start_near_zero
+from mtl.model.heads.smp import DecoderHead, halved, new_decoder
+from mtl.model.trunk import Features, FeatureShape
 
 
-class DptHead(Head):
+class DptHead(DecoderHead):
     """The decoder of DPT (Ranftl et al., arXiv 2103.13413), as in segmentation-models-pytorch.
 
     The levels of a plain ViT are reassembled at 4, 2, 1 and 1/2 times their resolution, whatever the patch size, and
     class tokens are not read (the paper's readout "ignore"). The levels of a pyramid are at these ratios already.
     """
-
-    class Options(Strict):
-        """Attributes:
-        width: Channels in which the levels are fused.
-        """
-
-        width: Count = 256
-
-    output: ClassVar[Literal["dense", "vector"]] = "dense"
-    reads: frozenset[Kind] = frozenset({"pyramid"})
 
     def __init__(self, shape: FeatureShape, num_outputs: int, width: int = 256) -> None:
         """Raises:

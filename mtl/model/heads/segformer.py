@@ -2,32 +2,19 @@
 
 from __future__ import annotations
 
-from typing import ClassVar, Literal
-
 from torch import Tensor, nn
 
-from mtl.config.types import Count, Strict
-from mtl.model.heads.base import Head, enlarge, start_near_zero
-from mtl.model.heads.smp import new_decoder
-from mtl.model.trunk import Features, FeatureShape, Kind
+from mtl.model.heads.base import enlarge, start_near_zero
+from mtl.model.heads.smp import DecoderHead, new_decoder
+from mtl.model.trunk import Features, FeatureShape
 
 
-class SegFormerHead(Head):
+class SegFormerHead(DecoderHead):
     """The decoder of SegFormer (Xie et al., arXiv 2105.15203), as in segmentation-models-pytorch.
 
     The linear maps have no bias here, since the BatchNorm after the fusion takes a constant away, so that it would
     never train.
     """
-
-    class Options(Strict):
-        """Attributes:
-        width: Channels of each level.
-        """
-
-        width: Count = 256
-
-    output: ClassVar[Literal["dense", "vector"]] = "dense"
-    reads: frozenset[Kind] = frozenset({"pyramid"})
 
     def __init__(self, shape: FeatureShape, num_outputs: int, width: int = 256) -> None:
         """Raises:

@@ -1,17 +1,33 @@
-"""What the heads around decoders of segmentation-models-pytorch share: the lazy import, and levels that fit them."""
+"""What the heads around decoders of segmentation-models-pytorch share: options, lazy import, levels that fit them."""
 
 from __future__ import annotations
 
 from importlib import import_module
-from typing import Any
+from typing import Any, ClassVar, Literal
 
 from torch import Tensor, nn
 
-from mtl.model.heads.base import resize
+from mtl.config.types import Count, Strict
+from mtl.model.heads.base import Head, resize
+from mtl.model.trunk import Kind
 
 
 class MissingExtraError(ValueError):
     """segmentation-models-pytorch is not installed."""
+
+
+class DecoderHead(Head):
+    """A head around a decoder of segmentation-models-pytorch, which reads the pyramid."""
+
+    class Options(Strict):
+        """Attributes:
+        width: Channels of the decoder: of each level, or in which the levels are fused.
+        """
+
+        width: Count = 256
+
+    output: ClassVar[Literal["dense", "vector"]] = "dense"
+    reads: frozenset[Kind] = frozenset({"pyramid"})
 
 
 def new_decoder(architecture: str, name: str, **options: Any) -> nn.Module:

@@ -2,32 +2,19 @@
 
 from __future__ import annotations
 
-from typing import ClassVar, Literal
-
 from torch import Tensor, nn
 
-from mtl.config.types import Count, Strict
-from mtl.model.heads.base import Head, enlarge, start_near_zero
-from mtl.model.heads.smp import new_decoder
-from mtl.model.trunk import Features, FeatureShape, Kind
+from mtl.model.heads.base import enlarge, start_near_zero
+from mtl.model.heads.smp import DecoderHead, new_decoder
+from mtl.model.trunk import Features, FeatureShape
 
 
-class UperNetHead(Head):
+class UperNetHead(DecoderHead):
     """The decoder of UPerNet (Xiao et al., arXiv 1807.10221), as in segmentation-models-pytorch.
 
     Each level passes a LayerNorm first, without a bias here: the BatchNorm two layers on takes a constant away, so that
     it would never train.
     """
-
-    class Options(Strict):
-        """Attributes:
-        width: Channels of each level.
-        """
-
-        width: Count = 256
-
-    output: ClassVar[Literal["dense", "vector"]] = "dense"
-    reads: frozenset[Kind] = frozenset({"pyramid"})
 
     def __init__(self, shape: FeatureShape, num_outputs: int, width: int = 256) -> None:
         """Raises:
