@@ -11,10 +11,9 @@ import torch
 from torch import Tensor
 
 from mtl.config import FileData, RunConfig, SettingError, mistake_of
-from mtl.config.file_data import SPLITS, SplitName
 from mtl.data import MemorySplit
-from mtl.data.file_source import open_file_sets
-from mtl.data.fileset import IMAGE
+from mtl.data.file_source import FileSource, open_file_sets
+from mtl.data.fileset import IMAGE, FileSet
 from mtl.data.problems import problems
 from mtl.phases.setup import open_source
 from mtl.results.pictures import draw_samples
@@ -48,11 +47,11 @@ class DataCheck:
 
     def lines(self) -> Iterator[str]:
         """Reads it split by split; a paragraph for each."""
-        data = self._config.data
-        if not isinstance(data, FileData):
+        if not isinstance(self._source, FileSource):
             yield from self._of_generated()
             return
-        for split, items in open_file_sets(data, self._kinds, self._splits()).items():
+        data = self._config.data
+        for split, items in {**self._source.sets, **self._test_set()}.items():
             census = {name: _Census(kind) for name, kind in self._kinds.items()} | {IMAGE: _Census(None)}
             count_it: Callable[[str, Tensor], None] = partial(_count, census)
             for line in problems(items, self._kinds, self._allowed(), count_it):
@@ -76,9 +75,12 @@ class DataCheck:
                     census[label].add(value)
             yield from self._paragraph(name, len(split), census)
 
-    def _splits(self) -> list[SplitName]:
-        """Training and validation, and the test split if the configuration names one."""
-        return [split for split in SPLITS if split != "test" or getattr(self._config.data, "test", None) is not None]
+    def _test_set(self) -> dict[str, FileSet]:
+        """The test split, if the configuration names one: no run opens it."""
+        data = self._config.data
+        if not isinstance(data, FileData) or getattr(data, "test", None) is None:
+            return {}
+        return open_file_sets(data, self._kinds, ["test"])
 
     def draw(self, file: Path) -> None:
         """Writes a PNG with some training samples and their labels.

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 from typing import Any
 
-from mtl.config import OwnTaskConfig, RunConfig, SettingError, mistake_of
+from mtl.config import ConfigError, OwnTaskConfig, RunConfig, SettingError, TaskConfig, mistake_of
 from mtl.config.own import own_class
 from mtl.tasks.base import LabelKind, Task
 from mtl.tasks.binary_maps import Edges, Saliency
@@ -37,25 +37,24 @@ def label_kinds(config: RunConfig) -> dict[str, LabelKind]:
     Of tasks that share a label, the first one that does not take plain numbers decides.
 
     Raises:
-        ConfigError: A task type of the user's own cannot be had.
+        ConfigError: A task type of the user's own cannot be had; for all tasks at once.
     """
-    kinds: dict[str, LabelKind] = {}
+    kinds, mistakes = dict[str, LabelKind](), list[str]()
     for name, own in config.tasks.items():
-        label, kind = own.label or name, _kind_of(config, name)
+        try:
+            label, kind = own.label or name, _kind_of(own, f"tasks.{name}.type")
+        except SettingError as error:
+            mistakes += mistake_of(config, error).mistakes
+            continue
         if kinds.get(label, "numbers") == "numbers":
             kinds[label] = kind
+    if mistakes:
+        raise ConfigError(mistakes)
     return kinds
 
 
-def _kind_of(config: RunConfig, name: str) -> LabelKind:
-    own = config.tasks[name]
-    if not isinstance(own, OwnTaskConfig):
-        type_ = _TYPES[own.type]
-    else:
-        try:
-            type_ = own_class(own.type, f"tasks.{name}.type", Task)
-        except SettingError as error:
-            raise mistake_of(config, error) from error
+def _kind_of(own: TaskConfig, key: str) -> LabelKind:
+    type_ = own_class(own.type, key, Task) if isinstance(own, OwnTaskConfig) else _TYPES[own.type]
     said: Any = type_.label_kind
     # A class that says nothing has the base's property, which asks the object.
     plain: LabelKind = "mask" if getattr(type_, "output", None) == "dense" else "numbers"

@@ -62,7 +62,8 @@ def train(setup: RunSetup, quiet: bool = False, world: World = ALONE, source: Re
     for line in what_is_overridden(config, source):
         logger.warning(f"resume: {line}")
     in_place = resumption is not None and resumption.in_place
-    record = data_record(setup)
+    # Digests of a large data set take seconds: only who writes or compares them makes them.
+    record = data_record(setup) if world.is_main or in_place else {}
     if in_place and (edited := what_was_edited(config.run_dir, record)):
         message = f"the data was edited since the run began ({shorten(edited, 5)})"
         if not config.resume_override:
