@@ -17,9 +17,9 @@ from mtl.data.file_split import FileSplit
 from mtl.data.fileset import FileSet
 from mtl.data.folder import Folder
 from mtl.data.into_memory import read_into_memory, sound_items
-from mtl.data.items import ImageForm, ItemReader, first_labels, image_form
-from mtl.data.labelling import Labelling
+from mtl.data.items import ImageForm, ItemReader, image_form
 from mtl.data.own import OwnSet
+from mtl.data.samples import SampleReader
 from mtl.data.sets import public_set
 from mtl.data.source import Source, pipelines_of
 from mtl.data.table import Table, read_tables
@@ -29,10 +29,16 @@ from mtl.tasks.base import LabelKind
 
 
 class FileSource(Source):
+    """A data set in files.
+
+    Attributes: as of every data set, and
+        sets: Its training and its validation split.
+    """
+
     def __init__(self, config: FileData, kinds: Mapping[str, LabelKind]) -> None:
         self._config, self._kinds = config, kinds
-        self._sets = open_file_sets(config, kinds, ("train", "val"))
-        self.labels, self.classes = self._sets["train"].labels, self._sets["train"].classes
+        self.sets = open_file_sets(config, kinds, ("train", "val"))
+        self.labels, self.classes = self.sets["train"].labels, self.sets["train"].classes
         self.num_images = (self._number("train"), self._number("val"))
 
     @property
@@ -49,7 +55,7 @@ class FileSource(Source):
     @cached_property
     def _form(self) -> ImageForm:
         try:
-            return image_form(self._sets["train"], self._config.size)
+            return image_form(self.sets["train"], self._config.size)
         except DataError as error:
             raise DataError(f"{self._config.name}, train: {error}") from error
 
@@ -63,31 +69,30 @@ class FileSource(Source):
         quiet: bool,
     ) -> Split:
         config, skips = self._config, self._config.on_bad_sample == "skip"
-        reader, labelling = self._reading(which, pipeline, tasks, label_of)
-        if pipeline.is_random or num * _bytes_of_one(self._form, labelling) > 1e9 * config.memory_gb:
-            there = sound_items(reader, labelling, num, config.num_workers, quiet) if skips else torch.arange(num)
-            return FileSplit(reader, labelling, there, num - len(there))
-        return read_into_memory(reader, labelling, num, config.num_workers, skips, quiet)
+        reader = self._reader(which, pipeline, tasks, label_of)
+        if pipeline.is_random or num * _bytes_of_one(reader) > 1e9 * config.memory_gb:
+            there = sound_items(reader, num, config.num_workers, quiet) if skips else torch.arange(num)
+            return FileSplit(reader, there, num - len(there))
+        return read_into_memory(reader, num, config.num_workers, skips, quiet)
 
     def preview(self, tasks: Mapping[str, Task], label_of: Mapping[str, str], num: int) -> Batch:
         there = self.num_images[0]
         chosen = torch.linspace(0, there - 1, min(num, there)).long()
-        reading = self._reading("train", pipelines_of(self._config)["val"], tasks, label_of)
-        split = FileSplit(*reading, chosen, 0)
+        reader = self._reader("train", pipelines_of(self._config)["val"], tasks, label_of)
+        split = FileSplit(reader, chosen, 0)
         indices = torch.arange(len(split))
         return split.batch(indices, rows=split.rows(indices, with_images=True))
 
-    def _reading(
+    def _reader(
         self, which: str, pipeline: Pipeline, tasks: Mapping[str, Task], label_of: Mapping[str, str]
-    ) -> tuple[ItemReader, Labelling]:
-        """What reads the samples of a split, and what makes labels of tasks of them."""
+    ) -> SampleReader:
+        """What reads the samples of a split."""
         kinds = {label: self._kinds[label] for label in label_of.values()}
-        reader = ItemReader(self._sets[which], f"{self._config.name}, {which}", kinds, self._form, pipeline)
-        skips = self._config.on_bad_sample == "skip"
-        return reader, Labelling(tasks, label_of, first_labels(reader, label_of, skips))
+        items = ItemReader(self.sets[which], f"{self._config.name}, {which}", kinds, self._form, pipeline)
+        return SampleReader(items, tasks, label_of, self._config.on_bad_sample == "skip")
 
     def _number(self, split: str) -> int:
-        key, there = f"num_{split}", len(self._sets[split])
+        key, there = f"num_{split}", len(self.sets[split])
         asked = getattr(self._config, key)
         if there == 0:
             raise SettingError("data.name", f"{self._config.name} has no image in its split {split!r}")
@@ -132,7 +137,7 @@ def _open_one(config: FileData, split: SplitName, kinds: Mapping[str, LabelKind]
             raise TypeError(config)
 
 
-def _bytes_of_one(form: ImageForm, labelling: Labelling) -> int:
+def _bytes_of_one(reader: SampleReader) -> int:
     """What a sample takes in memory."""
-    labels = sum(labelling.empty(name, 1).nbytes for name in labelling.tasks)
+    form, labels = reader.form, sum(reader.empty(name, 1).nbytes for name in reader.tasks)
     return form.size[0] * form.size[1] * form.channels * form.dtype.itemsize + labels

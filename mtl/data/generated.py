@@ -188,7 +188,7 @@ def _sound(split: MemorySplit, which: str, config: GeneratedData, tasks: Mapping
             first, number = int(found.nonzero()[0]), int(found.sum())
             raise DataError(
                 f"{config.name}, {which}: sample {first} has a label of {name} that cannot be trained on"
-                f" ({(task.bad_samples.__doc__ or '').strip().lower().rstrip('.')}), and {number - 1} more have;"
+                f" ({task.why_bad}), and {number - 1} more have;"
                 " data.on_bad_sample=skip leaves them out"
             )
         bad |= found

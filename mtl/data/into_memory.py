@@ -11,27 +11,22 @@ from torch.utils.data import Dataset
 from tqdm import tqdm
 
 from mtl.data.cache import DataError
-from mtl.data.items import ItemReader, Sample
-from mtl.data.labelling import Labelling
+from mtl.data.items import Sample
 from mtl.data.memory import MemorySplit
+from mtl.data.mistakes import Mistakes
+from mtl.data.samples import SampleReader
 from mtl.data.workers import ahead, read_by_workers
 from mtl.runtime.console import logger
 from mtl.runtime.text import shorten
 
-# At most this many mistakes are listed.
-_MOST_LISTED = 20
-
 _Read = tuple[int, Sample | DataError]
 
 
-def read_into_memory(
-    reader: ItemReader, labelling: Labelling, num: int, num_workers: int, skips: bool, quiet: bool
-) -> MemorySplit:
+def read_into_memory(reader: SampleReader, num: int, num_workers: int, skips: bool, quiet: bool) -> MemorySplit:
     """Images and labels of the first items of a data set.
 
     Args:
         reader: Reads the samples.
-        labelling: Makes labels of tasks of them.
         num: How many.
         num_workers: Processes that read them; 0 reads them here.
         skips: Whether samples that cannot be read are left out.
@@ -43,9 +38,9 @@ def read_into_memory(
     """
     form = reader.form
     images = torch.zeros((num, *form.size, form.channels), dtype=form.dtype)
-    labels = {name: labelling.empty(name, num) for name in labelling.tasks}
+    labels = {name: reader.empty(name, num) for name in reader.tasks}
     faults: dict[int, str] = {}
-    for index, sample in _samples(reader, labelling, num, num_workers, quiet):
+    for index, sample in _samples(reader, num, num_workers, quiet):
         if isinstance(sample, DataError):
             faults[index] = str(sample)
             continue
@@ -58,7 +53,7 @@ def read_into_memory(
     return split.without(bad) if faults else split
 
 
-def sound_items(reader: ItemReader, labelling: Labelling, num: int, num_workers: int, quiet: bool) -> Tensor:
+def sound_items(reader: SampleReader, num: int, num_workers: int, quiet: bool) -> Tensor:
     """Which of the first items of a data set can be read and trained on, "n", int64: each is read once.
 
     Args: as for `read_into_memory`.
@@ -66,20 +61,23 @@ def sound_items(reader: ItemReader, labelling: Labelling, num: int, num_workers:
     Raises:
         DataError: None of them can.
     """
-    samples = _samples(reader, labelling, num, num_workers, quiet)
+    samples = _samples(reader, num, num_workers, quiet)
     faults = {index: str(sample) for index, sample in samples if isinstance(sample, DataError)}
     return (~_left_out(faults, reader, num, skips=True)).nonzero().flatten()
 
 
-def _left_out(faults: Mapping[int, str], reader: ItemReader, num: int, skips: bool) -> Tensor:
+def _left_out(faults: Mapping[int, str], reader: SampleReader, num: int, skips: bool) -> Tensor:
     """The samples that cannot be read, "n", bool; a warning says how many there are."""
-    bad, lines = torch.zeros(num, dtype=torch.bool), list(faults.values())
+    bad, mistakes = torch.zeros(num, dtype=torch.bool), Mistakes()
+    for fault in faults.values():
+        mistakes.add(fault)
     if faults and not skips:
-        raise DataError(_listed(lines) + "; data.on_bad_sample=skip leaves such samples out")
+        raise DataError(f"{mistakes}; data.on_bad_sample=skip leaves such samples out")
     if len(faults) == num:
-        raise DataError(f"{reader.place}: no sample can be read: {_listed(lines)}")
+        raise DataError(f"{reader.place}: no sample can be read: {mistakes}")
     if faults:
-        logger.warning(f"{reader.place}: {len(faults)} of {num} samples are left out: {shorten(lines, 5)}")
+        listed = shorten(list(faults.values()), 5)
+        logger.warning(f"{reader.place}: {len(faults)} of {num} samples are left out: {listed}")
         bad[list(faults)] = True
     return bad
 
@@ -87,8 +85,8 @@ def _left_out(faults: Mapping[int, str], reader: ItemReader, num: int, skips: bo
 class _Reader(Dataset[_Read]):
     """Single samples with their index; one that cannot be read is the error that says so, whole across processes."""
 
-    def __init__(self, reader: ItemReader, labelling: Labelling, num: int) -> None:
-        self._reader, self._labelling, self._num = reader, labelling, num
+    def __init__(self, reader: SampleReader, num: int) -> None:
+        self._reader, self._num = reader, num
 
     def __len__(self) -> int:
         return self._num
@@ -96,15 +94,14 @@ class _Reader(Dataset[_Read]):
     def __getitems__(self, indices: list[int]) -> _Read:
         (index,) = indices
         try:
-            sample = self._reader.read(index, self._labelling.names(), with_image=True, seed=None)
-            return index, Sample(sample.image, self._labelling.of(sample.labels, self._reader.where(index)))
+            return index, self._reader.read(index, with_image=True)
         except DataError as error:
             return index, error
 
 
-def _samples(reader: ItemReader, labelling: Labelling, num: int, num_workers: int, quiet: bool) -> Iterator[_Read]:
+def _samples(reader: SampleReader, num: int, num_workers: int, quiet: bool) -> Iterator[_Read]:
     """All samples in their order, with a bar if it takes longer than a second."""
-    items, batches = _Reader(reader, labelling, num), [[index] for index in range(num)]
+    items, batches = _Reader(reader, num), [[index] for index in range(num)]
     with tqdm(total=num, desc=f"{reader.place}: reading", disable=quiet or None, delay=1, leave=False) as bar:
         if not num_workers:
             for batch in batches:
@@ -115,8 +112,3 @@ def _samples(reader: ItemReader, labelling: Labelling, num: int, num_workers: in
             for sample in ahead(read):
                 yield sample
                 bar.update()
-
-
-def _listed(lines: list[str]) -> str:
-    more = f"\nand {len(lines) - _MOST_LISTED} more" if len(lines) > _MOST_LISTED else ""
-    return "\n".join(lines[:_MOST_LISTED]) + more

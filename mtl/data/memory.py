@@ -4,6 +4,7 @@ from __future__ import annotations
 
 from collections.abc import Mapping
 from dataclasses import dataclass, field, replace
+from functools import cached_property
 from typing import ClassVar
 
 import torch
@@ -93,8 +94,12 @@ class MemorySplit(Split):
         return self.labels[task]
 
     def identity(self) -> str:
-        own = fingerprint(self.images)
+        own = self._digest
         return own if self.transform is None else fingerprint_of_json([own, self.transform.pipeline.describe()])
+
+    @cached_property
+    def _digest(self) -> str:
+        return fingerprint(self.images)
 
     def label_identity(self, task: str) -> str:
         return fingerprint(self.labels[task])

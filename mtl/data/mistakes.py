@@ -40,5 +40,9 @@ class Mistakes:
     def check(self) -> None:
         """Raises `DataError` if there was a mistake."""
         if self._lines:
-            more = self._number - len(self._lines)
-            raise DataError("\n".join([*self._lines, *([f"and {count(more, 'more mistake')}"] if more else [])]))
+            raise DataError(str(self))
+
+    def __str__(self) -> str:
+        """The lines that were kept, and how many more there are."""
+        more = self._number - len(self._lines)
+        return "\n".join([*self._lines, *([f"and {count(more, 'more mistake')}"] if more else [])])

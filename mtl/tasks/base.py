@@ -194,6 +194,11 @@ class Task(ABC):
         """
         return torch.zeros(len(label), dtype=torch.bool)
 
+    @property
+    def why_bad(self) -> str:
+        """What `bad_samples` finds, in words: the first line of what it says of itself."""
+        return (self.bad_samples.__doc__ or "").strip().lower().rstrip(".")
+
     def constant_output(self, constant: Tensor, num_images: int, size: tuple[int, int]) -> Tensor:
         """The output of the trivial predictor.
 

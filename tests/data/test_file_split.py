@@ -17,9 +17,9 @@ from mtl.data import DataError, Loading, View, batches_of, training_batches, val
 from mtl.data.file_split import FileSplit
 from mtl.data.fileset import IMAGE, FileSet
 from mtl.data.into_memory import read_into_memory, sound_items
-from mtl.data.items import ItemReader, first_labels, image_form
-from mtl.data.labelling import Labelling
+from mtl.data.items import ItemReader, image_form
 from mtl.data.reading import read_image, read_mask
+from mtl.data.samples import SampleReader
 from mtl.data.transforms import build_transforms
 from mtl.tasks import Classification, Segmentation
 
@@ -67,17 +67,17 @@ def files(tmp_path: Path) -> Files:
     return Files(tmp_path)
 
 
-def reader_of(files: Files, transforms: Any = ()) -> tuple[ItemReader, Labelling]:
+def reader_of(files: Files, transforms: Any = ()) -> SampleReader:
     size = (16, 24)
     pipeline = build_transforms(transforms, size, "key")
     reader = ItemReader(files, "files, train", KINDS, image_form(files, size), pipeline)
-    return reader, Labelling(TASKS, LABEL_OF, first_labels(reader, LABEL_OF, skips=True))
+    return SampleReader(reader, TASKS, LABEL_OF, skips=True)
 
 
 def split_of(files: Files, transforms: Any = (), skips: bool = False) -> FileSplit:
-    reader, labelling = reader_of(files, transforms)
-    items = sound_items(reader, labelling, NUM, 0, quiet=True) if skips else torch.arange(NUM)
-    return FileSplit(reader, labelling, items, NUM - len(items))
+    reader = reader_of(files, transforms)
+    items = sound_items(reader, NUM, 0, quiet=True) if skips else torch.arange(NUM)
+    return FileSplit(reader, items, NUM - len(items))
 
 
 def contents(batches: Any) -> list[list[Tensor]]:
@@ -91,7 +91,7 @@ def equal(one: list[list[Tensor]], other: list[list[Tensor]]) -> bool:
 
 
 def test_what_is_read_batch_by_batch_is_what_is_read_into_memory(files: Files) -> None:
-    memory = read_into_memory(*reader_of(files), NUM, 0, skips=False, quiet=True)
+    memory = read_into_memory(reader_of(files), NUM, 0, skips=False, quiet=True)
     split = split_of(files)
     assert (split.size, split.channels, len(split)) == (memory.size, memory.channels, len(memory)) == ((16, 24), 3, NUM)
     assert equal(contents(validation_batches(split, 4)), contents(validation_batches(memory, 4)))
@@ -145,12 +145,12 @@ def test_all_samples_that_cannot_be_read_into_memory_are_named_at_once(
     Image.fromarray(np.full((20, 30), 9, np.uint8)).save(files.folder / "0-mask.png")
     Image.fromarray(np.zeros((5, 5), np.uint8)).save(files.folder / "7-mask.png")
     with pytest.raises(DataError) as raised:
-        read_into_memory(*reader_of(files), NUM, 0, skips=False, quiet=True)
+        read_into_memory(reader_of(files), NUM, 0, skips=False, quiet=True)
     lines = str(raised.value).splitlines()
     assert [name in line for name, line in zip(("0.png", "3.png", "7.png"), lines, strict=True)] == [True] * 3
     assert "expected classes 0 to 3" in lines[0] and "No such file" in lines[1]
     assert "mask has 5 x 5 pixels, and the image 27 x 23 pixels" in lines[2]
-    memory = read_into_memory(*reader_of(files), NUM, 0, skips=True, quiet=True)
+    memory = read_into_memory(reader_of(files), NUM, 0, skips=True, quiet=True)
     assert (len(memory), memory.num_skipped) == (NUM - 3, 3)
     assert "3 of 14 samples are left out" in caplog.text
 
@@ -178,3 +178,25 @@ def test_images_of_several_kinds_get_one_form(files: Files) -> None:
     batch = next(iter(validation_batches(split_of(files), 3)))
     assert batch.images.dtype == torch.float32 and batch.images.shape == (3, 16, 24, 3)
     assert [batch.images[place].round().unique().tolist() for place in range(3)] == [[7], [9], [11]]
+
+
+class Picky(Classification):
+    """A task whose labels are refused by `check_labels` alone."""
+
+    def check_labels(self, label: Tensor) -> None:
+        if bool((label == 2).any()):
+            raise ValueError("expected no class 2")
+
+
+def test_labels_of_a_column_pass_every_check_of_their_task(files: Files) -> None:
+    pipeline = build_transforms([], (16, 24), "key")
+    items = ItemReader(files, "files, train", KINDS, image_form(files, (16, 24)), pipeline)
+    split = FileSplit(SampleReader(items, {"kind": Picky(3)}, LABEL_OF, skips=False), torch.arange(NUM), 0)
+    with pytest.raises(DataError, match=r"^files, train: kind: expected no class 2$"):
+        split.labels_to_fit("kind")
+    few = FileSplit(SampleReader(items, {"kind": Classification(2)}, LABEL_OF, skips=False), torch.arange(NUM), 0)
+    with pytest.raises(DataError) as raised:
+        few.labels_to_fit("kind")
+    lines = str(raised.value).splitlines()
+    why = "kind: cannot be trained on (samples with a class out of range)"
+    assert all(line.endswith(f"/{item}.png: {why}") for item, line in zip((2, 8, 11), lines, strict=True))
