@@ -23,11 +23,13 @@ class Rows:
     Attributes:
         labels: By task.
         images: "b h w c", uint8, or float32 from 0 to 255; None if they were not to be read.
+        lacking: The tasks of which none of the images has a label.
         fault: Why they cannot be read; then there is nothing else.
     """
 
     labels: dict[str, Tensor]
     images: Tensor | None
+    lacking: frozenset[str] = frozenset()
     fault: str = ""
 
 
@@ -44,6 +46,7 @@ class Batch:
         stored: "b h w c", the images as the split gives them, if they were read together with the labels.
         every: Where several ranks share kept features: the indices of each rank's batch in this step, by rank, this
             one's included.
+        lacking: The tasks of which none of the images has a label.
     """
 
     split: Split
@@ -53,6 +56,7 @@ class Batch:
     view: View | None = None
     every: tuple[Tensor, ...] | None = None
     stored: Tensor | None = None
+    lacking: frozenset[str] = frozenset()
 
     def __len__(self) -> int:
         return len(self.indices)
@@ -163,6 +167,11 @@ class Split(ABC):
         rows = rows or self.rows(indices, with_images=False, view=view)
         if rows.fault:
             raise DataError(rows.fault)
-        labels = {n: label.float() if label.is_floating_point() else label.long() for n, label in rows.labels.items()}
+        labels = {name: as_taken(label) for name, label in rows.labels.items()}
         own = None if every is None else tuple(every)
-        return Batch(self, indices, labels, torch.device("cpu"), view, own, rows.images)
+        return Batch(self, indices, labels, torch.device("cpu"), view, own, rows.images, rows.lacking)
+
+
+def as_taken(label: Tensor) -> Tensor:
+    """Labels in the type that losses take: int64 of classes, else float32."""
+    return label.float() if label.is_floating_point() else label.long()

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from collections.abc import Mapping
 from functools import cached_property
 
 import torch
@@ -9,7 +10,7 @@ from torch import Tensor
 
 from mtl.data.augment import View
 from mtl.data.cache import DataError
-from mtl.data.dataset import Rows, Split
+from mtl.data.dataset import Rows, Split, as_taken
 from mtl.data.fileset import IMAGE
 from mtl.data.items import Sample
 from mtl.data.samples import SampleReader
@@ -49,7 +50,7 @@ class FileSplit(Split):
         labels = {name: column[indices] for name, column in self._columns.items()}
         others = [name for name in self._reader.tasks if name not in labels]
         if not others and not with_images:
-            return Rows(labels, None)
+            return Rows(labels, None, self._lacking(labels))
         samples = list[Sample]()
         for index in indices.tolist():
             seed = None if view is None else view.seed_of(index)
@@ -57,11 +58,16 @@ class FileSplit(Split):
                 samples.append(self._reader.read(int(self._items[index]), with_images, seed, others))
             except DataError as error:
                 # As text: an exception of a worker would arrive with its traceback in the message.
-                return Rows({}, None, str(error))
+                return Rows({}, None, fault=str(error))
         labels |= {name: torch.stack([each.labels[name] for each in samples]) for name in others}
         images = [each.image for each in samples if each.image is not None]
         in_order = {name: labels[name] for name in self._reader.tasks}
-        return Rows(in_order, torch.stack(images).permute(0, 2, 3, 1).contiguous() if with_images else None)
+        stacked = torch.stack(images).permute(0, 2, 3, 1).contiguous() if with_images else None
+        return Rows(in_order, stacked, self._lacking(labels))
+
+    def _lacking(self, labels: Mapping[str, Tensor]) -> frozenset[str]:
+        tasks = self._reader.tasks
+        return frozenset(name for name, own in labels.items() if not bool(tasks[name].has_label(as_taken(own)).any()))
 
     def labels_to_fit(self, task: str) -> Tensor:
         if task in self._columns:

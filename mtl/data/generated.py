@@ -84,7 +84,8 @@ class GeneratedSource(Source):
                     task.check_labels(split.labels[name])
                 except ValueError as error:
                     raise SettingError(f"tasks.{name}", f"the labels of {config.name} do not fit: {error}") from error
-        train, val = _sound(train, "train", config, tasks), _sound(val, "val", config, tasks)
+        train = _sound(train, "train", config, tasks).knowing(tasks)
+        val = _sound(val, "val", config, tasks).knowing(tasks)
         kinds = {name: self._kinds[label] for name, label in label_of.items()}
         if config.transform.train:
             train = replace(train, transform=Transform(pipelines["train"], kinds))

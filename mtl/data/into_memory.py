@@ -50,7 +50,7 @@ def read_into_memory(reader: SampleReader, num: int, num_workers: int, skips: bo
             labels[name][index] = label
     bad = _left_out(faults, reader, num, skips)
     split = MemorySplit(images, labels)
-    return split.without(bad) if faults else split
+    return (split.without(bad) if faults else split).knowing(reader.tasks)
 
 
 def sound_items(reader: SampleReader, num: int, num_workers: int, quiet: bool) -> Tensor:

@@ -11,9 +11,10 @@ import torch
 from torch import Tensor
 
 from mtl.data.augment import View
-from mtl.data.dataset import Rows, Split
+from mtl.data.dataset import Rows, Split, as_taken
 from mtl.data.transforms import Pipeline
 from mtl.runtime.fingerprint import fingerprint, fingerprint_of_json
+from mtl.tasks import Task
 from mtl.tasks.base import SPATIAL, LabelKind
 
 
@@ -43,6 +44,7 @@ class MemorySplit(Split):
         images: "n h w c", uint8, or float32 from 0 to 255.
         labels: By task, first axis n; whole numbers of any width for classes, floats of any width otherwise.
         num_skipped: Samples that were left out, since one of their labels cannot be trained on.
+        has_label: By task, "n", bool: which samples have a label; a task that is not among them has one in each.
         transform: Changes of each sample; random ones where it is seen in a view.
     """
 
@@ -51,6 +53,7 @@ class MemorySplit(Split):
     images: Tensor
     labels: dict[str, Tensor]
     num_skipped: int = 0
+    has_label: Mapping[str, Tensor] = field(default_factory=dict, compare=False)
     transform: Transform | None = field(default=None, compare=False)
 
     def __len__(self) -> int:
@@ -79,16 +82,31 @@ class MemorySplit(Split):
             bad: "n", bool.
         """
         labels = {name: label[~bad] for name, label in self.labels.items()}
-        return replace(self, images=self.images[~bad], labels=labels, num_skipped=self.num_skipped + int(bad.sum()))
+        has_label = {name: has[~bad] for name, has in self.has_label.items()}
+        num_skipped = self.num_skipped + int(bad.sum())
+        return replace(self, images=self.images[~bad], labels=labels, num_skipped=num_skipped, has_label=has_label)
+
+    def knowing(self, tasks: Mapping[str, Task]) -> MemorySplit:
+        """The same, knowing which samples have a label of each task."""
+        has_label = dict[str, Tensor]()
+        for name, task in tasks.items():
+            # In parts, since comparisons take as much room as the labels.
+            has = torch.cat([task.has_label(as_taken(part)) for part in torch.split(self.labels[name], 256)])
+            if not bool(has.all()):
+                has_label[name] = has
+        return replace(self, has_label=has_label)
 
     def rows(self, indices: Tensor, with_images: bool, view: View | None = None) -> Rows:
         labels = {name: label[indices] for name, label in self.labels.items()}
         own = self.transform
         is_seen_plainly = own is None or (view is None and own.pipeline.is_random)
         if own is None or is_seen_plainly or not (with_images or own.changes_labels):
-            return Rows(labels, self.images[indices] if with_images else None)
+            return Rows(labels, self.images[indices] if with_images else None, self._lacking(indices))
         images, labels = _transformed(own, self.images[indices], labels, indices, view)
-        return Rows(labels, images if with_images else None)
+        return Rows(labels, images if with_images else None, self._lacking(indices))
+
+    def _lacking(self, indices: Tensor) -> frozenset[str]:
+        return frozenset(name for name, has in self.has_label.items() if not bool(has[indices].any()))
 
     def labels_to_fit(self, task: str) -> Tensor:
         return self.labels[task]

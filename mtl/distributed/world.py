@@ -171,6 +171,14 @@ class World:
         num_stop, num_broken, seconds_of_rank_0 = sums.tolist()
         return Flags(num_stop > 0, num_broken > 0, seconds_of_rank_0)
 
+    def is_any(self, flags: Sequence[bool]) -> list[bool]:
+        """Which flags are set on any rank, between the CPUs: no device is waited for."""
+        if self.is_alone:
+            return list(flags)
+        sums = torch.tensor(flags, dtype=torch.int64)
+        dist.all_reduce(sums)
+        return [number > 0 for number in sums.tolist()]
+
     def mean(self, tensor: Tensor) -> Tensor:
         """The mean of a small tensor over the processes, detached."""
         if self.is_alone:

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass, replace
 from typing import Any, TypeVar
 
@@ -38,6 +38,7 @@ class Phase:
         length: What the scheduler has to know.
         tasks: The tasks whose losses are active, and train something.
         sharing: Those of them whose losses depend on trainable parameters of the trunk.
+        reached: By task, the full names of the parameters that its loss depends on.
         balance: The balancing method, for exactly these tasks.
         freeze: What it freezes, and why.
         groups: What the optimizer trains, in groups with peak learning rate and weight decay.
@@ -56,6 +57,7 @@ class Phase:
     length: PhaseLength
     tasks: tuple[str, ...]
     sharing: tuple[str, ...]
+    reached: Mapping[str, frozenset[str]]
     balance: Balance
     freeze: PhaseFreeze
     groups: list[dict[str, Any]]
@@ -161,6 +163,7 @@ class _Resolver(PhaseResolver):
             length=length,
             tasks=tasks,
             sharing=self._sharing(tasks, freeze.plan),
+            reached={task: self.context.reached[task] for task in tasks},
             balance=balance,
             freeze=freeze,
             groups=groups.groups,

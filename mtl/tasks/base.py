@@ -166,6 +166,14 @@ class Task(ABC):
         """
         return torch.tensor(float(len(label)), dtype=torch.float64, device=label.device)
 
+    def has_label(self, label: Tensor) -> Tensor:
+        """Which samples count in the loss, "n", bool: those whose own `weight` is not 0.
+
+        Args:
+            label: As for `loss`, first axis n.
+        """
+        return torch.stack([self.weight(one[None]) > 0 for one in label])
+
     @abstractmethod
     def metrics(self) -> Metrics:
         """Fresh, empty statistics: the task's own."""

@@ -60,5 +60,9 @@ class EntryTask(Task):
         """The sum of the weights of what the loss is a mean of."""
         return self._weights(label).sum(dtype=torch.float64)
 
+    def has_label(self, label: Tensor) -> Tensor:
+        counts = self._weights(label) > 0
+        return counts.flatten(1).any(dim=1) if counts.ndim > 1 else counts
+
     def _weights(self, label: Tensor) -> Tensor:
         return self.entry_loss.weights(label, self.entry_weights(label))

@@ -32,7 +32,7 @@ from mtl.training.resume import Resumption
 from mtl.training.setup import RunSetup
 from mtl.training.state import RunState
 from mtl.training.step import StepLosses
-from mtl.training.step_sync import StepSync
+from mtl.training.step_sync import StepSync, StepTasks
 from mtl.training.tracking.log import RunLog
 from mtl.training.tracking.tracker import Tracker
 from mtl.training.validate import Validator
@@ -153,21 +153,23 @@ class Trainer:
         phase, step, rows = active.phase, self.state.step + 1, list[Tensor]()
         if active.guard is not None:
             active.guard.before()
-        shares = self.sync.shares(window, active.tasks)
+        tasks = self.sync.tasks(window, phase.tasks)
+        shares = self.sync.shares(window, {name: active.tasks[name] for name in tasks.names})
         for batch, share in zip(window, shares, strict=True):
             # Gradients are averaged over the processes with those of the window's last batch.
             with nullcontext() if batch is window[-1] else optim.replica.no_sync():
-                total, losses, each = optim.replica(self.losses, batch, phase, share, step - 1)
-                self.log.task_gradients(each, step, active.log)
+                total, losses, each = optim.replica(self.losses, batch, phase, tasks, share, step - 1)
+                self.log.task_gradients(dict(zip(tasks.names, each, strict=True)), step, active.log)
                 rows.append(torch.cat([total.detach()[None], losses.detach()]))
                 # The loss of a method that looks at gradients goes back through no graph, and frees none.
                 del losses, each
                 self.scaler.scale(total / len(window)).backward()
         self.scaler.unscale_(optim.optimizer)
+        optim.leave_out(tasks)
         norm = gradient_norm(optim.trainable, phase.optim.clip_norm)
         # Gradients of fp16 are the scaler's affair.
         if active.guard is not None and not is_finite(rows if self.scaler.is_enabled() else [*rows, norm]):
-            has_moved = self._leave_out(active, active.guard, rows, norm, window)
+            has_moved = self._leave_out(active, active.guard, tasks, rows, norm, window)
         else:
             self.audit.after_backward()  # no frozen tensor has a gradient
             lr = optim.lr_schedule.max_lr
@@ -176,23 +178,30 @@ class Trainer:
             has_moved = self._has_moved(phase, norm)
             if self.state.ema is not None and has_moved:
                 self.state.ema.update()
-            active.log.add(step, rows, norm, lr, [each.everyone for each in window])
+            active.log.add(step, tasks.names, rows, norm, lr, [each.everyone for each in window])
         # Taken or left out: schedule, audit and gradients move on alike.
         optim.lr_schedule.step()
         self.audit.after_step()
         optim.optimizer.zero_grad(set_to_none=True)
-        if has_moved and phase.balance.follows_steps:
-            losses = self.losses.without_graph(batch, phase, share)
+        if has_moved and phase.balance.follows_steps and tasks.names:
+            losses = self.losses.without_graph(batch, tasks, share)
             # A step may have led where a loss is NaN; under a policy, the next one is going to be left out.
             if active.guard is None or is_finite([losses]):
-                phase.balance.after_step(losses)
+                phase.balance.after_step(losses, tasks.subset)
 
     def _leave_out(
-        self, active: ActivePhase, guard: StepGuard, rows: Sequence[Tensor], norm: Tensor, window: Sequence[Batch]
+        self,
+        active: ActivePhase,
+        guard: StepGuard,
+        tasks: StepTasks,
+        rows: Sequence[Tensor],
+        norm: Tensor,
+        window: Sequence[Batch],
     ) -> bool:
         """Undoes a step whose loss or gradient is not finite: `not_finite: stop` saves and ends, `skip` continues."""
         guard.undo()
-        error = active.log.what_is_wrong(self.state.step + 1, rows, norm, [batch.everyone for batch in window])
+        images = [batch.everyone for batch in window]
+        error = active.log.what_is_wrong(self.state.step + 1, tasks.names, rows, norm, images)
         if self.setup.config.not_finite == "stop":
             self.log.not_finite(error, self.state.epoch)
             folder = self.save_within_epoch(active)

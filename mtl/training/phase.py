@@ -5,7 +5,7 @@ from __future__ import annotations
 from collections.abc import Mapping
 from dataclasses import dataclass, field
 
-from torch import Tensor
+from torch import Tensor, nn
 
 from mtl.distributed.ddp import wrap_ddp
 from mtl.distributed.world import World
@@ -17,6 +17,7 @@ from mtl.tasks import Task
 from mtl.training.nonfinite import StepGuard
 from mtl.training.setup import RunSetup
 from mtl.training.state import RunState
+from mtl.training.step_sync import StepTasks
 from mtl.training.tracking.steps import StepLog
 
 
@@ -46,6 +47,24 @@ class PhaseOptimizer:
         if state.lr_schedule is not None:
             self.lr_schedule.load_state_dict(state.lr_schedule)
         self.replica = wrap_ddp(setup.root, names, world)
+        self._reached = phase.reached
+        self._left_out: dict[tuple[str, ...], list[nn.Parameter]] = {}
+
+    def leave_out(self, tasks: StepTasks) -> None:
+        """Leaves parameters out of a step that only tasks without labels in it depend on: not even decay moves them."""
+        if not tasks.lacking:
+            return
+        for parameter in self._only_of(tasks):
+            parameter.grad = None
+
+    def _only_of(self, tasks: StepTasks) -> list[nn.Parameter]:
+        if tasks.lacking not in self._left_out:
+            reached = self._reached
+            lost = frozenset[str]().union(*(reached[name] for name in tasks.lacking))
+            kept = frozenset[str]().union(*(reached[name] for name in tasks.names))
+            own = [parameter for parameter in self.trainable if self._name_of[parameter] in lost - kept]
+            self._left_out[tasks.lacking] = own
+        return self._left_out[tasks.lacking]
 
     def keep_state(self, state: RunState) -> None:
         """Copies what the optimizer has gathered into the run's state."""

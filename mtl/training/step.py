@@ -8,6 +8,7 @@ from contextlib import contextmanager
 import torch
 from torch import Tensor
 from torch.amp import GradScaler
+from torch.nn import functional
 
 from mtl.data import Batch
 from mtl.distributed.world import ALONE, World
@@ -15,6 +16,7 @@ from mtl.optim.balance.gradient_balance import balance_gradients
 from mtl.phases.resolve import Phase
 from mtl.training.features import FeatureSource
 from mtl.training.setup import RunSetup
+from mtl.training.step_sync import StepTasks
 
 
 class StepLosses:
@@ -35,24 +37,34 @@ class StepLosses:
         self._world = world
 
     def __call__(
-        self, batch: Batch, phase: Phase, share: Tensor | None = None, step: int = 0
+        self, batch: Batch, phase: Phase, tasks: StepTasks, share: Tensor | None = None, step: int = 0
     ) -> tuple[Tensor, Tensor, list[Tensor]]:
         """Args:
             batch: This process's part of a batch.
             phase: The active phase.
+            tasks: Those of its tasks of which the step has labels.
             share: The weight of its mean losses among those of the whole step, "t"; 1 each if not given.
             step: Steps done in the run.
 
         Returns:
-            The loss to minimise, a scalar; the losses of the phase's tasks over all processes, "t"; and this process's
+            The loss to minimise, a scalar; the losses of the step's tasks over all processes, "t"; and this process's
             own, as separate scalars, whose graphs part at the heads.
         """
-        each = self.each_loss(batch, phase.tasks)
+        # The loss of a task without labels is 0, and so is its gradient, for which DDP waits on each rank.
+        silent = tasks.lacking if not self._world.is_alone or not tasks.names else ()
+        every = self.each_loss(batch, [*tasks.names, *silent])
+        each, zeros = every[: len(tasks.names)], every[len(tasks.names) :]
+        if not each:
+            return torch.stack(zeros).sum(), zeros[0].new_empty(0), []
         losses = self._world.global_losses(_shared(each, share))
         with self._same_draws(step):
             if phase.balances_gradients:
-                return self._by_gradients(phase, each, share, losses.detach()), losses.detach(), each
-            return phase.balance(losses), losses, each
+                total = self._by_gradients(phase, tasks, each, zeros, share, losses.detach())
+                losses = losses.detach()
+            else:
+                total = phase.balance(losses, tasks.subset)
+                total = torch.stack([total, *zeros]).sum() if zeros else total
+        return total, losses, each
 
     def each_loss(self, batch: Batch, tasks: Sequence[str]) -> list[Tensor]:
         """The losses of some tasks on a batch, scalars, float32."""
@@ -61,20 +73,34 @@ class StepLosses:
         return [self._setup.tasks[name].loss(outputs[name], batch.labels[name]) for name in tasks]
 
     @torch.no_grad()
-    def without_graph(self, batch: Batch, phase: Phase, share: Tensor | None) -> Tensor:
-        """The losses of the phase's tasks over all processes, "t"."""
-        return self._world.mean(_shared(self.each_loss(batch, phase.tasks), share))
+    def without_graph(self, batch: Batch, tasks: StepTasks, share: Tensor | None) -> Tensor:
+        """The losses of the step's tasks over all processes, "t"."""
+        return self._world.mean(_shared(self.each_loss(batch, tasks.names), share))
 
-    def _by_gradients(self, phase: Phase, each: Sequence[Tensor], share: Tensor | None, losses: Tensor) -> Tensor:
+    def _by_gradients(
+        self,
+        phase: Phase,
+        tasks: StepTasks,
+        each: Sequence[Tensor],
+        zeros: Sequence[Tensor],
+        share: Tensor | None,
+        losses: Tensor,
+    ) -> Tensor:
         """The loss whose gradients a method has balanced; `losses` are those over all processes."""
-        assert phase.balance.weighting is not None
+        weighting = phase.balance.weighting
+        assert weighting is not None
         trunk = [parameter for parameter in self._setup.model.trunk.parameters() if parameter.requires_grad]
         of_trunk = {id(parameter) for parameter in trunk}
         others = [p for p in self._setup.root.parameters() if p.requires_grad and id(p) not in of_trunk]
         # Not taken from the stacked losses, through which each would go back through the heads of all.
         own = list(each) if share is None else [loss * part for loss, part in zip(each, share.to(each[0]), strict=True)]
-        total = phase.balance(losses)
-        return balance_gradients(total, own, trunk, others, phase.balance.weighting, self._world, self._scaler)
+        total = phase.balance(losses, tasks.subset)
+
+        def weigh(gramian: Tensor) -> Tensor:
+            num = len(own)
+            return functional.pad(weighting(gramian[:num, :num], tasks.subset), (0, len(zeros)))
+
+        return balance_gradients(total, [*own, *zeros], trunk, others, weigh, self._world, self._scaler)
 
     @contextmanager
     def _same_draws(self, step: int) -> Iterator[None]:

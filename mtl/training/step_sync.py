@@ -5,6 +5,8 @@ from __future__ import annotations
 import time
 from collections.abc import Iterator, Mapping, Sequence
 from contextlib import contextmanager
+from dataclasses import dataclass
+from functools import lru_cache
 
 import torch
 from torch import Tensor, nn
@@ -13,8 +15,33 @@ from mtl.audit import GradientAudit
 from mtl.data import Batch
 from mtl.distributed.world import World, shares_of_means
 from mtl.freeze import FreezePlan, free_norm_statistics
+from mtl.optim.balance.subset import Subset
 from mtl.runtime.signals import Interrupt, Stopped
 from mtl.tasks import Task
+
+
+@dataclass(frozen=True)
+class StepTasks:
+    """The tasks of a step.
+
+    Attributes:
+        names: Those of the phase's tasks of which its images have labels.
+        lacking: The others.
+        subset: The places of `names`, for the balancing method; None if nothing is lacking.
+    """
+
+    names: tuple[str, ...]
+    lacking: tuple[str, ...] = ()
+    subset: Subset | None = None
+
+
+@lru_cache(maxsize=64)
+def _step_tasks(tasks: tuple[str, ...], has_label: tuple[bool, ...]) -> StepTasks:
+    places = tuple(place for place, has in enumerate(has_label) if has)
+    if len(places) == len(tasks):
+        return StepTasks(tasks)
+    lacking = tuple(name for name, has in zip(tasks, has_label, strict=True) if not has)
+    return StepTasks(tuple(tasks[place] for place in places), lacking, Subset(places, len(tasks)))
 
 
 class StepSync:
@@ -64,6 +91,12 @@ class StepSync:
     def holds(self) -> bool:
         """Whether no violation of the contract was found: with several processes, by none until the last message."""
         return self._audit.holds if self.world.is_alone else not self._is_broken
+
+    def tasks(self, window: Sequence[Batch], tasks: Sequence[str]) -> StepTasks:
+        """The tasks of a step: which of a phase's tasks have a label in one of its images, on any rank."""
+        has_label = [any(name not in batch.lacking for batch in window) for name in tasks]
+        has_label = self.world.is_any(has_label)
+        return _step_tasks(tuple(tasks), tuple(has_label))
 
     def shares(self, window: Sequence[Batch], tasks: Mapping[str, Task]) -> Sequence[Tensor | None]:
         """The weights of a step's losses, for each batch "t" or None for 1, which make it the step of one batch."""

@@ -294,7 +294,7 @@ def looked_at(tmp_path: Path, every_steps: int, first_step: int, steps: range) -
     log.enter("p", ["a"], first_step)
     for step in steps:
         for _ in range(2):
-            log.before_backward([trunk[0](torch.ones(1)).sum()], step, StepLog(tracker, ["a"], 10, "p", 1))
+            log.before_backward({"a": trunk[0](torch.ones(1)).sum()}, step, StepLog(tracker, 10, "p", 1))
     file = tmp_path / "metrics.jsonl"
     return [row["step"] for row in read_metrics(tmp_path)] if file.exists() else []
 

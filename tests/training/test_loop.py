@@ -23,6 +23,7 @@ from mtl.training.loop import Trainer, windows
 from mtl.training.result import RunResult
 from mtl.training.run import train
 from mtl.training.setup import RunSetup
+from mtl.training.step_sync import StepTasks
 from mtl.training.tracking.steps import StepLog
 from mtl.training.tracking.tracker import Tracker
 from runs import hide_labels, read_metrics, read_model, tiny_config, tiny_parts
@@ -214,7 +215,8 @@ def test_an_accumulated_step_has_the_gradient_of_one_batch_of_all_its_images(tmp
     (phase,) = expected.phases
     enforce(expected.root, phase.freeze.plan)
     (batch,) = training_batches(expected.train, 40, 0, 0)
-    loss: Tensor = Trainer(expected, tmp_path, trainer.state.tracker, quiet=True).losses(batch, phase)[0]
+    losses = Trainer(expected, tmp_path, trainer.state.tracker, quiet=True).losses
+    loss: Tensor = losses(batch, phase, StepTasks(phase.tasks))[0]
     loss.backward()
     trainer.run_phase(parts.phases[0])
     for name, parameter in expected.root.named_parameters():
@@ -397,11 +399,11 @@ def test_multifashion_trains(tmp_path: Path) -> None:
 def test_step_log_writes_each_step_once_and_averages_an_accumulation_window(tmp_path: Path) -> None:
     parts = tiny_parts(tmp_path)
     tracker = Tracker(parts.config.tracking, tmp_path, "x", {})
-    log = StepLog(tracker, ["a"], every_steps=2, phase="p", epoch=1)
+    log = StepLog(tracker, every_steps=2, phase="p", epoch=1)
     norm, images = torch.tensor(0.5), torch.arange(2)
-    log.add(1, [torch.tensor([1.0, 2.0]), torch.tensor([3.0, 4.0])], norm, 0.1, [images, images])
+    log.add(1, ["a"], [torch.tensor([1.0, 2.0]), torch.tensor([3.0, 4.0])], norm, 0.1, [images, images])
     assert not (tmp_path / "metrics.jsonl").exists(), "nothing is fetched from the device before the cadence"
-    log.add(2, [torch.tensor([5.0, 6.0])], norm, 0.2, [images])
+    log.add(2, ["a"], [torch.tensor([5.0, 6.0])], norm, 0.2, [images])
     log.flush()
     log.flush()
     tracker.finish({}, failed=False)

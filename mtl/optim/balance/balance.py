@@ -16,11 +16,12 @@ from torch import Tensor, nn
 from torch.optim import Optimizer
 from torchjd import scalarization
 from torchjd.aggregation import Weighting
-from torchjd.scalarization import DWA, IMTLL, UW, Constant, Mean, Random, Scalarizer, Sum
+from torchjd.scalarization import DWA, FAMO, IMTLL, UW, Constant, Mean, Random, Scalarizer, Sum
 
 from mtl.config import SettingError
 from mtl.config.optim import BalanceConfig
 from mtl.config.own import is_own, make_own, own_class
+from mtl.optim.balance.dwa import PartialDwa
 from mtl.optim.balance.gradient_weights import (
     GradientWeighting,
     build_weighting,
@@ -30,6 +31,7 @@ from mtl.optim.balance.gradient_weights import (
     plain_attributes,
     try_out_weighting,
 )
+from mtl.optim.balance.subset import Subset, combine, update_famo
 from mtl.runtime.plugin import where_it_failed
 from mtl.runtime.text import hint
 
@@ -78,7 +80,7 @@ def build_balance(config: BalanceConfig, tasks: Sequence[str], every_task: Seque
     names = method_names()
     if method not in names:
         raise SettingError("balance.method", _no_method(config.method))
-    scalarizer: type[Scalarizer] = getattr(scalarization, names[method])
+    scalarizer: type[Scalarizer] = PartialDwa if method == "dwa" else getattr(scalarization, names[method])
     parameters = dict(inspect.signature(scalarizer).parameters)
     # A configuration writes tensors as lists; learnable methods need the number of losses.
     options = {k: torch.tensor(v, dtype=torch.float32) if isinstance(v, list) else v for k, v in config.options.items()}
@@ -175,27 +177,39 @@ class Balance(nn.Module):
         """Whether combining several batches' losses one by one gives the step of one large batch."""
         return self.weighting is None and isinstance(self.scalarizer, _LINEAR)
 
-    def forward(self, losses: Tensor) -> Tensor:
+    def forward(self, losses: Tensor, subset: Subset | None = None) -> Tensor:
         """Args:
             losses: "t", the tasks' losses in the order of the configuration.
+            subset: The tasks whose losses they are, if not all have labels: the others leave the step, and what the
+                method has learned of them stays.
 
         Returns:
             The loss to minimise, a scalar.
         """
-        total: Tensor = self.scalarizer(losses)
-        return total
+        if subset is None:
+            total: Tensor = self.scalarizer(losses)
+            return total
+        if isinstance(self.scalarizer, PartialDwa):
+            return self.scalarizer.combine(losses, subset)
+        return combine(self.scalarizer, losses, subset)
 
-    def after_step(self, losses: Tensor) -> None:
+    def after_step(self, losses: Tensor, subset: Subset | None = None) -> None:
         """Passes the losses after a step to a method that follows steps.
+
+        Only FAMO takes those of some tasks; a method of the user's own is left as it was.
 
         As in FAMO's own code, they come from another forward in train mode, in which running statistics of trainable
         BatchNorm layers move once more.
 
         Args:
             losses: "t", of the same batch, without a graph.
+            subset: As for `forward`.
         """
         scalarizer: Any = self.scalarizer
-        scalarizer.update(losses)
+        if subset is None:
+            scalarizer.update(losses)
+        elif isinstance(scalarizer, FAMO):
+            update_famo(scalarizer, losses, subset)
 
     def after_epoch(self) -> None:
         """Ends a pass over the data (DWA compares passes)."""

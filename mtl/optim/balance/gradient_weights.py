@@ -8,16 +8,18 @@ from __future__ import annotations
 
 import copy
 import inspect
-from collections.abc import Mapping
+from collections.abc import Iterator, Mapping
+from contextlib import contextmanager
 from typing import Any
 
 import torch
 from torch import Tensor, nn
 from torchjd import Stateful, aggregation, scalarization
-from torchjd.aggregation import GramianWeightedAggregator, Weighting
+from torchjd.aggregation import GramianWeightedAggregator, PCDWeighting, Weighting
 from torchjd.linalg import QuadprogProjector
 
 from mtl.config import SettingError
+from mtl.optim.balance.subset import Subset, narrowed
 
 # Attributes that every torch module has.
 _OF_EVERY_MODULE = frozenset(vars(nn.Module()))
@@ -99,16 +101,20 @@ class GradientWeighting:
     def __init__(self, weighting: Weighting[Any]) -> None:
         self._weighting = weighting
 
-    def __call__(self, gramian: Tensor) -> Tensor:
+    def __call__(self, gramian: Tensor, subset: Subset | None = None) -> Tensor:
         """Computes the weights on the CPU: one sync with the device, where a solver would sync in every iteration.
 
         Args:
             gramian: "t t", the inner products of the tasks' gradients.
+            subset: The tasks whose gradients they are, if not all have labels.
 
         Returns:
             The tasks' weights, "t", float32, on the CPU. All are 1 if fewer than two tasks have a gradient, and NaN if
             a product is not finite, so that the step's gradient is not finite either; in both cases the method is not
             called, and its state does not change.
+
+        Raises:
+            SettingError: The method cannot weigh so few tasks.
         """
         # In float32, the precision of the gradients: TorchJD's test for linear dependence relies on its rounding.
         products = gramian.detach().cpu().float()
@@ -121,7 +127,19 @@ class GradientWeighting:
         # A task without a gradient, such as one without a label in the batch, conflicts with no other. Methods would
         # take its zero for the minimum (MGDA), so it is replaced by a gradient orthogonal to the others.
         products = products + torch.diag(torch.where(has_gradient, 0.0, norms[has_gradient].mean()))
-        weights: Tensor = self._weighting(products)
+        if subset is None:
+            weights: Tensor = self._weighting(products)
+            return weights.detach()
+        if isinstance(self._weighting, PCDWeighting) and 0 not in subset.places:
+            # As with a primary objective whose gradient is zero.
+            return torch.zeros_like(norms)
+        try:
+            with narrowed(self._weighting, subset), _narrowed_tau(self._weighting, subset):
+                weights = self._weighting(products)
+        except _OPTION_ERRORS as error:
+            name, few = type(self._weighting).__name__, f"the {len(norms)} of {subset.size} tasks"
+            message = f"{name} cannot weigh {few} of which a batch has labels: {error}"
+            raise SettingError("balance.method", message) from error
         return weights.detach()
 
     def state(self) -> dict[str, Any]:
@@ -141,6 +159,20 @@ class GradientWeighting:
         check_same_method(self.state(), state)
         for name, value in state.items():
             setattr(self._weighting, name, _from_plain(value))
+
+
+@contextmanager
+def _narrowed_tau(weighting: Weighting[Any], subset: Subset) -> Iterator[None]:
+    """PCD's tau, which may have an entry for each task but the first."""
+    tau = weighting.tau if isinstance(weighting, PCDWeighting) else None
+    if not isinstance(weighting, PCDWeighting) or not isinstance(tau, Tensor):
+        yield
+        return
+    weighting.tau = tau[[place - 1 for place in subset.places if place]]
+    try:
+        yield
+    finally:
+        weighting.tau = tau
 
 
 def plain_attributes(module: nn.Module) -> dict[str, Any]:

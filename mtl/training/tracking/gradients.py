@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 
 from torch import Tensor, nn
 
@@ -49,25 +49,26 @@ class GradientLog:
         self._groups = trunk_groups(self._trunk) if self._every_steps else {}
         self._looked_at, self._told = 0, False
 
-    def before_backward(self, losses: Sequence[Tensor], step: int, log: StepLog) -> None:
+    def before_backward(self, losses: Mapping[str, Tensor], step: int, log: StepLog) -> None:
         """Analyses the losses if it is time, from the first batch of a step only.
 
         Args:
-            losses: The active tasks' losses, each a scalar with its graph.
+            losses: The losses of the step's tasks, each a scalar with its graph.
             step: The number of the step that they are for.
             log: The steps' log, which takes the row.
         """
         if not self._groups or step == self._looked_at or (step - self._first_step) % self._every_steps:
             return
         self._looked_at = step
-        analysis = analyse(dict(zip(self._tasks, losses, strict=True)), self._groups)
+        analysis = analyse(losses, self._groups) if losses else None
         if analysis is None:
             return
         log.add_row(step, analysis.to_row())
         rows = [(task, group, norm) for task, norms in _reached(analysis).items() for group, norm in norms.items()]
         self._tracker.log_table("grad/norms", ["task", "group", "norm"], rows, step)
         self._tracker.log_picture("grad/heat_map", lambda: png_of(draw_gradients(analysis)), step)
-        self._tell(analysis.unreached)
+        if len(losses) == len(self._tasks):
+            self._tell(analysis.unreached)
 
     def _tell(self, unreached: Sequence[str]) -> None:
         if unreached and not self._told:

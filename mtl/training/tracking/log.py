@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Mapping, Sequence
+from collections.abc import Mapping
 from pathlib import Path
 from typing import Any
 
@@ -62,7 +62,7 @@ class RunLog:
     def steps_of(self, phase: Phase, epoch: int, sums: Mapping[str, float] | None, has_scaler: bool) -> StepLog:
         """The log of an epoch's steps, continued from its sums if it was resumed."""
         every = self._setup.config.tracking.log_every_steps
-        log = StepLog(self._tracker, phase.tasks, every, phase.name, epoch, has_scaler)
+        log = StepLog(self._tracker, every, phase.name, epoch, has_scaler)
         if sums is not None:
             log.load_state_dict(sums)
         return log
@@ -76,7 +76,7 @@ class RunLog:
         """The tasks' gradients are analysed on this step, and at a cadence after it."""
         self._gradients.enter(phase.name, phase.tasks, first_step)
 
-    def task_gradients(self, losses: Sequence[Tensor], step: int, log: StepLog) -> None:
+    def task_gradients(self, losses: Mapping[str, Tensor], step: int, log: StepLog) -> None:
         """Analyses the tasks' gradients if it is time; call it before the backward."""
         if self._is_analysed:
             self._gradients.before_backward(losses, step, log)

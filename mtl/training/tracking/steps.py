@@ -5,6 +5,7 @@ from __future__ import annotations
 import math
 import time
 from collections.abc import Mapping, Sequence
+from dataclasses import dataclass
 
 import torch
 from torch import Tensor
@@ -13,6 +14,25 @@ from mtl.training.nonfinite import NotFiniteError
 from mtl.training.tracking.tracker import Tracker
 
 GRAD_NORM = "train/grad_norm"
+
+
+@dataclass(frozen=True)
+class _Step:
+    """A step that is not logged yet.
+
+    Attributes:
+        step: Its number.
+        tasks: The tasks of which it had labels.
+        lr: The highest learning rate used.
+        row: The balanced loss, the tasks' losses, and the gradient's norm, "t+2".
+        indices: For each of its batches the images' places.
+    """
+
+    step: int
+    tasks: tuple[str, ...]
+    lr: float
+    row: Tensor
+    indices: list[Tensor]
 
 
 class StepLog:
@@ -26,7 +46,6 @@ class StepLog:
     def __init__(
         self,
         tracker: Tracker,
-        tasks: Sequence[str],
         every_steps: int,
         phase: str,
         epoch: int,
@@ -34,36 +53,42 @@ class StepLog:
     ) -> None:
         """Args:
         tracker: Where rows go.
-        tasks: The tasks whose losses are logged.
         every_steps: How many steps are logged at once.
         phase: The phase's name.
         epoch: The epoch's number.
         skips_gradients: Whether a step whose gradient is not finite was left out (by the scaler of fp16).
         """
         self._tracker = tracker
-        self._names = ["train/loss", *[f"train/loss/{task}" for task in tasks], GRAD_NORM]
         self._skips_gradients = skips_gradients
         self.num_skipped = 0
-        self._short = ["loss", *tasks]
         self._every_steps = every_steps
         self._common: dict[str, int | str] = {"epoch": epoch, "phase": phase}
-        self._pending: list[tuple[int, float, Tensor, list[Tensor]]] = []
+        self._pending: list[_Step] = []
         self._num_images = self._pending_images = 0
         self._start = self._since = time.perf_counter()
         self._loss_sum, self._num_steps = 0.0, 0
         self.latest = ""
 
-    def add(self, step: int, losses: Sequence[Tensor], norm: Tensor, lr: float, indices: list[Tensor]) -> None:
+    def add(
+        self,
+        step: int,
+        tasks: Sequence[str],
+        losses: Sequence[Tensor],
+        norm: Tensor,
+        lr: float,
+        indices: list[Tensor],
+    ) -> None:
         """Records a step.
 
         Args:
             step: Steps done in the run, this one included.
+            tasks: The tasks of which it had labels.
             losses: For each of its batches the balanced loss and the tasks' losses, "1+t".
             norm: The norm of the gradients of all trainable parameters, a scalar.
             lr: The highest learning rate used.
             indices: For each of its batches the images' places, on the CPU.
         """
-        self._pending.append((step, lr, _row(losses, norm), indices))
+        self._pending.append(_Step(step, tuple(tasks), lr, _row(losses, norm), indices))
         self._pending_images += sum(map(len, indices))
         if len(self._pending) >= self._every_steps:
             self.flush()
@@ -76,17 +101,22 @@ class StepLog:
         """
         if not self._pending:
             return
-        values = torch.stack([row for _, _, row, _ in self._pending]).tolist()
+        values = torch.cat([each.row for each in self._pending]).tolist()
         now = time.perf_counter()
-        rate = self._pending_images / (now - self._since)
-        for (step, lr, _, indices), row in zip(self._pending, values, strict=True):
-            numbers = dict(zip(self._names, row, strict=True))
-            self._tracker.log({"step": step, **self._common, **numbers, "train/lr": lr, "perf/images_per_s": rate})
-            self._check(numbers, step, indices)
-            self._loss_sum += row[0]
-        self._num_steps += len(values)
+        rate, start = self._pending_images / (now - self._since), 0
+        for each in self._pending:
+            row = values[start : start + len(each.row)]
+            start += len(row)
+            numbers = _numbers(each.tasks, row)
+            rest = {"train/lr": each.lr, "perf/images_per_s": rate}
+            self._tracker.log({"step": each.step, **self._common, **numbers, **rest})
+            self._check(numbers, each.step, each.indices)
+            if each.tasks:
+                self._loss_sum += row[0]
+                self._num_steps += 1
+                short = zip(("loss", *each.tasks), row, strict=False)
+                self.latest = "  ".join(f"{name} {value:.3f}" for name, value in short)
         self._num_images += self._pending_images
-        self.latest = "  ".join(f"{name} {value:.3f}" for name, value in zip(self._short, values[-1], strict=False))
         self._pending, self._pending_images, self._since = [], 0, now
 
     def _check(self, numbers: Mapping[str, float], step: int, indices: Sequence[Tensor]) -> None:
@@ -105,10 +135,10 @@ class StepLog:
         return NotFiniteError(name, numbers[name], step, str(self._common["phase"]), places)
 
     def what_is_wrong(
-        self, step: int, losses: Sequence[Tensor], norm: Tensor, indices: Sequence[Tensor]
+        self, step: int, tasks: Sequence[str], losses: Sequence[Tensor], norm: Tensor, indices: Sequence[Tensor]
     ) -> NotFiniteError:
         """What is not finite in a step that is not to be added; waits for the device."""
-        numbers = dict(zip(self._names, _row(losses, norm).tolist(), strict=True))
+        numbers = _numbers(tasks, _row(losses, norm).tolist())
         wrong = [name for name, value in numbers.items() if not math.isfinite(value)]
         return self._error(wrong, numbers, step, indices)
 
@@ -138,6 +168,12 @@ class StepLog:
     def images_per_s(self) -> float:
         """Training images a second from the epoch's begin to the last flush."""
         return self._num_images / max(1e-9, self._since - self._start)
+
+
+def _numbers(tasks: Sequence[str], row: Sequence[float]) -> dict[str, float]:
+    """A step's numbers by metric; a step of whose tasks none has a label has no loss."""
+    losses = {"train/loss": row[0], **{f"train/loss/{task}": row[1 + at] for at, task in enumerate(tasks)}}
+    return (losses if tasks else {}) | {GRAD_NORM: row[-1]}
 
 
 def _row(losses: Sequence[Tensor], norm: Tensor) -> Tensor:

@@ -1,0 +1,142 @@
+"""Balancing in a step of whose tasks some have no label: these leave it, as if the method had fewer tasks."""
+
+from __future__ import annotations
+
+from collections.abc import Iterator
+from contextlib import contextmanager
+from dataclasses import dataclass
+from functools import lru_cache
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+from torch.func import functional_call
+from torchjd.scalarization import FAMO, Scalarizer
+
+
+@dataclass(frozen=True)
+class Subset:
+    """Some of the tasks of a balancing method.
+
+    Attributes:
+        places: Their places among all, at least one, in order.
+        size: How many there are in all.
+    """
+
+    places: tuple[int, ...]
+    size: int
+
+    def index(self, device: torch.device) -> Tensor:
+        """The places as an index; made once for each device, so that no step waits for the copy."""
+        return _index(self.places, device)
+
+    def narrow(self, tensor: Tensor) -> Tensor:
+        """The entries of these tasks, of a tensor all of whose axes have an entry a task; of another, all."""
+        if not self.is_by_task(tensor):
+            return tensor
+        index = self.index(tensor.device)
+        for axis in range(tensor.ndim):
+            tensor = tensor.index_select(axis, index)
+        return tensor
+
+    def is_by_task(self, value: object) -> bool:
+        """Whether a value is a tensor all of whose axes have an entry a task."""
+        return isinstance(value, Tensor) and value.ndim > 0 and set(value.shape) == {self.size}
+
+    def widen(self, narrowed: Tensor, before: Tensor | None) -> Tensor:
+        """The opposite of `narrow`: other tasks have their entries of before, or 0."""
+        axes = narrowed.ndim
+        whole = narrowed.new_zeros([self.size] * axes) if before is None else before.clone()
+        index = self.index(narrowed.device)
+        whole[index if axes == 1 else torch.meshgrid(*[index] * axes, indexing="ij")] = narrowed
+        return whole
+
+
+@lru_cache(maxsize=64)
+def _index(places: tuple[int, ...], device: torch.device) -> Tensor:
+    return torch.tensor(places, device=device)
+
+
+def combine(scalarizer: Scalarizer, losses: Tensor, subset: Subset) -> Tensor:
+    """What a scalarizer makes of the losses of some of its tasks.
+
+    Whatever it holds that has an entry a task (weights, reference points, learned scales) is narrowed to these tasks.
+
+    Args:
+        scalarizer: Holds tensors as parameters and buffers.
+        losses: Those of these tasks, in order.
+        subset: Which tasks.
+
+    Returns:
+        The loss, a scalar.
+    """
+    held = {**dict(scalarizer.named_parameters()), **dict(scalarizer.named_buffers())}
+    narrowed = {name: subset.narrow(value) for name, value in held.items()}
+    total: Tensor = functional_call(scalarizer, narrowed, (losses,))
+    return total
+
+
+@torch.no_grad()
+def update_famo(famo: FAMO, losses: Tensor, subset: Subset) -> None:
+    """Passes the losses after a step to FAMO: the logits of other tasks, and their moments, stay as they are.
+
+    Args:
+        famo: Was called with the losses of these tasks before the step.
+        losses: Those after it.
+        subset: Which tasks.
+    """
+    inside: Any = famo
+    index, neutral = subset.index(losses.device), famo.min_losses.to(losses) + 1
+    others = torch.ones(subset.size, dtype=torch.bool, device=losses.device)
+    others[index] = False
+    inside._prev_losses = neutral.index_copy(0, index, inside._prev_losses)
+    logits: nn.Parameter = inside._w
+    kept = [value.clone() for value in _element_states(famo)]
+    # A softmax gives them no weight.
+    logits.masked_fill_(others, -torch.inf)
+    famo.update(neutral.index_copy(0, index, losses))
+    for value, before in zip(_element_states(famo), [*kept, *[torch.zeros_like(logits)] * 2], strict=False):
+        value.copy_(torch.where(others, before, value))
+
+
+def _element_states(famo: FAMO) -> list[Tensor]:
+    """Logits, and what its optimizer keeps for each of them."""
+    inside: Any = famo
+    state = {} if inside._optimizer is None else inside._optimizer.state[inside._w]
+    return [inside._w.detach(), *(value for name, value in sorted(state.items()) if name != "step")]
+
+
+@contextmanager
+def narrowed(module: nn.Module, subset: Subset) -> Iterator[None]:
+    """Narrows whatever a weighting and its parts hold to some tasks; what they hold afterwards is widened again."""
+    before: list[tuple[nn.Module, str, Any]] = []
+    for part in module.modules():
+        for name, value in [*part._buffers.items(), *_attributes(part)]:
+            before.append((part, name, value))
+            if subset.is_by_task(value):
+                setattr(part, name, subset.narrow(value))
+            elif name == "_state_key":
+                setattr(part, name, _with_number(value, subset.size, len(subset.places)))
+    try:
+        yield
+    finally:
+        for part, name, value in before:
+            now = getattr(part, name)
+            if name == "_state_key":
+                setattr(part, name, _with_number(now, len(subset.places), subset.size))
+            elif subset.is_by_task(value):
+                setattr(part, name, subset.widen(now, value))
+            elif value is None and isinstance(now, Tensor) and set(now.shape) == {len(subset.places)}:
+                setattr(part, name, subset.widen(now, None))
+
+
+def _attributes(module: nn.Module) -> list[tuple[str, Any]]:
+    inherited = vars(nn.Module())
+    return [(name, value) for name, value in vars(module).items() if name not in inherited]
+
+
+def _with_number(key: Any, old: int, new: int) -> Any:
+    """A key of a state, which names the number of tasks, with another number."""
+    if isinstance(key, tuple):
+        return tuple(_with_number(each, old, new) for each in key)
+    return new if key == old and isinstance(key, int) else key

@@ -1,0 +1,240 @@
+"""A step of whose tasks some have no label: its gradient is that of the labelled part, for every balancing method."""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from typing import Any
+
+import pytest
+import torch
+from hypothesis import given, settings
+from hypothesis import strategies as st
+from torch import Tensor, nn
+
+from mtl.config import SettingError
+from mtl.config.optim import BalanceConfig
+from mtl.distributed.world import ALONE
+from mtl.optim.balance.balance import Balance, build_balance, is_by_gradients, method_names
+from mtl.optim.balance.gradient_balance import balance_gradients
+from mtl.optim.balance.gradient_weights import gradient_methods
+from mtl.optim.balance.subset import Subset
+
+NUM = 4
+TASKS = ("a", "b", "c", "d")
+WEIGHTS = [0.5, 1.5, 2.0, 0.25]
+# What a method needs; a list has an entry for each task.
+OPTIONS: dict[str, dict[str, Any]] = {
+    "cosmos": {"lambda_": 0.5, "weights": WEIGHTS},
+    "pbi": {"theta": 2.0, "weights": WEIGHTS, "reference": [0.1, 0.0, 0.2, 0.1]},
+    "stch": {"mu": 0.1, "weights": WEIGHTS, "reference": [0.1, 0.0, 0.2, 0.1]},
+    "famo": {"min_losses": [0.01, 0.02, 0.03, 0.04]},
+    "cagrad": {"c": 0.5},
+    "fairgrad": {"alpha": 1.0},
+    "krum": {"n_byzantine": 0},
+    "upgrad": {"pref_vector": WEIGHTS},
+    "dualproj": {"pref_vector": WEIGHTS},
+    "alignedmtl": {"pref_vector": WEIGHTS},
+    "pcd": {"tau": [0.1, 0.2, 0.3]},
+}
+METHODS = sorted({"fixed", *method_names(), *gradient_methods()})
+SUBSETS = [(0,), (1, 3), (0, 2), (0, 1, 3), (1, 2, 3)]
+
+
+def balance_of(method: str, places: Sequence[int]) -> Balance:
+    """The method over some of the tasks, with the options that belong to these."""
+    names = [TASKS[place] for place in places]
+    if method == "fixed":
+        config = BalanceConfig(method="fixed", weights={TASKS[place]: WEIGHTS[place] for place in places})
+        return build_balance(config, names, names)
+    own = dict(OPTIONS.get(method, {}))
+    for name, value in own.items():
+        if name == "tau":
+            own[name] = [value[place - 1] for place in places if place]
+        elif isinstance(value, list):
+            own[name] = [value[place] for place in places]
+    return build_balance(BalanceConfig(method=method, options=own), names)
+
+
+class Model(nn.Module):
+    """A shared layer and a head a task, in float64."""
+
+    def __init__(self, seed: int) -> None:
+        super().__init__()
+        torch.manual_seed(seed)
+        self.shared = nn.Linear(5, 6, dtype=torch.float64)
+        self.heads = nn.ModuleList(nn.Linear(6, 1, dtype=torch.float64) for _ in range(NUM))
+
+    def sample_losses(self, x: Tensor, y: Tensor, place: int) -> Tensor:
+        """The loss of each sample in a task, "b"; positive."""
+        return (self.heads[place](self.shared(x).tanh())[:, 0] - y[:, place]) ** 2 + 0.05
+
+    def gradients(self) -> list[Tensor | None]:
+        found = [None if p.grad is None else p.grad.clone() for p in self.parameters()]
+        self.zero_grad()
+        return found
+
+
+def step(model: Model, balance: Balance, losses: Sequence[Tensor], subset: Subset | None) -> list[Tensor | None]:
+    """The gradients of all parameters, and of the method's own."""
+    torch.manual_seed(7)
+    if balance.weighting is None:
+        balance(torch.stack(list(losses)), subset).backward()
+    else:
+        weighting = balance.weighting
+        shared, others = list(model.shared.parameters()), list(model.heads.parameters())
+        weigh = lambda gramian: weighting(gramian, subset)  # noqa: E731
+        total = torch.stack(list(losses)).sum().detach()
+        scaler = torch.amp.GradScaler("cpu", enabled=False)
+        balance_gradients(total, losses, shared, others, weigh, ALONE, scaler).backward()
+    return model.gradients()
+
+
+def labelled_means(model: Model, x: Tensor, y: Tensor, has: Tensor, places: Sequence[int]) -> list[Tensor]:
+    """The mean of per-sample losses over the samples with a label, a scalar a task."""
+    return [model.sample_losses(x, y, place)[has[:, place]].mean() for place in places]
+
+
+@pytest.mark.parametrize("method", METHODS)
+@given(data=st.data())
+@settings(max_examples=6, deadline=None)
+def test_a_step_is_that_of_the_method_over_the_labelled_tasks(method: str, data: st.DataObject) -> None:
+    places = data.draw(st.sampled_from(SUBSETS))
+    if method == "pcd" and 0 not in places:
+        places = (0, *places)
+    if method == "krum" and len(places) < 3:
+        places = (0, 1, 3)
+    seed = data.draw(st.integers(0, 1000))
+    model, generator = Model(seed), torch.Generator().manual_seed(seed)
+    x = torch.randn(6, 5, generator=generator, dtype=torch.float64)
+    y = torch.randn(6, NUM, generator=generator, dtype=torch.float64)
+    has = torch.rand(6, NUM, generator=generator) < 0.6
+    # At least one label of each task of the step, and none of another's.
+    has[0] = True
+    has &= torch.tensor([place in places for place in range(NUM)])
+
+    whole, alone = balance_of(method, range(NUM)).double(), balance_of(method, places).double()
+    ours = step(model, whole, labelled_means(model, x, y, has, places), Subset(tuple(places), NUM))
+
+    # The reference: per-sample gradients by autograd, averaged over the labelled samples of each task, and weighed by
+    # the method made for these tasks alone.
+    parameters = list(model.parameters())
+    losses = labelled_means(model, x, y, has, places)
+    if alone.weighting is None:
+        leaves = [loss.detach().requires_grad_() for loss in losses]
+        torch.manual_seed(7)
+        alone(torch.stack(leaves)).backward()
+        weights = [leaf.grad for leaf in leaves]
+        head_weights = weights
+    else:
+        rows = torch.stack([flat(sample_mean(model, x, y, has, place), parameters[:2]) for place in places])
+        torch.manual_seed(7)
+        weights = list(alone.weighting(rows @ rows.T).double())
+        head_weights = [torch.ones(())] * len(places)
+    expected: list[Tensor | None] = [None] * len(parameters)
+    for place, weight, head_weight in zip(places, weights, head_weights, strict=True):
+        for at, gradient in enumerate(sample_mean(model, x, y, has, place)):
+            if at < 2 or at in (2 + 2 * place, 3 + 2 * place):
+                factor = weight if at < 2 else head_weight
+                assert factor is not None
+                before = expected[at]
+                expected[at] = factor * gradient if before is None else before + factor * gradient
+    for left, right in zip(ours, expected, strict=True):
+        assert (left is None) == (right is None)
+        if left is not None and right is not None:
+            torch.testing.assert_close(left, right, rtol=1e-4, atol=1e-6)
+
+
+def sample_mean(model: Model, x: Tensor, y: Tensor, has: Tensor, place: int) -> list[Tensor]:
+    """The mean gradient of a task's loss over its labelled samples, each by a backward of its own."""
+    parameters, found = list(model.parameters()), list[list[Tensor]]()
+    for sample in has[:, place].nonzero().flatten().tolist():
+        loss = model.sample_losses(x[[sample]], y[[sample]], place).sum()
+        gradients = torch.autograd.grad(loss, parameters, allow_unused=True)
+        pairs = zip(parameters, gradients, strict=True)
+        found.append([torch.zeros_like(p) if gradient is None else gradient for p, gradient in pairs])
+    return [torch.stack(each).mean(0) for each in zip(*found, strict=True)]
+
+
+def flat(gradients: Sequence[Tensor], parameters: Sequence[Tensor]) -> Tensor:
+    return torch.cat([gradient.flatten() for gradient in gradients[: len(parameters)]])
+
+
+@pytest.mark.parametrize("method", ["dwa", "famo", "gradvac", "pcd", "uw", "imtll"])
+def test_what_a_method_knows_of_a_task_without_labels_stays(method: str) -> None:
+    """Some passes, in which a task has labels in every other step: its state is that of a run of these steps alone."""
+    rows = torch.rand(24, NUM, generator=torch.Generator().manual_seed(0)) + 0.1
+    balance, places = balance_of(method, range(NUM)), (0, 1, 3)
+    only = balance_of(method, places)
+    for number, row in enumerate(rows):
+        subset = Subset(places, NUM)
+        if balance.weighting is not None and only.weighting is not None:
+            generator = torch.Generator().manual_seed(number)
+            gradients = torch.randn(len(places), 9, generator=generator) * row[[0, 1, 3], None]
+            torch.manual_seed(number)
+            ours = balance.weighting(gradients @ gradients.T, subset)
+            torch.manual_seed(number)
+            assert torch.equal(ours, only.weighting(gradients @ gradients.T))
+            continue
+        given = row[list(places)]
+        ours, theirs = balance(given, subset), only(given)
+        torch.testing.assert_close(ours, theirs, rtol=1e-6, atol=1e-7)
+        if balance.follows_steps:
+            balance.after_step(given * 0.9, subset)
+            only.after_step(given * 0.9)
+        if number % 6 == 5:
+            balance.after_epoch()
+            only.after_epoch()
+    for name, parameter in balance.named_parameters():
+        assert parameter[2] == 0
+        torch.testing.assert_close(parameter[[0, 1, 3]], only.get_parameter(name))
+
+
+def test_an_average_of_dwa_is_that_over_the_steps_with_labels() -> None:
+    balance = balance_of("dwa", range(NUM))
+    losses = torch.tensor([[1.0, 2.0, 3.0, 4.0], [3.0, 4.0, 5.0, 6.0]])
+    for _ in range(2):
+        balance(losses[0])
+        balance(losses[1][[0, 1]], Subset((0, 1), NUM))
+        balance.after_epoch()
+        losses = losses / torch.tensor([1.0, 2.0, 3.0, 4.0])
+    older, newer = torch.tensor([2.0, 3.0, 3.0, 4.0]), torch.tensor([2.0, 1.5, 1.0, 1.0])
+    expected = (4 * torch.softmax(newer / older / 2, dim=0)).sum()
+    torch.testing.assert_close(balance(torch.ones(4)), expected)
+
+
+def test_a_task_of_dwa_without_labels_in_a_pass_keeps_its_average() -> None:
+    balance = balance_of("dwa", range(NUM))
+    for losses, places in (([1.0, 2, 3, 4], None), ([2.0, 2], (0, 1))):
+        subset = None if places is None else Subset(places, NUM)
+        balance(torch.tensor(losses), subset)
+        balance.after_epoch()
+    expected = 4 * torch.softmax(torch.tensor([2.0, 1, 1, 1]) / 2, dim=0)
+    torch.testing.assert_close(balance(torch.ones(4)), expected.sum())
+
+
+def test_a_state_with_a_count_a_task_is_restored() -> None:
+    balance, other = balance_of("dwa", range(NUM)), balance_of("dwa", range(NUM))
+    balance(torch.ones(2), Subset((0, 2), NUM))
+    other.load_state(balance.state(), torch.device("cpu"))
+    for each in (balance, other):
+        each(torch.full((NUM,), 3.0))
+        each.after_epoch()
+    assert torch.equal(balance.state()["_previous_averages"][0], other.state()["_previous_averages"][0])
+    torch.testing.assert_close(other.state()["_previous_averages"][0], torch.tensor([2.0, 3.0, 2.0, 3.0]))
+
+
+def test_a_method_that_cannot_weigh_so_few_tasks_says_so() -> None:
+    balance = build_balance(BalanceConfig(method="krum", options={"n_byzantine": 1}), TASKS)
+    assert balance.weighting is not None
+    with pytest.raises(SettingError, match="cannot weigh the 2 of 4 tasks of which a batch has labels"):
+        balance.weighting(torch.eye(2), Subset((0, 1), NUM))
+
+
+def test_pcd_moves_nothing_shared_without_its_first_task() -> None:
+    balance = balance_of("pcd", range(NUM))
+    assert balance.weighting is not None
+    assert balance.weighting(torch.eye(2), Subset((1, 2), NUM)).tolist() == [0, 0]
+
+
+def test_all_methods_are_known_to_this_file() -> None:
+    assert all(is_by_gradients(method) for method in gradient_methods() if method not in method_names())
