@@ -47,6 +47,7 @@ class _OneTaskConfig(Strict):
     Attributes:
         type: The task type.
         label: The label of the data set that it learns, which other tasks may learn too; if not set, that of its name.
+        data: The sets of `data.name: mixed` that it learns from; if not set, all that have its label.
         head: What gives its output; a name alone is short for `{name: ...}`. If not set, `fpn` for an output per pixel,
             `linear` for one per image.
         metrics: Metrics besides the task type's own.
@@ -54,6 +55,7 @@ class _OneTaskConfig(Strict):
 
     type: str
     label: Annotated[str, Field(min_length=1)] | None = None
+    data: Annotated[list[str], BeforeValidator(one_as_list), Field(min_length=1)] | None = None
     head: Annotated[HeadConfig, word_for("name")] | None = None
     metrics: Annotated[list[Annotated[MetricConfig, word_for("name")]], BeforeValidator(one_as_list)] = []
 

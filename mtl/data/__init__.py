@@ -2,13 +2,14 @@
 
 from __future__ import annotations
 
-from collections.abc import Mapping
+from collections.abc import Sequence
 
-from mtl.config import DataConfig, FileData, GeneratedData
+from mtl.config import DataConfig, FileData, GeneratedData, RunConfig, SettingError
+from mtl.config.mixed import MixedData
 from mtl.data.augment import View, draw_view
 from mtl.data.cache import DataError
 from mtl.data.dataset import Batch, Split
-from mtl.data.file_source import FileSource
+from mtl.data.file_source import FileSource, labels_there
 from mtl.data.generated import BUILT_IN, GeneratedSource, check_room
 from mtl.data.loading import (
     IN_THREAD,
@@ -20,10 +21,11 @@ from mtl.data.loading import (
     windows,
 )
 from mtl.data.memory import MemorySplit
+from mtl.data.mixed import MixedSource
+from mtl.data.orders import Mixed, Order, Shuffled
 from mtl.data.room import check_image
-from mtl.data.samplers import num_batches
 from mtl.data.source import Source
-from mtl.tasks.base import LabelKind
+from mtl.tasks import label_kinds
 
 __all__ = [
     "BUILT_IN",
@@ -32,6 +34,10 @@ __all__ = [
     "DataError",
     "Loading",
     "MemorySplit",
+    "Mixed",
+    "MixedSource",
+    "Order",
+    "Shuffled",
     "Source",
     "Split",
     "View",
@@ -39,7 +45,6 @@ __all__ = [
     "check_image",
     "check_room",
     "draw_view",
-    "num_batches",
     "open_data",
     "training_batches",
     "validation_batches",
@@ -48,18 +53,34 @@ __all__ = [
 ]
 
 
-def open_data(config: DataConfig, kinds: Mapping[str, LabelKind]) -> Source:
-    """Opens a data set.
-
-    Args:
-        config: Which one.
-        kinds: The kind of each label that tasks learn.
+def open_data(config: RunConfig) -> Source:
+    """Opens the data set of a run.
 
     Raises:
         SettingError: It cannot be had.
+        ConfigError: A task type cannot be had.
         DataError: Something of it cannot be read.
     """
-    if isinstance(config, GeneratedData):
-        return GeneratedSource(config, kinds)
-    assert isinstance(config, FileData)
-    return FileSource(config, kinds)
+    chosen = {task: own.data for task, own in config.tasks.items() if own.data is not None}
+    if not isinstance(config.data, MixedData):
+        for task in chosen:
+            raise SettingError(
+                f"tasks.{task}.data", "chooses among the sets of data.name: mixed; there is one data set"
+            )
+        return _open_one(config.data, config, list(config.tasks))
+    each = config.data.each
+    label_of = {task: own.label or task for task, own in config.tasks.items()}
+    return MixedSource(config.data, label_of, chosen, lambda name, tasks: _open_one(each[name], config, tasks))
+
+
+def _open_one(data: DataConfig, config: RunConfig, tasks: Sequence[str]) -> Source:
+    """Opens one data set for the tasks that may learn from it."""
+    own = {task: config.tasks[task] for task in tasks}
+    if data is not config.data and (there := labels_there(data)) is not None:
+        # Of several data sets, one need not have the labels of tasks that do not name it.
+        own = {task: each for task, each in own.items() if each.data is not None or (each.label or task) in there}
+    kinds = label_kinds(config.with_changes(tasks=own))
+    if isinstance(data, GeneratedData):
+        return GeneratedSource(data, kinds)
+    assert isinstance(data, FileData)
+    return FileSource(data, kinds)

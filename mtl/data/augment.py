@@ -51,15 +51,17 @@ class View:
         number: Which one; the same number is the same view, in any run with the same seed.
         seed: That of the run.
         light: What augmentation changes; None if it changes nothing.
+        place: Which of several data sets the images are from.
     """
 
     number: int
     seed: int
     light: Light | None = None
+    place: str = ""
 
     def seed_of(self, index: int) -> int:
         """The seed from which transforms of one image draw: a function of run, view and image, and of nothing else."""
-        return xxhash.xxh3_64_intdigest(f"{self.seed} {self.number} {index}".encode()) >> 1
+        return xxhash.xxh3_64_intdigest(f"{self.seed} {self.number} {index}{self.place}".encode()) >> 1
 
 
 def draw_view(config: DataConfig, seed: int, number: int, num_images: int) -> View | None:

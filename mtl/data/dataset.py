@@ -3,16 +3,16 @@
 from __future__ import annotations
 
 from abc import ABC, abstractmethod
-from collections.abc import Sequence
+from collections.abc import Collection, Sequence
 from dataclasses import dataclass, replace
 from functools import cached_property
-from typing import ClassVar
 
 import torch
 from torch import Tensor
 
 from mtl.data.augment import View
 from mtl.data.cache import DataError
+from mtl.data.orders import Order, Shuffled
 from mtl.data.transfer import to_device
 
 
@@ -97,7 +97,11 @@ class Split(ABC):
     """
 
     num_skipped: int = 0
-    is_in_memory: ClassVar[bool]
+    is_in_memory: bool
+
+    def order(self, tasks: Collection[str]) -> Order:  # noqa: ARG002  several data sets need them
+        """The order of the training images where these tasks are trained."""
+        return Shuffled(len(self))
 
     @property
     @abstractmethod

@@ -2,12 +2,12 @@
 
 from __future__ import annotations
 
-from collections.abc import Mapping, Sequence
+from collections.abc import Collection, Mapping, Sequence
 from functools import cached_property
 
 import torch
 
-from mtl.config import FileData, OwnData, SettingError
+from mtl.config import DataConfig, FileData, OwnData, SettingError
 from mtl.config.file_data import CocoData, FolderData, SplitName, TableData
 from mtl.config.public_data import PublicDataConfig
 from mtl.data.cache import DataError
@@ -22,7 +22,7 @@ from mtl.data.own import OwnSet
 from mtl.data.samples import SampleReader
 from mtl.data.sets import public_set
 from mtl.data.source import Source, pipelines_of
-from mtl.data.table import Table, read_tables
+from mtl.data.table import Table, label_names, read_tables
 from mtl.data.transforms import Pipeline
 from mtl.tasks import Task
 from mtl.tasks.base import LabelKind
@@ -118,6 +118,16 @@ def open_file_sets(config: FileData, kinds: Mapping[str, LabelKind], splits: Seq
         tables = read_tables(config, kinds)
         return {split: Table(config, split, kinds, tables) for split in splits}
     return {split: _open_one(config, split, kinds) for split in splits}
+
+
+def labels_there(config: DataConfig) -> Collection[str] | None:
+    """The labels of a data set that refuses to be opened for others; None if it can be opened for any.
+
+    Raises:
+        DataError: It cannot be read.
+        SettingError: It cannot be had.
+    """
+    return label_names(config) if isinstance(config, TableData) else None
 
 
 def _open_one(config: FileData, split: SplitName, kinds: Mapping[str, LabelKind]) -> FileSet:

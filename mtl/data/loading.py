@@ -13,6 +13,7 @@ from torch.utils.data import Dataset
 
 from mtl.data.augment import View
 from mtl.data.dataset import Batch, Rows, Split
+from mtl.data.orders import Order, Shuffled
 from mtl.data.samplers import EpochSampler, validation_shares
 from mtl.data.workers import ahead, read_by_workers
 from mtl.distributed.world import ALONE, World
@@ -46,6 +47,7 @@ def training_batches(
     *,
     skip: int = 0,
     loading: Loading = IN_THREAD,
+    order: Order | None = None,
 ) -> Generator[Batch, None, None]:
     """One epoch in random order: of every global batch this rank's share, in the order of `EpochSampler`.
 
@@ -61,6 +63,7 @@ def training_batches(
         world: The ranks, which share each batch.
         skip: Batches at the beginning of the epoch that are not made, since they were trained on already.
         loading: How batches are made.
+        order: The order of the images; if not given, every image once, shuffled.
 
     Raises:
         ValueError: There are fewer batches than are to be skipped.
@@ -68,7 +71,7 @@ def training_batches(
         DataError: While it runs: a worker died.
     """
     # Not a generator itself, so that a mistake is raised by the call.
-    sampler = EpochSampler(len(split), batch_size, seed, epoch, skip, world)
+    sampler = EpochSampler(order or Shuffled(len(split)), batch_size, seed, epoch, skip, world)
     return _load(split, sampler.shares, world.rank, view, loading)
 
 

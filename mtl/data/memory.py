@@ -48,7 +48,7 @@ class MemorySplit(Split):
         transform: Changes of each sample; random ones where it is seen in a view.
     """
 
-    is_in_memory: ClassVar[bool] = True
+    is_in_memory: ClassVar[bool] = True  # type: ignore[misc]
 
     images: Tensor
     labels: dict[str, Tensor]

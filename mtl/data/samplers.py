@@ -8,6 +8,7 @@ import torch
 from torch import Tensor
 from torch.utils.data import Sampler
 
+from mtl.data.orders import Order
 from mtl.distributed.world import ALONE, World
 
 
@@ -17,17 +18,17 @@ class EpochSampler(Sampler[list[int]]):
     The order is a pure function of seed and epoch, and `skip` is a position in it: a run that resumes inside an epoch
     gets exactly the batches that it would have got without the interruption, and no state has to be saved for that.
 
-    A last batch that is not full is left out, another one in each epoch: BatchNorm cannot train on one image.
+    Every batch is full: BatchNorm cannot train on one image.
 
     Attributes:
         shares: By batch and rank, the indices of the images, "b", int64.
     """
 
     def __init__(
-        self, num_images: int, batch_size: int, seed: int, epoch: int, skip: int = 0, world: World = ALONE
+        self, order: Order, batch_size: int, seed: int, epoch: int, skip: int = 0, world: World = ALONE
     ) -> None:
         """Args:
-        num_images: Images in the split.
+        order: The order of the images.
         batch_size: Images in one global batch, that of all ranks together.
         seed: That of the run.
         epoch: Which epoch of the run, from 0.
@@ -38,13 +39,11 @@ class EpochSampler(Sampler[list[int]]):
             ValueError: There are fewer batches than are to be skipped.
             WorldError: A global batch has fewer images than there are ranks.
         """
-        total = num_batches(num_images, batch_size)
+        total = order.num_batches(batch_size)
         if not 0 <= skip <= total:
             raise ValueError(f"skip: expected 0 to {total}, the batches of an epoch, got {skip}")
-        generator = torch.Generator().manual_seed(seed * 1_000_003 + epoch)
-        order = torch.randperm(num_images, generator=generator)
-        starts = range(skip * batch_size, total * batch_size, batch_size)
-        self.shares: list[list[Tensor]] = [world.shares(order[start : start + batch_size]) for start in starts]
+        batches = order.batches(batch_size, seed, epoch)[skip:]
+        self.shares: list[list[Tensor]] = [world.shares(batch) for batch in batches]
         self._rank = world.rank
 
     def __len__(self) -> int:
@@ -52,11 +51,6 @@ class EpochSampler(Sampler[list[int]]):
 
     def __iter__(self) -> Iterator[list[int]]:
         return (shares[self._rank].tolist() for shares in self.shares)
-
-
-def num_batches(num_images: int, batch_size: int) -> int:
-    """Batches in one training epoch: full ones only, but at least one."""
-    return max(1, num_images // batch_size)
 
 
 def validation_shares(num_images: int, batch_size: int, world: World) -> Iterator[tuple[list[Tensor], bool]]:

@@ -3,10 +3,11 @@
 from __future__ import annotations
 
 from abc import ABC, abstractmethod
-from collections.abc import Mapping, Sequence
+from collections.abc import Collection, Mapping, Sequence
 
 from mtl.config import DataConfig, SettingError
 from mtl.data.dataset import Batch, Split
+from mtl.data.orders import Order, Shuffled
 from mtl.data.transforms import Pipeline, build_transforms
 from mtl.tasks import Task
 
@@ -24,6 +25,22 @@ class Source(ABC):
     labels: tuple[str, ...]
     classes: Mapping[str, Sequence[str]]
     num_images: tuple[int, int]
+
+    def labels_of(self, task: str) -> Sequence[str]:  # noqa: ARG002  several data sets need it
+        """The names of the labels that a task may learn."""
+        return self.labels
+
+    def class_names(self, label_of: Mapping[str, str]) -> dict[str, Sequence[str]]:
+        """The names of the classes of each task, as far as the data set knows them.
+
+        Args:
+            label_of: The name of each task's label.
+        """
+        return {task: self.classes.get(label, ()) for task, label in label_of.items()}
+
+    def order(self, tasks: Collection[str]) -> Order:  # noqa: ARG002  as above
+        """The order of the training images where these tasks are trained."""
+        return Shuffled(self.num_images[0])
 
     @property
     @abstractmethod

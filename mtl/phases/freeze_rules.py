@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Mapping, Sequence
+from collections.abc import Callable, Collection, Mapping, Sequence
 from dataclasses import dataclass
 from functools import cached_property
 
@@ -12,6 +12,7 @@ from mtl.config import RunConfig
 from mtl.config.errors import ConfigError
 from mtl.config.phase import WrittenPhase, patterns_of
 from mtl.config.yaml_source import KeyPath
+from mtl.data import Order
 from mtl.freeze import FreezeError, FreezePlan, plan_freeze
 from mtl.optim.balance.balance import Balance
 from mtl.patterns import ModuleTree, PatternError, PatternLike, partition, select, text_of
@@ -52,7 +53,7 @@ class ResolveContext:
         balance_of: The place in `root.balance` of each written phase's balancing method, by the phase's key path.
         tasks_of: The tasks of each written phase, by the phase's key path.
         reached: Full names of the parameters that each task's loss depends on.
-        num_train: Images in the training data.
+        order_of: The order of the training images, by the tasks that are trained.
     """
 
     config: RunConfig
@@ -62,7 +63,7 @@ class ResolveContext:
     balance_of: Mapping[KeyPath, int]
     tasks_of: Mapping[KeyPath, PhaseTasks]
     reached: Mapping[str, frozenset[str]]
-    num_train: int
+    order_of: Callable[[Collection[str]], Order]
 
     @cached_property
     def tree(self) -> ModuleTree:

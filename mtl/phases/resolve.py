@@ -13,7 +13,7 @@ from mtl.config.optim import OptimConfig, PlateauConfig
 from mtl.config.phase import PhaseConfig, WrittenPhase
 from mtl.config.precedence import is_written
 from mtl.config.yaml_source import KeyPath
-from mtl.data import num_batches
+from mtl.data import Mixed, Order
 from mtl.freeze import FreezePlan
 from mtl.optim.balance.balance import Balance
 from mtl.optim.lr_schedule import try_out_schedule
@@ -44,6 +44,7 @@ class Phase:
         groups: What the optimizer trains, in groups with peak learning rate and weight decay.
         reads: Which of the settings that not every phase reads it reads.
         batch_size: Images in one batch.
+        order: The order of the training images.
         steps_per_epoch: Optimizer steps in one pass over the training data.
         num_steps: Its length in optimizer steps, at most.
         plateau_direction: Which values are better of the metric that the learning rate waits for, if it does.
@@ -63,6 +64,7 @@ class Phase:
     groups: list[dict[str, Any]]
     reads: Reads
     batch_size: int
+    order: Order
     steps_per_epoch: int
     num_steps: int
     plateau_direction: Direction
@@ -133,8 +135,9 @@ class _Resolver(PhaseResolver):
         super().__init__(context, written)
         self.always = always
         self.optim = self.config.optim_of(self.phase_config)
+        self.order = context.order_of(context.tasks_of[written.path].tasks)
         self.batch_size = self.phase_config.batch_size or self.config.data.batch_size
-        self.steps_per_epoch = -(-num_batches(context.num_train, self.batch_size) // self.optim.accumulate)
+        self.steps_per_epoch = -(-self.order.num_batches(self.batch_size) // self.optim.accumulate)
 
     def phase(self) -> Phase:
         """Raises `ConfigError` with all that is wrong with the phase."""
@@ -153,6 +156,7 @@ class _Resolver(PhaseResolver):
         restore = _attempt(mistakes, self._restore)
         _attempt(mistakes, lambda: self._check_batch_size(plan, tasks))
         _attempt(mistakes, lambda: self._check_balance(balance))
+        _attempt(mistakes, lambda: self._check_mix(balance))
         if mistakes or freeze is None or length is None or groups is None or direction is None:
             raise ConfigError(mistakes)
         return Phase(
@@ -169,6 +173,7 @@ class _Resolver(PhaseResolver):
             groups=groups.groups,
             reads=reads_of(self.config, self.written, tasks, groups, num_steps, self.steps_per_epoch),
             batch_size=self.batch_size,
+            order=self.order,
             steps_per_epoch=self.steps_per_epoch,
             num_steps=num_steps,
             plateau_direction=direction,
@@ -217,7 +222,7 @@ class _Resolver(PhaseResolver):
             return
         own = self.phase_config.batch_size is not None
         place: KeyPath = (*self.written.path, "batch_size") if own else ("data", "batch_size")
-        num_images = self.context.num_train
+        num_images = self.order.num_images
         if self.batch_size > num_images:
             place = place if is_written(self.config.source, place) else ("data", "num_train")
             message = f"expected batches of at most the {num_images} training images, got {self.batch_size}"
@@ -226,7 +231,7 @@ class _Resolver(PhaseResolver):
         if norm is not None:
             message = f"expected batches of two images or more: BatchNorm ({norm}) cannot train on one"
             raise self.config.mistake(place, message)
-        if self.optim.accumulate > (num := num_batches(num_images, self.batch_size)):
+        if self.optim.accumulate > (num := self.order.num_batches(self.batch_size)):
             message = f"expected at most the {num} batches of an epoch of {self.phase_config.name!r}, got"
             raise self.config.mistake(("optim", "accumulate"), f"{message} {self.optim.accumulate}")
 
@@ -246,6 +251,17 @@ class _Resolver(PhaseResolver):
                 f"balance {method} weighs the gradients of a whole step, and those of its batches lie otherwise;"
                 f" expected 1, got {self.optim.accumulate}",
             )
+
+    def _check_mix(self, balance: Balance) -> None:
+        """Raises `ConfigError` if a method that learns from several losses of a step only ever has one."""
+        if not balance.param_groups or not isinstance(self.order, Mixed) or self.phase_config.evaluate_only:
+            return
+        alone = self.order.mix.is_single and self.order.most_tasks == 1 and self.optim.accumulate == 1
+        if alone and len(self.order.sizes) > 1:
+            method = (self.phase_config.balance or self.config.balance).method
+            message = f"a batch has labels of one task only, and balance {method} compares the tasks of a step"
+            path: KeyPath = ("data", "mix", "batches" if self.order.mix.by != "round_robin" else "by")
+            raise self.config.mistake(path, f"{message}; expected batches: mixed, or another method")
 
     def _sharing(self, tasks: Sequence[str], plan: FreezePlan) -> tuple[str, ...]:
         trained = {name for name in plan.names.trainable if name.startswith("trunk.")}

@@ -11,10 +11,11 @@ import numpy as np
 import torch
 from torch import nn
 
-from mtl.config import ConfigError, RunConfig, SettingError, mistake_of
+from mtl.config import ConfigError, DataConfig, RunConfig, SettingError, mistake_of
+from mtl.config.mixed import MixedData
 from mtl.config.transform import RotationConfig
 from mtl.config.yaml_source import KeyPath
-from mtl.data import Source, check_image, open_data
+from mtl.data import Source, Split, check_image, open_data
 from mtl.freeze import untrainable_parameters
 from mtl.model import MultiTaskModel, build_trunk
 from mtl.model.build import input_channels
@@ -27,7 +28,7 @@ from mtl.phases.metrics import RunMetrics
 from mtl.phases.resolve import Phase, resolve_phases
 from mtl.phases.unread import unread_settings
 from mtl.runtime.text import count, hint
-from mtl.tasks import Task, build_tasks, label_kinds
+from mtl.tasks import Task, build_tasks
 
 _Made = TypeVar("_Made")
 
@@ -58,7 +59,7 @@ class ModelSetup:
 
 
 def build_model_setup(
-    config: RunConfig, device: str = "cpu", num_train: int | None = None, source: Source | None = None
+    config: RunConfig, device: str = "cpu", train: Split | None = None, source: Source | None = None
 ) -> ModelSetup:
     """Makes the model of a run and resolves its phases.
 
@@ -67,7 +68,7 @@ def build_model_setup(
     Args:
         config: The run.
         device: `cpu` or `meta`.
-        num_train: Training images, if they are not as many as the data set has.
+        train: The training images, if they are not as many as the data set has.
         source: The data set, if it is open already.
 
     Raises:
@@ -81,7 +82,7 @@ def build_model_setup(
         except SettingError as error:
             raise mistake_of(config, error) from error
     _seed_everything(config.seed)
-    tasks = build_tasks(config, source.classes)
+    tasks = build_tasks(config, source.class_names(labels_of(config)))
     _check_fill(config, tasks)
     # Where it is to be found out, a run begins with the first one.
     layout = MEMORY_FORMATS["contiguous" if config.memory_format == "auto" else config.memory_format]
@@ -104,7 +105,6 @@ def build_model_setup(
         raise mistake_of(config, error) from error
     root = nn.ModuleDict({**dict(model.named_children()), "balance": balances})
     fixed = untrainable_parameters(root)
-    num_train = num_train or source.num_images[0]
     context = ResolveContext(
         config=config,
         root=root,
@@ -113,7 +113,7 @@ def build_model_setup(
         balance_of=balance_of,
         tasks_of=tasks_of,
         reached=reached,
-        num_train=num_train,
+        order_of=source.order if train is None else train.order,
     )
     phases = resolve_phases(context, mistakes)
     unread_mistakes, unread = unread_settings(config, phases)
@@ -122,7 +122,7 @@ def build_model_setup(
     return ModelSetup(config, source, tasks, model, root, fixed, phases, unread)
 
 
-def build_meta_setup(config: RunConfig, num_train: int | None = None, source: Source | None = None) -> ModelSetup:
+def build_meta_setup(config: RunConfig, train: Split | None = None, source: Source | None = None) -> ModelSetup:
     """As `build_model_setup`, on the meta device, or on the CPU for a trunk that cannot be built there.
 
     Raises:
@@ -130,7 +130,7 @@ def build_meta_setup(config: RunConfig, num_train: int | None = None, source: So
     """
     without = without_weights(config)
     opened = open_source(config) if source is None else source
-    setup = _on_meta_or_cpu(lambda device: build_model_setup(without, device, num_train, opened))
+    setup = _on_meta_or_cpu(lambda device: build_model_setup(without, device, train, opened))
     return replace(setup, config=config)
 
 
@@ -217,15 +217,26 @@ def _build_balances(
 
 def _check_fill(config: RunConfig, tasks: Mapping[str, Task]) -> None:
     """Raises `ConfigError` if a rotation fills masks with a class that a task learns."""
-    for split in ("train", "val"):
-        for number, each in enumerate(getattr(config.data.transform, split)):
-            for name, task in tasks.items():
-                ignored = getattr(task, "ignore_index", None)
-                if isinstance(each, RotationConfig) and task.label_kind == "mask" and ignored != each.options.ignore:
-                    raise config.mistake(
-                        ("data", "transform", split, number, "options", "ignore"),
-                        f"expected the ignore_index of the task {name!r}, {ignored}, got {each.options.ignore}",
-                    )
+    data, found = config.data, dict[KeyPath, RotationConfig]()
+    places: dict[KeyPath, DataConfig] = {("data",): data}
+    if isinstance(data, MixedData):
+        places |= {("data", "sets", name): own for name, own in data.sets.items()}
+    for place, own in places.items():
+        for split in ("train", "val"):
+            for number, each in enumerate(getattr(own.transform, split)):
+                if isinstance(each, RotationConfig):
+                    found[*place, "transform", split, number] = each
+    for path, rotation in found.items():
+        for name, task in tasks.items():
+            ignored = getattr(task, "ignore_index", None)
+            if task.label_kind == "mask" and ignored != rotation.options.ignore:
+                message = f"expected the ignore_index of the task {name!r}, {ignored}, got {rotation.options.ignore}"
+                raise config.mistake((*path, "options", "ignore"), message)
+
+
+def labels_of(config: RunConfig) -> dict[str, str]:
+    """The name of each task's label."""
+    return {name: own.label or name for name, own in config.tasks.items()}
 
 
 def open_source(config: RunConfig) -> Source:
@@ -236,13 +247,13 @@ def open_source(config: RunConfig) -> Source:
         DataError: Something of it cannot be read.
     """
     try:
-        source = open_data(config.data, label_kinds(config))
+        source = open_data(config)
     except SettingError as error:
         raise mistake_of(config, error) from error
     for task, own in config.tasks.items():
         label = own.label or task
-        if label not in source.labels:
-            there = f"it has: {', '.join(source.labels)}{hint(label, source.labels)}"
+        if label not in (labels := source.labels_of(task)):
+            there = f"it has: {', '.join(labels)}{hint(label, labels)}"
             if own.label is not None:
                 raise config.mistake(("tasks", task, "label"), f"{config.data.name} has no label {label!r}; {there}")
             elsewhere = "; if the task has another name than its label, set label"

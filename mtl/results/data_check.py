@@ -11,11 +11,12 @@ import torch
 from torch import Tensor
 
 from mtl.config import FileData, RunConfig, SettingError, mistake_of
-from mtl.data import MemorySplit
+from mtl.config.mixed import MixedData
+from mtl.data import MemorySplit, MixedSource
 from mtl.data.file_source import FileSource, open_file_sets
 from mtl.data.fileset import IMAGE, FileSet
 from mtl.data.problems import problems
-from mtl.phases.setup import open_source
+from mtl.phases.setup import labels_of, open_source
 from mtl.results.pictures import draw_samples
 from mtl.runtime.text import count
 from mtl.tasks import build_tasks, label_kinds
@@ -40,13 +41,22 @@ class DataCheck:
             ConfigError, DataError: It cannot be opened.
         """
         self._config = config
-        self._kinds = label_kinds(config)
         self._source = open_source(config)
-        self._tasks = build_tasks(config, self._source.classes)
+        self._sets = dict[str, DataCheck]()
         self.mistakes: list[str] = []
+        if isinstance(self._source, MixedSource):
+            self._sets = {name: DataCheck(_of_set(config, self._source, name)) for name in self._source.sets}
+            return
+        self._kinds = label_kinds(config)
+        self._tasks = build_tasks(config, self._source.class_names(labels_of(config)))
 
     def lines(self) -> Iterator[str]:
         """Reads it split by split; a paragraph for each."""
+        for name, own in self._sets.items():
+            yield from (line if line.startswith("  ") else f"{name}: {line}" for line in own.lines())
+            self.mistakes += [f"{name}: {mistake}" for mistake in own.mistakes]
+        if self._sets:
+            return
         if not isinstance(self._source, FileSource):
             yield from self._of_generated()
             return
@@ -60,7 +70,7 @@ class DataCheck:
 
     def _of_generated(self) -> Iterator[str]:
         """Generated data is exact; it is made, and measured alike."""
-        label_of = {task: own.label or task for task, own in self._config.tasks.items()}
+        label_of = labels_of(self._config)
         try:
             splits = self._source.load(self._tasks, label_of, quiet=False)
         except SettingError as error:
@@ -83,13 +93,17 @@ class DataCheck:
         return open_file_sets(data, self._kinds, ["test"])
 
     def draw(self, file: Path) -> None:
-        """Writes a PNG with some training samples and their labels.
+        """Writes a PNG with some training samples and their labels; of several data sets, one for each.
 
         Raises:
             DataError: One of them cannot be read.
             OSError: The file cannot be written.
         """
-        label_of = {task: own.label or task for task, own in self._config.tasks.items()}
+        for name, each in self._sets.items():
+            each.draw(file.with_stem(f"{file.stem}-{name}"))
+        if self._sets:
+            return
+        label_of = labels_of(self._config)
         draw_samples(self._source.preview(self._tasks, label_of, _NUM_PICTURES), self._tasks, file)
 
     def _allowed(self) -> dict[str, set[int]]:
@@ -109,6 +123,13 @@ class DataCheck:
         for label in self._kinds:
             names = self._source.classes.get(label, ())
             yield f"  {label}: {census[label].of_labels(num, names)}"
+
+
+def _of_set(config: RunConfig, source: MixedSource, name: str) -> RunConfig:
+    """A configuration with one of several data sets, and the tasks that learn from it."""
+    assert isinstance(config.data, MixedData)
+    tasks = {task: config.tasks[task].model_copy(update={"data": None}) for task in source.tasks_of[name]}
+    return config.with_changes(data=config.data.each[name], tasks=tasks)
 
 
 def _count(census: Mapping[str, _Census], name: str, value: Tensor) -> None:

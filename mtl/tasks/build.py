@@ -45,7 +45,7 @@ def build_tasks(config: RunConfig, class_names: Mapping[str, Sequence[str]] | No
 
     Args:
         config: The run.
-        class_names: Of each label whose classes the data set names, by the label's name, these names in order.
+        class_names: Of each task whose classes the data set names, these names in order.
 
     Raises:
         ConfigError: A class of the user's own cannot be had, or does not take its options; the number of classes is not
@@ -54,7 +54,7 @@ def build_tasks(config: RunConfig, class_names: Mapping[str, Sequence[str]] | No
     tasks, mistakes = {}, list[str]()
     for name, own in config.tasks.items():
         try:
-            tasks[name] = _build(config, name, (class_names or {}).get(own.label or name, ()))
+            tasks[name] = _build(config, name, (class_names or {}).get(name, ()))
             add_metrics(tasks[name], own.metrics, f"tasks.{name}.metrics")
         except SettingError as error:
             mistakes += mistake_of(config, error).mistakes

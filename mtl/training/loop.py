@@ -13,7 +13,7 @@ from torch import Tensor
 from torch.amp import GradScaler
 
 from mtl.audit import GradientAudit, HoldsParameters, PhaseRecord
-from mtl.data import Batch, Loading, num_batches, training_batches, windows
+from mtl.data import Batch, Loading, training_batches, windows
 from mtl.distributed.world import ALONE, World
 from mtl.freeze import enforce
 from mtl.patterns import text_of
@@ -295,8 +295,9 @@ class Trainer:
         done = (self.state.steps_in_epoch or 0) * phase.optim.accumulate
         return training_batches(
             *(setup.train, phase.batch_size, setup.config.seed, epoch, self.features.view(epoch), self.sync.world),
-            skip=min(done, num_batches(len(setup.train), phase.batch_size)),
+            skip=min(done, phase.order.num_batches(phase.batch_size)),
             loading=Loading(not self.features.keeps, setup.device, setup.config.data.num_workers),
+            order=phase.order,
         )
 
     def _is_save_due(self, phase: Phase) -> bool:

@@ -8,6 +8,7 @@ import torch
 
 from mtl.config import GeneratedData, RunConfig, SettingError, mistake_of
 from mtl.config.distributed import DistributedConfig
+from mtl.config.mixed import MixedData
 from mtl.config.precedence import Precedence, is_written, precedence_of
 from mtl.data import Split, check_room
 from mtl.distributed.world import ALONE, World, WorldError
@@ -16,7 +17,7 @@ from mtl.model import set_output_bias
 from mtl.optim.balance.balance import is_by_gradients
 from mtl.optim.optimizers import try_out
 from mtl.phases.plan import Plan, make_plan
-from mtl.phases.setup import ModelSetup, build_meta_setup, build_model_setup, open_source, without_weights
+from mtl.phases.setup import ModelSetup, build_meta_setup, build_model_setup, labels_of, open_source, without_weights
 from mtl.runtime.console import logger
 from mtl.training.autotune import choose, lay_out
 from mtl.training.evaluate import Scores, validate_constant
@@ -58,8 +59,9 @@ def assemble(config: RunConfig, quiet: bool = False, world: World = ALONE, begin
     excluded = _check_fsdp(config, world)
     device = _device(config, world)
     try:
-        if isinstance(config.data, GeneratedData):
-            check_room(config.data)
+        for data in config.data.each.values() if isinstance(config.data, MixedData) else [config.data]:
+            if isinstance(data, GeneratedData):
+                check_room(data)
     except SettingError as error:
         raise mistake_of(config, error) from error
     world.start(device, config.distributed.timeout_s)
@@ -71,14 +73,13 @@ def assemble(config: RunConfig, quiet: bool = False, world: World = ALONE, begin
     try:
         # Data that has to be made is made once.
         with world.main_first():
-            label_of = {name: own.label or name for name, own in config.tasks.items()}
-            train, val = source.load(tasks, label_of, quiet)
+            train, val = source.load(tasks, labels_of(config), quiet)
     except SettingError as error:
         raise mistake_of(config, error) from error
     if train.num_skipped:
         # An epoch has fewer steps than were planned.
-        plan = make_plan(build_meta_setup(config, len(train), source))
-        model_setup = build_model_setup(model_setup.config, num_train=len(train), source=source)
+        plan = make_plan(build_meta_setup(config, train, source))
+        model_setup = build_model_setup(model_setup.config, train=train, source=source)
         tasks = model_setup.tasks
     constants = {name: task.fit(train.labels_to_fit(name)) for name, task in tasks.items()}
     for name, constant in constants.items():

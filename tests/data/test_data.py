@@ -19,12 +19,11 @@ from mtl.data import (
     cache,
     check_room,
     multifashion,
-    num_batches,
-    open_data,
     scenes,
     training_batches,
     validation_batches,
 )
+from mtl.data.generated import GeneratedSource
 from mtl.data.memory import MemorySplit
 from mtl.data.room import bytes_of
 from mtl.data.sprites import Sprites, load_sprites
@@ -40,7 +39,7 @@ SCENE_TASKS = {
 
 def load_data(config: GeneratedData, tasks: dict[str, Any], quiet: bool) -> tuple[Any, Any]:
     kinds = {name: task.label_kind for name, task in tasks.items()}
-    return open_data(config, kinds).load(tasks, dict(zip(tasks, tasks, strict=True)), quiet)
+    return GeneratedSource(config, kinds).load(tasks, dict(zip(tasks, tasks, strict=True)), quiet)
 
 
 @pytest.fixture(scope="module")
@@ -328,7 +327,7 @@ def test_a_training_pass_has_full_batches_of_distinct_images_in_an_order_of_seed
 
 
 def test_a_split_smaller_than_a_batch_is_one_batch(split: MemorySplit) -> None:
-    assert num_batches(len(split), 64) == 1
+    assert split.order([]).num_batches(64) == 1
     assert [len(batch) for batch in training_batches(split, 64, 0, 0)] == [10]
 
 

@@ -15,6 +15,7 @@ from hypothesis import strategies as st
 from torch import nn
 
 from mtl.config import ConfigError, RunConfig, load_config
+from mtl.data import Shuffled
 from mtl.freeze import enforce
 from mtl.model.reachability import reached_parameters
 from mtl.optim.optimizers import build_optimizer
@@ -121,7 +122,9 @@ def resolver(tmp_path_factory: pytest.TempPathFactory) -> tuple[nn.Module, Resol
         balance_of = {("phases", index): 0 for index in range(len(freezes))}
         metrics = RunMetrics(config, model_setup.tasks)
         tasks_of = {p.path: resolve_tasks(config, p.config, model_setup.model, reached) for p in config.written_phases}
-        context = ResolveContext(config, model_setup.root, [], metrics, balance_of, tasks_of, reached, 40)
+        context = ResolveContext(
+            config, model_setup.root, [], metrics, balance_of, tasks_of, reached, lambda _: Shuffled(40)
+        )
         drawn: ModelSetup = replace(model_setup, config=config, phases=resolve_phases(context))
         # What a step costs has tests of its own, and would take most of the time.
         with patch.multiple("mtl.phases.plan.plan", rehearse=lambda *_: Cost(1, 1, 1), _COSTS={}):

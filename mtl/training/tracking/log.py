@@ -10,7 +10,6 @@ from torch import Tensor
 from tqdm import tqdm
 
 from mtl.audit import Report
-from mtl.data import num_batches
 from mtl.distributed.world import World
 from mtl.phases.resolve import Phase
 from mtl.phases.scheduler import PhaseChange
@@ -68,8 +67,7 @@ class RunLog:
         return log
 
     def progress_bar(self, phase: Phase, epoch: int) -> tqdm[Any]:
-        num_images = len(self._setup.train)
-        total = num_batches(num_images, phase.batch_size) * min(phase.batch_size, num_images)
+        total = phase.order.num_batches(phase.batch_size) * min(phase.batch_size, phase.order.num_images)
         return progress_bar(total, f"{phase.name} epoch {epoch}", self._quiet)
 
     def analyse_from(self, phase: Phase, first_step: int) -> None:
