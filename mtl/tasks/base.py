@@ -11,6 +11,8 @@ import torch
 from pydantic import BaseModel
 from torch import Tensor
 
+from mtl.runtime.best import Direction
+
 # What a label is, for whatever reads or changes labels with no regard to the task's loss:
 #   class    "", the number of an image's class; -1, or the task's own number, is none
 #   tags     "k", 1 or 0 for each attribute of an image; NaN is none
@@ -37,8 +39,9 @@ class Goal:
     perfect: float
 
     @property
-    def higher_is_better(self) -> bool:
-        return self.perfect > 0
+    def direction(self) -> Direction:
+        """Which values are better."""
+        return "higher" if self.perfect > 0 else "lower"
 
     def skill(self, value: float, trivial: float) -> float:
         """Skill against the trivial predictor: 1 perfect, 0 no better, below 0 worse (Murphy 1988, eq. 4)."""
@@ -63,6 +66,10 @@ class Metrics(ABC):
     @abstractmethod
     def compute(self) -> dict[str, float]:
         """The metrics so far; NaN if there was no label."""
+
+    def direction(self, metric: str) -> Direction | None:
+        """Which values of a metric are better; None if that is not known."""
+        return "higher" if metric in self.higher else "lower" if metric in self.lower else None
 
     def state(self) -> list[Tensor]:
         """The statistics as tensors that add up over parts of a data set: zeros before the first batch.
