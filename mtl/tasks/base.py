@@ -49,15 +49,22 @@ class Goal:
 
 
 class Metrics(ABC):
-    """Sufficient statistics of one task over a data set, on the device; statistics of two parts of it add up.
+    """Sufficient statistics of one task over a data set, on the device; statistics of two parts of it are merged.
 
     Attributes:
+        adds_up: Whether statistics of two parts are added; else they are joined along their first axis, in any order.
         higher: Its metrics whose higher values are better; one that is in neither has no known direction.
         lower: Those whose lower values are better.
     """
 
+    adds_up: bool = True
     higher: Sequence[str] = ()
     lower: Sequence[str] = ()
+
+    @property
+    def parts(self) -> Sequence[Metrics]:
+        """The metrics that it is made of, whose statistics are merged each by itself."""
+        return (self,)
 
     @abstractmethod
     def update(self, output: Tensor, label: Tensor) -> None:
@@ -72,7 +79,7 @@ class Metrics(ABC):
         return "higher" if metric in self.higher else "lower" if metric in self.lower else None
 
     def state(self) -> list[Tensor]:
-        """The statistics as tensors that add up over parts of a data set: zeros before the first batch.
+        """The statistics as tensors; before the first batch zeros, or without rows if they are joined.
 
         Raises:
             NotImplementedError: The class does not implement it; then only one process can validate.
@@ -91,10 +98,15 @@ class Metrics(ABC):
 class Several(Metrics):
     """Several metrics as one."""
 
-    def __init__(self, parts: Sequence[Metrics]) -> None:
+    def __init__(self, metrics: Sequence[Metrics]) -> None:
+        parts = [part for one in metrics for part in one.parts]
         self._parts = parts
         self.higher = [name for part in parts for name in part.higher]
         self.lower = [name for part in parts for name in part.lower]
+
+    @property
+    def parts(self) -> Sequence[Metrics]:
+        return self._parts
 
     def update(self, output: Tensor, label: Tensor) -> None:
         for part in self._parts:
@@ -102,16 +114,6 @@ class Several(Metrics):
 
     def compute(self) -> dict[str, float]:
         return {name: value for part in self._parts for name, value in part.compute().items()}
-
-    def state(self) -> list[Tensor]:
-        return [tensor for part in self._parts for tensor in part.state()]
-
-    def load_state(self, state: Sequence[Tensor]) -> None:
-        start = 0
-        for part in self._parts:
-            end = start + len(part.state())
-            part.load_state(state[start:end])
-            start = end
 
 
 class Task(ABC):

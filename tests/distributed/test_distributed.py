@@ -33,7 +33,7 @@ def test_with_one_process_every_method_returns_its_argument() -> None:
     assert not world.mean(losses).requires_grad
     assert world.broadcast(value := object()) is value
     world.average_buffers(norm, ["running_mean"])
-    world.sum_metrics([Depth().metrics()])
+    world.merge_metrics([Depth().metrics()])
     world.barrier()
     replica = wrap_ddp(norm, ["weight"], world)
     with replica.no_sync():
