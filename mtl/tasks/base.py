@@ -126,6 +126,7 @@ class Task(ABC):
             they are not checked before they are passed.
         output: `dense` for an output per pixel, `vector` for one per image.
         num_outputs: Channels of the head's output.
+        shares_weights: Whether all outputs, of one per image, have the same weight vector and biases of their own.
         goal: The metric that stands for the task in `val/score`.
         class_names: The names of its classes or attributes, for pictures and captions; empty if they have none.
         added: What makes the metrics that the configuration adds to the task's own.
@@ -135,6 +136,7 @@ class Task(ABC):
     output: ClassVar[Literal["dense", "vector"]]
     goal: ClassVar[Goal]
     num_outputs: int
+    shares_weights: bool = False
     class_names: Sequence[str] = ()
     added: Sequence[Callable[[], Metrics]] = ()
 
