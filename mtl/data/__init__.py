@@ -20,6 +20,7 @@ from mtl.data.loading import (
     windows,
 )
 from mtl.data.memory import MemorySplit
+from mtl.data.mistakes import LabelError
 from mtl.data.room import check_image
 from mtl.data.samplers import num_batches
 from mtl.data.source import Source
@@ -30,6 +31,7 @@ __all__ = [
     "IN_THREAD",
     "Batch",
     "DataError",
+    "LabelError",
     "Loading",
     "MemorySplit",
     "Source",
@@ -57,7 +59,7 @@ def open_data(config: DataConfig, kinds: Mapping[str, LabelKind]) -> Source:
 
     Raises:
         SettingError: It cannot be had.
-        DataError: Something of it cannot be read.
+        DataError: Something of it cannot be read; `LabelError` if it lacks a label that tasks learn.
     """
     if isinstance(config, GeneratedData):
         return GeneratedSource(config, kinds)

@@ -231,11 +231,10 @@ class World:
             return
         each = list(metrics)
         self._sum([one for one in each if one.adds_up])
-        for one in each:
-            if not one.adds_up:
-                states: list[Any] = [None] * self.size
-                dist.all_gather_object(states, [tensor.detach().cpu() for tensor in one.state()])
-                one.load_state([torch.cat(parts) for parts in zip(*states, strict=True)])
+        for one in (one for one in each if not one.adds_up):
+            states: list[Any] = [None] * self.size
+            dist.all_gather_object(states, [tensor.detach().cpu() for tensor in one.state()])
+            one.load_state([torch.cat(parts) for parts in zip(*states, strict=True)])
 
     def _sum(self, each: Sequence[HasStatistics]) -> None:
         # On the CPU, where they are read next.
