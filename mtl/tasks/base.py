@@ -261,8 +261,3 @@ class Task(ABC):
     @abstractmethod
     def check_labels(self, label: Tensor) -> None:
         """Raises `ValueError` if a label does not fit the task (shape, dtype, class index)."""
-
-
-def masked_mean(values: Tensor, mask: Tensor) -> Tensor:
-    """Mean of `values` where `mask`, 0 if nowhere; no host sync."""
-    return (values * mask).sum() / mask.sum().clamp(min=1)

@@ -16,7 +16,7 @@ from mtl.config import SettingError
 from mtl.config.file_data import TableData
 from mtl.data.cache import DataError
 from mtl.data.problems import problems
-from mtl.data.table import Table, label_names, read_tables
+from mtl.data.table import Table, read_tables
 from mtl.tasks.base import LabelKind
 from tables import picture, table
 
@@ -164,13 +164,6 @@ def test_tables_of_their_own_for_each_split(tmp_path: Path) -> None:
     places = {name: str(tmp_path / f"{name}.csv") for name in ("train", "val", "test")}
     data = TableData.model_validate({"name": "table", **places})
     assert [labels(Table(data, name, {"label": "class"})) for name in ("train", "val", "test")] == [[0, 1], [1], [0]]
-
-
-def test_columns_that_can_be_labels(tmp_path: Path) -> None:
-    (tmp_path / "a.csv").write_text("file,x,part,,y\n")
-    split = {"by": "column", "column": "part"}
-    data = {"name": "table", "train": str(tmp_path / "a.csv"), "image": "file", "split": split}
-    assert label_names(TableData.model_validate(data)) == ("x", "y")
 
 
 # How files are written

@@ -19,7 +19,7 @@ from mtl.data.label_files import FILE_KINDS, check_scale
 from mtl.data.mistakes import Mistakes
 from mtl.data.paths import wrong_paths
 from mtl.data.table.cells import CellError, Language, language_of
-from mtl.data.table.sheet import Sheet, column_names, read_sheet
+from mtl.data.table.sheet import Sheet, read_sheet
 from mtl.runtime.text import count
 from mtl.tasks.base import LabelKind
 
@@ -91,17 +91,6 @@ class Tables:
 
     parts: Mapping[str, Part]
     languages: Mapping[str, Language]
-
-
-def label_names(settings: TableData) -> tuple[str, ...]:
-    """The columns of the training table that can be labels.
-
-    Raises:
-        DataError: It cannot be read.
-        SettingError: It is Parquet, and pyarrow is not installed.
-    """
-    names = column_names(Path(settings.train).expanduser())
-    return tuple(name for name in names if name and name not in _other_columns(settings))
 
 
 def read_tables(settings: TableData, kinds: Mapping[str, LabelKind]) -> Tables:

@@ -47,20 +47,6 @@ class Sheet:
         return f"{self.file}, {self.unit} {self.places[row]}"
 
 
-def column_names(file: Path) -> tuple[str, ...]:
-    """The names of a table's columns.
-
-    Raises:
-        DataError: It cannot be read.
-        SettingError: It is Parquet, and pyarrow is not installed.
-    """
-    mistakes = Mistakes()
-    names = _columns(file, mistakes)
-    mistakes.check()
-    assert names is not None
-    return names
-
-
 def read_sheet(file: Path, wanted: Mapping[str, str | None], mistakes: Mistakes) -> Sheet | None:
     """Reads columns of a table.
 
