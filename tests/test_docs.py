@@ -281,7 +281,7 @@ def test_the_table_of_metrics_holds_every_metric_and_main_metric() -> None:
         assert (is_main == "yes") == (goal.metric in names)
         assert (better, perfect) in (("higher", "1"), ("lower", "0"))
         if is_main:
-            assert (float(perfect), better == "higher") == (goal.perfect, goal.higher_is_better)
+            assert (float(perfect), better) == (goal.perfect, goal.direction)
     assert documented == {name: list(task.metrics().compute()) for name, task in TASKS.items()}
     tags = {extra.tag for kind in get_args(get_args(TaskConfig)[0]) for extra in get_args(kind)[1:]}
     assert documented.keys() == tags - {"package.module:Name"}

@@ -104,8 +104,7 @@ class PlateauConfig(_WithWarmup):
 
     Attributes:
         metric: The metric, by its path in docs/metrics.md.
-        direction: Which values are better. Required unless `metric` is `val/score`, `train/loss` or the main metric of
-            a task.
+        direction: Which values are better. Required only for a metric of your own whose class does not say so.
         patience: Epochs in a row without a new best.
         min_delta: The margin by which a value has to beat the best one.
         factor: The factor.

@@ -56,8 +56,8 @@ class UntilConfig(Strict):
         all: Conditions that have to hold at the same time.
         patience: Epochs in a row without a new best; 1 if not set. Refused without `plateau`.
         min_delta: The margin by which a value has to beat the best one; 0 if not set. Refused without `plateau`.
-        direction: Which values are better. Refused without `plateau`; required by `plateau` unless its metric is
-            `val/score`, `train/loss` or the main metric of a task.
+        direction: Which values are better. Refused without `plateau`; required by it only for a metric of your own
+            whose class does not say so.
         at_least: The value that `metric` has to reach. Refused without `metric`, and with `at_most`.
         at_most: The value that `metric` has to fall to. Refused without `metric`, and with `at_least`.
     """
@@ -97,8 +97,8 @@ class RestoreConfig(Strict):
         which: `last`: the weights as they are. `best`: parameters, buffers and optimizer state of the run's best epoch
             so far.
         metric: The metric that decides which epoch is the best; `val/score` if not set. Refused with `last`.
-        direction: Which values of `metric` are better. Required unless it is `val/score`, `train/loss` or the main
-            metric of a task. Refused with `last`.
+        direction: Which values of `metric` are better. Required only for a metric of your own whose class does not say
+            so. Refused with `last`.
     """
 
     which: Literal["best", "last"]

@@ -21,6 +21,7 @@ from mtl.data.loading import (
     windows,
 )
 from mtl.data.memory import MemorySplit
+from mtl.data.mistakes import LabelError
 from mtl.data.mixed import MixedSource
 from mtl.data.orders import Mixed, Order, Shuffled
 from mtl.data.room import check_image
@@ -32,6 +33,7 @@ __all__ = [
     "IN_THREAD",
     "Batch",
     "DataError",
+    "LabelError",
     "Loading",
     "MemorySplit",
     "Mixed",
@@ -59,7 +61,7 @@ def open_data(config: RunConfig) -> Source:
     Raises:
         SettingError: It cannot be had.
         ConfigError: A task type cannot be had.
-        DataError: Something of it cannot be read.
+        DataError: Something of it cannot be read; `LabelError` if it lacks a label that tasks learn.
     """
     chosen = {task: own.data for task, own in config.tasks.items() if own.data is not None}
     if not isinstance(config.data, MixedData):

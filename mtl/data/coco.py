@@ -99,7 +99,7 @@ class Coco(FileSet):
         for label, kind in kinds.items():
             if COCO_LABELS.get(label) != kind:
                 what = "masks as segmentation, and tags as tags"
-                mistakes.add(f"COCO's annotations have {what}, got {label!r} as {kind}", label, COCO_LABELS)
+                mistakes.add(f"COCO's annotations have {what}, got {label!r} as {kind}", label, COCO_LABELS, label)
         mistakes.check()
         content = _load(self._file)
         training = content if split == "train" else _load(Path(settings.train).expanduser())

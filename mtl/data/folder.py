@@ -116,9 +116,10 @@ def _check_labels(settings: FolderData, kinds: Mapping[str, LabelKind], mistakes
     expected = FILE_KINDS if settings.masks is not None else (CLASS,)
     for label, kind in kinds.items():
         if label not in there:
-            mistakes.add(f"the data set has no label {label!r}; it has {', '.join(there)}", label, there)
+            mistakes.add(f"the data set has no label {label!r}; it has {', '.join(there)}", label, there, label)
         elif kind not in expected:
-            mistakes.add(f"the label {label!r} is a {' or '.join(expected)} here, and the task learns {kind}")
+            what = f"the label {label!r} is a {' or '.join(expected)} here, and the task learns {kind}"
+            mistakes.add(what, label=label)
     names = [*([settings.images] if settings.images else []), *(settings.masks or {}).values()]
     for _, what in wrong_paths(names, settings.outside):
         mistakes.add(what)

@@ -10,6 +10,7 @@ from mtl.config.errors import OptionsError
 from mtl.config.mixed import MixedData
 from mtl.data.cache import DataError
 from mtl.data.dataset import Batch, Split
+from mtl.data.mistakes import LabelError
 from mtl.data.mixed_split import MixedSplit, Part
 from mtl.data.orders import Mixed, Order
 from mtl.data.source import Source
@@ -149,5 +150,7 @@ def _at(name: str) -> Iterator[None]:
         if head != "data" or isinstance(error, OptionsError):
             raise
         raise SettingError(f"data.sets.{name}.{rest}", error.message) from error
+    except LabelError:
+        raise
     except DataError as error:
         raise DataError(f"{name}: {error}") from error

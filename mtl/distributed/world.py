@@ -27,8 +27,10 @@ class WorldError(ValueError):
     """Processes that cannot train together."""
 
 
-class HasSums(Protocol):
-    """Statistics that add up over parts of a data set."""
+class HasStatistics(Protocol):
+    """Statistics of a part of a data set, which are added to those of another part, or else joined with them."""
+
+    adds_up: bool
 
     def state(self) -> list[Tensor]: ...
 
@@ -219,8 +221,8 @@ class World:
             ):
                 buffer.copy_(part.view_as(buffer))
 
-    def sum_metrics(self, metrics: Iterable[HasSums]) -> None:
-        """Sums the statistics of metrics over all processes: integers exactly, floats in their own precision.
+    def merge_metrics(self, metrics: Iterable[HasStatistics]) -> None:
+        """Sums the statistics of metrics over all processes, integers exactly, floats in their own precision; or joins.
 
         Args:
             metrics: The same kinds in the same order on every process; one that has counted nothing adds zeros.
@@ -228,6 +230,13 @@ class World:
         if self.is_alone:
             return
         each = list(metrics)
+        self._sum([one for one in each if one.adds_up])
+        for one in (one for one in each if not one.adds_up):
+            states: list[Any] = [None] * self.size
+            dist.all_gather_object(states, [tensor.detach().cpu() for tensor in one.state()])
+            one.load_state([torch.cat(parts) for parts in zip(*states, strict=True)])
+
+    def _sum(self, each: Sequence[HasStatistics]) -> None:
         # On the CPU, where they are read next.
         states = [[tensor.detach().cpu() for tensor in one.state()] for one in each]
         everything = [tensor for state in states for tensor in state]

@@ -11,7 +11,7 @@ from torch import Tensor, nn
 
 from mtl.config import HeadConfig, TrunkConfig
 from mtl.model.build import build_trunk, features_of, input_channels
-from mtl.model.heads import Head, build_head, class_of, try_out
+from mtl.model.heads import Head, build_head, class_of, share_weights, try_out
 from mtl.model.prefix import Prefix
 from mtl.model.trunk import Features, Kind, in_eval_mode, read_features, size_of
 from mtl.tasks.base import Task
@@ -91,6 +91,9 @@ class MultiTaskModel(nn.Module):
                 for name, task in tasks.items()
             }
         )
+        for name, task in tasks.items():
+            if task.shares_weights:
+                share_weights(self.heads[name], name)
         self.memory_format = memory_format
         self.image_size = size_of(image_size)
         self.channels = input_channels(config)

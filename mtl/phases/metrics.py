@@ -20,9 +20,11 @@ class RunMetrics:
         self._config = config
         self._directions: dict[str, Direction | None] = {SCORE: "higher", "train/loss": "lower"}
         for name, task in tasks.items():
-            for metric in task.every_metric().compute():
-                known: Direction = "higher" if task.goal.higher_is_better else "lower"
-                self._directions[f"val/{name}/{metric}"] = known if metric == task.goal.metric else None
+            metrics = task.every_metric()
+            for metric in metrics.compute():
+                is_main = metric == task.goal.metric
+                known = task.goal.direction if is_main else metrics.direction(metric)
+                self._directions[f"val/{name}/{metric}"] = known
 
     def direction(self, metric: str, said: Direction | None, path: KeyPath, key: str = "metric") -> Direction:
         """Which values of a metric are better: what the user said, else what is known.
@@ -35,6 +37,10 @@ class RunMetrics:
             raise self._config.mistake((*path, key), f"no metric {metric!r}{hint(metric, self._directions)}; {there}")
         direction = said or self._directions[metric]
         if direction is None:
-            message = f"expected higher or lower: which values of {metric} are better"
+            own = metric.rsplit("/", 1)[-1]
+            message = (
+                f"expected higher or lower: which values of {metric} are better; write it here, or name {own!r} in"
+                " `higher` or `lower` of its class"
+            )
             raise self._config.mistake((*path, "direction"), message)
         return direction

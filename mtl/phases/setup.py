@@ -15,7 +15,7 @@ from mtl.config import ConfigError, DataConfig, RunConfig, SettingError, mistake
 from mtl.config.mixed import MixedData
 from mtl.config.transform import RotationConfig
 from mtl.config.yaml_source import KeyPath
-from mtl.data import Source, Split, check_image, open_data
+from mtl.data import LabelError, Source, Split, check_image, open_data
 from mtl.freeze import untrainable_parameters
 from mtl.model import MultiTaskModel, build_trunk
 from mtl.model.build import input_channels
@@ -250,15 +250,30 @@ def open_source(config: RunConfig) -> Source:
         source = open_data(config)
     except SettingError as error:
         raise mistake_of(config, error) from error
-    for task, own in config.tasks.items():
-        label = own.label or task
-        if label not in (labels := source.labels_of(task)):
+    except LabelError as error:
+        found = [[line] if label is None else _at_tasks(config, label, line) for label, line in error.lines]
+        raise ConfigError([line for lines in found for line in lines]) from error
+    there_are = {label: source.labels_of(task) for task, label in labels_of(config).items()}
+    mistakes = list[str]()
+    for label, labels in there_are.items():
+        if label not in labels:
             there = f"it has: {', '.join(labels)}{hint(label, labels)}"
-            if own.label is not None:
-                raise config.mistake(("tasks", task, "label"), f"{config.data.name} has no label {label!r}; {there}")
-            elsewhere = "; if the task has another name than its label, set label"
-            raise config.mistake(("tasks", task), f"{config.data.name} has no labels of that name; {there}{elsewhere}")
+            mistakes += _at_tasks(config, label, f"{config.data.name} has no label {label!r}; {there}")
+    if mistakes:
+        raise ConfigError(mistakes)
     return source
+
+
+def _at_tasks(config: RunConfig, label: str, message: str) -> list[str]:
+    """What is wrong with a label, at each task that learns it."""
+    lines = list[str]()
+    for task, own in config.tasks.items():
+        if own.label == label:
+            lines += config.mistake(("tasks", task, "label"), message).mistakes
+        elif own.label is None and task == label:
+            elsewhere = "; if the task has another name than its label, set label"
+            lines += config.mistake(("tasks", task), f"{message}{elsewhere}").mistakes
+    return lines
 
 
 def _seed_everything(seed: int) -> None:

@@ -229,9 +229,8 @@ def _draw_metric(axes: Axes, name: str, task: Task, epochs: list[dict[str, Any]]
         end = max(row["step"] for row in epochs if row["phase"] == phase)
         axes.axvspan(begin, end, color="tab:orange" if number % 2 else "tab:gray", alpha=0.12, label=phase)
         begin = end
-    axes.set_title(
-        f"{name}: {task.goal.metric} {'(up is better)' if task.goal.higher_is_better else '(down is better)'}"
-    )
+    better = "up" if task.goal.direction == "higher" else "down"
+    axes.set_title(f"{name}: {task.goal.metric} ({better} is better)")
     axes.title.set_fontsize(9)
     axes.set_xlabel("step")
     # More names than these would hide the curve; they are in the table above. A run that was killed early has none.

@@ -11,6 +11,8 @@ import torch
 from pydantic import BaseModel
 from torch import Tensor
 
+from mtl.runtime.best import Direction
+
 # What a label is, for whatever reads or changes labels with no regard to the task's loss:
 #   class    "", the number of an image's class; -1, or the task's own number, is none
 #   tags     "k", 1 or 0 for each attribute of an image; NaN is none
@@ -37,8 +39,9 @@ class Goal:
     perfect: float
 
     @property
-    def higher_is_better(self) -> bool:
-        return self.perfect > 0
+    def direction(self) -> Direction:
+        """Which values are better."""
+        return "higher" if self.perfect > 0 else "lower"
 
     def skill(self, value: float, trivial: float) -> float:
         """Skill against the trivial predictor: 1 perfect, 0 no better, below 0 worse (Murphy 1988, eq. 4)."""
@@ -46,15 +49,22 @@ class Goal:
 
 
 class Metrics(ABC):
-    """Sufficient statistics of one task over a data set, on the device; statistics of two parts of it add up.
+    """Sufficient statistics of one task over a data set, on the device; statistics of two parts of it are merged.
 
     Attributes:
+        adds_up: Whether statistics of two parts are added; else they are joined along their first axis, in any order.
         higher: Its metrics whose higher values are better; one that is in neither has no known direction.
         lower: Those whose lower values are better.
     """
 
+    adds_up: bool = True
     higher: Sequence[str] = ()
     lower: Sequence[str] = ()
+
+    @property
+    def parts(self) -> Sequence[Metrics]:
+        """The metrics that it is made of, whose statistics are merged each by itself."""
+        return (self,)
 
     @abstractmethod
     def update(self, output: Tensor, label: Tensor) -> None:
@@ -64,8 +74,12 @@ class Metrics(ABC):
     def compute(self) -> dict[str, float]:
         """The metrics so far; NaN if there was no label."""
 
+    def direction(self, metric: str) -> Direction | None:
+        """Which values of a metric are better; None if that is not known."""
+        return "higher" if metric in self.higher else "lower" if metric in self.lower else None
+
     def state(self) -> list[Tensor]:
-        """The statistics as tensors that add up over parts of a data set: zeros before the first batch.
+        """The statistics as tensors; before the first batch zeros, or without rows if they are joined.
 
         Raises:
             NotImplementedError: The class does not implement it; then only one process can validate.
@@ -84,10 +98,15 @@ class Metrics(ABC):
 class Several(Metrics):
     """Several metrics as one."""
 
-    def __init__(self, parts: Sequence[Metrics]) -> None:
+    def __init__(self, metrics: Sequence[Metrics]) -> None:
+        parts = [part for one in metrics for part in one.parts]
         self._parts = parts
         self.higher = [name for part in parts for name in part.higher]
         self.lower = [name for part in parts for name in part.lower]
+
+    @property
+    def parts(self) -> Sequence[Metrics]:
+        return self._parts
 
     def update(self, output: Tensor, label: Tensor) -> None:
         for part in self._parts:
@@ -95,16 +114,6 @@ class Several(Metrics):
 
     def compute(self) -> dict[str, float]:
         return {name: value for part in self._parts for name, value in part.compute().items()}
-
-    def state(self) -> list[Tensor]:
-        return [tensor for part in self._parts for tensor in part.state()]
-
-    def load_state(self, state: Sequence[Tensor]) -> None:
-        start = 0
-        for part in self._parts:
-            end = start + len(part.state())
-            part.load_state(state[start:end])
-            start = end
 
 
 class Task(ABC):
@@ -117,6 +126,7 @@ class Task(ABC):
             they are not checked before they are passed.
         output: `dense` for an output per pixel, `vector` for one per image.
         num_outputs: Channels of the head's output.
+        shares_weights: Whether all outputs, of one per image, have the same weight vector and biases of their own.
         goal: The metric that stands for the task in `val/score`.
         class_names: The names of its classes or attributes, for pictures and captions; empty if they have none.
         added: What makes the metrics that the configuration adds to the task's own.
@@ -126,6 +136,7 @@ class Task(ABC):
     output: ClassVar[Literal["dense", "vector"]]
     goal: ClassVar[Goal]
     num_outputs: int
+    shares_weights: bool = False
     class_names: Sequence[str] = ()
     added: Sequence[Callable[[], Metrics]] = ()
 
@@ -250,8 +261,3 @@ class Task(ABC):
     @abstractmethod
     def check_labels(self, label: Tensor) -> None:
         """Raises `ValueError` if a label does not fit the task (shape, dtype, class index)."""
-
-
-def masked_mean(values: Tensor, mask: Tensor) -> Tensor:
-    """Mean of `values` where `mask`, 0 if nowhere; no host sync."""
-    return (values * mask).sum() / mask.sum().clamp(min=1)

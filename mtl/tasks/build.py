@@ -34,7 +34,7 @@ from mtl.tasks.loss import Loss
 from mtl.tasks.multilabel import MultiLabel
 from mtl.tasks.normals import Normals
 from mtl.tasks.ordinal import Ordinal
-from mtl.tasks.parts import add_metrics, build_loss, try_out
+from mtl.tasks.parts import add_metrics, build_loss, check_own_metrics, try_out
 from mtl.tasks.protocols import add_protocol
 from mtl.tasks.regression import Regression
 from mtl.tasks.segmentation import Segmentation
@@ -155,4 +155,5 @@ def _build_own(path: str, own: OwnTaskConfig) -> Task:
     for attribute in ("output", "goal", "num_outputs"):
         if not hasattr(task, attribute):
             raise SettingError(f"{path}.type", f"{own.type} has no {attribute!r}, which every task has")
+    check_own_metrics(task, own.type, f"{path}.type")
     return task

@@ -2,12 +2,13 @@
 
 from __future__ import annotations
 
-from collections.abc import Mapping, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from typing import ClassVar, Literal
 
 import torch
 from torch import Tensor
 
+from mtl.tasks.average_precision import EachAveragePrecision, MeanAveragePrecision
 from mtl.tasks.base import Goal, LabelKind, Metrics
 from mtl.tasks.binary_losses import Bce, BinaryFocal, log_odds
 from mtl.tasks.entries import EntryTask
@@ -69,6 +70,15 @@ class MultiLabel(EntryTask):
         self.entry_loss = loss or Bce()
         self.class_names = class_names
 
+    @property
+    def more_metrics(self) -> Mapping[str, Callable[..., Metrics]]:
+        names = self._names
+        return {"map": lambda: MeanAveragePrecision(names), "ap": lambda: EachAveragePrecision(names)}
+
+    @property
+    def _names(self) -> Sequence[str]:
+        return self.class_names or [str(number) for number in range(self.num_outputs)]
+
     def fit(self, label: Tensor) -> Tensor:
         """The logit of each attribute's share of yes."""
         return torch.tensor([log_odds(column[column.isfinite()]) for column in label.unbind(dim=1)])
@@ -91,9 +101,9 @@ class MultiLabel(EntryTask):
     def caption(self, values: Tensor, is_label: bool) -> list[str]:
         """The attributes that an image has, by name or number; `none` if it has none."""
         yes = values == 1 if is_label else values >= 0
-        names = self.class_names or [str(number) for number in range(self.num_outputs)]
         return [
-            ", ".join(name for name, there in zip(names, row.tolist(), strict=True) if there) or "none" for row in yes
+            ", ".join(name for name, there in zip(self._names, row.tolist(), strict=True) if there) or "none"
+            for row in yes
         ]
 
     def unlabelled(self, label: Tensor) -> Tensor:

@@ -44,8 +44,8 @@ class OrdinalLoss(Loss):
 class Coral(OrdinalLoss):
     """CORAL: the sum of the questions' cross-entropies (Cao et al., arXiv 1901.07884, equation 4).
 
-    The paper has one weight vector for all questions, which is the head's part; with free outputs, each question has
-    its own.
+    The head has one weight vector for all questions and a bias for each. At the least loss the biases fall from
+    question to question, and with them the probabilities of every image (theorem 1); training begins with such biases.
     """
 
     def __call__(self, output: Tensor, label: Tensor) -> Tensor:
@@ -136,6 +136,7 @@ class Ordinal(EntryTask):
         self.ignore_index = ignore_index
         self.entry_loss = loss or Corn()
         self.class_names = class_names
+        self.shares_weights = isinstance(self.entry_loss, Coral)
         # How outputs are read: those of a loss of the user's own, as CORAL's.
         self._rule = self.entry_loss if isinstance(self.entry_loss, OrdinalLoss) else Coral()
 

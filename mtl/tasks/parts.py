@@ -89,13 +89,48 @@ def add_metrics(task: Task, config: Sequence[MetricConfig], key: str) -> None:
         place = f"{key}.{number}"
         make = _own_metrics(one, place) if is_own(one.name) else _built_in(task, one, place)
         taken = task.every_metric().compute()
-        try:
-            names = list(make().compute())
-        except Exception as error:  # the user's code may raise anything
-            raise SettingError(f"{place}.name", f"{one.name}: {where_it_failed(error)}") from error
+        names = _names(make, one.name, f"{place}.name")
         if twice := [name for name in names if name in taken]:
             raise SettingError(f"{place}.name", f"{one.name}: the task already has a metric {twice[0]!r}")
         task.added = [*task.added, make]
+
+
+def check_own_metrics(task: Task, what: str, key: str) -> None:
+    """Checks the metrics of a task type of the user's own.
+
+    Args:
+        task: The task.
+        what: Its type, at the beginning of an error.
+        key: The key under which that is written, dotted.
+
+    Raises:
+        SettingError: They cannot be made, or `higher`, `lower` or the goal names one that there is not.
+    """
+    names, goal = _names(task.metrics, what, key), task.goal
+    if goal.metric not in names:
+        message = f"its goal is {goal.metric!r}, but its metrics compute {', '.join(names)}"
+        raise SettingError(key, f"{what}: {message}{hint(goal.metric, names)}")
+    said = task.metrics().direction(goal.metric)
+    if said not in (None, goal.direction):
+        message = f"{said} values of {goal.metric!r} are better by its metrics, {goal.direction} ones by its goal"
+        raise SettingError(key, f"{what}: {message}, whose perfect value is {goal.perfect:g}")
+
+
+def _names(make: Callable[[], Metrics], what: str, key: str) -> list[str]:
+    """The names of metrics, once their directions are checked."""
+    try:
+        metrics = make()
+        names = list(metrics.compute())
+        higher, lower = list(metrics.higher), list(metrics.lower)
+    except Exception as error:  # the user's code may raise anything
+        raise SettingError(key, f"{what}: {where_it_failed(error)}") from error
+    for name in (*higher, *lower):
+        if name not in names:
+            message = f"`higher` or `lower` names {name!r}, but `compute` gives {', '.join(names)}"
+            raise SettingError(key, f"{what}: {message}{hint(name, names)}")
+        if name in higher and name in lower:
+            raise SettingError(key, f"{what}: {name!r} is in both `higher` and `lower`")
+    return names
 
 
 def _built_in(task: Task, config: MetricConfig, place: str) -> Callable[[], Metrics]:

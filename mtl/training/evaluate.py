@@ -82,7 +82,7 @@ def _measure(
     for batch, predicted in outputs:
         for name, each in metrics.items():
             each.update(predicted[name], batch.labels[name])
-    world.sum_metrics(metrics.values())
+    world.merge_metrics(part for each in metrics.values() for part in each.parts)
     return {name: each.compute() for name, each in metrics.items()}
 
 

@@ -145,7 +145,7 @@ BAD: dict[str, tuple[dict[str, Any], list[str], str]] = {
     "task without labels": (
         {},
         ["tasks.dept={type: depth}"],
-        "command line: tasks.dept: scenes has no labels of that name; .*nearest: depth",
+        "command line: tasks.dept: scenes has no label .dept.; .*; nearest: depth; if the task has another name than",
     ),
     "labels that do not fit": (
         {},

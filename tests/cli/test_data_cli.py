@@ -3,11 +3,13 @@
 from __future__ import annotations
 
 import csv
+import re
 from pathlib import Path
 from typing import Any
 
 import numpy as np
 import pytest
+import yaml
 from PIL import Image
 
 from mtl.cli import main
@@ -91,7 +93,7 @@ def test_generated_data_is_described_too(tmp_path: Path, capsys: pytest.CaptureF
     [
         (["check", "tiny.yaml", "--picture", "x.jpg"], "--picture: expected a name that ends in .png, got x.jpg"),
         (["check", "tiny.yaml", "data.imge=file"], "data.imge: unknown key; nearest: image"),
-        (["check", "tiny.yaml", "tasks.kind.label=knd"], "birds.csv has no column 'knd'; nearest: kind"),
+        (["check", "tiny.yaml", "tasks.kind.label=knd"], "command line: tasks.kind.label: {}/birds.csv has no column"),
         (["prepare", "tiny.yaml"], "data.name: table has nothing to prepare; public data sets may"),
         (["check", "none.yaml"], "none.yaml"),
     ],
@@ -102,4 +104,51 @@ def test_a_mistake_is_one_clear_message(
     monkeypatch.chdir(table)
     assert main(["data", *arguments]) == 2
     said = capsys.readouterr()
-    assert said.out == "" and said.err.startswith("error: ") and message in said.err
+    assert said.out == "" and said.err.startswith("error: ") and message.format(table) in said.err
+
+
+def test_labels_that_there_are_not_are_named_at_their_keys_with_the_lines_all_at_once(
+    table: Path, capsys: pytest.CaptureFixture[str], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.chdir(table)
+    settings = yaml.safe_load(Path("tiny.yaml").read_text())
+    tasks = {"kind": {"type": "classification", "label": "knd"}, "age": {"type": "regression"}}
+    settings["data"] = {**settings["data"], "val": str(table / "none.csv"), "scale": {}}
+    Path("tiny.yaml").write_text(yaml.safe_dump(settings | {"tasks": tasks}, sort_keys=False))
+    lines = Path("tiny.yaml").read_text().splitlines()
+    kind, age = (1 + lines.index(line) for line in ("    label: knd", "  age:"))
+    assert main(["data", "check", "tiny.yaml"]) == 2
+    assert capsys.readouterr().err.splitlines() == [
+        f"error: tiny.yaml:{kind}: tasks.kind.label: {table}/birds.csv has no column 'knd'; nearest: kind",
+        f"error: tiny.yaml:{age}: tasks.age: {table}/birds.csv has no column 'age'; if the task has another name than"
+        " its label, set label",
+        f"error: {table}/none.csv: No such file or directory",
+    ]
+
+
+@pytest.mark.parametrize(
+    ("data", "task", "message"),
+    [
+        ({"name": "folder", "train": "t", "val": "t", "masks": {"parts": "m"}, "images": "i"},
+         "prts: {type: segmentation, num_classes: 3}",
+         "tasks.prts: the data set has no label 'prts'; it has parts; nearest: parts; if the task has another name"),
+        ({"name": "coco", "train": "a.json", "val": "a.json", "images": "i"},
+         "a: {type: multilabel, label: tgs}",
+         "tasks.a.label: COCO's annotations have masks as segmentation, and tags as tags, got 'tgs' as tags"),
+        ({"name": "nyuv2_mtan", "root": "t"}, "a: {type: depth, label: dpth}",
+         "tasks.a.label: nyuv2_mtan has no label 'dpth'; it has segmentation, depth, normals; nearest: depth"),
+    ],
+    ids=lambda each: each["name"] if isinstance(each, dict) else "",
+)  # fmt: skip
+def test_other_data_sets_name_the_key_too(
+    data: dict[str, str],
+    task: str,
+    message: str,
+    tmp_path: Path,
+    capsys: pytest.CaptureFixture[str],
+    monkeypatch: pytest.MonkeyPatch,
+) -> None:
+    monkeypatch.chdir(tmp_path)
+    file = tiny_config(tmp_path, data=data, tasks=yaml.safe_load(f"{{{task}}}"))
+    assert main(["data", "check", str(file)]) == 2
+    assert re.match(rf"error: {re.escape(str(file))}:\d+: {re.escape(message)}", capsys.readouterr().err)

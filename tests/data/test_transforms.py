@@ -334,6 +334,8 @@ def test_half_of_the_images_are_flipped() -> None:
     flip = pipeline(["flip"], (20, 24))
     flipped = sum(not torch.equal(flip(image, {}, KINDS, seed)[0], image) for seed in range(400))
     assert abs(flipped - 200) < 4 * math.sqrt(400 / 4)
+    never = pipeline([{"name": "flip", "options": {"p": 0.0}}], (20, 24))
+    assert all(torch.equal(never(image, {}, KINDS, seed)[0], image) for seed in range(20))
 
 
 @pytest.mark.parametrize(
@@ -358,11 +360,6 @@ def test_whether_a_pipeline_draws_is_known(entries: list[Any], is_random: bool) 
     else:
         first = made(image, labels, KINDS, None)
         assert all(same(made(image, labels, KINDS, seed), first) for seed in range(4))
-
-
-def test_whether_a_pipeline_flips_is_known() -> None:
-    assert pipeline(["scale", "flip"], (8, 8)).flips
-    assert not pipeline(["scale", {"name": "flip", "options": {"p": 0.0}}], (8, 8)).flips
 
 
 def test_a_description_says_all_that_changes_results() -> None:

@@ -17,7 +17,7 @@ from mtl.data import MemorySplit
 from mtl.distributed.ddp import wrap_ddp
 from mtl.distributed.world import World
 from mtl.model import MultiTaskModel
-from mtl.tasks import Classification, Depth, Normals, Segmentation, Task
+from mtl.tasks import Classification, Depth, MultiLabel, Normals, Segmentation, Task
 from mtl.training.evaluate import validate
 from traffic import count_traffic
 
@@ -103,7 +103,9 @@ def validation(size: int = 4, number: int = 11) -> dict[str, Any]:
         "segmentation": Segmentation(4),
         "depth": Depth(),
         "normals": Normals(),
+        "tags": MultiLabel(3),
     }
+    tasks["tags"].added = list(tasks["tags"].more_metrics.values())
     torch.manual_seed(3)
     model = MultiTaskModel(TrunkConfig(name="test_resnet", weights="none"), tasks, 32)
     side = (number, 32, 32)
@@ -112,7 +114,9 @@ def validation(size: int = 4, number: int = 11) -> dict[str, Any]:
         "segmentation": torch.randint(0, 4, side, generator=generator),
         "depth": 1 + torch.rand(number, 1, 32, 32, generator=generator),
         "normals": nn.functional.normalize(torch.randn(number, 3, 32, 32, generator=generator), dim=1),
+        "tags": torch.randint(0, 2, (number, 3), generator=generator).float(),
     }
+    labels["tags"][4, 1] = torch.nan
     labels["depth"][-1], labels["segmentation"][0] = 0, 255
     split = MemorySplit(torch.randint(0, 256, (number, 32, 32, 3), dtype=torch.uint8, generator=generator), labels)
     device, off = torch.device("cpu"), torch.autocast("cpu", enabled=False)

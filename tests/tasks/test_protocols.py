@@ -11,7 +11,7 @@ import torch
 from torch import Tensor
 
 from mtl.config import ConfigError, RunConfig
-from mtl.tasks import Depth, Metrics, Normals, Saliency, Segmentation, Task, build_tasks
+from mtl.tasks import Depth, Edges, Metrics, Normals, Saliency, Segmentation, Task, build_tasks
 from runs import TINY
 
 NAN = float("nan")
@@ -20,6 +20,7 @@ TASKS = {
     "depth": {"type": "depth"},
     "normals": {"type": "normals"},
     "saliency": {"type": "saliency"},
+    "edges": {"type": "edges"},
 }
 BATCHES = (3, 2, 1)
 SIZE = (24, 32)
@@ -164,6 +165,22 @@ def test_astmt_saliency_is_averaged_over_images_before_the_best_threshold() -> N
     assert measure(tasks_of("astmt")["saliency"].every_metric(), outputs, labels) == pytest.approx(expected, rel=1e-9)
 
 
+@pytest.mark.parametrize("protocol", ["astmt", "invpt"])
+def test_the_loss_of_edges_takes_probabilities_for_logits(protocol: str) -> None:
+    outputs, labels = saliency_maps()
+    logits, label = torch.cat(outputs).numpy()[:, 0], torch.cat(labels).numpy()
+    valid = label != 255
+    share = 1 / (1 + np.exp(-1 / (1 + np.exp(-logits[valid]))))
+    rows = np.where(label[valid] == 1, -0.95 * np.log(share), -0.05 * np.log(1 - share))
+    found = measure(tasks_of(protocol)["edges"].every_metric(), outputs, labels)
+    assert found == {f"loss@{protocol}": pytest.approx(rows.mean(), rel=1e-9)}
+    # The ends of the range: a certain no is right, or wrong.
+    right, wrong = (tasks_of(protocol)["edges"].every_metric() for _ in range(2))
+    sure = torch.full((1, 1, *SIZE), 99.0, dtype=torch.float64)
+    assert measure(right, [-sure], [torch.zeros(1, *SIZE)])[f"loss@{protocol}"] == pytest.approx(0.05 * math.log(2))
+    assert measure(wrong, [-sure], [torch.ones(1, *SIZE)])[f"loss@{protocol}"] == pytest.approx(0.95 * math.log(2))
+
+
 def best_f(score: np.ndarray[Any, Any], truth: np.ndarray[Any, Any]) -> float:
     found = [0.0]
     for threshold in np.arange(1, 20) / 20:
@@ -217,12 +234,14 @@ def test_states_of_two_processes_add_up_and_no_label_is_nan(protocol: str) -> No
             "depth": depths(),
             "normals": normals(),
             "saliency": saliency_maps(),
+            "edges": saliency_maps(),
         }[name]
         whole, one, other = (task.every_metric() for _ in range(3))
         for number, (output, label) in enumerate(zip(outputs, labels, strict=True)):
             whole.update(output, label)
             (one, other)[number % 2].update(output, label)
-        one.load_state([a + b for a, b in zip(one.state(), other.state(), strict=True)])
+        for mine, theirs in zip(one.parts, other.parts, strict=True):
+            mine.load_state([a + b for a, b in zip(mine.state(), theirs.state(), strict=True)])
         assert one.compute() == pytest.approx(whole.compute(), rel=1e-12)
         empty = task.every_metric()
         empty.update(outputs[0], task.unlabelled(labels[0]))
@@ -236,6 +255,7 @@ def test_a_protocol_leaves_the_tasks_own_metrics_and_is_refused_where_it_measure
         "depth": Depth(),
         "normals": Normals(),
         "saliency": Saliency(),
+        "edges": Edges(),
     }
     for name, task in tasks_of("mtan").items():
         own = plain[name].metrics().compute()

@@ -115,7 +115,9 @@ def test_metrics_of_parts_add_up_also_through_their_state(name: str) -> None:
         parts[-1].update(output[part], label[part])
     parts.append(task.metrics())  # a process without images
     summed = task.metrics()
-    summed.load_state([sum(tensors[1:], tensors[0]) for tensors in zip(*(part.state() for part in parts), strict=True)])
+    for one, *each in zip(summed.parts, *(part.parts for part in parts), strict=True):
+        tensors_of = zip(*(part.state() for part in each), strict=True)
+        one.load_state([sum(tensors[1:], tensors[0]) for tensors in tensors_of])
     assert summed.compute() == pytest.approx(whole.compute(), rel=1e-12)
     assert {*whole.higher, *whole.lower} == whole.compute().keys()
 

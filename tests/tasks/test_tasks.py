@@ -216,7 +216,7 @@ def test_skill_is_one_for_perfect_zero_for_trivial_and_signed() -> None:
     assert (accuracy.skill(1.0, 0.2), accuracy.skill(0.2, 0.2)) == (1, 0)
     assert accuracy.skill(0.6, 0.2) == pytest.approx(0.5) and accuracy.skill(0.0, 0.2) < 0
     assert error.skill(0.0, 0.4) == 1 and error.skill(0.1, 0.4) == pytest.approx(0.75) and error.skill(0.8, 0.4) == -1
-    assert (accuracy.higher_is_better, error.higher_is_better) == (True, False)
+    assert (accuracy.direction, error.direction) == ("higher", "lower")
 
 
 def test_every_task_type_of_a_configuration_is_built() -> None:

@@ -166,7 +166,7 @@ def test_moments_go_back_with_the_weights_unless_the_phase_resets_them(
 def test_best_by_a_named_metric_and_direction_is_kept_next_to_the_best_score(tmp_path: Path) -> None:
     phases = [
         {"name": "a", "epochs": 2},
-        {"name": "b", "steps": 1, "restore": {"which": "best", "metric": "val/depth/rmse", "direction": "lower"}},
+        {"name": "b", "steps": 1, "restore": {"which": "best", "metric": "val/depth/rmse"}},
     ]
     parts = parts_with(tmp_path, phases)
     outcome = train(parts, quiet=True)

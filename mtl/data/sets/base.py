@@ -13,9 +13,10 @@ from torch import Tensor
 from mtl.config.public_data import PublicDataConfig
 from mtl.data.cache import DataError
 from mtl.data.fileset import IMAGE, FileSet
+from mtl.data.mistakes import Mistakes
 from mtl.data.reading import read_depth, read_image, read_mask
 from mtl.data.sets.folder import SetFolder
-from mtl.runtime.text import hint, shorten
+from mtl.runtime.text import shorten
 from mtl.tasks.base import LabelKind
 
 # The number of pixels that have no class, in what all sets return; the default of a task's `ignore_index`.
@@ -53,15 +54,16 @@ class PublicSet(FileSet):
         """
         if split not in self.splits:
             raise DataError(f"{settings.name} has no split {split!r}; it has {', '.join(self.splits)}")
+        mistakes, known = Mistakes(), self.label_kinds
         for label, kind in kinds.items():
-            if label not in self.label_kinds:
-                known = ", ".join(self.label_kinds)
-                raise DataError(
-                    f"{settings.name} has no label {label!r}{hint(label, self.label_kinds)}; it has {known}"
-                )
-            if kind not in self.label_kinds[label]:
-                own = " or ".join(self.label_kinds[label])
-                raise DataError(f"{settings.name}: expected a task that learns {own} from {label!r}, got {kind}")
+            if label not in known:
+                what = f"{settings.name} has no label {label!r}; it has {', '.join(known)}"
+                mistakes.add(what, label, known, label)
+            elif kind not in known[label]:
+                own = " or ".join(known[label])
+                what = f"{settings.name}: expected a task that learns {own} from {label!r}, got {kind}"
+                mistakes.add(what, label=label)
+        mistakes.check()
         self.labels = tuple(self.label_kinds)
         self.folder = SetFolder(settings.root, self.layout, settings.follow_links)
         self.wanted = tuple(label for label in self.labels if label in kinds)

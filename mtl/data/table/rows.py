@@ -135,7 +135,7 @@ def _without_collector() -> Iterator[None]:
 def _read_tables(settings: TableData, kinds: Mapping[str, LabelKind]) -> Tables:
     mistakes = Mistakes()
     if IMAGE in kinds:
-        mistakes.add(f"{IMAGE!r} is the name of the images, and of no label")
+        mistakes.add(f"{IMAGE!r} is the name of the images, and of no label", label=IMAGE)
     sheets = _sheets(settings, kinds, mistakes)
     mistakes.check()
     division = _division(sheets, settings, mistakes)
@@ -155,7 +155,7 @@ def _read_tables(settings: TableData, kinds: Mapping[str, LabelKind]) -> Tables:
 
 def _sheets(settings: TableData, kinds: Mapping[str, LabelKind], mistakes: Mistakes) -> dict[str, Sheet]:
     """The tables, by the place that is written in the settings; each is read once."""
-    wanted = {**dict.fromkeys(kinds, ""), **_other_columns(settings)}
+    wanted: dict[str, str | None] = {**dict.fromkeys(kinds), **_other_columns(settings)}
     places = dict.fromkeys(settings.places.values())
     read = {place: read_sheet(Path(place).expanduser(), wanted, mistakes) for place in places}
     return {place: sheet for place, sheet in read.items() if sheet is not None}
@@ -174,9 +174,9 @@ def _division(
 
 def _other_columns(settings: TableData) -> dict[str, str]:
     """The columns that are no labels, with the key that names each."""
-    names = {settings.image: "data.image: "}
+    names = {settings.image: "data.image"}
     if settings.split is not None and settings.split.by == "column":
-        names[settings.split.column_name] = "data.split.column: "
+        names[settings.split.column_name] = "data.split.column"
     return names
 
 

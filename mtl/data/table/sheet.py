@@ -61,12 +61,12 @@ def column_names(file: Path) -> tuple[str, ...]:
     return names
 
 
-def read_sheet(file: Path, wanted: Mapping[str, str], mistakes: Mistakes) -> Sheet | None:
+def read_sheet(file: Path, wanted: Mapping[str, str | None], mistakes: Mistakes) -> Sheet | None:
     """Reads columns of a table.
 
     Args:
         file: CSV in UTF-8 with a header, or Parquet.
-        wanted: The columns, each with the beginning of the message that says it is unknown.
+        wanted: The columns, each with the key that names it; None for a label.
         mistakes: Receives what is wrong with the file.
 
     Returns:
@@ -79,9 +79,10 @@ def read_sheet(file: Path, wanted: Mapping[str, str], mistakes: Mistakes) -> She
     names = _columns(file, mistakes)
     if names is None:
         return None
-    for name, start in wanted.items():
+    for name, key in wanted.items():
         if name not in names:
-            mistakes.add(f"{start}{file} has no column {name!r}", name, filter(None, names))
+            start, label = ("", name) if key is None else (f"{key}: ", None)
+            mistakes.add(f"{start}{file} has no column {name!r}", name, filter(None, names), label)
     if len(mistakes) > before:
         return None
     if is_parquet(file):

@@ -13,7 +13,7 @@ import xxhash
 from torch import Tensor
 from torchvision import tv_tensors
 
-from mtl.config.transform import FlipConfig, OwnTransformConfig, TransformConfig
+from mtl.config.transform import OwnTransformConfig, TransformConfig
 from mtl.data.cache import DataError
 from mtl.data.transforms.built_in import IMAGE, Resize, Sample, Step, build_built_in
 from mtl.data.transforms.dense import Classes, Dense, Depth, NoFormulaError, Normals
@@ -50,7 +50,6 @@ class Pipeline:
                 self._steps.append((place, build_built_in(each, size, place)))
         self._resize = Resize(size)
         self.is_random = any(step.is_random for _, step in self._steps)
-        self.flips = any(isinstance(each, FlipConfig) and each.options.p > 0 for each in config)
 
     def __call__(
         self, image: Tensor, labels: Mapping[str, Tensor], kinds: Mapping[str, LabelKind], seed: int | None

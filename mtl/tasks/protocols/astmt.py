@@ -1,6 +1,7 @@
 """What the code base of Vandenhende et al. (arXiv 2004.13379) prints, after ASTMT (Maninis et al., arXiv 1904.08918).
 
-Its maps are stored in 8 bits a pixel before they are measured; ours are not.
+Its maps are stored in 8 bits a pixel before they are measured; ours are not. The F of edges that it prints is that of
+MATLAB code (seism), which is not repeated here: `ods_f` of the task type is near it.
 """
 
 from __future__ import annotations
@@ -12,7 +13,8 @@ import torch
 from torch import Tensor
 
 from mtl.tasks.base import Metrics, Task
-from mtl.tasks.binary_maps import Saliency
+from mtl.tasks.binary_losses import WeightedBce
+from mtl.tasks.binary_maps import Edges, Saliency
 from mtl.tasks.confusion import Confusion
 from mtl.tasks.depth import Depth
 from mtl.tasks.depth_metrics import DepthMeans
@@ -75,6 +77,28 @@ class PooledAngle(Means):
         return dict.fromkeys(self.lower, means[0])
 
 
+class EdgeLoss(Means):
+    """The loss of edges with the weights .95 and .05, over all pixels of the set.
+
+    The probability is passed where the loss expects a logit, as theirs is: a pixel's loss is between .035 and .658.
+    """
+
+    num_terms = 1
+
+    def __init__(self, protocol: str) -> None:
+        super().__init__()
+        self._name = f"loss@{protocol}"
+        self.lower = (self._name,)
+        self._loss = WeightedBce(0.95)
+
+    def terms(self, output: Tensor, label: Tensor) -> tuple[Tensor, Sequence[Tensor]]:
+        is_labelled = (label == 0) | (label == 1)
+        return is_labelled, [self._loss(probability(output, label), torch.where(is_labelled, label, 0))]
+
+    def finish(self, means: Sequence[float]) -> dict[str, float]:
+        return {self._name: means[0]}
+
+
 class AstmtSaliency(Averages):
     """IoU, precision and recall of each image at 15 thresholds, averaged over images; then the best threshold."""
 
@@ -107,4 +131,5 @@ METRICS: Mapping[type[Task], Callable[[Any], Metrics]] = {
     # What it prints as rmse is the mean again.
     Normals: lambda _: PooledAngle(["mean@astmt", "rmse@astmt"]),
     Saliency: lambda _: AstmtSaliency(),
+    Edges: lambda _: EdgeLoss("astmt"),
 }

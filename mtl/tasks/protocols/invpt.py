@@ -8,10 +8,10 @@ from typing import Any
 from torch import Tensor
 
 from mtl.tasks.base import Metrics, Task
-from mtl.tasks.binary_maps import Saliency
+from mtl.tasks.binary_maps import Edges, Saliency
 from mtl.tasks.depth import Depth
 from mtl.tasks.normals import Normals
-from mtl.tasks.protocols.astmt import AllClassesIou, PooledAngle, PooledRmse
+from mtl.tasks.protocols.astmt import AllClassesIou, EdgeLoss, PooledAngle, PooledRmse
 from mtl.tasks.segmentation import Segmentation
 from mtl.tasks.thresholds import MaxF
 
@@ -34,4 +34,5 @@ METRICS: Mapping[type[Task], Callable[[Any], Metrics]] = {
     Depth: lambda task: PooledRmse(task, "invpt"),
     Normals: lambda _: PooledAngle(["mean@invpt"]),
     Saliency: lambda _: InvptMaxF(),
+    Edges: lambda _: EdgeLoss("invpt"),
 }

@@ -118,7 +118,7 @@ def test_a_split_label_or_kind_that_the_set_has_not_is_refused(tmp_path: Path) -
     nyu(tmp_path)
     with pytest.raises(DataError, match="nyuv2_mtan has no split 'test'; it has train, val"):
         opened("nyuv2_mtan", tmp_path, "test")
-    with pytest.raises(DataError, match="no label 'normal'; nearest: normals; it has segmentation, depth, normals"):
+    with pytest.raises(DataError, match="no label 'normal'; it has segmentation, depth, normals; nearest: normals"):
         opened("nyuv2_mtan", tmp_path, "train", {"normal": "normals"})
     with pytest.raises(DataError, match="nyuv2_mtan: expected a task that learns depth from 'depth', got mask"):
         opened("nyuv2_mtan", tmp_path, "train", {"depth": "mask"})
