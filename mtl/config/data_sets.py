@@ -8,6 +8,7 @@ from pydantic import Tag
 
 from mtl.config.data import GeneratedData, OwnData
 from mtl.config.file_data import CocoData, FolderData, TableData
+from mtl.config.hub_data import HuggingFaceData, WebDatasetData
 from mtl.config.own import OWN, chosen_by
 from mtl.config.public_data import (
     Bdd100kConfig,
@@ -28,6 +29,8 @@ AnyDataConfig = Annotated[
     | Annotated[TableData, Tag("table")]
     | Annotated[FolderData, Tag("folder")]
     | Annotated[CocoData, Tag("coco")]
+    | Annotated[HuggingFaceData, Tag("huggingface")]
+    | Annotated[WebDatasetData, Tag("webdataset")]
     | Annotated[NyuV2MtanConfig, Tag("nyuv2_mtan")]
     | Annotated[CityscapesMtanConfig, Tag("cityscapes_mtan")]
     | Annotated[CityscapesConfig, Tag("cityscapes")]

@@ -9,6 +9,7 @@ import torch
 
 from mtl.config import FileData, OwnData, SettingError
 from mtl.config.file_data import CocoData, FolderData, SplitName, TableData
+from mtl.config.hub_data import HuggingFaceData
 from mtl.config.public_data import PublicDataConfig
 from mtl.data.cache import DataError
 from mtl.data.coco import Coco
@@ -16,6 +17,7 @@ from mtl.data.dataset import Batch, Split
 from mtl.data.file_split import FileSplit
 from mtl.data.fileset import FileSet
 from mtl.data.folder import Folder
+from mtl.data.hub import open_hub
 from mtl.data.into_memory import read_into_memory, sound_items
 from mtl.data.items import ImageForm, ItemReader, image_form
 from mtl.data.own import OwnSet
@@ -117,6 +119,8 @@ def open_file_sets(config: FileData, kinds: Mapping[str, LabelKind], splits: Seq
     if isinstance(config, TableData):
         tables = read_tables(config, kinds)
         return {split: Table(config, split, kinds, tables) for split in splits}
+    if isinstance(config, HuggingFaceData):
+        return {**open_hub(config, kinds, splits)}
     return {split: _open_one(config, split, kinds) for split in splits}
 
 
