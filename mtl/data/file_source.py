@@ -9,7 +9,7 @@ import torch
 
 from mtl.config import FileData, OwnData, SettingError
 from mtl.config.file_data import CocoData, FolderData, SplitName, TableData
-from mtl.config.hub_data import HuggingFaceData
+from mtl.config.hub_data import HuggingFaceData, WebDatasetData
 from mtl.config.public_data import PublicDataConfig
 from mtl.data.cache import DataError
 from mtl.data.coco import Coco
@@ -23,6 +23,7 @@ from mtl.data.items import ImageForm, ItemReader, image_form
 from mtl.data.own import OwnSet
 from mtl.data.samples import SampleReader
 from mtl.data.sets import public_set
+from mtl.data.shards import open_shards
 from mtl.data.source import Source, pipelines_of
 from mtl.data.table import Table, read_tables
 from mtl.data.transforms import Pipeline
@@ -121,6 +122,8 @@ def open_file_sets(config: FileData, kinds: Mapping[str, LabelKind], splits: Seq
         return {split: Table(config, split, kinds, tables) for split in splits}
     if isinstance(config, HuggingFaceData):
         return {**open_hub(config, kinds, splits)}
+    if isinstance(config, WebDatasetData):
+        return {**open_shards(config, kinds, splits)}
     return {split: _open_one(config, split, kinds) for split in splits}
 
 
