@@ -258,6 +258,51 @@ def test_edited_shards_are_noticed(tmp_path: Path) -> None:
     assert data.identity([0]) != data.identity([1])
 
 
+def test_headers_are_read_once_for_as_long_as_a_shard_stays_as_it_is(
+    tmp_path: Path, cache_dir: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    files = [shard(tmp_path / f"{n}.tar", [{"png": png(10 * n + m), "cls": m} for m in range(3)]) for n in range(2)]
+    names = f"{tmp_path}/{{0..1}}.tar"
+    first = opened(names)["train"]
+    ends: list[str] = []
+
+    class Recording(tarfile.TarFile):
+        def next(self) -> tarfile.TarInfo | None:
+            if (found := super().next()) is None:
+                ends.append(Path(str(self.name)).name)
+            return found
+
+    monkeypatch.setattr(tarfile, "open", Recording.open)
+    again = opened(names)["train"]
+    assert ends == []
+    for number in range(6):
+        assert again.where(number) == first.where(number) and torch.equal(
+            again[number]["image"], first[number]["image"]
+        )
+    assert again.identity(range(6)) == first.identity(range(6))
+    shard(files[1], [{"png": png(1), "cls": 0}])
+    assert len(opened(names)["train"]) == 4 and ends == ["1.tar"]
+    for kept in (cache_dir / "shards").iterdir():
+        kept.write_text(kept.read_text()[:-3])
+    assert len(opened(names)["train"]) == 4 and ends == ["1.tar", "0.tar", "1.tar"]
+
+
+def test_shards_that_are_wrong_are_told_again(tmp_path: Path) -> None:
+    file = tar(tmp_path / "a.tar", [("1.png", png()), ("1.PNG", png()), ("1.cls", b"0")])
+    assert whats_wrong(file) == whats_wrong(file) == ["a.tar, 1: has two members png"]
+
+
+def test_a_cache_that_cannot_be_written_is_a_warning(tmp_path: Path, caplog: pytest.LogCaptureFixture) -> None:
+    for number in range(2):
+        shard(tmp_path / f"{number}.tar", [{"png": png(), "cls": 0}])
+    (tmp_path / "file").write_text("")
+    assert len(opened(f"{tmp_path}/{{0..1}}.tar", cache_dir=str(tmp_path / "file"))["train"]) == 2
+    (message,) = caplog.messages
+    assert message.startswith(
+        f"the index of {tmp_path}/0.tar cannot be kept in {tmp_path}/file/shards: Not a directory"
+    )
+
+
 # Mistakes
 
 

@@ -2,10 +2,8 @@
 
 from __future__ import annotations
 
-import os
 import re
 import tarfile
-from array import array
 from collections.abc import Sequence
 from dataclasses import dataclass, field
 from pathlib import Path, PurePosixPath
@@ -16,6 +14,7 @@ from numpy.typing import NDArray
 from mtl.data.blob import Blob
 from mtl.data.cache import DataError
 from mtl.data.mistakes import Mistakes
+from mtl.data.shards.kept import Column, KeptIndices, ShardIndex, Stamp, stamp_of
 from mtl.data.shards.names import split_name
 
 # Members that webdataset keeps for itself.
@@ -39,13 +38,6 @@ class Members:
 
 
 @dataclass
-class _Column:
-    samples: array[int] = field(default_factory=lambda: array("q"))
-    offsets: array[int] = field(default_factory=lambda: array("q"))
-    sizes: array[int] = field(default_factory=lambda: array("q"))
-
-
-@dataclass
 class Index:
     """The samples of some shards, in their order.
 
@@ -58,10 +50,10 @@ class Index:
     """
 
     files: tuple[Path, ...]
-    stamps: list[tuple[str, int, int]] = field(default_factory=list)
+    stamps: list[Stamp] = field(default_factory=list)
     keys: list[str] = field(default_factory=list)
     ends: list[int] = field(default_factory=list)
-    columns: dict[str, _Column] = field(default_factory=dict)
+    columns: dict[str, Column] = field(default_factory=dict)
 
     def file(self, sample: int) -> Path:
         """The shard of a sample."""
@@ -105,11 +97,12 @@ class Index:
         return Blob(name, content)
 
 
-def index_shards(files: tuple[Path, ...], mistakes: Mistakes) -> Index:
-    """Reads the headers of all members, one shard after the other.
+def index_shards(files: tuple[Path, ...], kept: KeptIndices, mistakes: Mistakes) -> Index:
+    """Reads the headers of all members, one shard after the other; those of a shard that was indexed before are kept.
 
     Args:
         files: The shards.
+        kept: The indices of shards as they were.
         mistakes: Receives what is wrong with them: missing or truncated files, links, paths that leave a folder, keys
             whose members are not next to each other.
 
@@ -119,14 +112,11 @@ def index_shards(files: tuple[Path, ...], mistakes: Mistakes) -> Index:
     index = Index(files)
     for file in files:
         try:
-            with file.open("rb") as stream, tarfile.open(fileobj=stream, mode="r:") as tar:
-                status = os.fstat(stream.fileno())
-                index.stamps.append((str(file), status.st_size, status.st_mtime_ns))
-                before = len(index.keys)
-                _index_one(tar, file, index, mistakes)
-                _check_end(tar, file)
-                if len(index.keys) == before:
-                    mistakes.add(f"{file}: expected samples, got no member with a key and an extension")
+            stamp, own = _index_one(file, kept, mistakes)
+            index.stamps.append(stamp)
+            for extension, column in own.columns.items():
+                index.columns.setdefault(extension, Column()).add(column, len(index.keys))
+            index.keys += own.keys
         except tarfile.TarError as error:
             mistakes.add(f"{file}: expected a whole tar file, not compressed; {error}")
         except OSError as error:
@@ -135,7 +125,23 @@ def index_shards(files: tuple[Path, ...], mistakes: Mistakes) -> Index:
     return index
 
 
-def _index_one(tar: tarfile.TarFile, file: Path, index: Index, mistakes: Mistakes) -> None:
+def _index_one(file: Path, kept: KeptIndices, mistakes: Mistakes) -> tuple[Stamp, ShardIndex]:
+    with file.open("rb") as stream:
+        stamp = stamp_of(file, stream.fileno())
+        if (found := kept.read(stamp)) is not None:
+            return stamp, found
+        before, own = len(mistakes), ShardIndex()
+        with tarfile.open(fileobj=stream, mode="r:") as tar:
+            _read_headers(tar, file, own, mistakes)
+            _check_end(tar, file)
+    if not own.keys:
+        mistakes.add(f"{file}: expected samples, got no member with a key and an extension")
+    if len(mistakes) == before:
+        kept.write(stamp, own)
+    return stamp, own
+
+
+def _read_headers(tar: tarfile.TarFile, file: Path, index: ShardIndex, mistakes: Mistakes) -> None:
     split, key, seen = split_name(), None, set[str]()
     while (member := tar.next()) is not None:
         tar.members.clear()  # type: ignore[attr-defined]  # kept for access by name, which nobody asks for
@@ -154,7 +160,7 @@ def _index_one(tar: tarfile.TarFile, file: Path, index: Index, mistakes: Mistake
                 mistakes.add(f"{file}, {key}: {what}; {member.name} comes later")
             seen.add(key)
             index.keys.append(key)
-        column, sample = index.columns.setdefault(extension.lower(), _Column()), len(index.keys) - 1
+        column, sample = index.columns.setdefault(extension.lower(), Column()), len(index.keys) - 1
         if column.samples and column.samples[-1] == sample:
             mistakes.add(f"{file}, {key}: has two members {extension.lower()}")
             continue

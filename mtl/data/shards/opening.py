@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Mapping, Sequence
+from pathlib import Path
 
 import numpy as np
 from numpy.typing import NDArray
@@ -10,10 +11,12 @@ from numpy.typing import NDArray
 from mtl.config import SettingError
 from mtl.config.file_data import SplitName
 from mtl.config.hub_data import WebDatasetData
+from mtl.data.cache import default_cache_dir
 from mtl.data.fileset import IMAGE
 from mtl.data.label_files import FILE_KINDS, check_scale
 from mtl.data.mistakes import Mistakes
 from mtl.data.shards.index import Index, index_shards
+from mtl.data.shards.kept import KeptIndices
 from mtl.data.shards.labels import Place, listed, places_of, read_cells
 from mtl.data.shards.names import shard_files
 from mtl.data.shards.shards import ShardSet
@@ -74,7 +77,9 @@ def _division(
     """Of each split, the samples of its shards, and which of them are in it."""
     names = {split: place for split, place in settings.places.items() if split in ("train", *splits)}
     files = {split: tuple(shard_files(place, f"data.{split}")) for split, place in names.items()}
-    indices = {each: index_shards(each, mistakes) for each in dict.fromkeys(files.values())}
+    cache = Path(settings.cache_dir).expanduser() if settings.cache_dir else default_cache_dir()
+    kept = KeptIndices(cache / "shards")
+    indices = {each: index_shards(each, kept, mistakes) for each in dict.fromkeys(files.values())}
     rows_of: dict[str, tuple[Index, NDArray[np.int64]]] = {}
     if settings.split is None:
         for split, each in files.items():
