@@ -22,6 +22,7 @@ from pydantic import BaseModel, BeforeValidator, Tag
 from pydantic.fields import FieldInfo
 
 from mtl.config import DataConfig, FileData, OwnData, OwnTaskConfig, RunConfig
+from mtl.config.mixed import MixedData
 from mtl.config.optim import OwnLrScheduleConfig
 from mtl.config.phase import PhaseConfig, RepeatConfig, UntilConfig
 from mtl.config.public_data import PublicDataConfig
@@ -142,7 +143,8 @@ def _sections() -> list[Section]:
         # The run's `optim` and `balance` come first, so that a phase's refer to them.
         for key, models in inner:
             below = (*path, key, _NAMED[key]) if key in _NAMED and not path else (*path, key)
-            for each in models:
+            # The sets of a mixed data set are what `data` may be alone.
+            for each in sorted(models, key=lambda own: own is MixedData):
                 visit(each, path if key == "phases" and path else below, word if key == "options" else "")
 
     visit(RunConfig, ())

@@ -44,8 +44,8 @@ class DataConfig(Strict):
             or all of another data set.
         transform: Changes of images together with their labels.
         augment: Random changes of training images that leave labels as they are; if not set, there are none.
-        cache_dir: Where generated data and kept features are. If not set: the environment variable `MTL_CACHE_DIR`,
-            else the user's cache directory.
+        cache_dir: Where generated data, kept features and indices of shards are. If not set: the environment variable
+            `MTL_CACHE_DIR`, else the user's cache directory.
         num_workers: Worker processes that read batches ahead of the steps; with 0, a thread of the main process does.
         on_bad_sample: What happens to a sample that cannot be read, or has labels that cannot be trained on: `raise`
             ends the run and names it, `skip` leaves such samples out and logs how many there were.

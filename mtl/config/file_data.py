@@ -51,20 +51,18 @@ class SplitConfig(Strict):
         return self
 
 
-class _SplitFiles(FileData):
+class SplitFiles(FileData):
     """What data sets in files have in common.
 
     Attributes:
         train: Where the training split is.
         val: Where the validation split is.
         test: Where the test split is, if there is one.
-        outside: Whether paths may leave the folder they are relative to: absolute ones, `..`, and links.
     """
 
     train: Name
     val: Name | None = None
     test: Name | None = None
-    outside: bool = False
 
     @property
     def places(self) -> Mapping[SplitName, str]:
@@ -73,7 +71,15 @@ class _SplitFiles(FileData):
         return {split: place for split in SPLITS if (place := found[split]) is not None}
 
 
-class TableData(_SplitFiles):
+def check_division(data: SplitFiles, split: SplitConfig | None, what: str) -> None:
+    """Raises `PydanticCustomError` unless there is either a validation split or a `split` that divides `what`."""
+    if split is None and data.val is None:
+        raise PydanticCustomError("data", f"Input should have val, or split to divide {what}")
+    if split is not None and (data.val is not None or data.test is not None):
+        raise PydanticCustomError("data", "Input should have no val and test with split, which divides train")
+
+
+class TableData(SplitFiles):
     """A table with a row for each image, and a column for each label; see docs/table.md.
 
     Attributes:
@@ -91,17 +97,15 @@ class TableData(_SplitFiles):
     image: Name = "image"
     split: SplitConfig | None = None
     scale: dict[str, Positive] = {}
+    outside: bool = False
 
     @model_validator(mode="after")
     def _has_one_validation_split(self) -> TableData:
-        if self.split is None and self.val is None:
-            raise PydanticCustomError("data", "Input should have val, or split to divide the table train")
-        if self.split is not None and (self.val is not None or self.test is not None):
-            raise PydanticCustomError("data", "Input should have no val and test with split, which divides train")
+        check_division(self, self.split, "the table train")
         return self
 
 
-class FolderData(_SplitFiles):
+class FolderData(SplitFiles):
     """Folders of images: one for each class, or `images` with folders of masks next to it; see docs/table.md.
 
     Attributes:
@@ -120,6 +124,7 @@ class FolderData(_SplitFiles):
     images: Name | None = None
     masks: Annotated[dict[str, Name], Field(min_length=1)] | None = None
     scale: dict[str, Positive] = {}
+    outside: bool = False
 
     @model_validator(mode="after")
     def _has_labels(self) -> FolderData:
@@ -132,7 +137,7 @@ def _is_by_split(value: object) -> str:
     return "by split" if isinstance(value, dict) else "one"
 
 
-class CocoData(_SplitFiles):
+class CocoData(SplitFiles):
     """Annotations in COCO's format; see docs/table.md.
 
     Attributes:
@@ -149,6 +154,7 @@ class CocoData(_SplitFiles):
     images: Annotated[
         Annotated[Name, Tag("one")] | Annotated[dict[SplitName, Name], Tag("by split")], Discriminator(_is_by_split)
     ]
+    outside: bool = False
 
     @property
     def folders(self) -> Mapping[SplitName, str]:

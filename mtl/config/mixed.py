@@ -11,6 +11,7 @@ from pydantic_core import PydanticCustomError
 
 from mtl.config.data import DataConfig, GeneratedData, OwnData
 from mtl.config.file_data import CocoData, FolderData, TableData
+from mtl.config.hub_data import HuggingFaceData, WebDatasetData
 from mtl.config.optim import word_for
 from mtl.config.own import OWN, chosen_by
 from mtl.config.public_data import (
@@ -33,6 +34,8 @@ BuiltInDataConfig = (
     | Annotated[TableData, Tag("table")]
     | Annotated[FolderData, Tag("folder")]
     | Annotated[CocoData, Tag("coco")]
+    | Annotated[HuggingFaceData, Tag("huggingface")]
+    | Annotated[WebDatasetData, Tag("webdataset")]
     | Annotated[NyuV2MtanConfig, Tag("nyuv2_mtan")]
     | Annotated[CityscapesMtanConfig, Tag("cityscapes_mtan")]
     | Annotated[CityscapesConfig, Tag("cityscapes")]

@@ -9,6 +9,7 @@ import torch
 
 from mtl.config import DataConfig, FileData, OwnData, SettingError
 from mtl.config.file_data import CocoData, FolderData, SplitName, TableData
+from mtl.config.hub_data import HuggingFaceData, WebDatasetData
 from mtl.config.public_data import PublicDataConfig
 from mtl.data.cache import DataError
 from mtl.data.coco import Coco
@@ -16,11 +17,13 @@ from mtl.data.dataset import Batch, Split
 from mtl.data.file_split import FileSplit
 from mtl.data.fileset import FileSet
 from mtl.data.folder import Folder
+from mtl.data.hub import hub_columns, open_hub
 from mtl.data.into_memory import read_into_memory, sound_items
 from mtl.data.items import ImageForm, ItemReader, image_form
 from mtl.data.own import OwnSet
 from mtl.data.samples import SampleReader
 from mtl.data.sets import public_set
+from mtl.data.shards import open_shards
 from mtl.data.source import Source, pipelines_of
 from mtl.data.table import Table, label_names, read_tables
 from mtl.data.transforms import Pipeline
@@ -117,6 +120,10 @@ def open_file_sets(config: FileData, kinds: Mapping[str, LabelKind], splits: Seq
     if isinstance(config, TableData):
         tables = read_tables(config, kinds)
         return {split: Table(config, split, kinds, tables) for split in splits}
+    if isinstance(config, HuggingFaceData):
+        return {**open_hub(config, kinds, splits)}
+    if isinstance(config, WebDatasetData):
+        return {**open_shards(config, kinds, splits)}
     return {split: _open_one(config, split, kinds) for split in splits}
 
 
@@ -127,6 +134,8 @@ def labels_there(config: DataConfig) -> Collection[str] | None:
         DataError: It cannot be read.
         SettingError: It cannot be had.
     """
+    if isinstance(config, HuggingFaceData):
+        return hub_columns(config)
     return label_names(config) if isinstance(config, TableData) else None
 
 

@@ -3,11 +3,11 @@
 from __future__ import annotations
 
 from collections.abc import Mapping
-from pathlib import Path
 
 from torch import Tensor
 
 from mtl.config import SettingError
+from mtl.data.blob import Readable
 from mtl.data.reading import read_depth, read_mask, read_normals
 from mtl.runtime.text import hint
 from mtl.tasks.base import LabelKind
@@ -15,7 +15,7 @@ from mtl.tasks.base import LabelKind
 FILE_KINDS: tuple[LabelKind, ...] = ("mask", "depth", "normals")
 
 
-def read_label(kind: LabelKind, file: Path, scale: float) -> Tensor:
+def read_label(kind: LabelKind, file: Readable, scale: float) -> Tensor:
     """A label from its file.
 
     Args:

@@ -15,6 +15,7 @@ from numpy.typing import NDArray
 from PIL import Image, ImageOps
 from torch import Tensor
 
+from mtl.data.blob import Readable, array_of, is_npy, open_bytes, reason
 from mtl.data.cache import DataError
 
 Pixels = NDArray[Any]
@@ -50,7 +51,7 @@ def inside(root: Path, name: str, follow_links: bool = False) -> Path:
     raise DataError(f"{name}: leads out of {root}")
 
 
-def read_image(file: Path, enough: tuple[int, int] | None = None, to_rgb: bool = False) -> Tensor:
+def read_image(file: Readable, enough: tuple[int, int] | None = None, to_rgb: bool = False) -> Tensor:
     """An image as it is stored, upright.
 
     Args:
@@ -67,10 +68,10 @@ def read_image(file: Path, enough: tuple[int, int] | None = None, to_rgb: bool =
         DataError: The file cannot be read, or is no image.
     """
     with _reading(file):
-        if file.suffix == ".npy":
+        if is_npy(file):
             pixels = _array(file)
         else:
-            with Image.open(file) as picture:
+            with _open(file) as picture:
                 if enough is not None:
                     picture.draft(None, (enough[1], enough[0]))
                 pixels = _pixels(ImageOps.exif_transpose(picture), to_rgb)
@@ -91,7 +92,7 @@ def read_image(file: Path, enough: tuple[int, int] | None = None, to_rgb: bool =
     return image[None] if image.ndim == 2 else image.permute(2, 0, 1)
 
 
-def read_mask(file: Path) -> Tensor:
+def read_mask(file: Readable) -> Tensor:
     """The number of each pixel, "h w", uint8 or int32: grey, a palette's index, 16 bits, or an array `.npy`.
 
     Raises:
@@ -105,7 +106,7 @@ def read_mask(file: Path) -> Tensor:
         return torch.from_numpy(numbers.astype(np.uint8 if is_narrow else np.int32))
 
 
-def read_depth(file: Path, scale: float = 1.0) -> Tensor:
+def read_depth(file: Readable, scale: float = 1.0) -> Tensor:
     """A distance for each pixel, "1 h w", float32: what the file holds times `scale`; 0 and NaN are no label.
 
     Raises:
@@ -115,7 +116,7 @@ def read_depth(file: Path, scale: float = 1.0) -> Tensor:
         return torch.from_numpy(_one_number(file).astype(np.float32))[None] * scale
 
 
-def read_normals(file: Path) -> Tensor:
+def read_normals(file: Readable) -> Tensor:
     """A unit vector for each pixel, "3 h w", float32: an array `.npy` "h w 3", or a picture whose 0 to 255 are -1 to 1.
 
     What is not finite, or shorter than a half, becomes a zero vector: no label; so does black, as grey does, where a
@@ -125,10 +126,10 @@ def read_normals(file: Path) -> Tensor:
         DataError: The file cannot be read, or has not three numbers a pixel.
     """
     with _reading(file):
-        if file.suffix == ".npy":
+        if is_npy(file):
             values = _array(file).astype(np.float32)
         else:
-            with Image.open(file) as picture:
+            with _open(file) as picture:
                 values = np.array(picture)
         if values.ndim != 3 or values.shape[2] != 3:
             raise ValueError(f"expected three numbers a pixel, got shape {values.shape}")
@@ -141,7 +142,7 @@ def read_normals(file: Path) -> Tensor:
     return torch.where(is_some & (length > 0.5) & length.isfinite(), vectors / length, 0)
 
 
-def read_array(file: Path) -> Pixels:
+def read_array(file: Readable) -> Pixels:
     """An array of numbers from `.npy`; pickled objects are refused.
 
     Raises:
@@ -152,18 +153,23 @@ def read_array(file: Path) -> Pixels:
 
 
 @contextmanager
-def _reading(file: Path) -> Iterator[None]:
+def _reading(file: Readable) -> Iterator[None]:
     """What goes wrong with a file is a `DataError` with its name."""
     try:
         yield
     except _BROKEN as error:
-        why = error.strerror if isinstance(error, OSError) and error.strerror else " ".join(str(error).split())
-        raise DataError(f"{file}: {why.replace(f' {str(file)!r}', '')}") from error
+        raise DataError(f"{file}: {reason(file, error)}") from error
 
 
-def _array(file: Path) -> Pixels:
-    with file.open("rb") as stream:  # np.load would leave an archive open
-        array: Pixels = np.lib.format.read_array(stream, allow_pickle=False)
+def _open(file: Readable) -> Image.Image:
+    return Image.open(file if isinstance(file, Path) else open_bytes(file))
+
+
+def _array(file: Readable) -> Pixels:
+    array: Pixels | None = array_of(file)
+    if array is None:
+        with open_bytes(file) as stream:  # np.load would leave an archive open
+            array = np.lib.format.read_array(stream, allow_pickle=False)
     if array.dtype.kind not in "buif":
         raise ValueError("expected an array of numbers")
     return array
@@ -182,12 +188,12 @@ def _pixels(picture: Image.Image, to_rgb: bool) -> Pixels:
     return np.array(picture if mode == picture.mode else picture.convert(mode))
 
 
-def _one_number(file: Path) -> Pixels:
-    if file.suffix == ".npy":
+def _one_number(file: Readable) -> Pixels:
+    if is_npy(file):
         numbers = _array(file)
         numbers = numbers[..., 0] if numbers.ndim == 3 and numbers.shape[2] == 1 else numbers
     else:
-        with Image.open(file) as picture:  # of a palette, the indices
+        with _open(file) as picture:  # of a palette, the indices
             numbers = np.array(picture)
     if numbers.ndim != 2:
         raise ValueError(f"expected one number a pixel, got shape {numbers.shape}")

@@ -276,6 +276,19 @@ def test_parquet_holds_the_same_as_a_csv(tmp_path: Path) -> None:
         Table(TableData(name="table", train=file, val=file), "train", kinds)
 
 
+def test_lists_in_parquet_are_points_tags_and_nothing_else(tmp_path: Path) -> None:
+    pyarrow = pytest.importorskip("pyarrow")
+    parquet = pytest.importorskip("pyarrow.parquet")
+    points = [[[1.0, 2.0, 2.0], [0.5, 0.0, 1.0]], None]
+    columns = {"image": ["1", "2"], "points": points, "tags": [["a;b"], ["c"]]}
+    parquet.write_table(pyarrow.table(columns), tmp_path / "a.parquet")
+    file = str(tmp_path / "a.parquet")
+    data = Table(TableData(name="table", train=file, val=file), "train", {"points": "points"})
+    assert data.read(0, ["points"])["points"].tolist() == points[0] and data.read(1, ["points"]) == {}
+    with pytest.raises(DataError, match=r"column 'tags': .* got a list with the entry 'a;b', which has a semicolon"):
+        Table(TableData(name="table", train=file, val=file), "train", {"tags": "tags"})
+
+
 # Mistakes
 
 

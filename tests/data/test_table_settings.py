@@ -18,6 +18,8 @@ from pages import code_block, code_blocks
 TABLE = {"name": "table", "train": "a.csv", "val": "b.csv"}
 FOLDER = {"name": "folder", "train": "a", "val": "b"}
 COCO = {"name": "coco", "train": "a.json", "val": "b.json", "images": "i"}
+HUB = {"name": "huggingface", "path": "a"}
+SHARDS = {"name": "webdataset", "train": "a.tar"}
 ONE = {"name": "table", "train": "a.csv"}
 
 
@@ -43,6 +45,14 @@ ONE = {"name": "table", "train": "a.csv"}
         (COCO | {"images": {"train": "t"}}, "should have a folder of images for each of train, val and test"),
         (COCO | {"images": {"train": "t", "vall": "v"}}, "should be 'train', 'val' or 'test'"),
         (COCO | {"images": 3}, "should be a valid string"),
+        (HUB, "should have val, or split to divide the split train"),
+        (HUB | {"val": "b", "split": {"by": "column"}}, "should have no val and test with split, which divides train"),
+        (HUB | {"split": {"by": "hash", "val": 0.5}}, "should have split by: column; by place, write train: train"),
+        ({"name": "huggingface", "val": "b"}, "Field required"),
+        (SHARDS, "should have val, or split to divide the shards train"),
+        (SHARDS | {"split": {"by": "column"}}, "should have split by: hash; shards have no columns"),
+        (SHARDS | {"val": "b.tar", "labels": {"a": ""}}, "should have at least 1 character"),
+        (SHARDS | {"val": "b.tar", "outside": True}, "Extra inputs are not permitted"),
     ],
 )
 def test_a_mistake_in_the_settings_is_told(settings: dict[str, Any], message: str) -> None:
@@ -77,7 +87,13 @@ SHOWN = [
 
 
 def test_the_page_shows_each_data_set() -> None:
-    assert [data["name"] for data in SHOWN] == ["table", "table", "table", "folder", "folder", "coco"]
+    assert [data["name"] for data in SHOWN] == [
+        *["table"] * 3,
+        *["folder"] * 2,
+        "coco",
+        *["huggingface"] * 4,
+        *["webdataset"] * 2,
+    ]
 
 
 @pytest.mark.parametrize("data", SHOWN, ids=str)

@@ -145,7 +145,7 @@ def test_one_task_learns_from_two_sets(tmp_path: Path) -> None:
         ({"tasks": {"depth": {"type": "depth"}}}, r"data\.sets\.shop: no task learns from it; it has: left, right"),
         (
             {"tasks": TASKS | {"dept": {"type": "depth"}}},
-            r"tasks\.dept: mixed has no labels of that name.*nearest: depth",
+            r"tasks\.dept: mixed has no label 'dept'; .*nearest: depth",
         ),
         ({"data": DATA | {"num_train": 3}}, "expected num_train in each of the sets"),
         ({"data": DATA | {"sets": SETS | {"x": {"name": "scenes", "image_size": 9}}}}, "image_size beside the sets"),

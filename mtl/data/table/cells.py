@@ -80,13 +80,13 @@ def language_of(kind: LabelKind, cells: Iterable[str]) -> Language:
         CellError: The first cell is of no language, or there are too many classes.
     """
     if kind in ("numbers", "points"):
-        num = len(_entries(next(iter(cells))))
+        num = len(entries(next(iter(cells))))
         return NumberList(num) if kind == "numbers" else PointList(num)
     cells = list(dict.fromkeys(cells))
     if kind == "class":
         return ClassNumbers.of(cells) if all(map(_WHOLE.fullmatch, cells)) else ClassNames.of(cells)
-    is_numbers = all(entry in ("0", "1", *_MISSING) for cell in cells for entry in _entries(cell))
-    return TagNumbers(_numbered(len(_entries(cells[0])))) if is_numbers else TagNames.of(cells)
+    is_numbers = all(entry in ("0", "1", *_MISSING) for cell in cells for entry in entries(cell))
+    return TagNumbers(_numbered(len(entries(cells[0])))) if is_numbers else TagNames.of(cells)
 
 
 @dataclass(frozen=True)
@@ -102,7 +102,7 @@ class ClassNumbers(Language):
 
     @classmethod
     def of(cls, cells: Iterable[str]) -> ClassNumbers:
-        seen = frozenset(number for cell in cells if (number := _class_number(cell)) >= 0)
+        seen = frozenset(number for cell in cells if (number := class_number(cell)) >= 0)
         return cls(_numbered(max(seen, default=-1) + 1), seen)
 
     @property
@@ -110,7 +110,7 @@ class ClassNumbers(Language):
         return ()
 
     def parse(self, cell: str) -> float:
-        number = _class_number(cell)
+        number = class_number(cell)
         if number >= 0 and number not in self.seen:
             raise CellError(f"class {number} is never seen in training")
         return float(number) if number >= 0 else math.nan
@@ -147,7 +147,7 @@ class TagNames(Language):
 
     @classmethod
     def of(cls, cells: Iterable[str]) -> TagNames:
-        names = sorted({name for cell in cells for name in _entries(cell) if name})
+        names = sorted({name for cell in cells for name in entries(cell) if name})
         return cls(tuple(names), {name: number for number, name in enumerate(names)})
 
     @property
@@ -156,7 +156,7 @@ class TagNames(Language):
 
     def parse(self, cell: str) -> list[float]:
         has = [0.0] * len(self.classes)
-        for name in _entries(cell):
+        for name in entries(cell):
             if name and name not in self.number:
                 raise CellError(f"tag {_quoted(name)} is never seen in training", name)
             if name:
@@ -175,10 +175,10 @@ class TagNumbers(Language):
         return (len(self.classes),)
 
     def parse(self, cell: str) -> list[float]:
-        entries = _of_number(_entries(cell), len(self.classes), "number")
-        if wrong := [entry for entry in entries if entry not in ("0", "1", *_MISSING)]:
+        values = _of_number(entries(cell), len(self.classes), "number")
+        if wrong := [entry for entry in values if entry not in ("0", "1", *_MISSING)]:
             raise CellError(f"expected 0, 1 or ?, got {_quoted(wrong[0])}")
-        return [math.nan if entry in _MISSING else float(entry) for entry in entries]
+        return [math.nan if entry in _MISSING else float(entry) for entry in values]
 
 
 @dataclass(frozen=True)
@@ -195,7 +195,7 @@ class NumberList(Language):
     def parse(self, cell: str) -> float | list[float]:
         if self.num == 1:
             return _number(cell)
-        return [_number(entry) for entry in _of_number(_entries(cell), self.num, "number")]
+        return [_number(entry) for entry in _of_number(entries(cell), self.num, "number")]
 
     def parse_all(self, cells: Sequence[str]) -> list[float] | None:
         if self.num > 1 or not set("".join(cells)) <= set("0123456789.+-eE"):
@@ -219,10 +219,11 @@ class PointList(Language):
         return (self.num, 3)
 
     def parse(self, cell: str) -> list[list[float]]:
-        return [_point(entry) for entry in _of_number(_entries(cell), self.num, "point")]
+        return [_point(entry) for entry in _of_number(entries(cell), self.num, "point")]
 
 
-def _entries(cell: str) -> list[str]:
+def entries(cell: str) -> list[str]:
+    """The entries of a list."""
     return [entry.strip() for entry in cell.split(";")]
 
 
@@ -230,14 +231,14 @@ def _numbered(num: int) -> tuple[str, ...]:
     return tuple(map(str, range(num)))
 
 
-def _of_number(entries: list[str], num: int, what: str) -> list[str]:
-    if len(entries) != num:
-        raise CellError(f"expected {count(num, what)} as in the first labelled row of training, got {len(entries)}")
-    return entries
+def _of_number(found: list[str], num: int, what: str) -> list[str]:
+    if len(found) != num:
+        raise CellError(f"expected {count(num, what)} as in the first labelled row of training, got {len(found)}")
+    return found
 
 
-def _class_number(cell: str) -> int:
-    """A class number, or -1 for none."""
+def class_number(cell: str) -> int:
+    """A class number, or -1 for none; raises `CellError` if it is neither."""
     if not _WHOLE.fullmatch(cell):
         raise CellError(f"expected a class number as in training, got {_quoted(cell)}")
     whole = cell.partition(".")[0]

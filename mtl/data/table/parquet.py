@@ -2,15 +2,14 @@
 
 from __future__ import annotations
 
-import math
 from collections.abc import Iterator, Sequence
 from contextlib import contextmanager
 from pathlib import Path
 from types import ModuleType
-from typing import Any
 
 from mtl.config import SettingError
 from mtl.data.mistakes import Mistakes
+from mtl.data.table.values import cell_of
 
 
 def is_parquet(file: Path) -> bool:
@@ -41,7 +40,7 @@ def read_parquet(file: Path, wanted: Sequence[str], mistakes: Mistakes) -> dict[
         table = _pyarrow().parquet.read_table(file, columns=list(wanted))
         for name in wanted:
             try:
-                cells[name] = [_text(value) for value in table.column(name).to_pylist()]
+                cells[name] = [cell_of(value) for value in table.column(name).to_pylist()]
             except TypeError as error:
                 mistakes.add(f"{file}: column {name!r}: expected text, numbers or lists of them, got {error}")
     return cells
@@ -66,17 +65,3 @@ def _noting(file: Path, mistakes: Mistakes) -> Iterator[None]:
     except (arrow.ArrowException, OSError) as error:
         why = error.strerror if isinstance(error, OSError) and error.strerror else " ".join(str(error).split())
         mistakes.add(f"{file}: {why}")
-
-
-def _text(value: Any) -> str:
-    if isinstance(value, str):
-        return value.strip()
-    if value is None or (isinstance(value, float) and math.isnan(value)):
-        return ""
-    if isinstance(value, bool | int):
-        return str(int(value))
-    if isinstance(value, float):
-        return repr(value)
-    if isinstance(value, list):
-        return ";".join(map(_text, value))
-    raise TypeError(type(value).__name__)
