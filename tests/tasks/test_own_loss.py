@@ -131,15 +131,15 @@ def test_a_mistake_is_named_at_its_key(
 
 
 def test_the_number_of_classes_is_known_from_their_names() -> None:
-    names = {"kind": ["cat", "dog", "owl"]}
-    task = task_of({"type": "classification", "label": "kind"}, class_names=names)
-    assert (task.num_outputs, task.class_names) == (3, names["kind"])
+    names = {"object": ["cat", "dog", "owl"]}
+    task = task_of({"type": "classification"}, class_names=names)
+    assert (task.num_outputs, task.class_names) == (3, names["object"])
     assert task.caption(torch.tensor([2, 0, -1]), is_label=True) == ["owl", "cat", "none"]
     assert task.caption(torch.eye(3), is_label=False) == ["cat", "dog", "owl"]
-    many = task_of({"type": "multilabel", "label": "kind"}, class_names=names)
+    many = task_of({"type": "multilabel"}, class_names=names)
     assert many.caption(torch.tensor([[1.0, 0.0, 1.0], [0.0, 0.0, NAN]]), is_label=True) == ["cat, owl", "none"]
-    legend = task_of({"type": "segmentation", "label": "kind"}, class_names=names).legend()
-    assert [name for name, _ in legend] == names["kind"] and len({colour for _, colour in legend}) == 3
+    legend = task_of({"type": "segmentation"}, class_names=names).legend()
+    assert [name for name, _ in legend] == names["object"] and len({colour for _, colour in legend}) == 3
 
 
 @pytest.mark.parametrize("kind", ["classification", "segmentation", "ordinal", "multilabel"])

@@ -18,6 +18,7 @@ from mtl.audit.offline.run import audit_run
 from mtl.config import ConfigError, load_config
 from mtl.distributed.world import World
 from mtl.optim.balance.gradient_weights import GradientWeighting
+from mtl.optim.balance.subset import Subset
 from mtl.phases.plan import make_plan
 from mtl.phases.setup import build_meta_setup
 from mtl.training.nonfinite import NotFiniteError
@@ -55,8 +56,8 @@ class Seen:
         self.weights: list[list[float]] = []
         real = GradientWeighting.__call__
 
-        def call(weighting: GradientWeighting, gramian: torch.Tensor) -> torch.Tensor:
-            weights = real(weighting, gramian)
+        def call(weighting: GradientWeighting, gramian: torch.Tensor, subset: Subset | None = None) -> torch.Tensor:
+            weights = real(weighting, gramian, subset)
             self.weights.append(weights.tolist())
             return weights
 
