@@ -20,6 +20,7 @@ from mtl.phases.setup import ModelSetup, build_meta_setup
 from mtl.tasks import (
     Classification,
     Depth,
+    Distill,
     Edges,
     Keypoints,
     MultiLabel,
@@ -253,6 +254,7 @@ TASKS: dict[str, Task] = {
     "edges": Edges(),
     "saliency": Saliency(),
     "keypoints": Keypoints(1, (8, 8)),
+    "distill": Distill(2),
 }
 
 

@@ -23,6 +23,7 @@ from mtl.data.memory import MemorySplit
 from mtl.data.room import check_image
 from mtl.data.samplers import num_batches
 from mtl.data.source import Source
+from mtl.data.taught import TaughtSplit, Teaching
 from mtl.tasks.base import LabelKind
 
 __all__ = [
@@ -34,6 +35,8 @@ __all__ = [
     "MemorySplit",
     "Source",
     "Split",
+    "TaughtSplit",
+    "Teaching",
     "View",
     "batches_of",
     "check_image",

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from abc import ABC, abstractmethod
-from collections.abc import Sequence
+from collections.abc import Collection, Sequence
 from dataclasses import dataclass, replace
 from functools import cached_property
 from typing import ClassVar
@@ -117,6 +117,13 @@ class Split(ABC):
             indices: "b", int64.
             with_images: Whether to read the images too.
             view: How they are seen; images and labels are transformed alike.
+        """
+
+    def begin_phase(self, tasks: Collection[str]) -> None:  # noqa: B027  most have nothing to do
+        """From here on, batches need the labels of these tasks alone; until then, those of all.
+
+        Args:
+            tasks: Those whose losses are active.
         """
 
     def images_of(self, indices: Tensor, view: View | None) -> Tensor:

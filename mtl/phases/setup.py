@@ -20,6 +20,7 @@ from mtl.model import MultiTaskModel, build_trunk
 from mtl.model.build import input_channels
 from mtl.model.network import MEMORY_FORMATS
 from mtl.model.reachability import reached_parameters
+from mtl.model.teachers import TEACHERS, Teacher, build_teachers
 from mtl.optim.balance.balance import build_balance
 from mtl.phases.active_tasks import PhaseTasks, resolve_tasks
 from mtl.phases.freeze_rules import ResolveContext
@@ -27,7 +28,7 @@ from mtl.phases.metrics import RunMetrics
 from mtl.phases.resolve import Phase, resolve_phases
 from mtl.phases.unread import unread_settings
 from mtl.runtime.text import count, hint
-from mtl.tasks import Task, build_tasks, label_kinds
+from mtl.tasks import Task, build_tasks, label_kinds, labels_of
 
 _Made = TypeVar("_Made")
 
@@ -41,8 +42,10 @@ class ModelSetup:
         source: The data set.
         tasks: The tasks by name.
         model: Trunk and heads.
-        root: One module around all that has parameters, under the names that users write: trunk, heads, balance.
-        fixed: Parameters that the model itself keeps from training.
+        teachers: The teachers of tasks that have one, by task; they are in `root`, and no part of the model.
+        root: One module around all that has parameters, under the names that users write: trunk, heads, balance,
+            teachers.
+        fixed: Patterns of what the model itself keeps from training, and of the teachers.
         phases: The phases, resolved.
         unread: Settings of the configuration's files that no phase reads, each in a line with its place.
     """
@@ -51,6 +54,7 @@ class ModelSetup:
     source: Source
     tasks: dict[str, Task]
     model: MultiTaskModel
+    teachers: Mapping[str, Teacher]
     root: nn.Module
     fixed: list[str]
     phases: list[Phase]
@@ -58,7 +62,11 @@ class ModelSetup:
 
 
 def build_model_setup(
-    config: RunConfig, device: str = "cpu", num_train: int | None = None, source: Source | None = None
+    config: RunConfig,
+    device: str = "cpu",
+    num_train: int | None = None,
+    source: Source | None = None,
+    with_teachers: bool = False,
 ) -> ModelSetup:
     """Makes the model of a run and resolves its phases.
 
@@ -69,6 +77,7 @@ def build_model_setup(
         device: `cpu` or `meta`.
         num_train: Training images, if they are not as many as the data set has.
         source: The data set, if it is open already.
+        with_teachers: Whether teachers get their weights, without which they are an architecture.
 
     Raises:
         ConfigError: Anything in the configuration that turns out not to work, with the place where it was written.
@@ -81,7 +90,7 @@ def build_model_setup(
         except SettingError as error:
             raise mistake_of(config, error) from error
     _seed_everything(config.seed)
-    tasks = build_tasks(config, source.classes)
+    teachers, tasks = _build_tasks(config, source, device, with_teachers)
     _check_fill(config, tasks)
     # Where it is to be found out, a run begins with the first one.
     layout = MEMORY_FORMATS["contiguous" if config.memory_format == "auto" else config.memory_format]
@@ -102,8 +111,9 @@ def build_model_setup(
             balances, balance_of = _build_balances(config, tasks_of, mistakes)
     except SettingError as error:
         raise mistake_of(config, error) from error
-    root = nn.ModuleDict({**dict(model.named_children()), "balance": balances})
-    fixed = untrainable_parameters(root)
+    own = {**dict(model.named_children()), "balance": balances}
+    root = nn.ModuleDict({**own, TEACHERS: nn.ModuleDict(teachers)} if teachers else own)
+    fixed = [*untrainable_parameters(nn.ModuleDict(own)), *([TEACHERS] if teachers else [])]
     num_train = num_train or source.num_images[0]
     context = ResolveContext(
         config=config,
@@ -119,7 +129,7 @@ def build_model_setup(
     unread_mistakes, unread = unread_settings(config, phases)
     if unread_mistakes:
         raise ConfigError(unread_mistakes)
-    return ModelSetup(config, source, tasks, model, root, fixed, phases, unread)
+    return ModelSetup(config, source, tasks, model, teachers, root, fixed, phases, unread)
 
 
 def build_meta_setup(config: RunConfig, num_train: int | None = None, source: Source | None = None) -> ModelSetup:
@@ -132,6 +142,28 @@ def build_meta_setup(config: RunConfig, num_train: int | None = None, source: So
     opened = open_source(config) if source is None else source
     setup = _on_meta_or_cpu(lambda device: build_model_setup(without, device, num_train, opened))
     return replace(setup, config=config)
+
+
+def build_meta_tasks(config: RunConfig, source: Source) -> dict[str, Task]:
+    """The tasks alone.
+
+    Raises:
+        ConfigError: One of them cannot be made.
+    """
+    return _on_meta_or_cpu(lambda device: _build_tasks(config, source, device, with_teachers=False)[1])
+
+
+def _build_tasks(
+    config: RunConfig, source: Source, device: str, with_teachers: bool
+) -> tuple[dict[str, Teacher], dict[str, Task]]:
+    """The teachers, and the tasks, which learn embeddings of their width."""
+    try:
+        with torch.device(device):
+            teachers = build_teachers(config, source.channels, with_teachers)
+    except SettingError as error:
+        raise mistake_of(config, error) from error
+    widths = {name: teacher.width for name, teacher in teachers.items()}
+    return teachers, build_tasks(config, source.classes, widths)
 
 
 def build_meta_trunk(config: RunConfig) -> nn.Module:
@@ -239,11 +271,10 @@ def open_source(config: RunConfig) -> Source:
         source = open_data(config.data, label_kinds(config))
     except SettingError as error:
         raise mistake_of(config, error) from error
-    for task, own in config.tasks.items():
-        label = own.label or task
+    for task, label in labels_of(config).items():
         if label not in source.labels:
             there = f"it has: {', '.join(source.labels)}{hint(label, source.labels)}"
-            if own.label is not None:
+            if config.tasks[task].label is not None:
                 raise config.mistake(("tasks", task, "label"), f"{config.data.name} has no label {label!r}; {there}")
             elsewhere = "; if the task has another name than its label, set label"
             raise config.mistake(("tasks", task), f"{config.data.name} has no labels of that name; {there}{elsewhere}")

@@ -15,10 +15,10 @@ from mtl.data import MemorySplit
 from mtl.data.file_source import FileSource, open_file_sets
 from mtl.data.fileset import IMAGE, FileSet
 from mtl.data.problems import problems
-from mtl.phases.setup import open_source
+from mtl.phases.setup import build_meta_tasks, open_source
 from mtl.results.pictures import draw_samples
 from mtl.runtime.text import count
-from mtl.tasks import build_tasks, label_kinds
+from mtl.tasks import label_kinds, labels_of
 from mtl.tasks.base import LabelKind
 
 # Classes that are listed by their share, the most frequent first.
@@ -42,7 +42,10 @@ class DataCheck:
         self._config = config
         self._kinds = label_kinds(config)
         self._source = open_source(config)
-        self._tasks = build_tasks(config, self._source.classes)
+        tasks = build_meta_tasks(config, self._source)
+        self._label_of = labels_of(config)
+        self._tasks = {name: tasks[name] for name in self._label_of}
+        self._widths = {name: task.num_outputs for name, task in tasks.items() if name not in self._label_of}
         self.mistakes: list[str] = []
 
     def lines(self) -> Iterator[str]:
@@ -60,9 +63,8 @@ class DataCheck:
 
     def _of_generated(self) -> Iterator[str]:
         """Generated data is exact; it is made, and measured alike."""
-        label_of = {task: own.label or task for task, own in self._config.tasks.items()}
         try:
-            splits = self._source.load(self._tasks, label_of, quiet=False)
+            splits = self._source.load(self._tasks, self._label_of, quiet=False)
         except SettingError as error:
             raise mistake_of(self._config, error) from error
         for name, split in zip(("train", "val"), splits, strict=True):
@@ -70,7 +72,7 @@ class DataCheck:
             census = {label: _Census(kind) for label, kind in self._kinds.items()} | {IMAGE: _Census(None)}
             for image in split.images:
                 census[IMAGE].add(image.permute(2, 0, 1))
-            for task, label in label_of.items():
+            for task, label in self._label_of.items():
                 for value in split.labels[task]:
                     census[label].add(value)
             yield from self._paragraph(name, len(split), census)
@@ -89,14 +91,13 @@ class DataCheck:
             DataError: One of them cannot be read.
             OSError: The file cannot be written.
         """
-        label_of = {task: own.label or task for task, own in self._config.tasks.items()}
-        draw_samples(self._source.preview(self._tasks, label_of, _NUM_PICTURES), self._tasks, file)
+        draw_samples(self._source.preview(self._tasks, self._label_of, _NUM_PICTURES), self._tasks, file)
 
     def _allowed(self) -> dict[str, set[int]]:
         """The class numbers that every task of a label takes."""
         allowed: dict[str, set[int]] = {}
-        for name, own in self._config.tasks.items():
-            task, label = self._tasks[name], own.label or name
+        for name, label in self._label_of.items():
+            task = self._tasks[name]
             ignored = getattr(task, "ignore_index", None)
             if self._kinds[label] in ("class", "mask") and ignored is not None:
                 number = getattr(task, "num_classes", task.num_outputs)
@@ -109,6 +110,8 @@ class DataCheck:
         for label in self._kinds:
             names = self._source.classes.get(label, ())
             yield f"  {label}: {census[label].of_labels(num, names)}"
+        for task, width in self._widths.items():
+            yield f"  {task}: {count(width, 'number')} an image, given by its teacher"
 
 
 def _count(census: Mapping[str, _Census], name: str, value: Tensor) -> None:
