@@ -140,7 +140,10 @@ def _build(own: TeacherConfig, key: str, config: RunConfig, channels: int, with_
 def _of_timm(own: TeacherConfig, key: str) -> _Origin:
     assert own.name is not None and own.weights is not None
     trunk = TrunkConfig(name=own.name, weights=own.weights, options=own.options)
-    known = timm.models.get_pretrained_cfg(own.name) if timm.is_model(own.name) else None
+    try:
+        known = timm.models.get_pretrained_cfg(own.name)
+    except RuntimeError:  # No weights of that tag: told when the model is built.
+        known = None
     if known is None or not known.fixed_input_size:
         return _Origin(trunk, None, None, key)
     chosen = own.options.get("img_size", known.input_size[-2:])

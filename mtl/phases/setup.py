@@ -157,9 +157,13 @@ def _build_tasks(
     config: RunConfig, source: Source, device: str, with_teachers: bool
 ) -> tuple[dict[str, Teacher], dict[str, Task]]:
     """The teachers, and the tasks, which learn embeddings of their width."""
+    if labels_of(config).keys() == config.tasks.keys():
+        return {}, build_tasks(config, source.classes)
+    # Found out from images, which are on the CPU.
+    channels = source.channels
     try:
         with torch.device(device):
-            teachers = build_teachers(config, source.channels, with_teachers)
+            teachers = build_teachers(config, channels, with_teachers)
     except SettingError as error:
         raise mistake_of(config, error) from error
     widths = {name: teacher.width for name, teacher in teachers.items()}
