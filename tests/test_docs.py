@@ -62,6 +62,14 @@ def test_the_phases_in_the_documentation_resolve(tmp_path: Path) -> None:
     assert names == ["warm-heads", "finetune", *repeated, "polish-depth", "last-word"]
 
 
+def test_the_run_with_a_teacher_in_the_documentation_resolves(tmp_path: Path) -> None:
+    file = tmp_path / "small.yaml"
+    file.write_text(code_block("docs/tasks.md", "yaml"))
+    setup = build_meta_setup(load_config(file))
+    assert [phase.tasks for phase in setup.phases] == [("like_lite0",), ("object",), ("object",)]
+    assert setup.tasks["like_lite0"].num_outputs == 1280
+
+
 def commands(page: str) -> list[list[str]]:
     """The `mtl plan` commands of a page, each as its arguments."""
     lines = re.findall(r"^    mtl (plan configs/.*?)(?: *[#>].*)?$", (ROOT / page).read_text(), flags=re.MULTILINE)

@@ -247,6 +247,7 @@ def test_metrics_of_a_run_are_those_of_its_outputs_and_the_teachers(parts: tuple
     assert logged["val/like/mse"] == pytest.approx(float((output - label).square().mean()), rel=1e-5)
 
 
+@pytest.mark.slow
 def test_embeddings_do_not_depend_on_the_precision_of_the_run(tmp_path: Path) -> None:
     labels = []
     for precision in ("fp32", "bf16", "fp16"):
@@ -326,7 +327,9 @@ def test_the_plan_counts_a_teacher_that_runs_with_every_step(tmp_path: Path) -> 
 # Resumed
 
 
-@pytest.mark.parametrize("changes", [{}, VIEWS], ids=["kept", "with each step"])
+@pytest.mark.parametrize(
+    "changes", [pytest.param({}, marks=pytest.mark.slow, id="kept"), pytest.param(VIEWS, id="with each step")]
+)
 def test_a_run_that_ends_in_a_step_resumes_to_the_same_bits(
     tmp_path: Path, cache_dir: Path, changes: dict[str, Any], monkeypatch: pytest.MonkeyPatch
 ) -> None:
@@ -357,7 +360,7 @@ def other_weights(file: Path) -> None:
 def test_a_run_is_not_resumed_with_another_teacher(
     tmp_path: Path, with_file: dict[str, Any], override: list[str]
 ) -> None:
-    crash(tmp_path, 6, **with_file)
+    crash(tmp_path, 4, **with_file)
     kept = tmp_path / "runs/tiny/checkpoints/last/state.json"
     before = kept.read_bytes()
     other_weights(tmp_path / "teacher.safetensors")
@@ -367,7 +370,7 @@ def test_a_run_is_not_resumed_with_another_teacher(
 
 
 def test_a_run_is_not_begun_from_a_checkpoint_with_another_teacher(tmp_path: Path, with_file: dict[str, Any]) -> None:
-    run_dir = crash(tmp_path, 6, **with_file)
+    run_dir = crash(tmp_path, 4, **with_file)
     run_dir.rename(tmp_path / "first")
     with_file["tasks"]["like"]["teacher"] = {"name": "test_efficientnet_ln", "weights": "none"}
     with pytest.raises(ConfigError, match=r"tasks\.like\.teacher\.name: test_efficientnet -> test_efficientnet_ln"):
