@@ -20,6 +20,7 @@ from mtl.phases.setup import ModelSetup, build_meta_setup
 from mtl.tasks import (
     Classification,
     Depth,
+    Distill,
     Edges,
     Keypoints,
     MultiLabel,
@@ -59,6 +60,14 @@ def test_the_phases_in_the_documentation_resolve(tmp_path: Path) -> None:
     names = [phase.name for phase in build_meta_setup(load_config(file)).phases]
     repeated = [f"{part}.{number}" for number in (1, 2) for part in ("heads", "trunk")]
     assert names == ["warm-heads", "finetune", *repeated, "polish-depth", "last-word"]
+
+
+def test_the_run_with_a_teacher_in_the_documentation_resolves(tmp_path: Path) -> None:
+    file = tmp_path / "small.yaml"
+    file.write_text(code_block("docs/tasks.md", "yaml"))
+    setup = build_meta_setup(load_config(file))
+    assert [phase.tasks for phase in setup.phases] == [("like_lite0",), ("object",), ("object",)]
+    assert setup.tasks["like_lite0"].num_outputs == 1280
 
 
 def commands(page: str) -> list[list[str]]:
@@ -253,6 +262,7 @@ TASKS: dict[str, Task] = {
     "edges": Edges(),
     "saliency": Saliency(),
     "keypoints": Keypoints(1, (8, 8)),
+    "distill": Distill(2),
 }
 
 

@@ -8,6 +8,7 @@ from mtl.config.schema import RunConfig, load_config, mistake_of
 from mtl.config.tasks import (
     ClassificationConfig,
     DepthConfig,
+    DistillConfig,
     EdgesConfig,
     KeypointsConfig,
     LossConfig,
@@ -21,6 +22,7 @@ from mtl.config.tasks import (
     SegmentationConfig,
     TaskConfig,
 )
+from mtl.config.teacher import TeacherConfig
 from mtl.config.tracking import TrackingConfig
 from mtl.config.trunk import TrunkConfig
 from mtl.config.types import Strict
@@ -31,6 +33,7 @@ __all__ = [
     "ConfigError",
     "DataConfig",
     "DepthConfig",
+    "DistillConfig",
     "EdgesConfig",
     "EvaluateConfig",
     "FileData",
@@ -51,6 +54,7 @@ __all__ = [
     "SettingError",
     "Strict",
     "TaskConfig",
+    "TeacherConfig",
     "TrackingConfig",
     "TrunkConfig",
     "load_config",

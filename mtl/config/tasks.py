@@ -4,12 +4,13 @@ from __future__ import annotations
 
 from typing import Annotated, Any, Literal
 
-from pydantic import BeforeValidator, Field, Tag, model_validator
+from pydantic import BeforeValidator, Field, Tag, field_validator, model_validator
 from pydantic_core import PydanticCustomError
 
 from mtl.config.head import HeadConfig
 from mtl.config.optim import word_for
 from mtl.config.own import OWN, chosen_by
+from mtl.config.teacher import TeacherConfig
 from mtl.config.types import Positive, Strict, one_as_list
 
 NumClasses = Annotated[int, Field(ge=2, le=2**20)]
@@ -217,6 +218,24 @@ class KeypointsConfig(_WithLossConfig):
     num_points: Annotated[int, Field(ge=1, le=2**12)]
 
 
+class DistillConfig(_WithLossConfig):
+    """The embedding that a frozen teacher gives of each image.
+
+    Attributes:
+        type: The task type.
+        label: Refused: what is learned is the teacher's, and no label of the data set is read.
+        teacher: Whose embedding is learned.
+    """
+
+    type: Literal["distill"]
+    teacher: TeacherConfig
+
+    @field_validator("label", mode="after")
+    @classmethod
+    def _has_no_label(cls, _: str) -> str:
+        raise PydanticCustomError("label", "Input should have no label: what is learned is the teacher's")
+
+
 class OwnTaskConfig(_OneTaskConfig):
     """A task type of your own; see docs/own_task.md.
 
@@ -240,6 +259,7 @@ TaskConfig = Annotated[
     | Annotated[EdgesConfig, Tag("edges")]
     | Annotated[SaliencyConfig, Tag("saliency")]
     | Annotated[KeypointsConfig, Tag("keypoints")]
+    | Annotated[DistillConfig, Tag("distill")]
     | Annotated[OwnTaskConfig, Tag(OWN)],
     chosen_by("type", stand_in="depth"),
 ]

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 
 from mtl.config import DataConfig, FileData, GeneratedData, RunConfig, SettingError
 from mtl.config.mixed import MixedData
@@ -26,7 +26,8 @@ from mtl.data.mixed import MixedSource
 from mtl.data.orders import Mixed, Order, Shuffled
 from mtl.data.room import check_image
 from mtl.data.source import Source
-from mtl.tasks import label_kinds
+from mtl.data.taught import TaughtSplit, Teaching
+from mtl.tasks import label_kinds, labels_of
 
 __all__ = [
     "BUILT_IN",
@@ -42,6 +43,8 @@ __all__ = [
     "Shuffled",
     "Source",
     "Split",
+    "TaughtSplit",
+    "Teaching",
     "View",
     "batches_of",
     "check_image",
@@ -71,8 +74,10 @@ def open_data(config: RunConfig) -> Source:
             )
         return _open_one(config.data, config, list(config.tasks))
     each = config.data.each
-    label_of = {task: own.label or task for task, own in config.tasks.items()}
-    return MixedSource(config.data, label_of, chosen, lambda name, tasks: _open_one(each[name], config, tasks))
+    label_of = labels_of(config)
+    has_teachers = len(label_of) < len(config.tasks)
+    open_set: Callable[[str, Sequence[str]], Source] = lambda name, tasks: _open_one(each[name], config, tasks)  # noqa: E731
+    return MixedSource(config.data, label_of, chosen, has_teachers, open_set)
 
 
 def _open_one(data: DataConfig, config: RunConfig, tasks: Sequence[str]) -> Source:

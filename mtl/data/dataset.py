@@ -127,6 +127,13 @@ class Split(ABC):
             view: How they are seen; images and labels are transformed alike.
         """
 
+    def begin_phase(self, tasks: Collection[str]) -> None:  # noqa: B027  most have nothing to do
+        """From here on, batches need the labels of these tasks alone; until then, those of all.
+
+        Args:
+            tasks: Those whose losses are active.
+        """
+
     def images_of(self, indices: Tensor, view: View | None) -> Tensor:
         """The images alone, "b h w c".
 

@@ -12,7 +12,7 @@ from mtl.data.cache import DataError
 from mtl.data.dataset import Batch, Split
 from mtl.data.mistakes import LabelError
 from mtl.data.mixed_split import MixedSplit, Part
-from mtl.data.orders import Mixed, Order
+from mtl.data.orders import Order, mixed_order
 from mtl.data.source import Source
 from mtl.runtime.text import hint
 from mtl.tasks import Task
@@ -31,6 +31,7 @@ class MixedSource(Source):
         config: MixedData,
         label_of: Mapping[str, str],
         chosen: Mapping[str, Sequence[str]],
+        has_teachers: bool,
         open_one: Callable[[str, Sequence[str]], Source],
     ) -> None:
         """Opens each data set.
@@ -39,6 +40,7 @@ class MixedSource(Source):
             config: Which ones.
             label_of: The name of each task's label.
             chosen: The data sets of each task that names them.
+            has_teachers: Whether there are tasks that learn from every image, without any label.
             open_one: Opens the data set of a name for the tasks that may learn from it.
 
         Raises:
@@ -57,7 +59,7 @@ class MixedSource(Source):
             may_learn = [task for task in label_of if name in chosen.get(task, config.sets)]
             with _at(name):
                 self.sets[name] = open_one(name, may_learn)
-        self.tasks_of = {name: self._learn_from(name, label_of, chosen) for name in self.sets}
+        self.tasks_of = {name: self._learn_from(name, label_of, chosen, has_teachers) for name in self.sets}
         self._check(label_of)
         self.labels = tuple(dict.fromkeys(label for own in self.sets.values() for label in own.labels))
         self.classes = {f"{name}/{label}": n for name, own in self.sets.items() for label, n in own.classes.items()}
@@ -77,13 +79,9 @@ class MixedSource(Source):
         return {task: self._class_names(task, label) for task, label in label_of.items()}
 
     def order(self, tasks: Collection[str]) -> Order:
-        starts, start = dict[str, int](), 0
-        for name, own in self.sets.items():
-            starts[name], start = start, start + own.num_images[0]
-        used = [name for name in self.sets if set(self.tasks_of[name]) & set(tasks)]
-        sizes = {name: self.sets[name].num_images[0] for name in used}
-        most_tasks = max((len(set(self.tasks_of[name]) & set(tasks)) for name in used), default=0)
-        return Mixed(sizes, {name: starts[name] for name in used}, self._config.mix, most_tasks)
+        sizes = {name: own.num_images[0] for name, own in self.sets.items()}
+        labelled = {name: set(self.tasks_of[name]) & set(tasks) for name in self.sets}
+        return mixed_order(sizes, labelled, tasks, self._config.mix)
 
     def load(self, tasks: Mapping[str, Task], label_of: Mapping[str, str], quiet: bool) -> tuple[Split, Split]:
         train, val = list[Part](), list[Part]()
@@ -103,7 +101,7 @@ class MixedSource(Source):
         return own.preview({t: tasks[t] for t in learn}, {t: label_of[t] for t in learn}, num)
 
     def _learn_from(
-        self, name: str, label_of: Mapping[str, str], chosen: Mapping[str, Sequence[str]]
+        self, name: str, label_of: Mapping[str, str], chosen: Mapping[str, Sequence[str]], has_teachers: bool
     ) -> tuple[str, ...]:
         """The tasks that learn from a data set."""
         labels, learn = self.sets[name].labels, list[str]()
@@ -113,7 +111,7 @@ class MixedSource(Source):
             elif name in chosen.get(task, ()):
                 there = f"it has: {', '.join(labels)}{hint(label, labels)}"
                 raise SettingError(f"tasks.{task}.data", f"{name} has no label {label!r}; {there}")
-        if not learn:
+        if not learn and not has_teachers:
             has = f"it has: {', '.join(labels)}"
             raise SettingError(f"data.sets.{name}", f"no task learns from it; {has}")
         return tuple(learn)

@@ -12,7 +12,7 @@ from mtl.config.mixed import MixConfig
 from mtl.data.augment import View
 from mtl.data.cache import DataError
 from mtl.data.dataset import Rows, Split, as_taken
-from mtl.data.orders import Mixed, Order
+from mtl.data.orders import Order, mixed_order
 from mtl.runtime.fingerprint import fingerprint_of_json
 from mtl.tasks import Task
 
@@ -71,10 +71,9 @@ class MixedSplit(Split):
         return self._channels
 
     def order(self, tasks: Collection[str]) -> Order:
-        used = [(part, int(start)) for part, start in self._placed if set(part.tasks) & set(tasks)]
-        sizes = {part.name: len(part.split) for part, _ in used}
-        most_tasks = max((len(set(part.tasks) & set(tasks)) for part, _ in used), default=0)
-        return Mixed(sizes, {part.name: start for part, start in used}, self._mix, most_tasks)
+        sizes = {part.name: len(part.split) for part in self._parts}
+        labelled = {part.name: set(part.tasks) & set(tasks) for part in self._parts}
+        return mixed_order(sizes, labelled, tasks, self._mix)
 
     def rows(self, indices: Tensor, with_images: bool, view: View | None = None) -> Rows:
         labels = {name: none.expand(len(indices), *none.shape).clone() for name, none in self._none.items()}

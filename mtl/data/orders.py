@@ -3,9 +3,10 @@
 from __future__ import annotations
 
 from abc import ABC, abstractmethod
-from collections.abc import Mapping, Sequence
+from collections.abc import Collection, Mapping, Sequence
 from dataclasses import dataclass
 from fractions import Fraction
+from itertools import accumulate
 
 import torch
 from torch import Tensor
@@ -135,6 +136,24 @@ class Mixed(Order):
         orders = [_shuffle(size, ((seed * 1_000_003 + each) * 1_009 + place) * 2) for each in passes]
         begin = first - passes[0] * size
         return torch.cat(orders)[begin : begin + num] + self.starts[name]
+
+
+def mixed_order(
+    sizes: Mapping[str, int], labelled: Mapping[str, Collection[str]], tasks: Collection[str], mix: MixConfig
+) -> Mixed:
+    """The order of the sets that some tasks learn from.
+
+    Args:
+        sizes: The images of every set, by name, in their order.
+        labelled: Of each set, those of these tasks whose labels it has.
+        tasks: The tasks; one whose labels no set has learns from every image.
+        mix: How they are mixed.
+    """
+    everywhere = set(tasks).difference(*labelled.values())
+    used = [name for name in sizes if labelled[name] or everywhere]
+    starts = dict(zip(sizes, accumulate(sizes.values(), initial=0), strict=False))
+    most_tasks = max((len(labelled[name]) for name in used), default=0) + len(everywhere)
+    return Mixed({name: sizes[name] for name in used}, {name: starts[name] for name in used}, mix, most_tasks)
 
 
 def _rounded(numbers: Sequence[Fraction], total: int) -> list[int]:

@@ -252,6 +252,11 @@ class World:
             one.load_state([summed[place] for place in range(start, start + len(state))])
             start += len(state)
 
+    def sum_in_place(self, tensor: Tensor) -> None:
+        """Adds up a tensor on the CPU over the processes."""
+        if not self.is_alone:
+            dist.all_reduce(tensor)
+
     def broadcast(self, value: Any) -> Any:
         """Rank 0's value in every process: anything that JSON can hold; others may pass None."""
         if self.is_alone:

@@ -22,10 +22,10 @@ MEMORY_FORMATS = {"contiguous": torch.contiguous_format, "channels_last": torch.
 class Normalize(nn.Module):
     """Normalises stored images with the mean and std of the trunk's pretraining."""
 
-    def __init__(self, mean: tuple[float, ...], std: tuple[float, ...]) -> None:
+    def __init__(self, mean: tuple[float, ...], std: tuple[float, ...], persistent: bool = False) -> None:
         super().__init__()
-        self.register_buffer("scale", 1 / (255 * torch.tensor(std)).view(1, -1, 1, 1), persistent=False)
-        self.register_buffer("shift", (-torch.tensor(mean) / torch.tensor(std)).view(1, -1, 1, 1), persistent=False)
+        self.register_buffer("scale", 1 / (255 * torch.tensor(std)).view(1, -1, 1, 1), persistent)
+        self.register_buffer("shift", (-torch.tensor(mean) / torch.tensor(std)).view(1, -1, 1, 1), persistent)
         self.scale: Tensor
         self.shift: Tensor
 
@@ -39,7 +39,7 @@ class Normalize(nn.Module):
         return rearrange(images, "b h w c -> b c h w").to(self.scale.dtype) * self.scale + self.shift
 
 
-def _statistics(trained_on: Mapping[str, Any], channels: int) -> tuple[tuple[float, ...], tuple[float, ...]]:
+def statistics_of(trained_on: Mapping[str, Any], channels: int) -> tuple[tuple[float, ...], tuple[float, ...]]:
     """Mean and std of each channel; those of other channels than a trunk was trained on are their means."""
     mean, std = trained_on["mean"], trained_on["std"]
     if len(mean) == channels:
@@ -83,7 +83,7 @@ class MultiTaskModel(nn.Module):
         dense = any("pyramid" in kind.reads for kind in kinds.values())
         self.levels, shape = features_of(trunk, dense, size_of(image_size), config)
         trained_on: Any = trunk.pretrained_cfg
-        self.normalize = Normalize(*_statistics(trained_on, input_channels(config)))
+        self.normalize = Normalize(*statistics_of(trained_on, input_channels(config)))
         self.trunk = trunk
         self.heads = nn.ModuleDict(
             {

@@ -14,6 +14,7 @@ from mtl.config.phase import WrittenPhase, patterns_of
 from mtl.config.yaml_source import KeyPath
 from mtl.data import Order
 from mtl.freeze import FreezeError, FreezePlan, plan_freeze
+from mtl.model.teachers import TEACHERS
 from mtl.optim.balance.balance import Balance
 from mtl.patterns import ModuleTree, PatternError, PatternLike, partition, select, text_of
 from mtl.patterns.module_tree import describe
@@ -47,8 +48,9 @@ class ResolveContext:
 
     Attributes:
         config: The run.
-        root: One module around all that has parameters, under the names that users write: trunk, heads, balance.
-        fixed: Parameters that the model itself keeps from training.
+        root: One module around all that has parameters, under the names that users write: trunk, heads, balance,
+            teachers.
+        fixed: Patterns of what the model itself keeps from training, and of the teachers.
         metrics: The metrics by name.
         balance_of: The place in `root.balance` of each written phase's balancing method, by the phase's key path.
         tasks_of: The tasks of each written phase, by the phase's key path.
@@ -76,8 +78,8 @@ class PhaseFreeze:
     """What a phase freezes.
 
     Attributes:
-        patterns: All patterns that hold: the phase's own, those of every phase, what the model itself keeps fixed, and
-            what no active task reaches.
+        patterns: All patterns that hold: the phase's own, those of every phase, what the model itself keeps fixed, the
+            teachers, and what no active task reaches.
         written: Those of them that a user wrote, as they were written.
         plan: What they freeze.
         unreached: Parameters that would train, but that no active task's loss depends on.
@@ -92,9 +94,9 @@ class PhaseFreeze:
     def written_at(self) -> list[str]:
         """Of each of `patterns`, file and line; or why it is there, if no user wrote it."""
         by_place = {place: each.where for each in self.written for place in each.places}
-        unreached = set(self.unreached)
+        reasons = dict.fromkeys(self.unreached, "no active task reaches it") | {TEACHERS: "a teacher never trains"}
         return [
-            by_place.get(place, "no active task reaches it" if text_of(each) in unreached else "fixed by the model")
+            by_place.get(place, reasons.get(text_of(each), "fixed by the model"))
             for place, each in enumerate(self.patterns)
         ]
 
@@ -107,6 +109,7 @@ def frozen_always(context: ResolveContext) -> list[str]:
         split = partition(patterns, parameters, buffers, context.tree)
     except PatternError as error:
         raise context.config.mistake(("freeze_always", error.index), str(error)) from error
+    refuse_teachers(context, patterns, ("freeze_always",), trains=False)
     always = condense([*split.frozen, *split.frozen_buffers], [*parameters, *buffers])
     if patterns and not always:
         raise context.config.mistake(("freeze_always",), _ALL_TAKEN_BACK)
@@ -115,6 +118,31 @@ def frozen_always(context: ResolveContext) -> list[str]:
     except FreezeError as error:
         raise context.config.mistake(("freeze_always",), str(error)) from error
     return always
+
+
+def refuse_teachers(context: ResolveContext, patterns: Sequence[PatternLike], key: KeyPath, trains: bool) -> None:
+    """Raises `ConfigError` if patterns ask for a teacher to train.
+
+    Args:
+        context: What they are resolved against.
+        patterns: What is frozen, or trained.
+        key: Their key path.
+        trains: Whether they list what is trained: then none may select a teacher; else none may take one back.
+    """
+    every_name = [name for names in _names_in(context.root) for name in names]
+    taught = [name for name in every_name if name.startswith(f"{TEACHERS}.")]
+    try:
+        found = select(patterns if trains else [TEACHERS, *patterns], every_name, context.tree) if taught else None
+    except PatternError:
+        return  # It is refused for that.
+    selected = set(found.names) if found else set()
+    asked = next((name for name in taught if (name in selected) == trains), None)
+    if found is None or asked is None:
+        return
+    index = found.decided_by[asked] - (0 if trains else 1)
+    would = f"pattern {text_of(patterns[index])!r} would train {asked}, and a teacher never trains"
+    instead = f"leave it out, or add {'!' if trains else ''}{TEACHERS} after it"
+    raise context.config.mistake((*key, index), f"{would}; {instead}")
 
 
 def _names_in(root: nn.Module) -> tuple[list[str], list[str]]:
@@ -165,6 +193,9 @@ class FreezeResolver(PhaseResolver):
         Raises:
             ConfigError: A pattern cannot be read or selects nothing, the line cannot be drawn there, or nothing trains.
         """
+        for key in ("freeze", "train"):
+            patterns = patterns_of(getattr(self.phase_config, key) or [])
+            refuse_teachers(self.context, patterns, (*self.written.path, key), trains=key == "train")
         own = self._own_patterns()
         resting = [
             name

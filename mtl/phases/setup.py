@@ -21,6 +21,7 @@ from mtl.model import MultiTaskModel, build_trunk
 from mtl.model.build import input_channels
 from mtl.model.network import MEMORY_FORMATS
 from mtl.model.reachability import reached_parameters
+from mtl.model.teachers import TEACHERS, Teacher, build_teachers
 from mtl.optim.balance.balance import build_balance
 from mtl.phases.active_tasks import PhaseTasks, resolve_tasks
 from mtl.phases.freeze_rules import ResolveContext
@@ -28,7 +29,7 @@ from mtl.phases.metrics import RunMetrics
 from mtl.phases.resolve import Phase, resolve_phases
 from mtl.phases.unread import unread_settings
 from mtl.runtime.text import count, hint
-from mtl.tasks import Task, build_tasks
+from mtl.tasks import Task, build_tasks, labels_of
 
 _Made = TypeVar("_Made")
 
@@ -42,8 +43,10 @@ class ModelSetup:
         source: The data set.
         tasks: The tasks by name.
         model: Trunk and heads.
-        root: One module around all that has parameters, under the names that users write: trunk, heads, balance.
-        fixed: Parameters that the model itself keeps from training.
+        teachers: The teachers of tasks that have one, by task; they are in `root`, and no part of the model.
+        root: One module around all that has parameters, under the names that users write: trunk, heads, balance,
+            teachers.
+        fixed: Patterns of what the model itself keeps from training, and of the teachers.
         phases: The phases, resolved.
         unread: Settings of the configuration's files that no phase reads, each in a line with its place.
     """
@@ -52,6 +55,7 @@ class ModelSetup:
     source: Source
     tasks: dict[str, Task]
     model: MultiTaskModel
+    teachers: Mapping[str, Teacher]
     root: nn.Module
     fixed: list[str]
     phases: list[Phase]
@@ -59,7 +63,11 @@ class ModelSetup:
 
 
 def build_model_setup(
-    config: RunConfig, device: str = "cpu", train: Split | None = None, source: Source | None = None
+    config: RunConfig,
+    device: str = "cpu",
+    train: Split | None = None,
+    source: Source | None = None,
+    with_teachers: bool = False,
 ) -> ModelSetup:
     """Makes the model of a run and resolves its phases.
 
@@ -70,6 +78,7 @@ def build_model_setup(
         device: `cpu` or `meta`.
         train: The training images, if they are not as many as the data set has.
         source: The data set, if it is open already.
+        with_teachers: Whether teachers get their weights, without which they are an architecture.
 
     Raises:
         ConfigError: Anything in the configuration that turns out not to work, with the place where it was written.
@@ -82,7 +91,7 @@ def build_model_setup(
         except SettingError as error:
             raise mistake_of(config, error) from error
     _seed_everything(config.seed)
-    tasks = build_tasks(config, source.class_names(labels_of(config)))
+    teachers, tasks = _build_tasks(config, source, device, with_teachers)
     _check_fill(config, tasks)
     # Where it is to be found out, a run begins with the first one.
     layout = MEMORY_FORMATS["contiguous" if config.memory_format == "auto" else config.memory_format]
@@ -103,8 +112,9 @@ def build_model_setup(
             balances, balance_of = _build_balances(config, tasks_of, mistakes)
     except SettingError as error:
         raise mistake_of(config, error) from error
-    root = nn.ModuleDict({**dict(model.named_children()), "balance": balances})
-    fixed = untrainable_parameters(root)
+    own = {**dict(model.named_children()), "balance": balances}
+    root = nn.ModuleDict({**own, TEACHERS: nn.ModuleDict(teachers)} if teachers else own)
+    fixed = [*untrainable_parameters(nn.ModuleDict(own)), *([TEACHERS] if teachers else [])]
     context = ResolveContext(
         config=config,
         root=root,
@@ -119,7 +129,7 @@ def build_model_setup(
     unread_mistakes, unread = unread_settings(config, phases)
     if unread_mistakes:
         raise ConfigError(unread_mistakes)
-    return ModelSetup(config, source, tasks, model, root, fixed, phases, unread)
+    return ModelSetup(config, source, tasks, model, teachers, root, fixed, phases, unread)
 
 
 def build_meta_setup(config: RunConfig, train: Split | None = None, source: Source | None = None) -> ModelSetup:
@@ -132,6 +142,34 @@ def build_meta_setup(config: RunConfig, train: Split | None = None, source: Sour
     opened = open_source(config) if source is None else source
     setup = _on_meta_or_cpu(lambda device: build_model_setup(without, device, train, opened))
     return replace(setup, config=config)
+
+
+def build_meta_tasks(config: RunConfig, source: Source) -> dict[str, Task]:
+    """The tasks alone.
+
+    Raises:
+        ConfigError: One of them cannot be made.
+    """
+    return _on_meta_or_cpu(lambda device: _build_tasks(config, source, device, with_teachers=False)[1])
+
+
+def _build_tasks(
+    config: RunConfig, source: Source, device: str, with_teachers: bool
+) -> tuple[dict[str, Teacher], dict[str, Task]]:
+    """The teachers, and the tasks, which learn embeddings of their width."""
+    label_of = labels_of(config)
+    names = source.class_names(label_of)
+    if label_of.keys() == config.tasks.keys():
+        return {}, build_tasks(config, names)
+    # Found out from images, which are on the CPU.
+    channels = source.channels
+    try:
+        with torch.device(device):
+            teachers = build_teachers(config, channels, with_teachers)
+    except SettingError as error:
+        raise mistake_of(config, error) from error
+    widths = {name: teacher.width for name, teacher in teachers.items()}
+    return teachers, build_tasks(config, names, widths)
 
 
 def build_meta_trunk(config: RunConfig) -> nn.Module:
@@ -232,11 +270,6 @@ def _check_fill(config: RunConfig, tasks: Mapping[str, Task]) -> None:
             if task.label_kind == "mask" and ignored != rotation.options.ignore:
                 message = f"expected the ignore_index of the task {name!r}, {ignored}, got {rotation.options.ignore}"
                 raise config.mistake((*path, "options", "ignore"), message)
-
-
-def labels_of(config: RunConfig) -> dict[str, str]:
-    """The name of each task's label."""
-    return {name: own.label or name for name, own in config.tasks.items()}
 
 
 def open_source(config: RunConfig) -> Source:

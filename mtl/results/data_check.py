@@ -16,10 +16,10 @@ from mtl.data import MemorySplit, MixedSource
 from mtl.data.file_source import FileSource, open_file_sets
 from mtl.data.fileset import IMAGE, FileSet
 from mtl.data.problems import problems
-from mtl.phases.setup import labels_of, open_source
+from mtl.phases.setup import build_meta_tasks, open_source
 from mtl.results.pictures import draw_samples
 from mtl.runtime.text import count
-from mtl.tasks import build_tasks, label_kinds
+from mtl.tasks import label_kinds, labels_of
 from mtl.tasks.base import LabelKind
 
 # Classes that are listed by their share, the most frequent first.
@@ -47,8 +47,11 @@ class DataCheck:
         if isinstance(self._source, MixedSource):
             self._sets = {name: DataCheck(_of_set(config, self._source, name)) for name in self._source.sets}
             return
+        tasks = build_meta_tasks(config, self._source)
+        self._label_of = labels_of(config)
         self._kinds = label_kinds(config)
-        self._tasks = build_tasks(config, self._source.class_names(labels_of(config)))
+        self._tasks = {name: tasks[name] for name in self._label_of}
+        self._widths = {name: task.num_outputs for name, task in tasks.items() if name not in self._label_of}
 
     def lines(self) -> Iterator[str]:
         """Reads it split by split; a paragraph for each."""
@@ -70,9 +73,8 @@ class DataCheck:
 
     def _of_generated(self) -> Iterator[str]:
         """Generated data is exact; it is made, and measured alike."""
-        label_of = labels_of(self._config)
         try:
-            splits = self._source.load(self._tasks, label_of, quiet=False)
+            splits = self._source.load(self._tasks, self._label_of, quiet=False)
         except SettingError as error:
             raise mistake_of(self._config, error) from error
         for name, split in zip(("train", "val"), splits, strict=True):
@@ -80,7 +82,7 @@ class DataCheck:
             census = {label: _Census(kind) for label, kind in self._kinds.items()} | {IMAGE: _Census(None)}
             for image in split.images:
                 census[IMAGE].add(image.permute(2, 0, 1))
-            for task, label in label_of.items():
+            for task, label in self._label_of.items():
                 for value in split.labels[task]:
                     census[label].add(value)
             yield from self._paragraph(name, len(split), census)
@@ -103,14 +105,13 @@ class DataCheck:
             each.draw(file.with_stem(f"{file.stem}-{name}"))
         if self._sets:
             return
-        label_of = labels_of(self._config)
-        draw_samples(self._source.preview(self._tasks, label_of, _NUM_PICTURES), self._tasks, file)
+        draw_samples(self._source.preview(self._tasks, self._label_of, _NUM_PICTURES), self._tasks, file)
 
     def _allowed(self) -> dict[str, set[int]]:
         """The class numbers that every task of a label takes."""
         allowed: dict[str, set[int]] = {}
-        for name, own in self._config.tasks.items():
-            task, label = self._tasks[name], own.label or name
+        for name, label in self._label_of.items():
+            task = self._tasks[name]
             ignored = getattr(task, "ignore_index", None)
             if self._kinds[label] in ("class", "mask") and ignored is not None:
                 number = getattr(task, "num_classes", task.num_outputs)
@@ -123,6 +124,8 @@ class DataCheck:
         for label in self._kinds:
             names = self._source.classes.get(label, ())
             yield f"  {label}: {census[label].of_labels(num, names)}"
+        for task, width in self._widths.items():
+            yield f"  {task}: {count(width, 'number')} an image, given by its teacher"
 
 
 def _of_set(config: RunConfig, source: MixedSource, name: str) -> RunConfig:

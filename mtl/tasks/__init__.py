@@ -7,8 +7,9 @@ from mtl.tasks.binary_maps import Edges, Saliency
 from mtl.tasks.build import build_tasks
 from mtl.tasks.classification import Classification
 from mtl.tasks.depth import Depth
+from mtl.tasks.distill import Distill
 from mtl.tasks.keypoints import Keypoints
-from mtl.tasks.kinds import label_kinds
+from mtl.tasks.kinds import label_kinds, labels_of
 from mtl.tasks.loss import Loss
 from mtl.tasks.multilabel import MultiLabel
 from mtl.tasks.normals import Normals
@@ -19,6 +20,7 @@ from mtl.tasks.segmentation import Segmentation
 __all__ = [
     "Classification",
     "Depth",
+    "Distill",
     "Edges",
     "Goal",
     "Keypoints",
@@ -33,4 +35,5 @@ __all__ = [
     "Task",
     "build_tasks",
     "label_kinds",
+    "labels_of",
 ]

@@ -8,6 +8,7 @@ from mtl.config import (
     ClassificationConfig,
     ConfigError,
     DepthConfig,
+    DistillConfig,
     EdgesConfig,
     KeypointsConfig,
     MultiLabelConfig,
@@ -28,6 +29,7 @@ from mtl.tasks.class_losses import ClassLoss
 from mtl.tasks.classes import ClassTask
 from mtl.tasks.classification import Classification
 from mtl.tasks.depth import Depth
+from mtl.tasks.distill import Distill
 from mtl.tasks.entries import EntryTask
 from mtl.tasks.keypoints import Keypoints
 from mtl.tasks.loss import Loss
@@ -40,12 +42,17 @@ from mtl.tasks.regression import Regression
 from mtl.tasks.segmentation import Segmentation
 
 
-def build_tasks(config: RunConfig, class_names: Mapping[str, Sequence[str]] | None = None) -> dict[str, Task]:
+def build_tasks(
+    config: RunConfig,
+    class_names: Mapping[str, Sequence[str]] | None = None,
+    widths: Mapping[str, int] | None = None,
+) -> dict[str, Task]:
     """The tasks of a configuration, by name, in its order.
 
     Args:
         config: The run.
         class_names: Of each task whose classes the data set names, these names in order.
+        widths: Of each task with a teacher, the numbers in the teacher's embedding.
 
     Raises:
         ConfigError: A class of the user's own cannot be had, or does not take its options; the number of classes is not
@@ -54,7 +61,7 @@ def build_tasks(config: RunConfig, class_names: Mapping[str, Sequence[str]] | No
     tasks, mistakes = {}, list[str]()
     for name, own in config.tasks.items():
         try:
-            tasks[name] = _build(config, name, (class_names or {}).get(name, ()))
+            tasks[name] = _build(config, name, (class_names or {}).get(name, ()), widths or {})
             add_metrics(tasks[name], own.metrics, f"tasks.{name}.metrics")
         except SettingError as error:
             mistakes += mistake_of(config, error).mistakes
@@ -67,17 +74,17 @@ def build_tasks(config: RunConfig, class_names: Mapping[str, Sequence[str]] | No
     return tasks
 
 
-def _build(config: RunConfig, name: str, class_names: Sequence[str]) -> Task:
+def _build(config: RunConfig, name: str, class_names: Sequence[str], widths: Mapping[str, int]) -> Task:
     own, path = config.tasks[name], f"tasks.{name}"
     if isinstance(own, OwnTaskConfig):
         return _build_own(path, own)
-    task = _build_type(config, name, class_names)
+    task = _build_type(config, name, class_names, widths)
     if own.loss is not None and is_own(own.loss.name):
         try_out(task, own.loss, f"{path}.loss")
     return task
 
 
-def _build_type(config: RunConfig, name: str, names: Sequence[str]) -> EntryTask:
+def _build_type(config: RunConfig, name: str, names: Sequence[str], widths: Mapping[str, int]) -> EntryTask:
     own, path = config.tasks[name], f"tasks.{name}"
     assert not isinstance(own, OwnTaskConfig)
 
@@ -115,6 +122,8 @@ def _build_type(config: RunConfig, name: str, names: Sequence[str]) -> EntryTask
             task = Saliency(own.ignore_index, loss_of(Saliency))
         case KeypointsConfig():
             task = Keypoints(own.num_points, config.data.size, loss_of(Keypoints))
+        case DistillConfig():
+            task = Distill(widths[name], loss_of(Distill))
     if isinstance(task, ClassTask):
         _check_class_weights(task, path)
     return task

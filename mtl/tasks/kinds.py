@@ -4,7 +4,7 @@ from __future__ import annotations
 
 from typing import Any
 
-from mtl.config import ConfigError, OwnTaskConfig, RunConfig, SettingError, TaskConfig, mistake_of
+from mtl.config import ConfigError, DistillConfig, OwnTaskConfig, RunConfig, SettingError, TaskConfig, mistake_of
 from mtl.config.own import own_class
 from mtl.tasks.base import LabelKind, Task
 from mtl.tasks.binary_maps import Edges, Saliency
@@ -31,6 +31,12 @@ _TYPES: dict[str, type[Task]] = {
 }
 
 
+def labels_of(config: RunConfig) -> dict[str, str]:
+    """The data set's name for the label of each task that learns one, by task: a teacher gives those of the others."""
+    own = {name: task for name, task in config.tasks.items() if not isinstance(task, DistillConfig)}
+    return {name: task.label or name for name, task in own.items()}
+
+
 def label_kinds(config: RunConfig) -> dict[str, LabelKind]:
     """The kind of each label that tasks learn, by the data set's name for it.
 
@@ -40,9 +46,9 @@ def label_kinds(config: RunConfig) -> dict[str, LabelKind]:
         ConfigError: A task type of the user's own cannot be had; for all tasks at once.
     """
     kinds, mistakes = dict[str, LabelKind](), list[str]()
-    for name, own in config.tasks.items():
+    for name, label in labels_of(config).items():
         try:
-            label, kind = own.label or name, _kind_of(own, f"tasks.{name}.type")
+            kind = _kind_of(config.tasks[name], f"tasks.{name}.type")
         except SettingError as error:
             mistakes += mistake_of(config, error).mistakes
             continue

@@ -204,7 +204,9 @@ def resume_from(source: ResumeSource, setup: RunSetup, world: World = ALONE) -> 
         with suppress(KeyError, TypeError):
             # What is asked for in vain is said as such, before weights are found not to fit.
             history_from(source.state, config, phases, source.newest, in_place)
+        digests = {task: teacher.digest() for task, teacher in setup.teachers.items()}
         folder, state, memory = _load(source, setup, world)
+        _check_teachers(folder, digests, setup)
         try:
             _check(folder, state, setup, in_place)
             _check_balances(folder, memory, setup)
@@ -265,6 +267,14 @@ def _check(folder: Path, state: Mapping[str, Any], setup: RunSetup, in_place: bo
     missing = [key for key in _NEEDED if key not in state]
     if missing:
         raise KeyError(missing[0])
+
+
+def _check_teachers(folder: Path, before: Mapping[str, str], setup: RunSetup) -> None:
+    """Raises `CheckpointError` if loading a checkpoint has changed teachers, which had these digests before."""
+    others = [task for task, teacher in setup.teachers.items() if teacher.digest() != before[task]]
+    if others:
+        what = f"{folder} was trained with another teacher of {', '.join(others)}"
+        raise CheckpointError(f"{what}: its weights have changed since; give it those, or begin another run")
 
 
 def _check_balances(folder: Path, memory: Mapping[str, Any], setup: RunSetup) -> None:

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from dataclasses import dataclass, replace
+from pathlib import Path
 
 import torch
 
@@ -10,15 +11,17 @@ from mtl.config import GeneratedData, RunConfig, SettingError, mistake_of
 from mtl.config.distributed import DistributedConfig
 from mtl.config.mixed import MixedData
 from mtl.config.precedence import Precedence, is_written, precedence_of
-from mtl.data import Split, check_room
+from mtl.data import Loading, Split, TaughtSplit, Teaching, check_room
 from mtl.distributed.world import ALONE, World, WorldError
 from mtl.freeze import free_norm_statistics
 from mtl.model import set_output_bias
+from mtl.model.teachers import load_teachers
 from mtl.optim.balance.balance import is_by_gradients
 from mtl.optim.optimizers import try_out
 from mtl.phases.plan import Plan, make_plan
-from mtl.phases.setup import ModelSetup, build_meta_setup, build_model_setup, labels_of, open_source, without_weights
+from mtl.phases.setup import ModelSetup, build_meta_setup, build_model_setup, open_source, without_weights
 from mtl.runtime.console import logger
+from mtl.tasks import labels_of
 from mtl.training.autotune import choose, lay_out
 from mtl.training.evaluate import Scores, validate_constant
 
@@ -42,7 +45,13 @@ class RunSetup(ModelSetup):
     plan: Plan
 
 
-def assemble(config: RunConfig, quiet: bool = False, world: World = ALONE, begins: bool = True) -> RunSetup:
+def assemble(
+    config: RunConfig,
+    quiet: bool = False,
+    world: World = ALONE,
+    begins: bool = True,
+    teachers_from: Path | None = None,
+) -> RunSetup:
     """Makes the parts of a run. Generated data may be put in the data cache; nothing else is written.
 
     Args:
@@ -51,10 +60,12 @@ def assemble(config: RunConfig, quiet: bool = False, world: World = ALONE, begin
         world: The processes that train together, which have not met yet.
         begins: Whether the trunk's weights are needed; a checkpoint has them all, and those of the trunk's own file may
             be gone when a run is resumed.
+        teachers_from: The checkpoint of the same run from which teachers are loaded, in place of their own files.
 
     Raises:
         ConfigError: Anything in the configuration that turns out not to work, with the place where it was written.
         DataError: The data cannot be had.
+        CheckpointError: That checkpoint has no such teachers.
     """
     excluded = _check_fsdp(config, world)
     device = _device(config, world)
@@ -68,19 +79,26 @@ def assemble(config: RunConfig, quiet: bool = False, world: World = ALONE, begin
     # Without weights first: what is wrong with the configuration is found before any are loaded.
     source = open_source(config)
     plan = make_plan(build_meta_setup(config, source=source))
-    model_setup = build_model_setup(config if begins else without_weights(config), source=source)
+    with_teachers = teachers_from is None
+    own = config if begins else without_weights(config)
+    model_setup = build_model_setup(own, source=source, with_teachers=with_teachers)
     tasks = model_setup.tasks
     try:
         # Data that has to be made is made once.
         with world.main_first():
-            train, val = source.load(tasks, labels_of(config), quiet)
+            label_of = labels_of(config)
+            train, val = source.load({name: tasks[name] for name in label_of}, label_of, quiet)
     except SettingError as error:
         raise mistake_of(config, error) from error
     if train.num_skipped:
         # An epoch has fewer steps than were planned.
         plan = make_plan(build_meta_setup(config, train, source))
-        model_setup = build_model_setup(model_setup.config, train=train, source=source)
+        model_setup = build_model_setup(own, train=train, source=source, with_teachers=with_teachers)
         tasks = model_setup.tasks
+    if model_setup.teachers:
+        if teachers_from is not None:
+            load_teachers(model_setup.teachers, teachers_from)
+        train, val = _taught(model_setup, train, val, device, world, quiet)
     constants = {name: task.fit(train.labels_to_fit(name)) for name, task in tasks.items()}
     for name, constant in constants.items():
         try:
@@ -102,6 +120,22 @@ def assemble(config: RunConfig, quiet: bool = False, world: World = ALONE, begin
     lay_out(model_setup, layout)
     model_setup = replace(model_setup, config=config.with_changes(memory_format=layout, precision=precision))
     return RunSetup(**vars(model_setup), device=device, train=train, val=val, trivial=trivial, plan=plan)
+
+
+def _taught(
+    model_setup: ModelSetup, train: Split, val: Split, device: torch.device, world: World, quiet: bool
+) -> tuple[Split, Split]:
+    """Both splits with the embeddings of teachers, computed once of all images that are the same in every epoch."""
+    data = model_setup.config.data
+    given = {
+        name: Teaching(teacher.to(device), teacher.width, teacher.digest())
+        for name, teacher in model_setup.teachers.items()
+    }
+    loading = Loading(device=device, num_workers=data.num_workers)
+    splits = [TaughtSplit(split, given, data.batch_size, loading) for split in (train, val)]
+    for split in splits[1:] if data.has_views else splits:
+        split.keep(world, quiet)
+    return splits[0], splits[1]
 
 
 def _try_out_optimizers(model_setup: ModelSetup, device: torch.device) -> None:

@@ -144,7 +144,7 @@ def test_the_config_that_the_scripts_train_is_in_the_repository() -> None:
             5,
             "  depth: {type: dept}",
             "run.yaml:5: tasks.depth.type: expected one of segmentation, depth, normals, classification,"
-            " ordinal, multilabel, regression, edges, saliency, keypoints, package.module:Name, got 'dept';"
+            " ordinal, multilabel, regression, edges, saliency, keypoints, distill, package.module:Name, got 'dept';"
             " nearest: depth",
         ),
         (
@@ -294,7 +294,7 @@ def test_all_mistakes_are_reported_at_once() -> None:
         "run.yaml:3: data.image_size: expected a valid integer, got 'big'",
         "run.yaml:3: data.batch_sise: unknown key; nearest: batch_size",
         "run.yaml:6: tasks.object.type: expected one of segmentation, depth, normals, classification,"
-        " ordinal, multilabel, regression, edges, saliency, keypoints, package.module:Name,"
+        " ordinal, multilabel, regression, edges, saliency, keypoints, distill, package.module:Name,"
         " got 'clasification'; nearest: classification",
         "run.yaml:8: phases.0.name: this key is required",
         "run.yaml:8: phases.0.freeze.0: expected a valid string, got 1",

@@ -11,6 +11,7 @@ from torch.nn import functional
 from mtl.tasks import (
     Classification,
     Depth,
+    Distill,
     Edges,
     Keypoints,
     MultiLabel,
@@ -54,6 +55,7 @@ TYPES: dict[str, Callable[[], Task]] = {
     **{f"regression, {name}": lambda kind=kind: Regression(2, 3.0, kind()) for name, kind in Regression.losses.items()},
     **{f"edges, {name}": lambda kind=kind: Edges(loss=kind()) for name, kind in Edges.losses.items()},
     **{f"saliency, {name}": lambda kind=kind: Saliency(loss=kind()) for name, kind in Saliency.losses.items()},
+    **{f"distill, {name}": lambda kind=kind: Distill(3, kind()) for name, kind in Distill.losses.items()},
     "keypoints": lambda: Keypoints(3, SIZE),
 }
 
@@ -97,6 +99,8 @@ def _label(kind: str, num: int) -> tuple[Tensor, tuple[int, ...]]:
         return torch.randint(0, 2, (num, 3)).double(), (num, 3)
     if kind == "regression":
         return 5 * torch.randn(num, 2, dtype=torch.float64), (num, 2)
+    if kind == "distill":
+        return 5 * torch.randn(num, 3, dtype=torch.float64), (num, 1)
     assert kind == "keypoints"
     place = torch.rand(num, 3, 2, dtype=torch.float64) * torch.tensor([SIZE[1], SIZE[0]])
     return torch.cat([place, torch.ones(num, 3, 1, dtype=torch.float64)], dim=2), (num, 3)

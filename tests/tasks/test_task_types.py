@@ -149,7 +149,7 @@ def test_a_nan_output_without_a_label_does_not_count(name: str) -> None:
 
 
 # Constants that are fitted by another rule, see docs/trivial.md.
-_BY_ANOTHER_RULE = ("berhu", "silog", "smoothed", "focal", "weighted", "balanced")
+_BY_ANOTHER_RULE = ("berhu", "silog", "smoothed", "focal", "weighted", "balanced", "smooth_l1")
 
 
 @pytest.mark.parametrize(

@@ -230,3 +230,14 @@ def test_two_processes_train_what_one_does(tmp_path: Path, cache_dir: Path, bala
 
 def difference(one: dict[str, Tensor], other: dict[str, Tensor]) -> float:
     return max(float((one[name].double() - other[name].double()).abs().max()) for name in one)
+
+
+def test_a_teacher_gives_labels_of_the_images_of_every_set(tmp_path: Path, cache_dir: Path) -> None:
+    """A phase of the teacher's task alone draws from all sets; one of a set's task only from that."""
+    tasks = TASKS | {"like": {"type": "distill", "teacher": {"name": "test_vit", "weights": "none"}}}
+    phases = [{"name": "a", "epochs": 1, "tasks": ["like"]}, {"name": "b", "epochs": 1, "tasks": ["left"]}]
+    changes = settings("proportional", tasks=tasks, phases=phases)
+    setup = tiny_parts(tmp_path, **changes)
+    assert [phase.order.num_images for phase in setup.phases] == [36, 12]
+    rows = [row for row in read_metrics(run_whole(tmp_path / "run", cache_dir, changes)) if "train/loss" in row]
+    assert all("train/loss/like" in row for row in rows[:6])

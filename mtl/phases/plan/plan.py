@@ -7,6 +7,7 @@ from dataclasses import replace
 from typing import Any
 
 from mtl.freeze import FreezePlan
+from mtl.model.teachers import TEACHERS
 from mtl.phases.plan.dead import dead_branches
 from mtl.phases.plan.forecast import forecast
 from mtl.phases.plan.records import Claim, FlopsPlan, GroupPlan, MemoryPlan, PhasePlan, Plan, Side
@@ -136,7 +137,7 @@ class _Planner:
         )
 
     def held_in_eval(self, plan: FreezePlan) -> tuple[str, ...]:
-        held = [name for name in plan.held_in_eval if name.startswith(("trunk", "heads"))]
+        held = [name for name in plan.held_in_eval if name.startswith(("trunk", "heads", TEACHERS))]
         return tuple(condense(held, self.every_module))
 
     def lr_of(self, phase: Phase) -> dict[str, float]:
@@ -147,7 +148,7 @@ class _Planner:
         """What a phase costs; None stands for one in which nothing is frozen."""
         config = self.model_setup.config
         model = config.model_dump_json(include={"trunk", "tasks", "memory_format"})
-        key: tuple[object, ...] = (model, config.data.size)
+        key: tuple[object, ...] = (model, config.data.size, config.data.has_views)
         if phase is not None:
             optimizer = phase.optim.optimizer.model_dump_json()
             stepped = sum(p.numel() for group in phase.groups for p in group["params"])

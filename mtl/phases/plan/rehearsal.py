@@ -53,7 +53,12 @@ def rehearse(model_setup: ModelSetup, phase: Phase | None) -> Cost:
     # On a CPU, torch counts no attention that is computed in one piece.
     with _counter() as forward, torch.set_grad_enabled(not evaluates), sdpa_kernel(SDPBackend.MATH):
         try:
-            outputs = model(model.example_inputs(_NUM_IMAGES), None if phase is None else phase.tasks)
+            images = model.example_inputs(_NUM_IMAGES)
+            outputs = model(images, None if phase is None else phase.tasks)
+            # Embeddings of images that are the same in every epoch are computed before training.
+            for task in outputs if model_setup.config.data.has_views and not evaluates else ():
+                if task in model_setup.teachers:
+                    model_setup.teachers[task](images)
         except (RuntimeError, ValueError, AssertionError, IndexError, TypeError) as error:
             # It was run in eval mode before: this is what its options do in training.
             key = ("trunk", "options") if model_setup.config.trunk.options else ("trunk", "name")

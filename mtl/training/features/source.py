@@ -104,6 +104,7 @@ class FeatureSource:
         """
         phase, kept_in = self._setup.phases[index], self._resumed_in
         self.leave()
+        self._setup.train.begin_phase(phase.tasks)
         self._batch_size, self._holds = phase.batch_size, holds
         mode = phase.config.cache or self._settings.mode
         if mode == "auto" and kept_in is not None:
