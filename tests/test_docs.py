@@ -149,7 +149,7 @@ def test_lines_of_a_plan_are_those_that_the_plan_prints(page: str, plan: Plan) -
 def test_the_size_of_what_is_kept_is_the_one_planned(page: str, plan: Plan) -> None:
     sizes = stated(page, r"features: the trunk computed once, .*? kept in memory: (.*? for \d+ images)")
     kept = re.search(r"the trunk; kept: .* an image, (.*?) in all", full_plan(plan))
-    assert kept and sizes == [f"{kept[1]} for {6000 + 500} images"]
+    assert kept and sizes == [f"{kept[1]} for {2600 + 500} images"]
 
 
 # Links

@@ -15,7 +15,8 @@ CONFIG = Path(__file__).parents[2] / "configs" / "scenes.yaml"
 
 @pytest.mark.slow
 def test_every_task_beats_the_trivial_predictor_and_fine_tuning_beats_the_frozen_trunk(tmp_path: Path) -> None:
-    overrides = [f"runs_dir={tmp_path}", "data.num_train=1600", "data.num_val=200", "phases.finetune.epochs=4"]
+    data = ["data.image_size=64", "data.batch_size=32", "data.num_train=1600", "data.num_val=200"]
+    overrides = [f"runs_dir={tmp_path}", *data, "phases.finetune.epochs=4"]
     parts = assemble(load_config(CONFIG, overrides), quiet=True)
     outcome = train(parts, quiet=True)
     assert outcome.report.ok and [phase.completed for phase in outcome.report.phases] == [True, True]
