@@ -9,8 +9,9 @@ from mtl.config.mixed import MixedData
 from mtl.data.augment import View, draw_view
 from mtl.data.cache import DataError
 from mtl.data.dataset import Batch, Split
-from mtl.data.file_source import FileSource, labels_there
-from mtl.data.generated import BUILT_IN, GeneratedSource, check_room
+from mtl.data.files.file_source import FileSource, labels_there
+from mtl.data.files.mistakes import LabelError
+from mtl.data.generated.generated_source import BUILT_IN, GeneratedSource, check_room
 from mtl.data.loading import (
     IN_THREAD,
     Loading,
@@ -21,7 +22,6 @@ from mtl.data.loading import (
     windows,
 )
 from mtl.data.memory import MemorySplit
-from mtl.data.mistakes import LabelError
 from mtl.data.mixed import MixedSource
 from mtl.data.orders import Mixed, Order, Shuffled
 from mtl.data.room import check_image

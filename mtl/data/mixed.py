@@ -10,7 +10,7 @@ from mtl.config.errors import OptionsError
 from mtl.config.mixed import MixedData
 from mtl.data.cache import DataError
 from mtl.data.dataset import Batch, Split
-from mtl.data.mistakes import LabelError
+from mtl.data.files.mistakes import LabelError
 from mtl.data.mixed_split import MixedSplit, Part
 from mtl.data.orders import Order, mixed_order
 from mtl.data.source import Source

@@ -220,7 +220,7 @@ def test_a_run_with_workers_has_the_bits_of_one_without(tmp_path: Path) -> None:
 
 def plant(patch: pytest.MonkeyPatch) -> None:
     """Three samples of the training data and one of the validation data that cannot be used."""
-    real = mtl.data.generated.load_split
+    real = mtl.data.generated.generated_source.load_split
 
     def load(config: Any, which: str, quiet: bool) -> MemorySplit:
         found = real(config, which, quiet)
@@ -231,7 +231,7 @@ def plant(patch: pytest.MonkeyPatch) -> None:
             labels["object"][11] = 77
         return MemorySplit(found.images, labels)
 
-    patch.setattr(mtl.data.generated, "load_split", load)
+    patch.setattr(mtl.data.generated.generated_source, "load_split", load)
 
 
 def test_a_sample_that_cannot_be_trained_on_is_named(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
