@@ -110,6 +110,11 @@ class Mixed(Order):
             found.append(torch.cat(parts)[torch.randperm(batch_size, generator=generator)])
         return found
 
+    def describe(self) -> str:
+        """The share of each set in words."""
+        shares = ", ".join(f"{name} {float(share):.3g}" for name, share in self._shares.items())
+        return f"{shares} of them{'; a batch is of one set' if self.mix.is_single else ''}"
+
     @property
     def _shares(self) -> dict[str, Fraction]:
         return self.mix.shares(self.sizes)

@@ -99,6 +99,7 @@ def test_a_phase_draws_from_the_sets_of_its_tasks_alone(tmp_path: Path) -> None:
     assert all((batch.indices >= 24).all() for batch in batches_of(setup))
     counts = [int((batch.indices < 24).sum()) for batch in batches_of(setup, 1)]
     assert counts == [3] * 8
+    assert [phase.mix for phase in setup.plan.phases] == ["shop 1 of them", "rooms 0.5, shop 0.5 of them"]
 
 
 @pytest.fixture
@@ -205,16 +206,18 @@ def test_the_configuration_in_the_documentation_trains(
 
 
 @pytest.mark.slow
-@pytest.mark.parametrize("balance", ["uw", "mgda", "dwa"])
-def test_two_processes_train_what_one_does(tmp_path: Path, cache_dir: Path, balance: str) -> None:
-    """In turn, each step lacks the labels of one task; in the second phase, ranks may differ in what they lack."""
+@pytest.mark.parametrize(
+    ("mix", "balance"),
+    [("round_robin", "uw"), ("round_robin", "mgda"), ("round_robin", "dwa"), ("proportional", "famo")],
+)
+def test_two_processes_train_what_one_does(tmp_path: Path, cache_dir: Path, mix: str, balance: str) -> None:
+    """In turn, each step lacks the labels of one task; in mixed batches of two images, often one rank does."""
     phases = [
         {"name": "a", "freeze": ["trunk"], "epochs": 1},
         {"name": "b", "freeze": ["trunk.patch_embed"], "steps": 6},
     ]
-    changes = settings(
-        "round_robin", phases=phases, balance=balance, trunk={"name": "test_vit"}, freeze_always=["type:BatchNorm2d"]
-    )
+    own = {"data": DATA | {"mix": mix, "batch_size": 2 if mix == "proportional" else 6}, "trunk": {"name": "test_vit"}}
+    changes = settings(phases=phases, balance=balance, freeze_always=["type:BatchNorm2d"], **own)
     one = run_whole(tmp_path / "one", cache_dir, changes)
     (tmp_path / "two").mkdir()
     code, said = finish(command(2, tmp_path / "two", **changes), surroundings(cache_dir, folder=tmp_path / "two"))
