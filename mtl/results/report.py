@@ -27,7 +27,7 @@ from mtl.data import Batch, validation_batches
 from mtl.model.trunk import in_eval_mode
 from mtl.optim.task_gradients import GradientAnalysis
 from mtl.phases.setup import build_model_setup
-from mtl.results.pictures import picture_of
+from mtl.results.pictures import add_legend, picture_of
 from mtl.runtime.files import write_text
 from mtl.runtime.tensors import is_sharded
 from mtl.runtime.text import count
@@ -41,6 +41,8 @@ if TYPE_CHECKING:
     from matplotlib.figure import Figure
 
 _NUM_EXAMPLES = 6
+# Letters above one of the examples.
+_LINE_LENGTH = 32
 
 
 _STYLE = (
@@ -212,11 +214,18 @@ def draw_run(setup: RunSetup, epochs: list[dict[str, Any]]) -> Figure:
         if name not in dense
     }
     for i, axes in enumerate(grid[0][: len(batch)]):
-        lines = [f"{name}: {predicted[i]} (truth {truth[i]})" for name, (predicted, truth) in texts.items()]
+        lines = [_said(name, predicted[i], truth[i]) for name, (predicted, truth) in texts.items()]
         axes.set_title("\n".join(lines), fontsize=8)
     for axes in grid.flat:
         axes.set(xticks=[], yticks=[])
+    add_legend(below, dense, figure.get_figwidth())
     return figure
+
+
+def _said(name: str, predicted: str, truth: str) -> str:
+    """A prediction in words, in two lines if one would reach into the next picture's."""
+    first, second = f"{name}: {predicted}", f"(truth {truth})"
+    return f"{first}{' ' if len(first) + len(second) < _LINE_LENGTH else chr(10)}{second}"
 
 
 def _draw_metric(axes: Axes, name: str, task: Task, epochs: list[dict[str, Any]]) -> None:

@@ -6,14 +6,21 @@ import base64
 import io
 import re
 import shutil
-from itertools import combinations
+from itertools import combinations, pairwise
 from pathlib import Path
 
 import pytest
+import torch
+from matplotlib.colors import to_rgb
+from matplotlib.figure import Figure
+from matplotlib.patches import Patch
 from PIL import Image
 
 from mtl.cli import main
-from mtl.results.report import gradients_html, write_report
+from mtl.results.pictures import add_legend
+from mtl.results.report import draw_run, gradients_html, write_report
+from mtl.tasks import Task
+from mtl.tasks.segmentation import Segmentation
 from mtl.training.run import train
 from runs import read_model, tiny_parts
 
@@ -59,6 +66,40 @@ def test_the_report_shows_verdict_phases_picture_and_configuration(
     assert embedded == picture.read_bytes()
     image = Image.open(io.BytesIO(embedded))
     assert image.size[0] > 1000 and len(image.convert("L").histogram()) == 256
+
+
+GARMENTS = ["T-shirt", "trouser", "pullover", "dress", "coat", "sandal", "shirt", "sneaker", "bag", "ankle boot"]
+
+
+def test_the_picture_names_the_classes_of_maps_below_and_of_images_above(tmp_path: Path) -> None:
+    setup = tiny_parts(tmp_path)
+    figure = draw_run(setup, [])
+    below = figure.subfigs[1]
+    (legend,) = below.legends
+    assert [text.get_text() for text in legend.get_texts()] == ["floor", "wall", "sphere", *GARMENTS]
+    drawn = setup.tasks["segmentation"].draw(torch.arange(13).view(1, 1, 13), is_label=True)[0, 0]
+    patches = [patch for patch in legend.legend_handles if isinstance(patch, Patch)]
+    assert [to_rgb(patch.get_facecolor()) for patch in patches] == [pytest.approx(colour) for colour in drawn.tolist()]
+    truths = [GARMENTS[label] for label in setup.val.labels["object"][:6].tolist()]
+    titles = [axes.get_title() for axes in below.axes[:6]]
+    assert [re.fullmatch(r"object: ([\w -]+)[ \n]\(truth ([\w -]+)\)", title)[2] for title in titles] == truths  # type: ignore[index]
+    figure.draw_without_rendering()
+    boxes = [axes.title.get_window_extent() for axes in below.axes[:6]]
+    assert all(left.x1 < right.x0 for left, right in pairwise(boxes)), "titles do not run into each other"
+    assert legend.get_window_extent().y1 < min(axes.get_window_extent().y0 for axes in below.axes)
+
+
+def test_a_legend_says_whose_classes_they_are_where_several_tasks_have_names() -> None:
+    parts = Segmentation(2, class_names=["head", "leg"])
+    figure = Figure(layout="constrained")
+    add_legend(figure, {"parts": parts, "rooms": Segmentation(2, class_names=["wall", "door"])}, 6.4)
+    assert [text.get_text() for text in figure.legends[0].get_texts()] == [
+        *("parts: head", "parts: leg", "rooms: wall", "rooms: door")
+    ]
+    nameless: dict[str, Task] = {"parts": Segmentation(2)}
+    figure = Figure(layout="constrained")
+    add_legend(figure, nameless, 6.4)
+    assert not figure.legends
 
 
 @pytest.mark.slow
