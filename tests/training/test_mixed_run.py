@@ -57,6 +57,7 @@ def test_images_have_the_labels_of_their_data_set_and_none_of_others(tmp_path: P
     assert not batch.lacking
     assert train.batch(torch.tensor([1, 2])).lacking == {"left"}
     assert len(train.labels_to_fit("segmentation")) == 24
+    assert train.examples(5).tolist() == [0, 1, 2, 24, 25] and len(setup.val.examples(99)) == 14
 
 
 @pytest.mark.parametrize("mix", ["uniform", "round_robin"])
