@@ -22,7 +22,7 @@ from mtl.data.loading import (
     windows,
 )
 from mtl.data.memory import MemorySplit
-from mtl.data.mixed import MixedSource
+from mtl.data.mixed import MixedSource, check_rooms
 from mtl.data.orders import Mixed, Order, Shuffled
 from mtl.data.room import check_image
 from mtl.data.source import Source
@@ -49,6 +49,7 @@ __all__ = [
     "batches_of",
     "check_image",
     "check_room",
+    "check_rooms",
     "draw_view",
     "open_data",
     "training_batches",

@@ -11,7 +11,7 @@ from mtl.config import GeneratedData, RunConfig, SettingError, mistake_of
 from mtl.config.distributed import DistributedConfig
 from mtl.config.mixed import MixedData
 from mtl.config.precedence import Precedence, is_written, precedence_of
-from mtl.data import Loading, Split, TaughtSplit, Teaching, check_room
+from mtl.data import Loading, Split, TaughtSplit, Teaching, check_room, check_rooms
 from mtl.distributed.world import ALONE, World, WorldError
 from mtl.freeze import free_norm_statistics
 from mtl.model import set_output_bias
@@ -70,9 +70,10 @@ def assemble(
     excluded = _check_fsdp(config, world)
     device = _device(config, world)
     try:
-        for data in config.data.each.values() if isinstance(config.data, MixedData) else [config.data]:
-            if isinstance(data, GeneratedData):
-                check_room(data)
+        if isinstance(config.data, GeneratedData):
+            check_room(config.data)
+        if isinstance(config.data, MixedData):
+            check_rooms(config.data)
     except SettingError as error:
         raise mistake_of(config, error) from error
     world.start(device, config.distributed.timeout_s)

@@ -149,6 +149,8 @@ def test_one_task_learns_from_two_sets(tmp_path: Path) -> None:
             {"tasks": TASKS | {"dept": {"type": "depth"}}},
             r"tasks\.dept: mixed has no label 'dept'; .*nearest: depth",
         ),
+        ({"tasks": TASKS | {"left": TASKS["left"] | {"label": "lefft"}}}, r"tasks\.left\.label: .*nearest: left"),
+        ({"data": DATA | {"transform": {"val": ["flip"]}}}, r": data\.transform\.val: validation shows"),
         ({"data": DATA | {"num_train": 3}}, "expected num_train in each of the sets"),
         ({"data": DATA | {"sets": SETS | {"x": {"name": "scenes", "image_size": 9}}}}, "image_size beside the sets"),
         ({"data": DATA | {"mix": {"by": "weights", "weights": {"rooms": 1}}}}, "weights for each of rooms, shop"),
@@ -182,6 +184,22 @@ def test_data_check_reads_each_set(tmp_path: Path, table: Path, capsys: pytest.C
     said = capsys.readouterr().out
     assert "rooms: scenes, train: 24 images" in said and "own: table, val: 4 images" in said
     assert sorted(each.name for each in tmp_path.glob("seen*")) == ["seen-own.png", "seen-rooms.png", "seen-shop.png"]
+
+
+@pytest.mark.parametrize("accumulate", [1, 2])
+def test_a_step_without_any_label_moves_nothing(tmp_path: Path, cache_dir: Path, table: Path, accumulate: int) -> None:
+    labels = {0: "owl", 9: "owl"}
+    rows = [f"{number}.png,{labels.get(number, '')},{'val' if number > 7 else 'train'}" for number in range(12)]
+    rows = ["image,object,split", *rows]
+    table.write_text("\n".join(rows) + "\n")
+    data = {"name": "table", "train": str(table), "split": {"by": "column"}, "image_size": 32, "batch_size": 1}
+    tasks = {"object": {"type": "classification", "num_classes": 2}}
+    own = {"optim": {"accumulate": accumulate}, "freeze_always": ["type:BatchNorm2d"], "audit": {"policy": "warn"}}
+    phases = [{"name": "a", "freeze": ["trunk"], "epochs": 1}]
+    run_dir = run_whole(tmp_path / "run", cache_dir, settings(data=data, tasks=tasks, phases=phases, **own))
+    rows_with_loss = [row for row in read_metrics(run_dir) if "train/loss" in row and "train/lr" in row]
+    steps = [row for row in read_metrics(run_dir) if "train/lr" in row]
+    assert len(steps) == 8 // accumulate and len(rows_with_loss) == 1
 
 
 def test_a_method_that_compares_the_tasks_of_a_step_needs_several(tmp_path: Path) -> None:

@@ -67,7 +67,12 @@ class FileSplit(Split):
 
     def _lacking(self, labels: Mapping[str, Tensor]) -> frozenset[str]:
         tasks = self._reader.tasks
-        return frozenset(name for name, own in labels.items() if not bool(tasks[name].has_label(as_taken(own)).any()))
+        # Sample by sample, up to the first with a label.
+        return frozenset(
+            name
+            for name, own in labels.items()
+            if not any(bool(tasks[name].has_label(as_taken(one[None]))) for one in own)
+        )
 
     def labels_to_fit(self, task: str) -> Tensor:
         if task in self._columns:

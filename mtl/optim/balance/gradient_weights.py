@@ -121,6 +121,9 @@ class GradientWeighting:
         norms = products.diagonal()
         if not products.isfinite().all():
             return torch.full_like(norms, torch.nan)
+        if subset is not None and isinstance(self._weighting, PCDWeighting) and 0 not in subset.places:
+            # As with a primary objective whose gradient is zero.
+            return torch.zeros_like(norms)
         has_gradient = norms > 0
         if has_gradient.sum() < 2:
             return torch.ones_like(norms)
@@ -130,9 +133,6 @@ class GradientWeighting:
         if subset is None:
             weights: Tensor = self._weighting(products)
             return weights.detach()
-        if isinstance(self._weighting, PCDWeighting) and 0 not in subset.places:
-            # As with a primary objective whose gradient is zero.
-            return torch.zeros_like(norms)
         try:
             with narrowed(self._weighting, subset), _narrowed_tau(self._weighting, subset):
                 weights = self._weighting(products)

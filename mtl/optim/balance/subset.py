@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterator
+from collections.abc import Iterator, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass
 from functools import lru_cache
@@ -11,6 +11,7 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 from torch.func import functional_call
+from torch.optim import Optimizer
 from torchjd.scalarization import FAMO, Scalarizer
 
 
@@ -19,7 +20,7 @@ class Subset:
     """Some of the tasks of a balancing method.
 
     Attributes:
-        places: Their places among all, at least one, in order.
+        places: Their places among all, in order.
         size: How many there are in all.
     """
 
@@ -54,7 +55,7 @@ class Subset:
 
 @lru_cache(maxsize=64)
 def _index(places: tuple[int, ...], device: torch.device) -> Tensor:
-    return torch.tensor(places, device=device)
+    return torch.tensor(places, dtype=torch.int64, device=device)
 
 
 def combine(scalarizer: Scalarizer, losses: Tensor, subset: Subset) -> Tensor:
@@ -97,6 +98,33 @@ def update_famo(famo: FAMO, losses: Tensor, subset: Subset) -> None:
     famo.update(neutral.index_copy(0, index, losses))
     for value, before in zip(_element_states(famo), [*kept, *[torch.zeros_like(logits)] * 2], strict=False):
         value.copy_(torch.where(others, before, value))
+
+
+@contextmanager
+def others_unmoved(parameters: Sequence[nn.Parameter], optimizer: Optimizer, subset: Subset) -> Iterator[None]:
+    """Restores, after a step, the entries of other tasks: of parameters with an entry a task, and of their moments.
+
+    Args:
+        parameters: Those of the balancing method that the optimizer holds.
+        optimizer: Steps in the block.
+        subset: The tasks that the step is for.
+    """
+    own = [parameter for parameter in parameters if subset.is_by_task(parameter)]
+    before = [(p, {name: v.clone() for name, v in _by_task(p, optimizer, subset).items()}) for p in own]
+    yield
+    with torch.no_grad():
+        for parameter, values in before:
+            others = torch.ones(subset.size, dtype=torch.bool, device=parameter.device)
+            others[subset.index(parameter.device)] = False
+            for name, now in _by_task(parameter, optimizer, subset).items():
+                # A moment that is new has seen gradients of zero alone.
+                if name in values:
+                    now.copy_(torch.where(others, values[name], now))
+
+
+def _by_task(parameter: nn.Parameter, optimizer: Optimizer, subset: Subset) -> dict[str, Tensor]:
+    state = {name: value for name, value in optimizer.state.get(parameter, {}).items() if subset.is_by_task(value)}
+    return {"": parameter.detach(), **state}
 
 
 def _element_states(famo: FAMO) -> list[Tensor]:
