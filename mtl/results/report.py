@@ -244,7 +244,8 @@ def _draw_metric(axes: Axes, name: str, task: Task, epochs: list[dict[str, Any]]
     axes.set_xlabel("step")
     # More names than these would hide the curve; they are in the table above. A run that was killed early has none.
     if 0 < len(phases) <= 6:
-        axes.legend(fontsize=7)
+        # Without a place of its own, matplotlib warns where the machine is slow.
+        axes.legend(fontsize=7, loc="best")
 
 
 def _predict(setup: RunSetup) -> tuple[Batch, dict[str, Tensor]]:
