@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Sequence
+from collections.abc import Sequence
 
 from mtl.config import DataConfig, FileData, GeneratedData, RunConfig, SettingError
 from mtl.config.mixed import MixedData
@@ -77,8 +77,9 @@ def open_data(config: RunConfig) -> Source:
     each = config.data.each
     label_of = labels_of(config)
     has_teachers = len(label_of) < len(config.tasks)
-    open_set: Callable[[str, Sequence[str]], Source] = lambda name, tasks: _open_one(each[name], config, tasks)  # noqa: E731
-    return MixedSource(config.data, label_of, chosen, has_teachers, open_set)
+    return MixedSource(
+        config.data, label_of, chosen, has_teachers, lambda name, tasks: _open_one(each[name], config, tasks)
+    )
 
 
 def _open_one(data: DataConfig, config: RunConfig, tasks: Sequence[str]) -> Source:

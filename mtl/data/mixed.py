@@ -5,7 +5,7 @@ from __future__ import annotations
 from collections.abc import Callable, Collection, Iterator, Mapping, Sequence
 from contextlib import contextmanager
 
-from mtl.config import GeneratedData, SettingError
+from mtl.config import DataConfig, GeneratedData, SettingError
 from mtl.config.errors import OptionsError
 from mtl.config.mixed import SHARED, MixedData
 from mtl.data.cache import DataError
@@ -60,12 +60,11 @@ class MixedSource(Source):
             may_learn = [task for task in label_of if name in chosen.get(task, config.sets)]
             with self._at(name):
                 self.sets[name] = open_one(name, may_learn)
-        every = {label for own in self.sets.values() for label in own.labels}
+        self.labels = tuple(dict.fromkeys(label for own in self.sets.values() for label in own.labels))
         # A label that no set has is named at its task.
-        is_free = has_teachers or not every.issuperset(label_of.values())
+        is_free = has_teachers or not set(self.labels).issuperset(label_of.values())
         self.tasks_of = {name: self._learn_from(name, label_of, chosen, is_free) for name in self.sets}
         self._check(label_of)
-        self.labels = tuple(dict.fromkeys(label for own in self.sets.values() for label in own.labels))
         self.classes = {f"{name}/{label}": n for name, own in self.sets.items() for label, n in own.classes.items()}
         num_train, num_val = zip(*(own.num_images for own in self.sets.values()), strict=True)
         self.num_images = (sum(num_train), sum(num_val))
@@ -143,38 +142,35 @@ class MixedSource(Source):
 
     @contextmanager
     def _at(self, name: str) -> Iterator[None]:
-        """Names the data set in errors about it, and the key under which the value was written."""
+        """Names the data set in errors about it."""
         try:
-            yield
-        except SettingError as error:
-            raise placed_in_set(self._config, name, error) from error
+            with _at_its_key(self._config, name):
+                yield
         except LabelError:
             raise
         except DataError as error:
             raise DataError(f"{name}: {error}") from error
 
 
-def check_rooms(config: MixedData) -> None:
-    """As `check_room`, of each set that is made."""
-    for name, own in config.each.items():
-        if isinstance(own, GeneratedData):
-            try:
-                check_room(own)
-            except SettingError as error:
-                raise placed_in_set(config, name, error) from error
+def check_rooms(config: DataConfig) -> None:
+    """As `check_room`, of whatever is made of one data set or several."""
+    if isinstance(config, GeneratedData):
+        check_room(config)
+    if isinstance(config, MixedData):
+        for name, own in config.each.items():
+            with _at_its_key(config, name):
+                check_rooms(own)
 
 
-def placed_in_set(config: MixedData, name: str, error: SettingError) -> SettingError:
-    """An error about one of several data sets, at the key where what it is about is written.
-
-    Args:
-        config: All of them.
-        name: Which one.
-        error: Its key is that of a single data set.
-    """
-    head, _, rest = error.key.partition(".")
-    key = rest.partition(".")[0]
-    is_shared = key in (*SHARED, "transform") and key not in config.sets[name].model_fields_set
-    if head != "data" or isinstance(error, OptionsError) or is_shared:
-        return error
-    return SettingError(f"data.sets.{name}.{rest}", error.message)
+@contextmanager
+def _at_its_key(config: MixedData, name: str) -> Iterator[None]:
+    """Names in errors the key of one of several data sets, where those of a single one name its key."""
+    try:
+        yield
+    except SettingError as error:
+        head, _, rest = error.key.partition(".")
+        key = rest.partition(".")[0]
+        is_shared = key in (*SHARED, "transform") and key not in config.sets[name].model_fields_set
+        if head != "data" or isinstance(error, OptionsError) or is_shared:
+            raise
+        raise SettingError(f"data.sets.{name}.{rest}", error.message) from error

@@ -72,7 +72,8 @@ class PhaseOptimizer:
         if tasks.subset is None:
             yield
             return
-        with others_unmoved([p for p in balance.parameters() if p in self._name_of], self.optimizer, tasks.subset):
+        own = [parameter for parameter in balance.parameters() if parameter in self._name_of]
+        with others_unmoved(own, lambda: self.optimizer, tasks.subset):
             yield
 
     def _only_of(self, tasks: StepTasks) -> list[nn.Parameter]:

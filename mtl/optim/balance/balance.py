@@ -28,10 +28,9 @@ from mtl.optim.balance.gradient_weights import (
     check_same_method,
     gradient_methods,
     other_aggregators,
-    plain_attributes,
     try_out_weighting,
 )
-from mtl.optim.balance.subset import Subset, combine, update_famo
+from mtl.optim.balance.subset import Subset, combine, plain_attributes, update_famo
 from mtl.runtime.plugin import where_it_failed
 from mtl.runtime.text import hint
 

@@ -13,16 +13,14 @@ from contextlib import contextmanager
 from typing import Any
 
 import torch
-from torch import Tensor, nn
+from torch import Tensor
 from torchjd import Stateful, aggregation, scalarization
 from torchjd.aggregation import GramianWeightedAggregator, PCDWeighting, Weighting
 from torchjd.linalg import QuadprogProjector
 
 from mtl.config import SettingError
-from mtl.optim.balance.subset import Subset, narrowed
+from mtl.optim.balance.subset import Subset, narrowed, plain_attributes
 
-# Attributes that every torch module has.
-_OF_EVERY_MODULE = frozenset(vars(nn.Module()))
 # TorchJD raises them for options that do not fit each other or the number of tasks.
 _OPTION_ERRORS = (TypeError, ValueError, RuntimeError, IndexError)
 
@@ -173,11 +171,6 @@ def _narrowed_tau(weighting: Weighting[Any], subset: Subset) -> Iterator[None]:
         yield
     finally:
         weighting.tau = tau
-
-
-def plain_attributes(module: nn.Module) -> dict[str, Any]:
-    """A module's own attributes that are neither parameters nor buffers."""
-    return {name: value for name, value in vars(module).items() if name not in _OF_EVERY_MODULE}
 
 
 def check_same_method(own: Mapping[str, Any], state: Mapping[str, Any]) -> None:

@@ -13,6 +13,7 @@ from typing import Any
 
 from mtl.config import SettingError
 from mtl.config.hub_data import HuggingFaceData
+from mtl.data.files.extras import from_extra
 from mtl.runtime.fingerprint import fingerprint_of_json
 
 _ON_THE_HUB = re.compile(r"[\w.-]+/[\w.-]+")
@@ -37,11 +38,8 @@ class Loaded:
 
 def library() -> ModuleType:
     """The package; raises `SettingError` if it is not installed."""
-    try:
-        import datasets  # an extra, and slow to load
-    except ImportError as error:
-        message = "huggingface needs datasets; install it with: pip install 'mtl-freeze[datasets]'"
-        raise SettingError("data.name", message) from error
+    with from_extra("datasets", "huggingface needs datasets", "data.name"):
+        import datasets
     module: ModuleType = datasets
     return module
 

@@ -9,6 +9,7 @@ from itertools import islice
 from pathlib import Path
 
 from mtl.config import SettingError
+from mtl.data.files.extras import from_extra
 from mtl.runtime.text import count, shorten
 
 _MOST_SHARDS = 100_000
@@ -21,11 +22,8 @@ def split_name() -> Callable[[str], tuple[str | None, str | None]]:
     Raises:
         SettingError: webdataset is not installed.
     """
-    try:
+    with from_extra("webdataset", "webdataset needs a package of that name", "data.name"):
         from webdataset.tariterators import base_plus_ext
-    except ImportError as error:
-        message = "webdataset needs a package of that name; install it with: pip install 'mtl-freeze[webdataset]'"
-        raise SettingError("data.name", message) from error
     found: Callable[[str], tuple[str | None, str | None]] = base_plus_ext
     return found
 

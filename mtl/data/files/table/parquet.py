@@ -7,7 +7,7 @@ from contextlib import contextmanager
 from pathlib import Path
 from types import ModuleType
 
-from mtl.config import SettingError
+from mtl.data.files.extras import from_extra
 from mtl.data.files.mistakes import Mistakes
 from mtl.data.files.table.values import cell_of
 
@@ -47,11 +47,8 @@ def read_parquet(file: Path, wanted: Sequence[str], mistakes: Mistakes) -> dict[
 
 
 def _pyarrow() -> ModuleType:
-    try:
-        import pyarrow.parquet  # an extra, and slow to load
-    except ImportError as error:
-        message = "Parquet needs pyarrow; install it with: pip install 'mtl-freeze[parquet]'"
-        raise SettingError("data.train", message) from error
+    with from_extra("parquet", "Parquet needs pyarrow", "data.train"):
+        import pyarrow.parquet
     module: ModuleType = pyarrow
     return module
 
