@@ -6,6 +6,7 @@ import signal
 from collections import deque
 from collections.abc import Generator, Iterable, Iterator
 from concurrent.futures import ThreadPoolExecutor
+from concurrent.futures import thread as futures_thread
 from contextlib import closing
 from multiprocessing import connection
 from multiprocessing.process import BaseProcess
@@ -42,7 +43,7 @@ def read_by_workers(
         # Forked: the memory of the data set is shared, and nothing is copied.
         multiprocessing_context="fork",
         prefetch_factor=_NUM_AHEAD,
-        worker_init_fn=_ignore_signals,
+        worker_init_fn=_begin,
         # torch draws a seed for the workers: not from the generator that training draws from.
         generator=torch.Generator(),
     )
@@ -75,10 +76,14 @@ def _as_it_is(rows: Any) -> Any:
     return rows
 
 
-def _ignore_signals(_: int) -> None:
-    """A signal that stops the run is for the main process, which ends its workers."""
+def _begin(_: int) -> None:
+    # A signal that stops the run is for the main process, which ends its workers.
     signal.signal(signal.SIGINT, signal.SIG_IGN)
     signal.signal(signal.SIGHUP, signal.SIG_IGN)
+    # The thread of the pool in `ahead`, in which a worker is forked, is its only one. At its end it would wait for the
+    # pool's threads, itself among them, and fail, which torch reports wherever it looks at workers.
+    threads: Any = futures_thread._threads_queues
+    threads.clear()
 
 
 def _end(code: int | None) -> str:

@@ -95,6 +95,15 @@ def test_the_order_is_that_of_seed_and_epoch_written_out_by_hand() -> None:
     assert list(EpochSampler(every, 5, 3, 2)) != list(sampler) != list(EpochSampler(every, 5, 4, 1))
 
 
+def test_a_worker_ends_without_a_fault() -> None:
+    """Another exit code than 0 is an error of torch's for whoever has its handler of SIGCHLD in the process."""
+    batches = training_batches(split(), 5, 3, 1, loading=Loading(True, CPU, 2))
+    next(batches)
+    workers = multiprocessing.active_children()
+    assert len(workers) == 2 and len(list(batches)) == 3
+    assert [worker.exitcode for worker in workers] == [0, 0]
+
+
 @pytest.mark.parametrize("num_workers", [0, 2])
 def test_an_epoch_can_begin_at_its_end_and_not_after_it(num_workers: int) -> None:
     assert not contents(training_batches(split(), 5, 3, 1, skip=4, loading=Loading(num_workers=num_workers)))
