@@ -143,10 +143,10 @@ class MixedData(DataConfig):
     def _sets_what_is_read(self) -> MixedData:
         for key in ("num_train", "num_val"):
             if getattr(self, key) is not None:
-                raise PydanticCustomError("data", f"Input should have {key} in each of the sets, not beside them")
+                raise PydanticCustomError("data", f"Input should have {key} in each of the sets, not next to them")
         for name, own in self.sets.items():
             if twice := [key for key in SHARED if key in own.model_fields_set]:
-                raise PydanticCustomError("data", f"Input should have {twice[0]} beside the sets, not in {name!r}")
+                raise PydanticCustomError("data", f"Input should have {twice[0]} next to the sets, not in {name!r}")
             if isinstance(own, GeneratedData) and not isinstance(self.image_size, int):
                 raise PydanticCustomError("data", f"Input should have one number as image_size, for {own.name}")
         weights = self.mix.weights

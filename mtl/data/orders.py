@@ -60,7 +60,7 @@ class Shuffled(Order):
 class Mixed(Order):
     """Images of several data sets, each at its share.
 
-    Of each set, images are drawn without replacement, pass by pass, and a pass goes on over epochs: as long as epochs
+    Of each set, images are drawn without replacement, pass by pass, and a pass continues over epochs: as long as they
     draw as many of a set, none of its images is drawn more than once more often than another.
 
     Attributes:

@@ -152,7 +152,7 @@ def test_one_task_learns_from_two_sets(tmp_path: Path) -> None:
         ({"tasks": TASKS | {"left": TASKS["left"] | {"label": "lefft"}}}, r"tasks\.left\.label: .*nearest: left"),
         ({"data": DATA | {"transform": {"val": ["flip"]}}}, r": data\.transform\.val: validation shows"),
         ({"data": DATA | {"num_train": 3}}, "expected num_train in each of the sets"),
-        ({"data": DATA | {"sets": SETS | {"x": {"name": "scenes", "image_size": 9}}}}, "image_size beside the sets"),
+        ({"data": DATA | {"sets": SETS | {"x": {"name": "scenes", "image_size": 9}}}}, "image_size next to the sets"),
         ({"data": DATA | {"mix": {"by": "weights", "weights": {"rooms": 1}}}}, "weights for each of rooms, shop"),
         ({"data": DATA | {"mix": "uniforn"}}, r"data\.mix\.by: .*nearest: uniform"),
         ({"data": DATA | {"sets": {"a": {"name": "sceness"}}}}, "nearest: scenes"),
