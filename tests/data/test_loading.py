@@ -167,6 +167,33 @@ def test_a_worker_without_memory_to_share_a_batch_says_so(monkeypatch: pytest.Mo
         next(training_batches(split(), 5, 3, 1, loading=WAYS["workers"]))
 
 
+class Unpicklable:
+    def __init__(self, *_: object) -> None: ...
+
+    def __reduce__(self) -> Any:
+        raise MemoryError("no room to pickle it")
+
+
+@pytest.mark.parametrize(
+    ("error", "said", "sends_errors"),
+    [
+        (MemoryError, "no room to pickle it", True),
+        (DataError, r"data worker \d \(pid \d+\) ended with exit code 1", False),
+    ],
+)
+def test_a_batch_that_cannot_be_sent_is_an_error(
+    monkeypatch: pytest.MonkeyPatch, error: type[Exception], said: str, sends_errors: bool
+) -> None:
+    """A queue would drop it, and the loop would wait for it forever."""
+    monkeypatch.setattr("mtl.data.loading._RowsOfBatches.__getitems__", Unpicklable)
+    if not sends_errors:
+        monkeypatch.setattr("mtl.data.workers.ExceptionWrapper", type("Error", (Unpicklable,), {}))
+    with pytest.raises(error, match=said):
+        next(training_batches(split(), 5, 3, 1, loading=WAYS["workers"]))
+    assert not threads()
+    assert not multiprocessing.active_children()
+
+
 @pytest.mark.parametrize("victims", ["all", "one"])
 def test_a_worker_that_dies_is_named_with_its_end(victims: str) -> None:
     batches = training_batches(split(20_000), 5, 3, 1, loading=WAYS["workers"])
