@@ -105,7 +105,14 @@ HOUSE = _read_house()
 
 
 def test_the_imports_are_read() -> None:
-    assert {"mtl", "mtl.cli", "mtl.config", "mtl.data", "mtl.data.scenes", "mtl.training.loop"} <= HOUSE.keys()
+    assert {
+        "mtl",
+        "mtl.cli",
+        "mtl.config",
+        "mtl.data",
+        "mtl.data.files.items",
+        "mtl.training.loop",
+    } <= HOUSE.keys()
     assert "mtl.config.schema" in HOUSE["mtl.config"]
     assert "torch" in HOUSE["mtl.training.step"]
     assert "mtl.training.run" in HOUSE["mtl.cli.train"]  # it is imported inside a function
@@ -201,7 +208,7 @@ def test_importing_it_does_not_load_torch(module: str) -> None:
 )
 def test_an_import_is_found(source: str, found: set[str]) -> None:
     modules = {"mtl", "mtl.cli", "mtl.data", "mtl.data.cache"}
-    assert imported(source, "mtl.data.scenes", False, modules) == found
+    assert imported(source, "mtl.data.room", False, modules) == found
 
 
 def test_a_relative_import_of_a_package_starts_at_the_package() -> None:
@@ -214,7 +221,7 @@ def test_a_relative_import_of_a_package_starts_at_the_package() -> None:
     ("module", "other", "is_wrong"),
     [
         ("mtl.training.loop", "mtl.audit", False),
-        ("mtl.data.scenes", "mtl.data.sprites", False),
+        ("mtl.data.files.items", "mtl.data.generated.sprites", False),
         ("mtl.cli", "mtl", True),
         ("mtl.config", "torch.nn", False),
         ("mtl.audit.report", "mtl.training.loop", True),

@@ -58,7 +58,7 @@ def prepare(options: argparse.Namespace, _: Attempt) -> int:
     """Derives labels of CONFIG's public data set, such as PASCAL-MT's edges, and writes them next to the data."""
     from mtl.config import load_config
     from mtl.config.public_data import PublicDataConfig
-    from mtl.data.sets import public_set
+    from mtl.data.files.sets import public_set
 
     data = load_config(options.config, options.overrides).data
     if not isinstance(data, PublicDataConfig):

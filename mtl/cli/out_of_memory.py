@@ -30,6 +30,12 @@ def is_out_of_memory(error: Exception) -> bool:
     )
 
 
+def _cause(error: Exception) -> str:
+    """What was raised, in a line; of what a data worker raised, the last line of its traceback."""
+    lines = str(error).strip().splitlines()
+    return lines[-1] if lines and lines[0].startswith("Caught ") else first_line(error)
+
+
 def in_words(error: Exception, plan: Plan | None) -> str:
     """One message: what ran out, what the plan counted on, and what to change.
 
@@ -39,7 +45,7 @@ def in_words(error: Exception, plan: Plan | None) -> str:
     """
     if plan is None:
         return (
-            f"out of memory before the first step: {first_line(error)}\n"
+            f"out of memory before the first step: {_cause(error)}\n"
             "  the data set and the model are then in memory; what makes them smaller: data.num_train, data.num_val,"
             " data.image_size, a smaller trunk; `mtl plan` says what the phases need"
         )
@@ -53,7 +59,7 @@ def in_words(error: Exception, plan: Plan | None) -> str:
     }
     counted = ", ".join(f"{in_bytes(size)} of {what}" for what, size in parts.items())
     return (
-        f"out of memory: {first_line(error)}\n"
+        f"out of memory: {_cause(error)}\n"
         f"  the plan, for phase {phase.name!r}, which needs most: {counted}; activations come on top, and grow with"
         " the batch\n"
         f"  what makes it smaller: data.batch_size={max(1, phase.batch_size // 2)} with optim.accumulate=2 (the same"

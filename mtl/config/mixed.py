@@ -51,7 +51,7 @@ BuiltInDataConfig = (
 OneDataConfig = BuiltInDataConfig | Annotated[OwnData, Tag(OWN)]
 
 # What all sets have in common is set once.
-_SHARED = ("image_size", "batch_size", "augment", "cache_dir", "num_workers", "on_bad_sample")
+SHARED = ("image_size", "batch_size", "augment", "cache_dir", "num_workers", "on_bad_sample")
 
 
 class MixConfig(Strict):
@@ -143,10 +143,10 @@ class MixedData(DataConfig):
     def _sets_what_is_read(self) -> MixedData:
         for key in ("num_train", "num_val"):
             if getattr(self, key) is not None:
-                raise PydanticCustomError("data", f"Input should have {key} in each of the sets, not beside them")
+                raise PydanticCustomError("data", f"Input should have {key} in each of the sets, not next to them")
         for name, own in self.sets.items():
-            if twice := [key for key in _SHARED if key in own.model_fields_set]:
-                raise PydanticCustomError("data", f"Input should have {twice[0]} beside the sets, not in {name!r}")
+            if twice := [key for key in SHARED if key in own.model_fields_set]:
+                raise PydanticCustomError("data", f"Input should have {twice[0]} next to the sets, not in {name!r}")
             if isinstance(own, GeneratedData) and not isinstance(self.image_size, int):
                 raise PydanticCustomError("data", f"Input should have one number as image_size, for {own.name}")
         weights = self.mix.weights
@@ -159,14 +159,14 @@ class MixedData(DataConfig):
     def _without_what_is_shared(self, sets: dict[str, Any], write: SerializerFunctionWrapHandler) -> dict[str, Any]:
         written: dict[str, dict[str, Any]] = write(sets)
         for name, own in written.items():
-            for key in (*_SHARED, *({"transform"} - self.sets[name].model_fields_set)):
+            for key in (*SHARED, *({"transform"} - self.sets[name].model_fields_set)):
                 own.pop(key, None)
         return written
 
     @property
     def each(self) -> dict[str, DataConfig]:
         """The data sets with what they share."""
-        shared: dict[str, Any] = {key: getattr(self, key) for key in _SHARED}
+        shared: dict[str, Any] = {key: getattr(self, key) for key in SHARED}
         return {
             name: own.model_copy(
                 update=shared | ({} if "transform" in own.model_fields_set else {"transform": self.transform})

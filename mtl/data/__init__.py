@@ -2,15 +2,16 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Sequence
+from collections.abc import Sequence
 
 from mtl.config import DataConfig, FileData, GeneratedData, RunConfig, SettingError
 from mtl.config.mixed import MixedData
 from mtl.data.augment import View, draw_view
 from mtl.data.cache import DataError
 from mtl.data.dataset import Batch, Split
-from mtl.data.file_source import FileSource, labels_there
-from mtl.data.generated import BUILT_IN, GeneratedSource, check_room
+from mtl.data.files.file_source import FileSource, labels_there
+from mtl.data.files.mistakes import LabelError
+from mtl.data.generated.generated_source import BUILT_IN, GeneratedSource, check_room
 from mtl.data.loading import (
     IN_THREAD,
     Loading,
@@ -21,8 +22,7 @@ from mtl.data.loading import (
     windows,
 )
 from mtl.data.memory import MemorySplit
-from mtl.data.mistakes import LabelError
-from mtl.data.mixed import MixedSource
+from mtl.data.mixed import MixedSource, check_rooms
 from mtl.data.orders import Mixed, Order, Shuffled
 from mtl.data.room import check_image
 from mtl.data.source import Source
@@ -49,6 +49,7 @@ __all__ = [
     "batches_of",
     "check_image",
     "check_room",
+    "check_rooms",
     "draw_view",
     "open_data",
     "training_batches",
@@ -76,8 +77,9 @@ def open_data(config: RunConfig) -> Source:
     each = config.data.each
     label_of = labels_of(config)
     has_teachers = len(label_of) < len(config.tasks)
-    open_set: Callable[[str, Sequence[str]], Source] = lambda name, tasks: _open_one(each[name], config, tasks)  # noqa: E731
-    return MixedSource(config.data, label_of, chosen, has_teachers, open_set)
+    return MixedSource(
+        config.data, label_of, chosen, has_teachers, lambda name, tasks: _open_one(each[name], config, tasks)
+    )
 
 
 def _open_one(data: DataConfig, config: RunConfig, tasks: Sequence[str]) -> Source:

@@ -103,6 +103,10 @@ class Split(ABC):
         """The order of the training images where these tasks are trained."""
         return Shuffled(len(self))
 
+    def examples(self, num: int) -> Tensor:
+        """The indices of some images for pictures, "num", or fewer if there are fewer."""
+        return torch.arange(min(num, len(self)))
+
     @property
     @abstractmethod
     def size(self) -> tuple[int, int]:

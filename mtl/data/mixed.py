@@ -5,12 +5,13 @@ from __future__ import annotations
 from collections.abc import Callable, Collection, Iterator, Mapping, Sequence
 from contextlib import contextmanager
 
-from mtl.config import SettingError
+from mtl.config import DataConfig, GeneratedData, SettingError
 from mtl.config.errors import OptionsError
-from mtl.config.mixed import MixedData
+from mtl.config.mixed import SHARED, MixedData
 from mtl.data.cache import DataError
 from mtl.data.dataset import Batch, Split
-from mtl.data.mistakes import LabelError
+from mtl.data.files.mistakes import LabelError
+from mtl.data.generated.generated_source import check_room
 from mtl.data.mixed_split import MixedSplit, Part
 from mtl.data.orders import Order, mixed_order
 from mtl.data.source import Source
@@ -57,11 +58,13 @@ class MixedSource(Source):
         self.sets = dict[str, Source]()
         for name in config.sets:
             may_learn = [task for task in label_of if name in chosen.get(task, config.sets)]
-            with _at(name):
+            with self._at(name):
                 self.sets[name] = open_one(name, may_learn)
-        self.tasks_of = {name: self._learn_from(name, label_of, chosen, has_teachers) for name in self.sets}
-        self._check(label_of)
         self.labels = tuple(dict.fromkeys(label for own in self.sets.values() for label in own.labels))
+        # A label that no set has is named at its task.
+        is_free = has_teachers or not set(self.labels).issuperset(label_of.values())
+        self.tasks_of = {name: self._learn_from(name, label_of, chosen, is_free) for name in self.sets}
+        self._check(label_of)
         self.classes = {f"{name}/{label}": n for name, own in self.sets.items() for label, n in own.classes.items()}
         num_train, num_val = zip(*(own.num_images for own in self.sets.values()), strict=True)
         self.num_images = (sum(num_train), sum(num_val))
@@ -87,7 +90,7 @@ class MixedSource(Source):
         train, val = list[Part](), list[Part]()
         for name, own in self.sets.items():
             learn = self.tasks_of[name]
-            with _at(name):
+            with self._at(name):
                 loaded = own.load({t: tasks[t] for t in learn}, {t: label_of[t] for t in learn}, quiet)
             for parts, split in zip((train, val), loaded, strict=True):
                 parts.append(Part(name, split, learn))
@@ -101,7 +104,7 @@ class MixedSource(Source):
         return own.preview({t: tasks[t] for t in learn}, {t: label_of[t] for t in learn}, num)
 
     def _learn_from(
-        self, name: str, label_of: Mapping[str, str], chosen: Mapping[str, Sequence[str]], has_teachers: bool
+        self, name: str, label_of: Mapping[str, str], chosen: Mapping[str, Sequence[str]], is_free: bool
     ) -> tuple[str, ...]:
         """The tasks that learn from a data set."""
         labels, learn = self.sets[name].labels, list[str]()
@@ -111,7 +114,7 @@ class MixedSource(Source):
             elif name in chosen.get(task, ()):
                 there = f"it has: {', '.join(labels)}{hint(label, labels)}"
                 raise SettingError(f"tasks.{task}.data", f"{name} has no label {label!r}; {there}")
-        if not learn and not has_teachers:
+        if not learn and not is_free:
             has = f"it has: {', '.join(labels)}"
             raise SettingError(f"data.sets.{name}", f"no task learns from it; {has}")
         return tuple(learn)
@@ -137,18 +140,37 @@ class MixedSource(Source):
         found = (own.classes.get(label, ()) for name, own in self.sets.items() if task in self.tasks_of[name])
         return next((names for names in found if names), ())
 
+    @contextmanager
+    def _at(self, name: str) -> Iterator[None]:
+        """Names the data set in errors about it."""
+        try:
+            with _at_its_key(self._config, name):
+                yield
+        except LabelError:
+            raise
+        except DataError as error:
+            raise DataError(f"{name}: {error}") from error
+
+
+def check_rooms(config: DataConfig) -> None:
+    """As `check_room`, of whatever is made of one data set or several."""
+    if isinstance(config, GeneratedData):
+        check_room(config)
+    if isinstance(config, MixedData):
+        for name, own in config.each.items():
+            with _at_its_key(config, name):
+                check_rooms(own)
+
 
 @contextmanager
-def _at(name: str) -> Iterator[None]:
-    """Names the data set in errors about it."""
+def _at_its_key(config: MixedData, name: str) -> Iterator[None]:
+    """Names in errors the key of one of several data sets, where those of a single one name its key."""
     try:
         yield
     except SettingError as error:
         head, _, rest = error.key.partition(".")
-        if head != "data" or isinstance(error, OptionsError):
+        key = rest.partition(".")[0]
+        is_shared = key in (*SHARED, "transform") and key not in config.sets[name].model_fields_set
+        if head != "data" or isinstance(error, OptionsError) or is_shared:
             raise
         raise SettingError(f"data.sets.{name}.{rest}", error.message) from error
-    except LabelError:
-        raise
-    except DataError as error:
-        raise DataError(f"{name}: {error}") from error

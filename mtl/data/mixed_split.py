@@ -75,6 +75,12 @@ class MixedSplit(Split):
         labelled = {part.name: set(part.tasks) & set(tasks) for part in self._parts}
         return mixed_order(sizes, labelled, tasks, self._mix)
 
+    def examples(self, num: int) -> Tensor:
+        """Of each data set in turn."""
+        own = [start + torch.arange(min(num, len(part.split))) for part, start in self._placed]
+        in_turn = [part[at] for at in range(num) for part in own if at < len(part)]
+        return torch.stack(in_turn[:num]).sort().values
+
     def rows(self, indices: Tensor, with_images: bool, view: View | None = None) -> Rows:
         labels = {name: none.expand(len(indices), *none.shape).clone() for name, none in self._none.items()}
         images: Tensor | None = None

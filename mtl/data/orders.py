@@ -6,6 +6,7 @@ from abc import ABC, abstractmethod
 from collections.abc import Collection, Mapping, Sequence
 from dataclasses import dataclass
 from fractions import Fraction
+from functools import lru_cache
 from itertools import accumulate
 
 import torch
@@ -59,8 +60,8 @@ class Shuffled(Order):
 class Mixed(Order):
     """Images of several data sets, each at its share.
 
-    Of each set, images are drawn without replacement, pass by pass, and a pass goes on over epochs: after any number of
-    epochs, no image of a set was drawn more than once more often than another.
+    Of each set, images are drawn without replacement, pass by pass, and a pass continues over epochs: as long as they
+    draw as many of a set, none of its images is drawn more than once more often than another.
 
     Attributes:
         sizes: The images of each set in use, by name.
@@ -110,21 +111,19 @@ class Mixed(Order):
             found.append(torch.cat(parts)[torch.randperm(batch_size, generator=generator)])
         return found
 
+    def describe(self) -> str:
+        """The share of each set in words."""
+        shares = ", ".join(f"{name} {float(share):.3g}" for name, share in self._shares.items())
+        return f"{shares} of them{'; a batch is of one set' if self.mix.is_single else ''}"
+
     @property
     def _shares(self) -> dict[str, Fraction]:
         return self.mix.shares(self.sizes)
 
     def _counts(self, batch_size: int) -> Tensor:
-        """The images of each set in each batch, "n s": what was drawn so far is off a set's share by less than one."""
+        """The images of each set in each batch, "n s": what was drawn so far is off a set's share by less than two."""
         unit, per_batch = (batch_size, 1) if self.mix.is_single else (1, batch_size)
-        shares, owed = list(self._shares.values()), [Fraction(0)] * len(self.sizes)
-        found = list[list[int]]()
-        for _ in range(self.num_batches(batch_size)):
-            owed = [due + share * per_batch for due, share in zip(owed, shares, strict=True)]
-            taken = _rounded(owed, per_batch)
-            owed = [due - number for due, number in zip(owed, taken, strict=True)]
-            found.append([number * unit for number in taken])
-        return torch.tensor(found)
+        return unit * _apportioned(tuple(self._shares.values()), self.num_batches(batch_size), per_batch)
 
     def _drawn(self, name: str, num: int, seed: int, epoch: int) -> Tensor:
         """The images of a set that an epoch draws, in order; every epoch draws as many."""
@@ -136,6 +135,18 @@ class Mixed(Order):
         orders = [_shuffle(size, ((seed * 1_000_003 + each) * 1_009 + place) * 2) for each in passes]
         begin = first - passes[0] * size
         return torch.cat(orders)[begin : begin + num] + self.starts[name]
+
+
+@lru_cache(maxsize=8)
+def _apportioned(shares: tuple[Fraction, ...], num: int, per_batch: int) -> Tensor:
+    """Whole numbers by exact shares, `per_batch` in each of `num` rows, "num s"; the same in every epoch."""
+    owed, found = [Fraction(0)] * len(shares), list[list[int]]()
+    for _ in range(num):
+        owed = [due + share * per_batch for due, share in zip(owed, shares, strict=True)]
+        taken = _rounded(owed, per_batch)
+        owed = [due - number for due, number in zip(owed, taken, strict=True)]
+        found.append(taken)
+    return torch.tensor(found)
 
 
 def mixed_order(

@@ -75,6 +75,9 @@ class TaughtSplit(Split):
     def order(self, tasks: Collection[str]) -> Order:
         return self._split.order(tasks)
 
+    def examples(self, num: int) -> Tensor:
+        return self._split.examples(num)
+
     def keep(self, world: World, quiet: bool) -> None:
         """Computes the embeddings of all images, once; each process computes those of some batches.
 

@@ -2,16 +2,20 @@
 
 from __future__ import annotations
 
+import multiprocessing
+import os
 import signal
 from collections import deque
 from collections.abc import Generator, Iterable, Iterator
 from concurrent.futures import ThreadPoolExecutor
+from concurrent.futures import thread as futures_thread
 from contextlib import closing
-from multiprocessing import connection
+from multiprocessing import connection, context, queues
 from multiprocessing.process import BaseProcess
 from typing import Any, TypeVar
 
 import torch
+from torch._utils import ExceptionWrapper
 from torch.utils.data import DataLoader, Dataset
 
 from mtl.data.cache import DataError
@@ -40,9 +44,9 @@ def read_by_workers(
         num_workers=num_workers,
         collate_fn=_as_it_is,
         # Forked: the memory of the data set is shared, and nothing is copied.
-        multiprocessing_context="fork",
+        multiprocessing_context=_Fork(),
         prefetch_factor=_NUM_AHEAD,
-        worker_init_fn=_ignore_signals,
+        worker_init_fn=_begin,
         # torch draws a seed for the workers: not from the generator that training draws from.
         generator=torch.Generator(),
     )
@@ -71,14 +75,38 @@ def read_by_workers(
             worker.join()
 
 
+class _Queue(queues.Queue):  # type: ignore[type-arg]
+    """A queue to or from a worker, which sends the error in place of an item that cannot be sent.
+
+    A queue drops such an item (too little memory to pickle it, something that cannot be pickled), and says so only on
+    standard error: torch would wait for the batch forever.
+    """
+
+    def _on_queue_feeder_error(self, error: Exception, item: Any) -> None:
+        if isinstance(item, tuple) and not isinstance(item[1], ExceptionWrapper):
+            unsent: Any = ExceptionWrapper
+            self.put((item[0], unsent((type(error), error, error.__traceback__), "while it sent a batch")))
+        elif multiprocessing.parent_process() is not None:
+            os._exit(1)  # A worker from which nothing can be sent any more: its end is noticed.
+
+
+class _Fork(context.ForkContext):
+    def Queue(self, maxsize: int = 0) -> queues.Queue[Any]:  # noqa: N802
+        return _Queue(maxsize, ctx=self)
+
+
 def _as_it_is(rows: Any) -> Any:
     return rows
 
 
-def _ignore_signals(_: int) -> None:
-    """A signal that stops the run is for the main process, which ends its workers."""
+def _begin(_: int) -> None:
+    # A signal that stops the run is for the main process, which ends its workers.
     signal.signal(signal.SIGINT, signal.SIG_IGN)
     signal.signal(signal.SIGHUP, signal.SIG_IGN)
+    # The thread of the pool in `ahead`, in which a worker is forked, is its only one. At its end it would wait for the
+    # pool's threads, itself among them, and fail, which torch reports wherever it looks at workers.
+    threads: Any = futures_thread._threads_queues
+    threads.clear()
 
 
 def _end(code: int | None) -> str:

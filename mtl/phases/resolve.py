@@ -224,7 +224,8 @@ class _Resolver(PhaseResolver):
         place: KeyPath = (*self.written.path, "batch_size") if own else ("data", "batch_size")
         num_images = self.order.num_images
         if self.batch_size > num_images:
-            place = place if is_written(self.config.source, place) else ("data", "num_train")
+            is_named = is_written(self.config.source, place) or isinstance(self.order, Mixed)
+            place = place if is_named else ("data", "num_train")
             message = f"expected batches of at most the {num_images} training images, got {self.batch_size}"
             raise self.config.mistake(place, message)
         norm = None if plan is None or self.batch_size > 1 else self._norm_over_images(plan, tasks)

@@ -13,9 +13,9 @@ from torch import Tensor
 from mtl.config import FileData, RunConfig, SettingError, mistake_of
 from mtl.config.mixed import MixedData
 from mtl.data import MemorySplit, MixedSource
-from mtl.data.file_source import FileSource, open_file_sets
-from mtl.data.fileset import IMAGE, FileSet
-from mtl.data.problems import problems
+from mtl.data.files.file_source import FileSource, open_file_sets
+from mtl.data.files.fileset import IMAGE, FileSet
+from mtl.data.files.problems import problems
 from mtl.phases.setup import build_meta_tasks, open_source
 from mtl.results.pictures import draw_samples
 from mtl.runtime.text import count

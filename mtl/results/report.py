@@ -23,7 +23,7 @@ from mtl.checkpoint.run_files import (
     read_history,
     read_metrics,
 )
-from mtl.data import Batch, validation_batches
+from mtl.data import Batch
 from mtl.model.trunk import in_eval_mode
 from mtl.optim.task_gradients import GradientAnalysis
 from mtl.phases.setup import build_model_setup
@@ -249,7 +249,7 @@ def _draw_metric(axes: Axes, name: str, task: Task, epochs: list[dict[str, Any]]
 
 
 def _predict(setup: RunSetup) -> tuple[Batch, dict[str, Tensor]]:
-    batch = next(validation_batches(setup.val, _NUM_EXAMPLES))
+    batch = setup.val.batch(setup.val.examples(_NUM_EXAMPLES))
     with in_eval_mode(setup.model), torch.no_grad():
         outputs = setup.model(batch.images.to(setup.device))
     return batch, {name: output.float().cpu() for name, output in outputs.items()}

@@ -70,7 +70,7 @@ class BinaryMap(EntryTask):
 
 
 class Edges(BinaryMap):
-    """Edges of objects. `max_f` compares pixel by pixel; `ods_f` allows edges to lie beside their place."""
+    """Edges of objects. `max_f` compares pixel by pixel; `ods_f` allows edges to lie next to their place."""
 
     losses: ClassVar[Mapping[str, type[Loss]]] = {
         "weighted_bce": WeightedBce,

@@ -57,9 +57,9 @@ def points_of(output: Tensor) -> Tensor:
     for axis, num in ((0, columns), (1, rows)):
         sides = []
         for step in (-1, 1):
-            beside = [each.clone() for each in place]
-            beside[axis] = (place[axis] + step).clamp(0, num - 1)
-            sides.append(maps.flatten(2).gather(2, (beside[1] * columns + beside[0])[..., None])[..., 0])
+            shifted = [each.clone() for each in place]
+            shifted[axis] = (place[axis] + step).clamp(0, num - 1)
+            sides.append(maps.flatten(2).gather(2, (shifted[1] * columns + shifted[0])[..., None])[..., 0])
         found.append((place[axis] + 0.5 + 0.25 * (sides[1] - sides[0]).sign()) * STRIDE)
     return torch.stack(found, dim=-1)
 

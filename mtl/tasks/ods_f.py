@@ -1,4 +1,4 @@
-"""ODS-F: the F of edges of the best threshold for the whole set, where an edge may lie a little beside its place.
+"""ODS-F: the F of edges of the best threshold for the whole set, where an edge may lie a little off its place.
 
 Martin et al. 2004 (doi 10.1109/TPAMI.2004.1273918). In their matching a pixel without a partner costs so much that as
 many as possible are matched; theirs is an approximation in MATLAB, ours is exact. So our numbers are near theirs, and

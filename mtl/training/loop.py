@@ -154,11 +154,12 @@ class Trainer:
         if active.guard is not None:
             active.guard.before()
         tasks = self.sync.tasks(window, phase.tasks)
+        silent = optim.silent(tasks, self.sync.world)
         shares = self.sync.shares(window, {name: active.tasks[name] for name in tasks.names})
         for batch, share in zip(window, shares, strict=True):
             # Gradients are averaged over the processes with those of the window's last batch.
             with nullcontext() if batch is window[-1] else optim.replica.no_sync():
-                total, losses, each = optim.replica(self.losses, batch, phase, tasks, share, step - 1)
+                total, losses, each = optim.replica(self.losses, batch, phase, tasks, share, step - 1, silent)
                 self.log.task_gradients(dict(zip(tasks.names, each, strict=True)), step, active.log)
                 rows.append(torch.cat([total.detach()[None], losses.detach()]))
                 # The loss of a method that looks at gradients goes back through no graph, and frees none.
@@ -173,7 +174,8 @@ class Trainer:
         else:
             self.audit.after_backward()  # no frozen tensor has a gradient
             lr = optim.lr_schedule.max_lr
-            self.scaler.step(optim.optimizer)
+            with optim.others_unmoved(phase.balance, tasks):
+                self.scaler.step(optim.optimizer)
             self.scaler.update()
             has_moved = self._has_moved(phase, norm)
             if self.state.ema is not None and has_moved:

@@ -69,6 +69,9 @@ def is_finite(tensors: Sequence[Tensor]) -> bool:
 
 def gradient_norm(parameters: Sequence[nn.Parameter], clip_norm: float | None) -> Tensor:
     """The norm of all gradients, a scalar; they are scaled down to `clip_norm`, if that is given."""
+    if all(each.grad is None for each in parameters):
+        # Not that of an empty list, which would be on the CPU.
+        return torch.zeros((), device=parameters[0].device if parameters else None)
     if any(is_sharded(parameter) for parameter in parameters):
         return _norm_of_shards([each for each in parameters if each.grad is not None], clip_norm)
     if clip_norm is not None:

@@ -2,17 +2,21 @@
 
 from __future__ import annotations
 
-from collections.abc import Mapping
+from collections.abc import Iterator, Mapping
+from contextlib import contextmanager
 from dataclasses import dataclass, field
 
 from torch import Tensor, nn
 
 from mtl.distributed.ddp import wrap_ddp
 from mtl.distributed.world import World
+from mtl.optim.balance.balance import Balance
+from mtl.optim.balance.subset import others_unmoved
 from mtl.optim.lr_schedule import LrSchedule
 from mtl.optim.optimizers import build_optimizer, parameters_of
 from mtl.phases.resolve import Phase
 from mtl.runtime.console import logger
+from mtl.runtime.tensors import is_sharded
 from mtl.tasks import Task
 from mtl.training.nonfinite import StepGuard
 from mtl.training.setup import RunSetup
@@ -50,18 +54,34 @@ class PhaseOptimizer:
         self._reached = phase.reached
         self._left_out: dict[tuple[str, ...], list[nn.Parameter]] = {}
 
+    def silent(self, tasks: StepTasks, world: World) -> list[nn.Parameter]:
+        """What the labelled tasks of a step do not reach and needs a gradient of zeros, for which DDP waits."""
+        if not tasks.lacking or (tasks.names and world.is_alone):
+            return []
+        return [parameter for parameter in self._only_of(tasks) if not is_sharded(parameter)]
+
     def leave_out(self, tasks: StepTasks) -> None:
         """Leaves parameters out of a step that only tasks without labels in it depend on: not even decay moves them."""
-        if not tasks.lacking:
+        if tasks.lacking:
+            for parameter in self._only_of(tasks):
+                parameter.grad = None
+
+    @contextmanager
+    def others_unmoved(self, balance: Balance, tasks: StepTasks) -> Iterator[None]:
+        """Leaves what a balancing method learns of tasks without labels in a step as it is, for the block."""
+        if tasks.subset is None:
+            yield
             return
-        for parameter in self._only_of(tasks):
-            parameter.grad = None
+        own = [parameter for parameter in balance.parameters() if parameter in self._name_of]
+        with others_unmoved(own, lambda: self.optimizer, tasks.subset):
+            yield
 
     def _only_of(self, tasks: StepTasks) -> list[nn.Parameter]:
+        if not tasks.names:
+            return self.trainable
         if tasks.lacking not in self._left_out:
-            reached = self._reached
-            lost = frozenset[str]().union(*(reached[name] for name in tasks.lacking))
-            kept = frozenset[str]().union(*(reached[name] for name in tasks.names))
+            lost = frozenset[str]().union(*(self._reached[name] for name in tasks.lacking))
+            kept = frozenset[str]().union(*(self._reached[name] for name in tasks.names))
             own = [parameter for parameter in self.trainable if self._name_of[parameter] in lost - kept]
             self._left_out[tasks.lacking] = own
         return self._left_out[tasks.lacking]

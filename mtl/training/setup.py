@@ -7,11 +7,10 @@ from pathlib import Path
 
 import torch
 
-from mtl.config import GeneratedData, RunConfig, SettingError, mistake_of
+from mtl.config import RunConfig, SettingError, mistake_of
 from mtl.config.distributed import DistributedConfig
-from mtl.config.mixed import MixedData
 from mtl.config.precedence import Precedence, is_written, precedence_of
-from mtl.data import Loading, Split, TaughtSplit, Teaching, check_room
+from mtl.data import Loading, Split, TaughtSplit, Teaching, check_rooms
 from mtl.distributed.world import ALONE, World, WorldError
 from mtl.freeze import free_norm_statistics
 from mtl.model import set_output_bias
@@ -70,9 +69,7 @@ def assemble(
     excluded = _check_fsdp(config, world)
     device = _device(config, world)
     try:
-        for data in config.data.each.values() if isinstance(config.data, MixedData) else [config.data]:
-            if isinstance(data, GeneratedData):
-                check_room(data)
+        check_rooms(config.data)
     except SettingError as error:
         raise mistake_of(config, error) from error
     world.start(device, config.distributed.timeout_s)

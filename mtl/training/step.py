@@ -4,11 +4,11 @@ from __future__ import annotations
 
 from collections.abc import Iterator, Sequence
 from contextlib import contextmanager
+from functools import partial
 
 import torch
-from torch import Tensor
+from torch import Tensor, nn
 from torch.amp import GradScaler
-from torch.nn import functional
 
 from mtl.data import Batch
 from mtl.distributed.world import ALONE, World
@@ -37,7 +37,13 @@ class StepLosses:
         self._world = world
 
     def __call__(
-        self, batch: Batch, phase: Phase, tasks: StepTasks, share: Tensor | None = None, step: int = 0
+        self,
+        batch: Batch,
+        phase: Phase,
+        tasks: StepTasks,
+        share: Tensor | None = None,
+        step: int = 0,
+        silent: Sequence[nn.Parameter] = (),
     ) -> tuple[Tensor, Tensor, list[Tensor]]:
         """Args:
             batch: This process's part of a batch.
@@ -45,26 +51,25 @@ class StepLosses:
             tasks: Those of its tasks of which the step has labels.
             share: The weight of its mean losses among those of the whole step, "t"; 1 each if not given.
             step: Steps done in the run.
+            silent: Parameters that these tasks do not reach, and that get a gradient of zeros.
 
         Returns:
             The loss to minimise, a scalar; the losses of the step's tasks over all processes, "t"; and this process's
             own, as separate scalars, whose graphs part at the heads.
         """
-        # The loss of a task without labels is 0, and so is its gradient, for which DDP waits on each rank.
-        silent = tasks.lacking if not self._world.is_alone or not tasks.names else ()
-        every = self.each_loss(batch, [*tasks.names, *silent])
-        each, zeros = every[: len(tasks.names)], every[len(tasks.names) :]
-        if not each:
-            return torch.stack(zeros).sum(), zeros[0].new_empty(0), []
+        zero = torch.stack([(parameter * 0).sum() for parameter in silent]).sum() if silent else None
+        if not tasks.names:
+            total = torch.zeros((), device=self._setup.device, requires_grad=True) if zero is None else zero
+            return total, total.detach().new_empty(0), []
+        each = self.each_loss(batch, tasks.names)
         losses = self._world.global_losses(_shared(each, share))
         with self._same_draws(step):
             if phase.balances_gradients:
-                total = self._by_gradients(phase, tasks, each, zeros, share, losses.detach())
                 losses = losses.detach()
+                total = self._by_gradients(phase, tasks, each, share, losses)
             else:
                 total = phase.balance(losses, tasks.subset)
-                total = torch.stack([total, *zeros]).sum() if zeros else total
-        return total, losses, each
+        return total if zero is None else total + zero, losses, each
 
     def each_loss(self, batch: Batch, tasks: Sequence[str]) -> list[Tensor]:
         """The losses of some tasks on a batch, scalars, float32."""
@@ -78,13 +83,7 @@ class StepLosses:
         return self._world.mean(_shared(self.each_loss(batch, tasks.names), share))
 
     def _by_gradients(
-        self,
-        phase: Phase,
-        tasks: StepTasks,
-        each: Sequence[Tensor],
-        zeros: Sequence[Tensor],
-        share: Tensor | None,
-        losses: Tensor,
+        self, phase: Phase, tasks: StepTasks, each: Sequence[Tensor], share: Tensor | None, losses: Tensor
     ) -> Tensor:
         """The loss whose gradients a method has balanced; `losses` are those over all processes."""
         weighting = phase.balance.weighting
@@ -94,13 +93,8 @@ class StepLosses:
         others = [p for p in self._setup.root.parameters() if p.requires_grad and id(p) not in of_trunk]
         # Not taken from the stacked losses, through which each would go back through the heads of all.
         own = list(each) if share is None else [loss * part for loss, part in zip(each, share.to(each[0]), strict=True)]
-        total = phase.balance(losses, tasks.subset)
-
-        def weigh(gramian: Tensor) -> Tensor:
-            num = len(own)
-            return functional.pad(weighting(gramian[:num, :num], tasks.subset), (0, len(zeros)))
-
-        return balance_gradients(total, [*own, *zeros], trunk, others, weigh, self._world, self._scaler)
+        total, weigh = phase.balance(losses, tasks.subset), partial(weighting, subset=tasks.subset)
+        return balance_gradients(total, own, trunk, others, weigh, self._world, self._scaler)
 
     @contextmanager
     def _same_draws(self, step: int) -> Iterator[None]:

@@ -100,8 +100,8 @@ class StepSync:
 
     def shares(self, window: Sequence[Batch], tasks: Mapping[str, Task]) -> Sequence[Tensor | None]:
         """The weights of a step's losses, for each batch "t" or None for 1, which make it the step of one batch."""
-        if len(window) == 1 and self.world.is_alone:
-            return [None]
+        if not tasks or (len(window) == 1 and self.world.is_alone):
+            return [None] * len(window)
         weights = torch.stack(
             [
                 torch.stack([task.weight(batch.labels[name]).double() for name, task in tasks.items()])

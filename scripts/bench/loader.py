@@ -21,8 +21,9 @@ from PIL import Image
 from torch.utils.data import DataLoader, Dataset
 
 from mtl.config import load_config
-from mtl.data import Loading, Split, scenes, training_batches
-from mtl.data.sprites import load_sprites
+from mtl.data import Loading, Split, training_batches
+from mtl.data.generated import scenes
+from mtl.data.generated.sprites import load_sprites
 from mtl.training.setup import assemble
 
 BATCH = 64

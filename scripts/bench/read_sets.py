@@ -21,11 +21,11 @@ from pathlib import Path
 import numpy as np
 import torch
 
-sys.path.insert(0, str(Path(__file__).resolve().parents[2] / "tests/data/sets"))
+sys.path.insert(0, str(Path(__file__).resolve().parents[2] / "tests/data/files/sets"))
 
 from public_trees import Pixels, colours, normals, opened, put
 
-from mtl.data.sets.celeba import ATTRIBUTES
+from mtl.data.files.sets.celeba import ATTRIBUTES
 
 
 def picture(height: int, width: int, seed: int) -> Pixels:

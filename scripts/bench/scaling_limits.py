@@ -9,7 +9,7 @@ from scaling_costs import Assumptions, Case, Measured, config_of
 
 from mtl.config.checkpoint import CheckpointConfig
 from mtl.data import BUILT_IN
-from mtl.data.sprites import load_sprites
+from mtl.data.generated.sprites import load_sprites
 from mtl.distributed.world import TIMEOUT_S
 from mtl.runtime.text import in_bytes as in_small_bytes
 from mtl.tasks import build_tasks

@@ -95,6 +95,15 @@ def test_the_order_is_that_of_seed_and_epoch_written_out_by_hand() -> None:
     assert list(EpochSampler(every, 5, 3, 2)) != list(sampler) != list(EpochSampler(every, 5, 4, 1))
 
 
+def test_a_worker_ends_without_a_fault() -> None:
+    """Another exit code than 0 is an error of torch's for whoever has its handler of SIGCHLD in the process."""
+    batches = training_batches(split(), 5, 3, 1, loading=Loading(True, CPU, 2))
+    next(batches)
+    workers = multiprocessing.active_children()
+    assert len(workers) == 2 and len(list(batches)) == 3
+    assert [worker.exitcode for worker in workers] == [0, 0]
+
+
 @pytest.mark.parametrize("num_workers", [0, 2])
 def test_an_epoch_can_begin_at_its_end_and_not_after_it(num_workers: int) -> None:
     assert not contents(training_batches(split(), 5, 3, 1, skip=4, loading=Loading(num_workers=num_workers)))
@@ -156,6 +165,33 @@ def test_a_worker_without_memory_to_share_a_batch_says_so(monkeypatch: pytest.Mo
     monkeypatch.setattr(Tensor, "share_memory_", share)
     with pytest.raises(RuntimeError, match="Cannot allocate memory"):
         next(training_batches(split(), 5, 3, 1, loading=WAYS["workers"]))
+
+
+class Unpicklable:
+    def __init__(self, *_: object) -> None: ...
+
+    def __reduce__(self) -> Any:
+        raise MemoryError("no room to pickle it")
+
+
+@pytest.mark.parametrize(
+    ("error", "said", "sends_errors"),
+    [
+        (MemoryError, "no room to pickle it", True),
+        (DataError, r"data worker \d \(pid \d+\) ended with exit code 1", False),
+    ],
+)
+def test_a_batch_that_cannot_be_sent_is_an_error(
+    monkeypatch: pytest.MonkeyPatch, error: type[Exception], said: str, sends_errors: bool
+) -> None:
+    """A queue would drop it, and the loop would wait for it forever."""
+    monkeypatch.setattr("mtl.data.loading._RowsOfBatches.__getitems__", Unpicklable)
+    if not sends_errors:
+        monkeypatch.setattr("mtl.data.workers.ExceptionWrapper", type("Error", (Unpicklable,), {}))
+    with pytest.raises(error, match=said):
+        next(training_batches(split(), 5, 3, 1, loading=WAYS["workers"]))
+    assert not threads()
+    assert not multiprocessing.active_children()
 
 
 @pytest.mark.parametrize("victims", ["all", "one"])
@@ -220,7 +256,7 @@ def test_a_run_with_workers_has_the_bits_of_one_without(tmp_path: Path) -> None:
 
 def plant(patch: pytest.MonkeyPatch) -> None:
     """Three samples of the training data and one of the validation data that cannot be used."""
-    real = mtl.data.generated.load_split
+    real = mtl.data.generated.generated_source.load_split
 
     def load(config: Any, which: str, quiet: bool) -> MemorySplit:
         found = real(config, which, quiet)
@@ -231,7 +267,7 @@ def plant(patch: pytest.MonkeyPatch) -> None:
             labels["object"][11] = 77
         return MemorySplit(found.images, labels)
 
-    patch.setattr(mtl.data.generated, "load_split", load)
+    patch.setattr(mtl.data.generated.generated_source, "load_split", load)
 
 
 def test_a_sample_that_cannot_be_trained_on_is_named(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:

@@ -17,7 +17,7 @@ from mtl.distributed.world import ALONE
 from mtl.optim.balance.balance import Balance, build_balance, is_by_gradients, method_names
 from mtl.optim.balance.gradient_balance import balance_gradients
 from mtl.optim.balance.gradient_weights import gradient_methods
-from mtl.optim.balance.subset import Subset
+from mtl.optim.balance.subset import Subset, others_unmoved
 
 NUM = 4
 TASKS = ("a", "b", "c", "d")
@@ -202,14 +202,18 @@ def test_an_average_of_dwa_is_that_over_the_steps_with_labels() -> None:
     torch.testing.assert_close(balance(torch.ones(4)), expected)
 
 
-def test_a_task_of_dwa_without_labels_in_a_pass_keeps_its_average() -> None:
-    balance = balance_of("dwa", range(NUM))
-    for losses, places in (([1.0, 2, 3, 4], None), ([2.0, 2], (0, 1))):
-        subset = None if places is None else Subset(places, NUM)
+def test_a_task_of_dwa_without_labels_in_a_pass_has_a_rate_of_1() -> None:
+    balance, few = balance_of("dwa", range(NUM)), Subset((0, 1), NUM)
+    for losses, subset in (([2.0, 2], few), ([1.0, 2, 3, 4], None)):
         balance(torch.tensor(losses), subset)
         balance.after_epoch()
-    expected = 4 * torch.softmax(torch.tensor([2.0, 1, 1, 1]) / 2, dim=0)
-    torch.testing.assert_close(balance(torch.ones(4)), expected.sum())
+    expected = 4 * torch.softmax(torch.tensor([0.5, 1, 1, 1]) / 2, dim=0)
+    given = torch.tensor([1.0, 10, 100, 1000])
+    torch.testing.assert_close(balance(given), (expected * given).sum())
+    balance.after_epoch()
+    balance(torch.tensor([2.0, 2]), few)
+    balance.after_epoch()
+    assert balance.state()["_previous_averages"][1].tolist() == [2, 2, 100, 1000]
 
 
 def test_a_state_with_a_count_a_task_is_restored() -> None:
@@ -230,10 +234,31 @@ def test_a_method_that_cannot_weigh_so_few_tasks_says_so() -> None:
         balance.weighting(torch.eye(2), Subset((0, 1), NUM))
 
 
-def test_pcd_moves_nothing_shared_without_its_first_task() -> None:
+@pytest.mark.parametrize("places", [(1,), (1, 2)])
+def test_pcd_moves_nothing_shared_without_its_first_task(places: tuple[int, ...]) -> None:
     balance = balance_of("pcd", range(NUM))
     assert balance.weighting is not None
-    assert balance.weighting(torch.eye(2), Subset((1, 2), NUM)).tolist() == [0, 0]
+    assert balance.weighting(torch.eye(len(places)), Subset(places, NUM)).tolist() == [0] * len(places)
+
+
+@pytest.mark.parametrize("kind", [torch.optim.AdamW, torch.optim.SGD])
+@pytest.mark.parametrize("method", ["uw", "imtll"])
+def test_a_step_of_the_optimizer_leaves_the_scales_of_other_tasks(method: str, kind: Any) -> None:
+    options = {"momentum": 0.9} if kind is torch.optim.SGD else {}
+    balance = balance_of(method, range(NUM))
+    optimizer, subset = kind(balance.parameters(), lr=0.1, weight_decay=0.1, **options), Subset((0, 3), NUM)
+    (scales,) = balance.parameters()
+    for _ in range(3):
+        balance(torch.full((NUM,), 3.0)).backward()
+        optimizer.step()
+        optimizer.zero_grad()
+    before = scales.detach().clone()
+    moments = {name: value.clone() for name, value in optimizer.state[scales].items() if value.ndim}
+    balance(torch.full((2,), 5.0), subset).backward()
+    with others_unmoved([scales], lambda: optimizer, subset):
+        optimizer.step()
+    assert torch.equal(scales[[1, 2]], before[[1, 2]]) and (scales[[0, 3]] != before[[0, 3]]).all()
+    assert moments and all(torch.equal(optimizer.state[scales][name][[1, 2]], v[[1, 2]]) for name, v in moments.items())
 
 
 def test_all_methods_are_known_to_this_file() -> None:

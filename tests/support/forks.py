@@ -177,7 +177,8 @@ def run(
         stdout, stderr = process.communicate(timeout)
     finally:
         process.kill()
-    done = subprocess.CompletedProcess([*arguments], process.wait(), stdout, stderr)
+        code = process.wait()
+    done = subprocess.CompletedProcess([*arguments], code, stdout, stderr)
     if check:
         done.check_returncode()
     return done

@@ -9,7 +9,7 @@ from typing import Any
 from PIL import Image
 
 from mtl.config.file_data import SplitName, TableData
-from mtl.data.table import Table
+from mtl.data.files.table import Table
 from mtl.tasks.base import LabelKind
 
 KINDS: Mapping[str, LabelKind] = {"label": "class"}

@@ -453,14 +453,14 @@ def test_a_run_whose_data_worker_is_killed_says_so_and_resumes_to_the_same_bits(
 
 
 SPOIL = """
-import mtl.data.generated
-real = mtl.data.generated.load_split
+import mtl.data.generated.generated_source
+real = mtl.data.generated.generated_source.load_split
 def load(*arguments):
     found = real(*arguments)
     for place in (3, 7):
         found.labels["depth"][place, 0, 0, 0] = float("inf")
     return found
-mtl.data.generated.load_split = load
+mtl.data.generated.generated_source.load_split = load
 """
 
 

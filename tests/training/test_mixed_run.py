@@ -57,6 +57,7 @@ def test_images_have_the_labels_of_their_data_set_and_none_of_others(tmp_path: P
     assert not batch.lacking
     assert train.batch(torch.tensor([1, 2])).lacking == {"left"}
     assert len(train.labels_to_fit("segmentation")) == 24
+    assert train.examples(5).tolist() == [0, 1, 2, 24, 25] and len(setup.val.examples(99)) == 14
 
 
 @pytest.mark.parametrize("mix", ["uniform", "round_robin"])
@@ -99,6 +100,7 @@ def test_a_phase_draws_from_the_sets_of_its_tasks_alone(tmp_path: Path) -> None:
     assert all((batch.indices >= 24).all() for batch in batches_of(setup))
     counts = [int((batch.indices < 24).sum()) for batch in batches_of(setup, 1)]
     assert counts == [3] * 8
+    assert [phase.mix for phase in setup.plan.phases] == ["shop 1 of them", "rooms 0.5, shop 0.5 of them"]
 
 
 @pytest.fixture
@@ -147,8 +149,10 @@ def test_one_task_learns_from_two_sets(tmp_path: Path) -> None:
             {"tasks": TASKS | {"dept": {"type": "depth"}}},
             r"tasks\.dept: mixed has no label 'dept'; .*nearest: depth",
         ),
+        ({"tasks": TASKS | {"left": TASKS["left"] | {"label": "lefft"}}}, r"tasks\.left\.label: .*nearest: left"),
+        ({"data": DATA | {"transform": {"val": ["flip"]}}}, r": data\.transform\.val: validation shows"),
         ({"data": DATA | {"num_train": 3}}, "expected num_train in each of the sets"),
-        ({"data": DATA | {"sets": SETS | {"x": {"name": "scenes", "image_size": 9}}}}, "image_size beside the sets"),
+        ({"data": DATA | {"sets": SETS | {"x": {"name": "scenes", "image_size": 9}}}}, "image_size next to the sets"),
         ({"data": DATA | {"mix": {"by": "weights", "weights": {"rooms": 1}}}}, "weights for each of rooms, shop"),
         ({"data": DATA | {"mix": "uniforn"}}, r"data\.mix\.by: .*nearest: uniform"),
         ({"data": DATA | {"sets": {"a": {"name": "sceness"}}}}, "nearest: scenes"),
@@ -182,6 +186,22 @@ def test_data_check_reads_each_set(tmp_path: Path, table: Path, capsys: pytest.C
     assert sorted(each.name for each in tmp_path.glob("seen*")) == ["seen-own.png", "seen-rooms.png", "seen-shop.png"]
 
 
+@pytest.mark.parametrize("accumulate", [1, 2])
+def test_a_step_without_any_label_moves_nothing(tmp_path: Path, cache_dir: Path, table: Path, accumulate: int) -> None:
+    labels = {0: "owl", 9: "owl"}
+    rows = [f"{number}.png,{labels.get(number, '')},{'val' if number > 7 else 'train'}" for number in range(12)]
+    rows = ["image,object,split", *rows]
+    table.write_text("\n".join(rows) + "\n")
+    data = {"name": "table", "train": str(table), "split": {"by": "column"}, "image_size": 32, "batch_size": 1}
+    tasks = {"object": {"type": "classification", "num_classes": 2}}
+    own = {"optim": {"accumulate": accumulate}, "freeze_always": ["type:BatchNorm2d"], "audit": {"policy": "warn"}}
+    phases = [{"name": "a", "freeze": ["trunk"], "epochs": 1}]
+    run_dir = run_whole(tmp_path / "run", cache_dir, settings(data=data, tasks=tasks, phases=phases, **own))
+    rows_with_loss = [row for row in read_metrics(run_dir) if "train/loss" in row and "train/lr" in row]
+    steps = [row for row in read_metrics(run_dir) if "train/lr" in row]
+    assert len(steps) == 8 // accumulate and len(rows_with_loss) == 1
+
+
 def test_a_method_that_compares_the_tasks_of_a_step_needs_several(tmp_path: Path) -> None:
     with pytest.raises(
         ConfigError, match=r"tiny\.yaml:\d+: data\.mix.*: a batch has labels of one task only, and balance famo"
@@ -205,16 +225,18 @@ def test_the_configuration_in_the_documentation_trains(
 
 
 @pytest.mark.slow
-@pytest.mark.parametrize("balance", ["uw", "mgda", "dwa"])
-def test_two_processes_train_what_one_does(tmp_path: Path, cache_dir: Path, balance: str) -> None:
-    """In turn, each step lacks the labels of one task; in the second phase, ranks may differ in what they lack."""
+@pytest.mark.parametrize(
+    ("mix", "balance"),
+    [("round_robin", "uw"), ("round_robin", "mgda"), ("round_robin", "dwa"), ("proportional", "famo")],
+)
+def test_two_processes_train_what_one_does(tmp_path: Path, cache_dir: Path, mix: str, balance: str) -> None:
+    """In turn, each step lacks the labels of one task; in mixed batches of two images, often one rank does."""
     phases = [
         {"name": "a", "freeze": ["trunk"], "epochs": 1},
         {"name": "b", "freeze": ["trunk.patch_embed"], "steps": 6},
     ]
-    changes = settings(
-        "round_robin", phases=phases, balance=balance, trunk={"name": "test_vit"}, freeze_always=["type:BatchNorm2d"]
-    )
+    own = {"data": DATA | {"mix": mix, "batch_size": 2 if mix == "proportional" else 6}, "trunk": {"name": "test_vit"}}
+    changes = settings(phases=phases, balance=balance, freeze_always=["type:BatchNorm2d"], **own)
     one = run_whole(tmp_path / "one", cache_dir, changes)
     (tmp_path / "two").mkdir()
     code, said = finish(command(2, tmp_path / "two", **changes), surroundings(cache_dir, folder=tmp_path / "two"))

@@ -28,10 +28,9 @@ from mtl.optim.balance.gradient_weights import (
     check_same_method,
     gradient_methods,
     other_aggregators,
-    plain_attributes,
     try_out_weighting,
 )
-from mtl.optim.balance.subset import Subset, combine, update_famo
+from mtl.optim.balance.subset import Subset, combine, plain_attributes, update_famo
 from mtl.runtime.plugin import where_it_failed
 from mtl.runtime.text import hint
 
@@ -144,8 +143,7 @@ def _fixed_weights(weights: Mapping[str, float], tasks: Sequence[str], every_tas
 class Balance(nn.Module):
     """A balancing method as the training loop uses it.
 
-    A task without a label in a batch has the loss 0 there, which a method takes for a solved task; if labels are often
-    missing, use `fixed` weights or `mean`.
+    A task without a label in a step leaves it, as if the method had been made for the others; see docs/mixed_data.md.
 
     Attributes:
         scalarizer: TorchJD's method; its learned parameters are named `balance.scalarizer.*`.

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from typing import Any
+from collections.abc import Sequence
 
 import torch
 from torch import Tensor
@@ -22,10 +22,11 @@ class PartialDwa(DWA):
     _previous_averages: list[Tensor]
 
     def forward(self, values: Tensor, /) -> Tensor:
-        if isinstance(self._n_batches, Tensor):
-            # TorchJD counts in place, and a copy of the state may hold it.
-            self._n_batches = self._n_batches.clone()
-        return super().forward(values)
+        seen = values.detach()
+        self._loss_sum = seen.clone() if self._loss_sum is None else self._loss_sum + seen
+        # Not in place, as TorchJD counts: a copy of the state may hold it.
+        self._n_batches = self._n_batches + 1
+        return (self._weights_of(values, self._previous_averages) * values).sum()
 
     def combine(self, losses: Tensor, subset: Subset) -> Tensor:
         """The loss of some of the tasks, a scalar.
@@ -34,25 +35,28 @@ class PartialDwa(DWA):
             losses: Those of these tasks, in order.
             subset: Which tasks.
         """
-        index = subset.index(losses.device)
+        index, seen = subset.index(losses.device), losses.detach()
         if self._loss_sum is None:
-            self._loss_sum = losses.new_zeros(subset.size).detach()
+            self._loss_sum = seen.new_zeros(subset.size)
         # From here to the pass's end, steps are counted by task.
-        counts = torch.as_tensor(self._n_batches, dtype=losses.dtype, device=losses.device).expand(subset.size)
-        self._n_batches = counts.index_add(0, index, torch.ones_like(losses.detach()))
-        self._loss_sum = self._loss_sum.index_add(0, index, losses.detach())
-        if len(self._previous_averages) < 2:
-            return losses.sum()
-        older, newer = (average.index_select(0, index) for average in self._previous_averages)
-        weights = torch.softmax(newer / older / self.temperature, dim=0)
-        return (len(losses) * weights * losses).sum()
+        counts = torch.as_tensor(self._n_batches, dtype=seen.dtype, device=seen.device).expand(subset.size)
+        self._n_batches = counts.index_add(0, index, torch.ones_like(seen))
+        self._loss_sum = self._loss_sum.index_add(0, index, seen)
+        averages = [average.index_select(0, index) for average in self._previous_averages]
+        return (self._weights_of(losses, averages) * losses).sum()
 
     def step(self) -> None:
-        """Ends a pass."""
-        before = self._previous_averages
-        is_by_task = isinstance(self._n_batches, Tensor)
+        """Ends a pass; the average of a task without labels in it is that of the pass before, NaN if there is none."""
+        before = self._previous_averages[-1:]
         super().step()
-        if is_by_task and self._previous_averages:
-            last: Any = before[-1] if before else torch.ones_like(self._previous_averages[-1])
-            average = self._previous_averages[-1]
-            self._previous_averages[-1] = torch.where(average.isnan(), last, average)
+        if before and len(self._previous_averages) == 2:
+            last = self._previous_averages[-1]
+            self._previous_averages[-1] = torch.where(last.isnan(), before[0], last)
+
+    def _weights_of(self, losses: Tensor, averages: Sequence[Tensor]) -> Tensor:
+        if len(averages) < 2:
+            return torch.ones_like(losses)
+        older, newer = averages
+        rates = newer / older
+        # A task whose averages are not both known has a rate of 1.
+        return len(losses) * torch.softmax(torch.where(rates.isnan(), 1, rates) / self.temperature, dim=0)

@@ -13,16 +13,14 @@ from contextlib import contextmanager
 from typing import Any
 
 import torch
-from torch import Tensor, nn
+from torch import Tensor
 from torchjd import Stateful, aggregation, scalarization
 from torchjd.aggregation import GramianWeightedAggregator, PCDWeighting, Weighting
 from torchjd.linalg import QuadprogProjector
 
 from mtl.config import SettingError
-from mtl.optim.balance.subset import Subset, narrowed
+from mtl.optim.balance.subset import Subset, narrowed, plain_attributes
 
-# Attributes that every torch module has.
-_OF_EVERY_MODULE = frozenset(vars(nn.Module()))
 # TorchJD raises them for options that do not fit each other or the number of tasks.
 _OPTION_ERRORS = (TypeError, ValueError, RuntimeError, IndexError)
 
@@ -121,6 +119,9 @@ class GradientWeighting:
         norms = products.diagonal()
         if not products.isfinite().all():
             return torch.full_like(norms, torch.nan)
+        if subset is not None and isinstance(self._weighting, PCDWeighting) and 0 not in subset.places:
+            # As with a primary objective whose gradient is zero.
+            return torch.zeros_like(norms)
         has_gradient = norms > 0
         if has_gradient.sum() < 2:
             return torch.ones_like(norms)
@@ -130,9 +131,6 @@ class GradientWeighting:
         if subset is None:
             weights: Tensor = self._weighting(products)
             return weights.detach()
-        if isinstance(self._weighting, PCDWeighting) and 0 not in subset.places:
-            # As with a primary objective whose gradient is zero.
-            return torch.zeros_like(norms)
         try:
             with narrowed(self._weighting, subset), _narrowed_tau(self._weighting, subset):
                 weights = self._weighting(products)
@@ -173,11 +171,6 @@ def _narrowed_tau(weighting: Weighting[Any], subset: Subset) -> Iterator[None]:
         yield
     finally:
         weighting.tau = tau
-
-
-def plain_attributes(module: nn.Module) -> dict[str, Any]:
-    """A module's own attributes that are neither parameters nor buffers."""
-    return {name: value for name, value in vars(module).items() if name not in _OF_EVERY_MODULE}
 
 
 def check_same_method(own: Mapping[str, Any], state: Mapping[str, Any]) -> None:

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass
 from functools import lru_cache
@@ -11,7 +11,11 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 from torch.func import functional_call
+from torch.optim import Optimizer
 from torchjd.scalarization import FAMO, Scalarizer
+
+# Attributes that every torch module has.
+_OF_EVERY_MODULE = frozenset(vars(nn.Module()))
 
 
 @dataclass(frozen=True)
@@ -19,7 +23,7 @@ class Subset:
     """Some of the tasks of a balancing method.
 
     Attributes:
-        places: Their places among all, at least one, in order.
+        places: Their places among all, in order.
         size: How many there are in all.
     """
 
@@ -29,6 +33,10 @@ class Subset:
     def index(self, device: torch.device) -> Tensor:
         """The places as an index; made once for each device, so that no step waits for the copy."""
         return _index(self.places, device)
+
+    def others(self, device: torch.device) -> Tensor:
+        """Which of all tasks are not among these, "t", bool."""
+        return torch.ones(self.size, dtype=torch.bool, device=device).index_fill(0, self.index(device), False)
 
     def narrow(self, tensor: Tensor) -> Tensor:
         """The entries of these tasks, of a tensor all of whose axes have an entry a task; of another, all."""
@@ -54,7 +62,7 @@ class Subset:
 
 @lru_cache(maxsize=64)
 def _index(places: tuple[int, ...], device: torch.device) -> Tensor:
-    return torch.tensor(places, device=device)
+    return torch.tensor(places, dtype=torch.int64, device=device)
 
 
 def combine(scalarizer: Scalarizer, losses: Tensor, subset: Subset) -> Tensor:
@@ -78,7 +86,7 @@ def combine(scalarizer: Scalarizer, losses: Tensor, subset: Subset) -> Tensor:
 
 @torch.no_grad()
 def update_famo(famo: FAMO, losses: Tensor, subset: Subset) -> None:
-    """Passes the losses after a step to FAMO: the logits of other tasks, and their moments, stay as they are.
+    """Passes the losses after a step to FAMO: the logits of other tasks, and their optimizer state, stay as they are.
 
     Args:
         famo: Was called with the losses of these tasks before the step.
@@ -87,23 +95,40 @@ def update_famo(famo: FAMO, losses: Tensor, subset: Subset) -> None:
     """
     inside: Any = famo
     index, neutral = subset.index(losses.device), famo.min_losses.to(losses) + 1
-    others = torch.ones(subset.size, dtype=torch.bool, device=losses.device)
-    others[index] = False
     inside._prev_losses = neutral.index_copy(0, index, inside._prev_losses)
-    logits: nn.Parameter = inside._w
-    kept = [value.clone() for value in _element_states(famo)]
-    # A softmax gives them no weight.
-    logits.masked_fill_(others, -torch.inf)
-    famo.update(neutral.index_copy(0, index, losses))
-    for value, before in zip(_element_states(famo), [*kept, *[torch.zeros_like(logits)] * 2], strict=False):
-        value.copy_(torch.where(others, before, value))
+    # Its optimizer is made by its first step.
+    with others_unmoved([inside._w], lambda: inside._optimizer, subset):
+        # A softmax gives them no weight.
+        inside._w.masked_fill_(subset.others(losses.device), -torch.inf)
+        famo.update(neutral.index_copy(0, index, losses))
 
 
-def _element_states(famo: FAMO) -> list[Tensor]:
-    """Logits, and what its optimizer keeps for each of them."""
-    inside: Any = famo
-    state = {} if inside._optimizer is None else inside._optimizer.state[inside._w]
-    return [inside._w.detach(), *(value for name, value in sorted(state.items()) if name != "step")]
+@contextmanager
+def others_unmoved(
+    parameters: Sequence[nn.Parameter], optimizer: Callable[[], Optimizer | None], subset: Subset
+) -> Iterator[None]:
+    """Restores, after a step, the entries of other tasks: of parameters with an entry a task, and of their state.
+
+    Args:
+        parameters: Those of the balancing method that step in the block.
+        optimizer: Gives what steps them; None as long as it is not made.
+        subset: The tasks that the step is for.
+    """
+    own = [parameter for parameter in parameters if subset.is_by_task(parameter)]
+    before = [{name: v.clone() for name, v in _by_task(p, optimizer(), subset).items()} for p in own]
+    yield
+    with torch.no_grad():
+        for parameter, values in zip(own, before, strict=True):
+            for name, now in _by_task(parameter, optimizer(), subset).items():
+                # State that is new begins with zeros.
+                old = values.get(name, torch.zeros_like(now))
+                now.copy_(torch.where(subset.others(now.device), old, now))
+
+
+def _by_task(parameter: nn.Parameter, optimizer: Optimizer | None, subset: Subset) -> dict[str, Tensor]:
+    """A parameter, under an empty name, and what its optimizer keeps for each of its entries."""
+    state = {} if optimizer is None else optimizer.state.get(parameter, {})
+    return {"": parameter.detach(), **{name: value for name, value in state.items() if subset.is_by_task(value)}}
 
 
 @contextmanager
@@ -111,7 +136,7 @@ def narrowed(module: nn.Module, subset: Subset) -> Iterator[None]:
     """Narrows whatever a weighting and its parts hold to some tasks; what they hold afterwards is widened again."""
     before: list[tuple[nn.Module, str, Any]] = []
     for part in module.modules():
-        for name, value in [*part._buffers.items(), *_attributes(part)]:
+        for name, value in [*part._buffers.items(), *plain_attributes(part).items()]:
             before.append((part, name, value))
             if subset.is_by_task(value):
                 setattr(part, name, subset.narrow(value))
@@ -130,9 +155,9 @@ def narrowed(module: nn.Module, subset: Subset) -> Iterator[None]:
                 setattr(part, name, subset.widen(now, None))
 
 
-def _attributes(module: nn.Module) -> list[tuple[str, Any]]:
-    inherited = vars(nn.Module())
-    return [(name, value) for name, value in vars(module).items() if name not in inherited]
+def plain_attributes(module: nn.Module) -> dict[str, Any]:
+    """A module's own attributes that are neither parameters nor buffers."""
+    return {name: value for name, value in vars(module).items() if name not in _OF_EVERY_MODULE}
 
 
 def _with_number(key: Any, old: int, new: int) -> Any:

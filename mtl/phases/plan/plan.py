@@ -6,6 +6,7 @@ from collections.abc import Sequence
 from dataclasses import replace
 from typing import Any
 
+from mtl.data import Mixed
 from mtl.freeze import FreezePlan
 from mtl.model.teachers import TEACHERS
 from mtl.phases.plan.dead import dead_branches
@@ -83,6 +84,7 @@ class _Planner:
             length=phase.length.describe(phase.num_steps),
             num_steps=phase.num_steps,
             batch_size=phase.batch_size,
+            mix=phase.order.describe() if isinstance(phase.order, Mixed) else None,
             tasks=phase.tasks,
             optimizer=None if phase.config.evaluate_only else phase.optim.optimizer.name,
             lr_schedule=_settings(phase.optim.lr_schedule.model_dump(exclude_none=True), "name"),

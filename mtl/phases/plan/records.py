@@ -144,6 +144,7 @@ class PhasePlan:
         lr_of: The peak rate of every parameter in an optimizer group, by name.
         kept: What of the trunk need be computed only once; None if that was not asked for.
         dead: What would train, but cannot; None if nothing is known to be so.
+        mix: Where batches are drawn from several data sets, in words.
     """
 
     name: str
@@ -174,6 +175,7 @@ class PhasePlan:
     lr_of: dict[str, float]
     kept: KeptPlan | None = None
     dead: DeadBranch | None = None
+    mix: str | None = None
 
     def to_json(self, names: bool) -> dict[str, Any]:
         plain = asdict(self)

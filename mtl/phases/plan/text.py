@@ -83,6 +83,8 @@ def _paragraph(plan: Plan, phase: PhasePlan, width: int | None) -> str:
     if phase.kept is not None:
         lines += [("computed once", _kept(phase.kept))]
     lines += [("in eval mode", shorten(list(phase.held_in_eval), 8) or "-"), ("tasks", ", ".join(phase.tasks))]
+    if phase.mix is not None:
+        lines += [("images", phase.mix)]
     lines += _training(phase, plan.world_size) if phase.optimizer is not None else []
     if phase is not plan.phases[0]:
         lines += [("thawed", _side(phase.thawed)), ("newly frozen", _side(phase.newly_frozen))]

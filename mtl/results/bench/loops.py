@@ -90,7 +90,7 @@ def _plain_loop(
     def epoch() -> None:
         nonlocal epochs
         epochs += 1
-        for batch in training_batches(setup.train, phase.batch_size, 0, epochs):
+        for batch in training_batches(setup.train, phase.batch_size, 0, epochs, order=phase.order):
             batch = batch.to(setup.device)
             predicted = outputs(batch)
             losses = torch.stack([task.loss(predicted[name], batch.labels[name]) for name, task in setup.tasks.items()])

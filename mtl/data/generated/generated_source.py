@@ -1,0 +1,202 @@
+"""Data sets that are made, not downloaded: from the embedded garments, kept in the data cache."""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Mapping, Sequence
+from dataclasses import dataclass, replace
+from pathlib import Path
+from types import ModuleType
+from typing import Any
+
+import numpy as np
+import torch
+import xxhash
+from torch import Tensor
+from tqdm import tqdm
+
+from mtl.config import GeneratedData, SettingError
+from mtl.data.cache import DataError, cached, default_cache_dir, entry_of
+from mtl.data.dataset import Batch, Split
+from mtl.data.generated import multifashion, scenes, sprites
+from mtl.data.generated.sprites import load_sprites
+from mtl.data.memory import MemorySplit, Transform
+from mtl.data.room import bytes_of, check_disk, check_image, check_memory
+from mtl.data.source import Source, pipelines_of
+from mtl.runtime.console import logger
+from mtl.runtime.text import shorten
+from mtl.tasks import Task
+from mtl.tasks.base import LabelKind
+
+
+@dataclass(frozen=True)
+class BuiltIn:
+    """A data set that is made, not downloaded.
+
+    Attributes:
+        module: Where its `render_block`, `stored` and `BLOCK` live.
+        num_train: Training images, unless the configuration says otherwise.
+        num_val: Validation images, unless the configuration says otherwise.
+        labels: The labels that it gives; tasks are named after them.
+        channels: Channels of the images.
+        classes: The names of classes, by label.
+    """
+
+    module: ModuleType
+    num_train: int
+    num_val: int
+    labels: tuple[str, ...]
+    channels: int
+    classes: Mapping[str, Sequence[str]]
+
+
+_GARMENTS = (
+    *("T-shirt", "trouser", "pullover", "dress", "coat"),
+    *("sandal", "shirt", "sneaker", "bag", "ankle boot"),
+)
+_IN_ROOMS = {"segmentation": ("floor", "wall", "sphere", *_GARMENTS), "object": _GARMENTS}
+_ON_A_CANVAS = {"left": _GARMENTS, "right": _GARMENTS}
+
+BUILT_IN: Mapping[str, BuiltIn] = {
+    "scenes": BuiltIn(scenes, 6000, 500, ("segmentation", "depth", "normals", "object"), 3, _IN_ROOMS),
+    "multifashion": BuiltIn(multifashion, 20_000, 2000, ("left", "right"), 1, _ON_A_CANVAS),
+}
+
+
+class GeneratedSource(Source):
+    def __init__(self, config: GeneratedData, kinds: Mapping[str, LabelKind]) -> None:
+        self._config, self._kinds = config, kinds
+        self.labels, self.classes = BUILT_IN[config.name].labels, BUILT_IN[config.name].classes
+        self.num_images = num_images(config)
+
+    @property
+    def channels(self) -> int:
+        return BUILT_IN[self._config.name].channels
+
+    def load(self, tasks: Mapping[str, Task], label_of: Mapping[str, str], quiet: bool) -> tuple[Split, Split]:
+        config = self._config
+        pipelines = pipelines_of(config)
+        train, val = (load_split(config, split, quiet).with_labels(label_of) for split in ("train", "val"))
+        if config.on_bad_sample == "skip":
+            train, val = _sound(train, "train", config, tasks), _sound(val, "val", config, tasks)
+        for name, task in tasks.items():
+            for split in (train, val):
+                try:
+                    task.check_labels(split.labels[name])
+                except ValueError as error:
+                    raise SettingError(f"tasks.{name}", f"the labels of {config.name} do not fit: {error}") from error
+        train = _sound(train, "train", config, tasks).knowing(tasks)
+        val = _sound(val, "val", config, tasks).knowing(tasks)
+        kinds = {name: self._kinds[label] for name, label in label_of.items()}
+        if config.transform.train:
+            train = replace(train, transform=Transform(pipelines["train"], kinds))
+        if config.transform.val:
+            val = replace(val, transform=Transform(pipelines["val"], kinds))
+        return train, val
+
+    def preview(self, tasks: Mapping[str, Task], label_of: Mapping[str, str], num: int) -> Batch:
+        train, _ = self.load(tasks, label_of, quiet=True)
+        return train.batch(torch.linspace(0, len(train) - 1, min(num, len(train))).long())
+
+
+def check_room(config: GeneratedData) -> None:
+    """Raises `SettingError` if what is to be made is certain not to fit into memory, or on the data cache's disk."""
+    data, size = BUILT_IN[config.name], config.image_size
+    on_disk, num_made = 0, 0
+    check_image(config.size)
+    for split, key, num in zip(("train", "val"), ("num_train", "num_val"), num_images(config), strict=True):
+        try:
+            if entry_of(_cache_dir(config), _key(data, config, split, num)).exists():
+                continue
+        except OSError as error:
+            raise SettingError("data.cache_dir", f"{_cache_dir(config)} cannot be read: {error.strerror}") from error
+        block = data.module.BLOCK
+        # Images are made in whole blocks, which are joined in the end, and then are there twice.
+        check_memory("data.image_size", config.size, block, 2 * bytes_of(data.module.stored(block, size)))
+        check_memory(f"data.{key}", config.size, num, 2 * bytes_of(data.module.stored(num, size)))
+        on_disk, num_made = on_disk + bytes_of(data.module.stored(num, size)), num_made + num
+    key = "data.image_size" if config.num_train is None else "data.num_train"
+    check_disk(key, config.size, num_made, on_disk, _cache_dir(config))
+
+
+def num_images(config: GeneratedData) -> tuple[int, int]:
+    """Images in the training and the validation split."""
+    data = BUILT_IN[config.name]
+    return config.num_train or data.num_train, config.num_val or data.num_val
+
+
+def load_split(config: GeneratedData, split: str, quiet: bool) -> MemorySplit:
+    """Makes a split, or reads it from the data cache.
+
+    Raises:
+        DataError: The data cache cannot be written or read.
+    """
+    data, num = BUILT_IN[config.name], num_images(config)[split == "val"]
+    render: Callable[[], dict[str, Tensor]] = lambda: _render(data, config, split, num, quiet)  # noqa: E731
+    shapes = {name: shape for name, (shape, _) in data.module.stored(num, config.image_size).items()}
+    tensors = cached(_cache_dir(config), _key(data, config, split, num), shapes, render)
+    return MemorySplit(tensors.pop("images"), tensors)
+
+
+def _cache_dir(config: GeneratedData) -> Path:
+    return Path(config.cache_dir).expanduser() if config.cache_dir else default_cache_dir()
+
+
+def _key(data: BuiltIn, config: GeneratedData, split: str, num: int) -> dict[str, Any]:
+    """Everything that a split depends on."""
+    return {
+        "name": config.name,
+        # Data made by other code is other data.
+        "code": _code_digest(data.module),
+        "split": split,
+        "num": num,
+        "image_size": config.image_size,
+        "seed": config.seed,
+    }
+
+
+def _code_digest(module: ModuleType) -> str:
+    sources = [Path(source.__file__ or "").read_bytes() for source in (module, sprites)]
+    return xxhash.xxh3_64_hexdigest(b"".join(sources))
+
+
+def _render(data: BuiltIn, config: GeneratedData, split: str, num: int, quiet: bool) -> dict[str, Tensor]:
+    """The first `num` images of a split; a bar appears if it takes longer than a second."""
+    garments = load_sprites(split)
+    size = data.module.BLOCK
+    # Splits draw from seeds of their own; their garments are disjoint anyway.
+    seed = 2 * config.seed + (split == "val")
+    blocks = []
+    numbers = range((num + size - 1) // size)
+    for number in tqdm(
+        numbers, f"{config.name}: making {num} {split} images", disable=quiet or None, delay=1, leave=False
+    ):
+        blocks.append(data.module.render_block(garments, config.image_size, seed, number))
+    joined = {name: np.concatenate([block[name] for block in blocks])[:num] for name in blocks[0]}
+    return {name: torch.from_numpy(np.ascontiguousarray(array)) for name, array in joined.items()}
+
+
+def _sound(split: MemorySplit, which: str, config: GeneratedData, tasks: Mapping[str, Task]) -> MemorySplit:
+    """A split in which every sample can be trained on.
+
+    Raises:
+        DataError: A sample cannot be trained on, and `data.on_bad_sample` is `raise`; or none can.
+    """
+    bad = torch.zeros(len(split), dtype=torch.bool)
+    for name, task in tasks.items():
+        # In parts, since comparisons take as much room as the labels.
+        found = torch.cat([task.bad_samples(part) for part in torch.split(split.labels[name], 1024)])
+        if config.on_bad_sample == "raise" and bool(found.any()):
+            first, number = int(found.nonzero()[0]), int(found.sum())
+            raise DataError(
+                f"{config.name}, {which}: sample {first} has a label of {name} that cannot be trained on"
+                f" ({task.why_bad}), and {number - 1} more have;"
+                " data.on_bad_sample=skip leaves them out"
+            )
+        bad |= found
+    if not bool(bad.any()):
+        return split
+    if bool(bad.all()):
+        raise DataError(f"{config.name}, {which}: every sample has a label that cannot be trained on")
+    places = shorten([str(place) for place in bad.nonzero().flatten().tolist()], 5)
+    logger.warning(f"{config.name}, {which}: {int(bad.sum())} of {len(split)} samples are left out: {places}")
+    return split.without(bad)

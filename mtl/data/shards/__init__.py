@@ -1,6 +1,0 @@
-"""Shards of webdataset: tar files whose members make samples by a common key."""
-
-from mtl.data.shards.opening import open_shards
-from mtl.data.shards.shards import ShardSet
-
-__all__ = ["ShardSet", "open_shards"]
