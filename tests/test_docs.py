@@ -308,7 +308,9 @@ def test_the_score_worked_out_by_hand_is_what_the_code_computes() -> None:
         shown = results()[task, metric]
         assert (shown["trivial"], shown["finetune"]) == (float(constant), float(value))
     assert stated("docs/metrics.md", r"is `val/score` = (\S+)\. ") == [f"{score(tasks, scores, trivial):.3f}"]
-    assert stated("README.md", r"best val/score (\S+) at step") == [f"{score(tasks, scores, trivial):.3f}"]
+    # The run's own score is not that of the table's rounded values.
+    (of_the_run,) = stated("README.md", r"best val/score (\S+) at step")
+    assert float(of_the_run) == pytest.approx(score(tasks, scores, trivial), abs=6e-4)
 
 
 def test_the_numbers_of_the_trivial_predictor_are_those_of_the_readme() -> None:
