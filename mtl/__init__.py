@@ -15,14 +15,16 @@ if TYPE_CHECKING:
     from mtl.cli.train import train_config as train
     from mtl.freeze import enforce, plan_freeze
     from mtl.phases.scheduler import TaskScheduler
+    from mtl.results.trained import load
 
-__all__ = ["GradientAudit", "TaskScheduler", "__version__", "attach", "enforce", "plan_freeze", "train"]
+__all__ = ["GradientAudit", "TaskScheduler", "__version__", "attach", "enforce", "load", "plan_freeze", "train"]
 
 _PLACES = {
     "GradientAudit": ("mtl.audit", "GradientAudit"),
     "TaskScheduler": ("mtl.phases.scheduler", "TaskScheduler"),
     "attach": ("mtl.audit", "attach"),
     "enforce": ("mtl.freeze", "enforce"),
+    "load": ("mtl.results.trained", "load"),
     "plan_freeze": ("mtl.freeze", "plan_freeze"),
     "train": ("mtl.cli.train", "train_config"),
 }

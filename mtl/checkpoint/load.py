@@ -65,7 +65,9 @@ def load_checkpoint(folder: Path, module: nn.Module) -> tuple[dict[str, Any], Op
         CheckpointError: Its tensors do not fit the module, or it is of another version.
     """
     state = read_state(folder)
-    tensors, optimizer = _read_shards(folder, state) if SHARDS in state else _read_plain(folder, state)
+    tensors, optimizer = (
+        _read_shards(folder, state) if SHARDS in state else (_read_model(folder, state), _read_optimizer(folder, state))
+    )
     own, tied = module.state_dict(), state["tied"]
     sharded = {name: tensor for name, tensor in own.items() if is_sharded(tensor)}
 
@@ -83,6 +85,19 @@ def load_checkpoint(folder: Path, module: nn.Module) -> tuple[dict[str, Any], Op
     _check_fit(folder, found, _shapes(tensors, tied), own)
     _fill(module, own, found)
     return callers_state(state), optimizer_state
+
+
+def read_weights(folder: Path) -> tuple[dict[str, Any], Mapping[str, Tensor]]:
+    """Parameters and buffers of a checkpoint by name, and its plain data; its optimizer state is not read.
+
+    Raises:
+        DamagedCheckpoint: The folder is no checkpoint, or not the one that was written.
+        CheckpointError: It is of another version.
+    """
+    state = read_state(folder)
+    tensors = _read_shards(folder, state)[0] if SHARDS in state else _read_model(folder, state)
+    tied = state["tied"]
+    return callers_state(state), OnDemand([*tensors, *tied], lambda name: tensors[tied.get(name, name)])
 
 
 def newest_first(folder: Path) -> list[Path]:
@@ -138,10 +153,14 @@ def _read_shards(folder: Path, state: Mapping[str, Any]) -> tuple[Shards, Shards
         raise DamagedCheckpoint(f"{folder} is damaged: {error}") from error
 
 
-def _read_plain(folder: Path, state: Mapping[str, Any]) -> tuple[dict[str, Tensor], dict[str, Tensor]]:
+def _read_optimizer(folder: Path, state: Mapping[str, Any]) -> dict[str, Tensor]:
     optimizer = _read(folder / OPTIMIZER_FILE)
     if fingerprint_of(optimizer) != state["digests"]["optimizer"]:
         raise _not_as_written(folder / OPTIMIZER_FILE)
+    return optimizer
+
+
+def _read_model(folder: Path, state: Mapping[str, Any]) -> dict[str, Tensor]:
     frozen: dict[str, Tensor] = {}
     if "frozen" in state["digests"]:
         if not (folder / FROZEN_FILE).is_file():
@@ -152,7 +171,7 @@ def _read_plain(folder: Path, state: Mapping[str, Any]) -> tuple[dict[str, Tenso
     tensors = frozen | _read(folder / MODEL_FILE)
     if fingerprint_of(tensors) != state["digests"]["model"]:
         raise _not_as_written(folder / MODEL_FILE)
-    return tensors, optimizer
+    return tensors
 
 
 def _read(file: Path) -> dict[str, Tensor]:

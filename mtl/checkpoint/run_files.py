@@ -90,8 +90,19 @@ class _History(_Content):
     changes: list[_Change]
 
 
+class _TaskForm(_Content):
+    classes: list[str]
+    num_outputs: int
+    constant: list[float | None]
+
+
 class _Data(_Content):
     digests: dict[str, dict[str, str | None]]
+
+
+class _Form(_Content):
+    channels: int
+    tasks: dict[str, _TaskForm]
 
 
 def read_history(file: Path) -> dict[str, Any]:
@@ -119,6 +130,15 @@ def read_data_record(file: Path) -> dict[str, Any]:
         RunFileError: As for `read_audit`.
     """
     return _read_object(file, _Data)
+
+
+def read_model_form(file: Path) -> dict[str, Any]:
+    """What a run recorded of its data, with all that decides the form of its model besides the configuration.
+
+    Raises:
+        RunFileError: As for `read_audit`; or a version of `mtl` wrote it that did not record this.
+    """
+    return _read_object(file, _Form)
 
 
 def read_state_file(file: Path) -> dict[str, Any]:

@@ -7,6 +7,7 @@ from contextlib import contextmanager
 
 from mtl.config import DataConfig, GeneratedData, SettingError
 from mtl.config.errors import OptionsError
+from mtl.config.file_data import SplitName
 from mtl.config.mixed import SHARED, MixedData
 from mtl.data.cache import DataError
 from mtl.data.dataset import Batch, Split
@@ -86,16 +87,16 @@ class MixedSource(Source):
         labelled = {name: set(self.tasks_of[name]) & set(tasks) for name in self.sets}
         return mixed_order(sizes, labelled, tasks, self._config.mix)
 
-    def load(self, tasks: Mapping[str, Task], label_of: Mapping[str, str], quiet: bool) -> tuple[Split, Split]:
-        train, val = list[Part](), list[Part]()
+    def load_split(
+        self, which: SplitName, tasks: Mapping[str, Task], label_of: Mapping[str, str], quiet: bool
+    ) -> Split:
+        parts = list[Part]()
         for name, own in self.sets.items():
             learn = self.tasks_of[name]
             with self._at(name):
-                loaded = own.load({t: tasks[t] for t in learn}, {t: label_of[t] for t in learn}, quiet)
-            for parts, split in zip((train, val), loaded, strict=True):
-                parts.append(Part(name, split, learn))
-        mix = self._config.mix
-        return MixedSplit(train, tasks, mix), MixedSplit(val, tasks, mix)
+                split = own.load_split(which, {t: tasks[t] for t in learn}, {t: label_of[t] for t in learn}, quiet)
+            parts.append(Part(name, split, learn))
+        return MixedSplit(parts, tasks, self._config.mix)
 
     def preview(self, tasks: Mapping[str, Task], label_of: Mapping[str, str], num: int) -> Batch:
         """Samples of the first data set alone."""

@@ -6,10 +6,13 @@ from abc import ABC, abstractmethod
 from collections.abc import Collection, Mapping, Sequence
 
 from mtl.config import DataConfig, SettingError
+from mtl.config.file_data import SplitName
 from mtl.data.dataset import Batch, Split
 from mtl.data.orders import Order, Shuffled
 from mtl.data.transforms import Pipeline, build_transforms
 from mtl.tasks import Task
+
+TRAIN_VAL: tuple[SplitName, SplitName] = ("train", "val")
 
 
 class Source(ABC):
@@ -47,18 +50,26 @@ class Source(ABC):
     def channels(self) -> int:
         """Channels of the images."""
 
-    @abstractmethod
     def load(self, tasks: Mapping[str, Task], label_of: Mapping[str, str], quiet: bool) -> tuple[Split, Split]:
-        """The training and the validation split.
+        """The training and the validation split; arguments and errors as of `load_split`."""
+        train, val = (self.load_split(which, tasks, label_of, quiet) for which in TRAIN_VAL)
+        return train, val
+
+    @abstractmethod
+    def load_split(
+        self, which: SplitName, tasks: Mapping[str, Task], label_of: Mapping[str, str], quiet: bool
+    ) -> Split:
+        """One split.
 
         Args:
+            which: `train` with the transforms of training, `val` or `test` with those of validation.
             tasks: The tasks by name.
             label_of: The name of each task's label.
             quiet: Whether to show no progress bar.
 
         Raises:
             DataError: The data cannot be had.
-            SettingError: The labels do not fit a task.
+            SettingError: The labels do not fit a task, or there is no such split.
         """
 
     @abstractmethod

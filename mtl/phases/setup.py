@@ -93,20 +93,12 @@ def build_model_setup(
     _seed_everything(config.seed)
     teachers, tasks = _build_tasks(config, source, device, with_teachers)
     _check_fill(config, tasks)
-    # Where it is to be found out, a run begins with the first one.
-    layout = MEMORY_FORMATS["contiguous" if config.memory_format == "auto" else config.memory_format]
-    trunk = (without_weights(config) if device == "meta" else config).trunk
-    if source.channels > 3:
-        trunk = trunk.model_copy(update={"options": {"in_chans": source.channels} | trunk.options})
-    takes = input_channels(trunk)
-    # Grey images are shown to each of three channels.
-    if source.channels != takes and (source.channels, takes) != (1, 3):
-        message = f"the trunk takes images of {count(takes, 'channel')}, and those of {config.data.name} have"
-        raise config.mistake(("trunk", "options"), f"{message} {source.channels}")
+    own_config = without_weights(config) if device == "meta" else config
+    # Found out from images, which are on the CPU.
+    channels = source.channels
     try:
         with torch.device(device):
-            heads = {name: own.head for name, own in config.tasks.items()}
-            model = MultiTaskModel(trunk, tasks, config.data.size, layout, heads)
+            model = build_model(own_config, tasks, channels)
             reached = reached_parameters(model)
             tasks_of, mistakes = _tasks_of_phases(config, model, reached)
             balances, balance_of = _build_balances(config, tasks_of, mistakes)
@@ -130,6 +122,32 @@ def build_model_setup(
     if unread_mistakes:
         raise ConfigError(unread_mistakes)
     return ModelSetup(config, source, tasks, model, teachers, root, fixed, phases, unread)
+
+
+def build_model(config: RunConfig, tasks: Mapping[str, Task], channels: int) -> MultiTaskModel:
+    """The model alone.
+
+    Args:
+        config: The run.
+        tasks: Its tasks.
+        channels: Channels of the images.
+
+    Raises:
+        ConfigError: The trunk takes other images.
+        SettingError: Anything else that turns out not to work.
+    """
+    # Where it is to be found out, a run begins with the first one.
+    layout = MEMORY_FORMATS["contiguous" if config.memory_format == "auto" else config.memory_format]
+    trunk = config.trunk
+    if channels > 3:
+        trunk = trunk.model_copy(update={"options": {"in_chans": channels} | trunk.options})
+    takes = input_channels(trunk)
+    # Grey images are shown to each of three channels.
+    if channels != takes and (channels, takes) != (1, 3):
+        message = f"the trunk takes images of {count(takes, 'channel')}, and those of {config.data.name} have"
+        raise config.mistake(("trunk", "options"), f"{message} {channels}")
+    heads = {name: own.head for name, own in config.tasks.items()}
+    return MultiTaskModel(trunk, tasks, config.data.size, layout, heads)
 
 
 def build_meta_setup(config: RunConfig, train: Split | None = None, source: Source | None = None) -> ModelSetup:

@@ -5,13 +5,14 @@ from __future__ import annotations
 from abc import ABC, abstractmethod
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass
-from typing import ClassVar, Literal
+from typing import Any, ClassVar, Literal
 
 import torch
 from pydantic import BaseModel
 from torch import Tensor
 
 from mtl.runtime.best import Direction
+from mtl.tasks.maps import resized
 
 # What a label is, for whatever reads or changes labels with no regard to the task's loss:
 #   class    "", the number of an image's class; -1, or the task's own number, is none
@@ -232,6 +233,26 @@ class Task(ABC):
         if self.output == "dense":
             return constant.view(1, -1, 1, 1).expand(num_images, -1, *size)
         return constant.view(1, -1).expand(num_images, -1)
+
+    def predict(self, output: Tensor, size: tuple[int, int]) -> Tensor:
+        """Predictions in the task's units; by default the outputs themselves.
+
+        Args:
+            output: As the head returns it.
+            size: Height and width in pixels to which outputs of a dense task are brought.
+
+        Returns:
+            First axis b, with all that the task can say: probabilities where it chooses among classes of an image.
+        """
+        return resized(output.float(), size) if self.output == "dense" else output.float()
+
+    def as_label(self, prediction: Tensor) -> Tensor:
+        """Predictions in the form of labels, as far as `predict` says more than a label does; first axis b."""
+        return prediction
+
+    def as_data(self, prediction: Tensor) -> Any:
+        """The prediction for one image, without its first axis, as numbers, lists and names, which JSON can hold."""
+        return prediction.tolist()
 
     def draw(self, values: Tensor, is_label: bool) -> Tensor:  # noqa: ARG002  classes of their own need it
         """Pictures of labels or outputs of a dense task; by default, of their first channel, from black to white.

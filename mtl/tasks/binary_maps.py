@@ -13,6 +13,7 @@ from mtl.tasks.binary_losses import BalancedBce, Bce, BinaryFocal, WeightedBce, 
 from mtl.tasks.classes import check_classes, samples_out_of_range
 from mtl.tasks.entries import EntryTask
 from mtl.tasks.loss import Loss, as_float
+from mtl.tasks.maps import resized
 from mtl.tasks.ods_f import OdsF
 from mtl.tasks.thresholds import ForegroundIou, MaxF
 
@@ -52,6 +53,13 @@ class BinaryMap(EntryTask):
 
     def blank(self, num_images: int, size: tuple[int, int]) -> Tensor:
         return torch.full((num_images, *size), self.ignore_index)
+
+    def predict(self, output: Tensor, size: tuple[int, int]) -> Tensor:
+        """The probability of yes, "b h w"."""
+        return resized(output.float(), size)[:, 0].sigmoid()
+
+    def as_label(self, prediction: Tensor) -> Tensor:
+        return (prediction >= 0.5).long()
 
     def draw(self, values: Tensor, is_label: bool) -> Tensor:
         """The probability of yes, from black to white."""

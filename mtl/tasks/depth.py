@@ -14,6 +14,7 @@ from mtl.tasks.base import Goal, LabelKind, Metrics
 from mtl.tasks.depth_metrics import TERMS, DepthMean, DepthMetrics
 from mtl.tasks.entries import EntryTask
 from mtl.tasks.loss import Loss, as_float
+from mtl.tasks.maps import resized
 from mtl.tasks.number_losses import L1, BerHu, Huber, SiLog, SiLogOfMetres, root_of
 
 Space = Literal["log", "linear", "bins"]
@@ -128,6 +129,10 @@ class Depth(EntryTask):
 
     def blank(self, num_images: int, size: tuple[int, int]) -> Tensor:
         return torch.zeros(num_images, 1, *size)
+
+    def predict(self, output: Tensor, size: tuple[int, int]) -> Tensor:
+        """Metres, "b 1 h w"."""
+        return resized(self.metres(output.float()), size)
 
     def draw(self, values: Tensor, is_label: bool) -> Tensor:
         """From 0 to 8 metres, or to the set maximum, on a scale of colours."""

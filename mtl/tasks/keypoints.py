@@ -139,6 +139,16 @@ class Keypoints(EntryTask):
     def blank(self, num_images: int, size: tuple[int, int]) -> Tensor:  # noqa: ARG002  one signature for all
         return torch.zeros(num_images, self.num_outputs, 3)
 
+    def predict(self, output: Tensor, size: tuple[int, int]) -> Tensor:
+        """Column and row in pixels of an image of that size, and the height of the map there, "b k 3"."""
+        factors = output.new_tensor([size[1] / output.shape[-1], size[0] / output.shape[-2]], dtype=torch.float32)
+        heights = cells_of(output.float()).flatten(2).amax(dim=2)
+        return torch.cat([points_of(output.float()) * factors, heights[..., None]], dim=-1)
+
+    def as_label(self, prediction: Tensor) -> Tensor:
+        """All points as visible."""
+        return torch.cat([prediction[..., :2], torch.ones_like(prediction[..., 2:])], dim=-1)
+
     def draw(self, values: Tensor, is_label: bool) -> Tensor:
         """All heat maps as one, from black to white."""
         maps = self.stand_in(values) if is_label else self.prediction(values)

@@ -98,6 +98,17 @@ class MultiLabel(EntryTask):
     def metrics(self) -> MultiLabelMetrics:
         return MultiLabelMetrics(self.num_outputs)
 
+    def predict(self, output: Tensor, size: tuple[int, int]) -> Tensor:  # noqa: ARG002  one signature for all
+        """The probability of each attribute, "b k", float64."""
+        return output.double().sigmoid()
+
+    def as_label(self, prediction: Tensor) -> Tensor:
+        return (prediction >= 0.5).float()
+
+    def as_data(self, prediction: Tensor) -> dict[str, float]:
+        """The probability of each attribute, by name or number."""
+        return dict(zip(self._names, prediction.tolist(), strict=True))
+
     def caption(self, values: Tensor, is_label: bool) -> list[str]:
         """The attributes that an image has, by name or number; `none` if it has none."""
         yes = values == 1 if is_label else values >= 0

@@ -13,6 +13,7 @@ from torch.nn import functional
 from mtl.tasks.base import Goal, LabelKind, Metrics
 from mtl.tasks.entries import EntryTask
 from mtl.tasks.loss import Loss, as_float
+from mtl.tasks.maps import resized
 from mtl.tasks.normals_losses import Chord, Cosine, L1OfNormals, directions, labelled_normals
 from mtl.tasks.normals_metrics import AngleRmse, NormalsMetrics
 
@@ -60,6 +61,10 @@ class Normals(EntryTask):
     def prediction(self, output: Tensor) -> Tensor:
         """The unit vectors."""
         return directions(as_float(output))
+
+    def predict(self, output: Tensor, size: tuple[int, int]) -> Tensor:
+        """Unit vectors, "b 3 h w"."""
+        return directions(resized(output.float(), size))
 
     def draw(self, values: Tensor, is_label: bool) -> Tensor:  # noqa: ARG002  one signature for all
         """Each axis as a colour."""

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Mapping, Sequence
-from typing import ClassVar, Literal
+from typing import Any, ClassVar, Literal
 
 import torch
 from torch import Tensor
@@ -11,7 +11,7 @@ from torch import Tensor
 from mtl.tasks.base import Goal, LabelKind
 from mtl.tasks.binary_losses import cross_entropy
 from mtl.tasks.classes import check_classes, samples_out_of_range
-from mtl.tasks.classification import caption_classes
+from mtl.tasks.classification import caption_classes, names_of
 from mtl.tasks.confusion import Confusion
 from mtl.tasks.entries import EntryTask
 from mtl.tasks.loss import Loss
@@ -158,6 +158,19 @@ class Ordinal(EntryTask):
 
     def metrics(self) -> OrdinalMetrics:
         return OrdinalMetrics(self.num_classes, self.ignore_index, self._rule)
+
+    def predict(self, output: Tensor, size: tuple[int, int]) -> Tensor:  # noqa: ARG002  one signature for all
+        """The probability of each question's yes, "b k", float64."""
+        return self._rule.probabilities(output.double())
+
+    def as_label(self, prediction: Tensor) -> Tensor:
+        return (prediction > 0.5).sum(dim=1)
+
+    def as_data(self, prediction: Tensor) -> dict[str, Any]:
+        """The class, by name or number, and the probability of a higher one than each but the last."""
+        names = names_of(self.class_names, self.num_classes)
+        chosen = names[int(self.as_label(prediction[None]))]
+        return {"class": chosen, "above": dict(zip(names[:-1], prediction.tolist(), strict=True))}
 
     def caption(self, values: Tensor, is_label: bool) -> list[str]:
         """The name of the class, or its number."""

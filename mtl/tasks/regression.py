@@ -102,6 +102,17 @@ class Regression(EntryTask):
     def metrics(self) -> RegressionMetrics:
         return RegressionMetrics(self.num_outputs, self.scale)
 
+    def predict(self, output: Tensor, size: tuple[int, int]) -> Tensor:  # noqa: ARG002  one signature for all
+        """The numbers in the label's unit, "b k", float64, as metrics compare them."""
+        return self.scale * output.double()
+
+    def as_label(self, prediction: Tensor) -> Tensor:
+        return prediction.float()
+
+    def as_data(self, prediction: Tensor) -> float | list[float]:
+        """The number, or several as a list."""
+        return prediction.item() if self.num_outputs == 1 else prediction.tolist()
+
     def caption(self, values: Tensor, is_label: bool) -> list[str]:
         """The first numbers, in the label's unit."""
         return super().caption(values if is_label else self.scale * values, is_label)

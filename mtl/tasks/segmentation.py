@@ -12,6 +12,7 @@ from mtl.tasks.base import Goal, LabelKind
 from mtl.tasks.classes import ClassTask
 from mtl.tasks.confusion import MeanIou
 from mtl.tasks.loss import Loss
+from mtl.tasks.maps import highest
 
 _NUM_COLOURS = 20
 
@@ -43,6 +44,10 @@ class Segmentation(ClassTask):
         class_names: Names of the classes.
         """
         super().__init__(num_classes, ignore_index, loss, class_names, balance_power)
+
+    def predict(self, output: Tensor, size: tuple[int, int]) -> Tensor:
+        """The class of each pixel, "b h w", int64."""
+        return highest(output, size)
 
     def draw(self, values: Tensor, is_label: bool) -> Tensor:
         """A colour for each class, from the 21st on the same again; black where there is no label."""

@@ -2,22 +2,38 @@
 
 from __future__ import annotations
 
+import math
 from pathlib import Path
 from typing import Any
 
 from mtl.checkpoint.run_files import DATA, RunFileError, read_data_record
 from mtl.runtime.plugin import search_in, searched_folders
+from mtl.tasks import labels_of
 from mtl.training.setup import RunSetup
 
 
 def data_record(setup: RunSetup) -> dict[str, Any]:
-    """Name, sizes and classes of the data set, digests of images and labels, folders of modules; as JSON."""
+    """Name, sizes and classes of the data set, digests of images and labels, folders of modules; as JSON.
+
+    And what decides the form of the model besides the configuration, so that it can be built without the data.
+    """
     splits = {"train": setup.train, "val": setup.val}
+    class_names = setup.source.class_names(labels_of(setup.config))
     return {
         "name": setup.config.data.name,
         "modules": searched_folders(),
         "images": {which: len(split) for which, split in splits.items()},
+        "channels": setup.source.channels,
         "classes": {label: list(names) for label, names in setup.source.classes.items()},
+        "tasks": {
+            name: {
+                "classes": list(class_names.get(name, ())),
+                "num_outputs": task.num_outputs,
+                # JSON's numbers are float64: nothing of a float32 is lost.
+                "constant": [value if math.isfinite(value) else None for value in setup.constants[name].tolist()],
+            }
+            for name, task in setup.tasks.items()
+        },
         "digests": {
             which: {
                 "images": split.identity(),

@@ -2,10 +2,12 @@
 
 from __future__ import annotations
 
+from collections.abc import Mapping
 from dataclasses import dataclass, replace
 from pathlib import Path
 
 import torch
+from torch import Tensor
 
 from mtl.config import RunConfig, SettingError, mistake_of
 from mtl.config.distributed import DistributedConfig
@@ -33,13 +35,15 @@ class RunSetup(ModelSetup):
         device: Where the run computes.
         train: Training data.
         val: Validation data.
-        trivial: Metrics of the trivial predictor, which gives one constant output per task.
+        constants: The output of the trivial predictor for each task, "c".
+        trivial: Metrics of the trivial predictor, which gives these constants.
         plan: What every phase freezes, trains and costs.
     """
 
     device: torch.device
     train: Split
     val: Split
+    constants: Mapping[str, Tensor]
     trivial: Scores
     plan: Plan
 
@@ -116,7 +120,9 @@ def assemble(
     layout, precision = world.broadcast([choice.memory_format, choice.precision])
     lay_out(model_setup, layout)
     model_setup = replace(model_setup, config=config.with_changes(memory_format=layout, precision=precision))
-    return RunSetup(**vars(model_setup), device=device, train=train, val=val, trivial=trivial, plan=plan)
+    return RunSetup(
+        **vars(model_setup), device=device, train=train, val=val, constants=constants, trivial=trivial, plan=plan
+    )
 
 
 def _taught(

@@ -35,7 +35,7 @@ class FileSource(Source):
     """A data set in files.
 
     Attributes: as of every data set, and
-        sets: Its training and its validation split.
+        sets: Its training and its validation split, and its test split once that is loaded.
     """
 
     def __init__(self, config: FileData, kinds: Mapping[str, LabelKind]) -> None:
@@ -48,12 +48,18 @@ class FileSource(Source):
     def channels(self) -> int:
         return self._form.channels
 
-    def load(self, tasks: Mapping[str, Task], label_of: Mapping[str, str], quiet: bool) -> tuple[Split, Split]:
-        pipelines = pipelines_of(self._config)
-        return tuple(  # type: ignore[return-value]
-            self._load(which, num, pipelines[which], tasks, label_of, quiet)
-            for which, num in zip(("train", "val"), self.num_images, strict=True)
-        )
+    def load_split(
+        self, which: SplitName, tasks: Mapping[str, Task], label_of: Mapping[str, str], quiet: bool
+    ) -> Split:
+        config, skips = self._config, self._config.on_bad_sample == "skip"
+        pipeline = pipelines_of(config)["train" if which == "train" else "val"]
+        if which not in self.sets:
+            self.sets |= open_file_sets(config, self._kinds, (which,))
+        reader, num = self._reader(which, pipeline, tasks, label_of), self._number(which)
+        if pipeline.is_random or num * _bytes_of_one(reader) > 1e9 * config.memory_gb:
+            there = sound_items(reader, num, config.num_workers, quiet) if skips else torch.arange(num)
+            return FileSplit(reader, there, num - len(there))
+        return read_into_memory(reader, num, config.num_workers, skips, quiet)
 
     @cached_property
     def _form(self) -> ImageForm:
@@ -61,22 +67,6 @@ class FileSource(Source):
             return image_form(self.sets["train"], self._config.size)
         except DataError as error:
             raise DataError(f"{self._config.name}, train: {error}") from error
-
-    def _load(
-        self,
-        which: str,
-        num: int,
-        pipeline: Pipeline,
-        tasks: Mapping[str, Task],
-        label_of: Mapping[str, str],
-        quiet: bool,
-    ) -> Split:
-        config, skips = self._config, self._config.on_bad_sample == "skip"
-        reader = self._reader(which, pipeline, tasks, label_of)
-        if pipeline.is_random or num * _bytes_of_one(reader) > 1e9 * config.memory_gb:
-            there = sound_items(reader, num, config.num_workers, quiet) if skips else torch.arange(num)
-            return FileSplit(reader, there, num - len(there))
-        return read_into_memory(reader, num, config.num_workers, skips, quiet)
 
     def preview(self, tasks: Mapping[str, Task], label_of: Mapping[str, str], num: int) -> Batch:
         there = self.num_images[0]
@@ -96,7 +86,7 @@ class FileSource(Source):
 
     def _number(self, split: str) -> int:
         key, there = f"num_{split}", len(self.sets[split])
-        asked = getattr(self._config, key)
+        asked = getattr(self._config, key, None)
         if there == 0:
             raise SettingError("data.name", f"{self._config.name} has no image in its split {split!r}")
         if asked is not None and asked > there:

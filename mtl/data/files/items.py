@@ -13,6 +13,7 @@ from torch import Tensor
 from mtl.data.cache import DataError
 from mtl.data.files.fileset import IMAGE, FileSet
 from mtl.data.transforms import Pipeline, build_transforms
+from mtl.runtime.text import count
 from mtl.tasks.base import SPATIAL, LabelKind
 
 _IMAGE_TYPES = (torch.uint8, torch.float32)
@@ -106,7 +107,7 @@ class ItemReader:
         labels = {name: as_tensor(item[name], f"{self.where(index)}: {name}") for name in there}
         maps = [name for name in labels if kinds[name] in SPATIAL and kinds[name] != "points"]
         if IMAGE in item:
-            image = self._image(item, index)
+            image = in_form(item[IMAGE], self.form, self.where(index))
         elif maps:
             # One that takes no memory has the size all the same.
             image = torch.zeros((), dtype=torch.uint8).expand(1, *labels[maps[0]].shape[-2:])
@@ -123,18 +124,28 @@ class ItemReader:
             raise DataError(f"{self.where(index)}: {error}") from error
         return Sample(image if with_image else None, labels)
 
-    def _image(self, item: Mapping[str, Any], index: int) -> Tensor:
-        image: Tensor = item[IMAGE]
-        if image.dtype not in _IMAGE_TYPES or image.ndim != 3:
-            raise DataError(f"{self.where(index)}: expected an image, whole numbers of 8 bits, got {words(image)}")
-        if image.dtype != self.form.dtype:
-            image = image.round().to(torch.uint8) if image.is_floating_point() else image.float()
-        channels, expected = len(image), self.form.channels
-        if expected == 3 and channels in (1, 4):
-            return image.expand(3, -1, -1) if channels == 1 else image[:3]
-        if channels != expected:
-            raise DataError(f"{self.where(index)}: expected an image of {expected} channels, got {channels}")
-        return image
+
+def in_form(image: Tensor, form: ImageForm, where: str) -> Tensor:
+    """An image in the form that all images of a data set have, but for its size.
+
+    Args:
+        image: "c h w".
+        form: That form.
+        where: Which image it is, for the message.
+
+    Raises:
+        DataError: It has other channels, or is no image.
+    """
+    if image.dtype not in _IMAGE_TYPES or image.ndim != 3:
+        raise DataError(f"{where}: expected an image, whole numbers of 8 bits, got {words(image)}")
+    if image.dtype != form.dtype:
+        image = image.round().to(torch.uint8) if image.is_floating_point() else image.float()
+    channels = len(image)
+    if form.channels == 3 and channels in (1, 4):
+        return image.expand(3, -1, -1) if channels == 1 else image[:3]
+    if channels != form.channels:
+        raise DataError(f"{where}: expected an image of {count(form.channels, 'channel')}, got {channels}")
+    return image
 
 
 def first_labels(reader: ItemReader, label_of: Mapping[str, str], skips: bool) -> dict[str, Tensor]:

@@ -75,21 +75,20 @@ def read_image(file: Readable, enough: tuple[int, int] | None = None, to_rgb: bo
                 if enough is not None:
                     picture.draft(None, (enough[1], enough[0]))
                 pixels = _pixels(ImageOps.exif_transpose(picture), to_rgb)
-        if pixels.ndim not in (2, 3):
-            raise ValueError(f'expected an image "h w" or "h w c", got shape {pixels.shape}')
-        if pixels.dtype == np.uint16:
-            pixels = pixels.astype(np.float32) / 257
-        elif pixels.dtype.kind == "f":
-            if pixels.size and not (pixels.min() >= -_OVERSHOOT and pixels.max() <= 1 + _OVERSHOOT):
-                raise ValueError(
-                    f"expected floats from 0 to 1, got {pixels.min():.4g} to {pixels.max():.4g};"
-                    " store 0 to 255 as whole numbers of 8 bits, and an image as it was before it was normalised"
-                )
-            pixels = pixels.astype(np.float32) * 255
-        elif pixels.dtype != np.uint8:
-            raise ValueError(f"expected 8 or 16 bits without sign, or floats, got {pixels.dtype}")
-    image = torch.from_numpy(np.ascontiguousarray(pixels))
-    return image[None] if image.ndim == 2 else image.permute(2, 0, 1)
+        return _as_image(pixels)
+
+
+def image_of(picture: Image.Image) -> Tensor:
+    """As `read_image`, of a picture that is open already.
+
+    Raises:
+        DataError: It cannot be decoded, or is no image.
+    """
+    name = getattr(picture, "filename", "") or "a PIL image"
+    try:
+        return _as_image(_pixels(ImageOps.exif_transpose(picture), to_rgb=False))
+    except _BROKEN as error:
+        raise DataError(f"{name}: cannot be read: {error}") from error
 
 
 def read_mask(file: Readable) -> Tensor:
@@ -159,6 +158,24 @@ def _reading(file: Readable) -> Iterator[None]:
         yield
     except _BROKEN as error:
         raise DataError(f"{file}: {reason(file, error)}") from error
+
+
+def _as_image(pixels: Pixels) -> Tensor:
+    if pixels.ndim not in (2, 3):
+        raise ValueError(f'expected an image "h w" or "h w c", got shape {pixels.shape}')
+    if pixels.dtype == np.uint16:
+        pixels = pixels.astype(np.float32) / 257
+    elif pixels.dtype.kind == "f":
+        if pixels.size and not (pixels.min() >= -_OVERSHOOT and pixels.max() <= 1 + _OVERSHOOT):
+            raise ValueError(
+                f"expected floats from 0 to 1, got {pixels.min():.4g} to {pixels.max():.4g};"
+                " store 0 to 255 as whole numbers of 8 bits, and an image as it was before it was normalised"
+            )
+        pixels = pixels.astype(np.float32) * 255
+    elif pixels.dtype != np.uint8:
+        raise ValueError(f"expected 8 or 16 bits without sign, or floats, got {pixels.dtype}")
+    image = torch.from_numpy(np.ascontiguousarray(pixels))
+    return image[None] if image.ndim == 2 else image.permute(2, 0, 1)
 
 
 def _open(file: Readable) -> Image.Image:

@@ -15,6 +15,7 @@ from torch import Tensor
 from tqdm import tqdm
 
 from mtl.config import GeneratedData, SettingError
+from mtl.config.file_data import SplitName
 from mtl.data.cache import DataError, cached, default_cache_dir, entry_of
 from mtl.data.dataset import Batch, Split
 from mtl.data.generated import multifashion, scenes, sprites
@@ -72,29 +73,29 @@ class GeneratedSource(Source):
     def channels(self) -> int:
         return BUILT_IN[self._config.name].channels
 
-    def load(self, tasks: Mapping[str, Task], label_of: Mapping[str, str], quiet: bool) -> tuple[Split, Split]:
+    def load_split(
+        self, which: SplitName, tasks: Mapping[str, Task], label_of: Mapping[str, str], quiet: bool
+    ) -> Split:
         config = self._config
-        pipelines = pipelines_of(config)
-        train, val = (load_split(config, split, quiet).with_labels(label_of) for split in ("train", "val"))
+        if which == "test":
+            raise SettingError("data.name", f"{config.name} has no split 'test'; it has train and val")
+        pipeline = pipelines_of(config)[which]
+        split = load_split(config, which, quiet).with_labels(label_of)
         if config.on_bad_sample == "skip":
-            train, val = _sound(train, "train", config, tasks), _sound(val, "val", config, tasks)
+            split = _sound(split, which, config, tasks)
         for name, task in tasks.items():
-            for split in (train, val):
-                try:
-                    task.check_labels(split.labels[name])
-                except ValueError as error:
-                    raise SettingError(f"tasks.{name}", f"the labels of {config.name} do not fit: {error}") from error
-        train = _sound(train, "train", config, tasks).knowing(tasks)
-        val = _sound(val, "val", config, tasks).knowing(tasks)
+            try:
+                task.check_labels(split.labels[name])
+            except ValueError as error:
+                raise SettingError(f"tasks.{name}", f"the labels of {config.name} do not fit: {error}") from error
+        split = _sound(split, which, config, tasks).knowing(tasks)
+        if not getattr(config.transform, which):
+            return split
         kinds = {name: self._kinds[label] for name, label in label_of.items()}
-        if config.transform.train:
-            train = replace(train, transform=Transform(pipelines["train"], kinds))
-        if config.transform.val:
-            val = replace(val, transform=Transform(pipelines["val"], kinds))
-        return train, val
+        return replace(split, transform=Transform(pipeline, kinds))
 
     def preview(self, tasks: Mapping[str, Task], label_of: Mapping[str, str], num: int) -> Batch:
-        train, _ = self.load(tasks, label_of, quiet=True)
+        train = self.load_split("train", tasks, label_of, quiet=True)
         return train.batch(torch.linspace(0, len(train) - 1, min(num, len(train))).long())
 
 

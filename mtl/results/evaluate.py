@@ -1,0 +1,122 @@
+"""The metrics of a trained model, on the data of its run or on other data."""
+
+from __future__ import annotations
+
+from collections.abc import Mapping
+from dataclasses import dataclass
+
+from mtl.config import ConfigError, SettingError, mistake_of
+from mtl.config.file_data import SplitName
+from mtl.data import Loading, Source, Split, TaughtSplit, Teaching
+from mtl.data.renumbered import RenumberedSplit
+from mtl.model.teachers import build_teachers, load_teachers
+from mtl.phases.setup import open_source
+from mtl.results.trained import TrainedModel
+from mtl.runtime.text import hint
+from mtl.tasks import labels_of
+from mtl.training.evaluate import Scores, score, validate, validate_constant
+
+
+@dataclass(frozen=True)
+class Evaluation:
+    """What was measured.
+
+    Attributes:
+        split: On which split.
+        num_images: Of how many images.
+        metrics: By task and name.
+        trivial: Those of the trivial predictor, whose constants come from the training data of the run.
+        score: `val/score` on these images.
+    """
+
+    split: SplitName
+    num_images: int
+    metrics: Scores
+    trivial: Scores
+    score: float
+
+
+def evaluate(model: TrainedModel, split: SplitName = "val", quiet: bool = True) -> Evaluation:
+    """Measures a trained model, as validation in training does: the same bits on the same data and device.
+
+    Args:
+        model: Its configuration names the data, which may be another one than that it was trained on.
+        split: `val` or `test`.
+        quiet: Whether to show no progress bar while data is read.
+
+    Raises:
+        ConfigError: The data cannot be had, has no such split or lacks a task's label, or names classes that the model
+            does not know.
+        DataError: Something of it cannot be read, or a label does not fit its task.
+    """
+    config, device = model.config, next(model.parameters()).device
+    source = open_source(config)
+    images = _load(model, source, split, quiet)
+    network, batch_size = model.network, config.data.batch_size
+    if config.compile:
+        network.recompile()
+    metrics = validate(
+        network,
+        model.tasks,
+        images,
+        _batch_size(model),
+        device,
+        model.autocast,
+        lambda batch, tasks: network.encode(batch.images, tasks),
+        loading=Loading(num_workers=config.data.num_workers),
+    )
+    constants = model.constants
+    trivial = validate_constant(model.tasks, constants, images, batch_size)
+    return Evaluation(split, len(images), metrics, trivial, score(model.tasks, metrics, trivial))
+
+
+def _batch_size(model: TrainedModel) -> int:
+    """Images in a batch of the phase that the weights come from: another size may round otherwise."""
+    own = [phase.config for phase in model.config.written_phases if phase.config.name == model.origin.phase]
+    return (own[0].batch_size if own else None) or model.config.data.batch_size
+
+
+def _load(model: TrainedModel, source: Source, which: SplitName, quiet: bool) -> Split:
+    config, tasks = model.config, model.tasks
+    if source.channels != model.channels and (source.channels, model.channels) != (1, 3):
+        message = f"expected images of {model.channels} channels, as the model takes them, got {source.channels}"
+        raise config.mistake(("data", "name"), message)
+    label_of = labels_of(config)
+    try:
+        split = source.load_split(which, {name: tasks[name] for name in label_of}, label_of, quiet)
+    except SettingError as error:
+        raise mistake_of(config, error) from error
+    split = _as_the_run_names_them(model, source, split, label_of)
+    if len(label_of) == len(tasks):
+        return split
+    return _taught(model, source, split)
+
+
+def _as_the_run_names_them(model: TrainedModel, source: Source, split: Split, label_of: Mapping[str, str]) -> Split:
+    """The split with the run's numbers of classes, where the data numbers classes of the same names otherwise."""
+    mistakes, numbers = list[str](), dict[str, list[int]]()
+    for name, there in source.class_names(label_of).items():
+        known = model.class_names[name]
+        unknown = [each for each in there if known and each not in known]
+        if unknown:
+            near = hint(unknown[0], known)
+            message = f"the data has a class {unknown[0]!r}, which the model has not learned{near}"
+            mistakes += model.config.mistake(("tasks", name), message).mistakes
+        elif there and list(there) != known[: len(there)]:
+            numbers[name] = [known.index(each) for each in there]
+    if mistakes:
+        raise ConfigError(mistakes)
+    return RenumberedSplit(split, numbers) if numbers else split
+
+
+def _taught(model: TrainedModel, source: Source, split: Split) -> Split:
+    """The split with the embeddings of teachers, which the run's checkpoint holds."""
+    config, device = model.config, next(model.parameters()).device
+    try:
+        teachers = build_teachers(config, source.channels, with_weights=False)
+    except SettingError as error:
+        raise mistake_of(config, error) from error
+    load_teachers(teachers, model.origin.run_dir / "checkpoints" / model.origin.checkpoint)
+    given = {name: Teaching(own.to(device), own.width, own.digest()) for name, own in teachers.items()}
+    loading = Loading(device=device, num_workers=config.data.num_workers)
+    return TaughtSplit(split, given, config.data.batch_size, loading)
