@@ -138,7 +138,11 @@ def read_model_form(file: Path) -> dict[str, Any]:
     Raises:
         RunFileError: As for `read_audit`; or a version of `mtl` wrote it that did not record this.
     """
-    return _read_object(file, _Form)
+    try:
+        return _read_object(file, _Form)
+    except RunFileError as error:
+        earlier = "; an earlier version of mtl, which did not record it, may have written it: `resume` adds it"
+        raise RunFileError(f"{error}{earlier if 'missing' in str(error) else ''}") from None
 
 
 def read_state_file(file: Path) -> dict[str, Any]:

@@ -31,7 +31,7 @@ from mtl.config.tasks import TaskConfig
 from mtl.config.tracking import TrackingConfig
 from mtl.config.trunk import TrunkConfig
 from mtl.config.types import Patterns, Seed, Strict, one_as_list
-from mtl.config.yaml_source import KeyPath, Source, read_source
+from mtl.config.yaml_source import KeyPath, Source, read_source, replace_below
 from mtl.runtime.plugin import search_in
 from mtl.runtime.text import shorten
 
@@ -197,18 +197,22 @@ def mistake_of(config: RunConfig, error: SettingError, below: KeyPath = ()) -> C
     return config.mistake(path, error.message)
 
 
-def load_config(file: Path, overrides: Sequence[str] = ()) -> RunConfig:
+def load_config(file: Path, overrides: Sequence[str] = (), data_of: Path | None = None) -> RunConfig:
     """Reads and checks a configuration.
 
     Args:
         file: A YAML file; with `_base_: other.yaml`, its values override those of another file.
         overrides: Dotted `key=value` pairs, such as `optim.lr_scale=0.5` or `phases.finetune.epochs=2`.
+        data_of: Another file, whose data set takes the place of this one's, with the labels and sets of its tasks.
 
     Raises:
         ConfigError: Anything is wrong; all mistakes are reported at once, each with its file and line.
     """
     source = read_source(file, overrides)
     search_in(file.parent)
+    if data_of is not None:
+        search_in(data_of.parent)
+        _take_data(source, read_source(data_of), data_of)
     try:
         config = RunConfig.model_validate(source.data)
     except ValidationError as error:
@@ -216,3 +220,18 @@ def load_config(file: Path, overrides: Sequence[str] = ()) -> RunConfig:
     config._source = source
     config._command = shlex.join(["mtl", "train", str(file), *overrides])
     return config
+
+
+def _take_data(source: Source, other: Source, file: Path) -> None:
+    """Puts another configuration's data set, and its labels of the same tasks, into a configuration."""
+    if not isinstance(other.data.get("data"), dict):
+        raise ConfigError([f"{file}:1: data: expected a data set, as in a configuration, got {other.data.get('data')}"])
+    before = dict(source.data.get("data") or {})
+    replace_below(source, other, ("data",))
+    for key in ("image_size", "batch_size"):
+        if key in before:
+            source.data["data"].setdefault(key, before[key])
+    for task in source.data.get("tasks") or {}:
+        if task in (other.data.get("tasks") or {}):
+            replace_below(source, other, ("tasks", task, "label"))
+        replace_below(source, other, ("tasks", task, "data"))

@@ -66,6 +66,24 @@ def read_source(file: Path, overrides: Sequence[str] = ()) -> Source:
     return source
 
 
+def replace_below(source: Source, other: Source, path: KeyPath) -> None:
+    """Puts what another source has under a key in the place of what is there; nothing if it has none."""
+
+    def below(places: dict[KeyPath, Any]) -> dict[KeyPath, Any]:
+        return {each: place for each, place in places.items() if each[: len(path)] == path}
+
+    for each in below(source.places):
+        del source.places[each]
+    source.places |= below(other.places)
+    around: Any = source.data
+    others: Any = other.data
+    for key in path[:-1]:
+        around, others = around[key], others.get(key) or {}
+    around.pop(path[-1], None)
+    if path[-1] in others:
+        around[path[-1]] = others[path[-1]]
+
+
 def _read_file(file: Path, inside: tuple[Path, ...], wanted_by: str = "") -> Source:
     text = _read_text(file, wanted_by)
     if file.resolve() in inside:

@@ -2,18 +2,18 @@
 
 from __future__ import annotations
 
-from collections.abc import Mapping
+from collections.abc import Collection, Mapping
 from dataclasses import dataclass
 
-from mtl.config import ConfigError, SettingError, mistake_of
+from mtl.config import ConfigError, RunConfig, SettingError, mistake_of
 from mtl.config.file_data import SplitName
 from mtl.data import Loading, Source, Split, TaughtSplit, Teaching
 from mtl.data.renumbered import RenumberedSplit
 from mtl.model.teachers import build_teachers, load_teachers
 from mtl.phases.setup import open_source
 from mtl.results.trained import TrainedModel
-from mtl.runtime.text import hint
-from mtl.tasks import labels_of
+from mtl.runtime.text import count, hint
+from mtl.tasks import Task, labels_of
 from mtl.training.evaluate import Scores, score, validate, validate_constant
 
 
@@ -36,38 +36,42 @@ class Evaluation:
     score: float
 
 
-def evaluate(model: TrainedModel, split: SplitName = "val", quiet: bool = True) -> Evaluation:
+def evaluate(
+    model: TrainedModel, split: SplitName = "val", tasks: Collection[str] | None = None, quiet: bool = True
+) -> Evaluation:
     """Measures a trained model, as validation in training does: the same bits on the same data and device.
 
     Args:
         model: Its configuration names the data, which may be another one than that it was trained on.
         split: `val` or `test`.
+        tasks: The tasks that are measured; all if not given.
         quiet: Whether to show no progress bar while data is read.
 
     Raises:
         ConfigError: The data cannot be had, has no such split or lacks a task's label, or names classes that the model
             does not know.
         DataError: Something of it cannot be read, or a label does not fit its task.
+        SettingError: There is no such task.
     """
-    config, device = model.config, next(model.parameters()).device
-    source = open_source(config)
-    images = _load(model, source, split, quiet)
-    network, batch_size = model.network, config.data.batch_size
+    own = {name: model.tasks[name] for name in model.names_of(tasks)}
+    config = model.config.with_changes(tasks={name: model.config.tasks[name] for name in own})
+    images = _load(model, config, own, split, quiet)
+    network = model.network
     if config.compile:
         network.recompile()
     metrics = validate(
         network,
-        model.tasks,
+        own,
         images,
         _batch_size(model),
-        device,
+        next(model.parameters()).device,
         model.autocast,
-        lambda batch, tasks: network.encode(batch.images, tasks),
+        lambda batch, names: network.encode(batch.images, names),
         loading=Loading(num_workers=config.data.num_workers),
     )
-    constants = model.constants
-    trivial = validate_constant(model.tasks, constants, images, batch_size)
-    return Evaluation(split, len(images), metrics, trivial, score(model.tasks, metrics, trivial))
+    constants = {name: constant for name, constant in model.constants.items() if name in own}
+    trivial = validate_constant(own, constants, images, config.data.batch_size)
+    return Evaluation(split, len(images), metrics, trivial, score(own, metrics, trivial))
 
 
 def _batch_size(model: TrainedModel) -> int:
@@ -76,20 +80,18 @@ def _batch_size(model: TrainedModel) -> int:
     return (own[0].batch_size if own else None) or model.config.data.batch_size
 
 
-def _load(model: TrainedModel, source: Source, which: SplitName, quiet: bool) -> Split:
-    config, tasks = model.config, model.tasks
+def _load(model: TrainedModel, config: RunConfig, tasks: Mapping[str, Task], which: SplitName, quiet: bool) -> Split:
+    source = open_source(config)
     if source.channels != model.channels and (source.channels, model.channels) != (1, 3):
-        message = f"expected images of {model.channels} channels, as the model takes them, got {source.channels}"
-        raise config.mistake(("data", "name"), message)
+        expected = f"expected images of {count(model.channels, 'channel')}, as the model takes them"
+        raise config.mistake(("data", "name"), f"{expected}, got {source.channels}")
     label_of = labels_of(config)
     try:
         split = source.load_split(which, {name: tasks[name] for name in label_of}, label_of, quiet)
     except SettingError as error:
         raise mistake_of(config, error) from error
     split = _as_the_run_names_them(model, source, split, label_of)
-    if len(label_of) == len(tasks):
-        return split
-    return _taught(model, source, split)
+    return split if len(label_of) == len(tasks) else _taught(model, config, source, split)
 
 
 def _as_the_run_names_them(model: TrainedModel, source: Source, split: Split, label_of: Mapping[str, str]) -> Split:
@@ -109,9 +111,9 @@ def _as_the_run_names_them(model: TrainedModel, source: Source, split: Split, la
     return RenumberedSplit(split, numbers) if numbers else split
 
 
-def _taught(model: TrainedModel, source: Source, split: Split) -> Split:
+def _taught(model: TrainedModel, config: RunConfig, source: Source, split: Split) -> Split:
     """The split with the embeddings of teachers, which the run's checkpoint holds."""
-    config, device = model.config, next(model.parameters()).device
+    device = next(model.parameters()).device
     try:
         teachers = build_teachers(config, source.channels, with_weights=False)
     except SettingError as error:

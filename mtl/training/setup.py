@@ -71,7 +71,7 @@ def assemble(
         CheckpointError: That checkpoint has no such teachers.
     """
     excluded = _check_fsdp(config, world)
-    device = _device(config, world)
+    device = device_of(config, world)
     try:
         check_rooms(config.data)
     except SettingError as error:
@@ -212,7 +212,8 @@ def _check_fsdp(config: RunConfig, world: World) -> tuple[str, ...]:
     return ("channels_last", "fp16")
 
 
-def _device(config: RunConfig, world: World) -> torch.device:
+def device_of(config: RunConfig, world: World = ALONE) -> torch.device:
+    """Where a run computes; `ConfigError` if that device is not there."""
     if not world.is_alone and config.device.startswith("cuda:"):
         raise config.mistake(("device",), f"each process has a GPU of its own; expected cuda, got {config.device}")
     if not world.is_alone and config.device != "cpu" and torch.cuda.is_available():

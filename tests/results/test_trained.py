@@ -117,9 +117,7 @@ def test_the_model_can_be_exported_by_torch(rooms: Path) -> None:
 
 
 @pytest.mark.parametrize("run", ["rooms", "every"])
-def test_an_evaluation_has_the_bits_of_the_validation_in_training(
-    run: str, request: pytest.FixtureRequest, tmp_path: Path
-) -> None:
+def test_an_evaluation_has_the_bits_of_the_validation_in_training(run: str, request: pytest.FixtureRequest) -> None:
     run_dir: Path = request.getfixturevalue(run)
     model = mtl.load(run_dir)
     found = evaluate(model)
@@ -211,7 +209,7 @@ def test_what_is_no_image_is_named(every: Path, tmp_path: Path, picture: Any, me
 
 
 def test_a_task_that_there_is_not_is_named(rooms: Path) -> None:
-    with pytest.raises(SettingError, match="no task 'deph'; there are: segmentation, depth, .*nearest: depth"):
+    with pytest.raises(SettingError, match=r"no task 'deph'; there are: segmentation, depth, .*nearest: depth"):
         mtl.load(rooms).predict(some_images()[0], ["deph"])
 
 

@@ -1,0 +1,1 @@
+"""Predictions of a trained model: for images in memory, and from files to files."""
