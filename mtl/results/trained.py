@@ -12,7 +12,7 @@ from torch import Tensor, nn
 
 from mtl.checkpoint.files import CheckpointError
 from mtl.checkpoint.load import newest_first, read_weights
-from mtl.checkpoint.run_files import CONFIG, DATA, RunFileError, read_model_form
+from mtl.checkpoint.run_files import AUDIT, CONFIG, DATA, RunFileError, read_audit, read_model_form
 from mtl.config import RunConfig, SettingError, load_config, mistake_of
 from mtl.model import MultiTaskModel
 from mtl.phases.setup import build_model, without_weights
@@ -185,7 +185,8 @@ def load(run_dir: str | Path, which: str | int | None = None, device: str | torc
 
     Raises:
         RunFileError: It is no run's directory, or one of its files is damaged.
-        CheckpointError: There is no such checkpoint, it is damaged, or does not fit.
+        CheckpointError: There is no such checkpoint, it is damaged, or does not fit; or the run is not finished, and
+            `which` does not say what to take.
         ConfigError: The configuration does not work here, such as a class of the user's own that is not found.
     """
     run_dir = Path(run_dir)
@@ -240,6 +241,11 @@ def checkpoint_of(run_dir: Path, which: str | int | None) -> Path:
     folder = run_dir / "checkpoints"
     if which is None:
         which = "best" if (folder / "best").exists() else "last"
+        if (folder / which).exists() and (reason := _why_unfinished(run_dir)):
+            raise CheckpointError(
+                f"{run_dir} is not finished: {reason}; resume it with resume=auto, or take what there is with"
+                f" --which {which}, in Python which={which!r}"
+            )
     name = which if isinstance(which, str) and not which.isdecimal() else f"step-{int(which):08d}"
     if (folder / name).is_dir():
         return folder / name
@@ -247,6 +253,17 @@ def checkpoint_of(run_dir: Path, which: str | int | None) -> Path:
     there += [str(int(each.name.rpartition("-")[2])) for each in reversed(newest_first(folder))]
     said = f"there are: {', '.join(there)}" if there else "it has none yet"
     raise CheckpointError(f"{run_dir} has no checkpoint {which}; {said}{hint(str(which), there)}")
+
+
+def _why_unfinished(run_dir: Path) -> str:
+    """Why a run is not finished; empty if it is."""
+    if not (run_dir / AUDIT).is_file():
+        return f"it has no {AUDIT}, which is written at its end"
+    phases = read_audit(run_dir / AUDIT)["phases"]
+    done = [phase["name"] for phase in phases if phase["completed"]]
+    planned = [written.config.name for written in load_config(run_dir / CONFIG).written_phases]
+    left = [name for name in planned if name not in done]
+    return f"phase {left[0]!r} did not end" if left else ""
 
 
 def _tasks(config: RunConfig, form: Mapping[str, Any]) -> dict[str, Task]:

@@ -249,6 +249,20 @@ def test_a_run_without_a_checkpoint_says_so(tmp_path: Path, rooms: Path) -> None
         mtl.load(run)
 
 
+def test_a_run_that_is_not_finished_is_loaded_where_it_is_asked_for(tmp_path: Path, rooms: Path) -> None:
+    run = tmp_path / "run"
+    shutil.copytree(rooms, run, symlinks=True)
+    audit = json.loads((run / "audit.json").read_text())
+    audit["phases"][1]["completed"] = False
+    (run / "audit.json").write_text(json.dumps(audit))
+    with pytest.raises(CheckpointError, match=r"run is not finished: phase 'finetune' did not end; .* --which best"):
+        mtl.load(run)
+    assert mtl.load(run, "best").origin.step == mtl.load(rooms).origin.step
+    (run / "audit.json").unlink()
+    with pytest.raises(CheckpointError, match=r"run is not finished: it has no audit.json"):
+        mtl.load(run)
+
+
 def test_averaged_weights_are_loaded_where_there_were_any(tmp_path: Path) -> None:
     file = tiny_config(tmp_path, optim={"ema_decay": 0.5}, phases=[{"name": "a", "steps": 3, "lr": 1e-2}])
     model = load(mtl.train(file, quiet=True).run_dir)
