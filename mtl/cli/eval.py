@@ -41,6 +41,11 @@ def add_which(parser: argparse.ArgumentParser) -> None:
     parser.add_argument("--device", default="auto", help="auto (a GPU if there is one), cpu, cuda or cuda:N")
 
 
+def named_tasks(text: str | None) -> list[str] | None:
+    """The tasks that `--tasks` names; None without it, which is all."""
+    return None if text is None else [name.strip() for name in text.split(",")]
+
+
 def run(options: argparse.Namespace, _: Attempt) -> int:
     """Measures the model of RUN_DIR on its validation data, a test split or other data. RUN_DIR is not changed."""
     from mtl.results.evaluate import evaluate
@@ -54,7 +59,7 @@ def run(options: argparse.Namespace, _: Attempt) -> int:
     overrides += [f"evaluate.protocol={options.protocol}"] if options.protocol is not None else []
     config = read_run(options.run_dir, overrides, options.data)
     model = load_as(options.run_dir, config, options.which, device_of(config))
-    found = evaluate(model, options.split, options.tasks and options.tasks.split(","), quiet=options.json)
+    found = evaluate(model, options.split, named_tasks(options.tasks), quiet=options.json)
     print_out(json.dumps(without_nan(_as_json(model, found)), indent=2) if options.json else _as_text(model, found))
     return DONE
 

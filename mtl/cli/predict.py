@@ -5,7 +5,7 @@ from __future__ import annotations
 from pathlib import Path
 from typing import TYPE_CHECKING
 
-from mtl.cli.eval import add_which
+from mtl.cli.eval import add_which, named_tasks
 from mtl.cli.verb import DONE, WRONG_INPUT, refuse
 from mtl.runtime.console import print_err, print_out
 
@@ -56,7 +56,7 @@ def run(options: argparse.Namespace, _: Attempt) -> int:
     model = load_as(options.run_dir, config, options.which, device_of(config))
     if config.data.transform.val:
         print_err("warning: data.transform.val is not done to these images; each is only brought to data.image_size")
-    names = model.names_of(options.tasks and options.tasks.split(","))
+    names = model.names_of(named_tasks(options.tasks))
     try:
         written = predict_files(model, inputs, out, names, options.to_labels, options.batch_size, quiet=False)
     except OSError as error:
