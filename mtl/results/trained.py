@@ -208,9 +208,12 @@ def load_as(
     try:
         network.load_state_dict(own)
     except RuntimeError as error:
-        told = " ".join(str(error).split())
+        told = " ".join(str(error).partition(":")[2].split())
         size = " x ".join(map(str, config.data.size))
-        raise CheckpointError(f"{folder} does not fit the model for images of {size} pixels: {told}") from error
+        raise CheckpointError(
+            f"{folder} does not fit the model for images of {size} pixels ({told}); some trunks take images of the size"
+            " that they were trained on only: data.image_size"
+        ) from error
     digest = root({name: fingerprint(tensor) for name, tensor in own.items()})
     origin = Origin(run_dir, folder.name, int(state["step"]), state["phase"], digest)
     return TrainedModel(network, config, form, origin).to(device)

@@ -22,7 +22,7 @@ from mtl.results.evaluate import evaluate
 from mtl.results.trained import load
 from mtl.training.setup import assemble
 from once import made_once
-from runs import read_metrics
+from runs import read_metrics, tiny_config
 from trained_runs import CLASSES, every_type_config, table_settings, tiny_run, write_table
 
 Capture = pytest.CaptureFixture[str]
@@ -133,6 +133,15 @@ def test_data_that_does_not_fit_is_refused(every: Path, tmp_path: Path, capsys: 
     assert f"{config}:1: data: expected a data set" in refused(capsys, "eval", every, "--data", config)
     write(config, {"data": {"name": "table", "trane": "a.csv"}})
     assert f"{config}:3: data.trane: unknown key; nearest: train" in refused(capsys, "eval", every, "--data", config)
+
+
+def test_a_size_that_the_trunk_does_not_take_is_named(tmp_path: Path, capsys: Capture) -> None:
+    phases = [{"name": "a", "steps": 1, "lr": 1e-3}]
+    run = mtl.train(tiny_config(tmp_path, trunk={"name": "test_vit"}, phases=phases), quiet=True).run_dir
+    larger = write(tmp_path / "larger.yaml", {"data": {"name": "scenes", "image_size": 64, "num_val": 4}})
+    said = refused(capsys, "eval", run, "--data", larger)
+    assert "does not fit the model for images of 64 x 64 pixels (size mismatch for trunk.pos_embed" in said
+    assert "data.image_size" in said and said.count("\n") == 1
 
 
 def test_labels_of_other_data_may_have_other_names(every: Path, tmp_path: Path, capsys: Capture) -> None:
