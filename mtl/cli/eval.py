@@ -49,7 +49,8 @@ def named_tasks(text: str | None) -> list[str] | None:
 def run(options: argparse.Namespace, _: Attempt) -> int:
     """Measures the model of RUN_DIR on its validation data, a test split or other data. RUN_DIR is not changed."""
     from mtl.results.evaluate import evaluate
-    from mtl.results.trained import load_as, read_run
+    from mtl.results.run_choice import read_run
+    from mtl.results.trained import load_as
     from mtl.runtime.console import show_log
     from mtl.runtime.files import without_nan
     from mtl.training.setup import device_of

@@ -45,7 +45,8 @@ def run(options: argparse.Namespace, _: Attempt) -> int:
 
     from mtl.results.predict.folder import predict_files
     from mtl.results.predict.inputs import find_inputs
-    from mtl.results.trained import load_as, read_run
+    from mtl.results.run_choice import read_run
+    from mtl.results.trained import load_as
     from mtl.runtime.console import show_log
     from mtl.runtime.text import count
     from mtl.training.setup import device_of

@@ -11,17 +11,17 @@ import torch
 from torch import Tensor, nn
 
 from mtl.checkpoint.files import CheckpointError
-from mtl.checkpoint.load import newest_first, read_weights
-from mtl.checkpoint.run_files import AUDIT, CONFIG, DATA, RunFileError, read_audit, read_model_form
-from mtl.config import RunConfig, SettingError, load_config, mistake_of
+from mtl.checkpoint.load import read_weights
+from mtl.checkpoint.run_files import DATA, read_model_form
+from mtl.config import RunConfig, SettingError, mistake_of
 from mtl.model import MultiTaskModel
 from mtl.phases.setup import build_model, without_weights
 from mtl.results.predict.batches import Picture, Preparer, predictions
+from mtl.results.run_choice import checkpoint_of, read_run
 from mtl.runtime.fingerprint import fingerprint, root
 from mtl.runtime.text import hint
 from mtl.tasks import Task, build_tasks
 from mtl.training.autotune import autocast_for
-from mtl.training.data_record import search_as_the_run_did
 
 # Of a checkpoint, what makes outputs; the rest belongs to training.
 _PARTS = ("trunk.", "heads.")
@@ -202,7 +202,9 @@ def load_as(
     state, tensors = read_weights(folder)
     own = {name: tensors[name] for name in tensors if name.startswith(_PARTS)}
     try:
-        network = build_model(without_weights(config), _tasks(config, form), form["channels"])
+        # The random numbers of whoever loads it are left as they were.
+        with torch.random.fork_rng(devices=[]):
+            network = build_model(without_weights(config), _tasks(config, form), form["channels"])
     except SettingError as error:
         raise mistake_of(config, error) from error
     try:
@@ -217,56 +219,6 @@ def load_as(
     digest = root({name: fingerprint(tensor) for name, tensor in own.items()})
     origin = Origin(run_dir, folder.name, int(state["step"]), state["phase"], digest)
     return TrainedModel(network, config, form, origin).to(device)
-
-
-def read_run(run_dir: Path, overrides: Sequence[str] = (), data_of: Path | None = None) -> RunConfig:
-    """The configuration of a run, with the modules of the user's own found as they were.
-
-    Args:
-        run_dir: The run's directory.
-        overrides: Other values of settings, as on the command line.
-        data_of: A configuration whose data set takes the place of the run's.
-
-    Raises:
-        RunFileError: It is no run's directory.
-        ConfigError: The configuration does not work here.
-    """
-    if not (run_dir / CONFIG).is_file():
-        is_there = run_dir.parent.is_dir()
-        runs = sorted(each.parent.name for each in run_dir.parent.glob(f"*/{CONFIG}")) if is_there else []
-        raise RunFileError(f"{run_dir} is no run: it has no {CONFIG}{hint(run_dir.name, runs)}")
-    search_as_the_run_did(run_dir)
-    return load_config(run_dir / CONFIG, overrides, data_of)
-
-
-def checkpoint_of(run_dir: Path, which: str | int | None) -> Path:
-    """The folder of a checkpoint; arguments and errors as of `load`."""
-    folder = run_dir / "checkpoints"
-    if which is None:
-        which = "best" if (folder / "best").exists() else "last"
-        if (folder / which).exists() and (reason := _why_unfinished(run_dir)):
-            raise CheckpointError(
-                f"{run_dir} is not finished: {reason}; resume it with resume=auto, or take what there is with"
-                f" --which {which}, in Python which={which!r}"
-            )
-    name = which if isinstance(which, str) and not which.isdecimal() else f"step-{int(which):08d}"
-    if (folder / name).is_dir():
-        return folder / name
-    there = [link.name for link in sorted(folder.glob("best*")) + sorted(folder.glob("last")) if link.is_dir()]
-    there += [str(int(each.name.rpartition("-")[2])) for each in reversed(newest_first(folder))]
-    said = f"there are: {', '.join(there)}" if there else "it has none yet"
-    raise CheckpointError(f"{run_dir} has no checkpoint {which}; {said}{hint(str(which), there)}")
-
-
-def _why_unfinished(run_dir: Path) -> str:
-    """Why a run is not finished; empty if it is."""
-    if not (run_dir / AUDIT).is_file():
-        return f"it has no {AUDIT}, which is written at its end"
-    phases = read_audit(run_dir / AUDIT)["phases"]
-    done = [phase["name"] for phase in phases if phase["completed"]]
-    planned = [written.config.name for written in load_config(run_dir / CONFIG).written_phases]
-    left = [name for name in planned if name not in done]
-    return f"phase {left[0]!r} did not end" if left else ""
 
 
 def _tasks(config: RunConfig, form: Mapping[str, Any]) -> dict[str, Task]:

@@ -76,6 +76,13 @@ def test_other_checkpoints_are_loaded_by_name_or_step(rooms: Path, which: str | 
     assert all(torch.equal(tensor, saved[name]) for name, tensor in model.network.state_dict().items())
 
 
+def test_loading_draws_no_random_numbers(rooms: Path) -> None:
+    torch.manual_seed(3)
+    before = torch.get_rng_state()
+    mtl.load(rooms)
+    assert torch.equal(torch.get_rng_state(), before)
+
+
 def test_images_are_taken_as_whole_numbers_or_floats(rooms: Path) -> None:
     model, images = mtl.load(rooms), some_images()
     outputs = model(images)
