@@ -189,6 +189,22 @@ def test_a_file_an_open_picture_and_a_tensor_give_the_same(every: Path, tmp_path
         assert other["kind"]["class"] == first["kind"]["class"]
 
 
+def test_predictions_are_tensors_that_training_can_use(every: Path) -> None:
+    found = mtl.load(every).predict(some_images(1, (32, 48))[0])
+    for value in found.values():
+        if isinstance(value, Tensor):
+            assert not value.is_inference() and value.untyped_storage().nbytes() == value.nbytes
+
+
+@pytest.mark.gpu
+def test_a_model_on_a_gpu_predicts_what_one_on_the_cpu_does(every: Path) -> None:
+    images = list(some_images(3, (32, 48)))
+    here, there = mtl.load(every).predict(images), mtl.load(every, device="cuda").predict(images)
+    for own, other in zip(here, there, strict=True):
+        torch.testing.assert_close(own["depth"], other["depth"], rtol=1e-3, atol=1e-3)
+        assert own["age"] == pytest.approx(other["age"], rel=1e-3)
+
+
 def test_grey_transparent_and_deep_images_are_taken(every: Path) -> None:
     model, grey = mtl.load(every), some_images(1)[0, :1]
     with_alpha = torch.cat([grey.expand(3, -1, -1), grey])

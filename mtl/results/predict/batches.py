@@ -88,14 +88,14 @@ def predictions(
         batch_size: Images that it is given at once.
     """
     device = next(network.parameters()).device
-    # In inference mode between two yields, the caller would be, too.
     for images, sizes in ahead(_in_batches(prepared, batch_size)):
         with torch.inference_mode(), autocast:
             outputs = network(images.to(device, non_blocking=True), tasks)
         for number, size in enumerate(sizes):
-            with torch.inference_mode():
+            with torch.no_grad():
                 found = {name: task.predict(outputs[name][number, None], size) for name, task in tasks.items()}
-            yield {name: each[0].cpu().clone() for name, each in found.items()}
+            # What was made in inference mode would not be a usual tensor in the caller's hands.
+            yield {name: (each.clone() if each.is_inference() else each)[0].cpu() for name, each in found.items()}
 
 
 def _in_batches(
