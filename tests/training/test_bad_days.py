@@ -116,7 +116,7 @@ def full(*_: Any, **__: Any) -> None:
 def test_a_report_that_does_not_fit_on_the_disk_is_said_and_costs_nothing(
     tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
 ) -> None:
-    monkeypatch.setattr("mtl.results.report.write_text", full)
+    monkeypatch.setattr("mtl.results.report.write.write_text", full)
     assert main(["train", str(tiny_config(tmp_path, phases=[{"name": "a", "steps": 1}])), "-q"]) == 0
     said = capsys.readouterr()
     assert (
