@@ -121,14 +121,14 @@ def keys_html(names: Sequence[str]) -> Html:
 
 def nice_ticks(low: float, high: float, most: int = 4) -> list[float]:
     """Two or more round numbers that are evenly spaced and cover a range of values."""
-    if high <= low:
+    if high - low <= 1e-9 * max(abs(low), abs(high)):
         pad = abs(low) / 2 or 1.0
         low, high = low - pad, high + pad
     rough = (high - low) / most
     power = 10.0 ** math.floor(math.log10(rough))
     size = next(factor * power for factor in (1, 2, 2.5, 5, 10) if factor * power >= rough * 0.999)
     first, last = math.floor(low / size + 1e-9), math.ceil(high / size - 1e-9)
-    return [round(place * size, 12) for place in range(first, last + 1)]
+    return [float(f"{place * size:.12g}") for place in range(first, last + 1)]
 
 
 def _numbers(line: ChartLine) -> list[float]:

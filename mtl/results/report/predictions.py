@@ -63,7 +63,7 @@ def predictions_html(batch: Batch, outputs: Mapping[str, Tensor], tasks: Mapping
         for name, task in tasks.items()
         if name not in _dense(tasks)
     }
-    body = [tag("tr", tag("th", row.title, scope="row"), *cells) for row, cells in zip(rows, _cells(rows), strict=True)]
+    body = [tag("tr", tag("th", row.title, scope="row"), *cells) for row, cells in zip(rows, picture_cells(rows), strict=True)]
     for name, (truth, predicted) in words.items():
         body.append(tag("tr", tag("th", f"{name}, truth", scope="row"), *(tag("td", each) for each in truth)))
         body.append(_predicted_row(name, tasks[name], truth, predicted))
@@ -88,7 +88,7 @@ def _dense(tasks: Mapping[str, Task]) -> dict[str, Task]:
     return {name: task for name, task in tasks.items() if task.output == "dense"}
 
 
-def _cells(rows: Sequence[PictureRow]) -> list[list[Html]]:
+def picture_cells(rows: Sequence[PictureRow]) -> list[list[Html]]:
     """The pictures as cells, as large as they may be."""
     for side in _SIDES:
         files = [[_encoded(picture, side, row.is_map) for picture in row.pictures] for row in rows]
