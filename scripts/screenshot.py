@@ -1,9 +1,7 @@
 """Takes a picture of a page in headless Chromium, as in the README.
 
-    python scripts/screenshot.py runs/scenes/report.html docs/report.png --width 1280 --height 1500
-    python scripts/screenshot.py runs/scenes/report.html docs/report-narrow.png --width 390 --height 844 --dark
-
-The file is a PNG of few colours, so that it stays small.
+python scripts/screenshot.py runs/scenes/report.html docs/report.png --width 1280 --height 1500
+python scripts/screenshot.py runs/scenes/report.html docs/report-narrow.png --width 390 --height 844 --dark
 """
 
 from __future__ import annotations
@@ -40,7 +38,7 @@ def main() -> int:
         if options.at:
             browser.evaluate(visit, f"document.getElementById('{options.at}').scrollIntoView({{behavior: 'instant'}})")
         picture = Image.open(io.BytesIO(browser.screenshot(visit, options.whole)))
-    picture.convert("RGB").quantize(192, dither=Image.Dither.NONE).save(options.file, optimize=True)
+    picture.convert("RGB").save(options.file, optimize=True)
     return 0
 
 

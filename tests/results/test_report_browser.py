@@ -44,7 +44,8 @@ def pages(finished: Path, tmp_path_factory: pytest.TempPathFactory) -> dict[str,
     assert main(["report", *runs, "--out", str(folder / "compare.html")]) == 0
     faulty = folder / "faulty.html"
     faulty.write_text(
-        "<meta charset=utf-8><img src='picture.png'><p style='width:3000px;color:#aaa'>x</p><script>console.error('oops')</script>"
+        "<meta charset=utf-8><img src='picture.png'><p style='width:3000px;color:#aaa'>x</p>"
+        "<script>console.error('oops')</script>"
     )
     return {"report": finished / "report.html", "comparison": folder / "compare.html", "faulty": faulty}
 

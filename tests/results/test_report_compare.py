@@ -57,6 +57,8 @@ def test_curves_are_overlaid_and_configurations_differ_where_they_do(runs: list[
     figures = dict(re.findall(r"<figure><figcaption>([^<]+)</figcaption>(.*?)</figure>", page, re.DOTALL))
     drawn = {title: figure.count("<polyline") for title, figure in figures.items()}
     assert drawn["val/score"] == 3 and drawn["depth/rmse"] == 2 and drawn["normals/rmse"] == 1
+    folded = re.search(r"<details>.*</details>", page, re.DOTALL)
+    assert folded is not None and "depth/delta1" in folded[0] and "depth/rmse" not in folded[0]
     outline = Outline(page)
     assert outline.row("data.batch_size")[1:] == ["8", "16", "8"]
     assert outline.row("phases.fine.lr")[1:] == ["\u2013", "0.1", "\u2013"]

@@ -282,6 +282,13 @@ def test_phases_are_bands_with_numbers(run: RunFiles) -> None:
     assert "dashed: trivial 0.5000" in chart and 'class="zero"' in chart
 
 
+def test_a_mark_that_is_far_away_is_said_and_not_drawn() -> None:
+    lines = [ChartLine("a", [(0, 1.0), (1, 2.0)])]
+    near, far = (line_chart("t", lines, mark=("trivial", value)) for value in (5.0, 5.1))
+    assert "dashed: trivial 5.0000" in near and near.count('class="zero"') == 1
+    assert "<small>trivial 5.1000</small>" in far and 'class="zero"' not in far
+
+
 def test_curves_show_validation_losses_rates_and_speed(run: RunFiles) -> None:
     shown = curves_html(run)
     captions = re.findall(r"<figcaption>([^<]+)", shown)
@@ -289,7 +296,7 @@ def test_curves_show_validation_losses_rates_and_speed(run: RunFiles) -> None:
         *("depth rmse", "depth delta1", "balanced loss", "depth", "gradient norm"),
         *("learning rate", "training images a second"),
     ]
-    assert "dashed: trivial 5.0000" in shown
+    assert "dashed: trivial 0.0500" in shown
 
 
 def test_rates_of_groups_are_lines_of_one_chart(tmp_path: Path) -> None:

@@ -16,6 +16,8 @@ _WIDTH, _HEIGHT = 340.0, 190.0
 _LEFT, _RIGHT, _TOP, _BOTTOM = 46.0, 8.0, 16.0, 22.0
 # Points of a line; more are put together.
 _MOST_POINTS = 160
+# A mark may take up so many times the room of the values.
+_MOST_STRETCHED = 4.0
 # Lines with fewer points than these show each of them.
 _MOST_DOTS = 40
 
@@ -81,13 +83,14 @@ def line_chart(
         lines: What is drawn over steps.
         spans: The phases, numbered from 1 above the picture.
         note: A second, smaller line of the caption.
-        mark: A value to compare with, as a dashed line, and its name.
+        mark: A value to compare with and its name: a dashed line, unless the lines would be flat next to it.
     """
     values = [value for line in lines for value in _numbers(line)]
     if not values:
         return Html()
     drawn = [_binned(line.points) for line in lines]
-    bounds = [*values, *([mark[1]] if mark else [])]
+    is_near = mark is not None and _is_near(mark[1], values)
+    bounds = [*values, *([mark[1]] if mark and is_near else [])]
     ticks = nice_ticks(min(bounds), max(bounds))
     steps = [step for line in lines for step, _ in line.points]
     first, last = min([*steps, *(span.begin for span in spans)]), max([*steps, *(span.end for span in spans)])
@@ -95,7 +98,7 @@ def line_chart(
     pieces = [
         *_bands(spans, scale),
         *_axes(ticks, scale),
-        *(_reference(mark[1], scale) if mark else ()),
+        *(_reference(mark[1], scale) if mark and is_near else ()),
         *(piece for line, bins in zip(lines, drawn, strict=True) for piece in _line(line, bins, scale)),
     ]
     picture = tag(
@@ -105,7 +108,8 @@ def line_chart(
         viewBox=f"0 0 {_WIDTH:g} {_HEIGHT:g}",
         role="img",
     )
-    small = [piece for piece in (note, f"dashed: {mark[0]} {number(mark[1])}" if mark else "") if piece]
+    compared = "" if mark is None else f"{'dashed: ' if is_near else ''}{mark[0]} {number(mark[1])}"
+    small = [piece for piece in (note, compared) if piece]
     caption = tag("figcaption", title, tag("small", "; ".join(small)) if small else None)
     return tag("figure", caption, picture)
 
@@ -129,6 +133,12 @@ def nice_ticks(low: float, high: float, most: int = 4) -> list[float]:
     size = next(factor * power for factor in (1, 2, 2.5, 5, 10) if factor * power >= rough * 0.999)
     first, last = math.floor(low / size + 1e-9), math.ceil(high / size - 1e-9)
     return [float(f"{place * size:.12g}") for place in range(first, last + 1)]
+
+
+def _is_near(mark: float, values: Sequence[float]) -> bool:
+    """Whether a chart with a mark in it still shows how its values change."""
+    low, high = min(values), max(values)
+    return max(high, mark) - min(low, mark) <= _MOST_STRETCHED * (high - low or 1)
 
 
 def _numbers(line: ChartLine) -> list[float]:

@@ -100,9 +100,10 @@ def _curves(runs: Mapping[str, RunFiles]) -> Html:
     keys: dict[str, bool] = {SCORE: True}
     for run in runs.values():
         for task, metrics in run.metrics.items():
+            # An earlier version did not record which one stands for its task.
+            main_metrics = {each.main_metric(task) for each in runs.values()} - {None}
             for metric in metrics:
-                is_main = run.main_metric(task) in (metric, None)
-                keys[f"val/{task}/{metric}"] = keys.get(f"val/{task}/{metric}", False) or is_main
+                keys[f"val/{task}/{metric}"] = metric in main_metrics or not main_metrics
     charts = {
         key: line_chart(
             key.removeprefix("val/") if key != SCORE else key,

@@ -16,7 +16,7 @@ from mtl.runtime.text import count
 
 # A plot of more pairs than these would be a wall.
 _MOST_PAIRS = 24
-_ROW, _LEFT, _WIDTH = 18.0, 150.0, 460.0
+_ROW, _LEFT, _WIDTH = 18.0, 140.0, 370.0
 _TOP, _BOTTOM = 6.0, 20.0
 
 _INTRO = (
@@ -24,6 +24,7 @@ _INTRO = (
     " conflict where the cosine of their gradients is below 0 (Yu et al. 2020, arXiv 2001.06782, Definition 1); their"
     " magnitude similarity is 2|a||b| / (|a|² + |b|²), 1 for gradients of one length (Definition 2)."
 )
+_NO_SPREAD = "One analysis has no spread: a lower audit.gradients_every_steps analyses more often."
 
 
 @dataclass(frozen=True)
@@ -70,6 +71,8 @@ def _phase(name: str, rows: Sequence[dict[str, Any]]) -> Html:
     analyses = [GradientAnalysis.from_row(row) for row in rows]
     steps = f"step {rows[0]['step']:,}" + (f" to {rows[-1]['step']:,}" if len(rows) > 1 else "")
     pieces: list[Piece] = [tag("h3", f"{name}: {len(rows)} {'analysis' if len(rows) == 1 else 'analyses'}, {steps}")]
+    if len(rows) == 1:
+        pieces.append(tag("p", _NO_SPREAD, class_="note"))
     if unreached := max(row["grad/unreached"] for row in rows):
         pieces.append(tag("p", f"No task reaches {count(unreached, 'trainable depth group')}."))
     cosines = pair_spreads(analyses)

@@ -11,9 +11,9 @@ from mtl.results.report.run import PhaseSpan, RunFiles
 
 _NOTE = (
     "The estimate of the naive loop is the measured time, plus what computing the features that were read would have"
-    " taken: seconds an image, measured in this run. The estimate with nothing frozen is that of the naive loop, times the"
-    " ratio of the plan's FLOPs; it takes both to do as many FLOPs a second, and validation to grow alike. mtl bench"
-    " measures such loops."
+    " taken: seconds an image, measured in this run. The estimate with nothing frozen is that of the naive loop, times"
+    " the ratio of the plan's FLOPs; it takes both to do as many FLOPs a second, and validation to grow alike."
+    " mtl bench measures such loops."
 )
 
 
@@ -98,4 +98,4 @@ def _kept_in_words(kept: Mapping[str, Any] | None) -> str:
     modules = kept["modules"]
     what = f"the first {modules} modules of the trunk" if modules else "the trunk"
     place = "memory" if kept["kept_in"] == "ram" else "disk"
-    return f"{what}, for {kept['num_computed']:,} images; read {kept['num_read']:,} times from {place}"
+    return f"{what}: {kept['num_computed']:,} images computed, {kept['num_read']:,} read from {place}"

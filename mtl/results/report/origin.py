@@ -60,11 +60,19 @@ def _facts(run: RunFiles) -> Html:
         "Memory": in_bytes(memory) if memory else UNKNOWN,
         "System": machine.get("system") or UNKNOWN,
         "Processes": str(run.state.get("world_size", UNKNOWN)),
-        "Commit": code(latest["git_commit"]) if latest.get("git_commit") else "no checkout",
-        "Tracking": _tracking(run),
+        "Commit": _commit(latest.get("git_commit")),
     }
     listed = ", ".join(f"{name} {number}" for name, number in versions.items()) or UNKNOWN
-    return joined([definitions(facts), tag("p", "Versions: ", listed, ".", class_="note")])
+    tracking = tag("p", "Tracking: ", _tracking(run), ".", class_="note")
+    return joined([definitions(facts), tag("p", "Versions: ", listed, ".", class_="note"), tracking])
+
+
+def _commit(commit: str | None) -> Piece:
+    """The commit in short; a `+` at its end says that the code was changed since."""
+    if not commit:
+        return "no checkout"
+    is_changed = commit.endswith("+")
+    return joined([tag("code", commit[:12], title=commit), ", with changes" if is_changed else None])
 
 
 def _device(session: dict[str, Any]) -> str:

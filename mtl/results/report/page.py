@@ -34,10 +34,13 @@ section{background:var(--card);border:1px solid var(--rule);border-radius:10px;p
 margin:0 0 1rem}
 dl{display:grid;grid-template-columns:repeat(auto-fit,minmax(10.5rem,1fr));gap:.9rem 1.5rem;margin:.4rem 0 1rem}
 dt{color:var(--muted);font-size:.8rem}
-dd{margin:0;font-size:1.02rem;font-weight:550}
-dd.large{font-size:1.35rem}
+dd{margin:0;font-size:.95rem;font-weight:550}
 .good{color:var(--good)}.bad{color:var(--bad)}.warn{color:var(--warn)}
-.scroll{position:relative;overflow-x:auto;margin:.6rem 0;max-width:100%}
+.scroll{position:relative;overflow-x:auto;margin:.6rem 0;max-width:100%;background-repeat:no-repeat;
+background-image:linear-gradient(to right,var(--card) 40%,transparent),linear-gradient(to left,var(--card) 40%,
+transparent),linear-gradient(to right,var(--rule),transparent),linear-gradient(to left,var(--rule),transparent);
+background-position:0 0,100% 0,0 0,100% 0;background-size:3rem 100%,3rem 100%,.8rem 100%,.8rem 100%;
+background-attachment:local,local,scroll,scroll}
 table{border-collapse:collapse;font-size:.87rem;font-variant-numeric:tabular-nums;overflow-wrap:normal}
 caption{position:absolute;width:1px;height:1px;overflow:hidden;clip-path:inset(50%)}
 th,td{padding:.3rem .9rem .3rem 0;border-bottom:1px solid var(--rule);text-align:left;vertical-align:baseline;
@@ -66,14 +69,14 @@ text-overflow:ellipsis;white-space:nowrap;border-top:3px solid var(--tint)}
 .bar small{display:block;color:var(--muted);overflow:hidden;text-overflow:ellipsis}
 .map td{padding:0;border:2px solid var(--card);text-align:center;min-width:5.2rem;height:1.5rem;font-size:.76rem}
 .map th{padding:.05rem .9rem .05rem 0;border:0;font-size:.8rem}
-.map thead th{text-align:center;padding:0 .3rem .3rem}
+.map thead th{text-align:center;padding:0 .3rem .3rem}.map thead th:first-child{text-align:left;padding-left:0}
 .map.narrow td{min-width:1.3rem}
 .frozen{background:var(--frozen);color:var(--frozen-text)}.trained{background:var(--trained);color:var(--trained-text)}
 .partly{background:var(--partly);color:var(--partly-text)}.idle{background:var(--idle);color:var(--idle-text)}
 .keys{display:flex;flex-wrap:wrap;gap:.25rem .9rem;list-style:none;padding:0;margin:.4rem 0 .9rem;font-size:.8rem}
 .keys li{display:flex;align-items:center;gap:.35rem}
 .keys i{width:.85rem;height:.85rem;border-radius:3px;display:inline-block;flex:none;border:1px solid var(--rule)}
-.keys i.line{height:0;border:0;border-top:3px solid;border-radius:0;width:1.1rem}
+.keys i.line{height:0;border-style:solid;border-width:3px 0 0;border-color:var(--tint);border-radius:0;width:1.1rem}
 .charts{display:grid;grid-template-columns:repeat(auto-fill,minmax(min(100%,19rem),1fr));gap:1rem 1.5rem;margin:.6rem 0}
 figure{margin:0;min-width:0}
 figcaption{font-size:.84rem;font-weight:600;line-height:1.35;margin-bottom:.2rem}
@@ -88,7 +91,7 @@ svg .line{fill:none;stroke-width:1.7;stroke-linejoin:round;stroke-linecap:round}
 svg .range{opacity:.22;stroke:none}
 svg .name{fill:var(--text)}
 LINES
-.strips{max-width:34rem}.strips figcaption{margin-top:.8rem}
+.strips{max-width:27rem}.strips figcaption{margin-top:.8rem}
 .split{display:grid;gap:0 2.5rem;align-items:start}
 @media (min-width:64rem){.split{grid-template-columns:auto minmax(17rem,26rem)}}
 .heat td{text-align:center;padding:.3rem .7rem;border:2px solid var(--card);line-height:1.3}
@@ -99,7 +102,7 @@ LINES
 .warm{background:color-mix(in srgb,var(--warm) var(--share),var(--card))}
 .panels td{padding:2px;border:0;text-align:center;min-width:6.8rem;width:15%;white-space:normal;font-size:.8rem}
 .panels th{border:0;padding:2px .8rem 2px 0;font-size:.8rem;vertical-align:middle}
-.panels tbody th{position:sticky;left:0;background:var(--card);z-index:1}
+.panels tbody th{white-space:normal;max-width:7.5rem;position:sticky;left:0;background:var(--card);z-index:1}
 .panels thead th{text-align:center;padding:2px}
 .panels img{display:block;width:100%;height:auto;border-radius:4px}
 .panels img.map{image-rendering:pixelated}
@@ -112,7 +115,7 @@ footer{color:var(--muted);font-size:.8rem;padding-top:.25rem;padding-bottom:2rem
 @media (max-width:34rem){body{font-size:14px}header,main,footer{padding-left:.75rem;padding-right:.75rem}
 header{padding-top:1.25rem}section{padding:.95rem .9rem 1rem}h1{font-size:1.55rem}
 dl{grid-template-columns:repeat(auto-fit,minmax(8.2rem,1fr));gap:.7rem 1rem}
-table{font-size:.8rem}th,td{padding-right:.5rem}}
+table{font-size:.8rem}th,td{padding-right:.5rem}.panels tbody th{max-width:6rem;padding-right:.3rem}}
 @media print{body{background:#fff;font-size:11px}nav{display:none}section{border:0;padding:0;margin:0 0 1.2rem}
 figure,tr,h2,h3{break-inside:avoid}h2,h3{break-after:avoid}.scroll{overflow:visible}
 th,td{padding-right:.5rem}pre{white-space:pre-wrap;overflow-wrap:anywhere}
@@ -125,7 +128,7 @@ def style() -> str:
     """The page's style sheet; paper is light."""
     lines = "".join(
         f"svg .line-{n}{{stroke:var(--line-{n})}}svg .dot-{n},svg .range-{n}{{fill:var(--line-{n})}}"
-        f".tint-{n}{{--tint:var(--line-{n});border-color:var(--line-{n})}}"
+        f".tint-{n}{{--tint:var(--line-{n})}}"
         for n in range(NUM_LINES)
     )
     dark = f"@media screen and (prefers-color-scheme:dark){{:root{{color-scheme:dark;{variables(1)}}}}}"

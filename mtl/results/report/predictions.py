@@ -63,7 +63,8 @@ def predictions_html(batch: Batch, outputs: Mapping[str, Tensor], tasks: Mapping
         for name, task in tasks.items()
         if name not in _dense(tasks)
     }
-    body = [tag("tr", tag("th", row.title, scope="row"), *cells) for row, cells in zip(rows, picture_cells(rows), strict=True)]
+    pictures = zip(rows, picture_cells(rows), strict=True)
+    body = [tag("tr", tag("th", row.title, scope="row"), *cells) for row, cells in pictures]
     for name, (truth, predicted) in words.items():
         body.append(tag("tr", tag("th", f"{name}, truth", scope="row"), *(tag("td", each) for each in truth)))
         body.append(_predicted_row(name, tasks[name], truth, predicted))

@@ -6,7 +6,7 @@ import shlex
 from collections.abc import Iterable, Mapping, Sequence
 from typing import Any
 
-from mtl.results.report.markup import DASH, Html, Piece, code, joined, left_title, table, tag, text_cell
+from mtl.results.report.markup import DASH, Html, Piece, code, joined, left_title, table, tag
 from mtl.results.report.results import verdict_html
 from mtl.results.report.run import RunFiles
 from mtl.runtime.text import count, shorten
@@ -34,7 +34,7 @@ def _phases(phases: Sequence[Mapping[str, Any]]) -> Html:
     rows = [
         [
             phase["name"],
-            text_cell(_proven(phase)),
+            tag("td", _proven(phase)),
             str(phase["frozen"]["count"]),
             tag("td", code(phase["frozen"]["root"][:12] or DASH), title=phase["frozen"]["root"]),
             f"{phase['trainable']['changed']} of {phase['trainable']['count']}",

@@ -60,7 +60,7 @@ def facts_html(run: RunFiles) -> Html:
     facts: dict[str, Piece] = {
         "Verdict": verdict_html(run),
         "Best val/score": joined([score, tag("span", at, class_="note")]),
-        "Trained": f"{count(spans[-1].end if spans else 0, 'step')} in {count(len(spans), 'phase')}",
+        "Trained": count(spans[-1].end if spans else 0, "step"),
         "Time": seconds(train_s),
         "Trunk": str(trunk.get("name", "not recorded")) if isinstance(trunk, Mapping) else str(trunk),
         "Images": f"{sizes['train']:,} + {sizes['val']:,} val" if {"train", "val"} <= sizes.keys() else "not recorded",
