@@ -33,6 +33,8 @@ def add_parser(verbs: Verbs) -> None:
 
 def run(options: argparse.Namespace, _: Attempt) -> int:
     """Writes RUN_DIR/report.html: what was trained, what came out, and what the audit proved; compares several runs."""
+    from mtl.checkpoint.run_files import RunFileError
+
     run_dirs: list[Path] = options.run_dirs
     why = _why_not(run_dirs, options)
     if why:
@@ -45,6 +47,8 @@ def run(options: argparse.Namespace, _: Attempt) -> int:
         return refuse(f"{out} exists; --force overwrites it, --out FILE writes somewhere else")
     try:
         page = _compare(run_dirs, out) if len(run_dirs) > 1 else _report(run_dirs[0], out, options.picture)
+    except RunFileError as error:
+        return refuse(str(error))
     except OSError as error:
         return refuse(f"{error.filename or out or run_dirs[0]} cannot be written: {error.strerror}")
     print_out(str(page))

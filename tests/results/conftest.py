@@ -7,7 +7,7 @@ from pathlib import Path
 
 import pytest
 
-from mtl.results.report import write_report
+from mtl.results.report.write import write_report
 from mtl.training.run import train
 from runs import tiny_parts
 

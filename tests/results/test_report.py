@@ -23,9 +23,9 @@ from PIL import Image
 from html_checks import Outline
 from mtl.cli import main
 from mtl.results.pictures import add_legend
-from mtl.results.report import write_report
 from mtl.results.report.picture import draw_run
 from mtl.results.report.predictions import PictureRow, picture_cells
+from mtl.results.report.write import write_report
 from mtl.tasks import Task
 from mtl.tasks.segmentation import Segmentation
 from mtl.training.run import train

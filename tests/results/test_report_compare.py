@@ -3,6 +3,8 @@
 from __future__ import annotations
 
 import re
+import subprocess
+import sys
 from pathlib import Path
 
 import pytest
@@ -125,6 +127,12 @@ def test_what_cannot_be_compared_is_refused_in_one_line_and_nothing_is_written(
     assert line.startswith(f"error: {expected}")
     assert sorted(tmp_path.rglob("*")) == before
     assert runs[0].is_dir()
+
+
+def test_a_comparison_needs_no_torch(runs: list[Path]) -> None:
+    program = "import sys; from mtl.cli import main; sys.exit(main(sys.argv[1:]) or 'torch' in sys.modules)"
+    done = subprocess.run([sys.executable, "-c", program, "report", *map(str, runs)], capture_output=True, text=True)
+    assert (done.returncode, done.stderr) == (0, "")
 
 
 def test_a_damaged_run_is_named_with_its_file(runs: list[Path], capsys: pytest.CaptureFixture[str]) -> None:
