@@ -92,7 +92,7 @@ svg .range{opacity:.22;stroke:none}
 svg .name{fill:var(--text)}
 LINES
 .strips{max-width:27rem}.strips figcaption{margin-top:.8rem}
-.split{display:grid;gap:0 2.5rem;align-items:start}
+.split{display:grid;gap:0 2.5rem;align-items:start}.split figure{max-width:26rem}
 @media (min-width:64rem){.split{grid-template-columns:auto minmax(17rem,26rem)}}
 .heat td{text-align:center;padding:.3rem .7rem;border:2px solid var(--card);line-height:1.3}
 .heat th{border:0}
