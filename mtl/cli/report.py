@@ -82,6 +82,7 @@ def _why_not(run_dirs: Sequence[Path], options: argparse.Namespace) -> str:
 
 def _report(run_dir: Path, out: Path | None, picture: Path | None) -> Path:
     from mtl.config import load_config
+    from mtl.results.report.run import read_run
     from mtl.results.report.write import write_report
     from mtl.training.data_record import search_as_the_run_did
     from mtl.training.setup import assemble
@@ -89,6 +90,8 @@ def _report(run_dir: Path, out: Path | None, picture: Path | None) -> Path:
     search_as_the_run_did(run_dir)
     # Only the architecture is needed: the weights are the run's own, and so are those of teachers.
     config = load_config(run_dir / "config.yaml", ["trunk.weights=none", "device=auto"])
+    # A damaged file is said before the set-up, which takes longer.
+    read_run(run_dir)
     setup = assemble(config, teachers_from=run_dir / "checkpoints" / "last")
     return write_report(setup, run_dir, picture, out)
 

@@ -3,14 +3,20 @@
 from __future__ import annotations
 
 from collections.abc import Iterator
+from itertools import combinations
 from pathlib import Path
+from typing import Any
 
 import pytest
 
 from browser import NAMES, Browser, find_browser, started_browser
+from html_checks import Outline
 from mtl.cli import main
+from mtl.results.report.markup import Html
 from mtl.results.report.palette import COLOURS
-from run_folders import finding, run_content, write_run
+from mtl.results.report.run import read_run
+from mtl.results.report.write import run_page
+from run_folders import finding, phase_audit, phase_plan, run_content, write_run
 
 PROGRAM = find_browser()
 pytestmark = [
@@ -21,6 +27,33 @@ pytestmark = [
 # Names that leave no place to break a line.
 LONG = "trunk." + "a" * 150
 WIDTHS = (390, 768, 1280)
+
+
+def many_of_all() -> dict[str, Any]:
+    """A run of 40 phases and 12 tasks, with gradients of all of them, and a violation in each phase."""
+    content = run_content("many")
+    phases, tasks = [f"thaw-block-{number}" for number in range(40)], [f"task-{number}" for number in range(12)]
+    rows: list[dict[str, Any]] = []
+    for step in range(1, 2001):
+        common = {"step": step, "epoch": step // 50, "phase": phases[(step - 1) // 50]}
+        losses = {f"train/loss/{task}": 1 / step for task in tasks}
+        rows.append({**common, **losses, "train/loss": 1 / step, "train/grad_norm": 1.0, "train/lr": 0.1})
+        if step % 25 == 0:
+            pairs = {f"grad/cosine/{a}/{b}": 0.1 for a, b in combinations(tasks, 2)}
+            alike = {key.replace("cosine", "magnitude_similarity"): 1.0 for key in pairs}
+            norms = {f"grad/norm/{task}": 1.0 for task in tasks} | {f"grad/norm/{task}/00 stem": 1.0 for task in tasks}
+            rows.append({**common, **pairs, **alike, **norms, "grad/unreached": 0})
+        if step % 50 == 0:
+            rows.append({**common, "val/score": 0.5} | {f"val/{task}/rmse": 1.0 for task in tasks})
+    content["metrics.jsonl"] = rows
+    content["audit.json"] = {
+        "ok": False,
+        "phases": [phase_audit(name, violations=[finding(LONG, phase=name)]) for name in phases],
+    }
+    parts = [(f"{number:02d} blocks.{number}", 2, number % 3, 0) for number in range(40)]
+    content["plan.json"]["phases"] = [phase_plan(name, parts) for name in phases]
+    content["results.json"]["phases"] = []
+    return content
 
 
 @pytest.fixture(scope="module")
@@ -47,12 +80,14 @@ def pages(finished: Path, tmp_path_factory: pytest.TempPathFactory) -> dict[str,
         "<meta charset=utf-8><img src='picture.png'><p style='width:3000px;color:#aaa'>x</p>"
         "<script>console.error('oops')</script>"
     )
-    return {"report": finished / "report.html", "comparison": folder / "compare.html", "faulty": faulty}
+    many = folder / "many.html"
+    many.write_text(run_page(read_run(write_run(folder / "many", many_of_all())), Html()))
+    return {"report": finished / "report.html", "many": many, "comparison": folder / "compare.html", "faulty": faulty}
 
 
 @pytest.mark.parametrize("scheme", ["light", "dark"])
 @pytest.mark.parametrize("width", WIDTHS)
-@pytest.mark.parametrize("name", ["report", "comparison"])
+@pytest.mark.parametrize("name", ["report", "comparison", "many"])
 def test_a_page_is_silent_asks_for_nothing_and_fits(
     browser: Browser, pages: dict[str, Path], name: str, width: int, scheme: str
 ) -> None:
@@ -69,6 +104,12 @@ def test_a_page_is_silent_asks_for_nothing_and_fits(
     # Every picture is there and has a size.
     sizes = browser.evaluate(visit, "[...document.images].map(each => each.naturalWidth * each.offsetWidth)")
     assert len(sizes) == (42 if name == "report" else 0) and all(sizes)
+
+
+def test_a_page_of_much_is_still_small_and_whole(pages: dict[str, Path]) -> None:
+    page = pages["many"].read_text()
+    assert len(page.encode()) < 2_000_000
+    assert Outline(page).mistakes == []
 
 
 def test_a_table_that_is_wider_than_the_window_scrolls_in_its_own_box(browser: Browser, pages: dict[str, Path]) -> None:

@@ -5,7 +5,7 @@ from __future__ import annotations
 import math
 import re
 from collections.abc import Callable
-from itertools import pairwise
+from itertools import combinations, pairwise
 from pathlib import Path
 from typing import Any
 
@@ -334,6 +334,19 @@ def test_conflicts_are_medians_over_the_analyses_of_a_phase(tmp_path: Path) -> N
     assert shown.count("<circle") == 3
     assert "6.5<small>5.0 to 8.0</small>" in shown
     assert conflicts_html(read(tmp_path / "other", run_content())) == ""
+
+
+def test_analyses_of_hundreds_of_phases_do_not_make_the_page_too_large(tmp_path: Path) -> None:
+    content, tasks = run_content(), [f"t{number}" for number in range(16)]
+    row: dict[str, Any] = {f"grad/norm/{task}": 1.0 for task in tasks}
+    for one, other in combinations(tasks, 2):
+        row |= {f"grad/cosine/{one}/{other}": 0.5, f"grad/magnitude_similarity/{one}/{other}": 1.0}
+    rows = [row | {"grad/unreached": 0, "step": step, "phase": f"p{step // 3}"} for step in range(300)]
+    content["metrics.jsonl"] += rows
+    shown = conflicts_html(read(tmp_path / "run", content))
+    num_shown = shown.count("<h3>")
+    assert 10 < num_shown < 100 and len(shown) < 1_700_000
+    assert f"Left out, see metrics.jsonl: p{num_shown}, " in shown and shown.endswith("p99.</p>")
 
 
 # --- the palette

@@ -14,6 +14,8 @@ from mtl.results.report.palette import MOST_HEAT
 from mtl.results.report.run import RunFiles
 from mtl.runtime.text import count
 
+# Numbers of all phases together: so many fit into a page of less than 2 MB.
+_MOST_CELLS = 6000
 # A plot of more pairs than these would be a wall.
 _MOST_PAIRS = 24
 _ROW, _LEFT, _WIDTH = 18.0, 140.0, 370.0
@@ -64,7 +66,15 @@ def conflicts_html(run: RunFiles) -> Html:
             by_phase.setdefault(row["phase"], []).append(row)
     if not by_phase:
         return Html()
-    return joined([tag("p", _INTRO, class_="note"), *(_phase(name, rows) for name, rows in by_phase.items())])
+    shown, left, num_cells = list[Html](), list[str](), 0
+    for name, rows in by_phase.items():
+        num_cells += max(len(row) for row in rows)
+        if num_cells <= _MOST_CELLS:
+            shown.append(_phase(name, rows))
+        else:
+            left.append(name)
+    note = tag("p", f"Left out, see metrics.jsonl: {', '.join(left)}.", class_="note") if left else None
+    return joined([tag("p", _INTRO, class_="note"), *shown, note])
 
 
 def _phase(name: str, rows: Sequence[dict[str, Any]]) -> Html:

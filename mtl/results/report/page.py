@@ -64,7 +64,7 @@ ul.list{padding-left:1.1rem;margin:.4rem 0}
 ul.list li{margin:.4rem 0}
 .sr{position:absolute;width:1px;height:1px;overflow:hidden;clip-path:inset(50%);white-space:nowrap}
 .bar{display:flex;gap:2px;margin:.7rem 0 .9rem;border-radius:7px;overflow:hidden}
-.bar div{background:var(--shade);padding:.4rem .6rem;font-size:.82rem;min-width:1.6rem;overflow:hidden;
+.bar div{background:var(--shade);padding:.4rem 0;text-indent:.6rem;font-size:.82rem;min-width:0;overflow:hidden;
 text-overflow:ellipsis;white-space:nowrap;border-top:3px solid var(--tint)}
 .bar small{display:block;color:var(--muted);overflow:hidden;text-overflow:ellipsis}
 .map td{padding:0;border:2px solid var(--card);text-align:center;min-width:5.2rem;height:1.5rem;font-size:.76rem}

@@ -9,6 +9,9 @@ from mtl.results.report.markup import Html, code, joined, left_title, seconds, s
 from mtl.results.report.palette import NUM_LINES
 from mtl.results.report.run import PhaseSpan, RunFiles
 
+# With more phases than these, the bar has room for their numbers only.
+_MOST_WORDS = 10
+
 
 def timeline_html(run: RunFiles) -> Html:
     spans = run.spans
@@ -36,13 +39,14 @@ def timeline_html(run: RunFiles) -> Html:
 def _bar(spans: Sequence[PhaseSpan]) -> Html:
     """The phases side by side, as wide as they have steps; the table says the same in words."""
     widths = [max(span.end - span.begin, 1) for span in spans]
+    has_words = len(spans) <= _MOST_WORDS
     return tag(
         "div",
         *(
             tag(
                 "div",
-                f"{number} {span.name}",
-                tag("small", _steps(span)),
+                f"{number} {span.name}" if has_words else str(number),
+                tag("small", _steps(span)) if has_words else None,
                 style=f"flex:{width} 1 0",
                 class_=f"tint-{(number - 1) % NUM_LINES}",
             )
