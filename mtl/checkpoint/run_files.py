@@ -1,4 +1,4 @@
-"""The files of a run, read: metrics, audit, history, state and configuration, one reader each."""
+"""The files of a run, read: metrics, audit, plan, results, history, state and configuration, one reader each."""
 
 from __future__ import annotations
 
@@ -9,7 +9,7 @@ from typing import Any
 from pydantic import BaseModel, ConfigDict, ValidationError
 
 METRICS, AUDIT, STATE, CONFIG = "metrics.jsonl", "audit.json", "state.json", "config.yaml"
-HISTORY, DATA = "history.json", "data.json"
+HISTORY, DATA, PLAN, RESULTS = "history.json", "data.json", "plan.json", "results.json"
 # Of a checkpoint that one process wrote; of a sharded one, see `tensor_file.shards`.
 MODEL_FILE, FROZEN_FILE, OPTIMIZER_FILE = "model.safetensors", "frozen.safetensors", "optimizer.safetensors"
 
@@ -105,6 +105,55 @@ class _Form(_Content):
     tasks: dict[str, _TaskForm]
 
 
+class _PlanPhase(_Content):
+    name: str
+    length: str
+    freeze: list[str]
+    train: list[str] = []
+    flops: dict[str, float]
+
+
+class _Plan(_Content):
+    trunk: str
+    phases: list[_PlanPhase]
+
+
+class _TaskGoal(_Content):
+    metric: str
+    directions: dict[str, str | None]
+
+
+class _PhaseEnd(_Content):
+    ended: str
+    reason: str
+    step: int
+    train_s: float
+    scores: dict[str, dict[str, float | None]]
+
+
+class _BestScore(_Content):
+    score: float | None
+    step: int
+
+
+class _Session(_Content):
+    step: int
+    began: str
+    device: str
+    machine: dict[str, Any]
+    versions: dict[str, str]
+    git_commit: str | None
+
+
+class _Results(_Content):
+    tasks: dict[str, _TaskGoal]
+    trivial: dict[str, dict[str, float | None]]
+    phases: list[_PhaseEnd]
+    best: _BestScore
+    train_s: float
+    sessions: list[_Session]
+
+
 def read_history(file: Path) -> dict[str, Any]:
     """The content of a `history.json`: the command that began a run, and what was changed since.
 
@@ -143,6 +192,24 @@ def read_model_form(file: Path) -> dict[str, Any]:
     except RunFileError as error:
         earlier = "; an earlier version of mtl, which did not record it, may have written it: `resume` adds it"
         raise RunFileError(f"{error}{earlier if 'missing' in str(error) else ''}") from None
+
+
+def read_plan(file: Path) -> dict[str, Any]:
+    """The content of a `plan.json`: what each phase freezes, trains and costs.
+
+    Raises:
+        RunFileError: As for `read_audit`.
+    """
+    return _read_object(file, _Plan)
+
+
+def read_results(file: Path) -> dict[str, Any]:
+    """The content of a `results.json`: trivial predictor, end of each phase, best score, sessions.
+
+    Raises:
+        RunFileError: As for `read_audit`.
+    """
+    return _read_object(file, _Results)
 
 
 def read_state_file(file: Path) -> dict[str, Any]:

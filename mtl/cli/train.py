@@ -103,7 +103,7 @@ def run_config(file: Path, overrides: Sequence[str], quiet: bool, attempt: Attem
 def _close(setup: RunSetup, result: RunResult, world: World) -> bool:
     """Logs a run's result, and leaves the other processes; whether the audit is clean in all of them."""
     from mtl.checkpoint.run_files import RunFileError
-    from mtl.results.report import write_report
+    from mtl.results.report.write import write_report
     from mtl.results.summary import closing_line, results_table, verdict
     from mtl.runtime.console import line_width, logger
 

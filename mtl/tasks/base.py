@@ -49,6 +49,23 @@ class Goal:
         return 0.0 if trivial == self.perfect else (value - trivial) / (self.perfect - trivial)
 
 
+@dataclass(frozen=True)
+class ColourScale:
+    """What the colours of a map of numbers stand for.
+
+    Attributes:
+        low: The number of the first colour.
+        high: The number of the last one.
+        unit: Of both.
+        colours: Red, green and blue from 0 to 1, evenly spaced from `low` to `high`.
+    """
+
+    low: float
+    high: float
+    unit: str
+    colours: Sequence[tuple[float, float, float]]
+
+
 class Metrics(ABC):
     """Sufficient statistics of one task over a data set, on the device; statistics of two parts of it are merged.
 
@@ -271,6 +288,10 @@ class Task(ABC):
     def legend(self) -> list[tuple[str, tuple[float, float, float]]]:
         """What colours in the pictures of a dense task stand for: names, with red, green and blue from 0 to 1."""
         return []
+
+    def colour_scale(self) -> ColourScale | None:
+        """What the colours of a dense task's pictures stand for, if they are numbers on a scale."""
+        return None
 
     def caption(self, values: Tensor, is_label: bool) -> list[str]:  # noqa: ARG002  as above
         """Labels or outputs of a vector task in words, a text per image; by default, their first numbers.

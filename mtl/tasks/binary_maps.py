@@ -8,7 +8,7 @@ from typing import ClassVar, Literal
 import torch
 from torch import Tensor
 
-from mtl.tasks.base import Goal, LabelKind, Metrics, Several
+from mtl.tasks.base import ColourScale, Goal, LabelKind, Metrics, Several
 from mtl.tasks.binary_losses import BalancedBce, Bce, BinaryFocal, WeightedBce, log_odds
 from mtl.tasks.classes import check_classes, samples_out_of_range
 from mtl.tasks.entries import EntryTask
@@ -65,6 +65,9 @@ class BinaryMap(EntryTask):
         """The probability of yes, from black to white."""
         shown = (values == 1).float() if is_label else values[:, 0].sigmoid().nan_to_num()
         return shown[..., None]
+
+    def colour_scale(self) -> ColourScale:
+        return ColourScale(0.0, 1.0, "probability of yes", [(0.0, 0.0, 0.0), (1.0, 1.0, 1.0)])
 
     def unlabelled(self, label: Tensor) -> Tensor:
         return torch.full_like(label, self.ignore_index)

@@ -10,7 +10,7 @@ from typing import ClassVar, Literal
 import torch
 from torch import Tensor
 
-from mtl.tasks.base import Goal, LabelKind, Metrics
+from mtl.tasks.base import ColourScale, Goal, LabelKind, Metrics
 from mtl.tasks.depth_metrics import TERMS, DepthMean, DepthMetrics
 from mtl.tasks.entries import EntryTask
 from mtl.tasks.loss import Loss, as_float
@@ -140,6 +140,12 @@ class Depth(EntryTask):
 
         metres = (values if is_label else self.metres(values)).squeeze(1)
         return torch.from_numpy(colormaps["viridis"]((metres / (self.high or _FAR)).clamp(0, 1).numpy())[..., :3])
+
+    def colour_scale(self) -> ColourScale:
+        from matplotlib import colormaps
+
+        colours = [tuple(map(float, colormaps["viridis"](place / 15)[:3])) for place in range(16)]
+        return ColourScale(0.0, self.high or _FAR, "m", [(red, green, blue) for red, green, blue in colours])
 
     def metrics(self) -> DepthMetrics:
         return DepthMetrics(self.metres, self.labelled)

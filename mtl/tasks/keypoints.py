@@ -9,7 +9,7 @@ import torch
 from torch import Tensor
 from torch.nn import functional
 
-from mtl.tasks.base import Goal, LabelKind, Metrics
+from mtl.tasks.base import ColourScale, Goal, LabelKind, Metrics
 from mtl.tasks.entries import EntryTask
 from mtl.tasks.loss import Loss, as_float
 from mtl.tasks.number_losses import Mse
@@ -153,6 +153,9 @@ class Keypoints(EntryTask):
         """All heat maps as one, from black to white."""
         maps = self.stand_in(values) if is_label else self.prediction(values)
         return maps.amax(dim=1).clamp(0, 1).nan_to_num()[..., None]
+
+    def colour_scale(self) -> ColourScale:
+        return ColourScale(0.0, 1.0, "heat", [(0.0, 0.0, 0.0), (1.0, 1.0, 1.0)])
 
     def metrics(self) -> Pck:
         return Pck()

@@ -77,6 +77,7 @@ class Trainer:
 
     def run(self) -> RunResult:
         self.state.start_clock()
+        self.log.results(self.state.results())
         while (phase := self.state.phase) is not None:
             self.run_phase(phase)
         return self.result()
@@ -89,6 +90,7 @@ class Trainer:
         assert self.state.change is not None
         self.log.phase_ended(self.state.change, self.audit.report)  # only reached if the audit has proven it
         self.state.end_phase()
+        self.log.results(self.state.results())
 
     @contextmanager
     def active(self, phase: Phase) -> Iterator[ActivePhase]:

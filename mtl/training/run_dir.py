@@ -20,7 +20,9 @@ from mtl.runtime.text import shorten
 MARK = ".mtl-run"
 # Files of a run that never reached a checkpoint.
 _CHECKPOINT = re.compile(r"step-\d{8,}|\.step-\d{8,}\.old")
-_OF_A_START = ("metrics.jsonl", "audit*.json", "plan.json", "history.json", "data.json", "report.html")
+_OF_A_START = (
+    *("metrics.jsonl", "audit*.json", "plan.json", "history.json", "data.json", "results.json", "report.html"),
+)
 
 
 def resumes_in_place(config: RunConfig) -> bool:

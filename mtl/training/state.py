@@ -32,6 +32,7 @@ from mtl.training.history import UNKNOWN, History
 from mtl.training.resume import Resumption, frozen_names
 from mtl.training.setup import RunSetup
 from mtl.training.step_sync import load_buffers
+from mtl.training.tracking.record import RunRecord
 from mtl.training.tracking.tracker import Tracker
 
 
@@ -54,6 +55,7 @@ class RunState:
         best: Which epochs had the best weights.
         scores: Metrics at the end of each phase, by the phase's name.
         history: The command that began the run, and what was changed on resume.
+        record: The run's sessions, and the ends of its phases.
     """
 
     def __init__(
@@ -81,6 +83,7 @@ class RunState:
         self.ema = None if decay is None else Ema(decay)
         self.best = BestWeights(phase.restore for phase in setup.phases)
         self.scores: dict[str, Scores] = {}
+        self.record = RunRecord()
         self._train_s, self._started = 0.0, time.perf_counter()
         if not world.is_alone:
             # Each process drops other units than the others.
@@ -108,6 +111,7 @@ class RunState:
 
     def start_clock(self) -> None:
         self._started = time.perf_counter()
+        self.record.begin_session(self.step, self.setup.device, self.tracker.url)
 
     def begin_phase(self, phase: Phase) -> None:
         """Once a phase, not when it is resumed: drops optimizer state that no phase needs any more."""
@@ -154,8 +158,15 @@ class RunState:
 
     def end_phase(self) -> None:
         """The next phase is up; `change` says which, and why."""
+        assert self.change is not None
+        self.record.phase_ended(self.change, self.step, self.epoch, self.train_s, self.features.saved.to_json())
         self.phase_index = len(self.setup.phases) if self.scheduler.index is None else self.scheduler.index
         self.in_phase, self.change, self.lr_schedule = False, None, None
+
+    def results(self) -> dict[str, Any]:
+        """The content of `results.json`."""
+        best = {"score": self.best.score, "step": self.best.step}
+        return self.record.to_json(self.setup, self.scores, best, self.train_s)
 
     # On disk
 
@@ -187,6 +198,7 @@ class RunState:
             "scheduler": self.scheduler.state_dict(),
             "audit": self.audit.state_dict(),
             "scores": self.scores,
+            "record": self.record.state_dict(),
             "train_s": self.train_s,
             "features": self.features.state_dict(),
             "metrics_bytes": self.tracker.flush_to_disk(),
@@ -230,6 +242,7 @@ class RunState:
         self.scaler.load_state_dict(tensors["scaler"])
         self.features.load_state_dict(saved["features"])
         self.best.load_state_dict(saved["best"])
+        self.record.load_state_dict(saved.get("record", {}))
         self.scores, self._train_s = saved["scores"], saved["train_s"]
         if resumption.in_place:
             self.tracker.cut_back(saved["metrics_bytes"])

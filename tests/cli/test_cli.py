@@ -335,7 +335,7 @@ def test_a_run_that_is_killed_is_not_called_clean(tmp_path: Path) -> None:
     assert report["ok"] is False
     assert [(phase["name"], phase["completed"]) for phase in report["phases"]] == [("a", True), ("b", False)]
     assert main(["report", str(tmp_path / "runs/tiny")]) == 0
-    assert 'Audit: <b class="broken">not finished</b>' in (tmp_path / "runs/tiny/report.html").read_text()
+    assert 'Audit: <b class="warn">not finished</b>' in (tmp_path / "runs/tiny/report.html").read_text()
 
 
 @pytest.mark.slow

@@ -100,7 +100,7 @@ def signalled_at(module: str, name: str, arguments: Sequence[str], sent: signal.
 @pytest.mark.parametrize("sent", ENDING)
 def test_a_signal_while_the_report_is_drawn_says_that_training_is_over(tmp_path: Path, sent: signal.Signals) -> None:
     file = tiny_config(tmp_path, phases=[{"name": "a", "steps": 1}])
-    code, lines = signalled_at("mtl.results.report", "draw_run", ["train", str(file), "-q"], sent)
+    code, lines = signalled_at("mtl.results.report.write", "predict", ["train", str(file), "-q"], sent)
     run_dir = tmp_path / "runs/tiny"
     report = f"Training is complete and saved. To write the report: mtl report {run_dir}"
     assert (code, lines) == (1, ["", f"stopped by {sent.name}", report])

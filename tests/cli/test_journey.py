@@ -133,6 +133,6 @@ def test_from_crops_to_a_report(rows: list[Row], capsys: pytest.CaptureFixture[s
     assert num_outputs == {"species": 3, "age": 1, "marks": 2, "outline": 3, "distance": 1}
     assert json.loads((run_dir / "audit.json").read_text())["ok"]
     report = (run_dir / "report.html").read_text()
-    assert '<b class="ok">clean</b>' in report and "data:image/png;base64," in report
+    assert '<b class="good">clean</b>' in report and "data:image/png;base64," in report
     assert "plateau: val/marks/map" in report and "train: birds/birds.csv" in report
     assert main(["audit", "runs/birds"]) == 0

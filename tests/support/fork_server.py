@@ -33,7 +33,7 @@ from typing import Any, NoReturn
 
 IMPORTED = (
     "mtl.cli.train",
-    "mtl.results.report",
+    "mtl.results.report.write",
     "mtl.results.summary",
     "mtl.phases.plan.text",
     "mtl.training.run",

@@ -11,7 +11,7 @@ from torch.nn import functional
 from torchmetrics.classification import MulticlassJaccardIndex
 
 from mtl.config import RunConfig
-from mtl.tasks import Classification, Depth, Normals, Segmentation, Task, build_tasks
+from mtl.tasks import Classification, Depth, Edges, Normals, Saliency, Segmentation, Task, build_tasks
 from runs import TINY
 
 NAN = float("nan")
@@ -233,3 +233,19 @@ def test_every_task_type_of_a_configuration_is_built() -> None:
         ("Normals", 3, "dense"),
         ("Classification", 5, "vector"),
     ]
+
+
+@pytest.mark.parametrize("task", [Depth(), Depth(low=0.5, high=3.0), Edges(), Saliency()])
+def test_a_colour_scale_has_the_colours_of_the_pictures(task: Task) -> None:
+    scale = task.colour_scale()
+    assert scale is not None
+    values = torch.linspace(scale.low, scale.high, len(scale.colours), dtype=torch.float64)
+    if isinstance(task, Depth):
+        drawn = task.draw(values.view(1, 1, 1, -1), is_label=True)
+    else:
+        drawn = task.draw(torch.logit(values).view(1, 1, 1, -1), is_label=False).expand(-1, -1, -1, 3)
+    assert [tuple(colour) for colour in drawn[0, 0].tolist()] == [pytest.approx(colour) for colour in scale.colours]
+
+
+def test_maps_of_classes_and_directions_have_no_scale() -> None:
+    assert Segmentation(3).colour_scale() is Normals().colour_scale() is None

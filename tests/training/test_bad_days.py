@@ -116,7 +116,7 @@ def full(*_: Any, **__: Any) -> None:
 def test_a_report_that_does_not_fit_on_the_disk_is_said_and_costs_nothing(
     tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
 ) -> None:
-    monkeypatch.setattr("mtl.results.report.write_text", full)
+    monkeypatch.setattr("mtl.results.report.write.write_text", full)
     assert main(["train", str(tiny_config(tmp_path, phases=[{"name": "a", "steps": 1}])), "-q"]) == 0
     said = capsys.readouterr()
     assert (
@@ -147,7 +147,7 @@ def test_what_ended_a_run_is_said_though_the_disk_has_no_room_for_the_audit(
 # So many MB more than the program has by itself.
 LIMIT = """
 import re, resource
-import mtl.results.report, mtl.training.run, mtl.phases.plan.text, mtl.results.summary
+import mtl.results.report.write, mtl.training.run, mtl.phases.plan.text, mtl.results.summary
 size = int(re.search(r"VmSize:\\s+(\\d+)", open("/proc/self/status").read())[1]) * 1024
 resource.setrlimit(resource.RLIMIT_AS, (size + {mb} * 2**20,) * 2)
 """

@@ -21,7 +21,7 @@ from mtl.config.changes import config_differences
 from mtl.model import build_trunk
 from mtl.phases.resolve import Phase
 from mtl.phases.setup import build_meta_setup
-from mtl.results.report import history_html
+from mtl.results.report.origin import history_html
 from mtl.training.history import History, history_from
 from mtl.training.run import train
 from mtl.training.setup import assemble
@@ -147,8 +147,9 @@ def test_changes_stay_with_the_steps_that_were_made_with_them(tmp_path: Path, br
     assert history_of(run_dir)["changes"] == [change]
     with pytest.raises(ConfigError, match=r"phases\.b\.steps: 7 -> 5, but the run is over"):
         resume(tmp_path, "resume_override=true", phases=PHASES)
-    page = history_html(run_dir)
-    assert "<td>8<td><code>phases.b.steps</code><td>5<td>7</tr>" in page
+    page = history_html(history_of(run_dir))
+    cells = '<th scope="row">8</th><td><code>phases.b.steps</code></td><td class="words">5</td><td class="words">7</td>'
+    assert cells in page
 
 
 def test_a_run_from_another_ones_checkpoint_has_a_command_of_its_own_and_says_from_where(
@@ -184,11 +185,9 @@ def test_the_command_that_began_a_run_is_quoted_for_a_shell_and_shown(tmp_path: 
     file = tiny_config(tmp_path)
     config = load_config(file, ["phases.warm-heads.lr={heads: 1, balance: 2}", "name=x"])
     assert config.command == f"mtl train {file} 'phases.warm-heads.lr={{heads: 1, balance: 2}}' name=x"
-    folder = tmp_path / "run"
-    folder.mkdir()
-    assert history_html(folder) == ""
-    (folder / "history.json").write_text(json.dumps(History("mtl train 'a<b>'").to_json()))
-    assert "<h2>Command</h2><pre>mtl train &#x27;a&lt;b&gt;&#x27;</pre>" in history_html(folder)
+    assert history_html({}) == ""
+    shown = history_html(History("mtl train 'a<b>'").to_json())
+    assert "Command</h3><pre>mtl train &#x27;a&lt;b&gt;&#x27;</pre>" in shown
 
 
 # The record never lies, whatever is changed in whatever order

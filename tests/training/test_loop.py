@@ -56,6 +56,7 @@ def test_a_run_leaves_every_promised_file(finished: tuple[RunSetup, RunResult]) 
         "history.json",
         "plan.json",
         "data.json",
+        "results.json",
         "metrics.jsonl",
         "audit.json",
         "checkpoints",

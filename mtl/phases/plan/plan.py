@@ -11,6 +11,7 @@ from mtl.freeze import FreezePlan
 from mtl.model.teachers import TEACHERS
 from mtl.phases.plan.dead import dead_branches
 from mtl.phases.plan.forecast import forecast
+from mtl.phases.plan.parts import model_parts, part_plans
 from mtl.phases.plan.records import Claim, FlopsPlan, GroupPlan, MemoryPlan, PhasePlan, Plan, Side
 from mtl.phases.plan.rehearsal import Cost, rehearse
 from mtl.phases.resolve import Phase
@@ -55,6 +56,7 @@ class _Planner:
         self.every_name = [name for name, _ in root.named_parameters(remove_duplicate=False)]
         self.every_module = [name for name, _ in root.named_modules(remove_duplicate=False) if name]
         self.weights = sum(tensor.nbytes for tensor in [*root.parameters(), *root.buffers()])
+        self.model_parts = model_parts(root, self.parameters)
         self.cost_of_all = self.cost(None)
 
     def phases(self) -> list[PhasePlan]:
@@ -112,6 +114,7 @@ class _Planner:
             thawed=self.side([name for name in phase.freeze.plan.names.trainable if name in was_frozen]),
             newly_frozen=self.side([name for name in phase.freeze.plan.names.frozen if name not in was_frozen]),
             lr_of=self.lr_of(phase),
+            parts=part_plans(self.model_parts, phase.freeze.plan.names.frozen, phase.freeze.unreached),
         )
 
     def side(self, names: Sequence[str]) -> Side:

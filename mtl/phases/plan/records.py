@@ -55,6 +55,24 @@ class GroupPlan:
 
 
 @dataclass(frozen=True)
+class PartPlan:
+    """What a phase does with one part of the model: a depth group of the trunk, a head, the weights of balancing.
+
+    Attributes:
+        name: Of a depth group, its number from the input on and its first module: `03 blocks.1.0`; else `heads.<task>`,
+            `balance` or `teachers.<task>`.
+        count: Parameter tensors.
+        frozen: How many of them are frozen.
+        unreached: How many would train, but no active task reaches them.
+    """
+
+    name: str
+    count: int
+    frozen: int
+    unreached: int
+
+
+@dataclass(frozen=True)
 class MemoryPlan:
     """Bytes that stay allocated; activations come on top and depend on the batch.
 
@@ -142,6 +160,7 @@ class PhasePlan:
         thawed: What trains and was frozen in the phase before.
         newly_frozen: What is frozen and trained in the phase before.
         lr_of: The peak rate of every parameter in an optimizer group, by name.
+        parts: The same by part of the model, from the trunk's input on.
         kept: What of the trunk need be computed only once; None if that was not asked for.
         dead: What would train, but cannot; None if nothing is known to be so.
         mix: Where batches are drawn from several data sets, in words.
@@ -173,6 +192,7 @@ class PhasePlan:
     thawed: Side
     newly_frozen: Side
     lr_of: dict[str, float]
+    parts: tuple[PartPlan, ...]
     kept: KeptPlan | None = None
     dead: DeadBranch | None = None
     mix: str | None = None

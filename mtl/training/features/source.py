@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import math
+import time
 from collections.abc import Callable, Collection, Mapping
 from contextlib import closing
 from functools import partial
@@ -22,6 +23,7 @@ from mtl.phases.resolve import Phase
 from mtl.phases.reuse import num_passes, num_views, why_not_kept
 from mtl.runtime.console import logger, progress_bar
 from mtl.runtime.text import count, in_bytes
+from mtl.training.features.count import KeptCount
 from mtl.training.features.key import feature_key
 from mtl.training.features.stores import FeatureStores, as_computed, as_stored
 from mtl.training.features.survey import NotKept, survey
@@ -39,6 +41,7 @@ class FeatureSource:
 
     Attributes:
         kept_in: Where the phase's activations are kept: `ram`, `disk`, or `off`.
+        saved: What that saved in the phase, or in the one before until another is entered.
     """
 
     def __init__(self, setup: RunSetup, autocast: torch.autocast, quiet: bool, world: World = ALONE) -> None:
@@ -53,6 +56,7 @@ class FeatureSource:
         self._batch_size = setup.config.data.batch_size
         self._prefix: Prefix | None = None
         self.kept_in = "off"
+        self.saved = KeptCount()
         # What `auto` decided in a phase that is resumed, until that is entered.
         self._resumed_in: str | None = None
         self._stores = FeatureStores(setup, self._num_views, world)
@@ -77,14 +81,14 @@ class FeatureSource:
 
     def state_dict(self) -> dict[str, Any]:
         """The decision for the phase, and which features are in memory, as plain data; not the features."""
-        return {"kept_in": self.kept_in, "in_memory": self._stores.state_dict()}
+        return {"kept_in": self.kept_in, "in_memory": self._stores.state_dict(), "saved": self.saved.to_json()}
 
     def load_state_dict(self, state: Mapping[str, Any]) -> None:
         """Opens stores for the features that the interrupted run had in memory, so that later phases decide the same.
 
         The stores are empty; features are computed again when they are first needed.
         """
-        self._resumed_in = state["kept_in"]
+        self._resumed_in, self.saved = state["kept_in"], KeptCount.from_json(state.get("saved", {}))
         self._stores.load_state_dict(state["in_memory"])
 
     def enter(
@@ -104,6 +108,8 @@ class FeatureSource:
         """
         phase, kept_in = self._setup.phases[index], self._resumed_in
         self.leave()
+        if not steps_done:
+            self.saved = KeptCount()
         self._setup.train.begin_phase(phase.tasks)
         self._batch_size, self._holds = phase.batch_size, holds
         mode = phase.config.cache or self._settings.mode
@@ -132,6 +138,8 @@ class FeatureSource:
             logger.info(f"features: not kept: {reason}")
             return
         self._prefix, self.kept_in = prefix, chosen
+        self.saved.kept_in, self.saved.modules = chosen, len(prefix.modules)
+        self.saved.image_s = seconds / min(phase.batch_size, len(self._setup.train))
         what = f"the first {count(len(prefix.modules), 'module')} of the trunk" if prefix.modules else "the trunk"
         size, num_images = in_bytes(self._stores.num_bytes(prefix)), len(self._setup.train) + len(self._setup.val)
         logger.info(
@@ -174,6 +182,7 @@ class FeatureSource:
         if self._prefix is None:
             return self._model.encode(batch.images, tasks)
         store, prefix, device = self._stores.of(batch.split), self._prefix, self._setup.device
+        self.saved.num_read += len(batch)
         number = 0 if batch.view is None else batch.view.number
         first = number * len(batch.split)
         rows = batch.indices + first
@@ -191,6 +200,7 @@ class FeatureSource:
             self._fill(batch.split, batch.view, store, prefix)
             kept = store.read(rows)
         if kept is None:  # the disk is full, or the entry is damaged; the store has warned of it
+            self.saved.num_read -= len(batch)
             features, kept = prefix.run(self._model.prepare(batch.images))
             store.write(rows, as_stored(kept, prefix))
             return features
@@ -227,6 +237,7 @@ class FeatureSource:
 
         Training batches are all full; the last one of validation may be smaller.
         """
+        started = time.perf_counter()
         first = 0 if view is None else view.number * len(split)
         keeps_last = split is not self._setup.train
         batches = batches_to_fill(first, len(split), self._batch_size, keeps_last, self._world)
@@ -243,7 +254,9 @@ class FeatureSource:
                     store.write(first + batch.indices, as_stored(computed, prefix))
                     if store.is_disabled:
                         return
+                    self.saved.num_computed += len(batch)
                     bar.update(len(batch) * self._world.size)
+        self.saved.compute_s += time.perf_counter() - started
 
     def _images(self, split: Split, indices: Tensor, view: View | None = None) -> Tensor:
         return self._model.prepare(split.batch(indices, view).to(self._setup.device).images)

@@ -50,6 +50,10 @@ class RunLog:
         """Writes `audit.json` as far as it is known."""
         self.write("audit.json", report.to_json())
 
+    def results(self, content: Mapping[str, Any]) -> None:
+        """Writes `results.json`: what the run has come to so far."""
+        self.write("results.json", content)
+
     def not_finite(self, error: NotFiniteError, epoch: int) -> None:
         """Writes `not_finite.json`: the images of a step whose loss or gradient is NaN or infinite."""
         self.write("not_finite.json", error.to_json(epoch))

@@ -57,6 +57,11 @@ class Tracker:
         """The run's name inside wandb, under which it can be resumed; None if it is not tracked there."""
         return self._wandb_id if self._run is None else str(self._run.id)
 
+    @property
+    def url(self) -> str | None:
+        """The run's address in wandb; None without one."""
+        return None if self._run is None or not self._run.url else str(self._run.url)
+
     def flush_to_disk(self) -> int:
         """Forces `metrics.jsonl` to disk.
 

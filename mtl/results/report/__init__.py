@@ -1,0 +1,1 @@
+"""The report of a run, or of several next to each other: one HTML file."""
