@@ -3,11 +3,11 @@
     python scripts/bench/tracking_cost.py                                    a tiny trunk at 32 pixels
     python scripts/bench/tracking_cost.py configs/scenes.yaml                the default run's steps
 
-Each round takes some steps of the run's last phase with no backend, with wandb's offline file, and with tensorboard, in an
-order that turns around; rows are fetched and logged as in a run. Printed for each: the median of a step's time, the median
-over rounds of its ratio to no backend, and the share of a step's time that is spent in logging calls, by the clock and in
-processor time, which other work on the machine blurs less than the ratio. Predictions, drawn after a validation, and the heat map of the tasks' gradients are
-timed by themselves.
+Each round takes some steps of the run's last phase with no backend, with wandb's offline file, and with tensorboard, in
+an order that turns around; rows are fetched and logged as in a run. Printed for each: the median of a step's time, the
+median over rounds of its ratio to no backend, and the share of it that is spent in logging calls, by the clock and of
+processor time, which other work on the machine blurs less than the ratio. Predictions, drawn after a validation, and
+the heat map of the tasks' gradients are timed by themselves, in processor time.
 """
 
 from __future__ import annotations
@@ -124,8 +124,8 @@ def measure(setup: Any, folder: Path, rounds: int, num_steps: int) -> None:
         for name in trackers:
             ratio = statistics.median(one / none for one, none in zip(times[name], times["none"], strict=True))
             sys.stdout.write(
-                f"{phase.name}: {name:12} {statistics.median(times[name]) * 1e3:8.2f} ms a step, {ratio:.4f} of no backend,"
-                f" {statistics.median(shares[name]):.2%} of it in logging, of processor time"
+                f"{phase.name}: {name:12} {statistics.median(times[name]) * 1e3:8.2f} ms a step, {ratio:.4f} of no"
+                f" backend, {statistics.median(shares[name]):.2%} of it in logging, of processor time"
                 f" {statistics.median(processor_shares[name]):.2%}\n"
             )
         pictures(setup, trainer, trackers["wandb"])
@@ -147,9 +147,9 @@ def pictures(setup: Any, trainer: Trainer, tracker: Tracker) -> None:
     for name, draw in work.items():
         found = []
         for _ in range(6):
-            start = time.perf_counter()
+            start = time.process_time()
             draw()
-            found.append(time.perf_counter() - start)
+            found.append(time.process_time() - start)
         sys.stdout.write(f"{name}: {statistics.median(found[1:]) * 1e3:.0f} ms, the first {found[0] * 1e3:.0f} ms\n")
 
 

@@ -64,7 +64,7 @@ class Dashboard:
         number = self.number_of(phase)
         plan = self._setup.plan.phases[number - 1]
         counts = {"frozen_parameters": plan.frozen.parameters, "trained_parameters": plan.trainable.parameters}
-        shown = {"begins": phase.name, "number": number, **counts}
+        shown: dict[str, float | int | str] = {"begins": phase.name, "number": number, **counts}
         self._tracker.show({"step": step, **{f"phase/{name}": value for name, value in shown.items()}})
 
     def found(self, report: Report, step: int) -> None:

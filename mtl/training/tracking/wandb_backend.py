@@ -2,14 +2,12 @@
 
 from __future__ import annotations
 
-import io
 import os
 import re
+import tempfile
 from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import Any
-
-from PIL import Image
 
 from mtl.runtime.console import first_line
 from mtl.training.tracking.backend import BestCheckpoint, Row, Table, TrackedRun, TrackingBackend
@@ -39,7 +37,11 @@ class WandbBackend(TrackingBackend):
         self._run.log({name: _wandb().Table(list(columns), [*map(list, rows)])}, step=step)
 
     def picture(self, name: str, png: bytes, step: int) -> None:
-        self._run.log({name: _wandb().Image(Image.open(io.BytesIO(png)))}, step=step)
+        # A file is copied as it is; from pixels, wandb would encode it again.
+        with tempfile.TemporaryDirectory() as folder:
+            file = Path(folder) / "picture.png"
+            file.write_bytes(png)
+            self._run.log({name: _wandb().Image(str(file))}, step=step)
 
     def alert(self, title: str, text: str, step: int) -> None:
         # wandb takes titles of less than 64 characters, and drops a second alert of one title within a minute.
