@@ -70,6 +70,16 @@ def test_the_run_with_a_teacher_in_the_documentation_resolves(tmp_path: Path) ->
     assert setup.tasks["like_lite0"].num_outputs == 1280
 
 
+def test_the_backend_in_the_documentation_writes_its_file(tmp_path: Path) -> None:
+    (tmp_path / "csv_log.py").write_text(code_block("docs/tracking.md", "python"))
+    own = {"backend": "csv_log:Csv", "options": {"names": ["val/score", "val/depth/rmse"]}}
+    file = tiny_config(tmp_path, tracking=own, phases=[{"name": "a", "freeze": ["trunk"], "epochs": 2}])
+    assert main(["train", str(file), "-q"]) == 0
+    rows = [row for row in read_metrics(tmp_path / "runs/tiny") if "val/score" in row]
+    lines = (tmp_path / "runs/tiny/log.csv").read_text().splitlines()
+    assert lines == [f"{row['step']},{row['val/score']},{row['val/depth/rmse']}" for row in rows] and len(lines) == 2
+
+
 def commands(page: str) -> list[list[str]]:
     """The `mtl plan` commands of a page, each as its arguments."""
     lines = re.findall(r"^    mtl (plan configs/.*?)(?: *[#>].*)?$", (ROOT / page).read_text(), flags=re.MULTILINE)

@@ -149,7 +149,9 @@ def _end(code: int, said: str, attempt: Attempt | None = None) -> int:
     if attempt.is_trained:
         print_err(f"Training is complete and saved. To write the report: mtl report {run_dir}")
     elif run_dir is not None and (run_dir / "checkpoints" / "last").exists():
-        print_err("To resume, rerun with resume=auto.")
+        # Where the name is not as it was written, it was made for this run.
+        is_own = attempt.config is not None and attempt.config.source.data.get("name") != attempt.config.name
+        print_err(f"To resume, rerun with {f'name={run_dir.name} ' if is_own else ''}resume=auto.")
     else:
         print_err("Nothing was saved yet.")
     return code

@@ -6,6 +6,7 @@ import logging
 import math
 import sys
 from collections.abc import Sequence
+from dataclasses import replace
 from pathlib import Path
 from typing import TYPE_CHECKING
 
@@ -71,7 +72,7 @@ def run_config(file: Path, overrides: Sequence[str], quiet: bool, attempt: Attem
     attempt.trains = True
 
     from mtl.config import load_config
-    from mtl.training.run_dir import check_run_dir
+    from mtl.training.run_dir import check_run_dir, own_name
 
     # The configuration is checked before torch and timm are loaded, which takes seconds.
     config = load_config(file, overrides)
@@ -84,15 +85,20 @@ def run_config(file: Path, overrides: Sequence[str], quiet: bool, attempt: Attem
     from mtl.training.resume import resumed_config
     from mtl.training.run import train
     from mtl.training.setup import assemble
+    from mtl.training.tracking.choice import check_backend
 
     world = attempt.world = World.from_environment()
     show_log(quiet or not world.is_main, only_errors=not world.is_main)
+    check_backend(config)
     config, source = resumed_config(config)
     attempt.config = config
     setup = assemble(config, quiet, world, begins=source is None)
     attempt.plan = setup.plan
     logger.info(short_plan(setup.plan, line_width(sys.stdout)))
-    result = train(setup, quiet, world, source)
+    with own_name(setup.config, world.is_main, world.broadcast) as config:
+        setup = replace(setup, config=config)
+        attempt.config = config
+        result = train(setup, quiet, world, source)
     attempt.is_trained = True
     if result.asked_to_end and world.is_alone:
         # It came too late to end training; what is left is the report.

@@ -26,6 +26,8 @@ def _check_length(text: str) -> str:
 
 
 Device = Annotated[str, AfterValidator(_check_device)]
+# The name that gives every run one of its own.
+AUTO = "auto"
 # Names a directory.
 RunName = Annotated[str, Field(pattern=r"^[\w\-][\w.\-]*$"), AfterValidator(_check_length)]
 # Stands in lines of logs and tables.

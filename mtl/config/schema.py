@@ -55,7 +55,7 @@ class RunConfig(Strict):
 
     Attributes:
         name: The run's name: the run directory is `runs_dir`/`name`. Letters, digits, `_`, `-` and `.`, at most 200
-            bytes.
+            bytes. `auto` gives every run a name of its own: that of the file and the next free number, `scenes-001`.
         runs_dir: The folder of all run directories.
         seed: Seed of initial weights and of the order of images; the same seed gives the same bits on a CPU.
         device: `auto` (`cuda` if there is a GPU, else `cpu`), `cpu`, `cuda` or `cuda:N`. `cuda:N` is refused with
@@ -88,7 +88,7 @@ class RunConfig(Strict):
         resume_override: Whether to resume although the configuration has changed since the run began, or although the
             audit ended it. Without `resume` it has no effect.
         audit: What the gradient audit does.
-        tracking: Logging to wandb, and how often steps are logged.
+        tracking: Where the run is shown, and how often steps are logged.
         MODEL: The classic list of frozen names.
     """
 

@@ -41,6 +41,12 @@ class Source:
     names: dict[KeyPath, str | None] = field(default_factory=dict)
     nulls: set[KeyPath] = field(default_factory=set)
 
+    @property
+    def file(self) -> Path | None:
+        """The file; None if there is none."""
+        place = self.places.get(())
+        return None if place is None else Path(place.rpartition(":")[0])
+
     def where(self, path: KeyPath) -> str:
         """The place of a key, or of the nearest key around it that was written."""
         for end in range(len(path), -1, -1):

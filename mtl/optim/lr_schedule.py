@@ -86,9 +86,9 @@ class LrSchedule:
             self._set()
 
     @property
-    def max_lr(self) -> float:
-        """The highest rate of the next step."""
-        return max(float(group["lr"]) for group in self._optimizer.param_groups)
+    def rates(self) -> list[float]:
+        """The rate of each of the optimizer's groups in the next step."""
+        return [float(group["lr"]) for group in self._optimizer.param_groups]
 
     def state_dict(self) -> LrScheduleState:
         return LrScheduleState(step=self._step, scale=self._scale, best=self._best.state_dict())

@@ -11,6 +11,8 @@ from mtl.runtime.text import hint
 from mtl.tasks import Task
 
 SCORE = "val/score"
+# The best value of it so far.
+BEST_SCORE = "val/best_score"
 
 
 class RunMetrics:
@@ -25,6 +27,11 @@ class RunMetrics:
                 is_main = metric == task.goal.metric
                 known = task.goal.direction if is_main else metrics.direction(metric)
                 self._directions[f"val/{name}/{metric}"] = known
+
+    @property
+    def directions(self) -> Mapping[str, Direction | None]:
+        """Which values of each metric are better; None where that is not known."""
+        return self._directions
 
     def direction(self, metric: str, said: Direction | None, path: KeyPath, key: str = "metric") -> Direction:
         """Which values of a metric are better: what the user said, else what is known.

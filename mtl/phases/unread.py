@@ -8,7 +8,9 @@ from dataclasses import dataclass
 from mtl.config import RunConfig
 from mtl.config.cache import CacheConfig
 from mtl.config.optim import OptimConfig
+from mtl.config.own import is_own
 from mtl.config.precedence import Precedence, is_default, is_written, precedence_of
+from mtl.config.tracking import ONLY_WANDB
 from mtl.config.yaml_source import KeyPath
 from mtl.patterns import PatternError, select
 from mtl.phases.reads import OF_OPTIM, balance_path
@@ -101,6 +103,7 @@ def _candidates(config: RunConfig, phases: Sequence[Phase]) -> Iterator[_Unread]
             yield _Unread(("cache", key), f"no phase keeps anything {_KEPT_WHERE.get(key, '')}".rstrip(), off)
     if config.resume is None:
         yield _Unread(("resume_override",), "resume is not given")
+    yield from _of_tracking(config)
     for phase in {phase.written.path: phase for phase in phases}.values():
         yield from _of_phase(config, phase)
     first = phases[0].written.path
@@ -109,6 +112,19 @@ def _candidates(config: RunConfig, phases: Sequence[Phase]) -> Iterator[_Unread]
             yield _Unread((*first, "optimizer_state"), "before the first phase, optimizers have no state")
         if phases[0].config.restore.which == "best":
             yield _Unread((*first, "restore"), "before the first phase, no weights are the best")
+
+
+def _of_tracking(config: RunConfig) -> Iterator[_Unread]:
+    """What only wandb reads, where the run is not shown there."""
+    tracking = config.tracking
+    if not tracking.is_off and (tracking.backend == "wandb" or is_own(tracking.backend)):
+        return
+    off, backend = tracking.mode == "disabled", ("tracking", "backend")
+    before = ("tracking", "mode") if off else backend
+    why = "the run is shown nowhere" if tracking.is_off else f"{tracking.backend} does not read it"
+    keys = [*ONLY_WANDB, *(["predictions_every_epochs"] if tracking.is_off else [])]
+    for key in keys if off else [*keys, "mode"]:
+        yield _Unread(("tracking", key), why, (before,))
 
 
 def _of_phase(config: RunConfig, phase: Phase) -> Iterator[_Unread]:

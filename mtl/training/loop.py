@@ -17,6 +17,7 @@ from mtl.data import Batch, Loading, training_batches, windows
 from mtl.distributed.world import ALONE, World
 from mtl.freeze import enforce
 from mtl.patterns import text_of
+from mtl.phases.metrics import BEST_SCORE
 from mtl.phases.resolve import Phase
 from mtl.runtime.console import logger
 from mtl.runtime.rng import rng_unchanged
@@ -72,6 +73,7 @@ class Trainer:
         """Restores the run as it was when it wrote a checkpoint; the checkpoint's weights are in the model already."""
         self.state.restore(resumption)
         self.checkpoints.relink(resumption, self.state)
+        self.log.dashboard.resume(self.audit.report)
         phase = self.setup.phases[self.state.phase_index].name
         logger.info(f"resume: phase {phase!r} from step {self.state.step}, {resumption.folder}")
 
@@ -101,6 +103,7 @@ class Trainer:
             if not state.in_phase:  # once a phase, never on resume
                 self.checkpoints.load_best(state, phase)
                 state.begin_phase(phase)
+                self.log.dashboard.begin_phase(phase, state.step)
             # No gradient of the phase before, requires_grad by plan, and frozen modules in eval mode permanently.
             enforce(setup.root, phase.freeze.plan)
             self.log.phase_begins(phase)
@@ -175,7 +178,7 @@ class Trainer:
             has_moved = self._leave_out(active, active.guard, tasks, rows, norm, window)
         else:
             self.audit.after_backward()  # no frozen tensor has a gradient
-            lr = optim.lr_schedule.max_lr
+            lr = optim.rates
             with optim.others_unmoved(phase.balance, tasks):
                 self.scaler.step(optim.optimizer)
             self.scaler.update()
@@ -217,7 +220,7 @@ class Trainer:
         if self.scaler.is_enabled():
             self.scaler.update()
         active.log.skip()
-        logger.warning(f"{error.fact}: the step is left out")
+        self.log.left_out(error)
         return False
 
     def _has_moved(self, phase: Phase, norm: Tensor) -> bool:
@@ -232,6 +235,7 @@ class Trainer:
         self.sync.average_statistics(self.setup.root, phase.freeze.plan)
         with state.averaged():
             scores, metrics = self.validate(phase)
+            self.log.dashboard.predictions.after_validation(state.epoch, state.step)
         metrics["train/loss"] = math.nan if optim is None else active.log.mean_loss
         if optim is not None and state.epoch_is_whole:
             phase.balance.after_epoch()
@@ -254,10 +258,13 @@ class Trainer:
             row["perf/images_per_s"] = log.images_per_s
         if self.scaler.is_enabled() or self.setup.config.not_finite == "skip":
             row["train/skipped_steps"] = state.num_skipped
-        self.log.epoch(row)
         # An evaluation has no weights of its own, unless it comes first.
-        if active.optim is not None or state.step == 0:
-            self.checkpoints.write(state, active, row, state.new_best(metrics))
+        has_weights = active.optim is not None or state.step == 0
+        links = state.new_best(metrics) if has_weights else []
+        row[BEST_SCORE] = state.best.score
+        self.log.epoch(row, self.audit.report)
+        if has_weights:
+            self.checkpoints.write(state, active, row, links)
         self.log.epoch_line(row, log)
 
     def save_within_epoch(self, active: ActivePhase) -> Path:
@@ -311,4 +318,5 @@ class Trainer:
         return self.checkpoints.is_due(self.state.step, self.sync.seconds)
 
     def _row(self, phase: Phase) -> dict[str, Any]:
-        return {"step": self.state.step, "epoch": self.state.epoch, "phase": phase.name}
+        number = self.state.phase_index + 1
+        return {"step": self.state.step, "epoch": self.state.epoch, "phase": phase.name, "phase_number": number}

@@ -12,6 +12,7 @@ from mtl.distributed.ddp import wrap_ddp
 from mtl.distributed.world import World
 from mtl.optim.balance.balance import Balance
 from mtl.optim.balance.subset import others_unmoved
+from mtl.optim.group_names import group_names
 from mtl.optim.lr_schedule import LrSchedule
 from mtl.optim.optimizers import build_optimizer, parameters_of
 from mtl.phases.resolve import Phase
@@ -43,6 +44,8 @@ class PhaseOptimizer:
             logger.warning("resume: the checkpoint has no state for this optimizer; it starts from scratch")
         self.trainable = parameters_of(self.optimizer)
         names = [self._name_of[parameter] for parameter in self.trainable]
+        groups = [[self._name_of[parameter] for parameter in group["params"]] for group in phase.groups]
+        self._group_names = group_names(groups, [group["lr"] for group in phase.groups])
         if state.ema is not None:
             state.ema.follow(dict(zip(names, self.trainable, strict=True)))
         self.lr_schedule = LrSchedule(
@@ -53,6 +56,11 @@ class PhaseOptimizer:
         self.replica = wrap_ddp(setup.root, names, world)
         self._reached = phase.reached
         self._left_out: dict[tuple[str, ...], list[nn.Parameter]] = {}
+
+    @property
+    def rates(self) -> dict[str, float]:
+        """The learning rates of the next step, by parameter group."""
+        return dict(zip(self._group_names, self.lr_schedule.rates, strict=True))
 
     def silent(self, tasks: StepTasks, world: World) -> list[nn.Parameter]:
         """What the labelled tasks of a step do not reach and needs a gradient of zeros, for which DDP waits."""

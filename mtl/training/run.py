@@ -14,6 +14,7 @@ from mtl.config.yaml_text import dump_yaml
 from mtl.distributed.sync_batchnorm import synchronise
 from mtl.distributed.world import ALONE, World
 from mtl.model.fsdp import shard_with_groups
+from mtl.phases.metrics import RunMetrics
 from mtl.runtime.console import logger
 from mtl.runtime.files import write_json, write_text
 from mtl.runtime.signals import Interrupt
@@ -78,6 +79,8 @@ def train(setup: RunSetup, quiet: bool = False, world: World = ALONE, source: Re
         try:
             if resumption is not None:
                 trainer.restore(resumption)
+            if not in_place:
+                trainer.log.dashboard.begin(trainer.state.step)
             result = trainer.run()
             result.asked_to_end, is_finished = asked.name, True
             return result
@@ -98,8 +101,10 @@ def train(setup: RunSetup, quiet: bool = False, world: World = ALONE, source: Re
                 if not world.is_main and report.violations:
                     # What one process alone has found is in no other one's report.
                     write_json(audit_file(run_dir, world), content)
-            summary = {"audit/ok": report.ok, "val/best_score": trainer.state.best.score}
-            tracker.finish(summary, failed=not is_finished)
+            state, dashboard = trainer.state, trainer.log.dashboard
+            dashboard.found(report, state.step)
+            best = (state.best.score, state.best.step)
+            dashboard.end(state.scores, report, best, state.step, failed=not is_finished)
 
 
 @contextmanager
@@ -151,6 +156,15 @@ def _start_files(
         for line in setup.unread:
             logger.warning(line)
     wandb_id = None if resumption is None else resumption.state["wandb_id"]
-    tracker = Tracker(config.tracking, run_dir, config.name, resolved, wandb_id, is_silent=not world.is_main)
+    tracker = Tracker(
+        config.tracking,
+        run_dir,
+        config.name,
+        resolved,
+        wandb_id,
+        is_silent=not world.is_main,
+        directions=RunMetrics(config, setup.tasks).directions,
+        step=0 if resumption is None else resumption.state["step"],
+    )
     logger.log(logging.WARNING if tracker.is_less else logging.INFO, tracker.message)
     return tracker

@@ -6,12 +6,13 @@ import fcntl
 import os
 import re
 import shutil
-from collections.abc import Iterator
-from contextlib import contextmanager
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager, suppress
 from pathlib import Path
 
 from mtl.checkpoint.run_files import RunFileError, read_state_file
 from mtl.config import RunConfig
+from mtl.config.names import AUTO
 from mtl.runtime.console import logger
 from mtl.runtime.files import dead_link
 from mtl.runtime.text import shorten
@@ -27,7 +28,7 @@ _OF_A_START = (
 
 def resumes_in_place(config: RunConfig) -> bool:
     """Whether a run resumes in its own directory, which holds files of it already."""
-    if config.resume is None or not _is_run(config.run_dir):
+    if config.resume is None or config.name == AUTO or not _is_run(config.run_dir):
         return False
     own = [config.run_dir, config.run_dir / "checkpoints", config.run_dir / "checkpoints" / "last"]
     return config.resume == "auto" or Path(config.resume).resolve() in [path.resolve() for path in own]
@@ -55,6 +56,13 @@ def _is_of_a_checkpoint(file: Path) -> bool:
 
 def check_run_dir(config: RunConfig) -> None:
     """Raises `ConfigError` if the run directory is taken or cannot be made, or its checkpoints cannot be seen."""
+    if config.name == AUTO:
+        if config.resume == "auto":
+            raise config.mistake(
+                ("resume",), "name=auto begins a run with a name of its own; to resume one, give its name"
+            )
+        _check_parent(config, Path(config.runs_dir))
+        return
     run_dir = config.run_dir
     try:
         if why := dead_link(run_dir):
@@ -77,6 +85,11 @@ def check_run_dir(config: RunConfig) -> None:
         )
     if run_dir.is_dir():
         _check_checkpoints(config)
+    _check_parent(config, run_dir)
+
+
+def _check_parent(config: RunConfig, run_dir: Path) -> None:
+    """Raises `ConfigError` if a directory cannot be made, or what is there cannot be written to."""
     parent = next(folder for folder in [run_dir, *run_dir.absolute().parents] if folder.exists())
     if not parent.is_dir() or not os.access(parent, os.W_OK | os.X_OK):
         raise config.mistake(
@@ -106,6 +119,51 @@ def _check_checkpoints(config: RunConfig) -> None:
         raise config.mistake(
             ("resume",), f"{folder} cannot be read ({error.strerror}), so no checkpoint can be found; make it readable"
         ) from error
+
+
+@contextmanager
+def own_name(config: RunConfig, is_main: bool, broadcast: Callable[[str | None], str]) -> Iterator[RunConfig]:
+    """The configuration with a name for its run: with `name: auto`, that of its file and the next free number.
+
+    The directory is made at once, so that runs that begin together have different names; it is removed again if
+    nothing is written to it while the block runs.
+
+    Args:
+        config: The run.
+        is_main: Whether this is the process that chooses.
+        broadcast: Gives every process what that one passes.
+
+    Raises:
+        ConfigError: The directory cannot be made.
+    """
+    if config.name != AUTO:
+        yield config
+        return
+    config = config.with_changes(name=broadcast(_make_next(config) if is_main else None))
+    try:
+        yield config
+    finally:
+        if is_main:
+            with suppress(OSError):
+                # Fails if it is not empty.
+                config.run_dir.rmdir()
+
+
+def _make_next(config: RunConfig) -> str:
+    """Makes a directory whose name nobody has; returns the name."""
+    runs = Path(config.runs_dir)
+    stem = re.sub(r"[^\w.\-]", "-", config.source.file.stem if config.source.file else "run").lstrip(".")[:100] or "run"
+    try:
+        runs.mkdir(parents=True, exist_ok=True)
+        taken = [re.fullmatch(rf"{re.escape(stem)}-(\d+)", path.name, re.ASCII) for path in runs.iterdir()]
+        number = max((int(found[1]) for found in taken if found), default=0)
+        while True:
+            number += 1
+            with suppress(FileExistsError):
+                (runs / f"{stem}-{number:03d}").mkdir()
+                return f"{stem}-{number:03d}"
+    except OSError as error:
+        raise config.mistake(("runs_dir",), f"{runs} cannot be written to: {error.strerror}") from error
 
 
 @contextmanager

@@ -49,7 +49,7 @@ def rates(config: LrScheduleConfig, num_steps: int, steps_per_epoch: int = 1, nu
     found = []
     for _ in range(num_steps + 1 + num_more):
         found.append(optimizer.param_groups[0]["lr"])
-        assert schedule.max_lr == found[-1]
+        assert max(schedule.rates) == found[-1]
         optimizer.step()
         schedule.step()
     return found
@@ -122,7 +122,7 @@ def test_every_group_follows_the_course_from_its_own_peak() -> None:
     found = []
     for _ in range(4):
         found.append([group["lr"] for group in optimizer.param_groups])
-        assert schedule.max_lr == found[-1][1]
+        assert max(schedule.rates) == found[-1][1]
         optimizer.step()
         schedule.step()
     expected = [[peak * factor for peak in (0.1, 0.4, 0.2)] for factor in (1.0, HIGH, 0.5, LOW)]

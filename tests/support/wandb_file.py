@@ -46,6 +46,11 @@ def read_records(file: Path) -> Iterator[Record]:
             yield record
 
 
+def of_kind(file: Path, kind: str) -> list[Any]:
+    """The content of all records of a kind, such as `metric` or `alert`."""
+    return [getattr(record, kind) for record in read_records(file) if record.WhichOneof("record_type") == kind]
+
+
 def history(file: Path) -> list[dict[str, Any]]:
     """What was logged, row by row."""
     rows = []

@@ -121,7 +121,7 @@ def test_a_wandb_that_stops_working_is_reported_once_and_left_alone(
     tmp_path: Path, caplog: pytest.LogCaptureFixture, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     tracker = Tracker(TrackingConfig(), tmp_path, "name", {})
-    real = tracker._run
+    real = tracker._backend._run  # type: ignore[union-attr]
 
     def fail(*_: object, **__: object) -> None:
         raise ConnectionError("gone")

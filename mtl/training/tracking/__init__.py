@@ -1,1 +1,5 @@
-"""What a run logs: metrics.jsonl, wandb, the console."""
+"""What a run logs: metrics.jsonl, a backend such as wandb, the console."""
+
+from mtl.training.tracking.backend import BestCheckpoint, TrackedRun, TrackingBackend
+
+__all__ = ["BestCheckpoint", "TrackedRun", "TrackingBackend"]

@@ -63,7 +63,8 @@ class GradientLog:
         analysis = analyse(losses, self._groups) if losses else None
         if analysis is None:
             return
-        log.add_row(step, analysis.to_row())
+        # All of them are in the table and the picture; as charts they would be dozens, of a few points each.
+        log.add_row(step, analysis.to_row(), shown=["grad/conflict_share"])
         rows = [(task, group, norm) for task, norms in _reached(analysis).items() for group, norm in norms.items()]
         self._tracker.log_table("grad/norms", ["task", "group", "norm"], rows, step)
         self._tracker.log_picture("grad/heat_map", lambda: png_of(draw_gradients(analysis)), step)

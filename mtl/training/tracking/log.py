@@ -17,6 +17,7 @@ from mtl.runtime.console import logger, progress_bar
 from mtl.runtime.files import write_json
 from mtl.training.nonfinite import NotFiniteError
 from mtl.training.setup import RunSetup
+from mtl.training.tracking.dashboard import Dashboard
 from mtl.training.tracking.gradients import GradientLog
 from mtl.training.tracking.messages import log_balance, log_epoch, log_idle_tasks, log_unreached
 from mtl.training.tracking.steps import StepLog
@@ -24,7 +25,11 @@ from mtl.training.tracking.tracker import Tracker
 
 
 class RunLog:
-    """One for each run. Files are written by the first process."""
+    """One for each run. Files are written by the first process.
+
+    Attributes:
+        dashboard: What a backend shows besides the rows.
+    """
 
     def __init__(self, setup: RunSetup, run_dir: Path, tracker: Tracker, quiet: bool, world: World) -> None:
         self.run_dir = run_dir
@@ -32,6 +37,7 @@ class RunLog:
         self._tracker = tracker
         self._quiet = quiet
         self._is_main = world.is_main
+        self.dashboard = Dashboard(setup, run_dir, tracker, world)
         self._gradients = GradientLog(tracker, setup.model.trunk, setup.config.audit.gradients_every_steps)
         # Where layers speak to other processes in their backward, all have to go through it.
         self._is_analysed = world.is_main or setup.config.distributed.sync_batchnorm
@@ -55,8 +61,14 @@ class RunLog:
         self.write("results.json", content)
 
     def not_finite(self, error: NotFiniteError, epoch: int) -> None:
-        """Writes `not_finite.json`: the images of a step whose loss or gradient is NaN or infinite."""
+        """Alerts, and writes `not_finite.json`: the images of a step whose loss or gradient is NaN or infinite."""
+        self.dashboard.not_finite(error)
         self.write("not_finite.json", error.to_json(epoch))
+
+    def left_out(self, error: NotFiniteError) -> None:
+        """Warns of a step that is left out, and alerts of the first one."""
+        logger.warning(f"{error.fact}: the step is left out")
+        self.dashboard.not_finite(error, is_skipped=True)
 
     def write(self, name: str, content: Mapping[str, Any]) -> None:
         if self._is_main:
@@ -65,7 +77,7 @@ class RunLog:
     def steps_of(self, phase: Phase, epoch: int, sums: Mapping[str, float] | None, has_scaler: bool) -> StepLog:
         """The log of an epoch's steps, continued from its sums if it was resumed."""
         every = self._setup.config.tracking.log_every_steps
-        log = StepLog(self._tracker, every, phase.name, epoch, has_scaler)
+        log = StepLog(self._tracker, every, phase.name, epoch, has_scaler, self.dashboard.number_of(phase))
         if sums is not None:
             log.load_state_dict(sums)
         return log
@@ -83,8 +95,10 @@ class RunLog:
         if self._is_analysed:
             self._gradients.before_backward(losses, step, log)
 
-    def epoch(self, row: Mapping[str, Any]) -> None:
+    def epoch(self, row: Mapping[str, Any], report: Report) -> None:
+        """Logs a validation, and alerts of what the audit has found."""
         self._tracker.log(row)
+        self.dashboard.found(report, row["step"])
 
     def epoch_line(self, row: Mapping[str, Any], log: StepLog | None) -> None:
         log_epoch(self._setup, row, log)

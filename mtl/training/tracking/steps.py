@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import math
 import time
-from collections.abc import Mapping, Sequence
+from collections.abc import Collection, Mapping, Sequence
 from dataclasses import dataclass
 
 import torch
@@ -23,14 +23,14 @@ class _Step:
     Attributes:
         step: Its number.
         tasks: The tasks of which it had labels.
-        lr: The highest learning rate used.
+        lr: The learning rates used, by parameter group.
         row: The balanced loss, the tasks' losses, and the gradient's norm, "t+2".
         indices: For each of its batches the images' places.
     """
 
     step: int
     tasks: tuple[str, ...]
-    lr: float
+    lr: Mapping[str, float]
     row: Tensor
     indices: list[Tensor]
 
@@ -50,6 +50,7 @@ class StepLog:
         phase: str,
         epoch: int,
         skips_gradients: bool = False,
+        phase_number: int = 1,
     ) -> None:
         """Args:
         tracker: Where rows go.
@@ -57,12 +58,13 @@ class StepLog:
         phase: The phase's name.
         epoch: The epoch's number.
         skips_gradients: Whether a step whose gradient is not finite was left out (by the scaler of fp16).
+        phase_number: The phase's number, from 1.
         """
         self._tracker = tracker
         self._skips_gradients = skips_gradients
         self.num_skipped = 0
         self._every_steps = every_steps
-        self._common: dict[str, int | str] = {"epoch": epoch, "phase": phase}
+        self._common: dict[str, int | str] = {"epoch": epoch, "phase": phase, "phase_number": phase_number}
         self._pending: list[_Step] = []
         self._num_images = self._pending_images = 0
         self._start = self._since = time.perf_counter()
@@ -75,7 +77,7 @@ class StepLog:
         tasks: Sequence[str],
         losses: Sequence[Tensor],
         norm: Tensor,
-        lr: float,
+        lr: Mapping[str, float],
         indices: list[Tensor],
     ) -> None:
         """Records a step.
@@ -85,10 +87,10 @@ class StepLog:
             tasks: The tasks of which it had labels.
             losses: For each of its batches the balanced loss and the tasks' losses, "1+t".
             norm: The norm of the gradients of all trainable parameters, a scalar.
-            lr: The highest learning rate used.
+            lr: The learning rates used, by parameter group.
             indices: For each of its batches the images' places, on the CPU.
         """
-        self._pending.append(_Step(step, tuple(tasks), lr, _row(losses, norm), indices))
+        self._pending.append(_Step(step, tuple(tasks), dict(lr), _row(losses, norm), indices))
         self._pending_images += sum(map(len, indices))
         if len(self._pending) >= self._every_steps:
             self.flush()
@@ -108,7 +110,10 @@ class StepLog:
             row = values[start : start + len(each.row)]
             start += len(row)
             numbers = _numbers(each.tasks, row)
-            rest = {"train/lr": each.lr, "perf/images_per_s": rate}
+            rates = {f"train/lr/{group}": lr for group, lr in each.lr.items()}
+            rest = {"train/lr": max(each.lr.values(), default=0.0), **rates, "perf/images_per_s": rate}
+            if each.tasks:
+                rest["train/loss_sum"] = sum(row[1:-1])
             self._tracker.log({"step": each.step, **self._common, **numbers, **rest})
             self._check(numbers, each.step, each.indices)
             if each.tasks:
@@ -146,10 +151,16 @@ class StepLog:
         """Records a step that was left out."""
         self.num_skipped += 1
 
-    def add_row(self, step: int, numbers: Mapping[str, float]) -> None:
-        """Logs other numbers of a step that is still to be added, after the steps before it: no step goes back."""
+    def add_row(self, step: int, numbers: Mapping[str, float], shown: Collection[str]) -> None:
+        """Logs other numbers of a step that is still to be added, after the steps before it: no step goes back.
+
+        Args:
+            step: The step.
+            numbers: The numbers.
+            shown: Those that the backend shows as well.
+        """
         self.flush()
-        self._tracker.log({"step": step, **self._common, **numbers})
+        self._tracker.log({"step": step, **self._common, **numbers}, shown)
 
     def state_dict(self) -> dict[str, float]:
         """Sums over the epoch so far, all of which is flushed."""

@@ -1,28 +1,25 @@
-"""Tracking: the same numbers to `metrics.jsonl`, always, and to wandb, if it can be had."""
+"""Tracking: the numbers to `metrics.jsonl`, always, and to what shows the run, if it can be had."""
 
 from __future__ import annotations
 
-import io
-import json
-import os
-from collections.abc import Callable, Iterable, Mapping, Sequence
+from collections.abc import Callable, Collection, Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
-from PIL import Image
-
 from mtl.config import TrackingConfig
+from mtl.config.own import checked_options, is_own
+from mtl.runtime.best import Direction
 from mtl.runtime.console import first_line, logger
-from mtl.runtime.files import without_nan
-
-Rows = Iterable[Sequence[float | str | None]]
+from mtl.training.tracking.backend import BestCheckpoint, Row, Table, TrackedRun, TrackingBackend
+from mtl.training.tracking.choice import backend_class
+from mtl.training.tracking.metrics_file import MetricsFile
 
 
 class Tracker:
-    """Logs rows of numbers.
+    """Logs rows of numbers. Nothing that a backend does ends a run.
 
     Attributes:
-        message: How wandb was resolved, in one line.
+        message: Where the run is shown, in one line.
         is_less: Whether that is less than what was asked for, or could be had.
     """
 
@@ -34,28 +31,46 @@ class Tracker:
         run_config: Mapping[str, Any],
         wandb_id: str | None = None,
         is_silent: bool = False,
+        directions: Mapping[str, Direction | None] | None = None,
+        step: int = 0,
     ) -> None:
         """Args:
-        config: How to track.
-        run_dir: Where `metrics.jsonl` and `wandb/` go; it exists.
-        name: The run's name.
-        run_config: The resolved configuration, shown in wandb.
-        wandb_id: The wandb run to resume, if there is one.
-        is_silent: Whether nothing is logged, since another process of the run does it.
+            config: How to track.
+            run_dir: Where `metrics.jsonl` and a backend's files go; it exists.
+            name: The run's name.
+            run_config: The resolved configuration, shown by the backend.
+            wandb_id: Under what the backend knows the run that is resumed, if there is one.
+            is_silent: Whether nothing is logged, since another process of the run does it.
+            directions: Validation metrics, and which of their values are better, as far as that is known.
+            step: Steps done before the run was resumed.
+
+        Raises:
+            SettingError: As for `backend_class`.
         """
-        self._metrics = run_dir / "metrics.jsonl"
-        self._run: Any = None
-        self._wandb_id = wandb_id
+        self._file = MetricsFile(run_dir / "metrics.jsonl")
         self._is_silent = is_silent
+        self._resumed_id = wandb_id
+        self._backend: TrackingBackend | None = None
+        self._name = config.backend
+        self._last_step = step
         self.is_less = False
-        self.message = "wandb: in the first process"
-        if not is_silent:
-            self.message = self._start_wandb(config, run_dir, name, run_config)
+        self.message = f"{config.backend}: " + ("in the first process" if is_silent else "disabled")
+        if config.backend == "none":
+            self.message = "no tracking; the numbers are in metrics.jsonl"
+        kind = None if is_silent else backend_class(config)
+        if kind is not None:
+            run = TrackedRun(config, run_dir, name, run_config, directions or {}, wandb_id, step)
+            self._start(kind, run)
 
     @property
     def wandb_id(self) -> str | None:
-        """The run's name inside wandb, under which it can be resumed; None if it is not tracked there."""
-        return self._wandb_id if self._run is None else str(self._run.id)
+        """Under what the backend can resume the run; None if it needs nothing for that."""
+        return self._resumed_id if self._backend is None else self._backend.run_id
+
+    @property
+    def shows_pictures(self) -> bool:
+        """Whether pictures are shown; else none need be drawn."""
+        return self._backend is not None and type(self._backend).picture is not TrackingBackend.picture
 
     @property
     def url(self) -> str | None:
@@ -63,129 +78,77 @@ class Tracker:
         return None if self._run is None or not self._run.url else str(self._run.url)
 
     def flush_to_disk(self) -> int:
-        """Forces `metrics.jsonl` to disk.
-
-        Returns:
-            Its size in bytes.
-        """
-        if not self._metrics.exists():
-            return 0
-        with self._metrics.open("rb") as stream:
-            os.fsync(stream.fileno())
-            return os.fstat(stream.fileno()).st_size
+        """Forces `metrics.jsonl` to disk; returns its size in bytes."""
+        return self._file.flush_to_disk()
 
     def cut_back(self, num_bytes: int) -> None:
         """Takes what was logged after a checkpoint out of `metrics.jsonl`: it is going to be logged again."""
+        if not self._is_silent:
+            self._file.cut_back(num_bytes)
+
+    def log(self, row: Row, shown: Collection[str] | None = None) -> None:
+        """Logs one row.
+
+        Args:
+            row: The numbers; `step`, the number of steps done, must be in it and never go back.
+            shown: Those that are shown as well; all if not given.
+        """
         if self._is_silent:
             return
-        found = self._metrics.read_bytes() if self._metrics.exists() else b""
-        if len(found) < num_bytes:
-            logger.warning(
-                f"{self._metrics} has lost rows: {len(found):,} bytes are left of {num_bytes:,}; new ones follow"
-            )
-            # Behind half a row, the next one could not be read either.
-            num_bytes = found.rfind(b"\n") + 1
-        if len(found) > num_bytes:
-            os.truncate(self._metrics, num_bytes)
+        self._file.append(row)
+        self.show(row if shown is None else {key: row[key] for key in ("step", *shown) if key in row})
 
-    def log(self, row: Mapping[str, float | int | str]) -> None:
-        """Logs one row; `step`, the number of steps done, must be in it and never go back."""
-        if self._is_silent:
-            return
-        with self._metrics.open("a", encoding="utf-8") as stream:
-            stream.write(json.dumps(without_nan(row), allow_nan=False) + "\n")
-        if self._run is not None:
-            self._guard("log", lambda: self._run.log(dict(row), step=int(row["step"])))
+    def show(self, row: Row) -> None:
+        """Shows one row without logging it."""
+        self._last_step = int(row["step"])
+        self._do("log", lambda backend: backend.log(row, self._last_step))
 
-    def log_table(self, name: str, columns: Sequence[str], rows: Rows, step: int) -> None:
-        """Shows a table in wandb, if that runs; `step` must not be lower than that of the last row."""
-        if self._run is not None:
-            self._guard(
-                name, lambda: self._run.log({name: _wandb().Table(list(columns), [*map(list, rows)])}, step=step)
-            )
+    def log_table(self, name: str, columns: Sequence[str], rows: Table, step: int) -> None:
+        """Shows a table, at the last row's step if that is later: no step goes back."""
+        self._do(name, lambda backend: backend.table(name, columns, rows, max(step, self._last_step)))
 
     def log_picture(self, name: str, draw: Callable[[], bytes], step: int) -> None:
-        """Shows a picture in wandb, if that runs.
+        """Shows a picture.
 
         Args:
             name: Under which name.
             draw: Makes the picture, a PNG file's content; called only if it is shown.
-            step: Must not be lower than that of the last row.
+            step: At which step, or that of the last row if that is later.
         """
-        if self._run is None:
+        if self.shows_pictures:
+            png = draw()
+            self._do(name, lambda backend: backend.picture(name, png, max(step, self._last_step)))
+
+    def alert(self, title: str, text: str, step: int) -> None:
+        """Calls for attention."""
+        self._do("an alert", lambda backend: backend.alert(title, text, step))
+
+    def finish(self, summary: Row, failed: bool, best: BestCheckpoint | None = None) -> None:
+        """Ends tracking.
+
+        Args:
+            summary: What stands for the whole run.
+            failed: Whether the run did not come to its end.
+            best: The best checkpoint, if it did.
+        """
+        self._do("finishing", lambda backend: backend.finish(summary, best, failed))
+
+    def _start(self, kind: type[TrackingBackend], run: TrackedRun) -> None:
+        own = checked_options(kind, run.config.options, "tracking.options") if is_own(run.config.backend) else {}
+        try:
+            backend = kind(run, **own)  # type: ignore[call-arg]
+        except Exception as error:  # noqa: BLE001 - nothing that a backend does ends a run
+            self.is_less = True
+            self.message = f"{self._name}: off, since it failed ({first_line(error)}); the numbers are in metrics.jsonl"
             return
-        image = Image.open(io.BytesIO(draw()))
-        self._guard(name, lambda: self._run.log({name: _wandb().Image(image)}, step=step))
+        self.is_less, self.message = backend.is_less, backend.message or f"tracking: {self._name}"
+        self._backend = None if backend.is_off else backend
 
-    def finish(self, summary: Mapping[str, float | str | bool], failed: bool) -> None:
-        """Ends tracking; `summary` is what wandb shows for the whole run."""
-        if self._run is not None:
-            self._guard("the summary", lambda: self._run.summary.update(dict(summary)))
-        if self._run is not None:
-            self._guard("finishing", lambda: self._run.finish(exit_code=int(failed)))
-
-    def _start_wandb(self, config: TrackingConfig, run_dir: Path, name: str, run_config: Mapping[str, Any]) -> str:
-        mode = os.environ.get("WANDB_MODE", "") if config.mode == "auto" else config.mode
-        if mode == "disabled":
-            return "wandb: disabled"
-        # Look-ups that wandb would make before it knows whether there is a network.
-        os.environ.setdefault("WANDB_ERROR_REPORTING", "false")
-        os.environ.setdefault("WANDB_SILENT", "true")
-        if config.mode == "online":
-            # Else wandb looks for no key where WANDB_MODE says otherwise.
-            os.environ["WANDB_MODE"] = config.mode
-        why = "no key, or asked for"
+    def _do(self, what: str, act: Callable[[TrackingBackend], None]) -> None:
+        if self._backend is None:
+            return
         try:
-            wandb = _wandb()
-            if mode in ("", "online") and not wandb.login(prompt=False, verify=False):
-                # Asked for without a key, wandb would ask for one, and wait.
-                self.is_less = mode == "online"
-                mode, why = "offline", "wandb knows no key: wandb login" if mode else why
-            try:
-                self._run = self._init(wandb, config, run_dir, name, run_config, mode or "online")
-            except Exception as error:  # a failed connection has many types; the run continues without it
-                if mode == "offline":
-                    raise
-                self.is_less = True
-                self._run = self._init(wandb, config, run_dir, name, run_config, "offline")
-                return f"wandb: offline, since online failed ({first_line(error)}); wandb sync {self._folder()}"
-        except Exception as error:  # noqa: BLE001 - nothing that wandb does ends a run
-            self._run, self.is_less = None, True
-            return f"wandb: off, since it failed ({first_line(error)}); the numbers are in metrics.jsonl"
-        if mode == "offline":
-            return f"wandb: offline ({why}); upload later with: wandb sync {self._folder()}"
-        return f"wandb: {mode or 'online'}, {self._run.url or 'no address'}"
-
-    def _init(
-        self, wandb: Any, config: TrackingConfig, run_dir: Path, name: str, run_config: Mapping[str, Any], mode: str
-    ) -> Any:
-        # Only a server may never answer; wandb's own process comes, if late where others want the processor, too.
-        timeout_s = 30 if mode == "online" else 300
-        settings = wandb.Settings(init_timeout=timeout_s, x_disable_stats=True, console="off", silent=True)
-        return wandb.init(
-            project=config.project,
-            name=name,
-            dir=str(run_dir),
-            config=dict(run_config),
-            mode=mode,
-            settings=settings,
-            # Offline, both parts have the same id, and are one run once they are uploaded.
-            id=self._wandb_id,
-            resume="allow" if self._wandb_id else None,
-        )
-
-    def _folder(self) -> str:
-        return os.path.relpath(Path(self._run.dir).parent) if self._run is not None else ""
-
-    def _guard(self, what: str, act: Any) -> None:
-        try:
-            act()
-        except Exception as error:  # noqa: BLE001 - nothing that wandb does ends a run
-            self._run = None
-            logger.warning(f"wandb: stopped, since {what} failed ({first_line(error)}); metrics.jsonl continues")
-
-
-def _wandb() -> Any:
-    import wandb  # late: it takes seconds, and no run needs it
-
-    return wandb
+            act(self._backend)
+        except Exception as error:  # noqa: BLE001 - nothing that a backend does ends a run
+            self._resumed_id, self._backend = self._backend.run_id, None
+            logger.warning(f"{self._name}: stopped, since {what} failed ({first_line(error)}); metrics.jsonl continues")
