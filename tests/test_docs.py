@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+import ast
+import inspect
 import re
 import sys
 from pathlib import Path
@@ -11,6 +13,7 @@ import pytest
 from pydantic import BaseModel
 from test_imports import FLOORS
 
+import mtl
 from mtl.cli import main
 from mtl.config import RunConfig, TaskConfig, load_config
 from mtl.data import BUILT_IN
@@ -32,15 +35,14 @@ from mtl.tasks import (
     Task,
 )
 from mtl.training.evaluate import score
-from pages import code_block, code_blocks
+from pages import PAGES, code_block, code_blocks
 from runs import read_metrics, tiny_config
 
 ROOT = Path(__file__).parent.parent
 
 sys.path.insert(0, str(ROOT / "scripts"))
+import api_docs  # noqa: E402
 import config_docs  # noqa: E402
-
-PAGES = ["README.md", "CONTRIBUTING.md", *(f"docs/{page.name}" for page in sorted((ROOT / "docs").glob("*.md")))]
 
 
 def test_the_configuration_in_the_readme_loads_and_its_phases_resolve(tmp_path: Path) -> None:
@@ -68,25 +70,6 @@ def test_the_run_with_a_teacher_in_the_documentation_resolves(tmp_path: Path) ->
     setup = build_meta_setup(load_config(file))
     assert [phase.tasks for phase in setup.phases] == [("like_lite0",), ("object",), ("object",)]
     assert setup.tasks["like_lite0"].num_outputs == 1280
-
-
-def commands(page: str) -> list[list[str]]:
-    """The `mtl plan` commands of a page, each as its arguments."""
-    lines = re.findall(r"^    mtl (plan configs/.*?)(?: *[#>].*)?$", (ROOT / page).read_text(), flags=re.MULTILINE)
-    return [line.split() for line in lines]
-
-
-@pytest.mark.parametrize("arguments", commands("docs/phases.md"), ids=" ".join)
-def test_a_command_in_the_documentation_runs(
-    arguments: list[str], tmp_path: Path, capsys: pytest.CaptureFixture[str]
-) -> None:
-    (tmp_path / "configs").symlink_to(ROOT / "configs")
-    assert main(arguments) == 0
-    assert capsys.readouterr().out
-
-
-def test_the_commands_of_the_documentation_are_found() -> None:
-    assert len(commands("docs/phases.md")) == 6
 
 
 # Figures: each is read out of the page that states it, and computed from the default configuration
@@ -240,6 +223,37 @@ def test_the_page_of_all_keys_is_written_where_it_is_asked_for(
     assert capsys.readouterr().out == ""
     config_docs.main([])
     assert capsys.readouterr().out == (tmp_path / "page.md").read_text(encoding="utf-8") == config_docs.page()
+
+
+# All Python names
+
+
+def test_the_page_of_python_names_is_what_signatures_and_docstrings_say() -> None:
+    made = api_docs.page()
+    assert (ROOT / "docs/python_api.md").read_text(encoding="utf-8") == made, f"make it again: {api_docs.__doc__}"
+
+
+def test_every_public_name_has_a_signature_and_a_meaning() -> None:
+    listed = [name for section in api_docs.names().values() for name in section]
+    assert {f"mtl.{name}" for name in mtl.__all__} - {"mtl.__version__"} <= set(listed)
+    entries = dict(re.findall(r"^### `([\w.]+)`\n\n(.*?)(?=^##|\Z)", api_docs.page(), flags=re.MULTILINE | re.DOTALL))
+    assert sorted(entries) == sorted(listed)
+    for name, text in entries.items():
+        thing = api_docs.find(name)
+        assert len(text.split()) > 5
+        if not (isinstance(thing, type) and issubclass(thing, Exception)):
+            (shown,) = ast.parse(f"def {text.splitlines()[0].strip()}: ...").body
+            assert isinstance(shown, ast.FunctionDef)
+            own = {each.arg for each in ast.walk(shown) if isinstance(each, ast.arg)}
+            assert own == set(inspect.signature(thing).parameters) - {"self"}
+
+
+def test_the_page_of_python_names_is_written_where_it_is_asked_for(
+    tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    api_docs.main(["--write", str(tmp_path / "page.md")])
+    api_docs.main([])
+    assert capsys.readouterr().out == (tmp_path / "page.md").read_text(encoding="utf-8")
 
 
 def test_the_numbers_of_images_in_the_page_of_all_keys_are_those_of_the_data_sets() -> None:
