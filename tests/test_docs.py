@@ -10,6 +10,7 @@ from pathlib import Path
 from typing import get_args
 
 import pytest
+import yaml
 from pydantic import BaseModel
 from test_imports import FLOORS
 
@@ -34,6 +35,7 @@ from mtl.tasks import (
     Segmentation,
     Task,
 )
+from mtl.tasks.protocols import add_protocol
 from mtl.training.evaluate import score
 from pages import PAGES, code_block, code_blocks
 from runs import read_metrics, tiny_config
@@ -52,6 +54,18 @@ def test_the_configuration_in_the_readme_loads_and_its_phases_resolve(tmp_path: 
     assert list(load_config(file).tasks) == ["species", "age", "parts"]
     file.write_text(whole)
     assert [phase.name for phase in build_meta_setup(load_config(file)).phases] == ["warm-heads", "finetune"]
+
+
+def test_the_readme_in_chinese_has_the_configuration_and_the_patterns_of_the_readme() -> None:
+    whole, _ = code_blocks("README.md", "yaml")
+    assert yaml.safe_load(code_block("docs/README.zh.md", "yaml")) | {"memory_format": "channels_last"} == yaml.safe_load(
+        whole
+    )
+    ours, theirs = (
+        [re.findall(r"`([^`]+)`", row[0]) for row in table(page, header)]
+        for page, header in (("README.md", "| pattern | selects |"), ("docs/README.zh.md", "| 模式 | 选中的内容 |"))
+    )
+    assert ours == theirs
 
 
 def test_the_phases_in_the_documentation_resolve(tmp_path: Path) -> None:
@@ -160,6 +174,14 @@ def test_every_file_that_a_page_names_exists(page: str) -> None:
     text = re.sub(r"> \S+$", "", (ROOT / page).read_text(encoding="utf-8"), flags=re.MULTILINE)
     for file in re.findall(r"(?<![\w/.-])((?:mtl|tests|scripts|docs|configs)/[\w./-]*\w/?)(?![\w*])", text):
         assert (ROOT / file).exists(), file
+
+
+def test_the_map_of_the_site_has_every_page_once_with_what_it_is() -> None:
+    text = (ROOT / "docs/index.md").read_text(encoding="utf-8")
+    pages = [page.removeprefix("docs/") for page in PAGES if page.startswith("docs/")]
+    assert sorted(re.findall(r"\[([\w.]+\.md)\]\(\1\)", text)) == sorted(set(pages) - {"index.md"})
+    for line in re.findall(r"^- (.*?)(?=^- |^$)", text, flags=re.MULTILINE | re.DOTALL):
+        assert len(line.rpartition("): ")[2].split()) > 2 or line.count("](") > 1, line
 
 
 # The house
@@ -309,6 +331,22 @@ def test_the_table_of_metrics_holds_every_metric_and_main_metric() -> None:
     assert documented == {name: list(task.metrics().compute()) for name, task in TASKS.items()}
     tags = {extra.tag for kind in get_args(get_args(TaskConfig)[0]) for extra in get_args(kind)[1:]}
     assert documented.keys() == tags - {"package.module:Name"}
+
+
+def test_every_number_of_a_paper_has_a_name_that_the_code_gives() -> None:
+    text = (ROOT / "docs/paper_numbers.md").read_text(encoding="utf-8")
+    given: set[str] = set()
+    for protocol in ("mtan", "astmt", "invpt", "eigen"):
+        tasks: dict[str, Task] = {"s": Segmentation(3), "d": Depth(), "n": Normals(), "a": Saliency(), "e": Edges()}
+        add_protocol(tasks, protocol)
+        given |= {name for task in tasks.values() for make in task.added for name in make().compute()}
+    named = set(re.findall(r"`(\w+@\w+)`", text))
+    assert named == given
+    own = {name for task in TASKS.values() for name in task.metrics().compute()} | {"mae", "ods_f"}
+    tables = text.split("| column | better | theirs, here | pooled | how they differ |")[1:]
+    rows = [line.split(" | ") for part in tables for line in part.split("\n\n")[0].splitlines()[2:]]
+    assert len(rows) > 12
+    assert {name for row in rows for name in re.findall(r"`(\w+)`", row[3])} <= own
 
 
 def test_the_score_worked_out_by_hand_is_what_the_code_computes() -> None:
