@@ -72,8 +72,6 @@ def test_a_configuration_loads(block: Block, tmp_path: Path) -> None:
     whole = dict(MINIMAL)
     if block.text in SECONDS:
         whole = yaml.safe_load(next(each.text for each in BLOCKS if each.page == block.page))
-    if block.page == "docs/recipes.md":
-        (tmp_path / "configs").symlink_to(ROOT / "configs")
     for shown in configurations(block):
         (tmp_path / "shown.yaml").write_text(yaml.safe_dump((whole if "_base_" not in shown else {}) | shown))
         assert load_config(tmp_path / "shown.yaml").tasks

@@ -57,10 +57,8 @@ def test_the_configuration_in_the_readme_loads_and_its_phases_resolve(tmp_path: 
 
 
 def test_the_readme_in_chinese_has_the_configuration_and_the_patterns_of_the_readme() -> None:
-    whole, _ = code_blocks("README.md", "yaml")
-    assert yaml.safe_load(code_block("docs/README.zh.md", "yaml")) | {"memory_format": "channels_last"} == yaml.safe_load(
-        whole
-    )
+    whole = yaml.safe_load(code_blocks("README.md", "yaml")[0])
+    assert yaml.safe_load(code_block("docs/README.zh.md", "yaml")) | {"memory_format": "channels_last"} == whole
     ours, theirs = (
         [re.findall(r"`([^`]+)`", row[0]) for row in table(page, header)]
         for page, header in (("README.md", "| pattern | selects |"), ("docs/README.zh.md", "| 模式 | 选中的内容 |"))
