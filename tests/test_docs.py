@@ -2,15 +2,19 @@
 
 from __future__ import annotations
 
+import ast
+import inspect
 import re
 import sys
 from pathlib import Path
 from typing import get_args
 
 import pytest
+import yaml
 from pydantic import BaseModel
 from test_imports import FLOORS
 
+import mtl
 from mtl.cli import main
 from mtl.config import RunConfig, TaskConfig, load_config
 from mtl.data import BUILT_IN
@@ -31,16 +35,16 @@ from mtl.tasks import (
     Segmentation,
     Task,
 )
+from mtl.tasks.protocols import add_protocol
 from mtl.training.evaluate import score
-from pages import code_block, code_blocks
+from pages import PAGES, code_block, code_blocks
 from runs import read_metrics, tiny_config
 
 ROOT = Path(__file__).parent.parent
 
 sys.path.insert(0, str(ROOT / "scripts"))
+import api_docs  # noqa: E402
 import config_docs  # noqa: E402
-
-PAGES = ["README.md", "CONTRIBUTING.md", *(f"docs/{page.name}" for page in sorted((ROOT / "docs").glob("*.md")))]
 
 
 def test_the_configuration_in_the_readme_loads_and_its_phases_resolve(tmp_path: Path) -> None:
@@ -50,6 +54,16 @@ def test_the_configuration_in_the_readme_loads_and_its_phases_resolve(tmp_path: 
     assert list(load_config(file).tasks) == ["species", "age", "parts"]
     file.write_text(whole)
     assert [phase.name for phase in build_meta_setup(load_config(file)).phases] == ["warm-heads", "finetune"]
+
+
+def test_the_readme_in_chinese_has_the_configuration_and_the_patterns_of_the_readme() -> None:
+    whole = yaml.safe_load(code_blocks("README.md", "yaml")[0])
+    assert yaml.safe_load(code_block("docs/README.zh.md", "yaml")) | {"memory_format": "channels_last"} == whole
+    ours, theirs = (
+        [re.findall(r"`([^`]+)`", row[0]) for row in table(page, header)]
+        for page, header in (("README.md", "| pattern | selects |"), ("docs/README.zh.md", "| 模式 | 选中的内容 |"))
+    )
+    assert ours == theirs
 
 
 def test_the_phases_in_the_documentation_resolve(tmp_path: Path) -> None:
@@ -78,25 +92,6 @@ def test_the_backend_in_the_documentation_writes_its_file(tmp_path: Path) -> Non
     rows = [row for row in read_metrics(tmp_path / "runs/tiny") if "val/score" in row]
     lines = (tmp_path / "runs/tiny/log.csv").read_text().splitlines()
     assert lines == [f"{row['step']},{row['val/score']},{row['val/depth/rmse']}" for row in rows] and len(lines) == 2
-
-
-def commands(page: str) -> list[list[str]]:
-    """The `mtl plan` commands of a page, each as its arguments."""
-    lines = re.findall(r"^    mtl (plan configs/.*?)(?: *[#>].*)?$", (ROOT / page).read_text(), flags=re.MULTILINE)
-    return [line.split() for line in lines]
-
-
-@pytest.mark.parametrize("arguments", commands("docs/phases.md"), ids=" ".join)
-def test_a_command_in_the_documentation_runs(
-    arguments: list[str], tmp_path: Path, capsys: pytest.CaptureFixture[str]
-) -> None:
-    (tmp_path / "configs").symlink_to(ROOT / "configs")
-    assert main(arguments) == 0
-    assert capsys.readouterr().out
-
-
-def test_the_commands_of_the_documentation_are_found() -> None:
-    assert len(commands("docs/phases.md")) == 6
 
 
 # Figures: each is read out of the page that states it, and computed from the default configuration
@@ -189,6 +184,14 @@ def test_every_file_that_a_page_names_exists(page: str) -> None:
         assert (ROOT / file).exists(), file
 
 
+def test_the_map_of_the_site_has_every_page_once_with_what_it_is() -> None:
+    text = (ROOT / "docs/index.md").read_text(encoding="utf-8")
+    pages = [page.removeprefix("docs/") for page in PAGES if page.startswith("docs/")]
+    assert sorted(re.findall(r"\[([\w.]+\.md)\]\(\1\)", text)) == sorted(set(pages) - {"index.md"})
+    for line in re.findall(r"^- (.*?)(?=^- |^$)", text, flags=re.MULTILINE | re.DOTALL):
+        assert len(line.rpartition("): ")[2].split()) > 2 or line.count("](") > 1, line
+
+
 # The house
 
 
@@ -252,6 +255,37 @@ def test_the_page_of_all_keys_is_written_where_it_is_asked_for(
     assert capsys.readouterr().out == (tmp_path / "page.md").read_text(encoding="utf-8") == config_docs.page()
 
 
+# All Python names
+
+
+def test_the_page_of_python_names_is_what_signatures_and_docstrings_say() -> None:
+    made = api_docs.page()
+    assert (ROOT / "docs/python_api.md").read_text(encoding="utf-8") == made, f"make it again: {api_docs.__doc__}"
+
+
+def test_every_public_name_has_a_signature_and_a_meaning() -> None:
+    listed = [name for section in api_docs.names().values() for name in section]
+    assert {f"mtl.{name}" for name in mtl.__all__} - {"mtl.__version__"} <= set(listed)
+    entries = dict(re.findall(r"^### `([\w.]+)`\n\n(.*?)(?=^##|\Z)", api_docs.page(), flags=re.MULTILINE | re.DOTALL))
+    assert sorted(entries) == sorted(listed)
+    for name, text in entries.items():
+        thing = api_docs.find(name)
+        assert len(text.split()) > 5
+        if not (isinstance(thing, type) and issubclass(thing, Exception)):
+            (shown,) = ast.parse(f"def {text.splitlines()[0].strip()}: ...").body
+            assert isinstance(shown, ast.FunctionDef)
+            own = {each.arg for each in ast.walk(shown) if isinstance(each, ast.arg)}
+            assert own == set(inspect.signature(thing).parameters) - {"self"}
+
+
+def test_the_page_of_python_names_is_written_where_it_is_asked_for(
+    tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    api_docs.main(["--write", str(tmp_path / "page.md")])
+    api_docs.main([])
+    assert capsys.readouterr().out == (tmp_path / "page.md").read_text(encoding="utf-8")
+
+
 def test_the_numbers_of_images_in_the_page_of_all_keys_are_those_of_the_data_sets() -> None:
     for key, attribute in (("num_train", "num_train"), ("num_val", "num_val")):
         (numbers,) = stated("docs/config.md", rf"`data.{key}` .*? if not set, (\S+) of `scenes` and (\S+) of `multif")
@@ -305,6 +339,22 @@ def test_the_table_of_metrics_holds_every_metric_and_main_metric() -> None:
     assert documented == {name: list(task.metrics().compute()) for name, task in TASKS.items()}
     tags = {extra.tag for kind in get_args(get_args(TaskConfig)[0]) for extra in get_args(kind)[1:]}
     assert documented.keys() == tags - {"package.module:Name"}
+
+
+def test_every_number_of_a_paper_has_a_name_that_the_code_gives() -> None:
+    text = (ROOT / "docs/paper_numbers.md").read_text(encoding="utf-8")
+    given: set[str] = set()
+    for protocol in ("mtan", "astmt", "invpt", "eigen"):
+        tasks: dict[str, Task] = {"s": Segmentation(3), "d": Depth(), "n": Normals(), "a": Saliency(), "e": Edges()}
+        add_protocol(tasks, protocol)
+        given |= {name for task in tasks.values() for make in task.added for name in make().compute()}
+    named = set(re.findall(r"`(\w+@\w+)`", text))
+    assert named == given
+    own = {name for task in TASKS.values() for name in task.metrics().compute()} | {"mae", "ods_f"}
+    tables = text.split("| column | better | theirs, here | pooled | how they differ |")[1:]
+    rows = [line.split(" | ") for part in tables for line in part.split("\n\n")[0].splitlines()[2:]]
+    assert len(rows) > 12
+    assert {name for row in rows for name in re.findall(r"`(\w+)`", row[3])} <= own
 
 
 def test_the_score_worked_out_by_hand_is_what_the_code_computes() -> None:

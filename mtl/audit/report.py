@@ -207,10 +207,12 @@ class Report:
 
     @property
     def violations(self) -> list[Violation]:
+        """The violations of all phases, in order."""
         return [violation for phase in self.phases for violation in phase.violations]
 
     @property
     def hazards(self) -> list[Hazard]:
+        """The hazards of all phases, in order."""
         return [hazard for phase in self.phases for hazard in phase.hazards]
 
     @property

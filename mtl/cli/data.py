@@ -25,7 +25,7 @@ def add_parser(verbs: Verbs) -> None:
     ):
         own = inner.add_parser(name, help=text, description=run.__doc__)
         own.set_defaults(run=run)
-        own.add_argument("config", type=Path, metavar="CONFIG", help="a YAML file, such as configs/scenes.yaml")
+        own.add_argument("config", type=Path, metavar="CONFIG", help="a YAML file, or a name such as scenes")
         own.add_argument("overrides", nargs="*", metavar="key=value", help="as for train")
         if run is check:
             own.add_argument("--picture", type=Path, metavar="FILE", help="draw some samples into a PNG file as well")

@@ -24,7 +24,7 @@ def add_parser(verbs: Verbs) -> None:
         "plan", help="what every phase freezes and costs, without training", description=run.__doc__
     )
     parser.set_defaults(run=run)
-    parser.add_argument("config", type=Path, metavar="CONFIG", help="a YAML file, such as configs/scenes.yaml")
+    parser.add_argument("config", type=Path, metavar="CONFIG", help="a YAML file, or a name such as scenes")
     parser.add_argument("overrides", nargs="*", metavar="key=value", help="as for train")
     parser.add_argument("--params", action="store_true", help="list every parameter in every phase")
     parser.add_argument("--json", action="store_true", help="print plain data; with --params, with all names")

@@ -26,7 +26,7 @@ def add_parser(verbs: Verbs) -> None:
     """Adds the verb to the command line."""
     parser = verbs.add_parser("train", help="train a configuration", description=run.__doc__)
     parser.set_defaults(run=run)
-    parser.add_argument("config", type=Path, metavar="CONFIG", help="a YAML file, such as configs/scenes.yaml")
+    parser.add_argument("config", type=Path, metavar="CONFIG", help="a YAML file, or a name such as scenes")
     parser.add_argument(
         "overrides", nargs="*", metavar="key=value", help="such as optim.lr_scale=0.5 phases.finetune.epochs=2"
     )

@@ -128,6 +128,22 @@ class OneCycleConfig(Strict):
     name: Literal["one-cycle"]
 
 
+class SlantedTriangleConfig(Strict):
+    """The rate rises linearly from a fraction of its peak, then falls back to it over the rest of the phase.
+
+    Source: ULMFiT (Howard and Ruder, arXiv 1801.06146, equation 3), with the paper's numbers.
+
+    Attributes:
+        name: The schedule. It takes no `warmup_steps`: it has a warm-up of its own.
+        cut_frac: The share of the phase's steps in which the rate rises; in whole steps, one at least.
+        ratio: How many times the lowest rate the peak is.
+    """
+
+    name: Literal["slanted-triangle"]
+    cut_frac: Annotated[float, Field(gt=0, lt=1)] = 0.1
+    ratio: Annotated[float, Field(gt=1, allow_inf_nan=False)] = 32.0
+
+
 class OwnLrScheduleConfig(Strict):
     """A schedule of your own; see docs/own_lr_schedule.md.
 
@@ -147,6 +163,7 @@ LrScheduleConfig = Annotated[
     | Annotated[StepConfig, Tag("step")]
     | Annotated[PlateauConfig, Tag("plateau")]
     | Annotated[OneCycleConfig, Tag("one-cycle")]
+    | Annotated[SlantedTriangleConfig, Tag("slanted-triangle")]
     | Annotated[OwnLrScheduleConfig, Tag(OWN)],
     chosen_by("name", stand_in="constant"),
     word_for("name"),

@@ -24,6 +24,7 @@ from mtl.config.distributed import DistributedConfig
 from mtl.config.error_text import error_line, explain, key_of
 from mtl.config.errors import ConfigError, OptionsError, SettingError
 from mtl.config.evaluate import EvaluateConfig
+from mtl.config.examples import file_of
 from mtl.config.names import Device, RunName
 from mtl.config.optim import BalanceConfig, OptimConfig, word_for
 from mtl.config.phase import PhaseConfig, PhaseEntry, WrittenPhase, num_unrolled, unroll
@@ -201,13 +202,15 @@ def load_config(file: Path, overrides: Sequence[str] = (), data_of: Path | None 
     """Reads and checks a configuration.
 
     Args:
-        file: A YAML file; with `_base_: other.yaml`, its values override those of another file.
+        file: A YAML file; with `_base_: other.yaml`, its values override those of another file. Or the name of a
+            configuration that comes with mtl, such as `scenes`.
         overrides: Dotted `key=value` pairs, such as `optim.lr_scale=0.5` or `phases.finetune.epochs=2`.
         data_of: Another file, whose data set takes the place of this one's, with the labels and sets of its tasks.
 
     Raises:
         ConfigError: Anything is wrong; all mistakes are reported at once, each with its file and line.
     """
+    written, file = file, file_of(file)
     source = read_source(file, overrides)
     search_in(file.parent)
     if data_of is not None:
@@ -218,7 +221,7 @@ def load_config(file: Path, overrides: Sequence[str] = (), data_of: Path | None 
     except ValidationError as error:
         raise ConfigError([explain(details, RunConfig, source) for details in error.errors()]) from None
     config._source = source
-    config._command = shlex.join(["mtl", "train", str(file), *overrides])
+    config._command = shlex.join(["mtl", "train", str(written), *overrides])
     return config
 
 

@@ -10,6 +10,7 @@ from typing import Any
 import yaml
 
 from mtl.config.errors import ConfigError
+from mtl.config.examples import examples, file_of
 from mtl.config.yaml_text import LIST, MAPPING, NULL, compose, read_scalar
 from mtl.runtime.files import dead_link
 
@@ -108,7 +109,9 @@ def _read_file(file: Path, inside: tuple[Path, ...], wanted_by: str = "") -> Sou
         place = own.where((BASE_KEY,))
         if not isinstance(base, str):
             raise ConfigError([f"{place}: {BASE_KEY}: expected a file or a list of files, got {base!r}"])
-        _merge_sources(result, _read_file(file.parent / base, (*inside, file.resolve()), f"{place}: {BASE_KEY}: "))
+        _merge_sources(
+            result, _read_file(file_of(base, file.parent), (*inside, file.resolve()), f"{place}: {BASE_KEY}: ")
+        )
     _merge_sources(result, own)
     return result
 
@@ -131,6 +134,8 @@ def _read_text(file: Path, wanted_by: str) -> str:
 def _near_files(file: Path) -> str:
     folder = file.parent if file.parent.is_dir() else Path("configs")
     there = sorted(str(other) for other in folder.glob("*.yaml")) if folder.is_dir() else []
+    if not there and not file.suffix:
+        there = [*examples()]
     return f"; there are: {', '.join(there)}" if there else ""
 
 

@@ -18,13 +18,16 @@ from mtl.config.optim import (
     OneCycleConfig,
     OwnLrScheduleConfig,
     PlateauConfig,
+    SlantedTriangleConfig,
     StepConfig,
 )
 from mtl.config.own import make_own, own_class
 from mtl.runtime.best import Best, BestState, Direction
 from mtl.runtime.plugin import where_it_failed
 
-_BuiltIn = ConstantConfig | CosineConfig | LinearConfig | StepConfig | PlateauConfig | OneCycleConfig
+_BuiltIn = (
+    ConstantConfig | CosineConfig | LinearConfig | StepConfig | PlateauConfig | OneCycleConfig | SlantedTriangleConfig
+)
 
 # One-cycle (Smith and Topin, arXiv 1708.07120): up from a 25th of the peak, then down to 0, each along half a cosine.
 _WARM_UP_SHARE, _START_FACTOR = 0.3, 0.04
@@ -151,6 +154,8 @@ def factor_at(config: _BuiltIn, step: int, num_steps: int, steps_per_epoch: int)
     """
     if isinstance(config, OneCycleConfig):
         return _one_cycle(step, num_steps)
+    if isinstance(config, SlantedTriangleConfig):
+        return _slanted_triangle(step, num_steps, config.cut_frac, config.ratio)
     if step < config.warmup_steps:
         return (step + 1) / (config.warmup_steps + 1)
     share = min(1.0, (step - config.warmup_steps) / max(1, num_steps - config.warmup_steps))
@@ -172,6 +177,19 @@ def _one_cycle(step: int, num_steps: int) -> float:
     if step < peak:
         return _half_cosine(_START_FACTOR, 1.0, step / peak)
     return _half_cosine(1.0, 0.0, (step - peak) / max(1, num_steps - peak))
+
+
+def _slanted_triangle(step: int, num_steps: int, cut_frac: float, ratio: float) -> float:
+    """ULMFiT's equation 3 (arXiv 1801.06146).
+
+    Where `cut_frac` of the steps is no whole number, the paper's line, whose slope follows from a rounded `cut`, falls
+    too early to its lowest rate, and then below 0: here it falls until the end of the phase. At least one step rises.
+    """
+    if step >= num_steps:
+        return 1 / ratio
+    cut = max(1, math.floor(num_steps * cut_frac))
+    height = step / cut if step < cut else 1 - (step - cut) / (num_steps - cut)
+    return (1 + height * (ratio - 1)) / ratio
 
 
 def _half_cosine(start: float, end: float, share: float) -> float:

@@ -8,7 +8,8 @@ It works on full names such as `trunk.layer1.0.conv1.weight` and on a `ModuleTre
 | `trunk.blocks.*.attn`, `**.bias`              | glob: `*` inside one segment, `**` across any number of segments |
 | `trunk[:2]`, `trunk.blocks[-1].attn`          | children of a module by position, as Python slices a list        |
 | `trunk@first:2`, `trunk@last:1`, `trunk@first:50%` | depth groups, with their buffers, counted from input or output |
-| `type:BatchNorm2d`                            | all tensors below modules of that class or a subclass            |
+| `type:BatchNorm2d`, `type:norm`               | all tensors below modules of that class or a subclass; `norm` is |
+|                                               | every normalisation layer of torch, timm and torchvision         |
 | `re:.*\.(weight|bias)`                       | regular expression that must match the whole name                |
 | `~layer1`                                     | every name that contains the text                                |
 | `!pattern`                                    | deselects; the last pattern that matches a name decides          |

@@ -15,7 +15,7 @@ class ModuleTree:
 
     Attributes:
         children: The names of each module's child modules in order, by the module's path; the root's path is "".
-        classes: The names of each module's class and its bases, by path.
+        classes: The names of each module's class and its bases, and `norm` for a normalisation layer, by path.
         depths: The depth group of each tensor and module in a module, 0 at the input, by their full names; by the
             module's path. Empty for a module without parameters.
     """
@@ -26,6 +26,8 @@ class ModuleTree:
 
 
 NO_TREE = ModuleTree()
+# What `type:` takes for every normalisation layer.
+NORM = "norm"
 
 
 class PatternError(ValueError):
@@ -84,7 +86,7 @@ def matcher(text: str, index: int, tree: ModuleTree) -> Matcher:
 def _type_matcher(text: str, kind: str, index: int, tree: ModuleTree) -> Matcher:
     modules = {path for path, classes in tree.classes.items() if kind in classes}
     if not modules:
-        known = sorted({classes[0] for classes in tree.classes.values()})
+        known = sorted({name for classes in tree.classes.values() for name in (classes[0], NORM) if name in classes})
         raise PatternError(index, f"pattern {text!r} matches nothing: no module is a {kind!r}{hint(kind, known)}")
     return lambda name: any(parent in modules for parent in parents(name))
 

@@ -9,6 +9,8 @@ from torch import Tensor, nn
 from torch.optim.swa_utils import AveragedModel
 
 from mtl.patterns import ModuleTree
+from mtl.patterns.matching import NORM
+from mtl.patterns.norms import is_norm
 from mtl.runtime.text import INNER_NAMES, parents
 
 # Wrappers whose inner module is registered as `module`; others use names of their own.
@@ -66,9 +68,14 @@ def describe_modules(modules: Mapping[str, nn.Module]) -> ModuleTree:
     """The tree of modules by path; depth groups are computed only if a pattern needs them."""
     return ModuleTree(
         children={path: [name for name, _ in each.named_children()] for path, each in modules.items()},
-        classes={path: [base.__name__ for base in type(each).__mro__] for path, each in modules.items()},
+        classes={path: _class_names(type(each)) for path, each in modules.items()},
         depths=lambda path: {join(path, name): depth for name, depth in depths(modules[path]).items()},
     )
+
+
+def _class_names(kind: type[nn.Module]) -> list[str]:
+    """What `type:` takes for modules of a class."""
+    return [base.__name__ for base in kind.__mro__] + ([NORM] if is_norm(kind) else [])
 
 
 def depth_groups(module: nn.Module) -> list[list[str]]:

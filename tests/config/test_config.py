@@ -151,7 +151,7 @@ def test_the_config_that_the_scripts_train_is_in_the_repository() -> None:
             10,
             "optim: {lr_schedule: cosin}",
             "run.yaml:10: optim.lr_schedule.name: expected one of constant, cosine, linear, step, plateau, one-cycle,"
-            " package.module:Name, got 'cosin'; nearest: cosine",
+            " slanted-triangle, package.module:Name, got 'cosin'; nearest: cosine",
         ),
         (10, "precision: x", "run.yaml:10: precision: expected one of fp32, bf16, fp16, auto, got 'x'"),
         (10, "precision: 16", "run.yaml:10: precision: expected one of fp32, bf16, fp16, auto, got 16; nearest: fp16"),

@@ -85,6 +85,8 @@ def test_a_condition_is_read_as_it_was_written(written: dict[str, Any]) -> None:
         ("optimizer", "{options: {eps: 1}}", {"options": {"eps": 1}}),
         ("lr_schedule", "cosine", {"name": "cosine"}),
         ("lr_schedule", "one-cycle", {"name": "one-cycle"}),
+        ("lr_schedule", "slanted-triangle", {"name": "slanted-triangle"}),
+        ("lr_schedule", "{name: slanted-triangle, ratio: 8}", {"name": "slanted-triangle", "ratio": 8.0}),
         ("lr_schedule", "plateau", {"name": "plateau"}),
         ("lr_schedule", "{name: linear, warmup_steps: 3}", {"name": "linear", "warmup_steps": 3}),
         (
@@ -313,7 +315,10 @@ def test_a_mistake_in_an_override_is_placed_at_the_phase_that_it_reaches(overrid
 
 _LIMIT = ": expected max_epochs and max_steps only with until"
 _NEITHER = "with evaluate_only: everything is frozen, and nothing stepped"
-_NAMES = ".lr_schedule.name: expected one of constant, cosine, linear, step, plateau, one-cycle, package.module:Name"
+_NAMES = (
+    ".lr_schedule.name: expected one of constant, cosine, linear, step, plateau, one-cycle, slanted-triangle,"
+    " package.module:Name"
+)
 
 
 @pytest.mark.parametrize(
@@ -411,6 +416,7 @@ def test_a_mistake_in_a_condition_is_reported_with_its_place(until: str, mistake
         ("lr_schedule", "{name: plateau, patince: 3}", "patince: unknown key; nearest: patience"),
         ("lr_schedule", "{name: cosine, factor: 1}", "factor: unknown key; the keys here are warmup_steps, name"),
         ("lr_schedule", "{name: one-cycle, warmup_steps: 3}", "warmup_steps: unknown key; the keys here are name"),
+        ("lr_schedule", "{name: slanted-triangle, cut_frac: 1}", "cut_frac: expected a number less than 1, got 1"),
     ],
 )
 def test_an_unknown_key_is_compared_with_the_keys_at_its_own_place(key: str, written: str, mistake: str) -> None:

@@ -21,6 +21,7 @@ from mtl.config.optim import (
     OneCycleConfig,
     OptimizerConfig,
     PlateauConfig,
+    SlantedTriangleConfig,
     StepConfig,
 )
 from mtl.optim.lr_schedule import LrSchedule, factor_at
@@ -33,7 +34,8 @@ HIGH, LOW = (1 + math.sqrt(0.5)) / 2, (1 - math.sqrt(0.5)) / 2
 CONSTANT, COSINE = ConstantConfig(name="constant"), CosineConfig(name="cosine")
 LINEAR, ONE_CYCLE = LinearConfig(name="linear"), OneCycleConfig(name="one-cycle")
 STEP, PLATEAU = StepConfig(name="step", every_epochs=1), PlateauConfig(name="plateau")
-ALL: list[LrScheduleConfig] = [CONSTANT, COSINE, LINEAR, ONE_CYCLE, STEP, PLATEAU]
+TRIANGLE = SlantedTriangleConfig(name="slanted-triangle")
+ALL: list[LrScheduleConfig] = [CONSTANT, COSINE, LINEAR, ONE_CYCLE, STEP, PLATEAU, TRIANGLE]
 FALLING: list[LrScheduleConfig] = [COSINE, LINEAR, ONE_CYCLE]
 BY_NAME: dict[str, Any] = {"ids": lambda value: getattr(value, "name", str(value))}
 
@@ -85,6 +87,12 @@ def rates_of_torch(optimizer: SGD, scheduler: Any, num_steps: int) -> list[float
         (ONE_CYCLE, 6, [0.04, 0.52, 1.0, HIGH, 0.5, LOW, 0.0]),
         (ONE_CYCLE, 2, [0.04, 1.0, 0.0]),
         (ONE_CYCLE, 3, [0.04, 1.0, 0.5, 0.0]),
+        # Up over a tenth, rounded down, but one step at least; from a 32nd and back to it.
+        (TRIANGLE, 1, [1 / 32, 1 / 32]),
+        (TRIANGLE, 2, [1 / 32, 1.0, 1 / 32]),
+        (TRIANGLE, 5, [1 / 32, 1.0, 1 - 31 / 128, 1 - 62 / 128, 1 - 93 / 128, 1 / 32]),
+        (SlantedTriangleConfig(name="slanted-triangle", cut_frac=0.5, ratio=2), 4, [0.5, 0.75, 1.0, 0.75, 0.5]),
+        (SlantedTriangleConfig(name="slanted-triangle", cut_frac=0.25, ratio=4), 4, [0.25, 1.0, 0.75, 0.5, 0.25]),
     ],
     **BY_NAME,
 )
@@ -114,6 +122,34 @@ def test_one_cycle_climbs_over_its_first_three_tenths_and_falls_from_then_on() -
     assert [course[step] for step in (0, 3, 6, 13, 20)] == pytest.approx([0.04, 0.52, 1.0, 0.5, 0.0], abs=1e-12)
     assert course[:7] == sorted(course[:7])
     assert course[6:] == sorted(course[6:], reverse=True)
+
+
+@pytest.mark.parametrize("num_steps", [10, 20, 60, 1000])
+def test_the_slanted_triangle_is_the_formula_of_the_paper(num_steps: int) -> None:
+    """Equation 3 of ULMFiT, line by line, with its numbers; T is a multiple of 1 / cut_frac."""
+    cut_frac, ratio = 0.1, 32
+    cut = math.floor(num_steps * cut_frac)
+    expected = []
+    for t in range(num_steps + 1):
+        p = t / cut if t < cut else 1 - (t - cut) / (cut * (1 / cut_frac - 1))
+        expected.append((1 + p * (ratio - 1)) / ratio)
+    assert rates(TRIANGLE, num_steps) == pytest.approx(expected, abs=1e-12)
+
+
+@given(num_steps=st.integers(1, 300), cut_frac=st.floats(0.01, 0.99), ratio=st.floats(1.01, 1000))
+@CHECKED
+def test_the_slanted_triangle_rises_to_its_peak_and_falls_to_where_it_began(
+    num_steps: int, cut_frac: float, ratio: float
+) -> None:
+    config = SlantedTriangleConfig(name="slanted-triangle", cut_frac=cut_frac, ratio=ratio)
+    course = rates(config, num_steps, num_more=3)
+    peak = max(1, math.floor(num_steps * cut_frac))
+    assert min(course) == pytest.approx(course[0]) == pytest.approx(1 / ratio)
+    assert course[num_steps:] == pytest.approx([1 / ratio] * 4)
+    if num_steps > 1:
+        assert course[peak] == pytest.approx(1.0) and max(course) <= 1 + 1e-12
+        assert course[: peak + 1] == sorted(course[: peak + 1])
+        assert course[peak:] == sorted(course[peak:], reverse=True)
 
 
 def test_every_group_follows_the_course_from_its_own_peak() -> None:
@@ -345,5 +381,5 @@ def test_every_phase_begins_at_the_start_of_its_own_course(before: LrScheduleCon
         assert first.param_groups[0]["lr"] < 0.25
     second = build_optimizer(OptimizerConfig(name="sgd"), groups)
     LrSchedule(config, second, 6, 2)
-    start = 0.04 if config is ONE_CYCLE else 1.0
+    start = {"one-cycle": 0.04, "slanted-triangle": 1 / 32}.get(config.name, 1.0)
     assert [group["lr"] for group in second.param_groups] == pytest.approx([0.5 * start, 0.25 * start], abs=1e-12)

@@ -67,6 +67,7 @@ class TrackingBackend(ABC):
         message: Where the run is shown, in one line.
         is_less: Whether that is less than what was asked for.
         is_off: Whether nothing is shown after all; then it is not called again.
+        url: Where the run can be seen; None if nowhere.
         run_id: Under what the run is continued if it is resumed, saved in checkpoints; None if that needs nothing.
     """
 
@@ -74,6 +75,7 @@ class TrackingBackend(ABC):
     message: str = ""
     is_less: bool = False
     is_off: bool = False
+    url: str | None = None
     run_id: str | None = None
 
     @abstractmethod

@@ -74,8 +74,8 @@ class Tracker:
 
     @property
     def url(self) -> str | None:
-        """The run's address in wandb; None without one."""
-        return None if self._run is None or not self._run.url else str(self._run.url)
+        """Where the run can be seen; None if nowhere."""
+        return None if self._backend is None else self._backend.url
 
     def flush_to_disk(self) -> int:
         """Forces `metrics.jsonl` to disk; returns its size in bytes."""

@@ -28,6 +28,7 @@ class WandbBackend(TrackingBackend):
         self.is_off = self._run is None
         if self._run is not None:
             self.run_id = str(self._run.id)
+            self.url = str(self._run.url) if self._run.url else None
             self._define_metrics(run)
 
     def log(self, row: Row, step: int) -> None:
