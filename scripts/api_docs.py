@@ -48,7 +48,8 @@ def names() -> dict[str, list[str]]:
     """The public names by section."""
     listed = {name for section in SECTIONS.values() for name in section}
     rest = [f"mtl.{name}" for name in mtl.__all__ if name != "__version__" and f"mtl.{name}" not in listed]
-    return {"Runs": [*rest, "mtl.training.result.RunResult"]} | SECTIONS
+    of_runs = ["mtl.training.result.RunResult", "mtl.results.trained.TrainedModel", "mtl.results.trained.Origin"]
+    return {"Runs": [*rest, *of_runs]} | SECTIONS
 
 
 def find(name: str) -> Any:

@@ -23,7 +23,10 @@ from pages import PAGES, ROOT, Block, blocks_of, commands_of
 BLOCKS = [block for page in PAGES for block in blocks_of(page)]
 COMMANDS = [(page, command) for page in PAGES for command in commands_of(page)]
 # Pages whose blocks and commands are followed from top to bottom by a test of their own.
-FOLLOWED = {"docs/tutorial.md": "tests/cli/test_tutorial.py"}
+FOLLOWED = {
+    "docs/tutorial.md": "tests/cli/test_tutorial.py",
+    "docs/trained_models.md": "tests/results/test_trained.py",
+}
 # The first line of a block that is for another library, which is not installed here.
 ELSEWHERE = "# not run here: "
 
