@@ -79,10 +79,26 @@ def load_checkpoint(folder: Path, module: nn.Module) -> tuple[dict[str, Any], Op
         optimizer_state: OptimizerState = merge(OnDemand(optimizer, placed), state["optimizer"])
     except ValueError as error:
         raise DamagedCheckpoint(f"{folder} is damaged: {error}") from error
-    found = OnDemand([*tensors, *tied], lambda name: tensors[tied.get(name, name)])
+    found = _with_tied(tensors, tied)
     _check_fit(folder, found, _shapes(tensors, tied), own)
     _fill(module, own, found)
     return callers_state(state), optimizer_state
+
+
+def read_model(folder: Path) -> Mapping[str, Tensor]:
+    """The parameters and buffers of a checkpoint by name, tied ones under each of their names.
+
+    Raises:
+        DamagedCheckpoint: The folder is no checkpoint, or not the one that was written.
+        CheckpointError: It is of another version.
+    """
+    state = read_state(folder)
+    tensors, _ = _read_shards(folder, state) if SHARDS in state else _read_plain(folder, state)
+    return _with_tied(tensors, state["tied"])
+
+
+def _with_tied(tensors: Mapping[str, Tensor], tied: Mapping[str, str]) -> OnDemand:
+    return OnDemand([*tensors, *tied], lambda name: tensors[tied.get(name, name)])
 
 
 def newest_first(folder: Path) -> list[Path]:

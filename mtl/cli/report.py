@@ -42,7 +42,7 @@ def run(options: argparse.Namespace, _: Attempt) -> int:
     search_as_the_run_did(run_dir)
     # Only the architecture is needed: the weights are the run's own, and so are those of teachers.
     config = load_config(run_dir / "config.yaml", ["trunk.weights=none", "device=auto"])
-    setup = assemble(config, teachers_from=run_dir / "checkpoints" / "last")
+    setup = assemble(config, begins=False, teachers_from=run_dir / "checkpoints" / "last")
     try:
         page = write_report(setup, run_dir, picture)
     except OSError as error:

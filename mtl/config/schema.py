@@ -24,6 +24,7 @@ from mtl.config.distributed import DistributedConfig
 from mtl.config.error_text import error_line, explain, key_of
 from mtl.config.errors import ConfigError, OptionsError, SettingError
 from mtl.config.evaluate import EvaluateConfig
+from mtl.config.init_from import InitFromConfig
 from mtl.config.names import Device, RunName
 from mtl.config.optim import BalanceConfig, OptimConfig, word_for
 from mtl.config.phase import PhaseConfig, PhaseEntry, WrittenPhase, num_unrolled, unroll
@@ -69,6 +70,9 @@ class RunConfig(Strict):
             `distributed.strategy: fsdp2`, and with `distributed.sync_batchnorm`.
         cache: The kept activations of a frozen trunk, which need not be computed twice; see docs/dividend.md.
         trunk: The shared timm model.
+        init_from: Parameters and buffers that another run or a file gives, after random ones and `trunk.weights`; read
+            when a run begins. A list of entries, or one alone. The trunk's own weights are not loaded if it is given
+            whole.
         data: The data set.
         tasks: The tasks by name, each with one head; each learns a label of the data set, by default that of its name.
         evaluate: How a trained model is measured.
@@ -101,6 +105,7 @@ class RunConfig(Strict):
     compile: bool = False
     cache: Annotated[CacheConfig, BeforeValidator(cache_word)] = CacheConfig()
     trunk: TrunkConfig
+    init_from: Annotated[list[InitFromConfig], BeforeValidator(one_as_list)] = []
     data: AnyDataConfig = GeneratedData()
     tasks: dict[Annotated[str, Field(pattern=r"^[A-Za-z_]\w*$")], TaskConfig] = Field(min_length=1)
     evaluate: EvaluateConfig = EvaluateConfig()
@@ -133,6 +138,13 @@ class RunConfig(Strict):
                 "phases", f"Input should have a name of its own for every phase, not {shorten(twice, 5)} twice"
             )
         return phases
+
+    @field_validator("tasks")
+    @classmethod
+    def _some_task_has_labels(cls, tasks: dict[str, TaskConfig]) -> dict[str, TaskConfig]:
+        if all(task.unlabelled for task in tasks.values()):
+            raise PydanticCustomError("tasks", "Input should have a task that is not unlabelled")
+        return tasks
 
     @property
     def run_dir(self) -> Path:
@@ -209,10 +221,23 @@ def load_config(file: Path, overrides: Sequence[str] = ()) -> RunConfig:
     """
     source = read_source(file, overrides)
     search_in(file.parent)
+    return config_of(source, shlex.join(["mtl", "train", str(file), *overrides]))
+
+
+def config_of(source: Source, command: str) -> RunConfig:
+    """Checks a configuration that was read.
+
+    Args:
+        source: The configuration as plain data, with the place of every key.
+        command: The command that trains it, for a shell.
+
+    Raises:
+        ConfigError: As `load_config`.
+    """
     try:
         config = RunConfig.model_validate(source.data)
     except ValidationError as error:
         raise ConfigError([explain(details, RunConfig, source) for details in error.errors()]) from None
     config._source = source
-    config._command = shlex.join(["mtl", "train", str(file), *overrides])
+    config._command = command
     return config

@@ -21,7 +21,7 @@ def data_record(setup: RunSetup) -> dict[str, Any]:
         "digests": {
             which: {
                 "images": split.identity(),
-                **{f"labels of {task}": split.label_identity(task) for task in setup.tasks},
+                **{f"labels of {task}": split.label_identity(task) for task in setup.labelled},
             }
             for which, split in splits.items()
         },
