@@ -42,7 +42,7 @@ class TrainedRun:
         return int(self.state["step"])
 
     @property
-    def is_finished(self) -> bool:
+    def is_at_end(self) -> bool:
         """Whether no phase that trains was left after this checkpoint."""
         left = self.config.written_phases[self.state["scheduler"]["index"] :]
         return all(phase.config.evaluate_only for phase in left)
@@ -105,7 +105,7 @@ def open_trained_run(folder: Path, which: str | int | None = None) -> TrainedRun
         own = checkpoints / link.resolve().name
         checkpoint = own if own in there else link
         found = TrainedRun(folder, checkpoint, str(which), state, config)
-        assert isinstance(found.is_finished, bool)
+        assert isinstance(found.is_at_end, bool)
     except (ValidationError, KeyError, TypeError) as error:
         raise CheckpointError(f"{link} is of another version") from error
     return found

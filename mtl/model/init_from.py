@@ -4,6 +4,7 @@ from __future__ import annotations
 
 from collections import Counter
 from collections.abc import Iterable, Mapping, Sequence
+from contextlib import suppress
 from dataclasses import asdict, dataclass
 from pathlib import Path
 from typing import Any
@@ -124,8 +125,7 @@ class _Source:
             if entry.run is not None:
                 self._run = open_trained_run(Path(entry.run), entry.which)
                 self._there, self._from = self._run.tensors(), str(self._run.checkpoint)
-                if not self._run.is_finished:
-                    self.notes.append(f"{entry.run} is not finished: step {self._run.step} is inside one of its phases")
+                self.notes += _of_unfinished(self._run)
             else:
                 self._from = str(entry.weights)
                 self._there = read_contents(Path(self._from)).tensors
@@ -233,6 +233,14 @@ class _Source:
             if other != name and fingerprint(tensors[other]) != fingerprint(tensors[name]):
                 message = f"{other} and {name} are one tensor in the new model, and two in {self._from}"
                 raise SettingError(f"{self._key}.names", message)
+
+
+def _of_unfinished(run: TrainedRun) -> list[str]:
+    with suppress(CheckpointError):
+        last = open_trained_run(run.folder, "last")
+        if not last.is_at_end:
+            return [f"{run.folder} is not finished: its last step so far is {last.step}, of {last.state['phase']!r}"]
+    return []
 
 
 def _head_of(name: str) -> tuple[str, ...]:

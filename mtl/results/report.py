@@ -28,6 +28,7 @@ from mtl.model.trunk import in_eval_mode
 from mtl.optim.task_gradients import GradientAnalysis
 from mtl.phases.setup import build_model_setup
 from mtl.results.pictures import add_legend, picture_of
+from mtl.results.unchanged_html import unchanged_html
 from mtl.runtime.files import write_text
 from mtl.runtime.tensors import is_sharded
 from mtl.runtime.text import count
@@ -94,6 +95,7 @@ def write_report(setup: RunSetup, run_dir: Path, picture: Path | None = None) ->
         f"{_img(image, 'validation metrics over steps, and example predictions')}"
         f"{gradients_html([row for row in rows if 'grad/unreached' in row])}"
         f"{history_html(run_dir)}"
+        f"{unchanged_html(run_dir)}"
         f"<h2>Configuration</h2><pre>{escape(read_config_text(run_dir / CONFIG))}</pre></html>"
     )
     write_text(run_dir / "report.html", page)
