@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import shlex
 from collections.abc import Iterator, Mapping, Sequence
 from pathlib import Path
 from typing import Any
@@ -40,7 +39,7 @@ def open_finished_run(folder: Path) -> TrainedRun:
 
 
 def config_with_tasks(
-    run: TrainedRun, file: Path, overrides: Sequence[str] = (), name: str | None = None, command: str = ""
+    run: TrainedRun, file: Path, overrides: Sequence[str], name: str | None, command: str
 ) -> RunConfig:
     """The configuration of a run that adds tasks to a trained model: all that the model has already is frozen.
 
@@ -66,6 +65,9 @@ def config_with_tasks(
         raise ConfigError([f"{where}: tasks: expected the tasks to add, such as {{object: {{type: classification}}}}"])
     is_other_data = "name" in _table(added.data.get("data"))
     old = list(run.config.tasks)
+    if set(_table(before.data.get("tasks"))) != set(old):
+        where = before.where(("tasks",))
+        raise ConfigError([f"{where}: tasks: the run was trained with {', '.join(old)}; the file was edited since"])
     by = f"add-task {run.folder}"
     source = _part(before, _KEPT, _KEPT_OF_DATA if is_other_data else None)
     source.places[()] = added.where(())
@@ -86,7 +88,7 @@ def config_with_tasks(
     if is_other_data:
         _without_labels(source, run, by)
     _take_weights(source, run, old, by)
-    config = config_of(source, command or shlex.join(["mtl", "add-task", str(run.folder), str(file), *overrides]))
+    config = config_of(source, command)
     _check_that_nothing_old_trains(config, run, old)
     return config
 

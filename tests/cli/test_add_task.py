@@ -21,6 +21,7 @@ from mtl.config import ConfigError, load_config
 from mtl.phases.setup import build_meta_setup, build_model_setup
 from mtl.results.unchanged import compare_outputs
 from mtl.runtime.fingerprint import fingerprint, root
+from mtl.training.add_task import open_finished_run
 from mtl.training.setup import assemble
 from processes import torchrun
 from runs import TINY, read_metrics, read_model, tiny_config
@@ -209,10 +210,10 @@ def test_a_run_whose_old_outputs_changed_ends_with_3_and_its_report_says_so(
 
 
 @pytest.mark.slow
-@pytest.mark.parametrize("strategy", ["ddp", "fsdp2"])
-def test_two_processes_add_a_task_and_prove_it(here: Path, cache_dir: Path, strategy: str) -> None:
+@pytest.mark.parametrize("distributed", ["{strategy: ddp}", "{strategy: fsdp2, checkpoint: dcp}"])
+def test_two_processes_add_a_task_and_prove_it(here: Path, cache_dir: Path, distributed: str) -> None:
     new = write(here, **DEPTH)
-    command = ["add-task", "runs/first", new, "-q", f"distributed.strategy={strategy}"]
+    command = ["add-task", "runs/first", new, "-q", f"distributed={distributed}"]
     code, said = finish(torchrun(2, PROGRAM, *command), surroundings(cache_dir))
     assert code == 0, said
     before, after = (read_model(here / f"runs/{name}/checkpoints/best") for name in ("first", "first-depth"))
@@ -327,6 +328,8 @@ def test_a_run_that_cannot_be_added_to_is_one_line(here: Path, capsys: pytest.Ca
     config.write_text(written.replace("num_classes: 13", "num_classes: 14"))
     line = refused(here, capsys, new)
     assert "2 of another shape: heads.segmentation.out.weight is (13, " in line and "(14, " in line
+    config.write_text(written.replace("  kind:\n", "  knd:\n"))
+    assert "tasks: the run was trained with segmentation, kind; the file was edited" in refused(here, capsys, new)
     config.unlink()
     assert "first/config.yaml: no such file" in refused(here, capsys, new)
 
@@ -339,6 +342,22 @@ def test_a_run_that_is_not_finished_is_refused(here: Path, capsys: pytest.Captur
     line = refused(here, capsys, write(here, **DEPTH))
     assert "runs/first is not finished: its last checkpoint, of step 15, is of phase 'a'" in line
     assert line.endswith("finish it first: mtl train runs/first/config.yaml resume=auto")
+
+
+def test_a_run_that_ends_with_an_evaluation_is_finished(here: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    """It writes no checkpoint after the evaluation; as a source of weights, an unfinished run is warned of."""
+    phases = [{"name": "a", "epochs": 1}, {"name": "b", "evaluate_only": True}]
+    assert main(["train", "-q", str(tiny_config(here, name="judged", tasks=OLD, phases=phases))]) == 0
+    assert open_finished_run(here / "runs/judged").step == 5
+    (here / "runs/first/checkpoints/last").unlink()
+    (here / "runs/first/checkpoints/last").symlink_to("step-00000015")
+    for name, warned in (("judged", False), ("first", True)):
+        entry = {"run": f"runs/{name}", "names": "trunk"}
+        capsys.readouterr()
+        file = tiny_config(here, name=f"from-{name}", tasks=OLD, phases=phases[:1], init_from=entry)
+        assert main(["train", "-q", str(file)]) == 0
+        said = "".join(capsys.readouterr())
+        assert ("runs/first is not finished: its last step so far is 15, of 'a'" in said) == warned
 
 
 # Tasks without labels
