@@ -32,14 +32,14 @@ from mtl.config.types import CountedConfig
 HEAD = """# All configuration keys
 
 `python scripts/config_docs.py --write docs/config.md` makes this page from the models in `mtl/config/`; a test keeps it
-up to date. The [README](../README.md#the-configuration) shows a whole configuration and the name patterns,
+up to date. [configuration.md](configuration.md) shows a configuration and the name patterns,
 [phases.md](phases.md) explains phases.
 
 - **Keys** are shown as the command line takes them: `mtl train CONFIG data.batch_size=64`. In a file, each dot is a
   level of indentation. `<task>` and `<phase>` stand for a name of your own; a phase is addressed by its name,
   `phases.finetune.epochs=2`.
 - **Default**: *required* has to be written; *not set* means that the setting is off unless the meaning says otherwise.
-- **Type**: `pattern -> number` is a mapping from [name patterns](../README.md#the-configuration) to numbers.
+- **Type**: `pattern -> number` is a mapping from [name patterns](configuration.md#patterns) to numbers.
 - Unknown keys, values of another type, and a key without a value are errors. So is what the table calls refused. A
   setting that no phase reads is an error on the command line and a warning in a file.
 """

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import ast
+import importlib
 import inspect
 import re
 import sys
@@ -56,14 +57,31 @@ def test_the_configuration_in_the_readme_loads_and_its_phases_resolve(tmp_path: 
     assert [phase.name for phase in build_meta_setup(load_config(file)).phases] == ["warm-heads", "finetune"]
 
 
-def test_the_readme_in_chinese_has_the_configuration_and_the_patterns_of_the_readme() -> None:
+def test_the_readme_in_chinese_has_the_configuration_of_the_readme_and_all_patterns() -> None:
     whole = yaml.safe_load(code_blocks("README.md", "yaml")[0])
     assert yaml.safe_load(code_block("docs/README.zh.md", "yaml")) | {"memory_format": "channels_last"} == whole
-    ours, theirs = (
-        [re.findall(r"`([^`]+)`", row[0]) for row in table(page, header)]
-        for page, header in (("README.md", "| pattern | selects |"), ("docs/README.zh.md", "| 模式 | 选中的内容 |"))
-    )
+    pages = {"docs/configuration.md": "| pattern | selects |", "docs/README.zh.md": "| 模式 | 选中的内容 |"}
+    ours, theirs = ([re.findall(r"`([^`]+)`", row[0]) for row in table(*page)] for page in pages.items())
     assert ours == theirs
+
+
+@pytest.mark.slow
+def test_what_the_readme_says_of_other_ways_to_freeze_is_what_they_do(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.syspath_prepend(ROOT / "scripts/bench")
+    peers = importlib.import_module("freeze_peers")
+    rows = table("README.md", "| asked for | loop by hand |")
+    tools = [
+        lambda fault: peers.by_hand(fault, audited=False),
+        lambda fault: peers.by_lightning(fault, scheduled=False),
+        None,  # FinetuningScheduler is not in the extra `dev`
+        peers.here,
+    ]
+    assert len(rows) == len(peers.FAULTS)
+    for row, fault in zip(rows, peers.FAULTS, strict=True):
+        for said, tool in zip(row[1:], tools, strict=True):
+            if tool is not None:
+                assert tool(fault).startswith(said.partition(",")[0]), (fault, said)
+        assert peers.by_hand(fault, audited=True).startswith("caught: ")
 
 
 def test_the_phases_in_the_documentation_resolve(tmp_path: Path) -> None:
@@ -138,7 +156,7 @@ def test_the_tasks_steps_and_tensors_of_the_default_run_are_those_stated(default
     assert stated("README.md", r"frozen tensors bit-identical \((.*?)\)") == [", ".join(numbers)]
 
 
-@pytest.mark.parametrize("page", ["README.md", "docs/dividend.md"])
+@pytest.mark.parametrize("page", ["docs/configuration.md", "docs/dividend.md"])
 def test_lines_of_a_plan_are_those_that_the_plan_prints(page: str, plan: Plan) -> None:
     text = (ROOT / page).read_text(encoding="utf-8")
     keys = "frozen|trained|freeze|computed once|in eval mode|memory|an image|thawed|all-reduce|adamw"

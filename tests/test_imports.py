@@ -31,7 +31,7 @@ TRAINING = [
     ["evaluate", "history", "nonfinite", "autotune", "best_checkpoints", "run_dir", "step_sync"],
     ["setup", "result"],
     ["resume", "tracking", "features", "data_record"],
-    ["state", "step", "validate"],
+    ["state", "step", "validate", "add_task"],
     ["phase"],
     ["checkpoints"],
     ["loop"],

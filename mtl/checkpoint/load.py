@@ -81,7 +81,7 @@ def load_checkpoint(folder: Path, module: nn.Module) -> tuple[dict[str, Any], Op
         optimizer_state: OptimizerState = merge(OnDemand(optimizer, placed), state["optimizer"])
     except ValueError as error:
         raise DamagedCheckpoint(f"{folder} is damaged: {error}") from error
-    found = OnDemand([*tensors, *tied], lambda name: tensors[tied.get(name, name)])
+    found = _with_tied(tensors, tied)
     _check_fit(folder, found, _shapes(tensors, tied), own)
     _fill(module, own, found)
     return callers_state(state), optimizer_state
@@ -96,8 +96,11 @@ def read_weights(folder: Path) -> tuple[dict[str, Any], Mapping[str, Tensor]]:
     """
     state = read_state(folder)
     tensors = _read_shards(folder, state)[0] if SHARDS in state else _read_model(folder, state)
-    tied = state["tied"]
-    return callers_state(state), OnDemand([*tensors, *tied], lambda name: tensors[tied.get(name, name)])
+    return callers_state(state), _with_tied(tensors, state["tied"])
+
+
+def _with_tied(tensors: Mapping[str, Tensor], tied: Mapping[str, str]) -> OnDemand:
+    return OnDemand([*tensors, *tied], lambda name: tensors[tied.get(name, name)])
 
 
 def newest_first(folder: Path) -> list[Path]:

@@ -9,7 +9,7 @@ from typing import Any
 from pydantic import BaseModel, ConfigDict, ValidationError
 
 METRICS, AUDIT, STATE, CONFIG = "metrics.jsonl", "audit.json", "state.json", "config.yaml"
-HISTORY, DATA, PLAN, RESULTS = "history.json", "data.json", "plan.json", "results.json"
+HISTORY, DATA, PLAN, RESULTS, UNCHANGED = "history.json", "data.json", "plan.json", "results.json", "unchanged.json"
 # Of a checkpoint that one process wrote; of a sharded one, see `tensor_file.shards`.
 MODEL_FILE, FROZEN_FILE, OPTIMIZER_FILE = "model.safetensors", "frozen.safetensors", "optimizer.safetensors"
 
@@ -93,7 +93,7 @@ class _History(_Content):
 class _TaskForm(_Content):
     classes: list[str]
     num_outputs: int
-    constant: list[float | None]
+    constant: list[float | None] | None
 
 
 class _Data(_Content):
@@ -152,6 +152,33 @@ class _Results(_Content):
     best: _BestScore
     train_s: float
     sessions: list[_Session]
+
+
+class _OutputDifference(_Content):
+    task: str
+    split: str
+    image: int
+    images: int
+    max_difference: float | None
+
+
+class _Unchanged(_Content):
+    run: str
+    before: str
+    after: str
+    images: int
+    tasks: dict[str, str]
+    equal: bool
+    differences: list[_OutputDifference]
+
+
+def read_unchanged(file: Path) -> dict[str, Any]:
+    """The content of an `unchanged.json`: whether outputs of old tasks are those that they were.
+
+    Raises:
+        RunFileError: As for `read_history`.
+    """
+    return _read_object(file, _Unchanged)
 
 
 def read_history(file: Path) -> dict[str, Any]:

@@ -86,7 +86,7 @@ def _as_text(model: TrainedModel, found: Evaluation) -> str:
     from mtl.runtime.layout import table
 
     rows = [
-        [task, name, f"{found.trivial[task][name]:.4f}", f"{value:.4f}"]
+        [task, name, f"{found.trivial[task][name]:.4f}" if task in found.trivial else "-", f"{value:.4f}"]
         for task, own in found.metrics.items()
         for name, value in own.items()
     ]

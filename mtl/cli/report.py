@@ -92,7 +92,7 @@ def _report(run_dir: Path, out: Path | None, picture: Path | None) -> Path:
     config = load_config(run_dir / "config.yaml", ["trunk.weights=none", "device=auto"])
     # A damaged file is said before the set-up, which takes longer.
     read_run(run_dir)
-    setup = assemble(config, teachers_from=run_dir / "checkpoints" / "last")
+    setup = assemble(config, begins=False, teachers_from=run_dir / "checkpoints" / "last")
     return write_report(setup, run_dir, picture, out)
 
 

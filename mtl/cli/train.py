@@ -5,7 +5,7 @@ from __future__ import annotations
 import logging
 import math
 import sys
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from dataclasses import replace
 from pathlib import Path
 from typing import TYPE_CHECKING
@@ -17,6 +17,7 @@ if TYPE_CHECKING:
     import argparse
 
     from mtl.cli.verb import Verbs
+    from mtl.config import RunConfig
     from mtl.distributed.world import World
     from mtl.training.result import RunResult
     from mtl.training.setup import RunSetup
@@ -72,10 +73,26 @@ def run_config(file: Path, overrides: Sequence[str], quiet: bool, attempt: Attem
     attempt.trains = True
 
     from mtl.config import load_config
-    from mtl.training.run_dir import check_run_dir, own_name
 
     # The configuration is checked before torch and timm are loaded, which takes seconds.
-    config = load_config(file, overrides)
+    return run_loaded(load_config(file, overrides), quiet, attempt)
+
+
+def run_loaded(
+    config: RunConfig, quiet: bool, attempt: Attempt, prove: Callable[[RunSetup, RunResult], bool] | None = None
+) -> tuple[RunResult, bool]:
+    """As `run_config`, of a configuration that was read.
+
+    Args:
+        config: The run.
+        quiet: Whether only warnings are shown.
+        attempt: How far it has come.
+        prove: Called by rank 0 before the report is written; whether what it proves holds.
+
+    Returns, raises: as `run_config`.
+    """
+    from mtl.training.run_dir import check_run_dir, own_name
+
     check_run_dir(config)
     attempt.config = config
 
@@ -103,11 +120,13 @@ def run_config(file: Path, overrides: Sequence[str], quiet: bool, attempt: Attem
     if result.asked_to_end and world.is_alone:
         # It came too late to end training; what is left is the report.
         raise KeyboardInterrupt(result.asked_to_end)
-    return result, _close(setup, result, world)
+    return result, _close(setup, result, world, prove)
 
 
-def _close(setup: RunSetup, result: RunResult, world: World) -> bool:
-    """Logs a run's result, and leaves the other processes; whether the audit is clean in all of them."""
+def _close(
+    setup: RunSetup, result: RunResult, world: World, prove: Callable[[RunSetup, RunResult], bool] | None
+) -> bool:
+    """Logs a run's result, and leaves the other processes; whether the audit is clean in all, and `prove` holds."""
     from mtl.checkpoint.run_files import RunFileError
     from mtl.results.report.write import write_report
     from mtl.results.summary import closing_line, results_table, verdict
@@ -121,6 +140,7 @@ def _close(setup: RunSetup, result: RunResult, world: World) -> bool:
         logger.info(closing_line(result))
         if result.report.ok and not is_clean:
             logger.error(f"audit: another rank found the freeze broken; see {result.run_dir}/audit.rank-N.json")
+        is_clean = (prove is None or prove(setup, result)) and is_clean
         # Last, since all else is on disk by now: a drawing that fails costs nothing.
         kept = "last" if math.isnan(result.best_score) else "{best,last}"
         files = [f"checkpoints/{kept}", "metrics.jsonl", "audit.json", "plan.json", "config.yaml"]

@@ -4,7 +4,8 @@ from mtl.config.data import AugmentConfig, DataConfig, FileData, GeneratedData, 
 from mtl.config.errors import ConfigError, SettingError
 from mtl.config.evaluate import EvaluateConfig
 from mtl.config.head import HeadConfig
-from mtl.config.schema import RunConfig, load_config, mistake_of
+from mtl.config.init_from import InitFromConfig
+from mtl.config.schema import RunConfig, config_of, load_config, mistake_of
 from mtl.config.tasks import (
     ClassificationConfig,
     DepthConfig,
@@ -39,6 +40,7 @@ __all__ = [
     "FileData",
     "GeneratedData",
     "HeadConfig",
+    "InitFromConfig",
     "KeypointsConfig",
     "LossConfig",
     "MetricConfig",
@@ -57,6 +59,7 @@ __all__ = [
     "TeacherConfig",
     "TrackingConfig",
     "TrunkConfig",
+    "config_of",
     "load_config",
     "mistake_of",
 ]

@@ -17,7 +17,7 @@ _FREE = (
 # Weights, labels or the order of images depend on them: a run with other values is another run.
 _FIXED = ("seed", "trunk.name", "trunk.options", "data", "tasks")
 # Read at the start of a run only.
-_AT_BEGIN = ("trunk.weights",)
+_AT_BEGIN = ("trunk.weights", "init_from")
 # `auto` is resolved at the start of a run, and the choice is kept.
 CHOSEN = ("memory_format", "precision")
 

@@ -25,6 +25,7 @@ from mtl.config.error_text import error_line, explain, key_of
 from mtl.config.errors import ConfigError, OptionsError, SettingError
 from mtl.config.evaluate import EvaluateConfig
 from mtl.config.examples import file_of
+from mtl.config.init_from import InitFromConfig
 from mtl.config.names import Device, RunName
 from mtl.config.optim import BalanceConfig, OptimConfig, word_for
 from mtl.config.phase import PhaseConfig, PhaseEntry, WrittenPhase, num_unrolled, unroll
@@ -70,6 +71,9 @@ class RunConfig(Strict):
             `distributed.strategy: fsdp2`, and with `distributed.sync_batchnorm`.
         cache: The kept activations of a frozen trunk, which need not be computed twice; see docs/dividend.md.
         trunk: The shared timm model.
+        init_from: Parameters and buffers that another run or a file gives, after random ones and `trunk.weights`; read
+            when a run begins. A list of entries, or one alone. The trunk's own weights are not loaded if it is given
+            whole.
         data: The data set.
         tasks: The tasks by name, each with one head; each learns a label of the data set, by default that of its name.
         evaluate: How a trained model is measured.
@@ -102,6 +106,7 @@ class RunConfig(Strict):
     compile: bool = False
     cache: Annotated[CacheConfig, BeforeValidator(cache_word)] = CacheConfig()
     trunk: TrunkConfig
+    init_from: Annotated[list[InitFromConfig], BeforeValidator(one_as_list)] = []
     data: AnyDataConfig = GeneratedData()
     tasks: dict[Annotated[str, Field(pattern=r"^[A-Za-z_]\w*$")], TaskConfig] = Field(min_length=1)
     evaluate: EvaluateConfig = EvaluateConfig()
@@ -134,6 +139,13 @@ class RunConfig(Strict):
                 "phases", f"Input should have a name of its own for every phase, not {shorten(twice, 5)} twice"
             )
         return phases
+
+    @field_validator("tasks")
+    @classmethod
+    def _some_task_has_labels(cls, tasks: dict[str, TaskConfig]) -> dict[str, TaskConfig]:
+        if all(task.unlabelled for task in tasks.values()):
+            raise PydanticCustomError("tasks", "Input should have a task that is not unlabelled")
+        return tasks
 
     @property
     def run_dir(self) -> Path:
@@ -216,12 +228,25 @@ def load_config(file: Path, overrides: Sequence[str] = (), data_of: Path | None 
     if data_of is not None:
         search_in(data_of.parent)
         _take_data(source, read_source(data_of), data_of)
+    return config_of(source, shlex.join(["mtl", "train", str(written), *overrides]))
+
+
+def config_of(source: Source, command: str) -> RunConfig:
+    """Checks a configuration that was read.
+
+    Args:
+        source: The configuration as plain data, with the place of every key.
+        command: The command that trains it, for a shell.
+
+    Raises:
+        ConfigError: As `load_config`.
+    """
     try:
         config = RunConfig.model_validate(source.data)
     except ValidationError as error:
         raise ConfigError([explain(details, RunConfig, source) for details in error.errors()]) from None
     config._source = source
-    config._command = shlex.join(["mtl", "train", str(written), *overrides])
+    config._command = command
     return config
 
 
@@ -234,7 +259,10 @@ def _take_data(source: Source, other: Source, file: Path) -> None:
     for key in ("image_size", "batch_size"):
         if key in before:
             source.data["data"].setdefault(key, before[key])
-    for task in source.data.get("tasks") or {}:
+    for task, own in (source.data.get("tasks") or {}).items():
+        # The other data may have labels of what the run had none of.
+        for key in ("unlabelled", "class_names"):
+            own.pop(key, None)
         if task in (other.data.get("tasks") or {}):
             replace_below(source, other, ("tasks", task, "label"))
         replace_below(source, other, ("tasks", task, "data"))

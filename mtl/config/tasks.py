@@ -52,6 +52,8 @@ class _OneTaskConfig(Strict):
         head: What gives its output; a name alone is short for `{name: ...}`. If not set, `fpn` for an output per pixel,
             `linear` for one per image.
         metrics: Metrics besides the task type's own.
+        unlabelled: Whether the data has no label of it: the model has its head, whose weights `init_from` gives, and no
+            image trains or measures it. Refused with `label` and `data`.
     """
 
     type: str
@@ -59,6 +61,14 @@ class _OneTaskConfig(Strict):
     data: Annotated[list[str], BeforeValidator(one_as_list), Field(min_length=1)] | None = None
     head: Annotated[HeadConfig, word_for("name")] | None = None
     metrics: Annotated[list[Annotated[MetricConfig, word_for("name")]], BeforeValidator(one_as_list)] = []
+    unlabelled: bool = False
+
+    @model_validator(mode="after")
+    def _reads_no_label_if_it_has_none(self) -> _OneTaskConfig:
+        for key in ("label", "data") if self.unlabelled else ():
+            if getattr(self, key) is not None:
+                raise PydanticCustomError("task", f"Input should have no {key} if it is unlabelled")
+        return self
 
 
 class _WithLossConfig(_OneTaskConfig):
@@ -71,7 +81,23 @@ class _WithLossConfig(_OneTaskConfig):
     loss: Annotated[LossConfig, word_for("name")] | None = None
 
 
-class SegmentationConfig(_WithLossConfig):
+class _WithClassesConfig(_WithLossConfig):
+    """A task whose classes or attributes may have names.
+
+    Attributes:
+        class_names: The names of its classes in order. Refused unless it is `unlabelled`: else the data set names them.
+    """
+
+    class_names: Annotated[list[str], Field(min_length=1)] | None = None
+
+    @model_validator(mode="after")
+    def _data_names_classes(self) -> _WithClassesConfig:
+        if self.class_names is not None and not self.unlabelled:
+            raise PydanticCustomError("task", "Input should have class_names only if it is unlabelled")
+        return self
+
+
+class SegmentationConfig(_WithClassesConfig):
     """A class per pixel.
 
     Attributes:
@@ -126,7 +152,7 @@ class NormalsConfig(_WithLossConfig):
     type: Literal["normals"]
 
 
-class ClassificationConfig(_WithLossConfig):
+class ClassificationConfig(_WithClassesConfig):
     """A class per image.
 
     Attributes:
@@ -140,7 +166,7 @@ class ClassificationConfig(_WithLossConfig):
     ignore_index: int = -1
 
 
-class OrdinalConfig(_WithLossConfig):
+class OrdinalConfig(_WithClassesConfig):
     """One of several classes that have an order, per image.
 
     Attributes:
@@ -155,7 +181,7 @@ class OrdinalConfig(_WithLossConfig):
     ignore_index: int = -1
 
 
-class MultiLabelConfig(_WithLossConfig):
+class MultiLabelConfig(_WithClassesConfig):
     """Attributes of an image, each of which it has or has not; NaN is no label.
 
     Attributes:
@@ -224,6 +250,7 @@ class DistillConfig(_WithLossConfig):
     Attributes:
         type: The task type.
         label: Refused: what is learned is the teacher's, and no label of the data set is read.
+        unlabelled: Refused: the teacher gives labels of any image.
         teacher: Whose embedding is learned.
     """
 
@@ -234,6 +261,13 @@ class DistillConfig(_WithLossConfig):
     @classmethod
     def _has_no_label(cls, _: str) -> str:
         raise PydanticCustomError("label", "Input should have no label: what is learned is the teacher's")
+
+    @field_validator("unlabelled", mode="after")
+    @classmethod
+    def _is_labelled(cls, unlabelled: bool) -> bool:
+        if unlabelled:
+            raise PydanticCustomError("label", "Input should be false: the teacher gives labels of any image")
+        return unlabelled
 
 
 class OwnTaskConfig(_OneTaskConfig):

@@ -69,7 +69,7 @@ def read_source(file: Path, overrides: Sequence[str] = ()) -> Source:
     """
     source = _read_file(file, ())
     for override in overrides:
-        _apply_override(source, override)
+        apply_override(source, override)
     return source
 
 
@@ -109,10 +109,10 @@ def _read_file(file: Path, inside: tuple[Path, ...], wanted_by: str = "") -> Sou
         place = own.where((BASE_KEY,))
         if not isinstance(base, str):
             raise ConfigError([f"{place}: {BASE_KEY}: expected a file or a list of files, got {base!r}"])
-        _merge_sources(
+        merge_sources(
             result, _read_file(file_of(base, file.parent), (*inside, file.resolve()), f"{place}: {BASE_KEY}: ")
         )
-    _merge_sources(result, own)
+    merge_sources(result, own)
     return result
 
 
@@ -197,7 +197,7 @@ def phase_name(entry: Any) -> str | None:
     return name if ":" not in name else None
 
 
-def _merge_sources(below: Source, above: Source) -> None:
+def merge_sources(below: Source, above: Source) -> None:
     """Merges `above` into `below`: mappings key by key; other values replace the one below, and `null` removes it."""
 
     def merge(under: dict[str, Any], over: dict[str, Any], path: KeyPath) -> None:
@@ -217,7 +217,12 @@ def _merge_sources(below: Source, above: Source) -> None:
     merge(below.data, above.data, ())
 
 
-def _apply_override(source: Source, override: str) -> None:
+def apply_override(source: Source, override: str) -> None:
+    """Applies a dotted `key=value` pair.
+
+    Raises:
+        ConfigError: It cannot be read, or there is no such place.
+    """
     key, equals, text = override.partition("=")
     if BASE_KEY in key.split("."):
         raise ConfigError(

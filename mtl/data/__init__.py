@@ -4,7 +4,7 @@ from __future__ import annotations
 
 from collections.abc import Sequence
 
-from mtl.config import DataConfig, FileData, GeneratedData, RunConfig, SettingError
+from mtl.config import DataConfig, DistillConfig, FileData, GeneratedData, RunConfig, SettingError
 from mtl.config.mixed import MixedData
 from mtl.data.augment import View, draw_view
 from mtl.data.cache import DataError
@@ -76,7 +76,7 @@ def open_data(config: RunConfig) -> Source:
         return _open_one(config.data, config, list(config.tasks))
     each = config.data.each
     label_of = labels_of(config)
-    has_teachers = len(label_of) < len(config.tasks)
+    has_teachers = any(isinstance(own, DistillConfig) for own in config.tasks.values())
     return MixedSource(
         config.data, label_of, chosen, has_teachers, lambda name, tasks: _open_one(each[name], config, tasks)
     )

@@ -190,9 +190,9 @@ class MultiTaskModel(nn.Module):
         """The kinds of the trunk's features that the heads of some tasks read."""
         return frozenset[Kind]().union(*(self._head(name).reads for name in self._names_of(tasks)))
 
-    def why_not_cut(self, prefix: Prefix, tasks: Collection[str]) -> str:
-        """Why a phase of some tasks cannot run only the trunk after a prefix for all tasks; empty if it can."""
-        if prefix.modules and self.reads(tasks) != self.reads(None):
+    def why_not_cut(self, prefix: Prefix, tasks: Collection[str], measured: Collection[str]) -> str:
+        """Why a phase of some tasks cannot run only the trunk after a prefix for all measured ones; empty if it can."""
+        if prefix.modules and self.reads(tasks) != self.reads(measured):
             # Training would run the rest of the trunk for features that only validation reads.
             return "the phase's tasks read other features of the trunk than all tasks do"
         return ""

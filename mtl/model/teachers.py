@@ -10,12 +10,12 @@ from typing import Any
 
 import timm
 import torch
-from pydantic import ValidationError
 from torch import Tensor, nn
 from torch.nn import functional
 
-from mtl.checkpoint.files import CheckpointError, read_state
+from mtl.checkpoint.files import CheckpointError
 from mtl.checkpoint.tensor_file import UnreadableError, read_contents
+from mtl.checkpoint.trained_run import open_trained_run
 from mtl.config import DistillConfig, RunConfig, SettingError, TeacherConfig, TrunkConfig
 from mtl.model.build import build_trunk, features_of, input_channels
 from mtl.model.network import Normalize, statistics_of
@@ -155,25 +155,15 @@ def _of_timm(own: TeacherConfig, key: str) -> _Origin:
 
 def _of_run(run: str, key: str, channels: int) -> _Origin:
     """The trunk of a run: its best weights, or the last ones if no validation gave a score."""
-    folder = Path(run)
-    if not (folder / "checkpoints").is_dir():
-        what = "has no checkpoints" if folder.is_dir() else "is not there"
-        raise SettingError(f"{key}.run", f"{run} {what}; expected the directory of a run, such as runs/scenes")
-    names = ("best", "last")
-    checkpoint = next(
-        (folder / "checkpoints" / each for each in names if (folder / "checkpoints" / each).exists()), None
-    )
-    if checkpoint is None:
-        raise SettingError(f"{key}.run", f"{run} has no checkpoint yet; its first one comes with its first validation")
     try:
-        config = RunConfig.model_validate(read_state(checkpoint)["config"])
-    except (CheckpointError, ValidationError, KeyError) as error:
-        reason = str(error) if isinstance(error, CheckpointError) else f"{checkpoint} is of another version"
-        raise SettingError(f"{key}.run", reason) from error
+        opened = open_trained_run(Path(run))
+    except CheckpointError as error:
+        raise SettingError(f"{key}.run", str(error)) from error
+    config = opened.config
     # Where images have more channels than three, a run's trunk takes as many without being told.
     options = ({"in_chans": channels} if channels > 3 else {}) | config.trunk.options
     trunk = config.trunk.model_copy(update={"options": options, "weights": "none", "checkpointing": False})
-    return _Origin(trunk, config.data.size, checkpoint, key)
+    return _Origin(trunk, config.data.size, opened.checkpoint, key)
 
 
 def _load_trunk(trunk: nn.Module, origin: _Origin, data: str) -> None:

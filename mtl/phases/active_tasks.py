@@ -32,8 +32,9 @@ class PhaseTasks:
 
 
 def active_tasks(config: RunConfig, phase: PhaseConfig) -> tuple[str, ...]:
-    """The tasks that a phase names, or all, in the order of the configuration."""
-    return tuple(task for task in config.tasks if phase.tasks is None or task in phase.tasks)
+    """The tasks that a phase names, or all that have labels, in the order of the configuration."""
+    labelled = [task for task, own in config.tasks.items() if not own.unlabelled]
+    return tuple(task for task in labelled if phase.tasks is None or task in phase.tasks)
 
 
 def classic_patterns(config: RunConfig) -> list[str]:

@@ -11,7 +11,7 @@ import numpy as np
 import torch
 from torch import nn
 
-from mtl.config import ConfigError, DataConfig, RunConfig, SettingError, mistake_of
+from mtl.config import ConfigError, DataConfig, DistillConfig, RunConfig, SettingError, mistake_of
 from mtl.config.mixed import MixedData
 from mtl.config.transform import RotationConfig
 from mtl.config.yaml_source import KeyPath
@@ -60,6 +60,11 @@ class ModelSetup:
     fixed: list[str]
     phases: list[Phase]
     unread: list[str]
+
+    @property
+    def labelled(self) -> dict[str, Task]:
+        """The tasks of which images have labels: those that can be trained and measured."""
+        return {name: task for name, task in self.tasks.items() if not self.config.tasks[name].unlabelled}
 
 
 def build_model_setup(
@@ -111,7 +116,7 @@ def build_model_setup(
         config=config,
         root=root,
         fixed=fixed,
-        metrics=RunMetrics(config, tasks),
+        metrics=RunMetrics(config, {name: task for name, task in tasks.items() if not config.tasks[name].unlabelled}),
         balance_of=balance_of,
         tasks_of=tasks_of,
         reached=reached,
@@ -176,8 +181,9 @@ def _build_tasks(
 ) -> tuple[dict[str, Teacher], dict[str, Task]]:
     """The teachers, and the tasks, which learn embeddings of their width."""
     label_of = labels_of(config)
-    names = source.class_names(label_of)
-    if label_of.keys() == config.tasks.keys():
+    known = {name: getattr(own, "class_names", None) or () for name, own in config.tasks.items()}
+    names = known | source.class_names(label_of)
+    if not any(isinstance(own, DistillConfig) for own in config.tasks.values()):
         return {}, build_tasks(config, names)
     # Found out from images, which are on the CPU.
     channels = source.channels
@@ -229,11 +235,13 @@ def _tasks_of_phases(
     for written in config.written_phases:
         if written.path in tasks_of:
             continue
-        unknown = [task for task in written.config.tasks or [] if task not in config.tasks]
+        labelled = [task for task, own in config.tasks.items() if not own.unlabelled]
+        unknown = [task for task in written.config.tasks or [] if task not in labelled]
         for task in unknown:
             path = (*written.path, "tasks", (written.config.tasks or []).index(task))
-            there = f"there are: {', '.join(config.tasks)}{hint(task, config.tasks)}"
-            mistakes += config.mistake(path, f"no task {task!r}; {there}").mistakes
+            there = f"there are: {', '.join(labelled)}{hint(task, labelled)}"
+            what = f"{task} is unlabelled" if task in config.tasks else f"no task {task!r}"
+            mistakes += config.mistake(path, f"{what}; {there}").mistakes
         if not unknown:
             tasks_of[written.path] = resolve_tasks(config, written.config, model, reached)
     return tasks_of, list(dict.fromkeys(mistakes))
@@ -319,6 +327,8 @@ def _at_tasks(config: RunConfig, label: str, message: str) -> list[str]:
     """What is wrong with a label, at each task that learns it."""
     lines = list[str]()
     for task, own in config.tasks.items():
+        if own.unlabelled:
+            continue
         if own.label == label:
             lines += config.mistake(("tasks", task, "label"), message).mistakes
         elif own.label is None and task == label:

@@ -9,10 +9,11 @@ from mtl.config import RunConfig
 from mtl.config.cache import CacheConfig
 from mtl.config.optim import OptimConfig
 from mtl.config.own import is_own
+from mtl.config.phase import patterns_of
 from mtl.config.precedence import Precedence, is_default, is_written, precedence_of
 from mtl.config.tracking import ONLY_WANDB
 from mtl.config.yaml_source import KeyPath
-from mtl.patterns import PatternError, select
+from mtl.patterns import PatternError, select, text_of
 from mtl.phases.reads import OF_OPTIM, balance_path
 from mtl.phases.resolve import Phase
 from mtl.runtime.text import shorten
@@ -93,7 +94,9 @@ def _candidates(config: RunConfig, phases: Sequence[Phase]) -> Iterator[_Unread]
     for path in (("trunk", "checkpointing"), ("audit", "gradients_every_steps")):
         yield _Unread(path, "no phase trains anything of the trunk", frozen)
     own = tuple((*each.path, "tasks") for each in written if each.config.tasks is not None)
-    for task in config.tasks:
+    # What another run has trained may stay as it is.
+    taken = {text_of(pattern) for each in config.init_from for pattern in patterns_of(each.names)}
+    for task in (task for task in config.tasks if f"heads.{task}" not in taken):
         yield _Unread(("tasks", task), "no phase trains it, and it is validated as it begins", own)
     off = tuple(dict.fromkeys(("cache", "mode") if e.config.cache is None else (*e.path, "cache") for e in written))
     for key in CacheConfig.model_fields:

@@ -10,7 +10,7 @@ from pathlib import Path
 import torch
 from torch import Tensor
 
-from mtl.config import FileData, RunConfig, SettingError, mistake_of
+from mtl.config import DistillConfig, FileData, RunConfig, SettingError, mistake_of
 from mtl.config.mixed import MixedData
 from mtl.data import MemorySplit, MixedSource
 from mtl.data.files.file_source import FileSource, open_file_sets
@@ -51,7 +51,8 @@ class DataCheck:
         self._label_of = labels_of(config)
         self._kinds = label_kinds(config)
         self._tasks = {name: tasks[name] for name in self._label_of}
-        self._widths = {name: task.num_outputs for name, task in tasks.items() if name not in self._label_of}
+        taught = [name for name, own in config.tasks.items() if isinstance(own, DistillConfig)]
+        self._widths = {name: tasks[name].num_outputs for name in taught}
 
     def lines(self) -> Iterator[str]:
         """Reads it split by split; a paragraph for each."""

@@ -5,7 +5,7 @@ from __future__ import annotations
 from collections.abc import Collection, Mapping
 from dataclasses import dataclass
 
-from mtl.config import ConfigError, RunConfig, SettingError, mistake_of
+from mtl.config import ConfigError, DistillConfig, RunConfig, SettingError, mistake_of
 from mtl.config.file_data import SplitName
 from mtl.data import Loading, Source, Split, TaughtSplit, Teaching
 from mtl.data.renumbered import RenumberedSplit
@@ -25,8 +25,9 @@ class Evaluation:
         split: On which split.
         num_images: Of how many images.
         metrics: By task and name.
-        trivial: Those of the trivial predictor, whose constants come from the training data of the run.
-        score: `val/score` on these images.
+        trivial: Those of the trivial predictor, whose constants come from the training data of the run; without tasks
+            of which that had no labels.
+        score: `val/score` of the tasks in `trivial` on these images.
     """
 
     split: SplitName
@@ -44,7 +45,7 @@ def evaluate(
     Args:
         model: Its configuration names the data, which may be another one than that it was trained on.
         split: `val` or `test`.
-        tasks: The tasks that are measured; all if not given.
+        tasks: The tasks that are measured; all if not given, but those that the data has no labels of (`unlabelled`).
         quiet: Whether to show no progress bar while data is read.
 
     Raises:
@@ -53,7 +54,8 @@ def evaluate(
         DataError: Something of it cannot be read, or a label does not fit its task.
         SettingError: There is no such task.
     """
-    own = {name: model.tasks[name] for name in model.names_of(tasks)}
+    labelled = [name for name, each in model.config.tasks.items() if not each.unlabelled]
+    own = {name: model.tasks[name] for name in model.names_of(labelled if tasks is None else tasks)}
     config = model.config.with_changes(tasks={name: model.config.tasks[name] for name in own})
     images = _load(model, config, own, split, quiet)
     network = model.network
@@ -70,8 +72,9 @@ def evaluate(
         loading=Loading(num_workers=config.data.num_workers),
     )
     constants = {name: constant for name, constant in model.constants.items() if name in own}
-    trivial = validate_constant(own, constants, images, config.data.batch_size)
-    return Evaluation(split, len(images), metrics, trivial, score(own, metrics, trivial))
+    known = {name: own[name] for name in constants}
+    trivial = validate_constant(known, constants, images, config.data.batch_size)
+    return Evaluation(split, len(images), metrics, trivial, score(known, metrics, trivial))
 
 
 def _batch_size(model: TrainedModel) -> int:
@@ -91,7 +94,8 @@ def _load(model: TrainedModel, config: RunConfig, tasks: Mapping[str, Task], whi
     except SettingError as error:
         raise mistake_of(config, error) from error
     split = _as_the_run_names_them(model, source, split, label_of)
-    return split if len(label_of) == len(tasks) else _taught(model, config, source, split)
+    has_teachers = any(isinstance(each, DistillConfig) for each in config.tasks.values())
+    return _taught(model, config, source, split) if has_teachers else split
 
 
 def _as_the_run_names_them(model: TrainedModel, source: Source, split: Split, label_of: Mapping[str, str]) -> Split:

@@ -6,8 +6,8 @@ from collections.abc import Sequence
 from pathlib import Path
 
 from mtl.checkpoint.files import CheckpointError
-from mtl.checkpoint.load import newest_first, step_of
 from mtl.checkpoint.run_files import AUDIT, CONFIG, RunFileError, read_audit
+from mtl.checkpoint.trained_run import find_checkpoint
 from mtl.config import RunConfig, load_config
 from mtl.runtime.text import hint
 from mtl.training.data_record import search_as_the_run_did
@@ -43,21 +43,13 @@ def checkpoint_of(run_dir: Path, which: str | int | None) -> Path:
     Raises:
         CheckpointError: There is no such checkpoint; or the run is not finished, and `which` is None.
     """
-    folder = run_dir / "checkpoints"
-    if which is None:
-        which = "best" if (folder / "best").exists() else "last"
-        if (folder / which).exists() and (reason := _why_unfinished(run_dir)):
-            raise CheckpointError(
-                f"{run_dir} is not finished: {reason}; resume it with resume=auto, or take what there is with"
-                f" --which {which}, in Python which={which!r}"
-            )
-    name = which if isinstance(which, str) and not which.isdecimal() else f"step-{int(which):08d}"
-    if (folder / name).is_dir():
-        return folder / name
-    there = [link.name for link in sorted(folder.glob("best*")) + sorted(folder.glob("last")) if link.is_dir()]
-    there += [str(step_of(each)) for each in reversed(newest_first(folder))]
-    said = f"there are: {', '.join(there)}" if there else "it has none yet"
-    raise CheckpointError(f"{run_dir} has no checkpoint {which}; {said}{hint(str(which), there)}")
+    folder = find_checkpoint(run_dir, which)
+    if which is None and (reason := _why_unfinished(run_dir)):
+        raise CheckpointError(
+            f"{run_dir} is not finished: {reason}; resume it with resume=auto, or take what there is with"
+            f" --which {folder.name}, in Python which={folder.name!r}"
+        )
+    return folder
 
 
 def _why_unfinished(run_dir: Path) -> str:

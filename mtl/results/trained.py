@@ -55,7 +55,7 @@ class TrainedModel(nn.Module):
         tasks: The tasks by name.
         origin: Where it comes from.
         channels: Channels of the images that it takes.
-        constants: The output of the trivial predictor by task, "c".
+        constants: The output of the trivial predictor by task, "c"; without those that the run had no labels of.
     """
 
     def __init__(self, network: MultiTaskModel, config: RunConfig, form: Mapping[str, Any], origin: Origin) -> None:
@@ -83,6 +83,7 @@ class TrainedModel(nn.Module):
         return {
             name: torch.tensor([torch.nan if value is None else value for value in own["constant"]])
             for name, own in self._form["tasks"].items()
+            if own["constant"] is not None
         }
 
     @property

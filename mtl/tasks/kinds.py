@@ -32,9 +32,12 @@ _TYPES: dict[str, type[Task]] = {
 
 
 def labels_of(config: RunConfig) -> dict[str, str]:
-    """The data set's name for the label of each task that learns one, by task: a teacher gives those of the others."""
-    own = {name: task for name, task in config.tasks.items() if not isinstance(task, DistillConfig)}
-    return {name: task.label or name for name, task in own.items()}
+    """The data set's name for the label of each task that reads one, by task.
+
+    A teacher gives those of others, and some are `unlabelled`.
+    """
+    own = (each for each in config.tasks.items() if not isinstance(each[1], DistillConfig) and not each[1].unlabelled)
+    return {name: task.label or name for name, task in own}
 
 
 def label_kinds(config: RunConfig) -> dict[str, LabelKind]:

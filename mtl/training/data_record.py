@@ -6,9 +6,10 @@ import math
 from pathlib import Path
 from typing import Any
 
+from torch import Tensor
+
 from mtl.checkpoint.run_files import DATA, RunFileError, read_data_record
 from mtl.runtime.plugin import search_in, searched_folders
-from mtl.tasks import labels_of
 from mtl.training.setup import RunSetup
 
 
@@ -18,7 +19,6 @@ def data_record(setup: RunSetup) -> dict[str, Any]:
     And what decides the form of the model besides the configuration, so that it can be built without the data.
     """
     splits = {"train": setup.train, "val": setup.val}
-    class_names = setup.source.class_names(labels_of(setup.config))
     return {
         "name": setup.config.data.name,
         "modules": searched_folders(),
@@ -27,21 +27,25 @@ def data_record(setup: RunSetup) -> dict[str, Any]:
         "classes": {label: list(names) for label, names in setup.source.classes.items()},
         "tasks": {
             name: {
-                "classes": list(class_names.get(name, ())),
+                "classes": list(task.class_names),
                 "num_outputs": task.num_outputs,
                 # JSON's numbers are float64: nothing of a float32 is lost.
-                "constant": [value if math.isfinite(value) else None for value in setup.constants[name].tolist()],
+                "constant": _numbers(setup.constants[name]) if name in setup.constants else None,
             }
             for name, task in setup.tasks.items()
         },
         "digests": {
             which: {
                 "images": split.identity(),
-                **{f"labels of {task}": split.label_identity(task) for task in setup.tasks},
+                **{f"labels of {task}": split.label_identity(task) for task in setup.labelled},
             }
             for which, split in splits.items()
         },
     }
+
+
+def _numbers(constant: Tensor) -> list[float | None]:
+    return [value if math.isfinite(value) else None for value in constant.tolist()]
 
 
 def search_as_the_run_did(run_dir: Path) -> None:

@@ -4,13 +4,14 @@ from __future__ import annotations
 
 import json
 from collections.abc import Mapping, Sequence
-from dataclasses import asdict, dataclass
+from dataclasses import asdict, dataclass, replace
 from pathlib import Path
 from typing import Any
 
 from mtl.checkpoint.files import CheckpointError
 from mtl.config import RunConfig
 from mtl.config.changes import ConfigDifference, config_differences
+from mtl.model.init_from import Taken
 from mtl.phases.resolve import Phase
 
 
@@ -40,22 +41,25 @@ class History:
     Attributes:
         command: The command that began the run, for a shell; None if it is not known.
         origin: The checkpoint of another run that it began from, if it did.
+        taken: The weights that `init_from` gave when it began.
         changes: In the order in which they were made; those of the run that it began from as well.
     """
 
     command: str | None = None
     origin: str | None = None
     changes: tuple[Change, ...] = ()
+    taken: tuple[Taken, ...] = ()
 
     def after(self, step: int, differences: Sequence[ConfigDifference]) -> History:
         """The history with what is changed after a step."""
         new = (Change(step, each.key, each.before, each.now) for each in differences)
-        return History(self.command, self.origin, (*self.changes, *new))
+        return replace(self, changes=(*self.changes, *new))
 
     def to_json(self) -> dict[str, Any]:
         """The content of `history.json`, and of a checkpoint's `history`."""
         changes = [asdict(change) for change in self.changes]
-        return {"command": self.command, "from": self.origin, "changes": changes}
+        taken = [each.to_json() for each in self.taken]
+        return {"command": self.command, "from": self.origin, "changes": changes, "init_from": taken}
 
     @classmethod
     def from_json(cls, content: Mapping[str, Any] | None) -> History:
@@ -66,7 +70,10 @@ class History:
         """
         if content is None:
             return cls()
-        return cls(content["command"], content["from"], tuple(Change(**change) for change in content["changes"]))
+        changes = tuple(Change(**change) for change in content["changes"])
+        # Older histories have none.
+        taken = tuple(Taken(**item) for item in content.get("init_from", ()))
+        return cls(content["command"], content["from"], changes, taken)
 
 
 UNKNOWN = History()
@@ -137,7 +144,7 @@ def history_from(
         raise CheckpointError(f"{listed}: that would change nothing after {folder.name}; leave it as it was")
     before = History.from_json(state.get("history"))
     if not in_place:
-        before = History(config.command, str(folder), before.changes)
+        before = replace(before, command=config.command, origin=str(folder))
     return before.after(state["step"], found)
 
 

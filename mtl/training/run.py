@@ -71,7 +71,7 @@ def train(setup: RunSetup, quiet: bool = False, world: World = ALONE, source: Re
             raise config.mistake(("resume",), f"{message}; resume_override=true resumes with what it is now")
         logger.warning(f"resume: {message}")
     with _directory(setup, in_place, world) as run_dir, Interrupt(not world.is_alone) as asked:
-        history = History(config.command) if resumption is None else resumption.history
+        history = History(config.command, taken=setup.taken) if resumption is None else resumption.history
         tracker = _start_files(setup, run_dir, resumption if in_place else None, history, record, world)
         trainer = Trainer(setup, run_dir, tracker, quiet, asked, world, history)
         ended: dict[str, Any] = {}

@@ -16,6 +16,7 @@ from mtl.data import Loading, Split, TaughtSplit, Teaching, check_rooms
 from mtl.distributed.world import ALONE, World, WorldError
 from mtl.freeze import free_norm_statistics
 from mtl.model import set_output_bias
+from mtl.model.init_from import NOTHING, InitialWeights, Taken, read_initial_weights
 from mtl.model.teachers import load_teachers
 from mtl.optim.balance.balance import is_by_gradients
 from mtl.optim.optimizers import try_out
@@ -38,6 +39,7 @@ class RunSetup(ModelSetup):
         constants: The output of the trivial predictor for each task, "c".
         trivial: Metrics of the trivial predictor, which gives these constants.
         plan: What every phase freezes, trains and costs.
+        taken: Where the weights come from that `init_from` gave; empty for a run that resumes.
     """
 
     device: torch.device
@@ -46,6 +48,7 @@ class RunSetup(ModelSetup):
     constants: Mapping[str, Tensor]
     trivial: Scores
     plan: Plan
+    taken: tuple[Taken, ...] = ()
 
 
 def assemble(
@@ -61,8 +64,8 @@ def assemble(
         config: The run.
         quiet: Whether to show no progress bar while data is made.
         world: The processes that train together, which have not met yet.
-        begins: Whether the trunk's weights are needed; a checkpoint has them all, and those of the trunk's own file may
-            be gone when a run is resumed.
+        begins: Whether initial weights are needed, of `trunk.weights` and `init_from`; a checkpoint has them all, and
+            those files may be gone when a run is resumed.
         teachers_from: The checkpoint of the same run from which teachers are loaded, in place of their own files.
 
     Raises:
@@ -79,9 +82,11 @@ def assemble(
     world.start(device, config.distributed.timeout_s)
     # Without weights first: what is wrong with the configuration is found before any are loaded.
     source = open_source(config)
-    plan = make_plan(build_meta_setup(config, source=source))
+    meta = build_meta_setup(config, source=source)
+    plan = make_plan(meta)
+    initial = _initial_weights(meta) if begins else NOTHING
     with_teachers = teachers_from is None
-    own = config if begins else without_weights(config)
+    own = config if begins and not initial.has_trunk else without_weights(config)
     model_setup = build_model_setup(own, source=source, with_teachers=with_teachers)
     tasks = model_setup.tasks
     try:
@@ -100,13 +105,15 @@ def assemble(
         if teachers_from is not None:
             load_teachers(model_setup.teachers, teachers_from)
         train, val = _taught(model_setup, train, val, device, world, quiet)
-    constants = {name: task.fit(train.labels_to_fit(name)) for name, task in tasks.items()}
+    constants = {name: task.fit(train.labels_to_fit(name)) for name, task in model_setup.labelled.items()}
     for name, constant in constants.items():
         try:
             set_output_bias(model_setup.model.heads[name], constant)
         except ValueError as error:
             raise config.mistake(("tasks", name, "head"), str(error)) from error
-    trivial = validate_constant(tasks, constants, val, config.data.batch_size)
+    # After the biases, which are those of new heads only.
+    initial.load_into(model_setup.root)
+    trivial = validate_constant(model_setup.labelled, constants, val, config.data.batch_size)
     _try_out_optimizers(model_setup, device)
     model_setup.root.to(device)
     _check_processes(model_setup, world)
@@ -121,8 +128,31 @@ def assemble(
     lay_out(model_setup, layout)
     model_setup = replace(model_setup, config=config.with_changes(memory_format=layout, precision=precision))
     return RunSetup(
-        **vars(model_setup), device=device, train=train, val=val, constants=constants, trivial=trivial, plan=plan
+        **vars(model_setup),
+        device=device,
+        train=train,
+        val=val,
+        constants=constants,
+        trivial=trivial,
+        plan=plan,
+        taken=initial.taken,
     )
+
+
+def _initial_weights(meta: ModelSetup) -> InitialWeights:
+    """What `init_from` gives to a model like this one, read and checked."""
+    config, classes = meta.config, {name: task.class_names for name, task in meta.tasks.items()}
+    try:
+        initial = read_initial_weights(config, meta.root, classes)
+    except SettingError as error:
+        raise mistake_of(config, error) from error
+    for item in initial.taken:
+        logger.info(f"init_from: {item}")
+    for note in initial.notes:
+        logger.warning(f"init_from: {note}")
+    if initial.has_trunk and config.trunk.weights != "none":
+        logger.info(f"trunk.weights: {config.trunk.weights}: not loaded, since init_from gives the whole trunk")
+    return initial
 
 
 def _taught(

@@ -34,11 +34,11 @@ class Validator:
         self._still = {}
 
     def __call__(self, phase: Phase) -> tuple[Scores, dict[str, float]]:
-        """Metrics of all tasks by task and name; and the same with `val/score` under the names of the log."""
+        """Metrics of all tasks with labels, by task and name; and with `val/score` under the names of the log."""
         if not self._sync.holds:
             self._still.clear()
         setup, still, plan = self._setup, self._still, phase.freeze.plan
-        tasks = {name: task for name, task in setup.tasks.items() if name not in still}
+        tasks = {name: task for name, task in setup.labelled.items() if name not in still}
         fresh = validate(
             setup.model,
             tasks,
@@ -52,6 +52,6 @@ class Validator:
         )
         if is_fully_frozen(plan, "trunk"):
             still |= {name: each for name, each in fresh.items() if is_fully_frozen(plan, f"heads.{name}")}
-        scores = {name: (fresh | still)[name] for name in setup.tasks}
+        scores = {name: (fresh | still)[name] for name in setup.labelled}
         metrics = {f"val/{task}/{name}": value for task, values in scores.items() for name, value in values.items()}
-        return scores, metrics | {SCORE: score(setup.tasks, scores, setup.trivial)}
+        return scores, metrics | {SCORE: score(setup.labelled, scores, setup.trivial)}

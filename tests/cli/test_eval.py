@@ -159,7 +159,7 @@ def test_labels_of_other_data_may_have_other_names(every: Path, tmp_path: Path, 
     ("arguments", "message"),
     [
         (["--split", "test"], "data.name: scenes has no split 'test'; it has train and val"),
-        (["--which", "11"], "has no checkpoint 11; there are: best, last, 10, 12"),
+        (["--which", "11"], "has no checkpoint 11; there are: best, last, 12, 10"),
         (["--tasks", "depht"], "no task 'depht'; there are: segmentation, depth, normals, object; nearest: depth"),
         (["--tasks", ""], "no task ''; there are: segmentation, depth, normals, object"),
         (["--protocol", "eigne"], "evaluate.protocol: "),

@@ -80,7 +80,8 @@ def test_the_config_that_the_scripts_train_is_in_the_repository() -> None:
         (
             5,
             "  depth: {type: normals, zz: 1}",
-            "run.yaml:5: tasks.depth.zz: unknown key; the keys here are type, label, data, head, metrics, loss",
+            "run.yaml:5: tasks.depth.zz: unknown key;"
+            " the keys here are type, label, data, head, metrics, unlabelled, loss",
         ),
         (
             6,
@@ -265,7 +266,7 @@ def test_an_unknown_key_may_be_called_like_the_tasks_type() -> None:
         with_line(6, "  object: {type: classification, num_classes: 2, classification: {a: 1}, zz: 1}")
     ) == [
         f"run.yaml:6: tasks.object.{key}: unknown key;"
-        " the keys here are type, label, data, head, metrics, loss, num_classes, ignore_index"
+        " the keys here are type, label, data, head, metrics, unlabelled, loss, class_names, num_classes, ignore_index"
         for key in ("classification", "zz")
     ]
 
@@ -370,7 +371,8 @@ def test_overrides_reach_every_depth() -> None:
         ("name", "command line: 'name': expected key=value, such as optim.lr_scale=0.5"),
         (
             "tasks.depth={type: normals, x: 1}",
-            "command line: tasks.depth.x: unknown key; the keys here are type, label, data, head, metrics, loss",
+            "command line: tasks.depth.x: unknown key;"
+            " the keys here are type, label, data, head, metrics, unlabelled, loss",
         ),
         (
             "data={image_size: 9, num_val: 0}",

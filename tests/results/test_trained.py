@@ -265,7 +265,7 @@ def broken(rooms: Path, folder: Path, name: str, content: str | None) -> Path:
 def test_what_cannot_be_loaded_is_named(rooms: Path, tmp_path: Path) -> None:
     with pytest.raises(RunFileError, match=r"tinny is no run: it has no config.yaml; nearest: tiny"):
         mtl.load(rooms.parent / "tinny")
-    with pytest.raises(CheckpointError, match=r"has no checkpoint bes; there are: best, last, 10, 12; nearest: best"):
+    with pytest.raises(CheckpointError, match=r"has no checkpoint bes; there are: best, last, 12, 10; nearest: best"):
         mtl.load(rooms, "bes")
     with pytest.raises(RunFileError, match=r"data\.json: tasks: this key is missing"):
         mtl.load(broken(rooms, tmp_path / "a", "data.json", '{"digests": {}, "channels": 3}'))
@@ -282,7 +282,7 @@ def test_a_run_without_a_checkpoint_says_so(tmp_path: Path, rooms: Path) -> None
     run.mkdir()
     for name in ("config.yaml", "data.json"):
         shutil.copy(rooms / name, run)
-    with pytest.raises(CheckpointError, match="run has no checkpoint last; it has none yet"):
+    with pytest.raises(CheckpointError, match="run has no checkpoints; expected the directory of a run"):
         mtl.load(run)
 
 

@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+from functools import partial
+
 import torch
 
 from mtl.freeze import enforce
@@ -26,10 +28,11 @@ def forecast(model_setup: ModelSetup, index: int) -> KeptPlan:
         return KeptPlan(why_not=why_not)
     enforce(model_setup.root, phase.freeze.plan)
     try:
-        prefix = Prefix.forecast(model.trunk, model.read, model.prepare(model.example_inputs(_NUM_IMAGES)))
+        read = partial(model.read, tasks=model_setup.labelled)
+        prefix = Prefix.forecast(model.trunk, read, model.prepare(model.example_inputs(_NUM_IMAGES)))
     except PrefixError as error:
         return KeptPlan(why_not=str(error))
-    if why_not := model.why_not_cut(prefix, phase.tasks):
+    if why_not := model.why_not_cut(prefix, phase.tasks, model_setup.labelled):
         return KeptPlan(why_not=why_not)
     per_image = prefix.bytes_in(getattr(torch, config.cache.dtype))
     num_train, num_val = model_setup.source.num_images

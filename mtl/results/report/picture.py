@@ -26,11 +26,11 @@ def draw_run(setup: RunSetup, epochs: list[dict[str, Any]]) -> Figure:
     """
     from matplotlib.figure import Figure
 
-    dense = {name: task for name, task in setup.tasks.items() if task.output == "dense"}
+    dense = {name: task for name, task in setup.labelled.items() if task.output == "dense"}
     figure = Figure(figsize=(11, 3 + 1.6 * (1 + 2 * len(dense))), layout="constrained")
     above, below = figure.subfigures(2, 1, squeeze=False, height_ratios=[3, 1.6 * (1 + 2 * len(dense))])[:, 0]
     for axes, (name, task) in zip(
-        above.subplots(1, len(setup.tasks), squeeze=False)[0], setup.tasks.items(), strict=True
+        above.subplots(1, len(setup.labelled), squeeze=False)[0], setup.labelled.items(), strict=True
     ):
         _draw_metric(axes, name, task, epochs)
     batch, outputs = predict(setup)
@@ -45,7 +45,7 @@ def draw_run(setup: RunSetup, epochs: list[dict[str, Any]]) -> Figure:
             axes.imshow(image, cmap="gray" if image.shape[-1] == 1 else None)
     texts = {
         name: (task.caption(outputs[name], is_label=False), task.caption(batch.labels[name], is_label=True))
-        for name, task in setup.tasks.items()
+        for name, task in setup.labelled.items()
         if name not in dense
     }
     for i, axes in enumerate(grid[0][: len(batch)]):

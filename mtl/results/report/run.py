@@ -19,6 +19,7 @@ from mtl.checkpoint.run_files import (
     PLAN,
     RESULTS,
     STATE,
+    UNCHANGED,
     RunFileError,
     read_audit,
     read_config_text,
@@ -28,6 +29,7 @@ from mtl.checkpoint.run_files import (
     read_plan,
     read_results,
     read_state_file,
+    read_unchanged,
 )
 
 SCORE = "val/score"
@@ -79,6 +81,7 @@ class RunFiles:
         history: Of `history.json`.
         results: Of `results.json`.
         data: Of `data.json`.
+        unchanged: Of `unchanged.json`.
     """
 
     folder: Path
@@ -92,6 +95,7 @@ class RunFiles:
     history: dict[str, Any]
     results: dict[str, Any]
     data: dict[str, Any]
+    unchanged: dict[str, Any]
 
     @property
     def name(self) -> str:
@@ -199,6 +203,7 @@ def read_run(folder: Path) -> RunFiles:
         history=read_history(folder / HISTORY) if (folder / HISTORY).is_file() else {},
         results=read_results(folder / RESULTS) if (folder / RESULTS).is_file() else {},
         data=read_data_record(folder / DATA) if (folder / DATA).is_file() else {},
+        unchanged=read_unchanged(folder / UNCHANGED) if (folder / UNCHANGED).is_file() else {},
     )
 
 

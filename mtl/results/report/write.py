@@ -20,6 +20,7 @@ from mtl.results.report.predictions import predict, predictions_html
 from mtl.results.report.proof import proof_html
 from mtl.results.report.results import facts_html, results_html
 from mtl.results.report.run import RunFiles, read_run
+from mtl.results.report.taken_over import taken_over_html
 from mtl.results.report.timeline import timeline_html
 from mtl.runtime.files import write_text
 from mtl.runtime.tensors import is_sharded
@@ -51,7 +52,7 @@ def write_report(setup: RunSetup, run_dir: Path, picture: Path | None = None, fi
     batch, outputs = predict(setup)
     score = "none" if state["val/score"] is None else f"{state['val/score']:.3f}"
     note = f"Validation images; predictions of the {which} weights (step {state['step']:,}, val/score {score})."
-    predictions = predictions_html(batch, outputs, setup.tasks, note)
+    predictions = predictions_html(batch, outputs, setup.labelled, note)
     if picture is not None:
         from mtl.results.report.picture import draw_run
         from mtl.training.tracking.gradient_figure import png_of
@@ -69,6 +70,7 @@ def run_page(run: RunFiles, predictions: Html) -> str:
         run: What its files hold.
         predictions: The part of which the model was needed; empty without one.
     """
+    taken = taken_over_html(run)
     parts: Mapping[str, tuple[str, Html]] = {
         "results": ("Results", joined([facts_html(run), results_html(run)])),
         "phases": ("Phases", timeline_html(run)),
@@ -76,6 +78,7 @@ def run_page(run: RunFiles, predictions: Html) -> str:
         "curves": ("Curves", curves_html(run)),
         "dividend": ("Dividend", dividend_html(run)),
         "audit": ("Audit", proof_html(run)),
+        **({"taken": ("Taken over", taken)} if taken else {}),
         "gradients": ("Gradient conflicts", conflicts_html(run)),
         "predictions": ("Predictions", predictions),
         "origin": ("Origin", origin_html(run)),

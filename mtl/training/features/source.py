@@ -158,8 +158,8 @@ class FeatureSource:
             raise NotKept("the trunk is sharded over the ranks (fsdp2)")
         with self._autocast:
             first = torch.arange(min(phase.batch_size, len(self._setup.train)))
-            found = survey(self._model, self._images(self._setup.train, first))
-        if why_not := self._model.why_not_cut(found[0], phase.tasks):
+            found = survey(self._model, self._images(self._setup.train, first), self._setup.labelled)
+        if why_not := self._model.why_not_cut(found[0], phase.tasks, self._setup.labelled):
             raise NotKept(why_not)
         return found
 

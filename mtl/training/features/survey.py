@@ -3,6 +3,8 @@
 from __future__ import annotations
 
 import time
+from collections.abc import Collection
+from functools import partial
 
 import torch
 from torch import Tensor
@@ -16,12 +18,13 @@ class NotKept(Exception):  # noqa: N818
     """The reason why a phase keeps no features."""
 
 
-def survey(model: MultiTaskModel, images: Tensor) -> tuple[Prefix, float, bool]:
+def survey(model: MultiTaskModel, images: Tensor, tasks: Collection[str]) -> tuple[Prefix, float, bool]:
     """Finds which activations can be kept; the model stays as it is.
 
     Args:
         model: The model, with the phase's freeze in force.
         images: A batch as training has them, prepared for the trunk.
+        tasks: The tasks that are trained or measured.
 
     Returns:
         What can be kept, how long it takes to compute for a batch, in seconds, and whether an image's activations have
@@ -31,12 +34,12 @@ def survey(model: MultiTaskModel, images: Tensor) -> tuple[Prefix, float, bool]:
         PrefixError: Nothing can be kept.
         NotKept: The trunk gives other features when it is cut.
     """
-    trunk = model.trunk
-    prefix = Prefix.record(trunk, model.read, images)
+    trunk, read = model.trunk, partial(model.read, tasks=tasks)
+    prefix = Prefix.record(trunk, read, images)
     with torch.no_grad():
         # A whole batch, as they are going to be; this also warms up what is timed next.
         with no_side_effects(trunk, images.device):
-            plain = model.read(images)
+            plain = read(images)
         started = time.perf_counter()
         kept = prefix.compute(images)
         if images.is_cuda:

@@ -89,7 +89,7 @@ def log_epoch(setup: RunSetup, row: Mapping[str, Any], log: StepLog | None) -> N
         row: The validation's row of numbers.
         log: The steps before it, if there were any.
     """
-    goals = [f"{name} {task.goal.metric}" for name, task in setup.tasks.items()]
+    goals = [f"{name} {task.goal.metric}" for name, task in setup.labelled.items()]
     values = [row[f"val/{goal.replace(' ', '/')}"] for goal in goals]
     logger.info(
         f"{row['phase']}  epoch {row['epoch']}  step {row['step']}"

@@ -60,4 +60,4 @@ class PredictionLog:
                 self._batch = setup.val.batch(setup.val.examples(_NUM_IMAGES))
             with autocast_for(setup.config.precision, setup.device):
                 outputs = setup.model(self._batch.images.to(setup.device))
-        return draw_panel(self._batch, {name: each.float().cpu() for name, each in outputs.items()}, setup.tasks)
+        return draw_panel(self._batch, {name: each.float().cpu() for name, each in outputs.items()}, setup.labelled)

@@ -86,7 +86,7 @@ class RunRecord:
 def task_goals(setup: RunSetup) -> dict[str, Any]:
     """By task its main metric, and which values of each metric are better; None where that is not known."""
     goals: dict[str, Any] = {}
-    for name, task in setup.tasks.items():
+    for name, task in setup.labelled.items():
         metrics = task.every_metric()
         known = {metric: metrics.direction(metric) for metric in setup.trivial[name]}
         goals[name] = {
