@@ -22,12 +22,28 @@ import mtl
 from mtl.cli import main
 from mtl.config import TrunkConfig
 from mtl.model import build_trunk
+from mtl.results.export.meaning import meaning_of
 from mtl.results.export.names import output_names
 from mtl.results.export.parity import difference
 from mtl.results.trained import TrainedModel, load
+from mtl.tasks import (
+    Classification,
+    Depth,
+    Edges,
+    Keypoints,
+    MultiLabel,
+    Normals,
+    Ordinal,
+    Regression,
+    Saliency,
+    Segmentation,
+    Task,
+)
+from mtl.tasks.ordinal import Coral, Corn
 from mtl.training.run import train
 from once import made_once
 from runs import TINY, tiny_parts
+from trained_runs import EVERY_TYPE, every_type_config
 
 onnxruntime = pytest.importorskip("onnxruntime")
 
@@ -273,6 +289,30 @@ def test_a_difference_is_absolute_for_small_outputs_and_relative_for_large_ones(
     assert difference(torch.tensor(got), torch.tensor(expected)) == pytest.approx(stated)
 
 
+def words_of(task: Task) -> str:
+    return ". ".join(meaning_of(task))
+
+
+def test_every_task_type_says_what_its_outputs_are_and_how_they_become_predictions() -> None:
+    bins = Depth("bins", low=0.5, high=8.0, num_bins=16)
+    (formula,) = re.findall(r"centre k = (.*) m$", words_of(bins))
+    centres = torch.tensor([eval(formula, {"k": number}) for number in range(16)])
+    logits = torch.randn(2, 16, 3, 4)
+    assert torch.allclose(bins.metres(logits), (logits.softmax(1) * centres.view(-1, 1, 1)).sum(1, keepdim=True))
+    assert words_of(Depth("log", low=1.0, high=9.0)).endswith("exp gives metres, at least 1, at most 9")
+    assert words_of(Depth("linear", high=9.0)).endswith("they are metres, at most 9")
+    assert words_of(Regression(scale=10.0)).endswith("times 10") and "times" not in words_of(Regression())
+    logits, expected = torch.randn(5, 3), {}
+    for loss in (Corn(), Coral()):
+        task = Ordinal(4, loss)
+        above = logits.sigmoid().cumprod(1) if "cumulative product" in words_of(task) else logits.sigmoid()
+        expected[type(loss)] = (above > 0.5).sum(1)
+        assert torch.equal(task.as_label(task.predict(logits, (1, 1))), expected[type(loss)])
+    plain = [Segmentation(3), Classification(3), Normals(), MultiLabel(3), Edges(), Saliency(), Keypoints(2)]
+    assert len({words_of(task) for task in plain}) == len(plain) - 1
+    assert not any(type(task).__name__ in words_of(task) for task in plain)
+
+
 # A head of the user's own that does not export, or exports as something else
 
 OWN_HEADS = """
@@ -474,6 +514,20 @@ def test_trunks_export_in_every_format(
             program(other)
         with pytest.raises(Exception, match=r"(?i)shape|dimension"):
             session.run(None, {"images": other.numpy()})
+
+
+@pytest.mark.slow
+def test_a_run_with_every_task_type_exports(tmp_path: Path) -> None:
+    run_dir = mtl.train(every_type_config(tmp_path), quiet=True).run_dir
+    record = export(run_dir, "onnx", tmp_path / "out", "--size", "64", "96")
+    assert [*record["outputs"]] == [*EVERY_TYPE] and record["image_size"] == [64, 96]
+    card = (tmp_path / "out/README.md").read_text()
+    assert "The run's images were of 32 x 48 pixels" in card and "- tags: 0 big, 1 red" in card
+    images = some_images(3, 64, 96)
+    session = onnxruntime.InferenceSession(tmp_path / "out/model.onnx")
+    found = dict(zip(record["outputs"], session.run(None, {"images": images.numpy()}), strict=True))
+    for task, output in load(run_dir)(images).items():
+        assert difference(torch.as_tensor(found[task]), output) <= 1e-4
 
 
 @pytest.mark.slow

@@ -20,6 +20,7 @@ from mtl.results.export.meaning import meaning_of
 from mtl.results.export.parity import DEFINITION, LIMIT
 from mtl.results.export.snippets import snippets
 from mtl.results.export.subject import Format, Subject, Written
+from mtl.results.run_choice import read_run
 from mtl.runtime.provenance import provenance
 from mtl.runtime.text import count
 
@@ -67,13 +68,13 @@ def _input(subject: Subject, written: Written) -> str:
     colours = {1: "grey", 3: "red, green, blue; a grey image in each"}.get(channels, "as the data has them")
     return (
         f'`images`: "b {channels} h w", {numbers}; channels: {colours}. Any batch; {written.sizes}. The run\'s images'
-        f" were of {_by(subject.model.config.data.size)}. Normalisation is part of the file: {_statistics(subject)}."
+        f" were of {_by(_trained_size(subject))}. Normalisation is part of the file: {_statistics(subject)}."
     )
 
 
 def _trunk_input(subject: Subject) -> str:
     return (
-        f"The weights alone. The run shows them images of {_by(subject.model.config.data.size)}, divided by 255 and"
+        f"The weights alone. The run shows them images of {_by(_trained_size(subject))}, divided by 255 and"
         f' normalised with {_statistics(subject)}, "b {subject.network.channels} h w", float32.'
     )
 
@@ -87,6 +88,11 @@ def _statistics(subject: Subject) -> str:
 
 def _numbers(values: Sequence[float]) -> str:
     return f"({', '.join(f'{value:.6g}' for value in values)})"
+
+
+def _trained_size(subject: Subject) -> tuple[int, int]:
+    """The size of the run's images, whatever the files are made for."""
+    return read_run(subject.model.origin.run_dir).data.size
 
 
 def _by(size: tuple[int, int]) -> str:

@@ -40,10 +40,11 @@ def _(_: Classification) -> tuple[str, str]:
 
 @meaning_of.register
 def _(task: Depth) -> tuple[str, str]:
-    bounds = "" if task.low is task.high is None else f", kept between {task.low or 0:g} and {task.high or 'inf'} m"
+    ends = {"at least": task.low, "at most": task.high}
+    bounds = "".join(f", {which} {end:g}" for which, end in ends.items() if end is not None)
     if task.space == "bins":
-        low, high = task.low, task.high
-        centres = f"centre k = {low:g} * ({high:g} / {low:g}) ** ((k + 0.5) / {task.num_outputs}) m"
+        first = f"{task.low:g}"
+        centres = f"centre k = {first} * ({task.high:g} / {first}) ** ((k + 0.5) / {task.num_outputs}) m"
         return "a logit per bin of depth", f"sum of softmax over axis 1 times the bins' centres; {centres}"
     if task.space == "log":
         return "log metres along the optical axis", f"exp gives metres{bounds}"
