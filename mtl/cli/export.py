@@ -96,7 +96,6 @@ def _misfit(options: argparse.Namespace) -> str:
 
 
 def _as_text(made: Exported) -> str:
-    from mtl.results.export.parity import LIMIT
     from mtl.runtime.text import in_bytes
 
     written, subject = made.written, made.subject
@@ -111,5 +110,5 @@ def _as_text(made: Exported) -> str:
         lines += [f"outputs: {outputs}"]
     worst = max(check.worst for check in written.checks)
     checks = "; ".join(map(str, written.checks))
-    lines += [f"parity: {worst:.2g} at most, limit {LIMIT:g}: {checks}; {subject.images.origin}"]
+    lines += [f"parity: {worst:.2g} at most, limit {written.limit:g}: {checks}; {subject.images.origin}"]
     return "\n".join(lines)

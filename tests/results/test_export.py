@@ -127,7 +127,7 @@ def test_timm_loads_the_trunk_and_it_gives_the_same_bits(
 ) -> None:
     record = export(run_dir, "timm", tmp_path / "out")
     printed = capsys.readouterr().out
-    assert f"load: {record['call']}\n" in printed and "parity: 0 at most" in printed
+    assert f"load: {record['call']}\n" in printed and "parity: 0 at most, limit 0: 8 images of 64 x 64" in printed
     trunk = run_card(tmp_path / "out", monkeypatch)["trunk"]
     assert not trunk.training
     prepared = model.network.prepare(some_images(3, 64, 96).permute(0, 2, 3, 1))
@@ -308,7 +308,7 @@ def test_every_task_type_says_what_its_outputs_are_and_how_they_become_predictio
         above = logits.sigmoid().cumprod(1) if "cumulative product" in words_of(task) else logits.sigmoid()
         expected[type(loss)] = (above > 0.5).sum(1)
         assert torch.equal(task.as_label(task.predict(logits, (1, 1))), expected[type(loss)])
-    plain = [Segmentation(3), Classification(3), Normals(), MultiLabel(3), Edges(), Saliency(), Keypoints(2)]
+    plain = [Segmentation(3), Classification(3), Normals(), MultiLabel(3), Edges(), Saliency(), Keypoints(2, (64, 64))]
     assert len({words_of(task) for task in plain}) == len(plain) - 1
     assert not any(type(task).__name__ in words_of(task) for task in plain)
 
@@ -332,6 +332,10 @@ class Asks(Base):
         output = self.out(features.pooled)
         return output if output.detach().sum().item() > 0 else -output
 
+class Counts(Base):
+    def forward(self, features, size):
+        return self.out(features.pooled) + torch.zeros(len(features.pooled), 1)
+
 class Drifts(Base):
     def forward(self, features, size):
         return self.out(features.pooled) + (0.02 if torch.compiler.is_compiling() else 0)
@@ -343,7 +347,7 @@ def own_head(tmp_path: Path) -> Iterator[Path]:
     (tmp_path / "own_heads.py").write_text(OWN_HEADS)
     tasks = {
         name: {"type": "classification", "num_classes": 10, "label": "object", "head": f"own_heads:{kind}"}
-        for name, kind in (("asks", "Asks"), ("drifts", "Drifts"))
+        for name, kind in (("asks", "Asks"), ("counts", "Counts"), ("drifts", "Drifts"))
     }
     yield train(tiny_parts(tmp_path, tasks=tasks, phases=[{"name": "a", "steps": 1}]), quiet=True).run_dir
     sys.modules.pop("own_heads", None)
@@ -358,6 +362,9 @@ def test_a_head_that_torch_cannot_trace_is_named_with_torch_s_reason(
         (line,) = capsys.readouterr().err.splitlines()
         assert line.startswith("error: the head of asks, Asks, cannot be exported: torch.export: ")
         assert "data-dependent" in line
+    arguments = ["export", str(own_head), "--format", "torch", "--out", str(tmp_path / "out")]
+    assert main([*arguments, "--tasks", "counts"]) == 1
+    assert re.search("the head of counts, Counts, .*specialized it to be a constant", capsys.readouterr().err)
     assert not (tmp_path / "out").exists() and [*tmp_path.glob(".out*")] == []
 
 

@@ -61,7 +61,9 @@ class AttentionPoolHead(Head):
         key, value = (
             rearrange(each, "b n (k c) -> b k n c", k=self.num_heads) for each in (self.key(tokens), self.value(tokens))
         )
-        query = rearrange(self.query.to(key.dtype), "(k c) -> k 1 c", k=self.num_heads).expand(len(tokens), -1, -1, -1)
+        query = rearrange(self.query.to(key.dtype), "(k c) -> k 1 c", k=self.num_heads)
+        # `len` would fix the batch size of an exported program.
+        query = query.expand(tokens.shape[0], -1, -1, -1)
         pooled = functional.scaled_dot_product_attention(query, key, value)
         output: Tensor = self.out(self.pooled_norm(rearrange(pooled, "b k 1 c -> b (k c)")))
         return output

@@ -12,7 +12,7 @@ from mtl.results.export.folder import CARD, RECORD, all_or_nothing
 from mtl.results.export.images import parity_images
 from mtl.results.export.names import output_names
 from mtl.results.export.onnx_form import export_onnx
-from mtl.results.export.parity import DEFINITION, LIMIT, enforce_parity
+from mtl.results.export.parity import DEFINITION, enforce_parity
 from mtl.results.export.parts import Input
 from mtl.results.export.subject import Format, Subject, Written
 from mtl.results.export.torch_form import export_torch
@@ -73,8 +73,7 @@ def export(
     subject = Subject(model, names, input, parity_images(model))
     with all_or_nothing(out) as folder:
         written = _write(subject, form, split, folder)
-        # Weights alone are the same, not nearly.
-        enforce_parity(written.checks, LIMIT if written.sizes is not None else 0.0)
+        enforce_parity(written.checks, written.limit)
         files = sorted(each.name for each in folder.iterdir())
         write_text(folder / CARD, card(subject, written, form, command))
         files += [CARD, RECORD]
@@ -105,7 +104,7 @@ def _record(subject: Subject, written: Written, form: Format, files: list[str], 
         "call": written.call or None,
         "parity": {
             "definition": DEFINITION,
-            "limit": LIMIT,
+            "limit": written.limit,
             "images": subject.images.origin,
             "checks": [
                 {"images": check.num_images, "size": list(check.size), "differences": check.differences}

@@ -17,7 +17,7 @@ from mtl.checkpoint.run_files import (
     read_metrics,
 )
 from mtl.results.export.meaning import meaning_of
-from mtl.results.export.parity import DEFINITION, LIMIT
+from mtl.results.export.parity import DEFINITION
 from mtl.results.export.snippets import snippets
 from mtl.results.export.subject import Format, Subject, Written
 from mtl.results.run_choice import read_run
@@ -121,7 +121,8 @@ def _table(head: Sequence[str], rows: Iterable[Sequence[str]]) -> str:
 def _parity(subject: Subject, written: Written) -> str:
     names = list(written.checks[0].differences)
     rows = [[str(check), *(f"{check.differences[name]:.2g}" for name in names)] for check in written.checks]
-    return f"On {subject.images.origin}; {DEFINITION}; at most {LIMIT:g} is exported.\n\n{_table(['', *names], rows)}"
+    what = f"On {subject.images.origin}; {DEFINITION}; at most {written.limit:g} is exported."
+    return f"{what}\n\n{_table(['', *names], rows)}"
 
 
 def _metrics(subject: Subject) -> str:

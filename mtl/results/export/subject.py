@@ -10,7 +10,7 @@ from torch import Tensor
 
 from mtl.model import MultiTaskModel
 from mtl.results.export.images import ParityImages
-from mtl.results.export.parity import Check, reference_outputs
+from mtl.results.export.parity import LIMIT, Check, reference_outputs
 from mtl.results.export.parts import Input
 from mtl.results.export.trace import Sizes
 from mtl.results.trained import TrainedModel
@@ -90,3 +90,8 @@ class Written:
     opset: int | None = None
     inputs: dict[str, list[str]] = field(default_factory=dict)
     call: str = ""
+
+    @property
+    def limit(self) -> float:
+        """The largest difference that is exported: weights alone are the same, not nearly."""
+        return 0.0 if self.sizes is None else LIMIT
