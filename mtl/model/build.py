@@ -37,7 +37,7 @@ def build_trunk(config: TrunkConfig, image_size: tuple[int, int]) -> nn.Module:
         near = hint(config.name, timm.list_models(), most=3, cutoff=0.6)
         raise SettingError("trunk.name", f"timm knows no model {config.name!r}{near}")
     check_tag(config.name)
-    options = _options(config, image_size)
+    options = trunk_options(config, image_size)
     if config.weights == "packaged" and config.name != PACKAGED_TRUNK:
         raise WeightsError(
             f"packaged holds weights of {PACKAGED_TRUNK} only, not of {config.name};"
@@ -83,7 +83,7 @@ def _create(name: str, pretrained: bool, options: dict[str, Any]) -> nn.Module:
     return trunk
 
 
-def _options(config: TrunkConfig, image_size: tuple[int, int]) -> dict[str, Any]:
+def trunk_options(config: TrunkConfig, image_size: tuple[int, int]) -> dict[str, Any]:
     """The options for timm; models with a fixed number of tokens need the image size, others take any."""
     for key, instead in (("pretrained", "set trunk.weights instead"), ("num_classes", "the heads have the classes")):
         if key in config.options:
@@ -169,7 +169,7 @@ def _takes(config: TrunkConfig, image_size: tuple[int, int], dense: bool) -> boo
     """Whether a trunk can be built for a size and gives features; tried on the meta device."""
     try:
         with torch.device("meta"):
-            trunk = _create(config.name, pretrained=False, options=_options(config, image_size))
+            trunk = _create(config.name, pretrained=False, options=trunk_options(config, image_size))
             _probe(trunk, dense, image_size, config)
     except _UnfitError:
         return False

@@ -88,7 +88,7 @@ def size_of(image_size: int | tuple[int, int]) -> tuple[int, int]:
     return (image_size, image_size) if isinstance(image_size, int) else image_size
 
 
-def _reductions(trunk: nn.Module) -> list[int]:
+def reductions(trunk: nn.Module) -> list[int]:
     """The stride of each of a timm model's intermediate features, in pixels."""
     info: Any = trunk.feature_info
     return [entry["reduction"] for entry in (info if isinstance(info, list) else info.info)]
@@ -100,7 +100,7 @@ def pyramid_levels(trunk: nn.Module) -> list[int]:
     A model that halves its resolution several times: the last feature of every stride from 4 on. A plain model (ViT,
     MLP-Mixer), whose features all have one stride: four at even distances, the last included.
     """
-    strides = _reductions(trunk)
+    strides = reductions(trunk)
     last_of_stride = {stride: index for index, stride in enumerate(strides)}
     if len(last_of_stride) > 1:
         return sorted(index for stride, index in last_of_stride.items() if stride >= 4)
@@ -163,6 +163,6 @@ def feature_shape(
         [level.shape[1] for level in features.pyramid],
         features.pooled.shape[1],
         None if tokens is None else tokens.shape[2],
-        tuple(_reductions(trunk)[level] for level in levels),
+        tuple(reductions(trunk)[level] for level in levels),
         tuple((level.shape[2], level.shape[3]) for level in features.pyramid),
     )
