@@ -6,7 +6,20 @@ import json
 from pathlib import Path
 from typing import Any
 
-from pydantic import BaseModel, ConfigDict, ValidationError
+from pydantic import ValidationError
+
+from mtl.checkpoint.run_contents import (
+    Audit,
+    Content,
+    Data,
+    Form,
+    History,
+    Plan,
+    Results,
+    Row,
+    State,
+    Unchanged,
+)
 
 METRICS, AUDIT, STATE, CONFIG = "metrics.jsonl", "audit.json", "state.json", "config.yaml"
 HISTORY, DATA, PLAN, RESULTS, UNCHANGED = "history.json", "data.json", "plan.json", "results.json", "unchanged.json"
@@ -18,167 +31,13 @@ class RunFileError(ValueError):
     """A file of a run that is missing, damaged, or not what a run writes; the message names the file."""
 
 
-class _Content(BaseModel):
-    """What a file has to hold, as far as it is read; more keys may be there."""
-
-    model_config = ConfigDict(strict=True, extra="allow")
-
-
-class _Row(_Content):
-    step: int
-    phase: str
-
-
-class _Frozen(_Content):
-    count: int
-    root: str
-    fingerprints: dict[str, str]
-
-
-class _Trainable(_Content):
-    count: int
-    changed: int
-
-
-class _Checks(_Content):
-    steps: int
-    tripwires: int
-    fingerprints: int
-
-
-class _Violation(_Content):
-    kind: str
-    name: str
-    phase: str
-    step: int
-    cause: str
-    detail: str
-
-
-class _Phase(_Content):
-    name: str
-    completed: bool
-    freeze: list[str]
-    frozen: _Frozen
-    trainable: _Trainable
-    checks: _Checks
-    violations: list[_Violation]
-
-
-class _Audit(_Content):
-    ok: bool
-    phases: list[_Phase]
-    ended_the_run: bool = False
-
-
-class _State(_Content):
-    digests: dict[str, str] = {}
-    phase: str = ""
-    tied: dict[str, str] = {}
-    shards: dict[str, dict[str, Any]] = {}
-
-
-class _Change(_Content):
-    step: int
-    key: str
-    old: Any
-    new: Any
-
-
-class _History(_Content):
-    command: str | None
-    changes: list[_Change]
-
-
-class _TaskForm(_Content):
-    classes: list[str]
-    num_outputs: int
-    constant: list[float | None] | None
-
-
-class _Data(_Content):
-    digests: dict[str, dict[str, str | None]]
-
-
-class _Form(_Content):
-    channels: int
-    tasks: dict[str, _TaskForm]
-
-
-class _PlanPhase(_Content):
-    name: str
-    length: str
-    freeze: list[str]
-    train: list[str] = []
-    flops: dict[str, float]
-
-
-class _Plan(_Content):
-    trunk: str
-    phases: list[_PlanPhase]
-
-
-class _TaskGoal(_Content):
-    metric: str
-    directions: dict[str, str | None]
-
-
-class _PhaseEnd(_Content):
-    ended: str
-    reason: str
-    step: int
-    train_s: float
-    scores: dict[str, dict[str, float | None]]
-
-
-class _BestScore(_Content):
-    score: float | None
-    step: int
-
-
-class _Session(_Content):
-    step: int
-    began: str
-    device: str
-    machine: dict[str, Any]
-    versions: dict[str, str]
-    git_commit: str | None
-
-
-class _Results(_Content):
-    tasks: dict[str, _TaskGoal]
-    trivial: dict[str, dict[str, float | None]]
-    phases: list[_PhaseEnd]
-    best: _BestScore
-    train_s: float
-    sessions: list[_Session]
-
-
-class _OutputDifference(_Content):
-    task: str
-    split: str
-    image: int
-    images: int
-    max_difference: float | None
-
-
-class _Unchanged(_Content):
-    run: str
-    before: str
-    after: str
-    images: int
-    tasks: dict[str, str]
-    equal: bool
-    differences: list[_OutputDifference]
-
-
 def read_unchanged(file: Path) -> dict[str, Any]:
     """The content of an `unchanged.json`: whether outputs of old tasks are those that they were.
 
     Raises:
         RunFileError: As for `read_history`.
     """
-    return _read_object(file, _Unchanged)
+    return _read_object(file, Unchanged)
 
 
 def read_history(file: Path) -> dict[str, Any]:
@@ -187,7 +46,7 @@ def read_history(file: Path) -> dict[str, Any]:
     Raises:
         RunFileError: There is no such file, it is damaged, or is no history.
     """
-    return _read_object(file, _History)
+    return _read_object(file, History)
 
 
 def read_audit(file: Path) -> dict[str, Any]:
@@ -196,7 +55,7 @@ def read_audit(file: Path) -> dict[str, Any]:
     Raises:
         RunFileError: There is no such file, it is damaged, or is not the report of an audit.
     """
-    return _read_object(file, _Audit)
+    return _read_object(file, Audit)
 
 
 def read_data_record(file: Path) -> dict[str, Any]:
@@ -205,7 +64,7 @@ def read_data_record(file: Path) -> dict[str, Any]:
     Raises:
         RunFileError: As for `read_audit`.
     """
-    return _read_object(file, _Data)
+    return _read_object(file, Data)
 
 
 def read_model_form(file: Path) -> dict[str, Any]:
@@ -215,7 +74,7 @@ def read_model_form(file: Path) -> dict[str, Any]:
         RunFileError: As for `read_audit`; or a version of `mtl` wrote it that did not record this.
     """
     try:
-        return _read_object(file, _Form)
+        return _read_object(file, Form)
     except RunFileError as error:
         earlier = "; an earlier version of mtl, which did not record it, may have written it: `resume` adds it"
         raise RunFileError(f"{error}{earlier if 'missing' in str(error) else ''}") from None
@@ -227,7 +86,7 @@ def read_plan(file: Path) -> dict[str, Any]:
     Raises:
         RunFileError: As for `read_audit`.
     """
-    return _read_object(file, _Plan)
+    return _read_object(file, Plan)
 
 
 def read_results(file: Path) -> dict[str, Any]:
@@ -236,7 +95,7 @@ def read_results(file: Path) -> dict[str, Any]:
     Raises:
         RunFileError: As for `read_audit`.
     """
-    return _read_object(file, _Results)
+    return _read_object(file, Results)
 
 
 def read_state_file(file: Path) -> dict[str, Any]:
@@ -245,7 +104,7 @@ def read_state_file(file: Path) -> dict[str, Any]:
     Raises:
         RunFileError: There is no such file, it is damaged, or is not the state of a run.
     """
-    return _read_object(file, _State)
+    return _read_object(file, State)
 
 
 def read_metrics(file: Path) -> list[dict[str, Any]]:
@@ -282,10 +141,10 @@ def _row(file: Path, number: int, line: bytes) -> dict[str, Any]:
         row = json.loads(line)
     except (ValueError, RecursionError) as error:
         raise RunFileError(f"{file}:{number}: expected one row as JSON, got {_shown(line)} ({error})") from error
-    return _checked(row, _Row, f"{file}:{number}")
+    return _checked(row, Row, f"{file}:{number}")
 
 
-def _read_object(file: Path, model: type[_Content]) -> dict[str, Any]:
+def _read_object(file: Path, model: type[Content]) -> dict[str, Any]:
     written = _bytes(file)
     try:
         content = json.loads(written)
@@ -294,7 +153,7 @@ def _read_object(file: Path, model: type[_Content]) -> dict[str, Any]:
     return _checked(content, model, str(file))
 
 
-def _checked(content: object, model: type[_Content], where: str) -> dict[str, Any]:
+def _checked(content: object, model: type[Content], where: str) -> dict[str, Any]:
     if not isinstance(content, dict):
         raise RunFileError(f"{where}: expected keys and values, got {_shown(content)}")
     try:

@@ -93,6 +93,6 @@ def _as_text(model: TrainedModel, found: Evaluation) -> str:
     origin, split = model.origin, found.split
     head = ["task", "metric", "trivial", split]
     what = f"{origin.run_dir}: weights {origin.checkpoint}, of step {origin.step}; {origin.fingerprint}"
-    score = "none: no task has labels" if math.isnan(found.score) else f"{found.score:.3f}"
+    score = "none" if math.isnan(found.score) else f"{found.score:.3f}"
     closing = f"score {score}; {found.num_images:,} images of {model.config.data.name}, {split}"
     return "\n".join([what, table(head, rows, range(2, 4), line_width(sys.stdout), keys=2), closing])

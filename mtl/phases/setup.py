@@ -15,7 +15,7 @@ from mtl.config import ConfigError, DataConfig, DistillConfig, RunConfig, Settin
 from mtl.config.mixed import MixedData
 from mtl.config.transform import RotationConfig
 from mtl.config.yaml_source import KeyPath
-from mtl.data import LabelError, Source, Split, check_image, open_data
+from mtl.data import Source, Split, check_image
 from mtl.freeze import untrainable_parameters
 from mtl.model import MultiTaskModel, build_trunk
 from mtl.model.build import input_channels
@@ -24,6 +24,7 @@ from mtl.model.reachability import reached_parameters
 from mtl.model.teachers import TEACHERS, Teacher, build_teachers
 from mtl.optim.balance.balance import build_balance
 from mtl.phases.active_tasks import PhaseTasks, resolve_tasks
+from mtl.phases.data_source import open_source
 from mtl.phases.freeze_rules import ResolveContext
 from mtl.phases.metrics import RunMetrics
 from mtl.phases.resolve import Phase, resolve_phases
@@ -296,45 +297,6 @@ def _check_fill(config: RunConfig, tasks: Mapping[str, Task]) -> None:
             if task.label_kind == "mask" and ignored != rotation.options.ignore:
                 message = f"expected the ignore_index of the task {name!r}, {ignored}, got {rotation.options.ignore}"
                 raise config.mistake((*path, "options", "ignore"), message)
-
-
-def open_source(config: RunConfig) -> Source:
-    """Opens the data set of a run.
-
-    Raises:
-        ConfigError: It cannot be had, or has no label that a task learns.
-        DataError: Something of it cannot be read.
-    """
-    try:
-        source = open_data(config)
-    except SettingError as error:
-        raise mistake_of(config, error) from error
-    except LabelError as error:
-        found = [[line] if label is None else _at_tasks(config, label, line) for label, line in error.lines]
-        raise ConfigError([line for lines in found for line in lines]) from error
-    there_are = {label: source.labels_of(task) for task, label in labels_of(config).items()}
-    mistakes = list[str]()
-    for label, labels in there_are.items():
-        if label not in labels:
-            there = f"it has: {', '.join(labels)}{hint(label, labels)}"
-            mistakes += _at_tasks(config, label, f"{config.data.name} has no label {label!r}; {there}")
-    if mistakes:
-        raise ConfigError(mistakes)
-    return source
-
-
-def _at_tasks(config: RunConfig, label: str, message: str) -> list[str]:
-    """What is wrong with a label, at each task that learns it."""
-    lines = list[str]()
-    for task, own in config.tasks.items():
-        if own.unlabelled:
-            continue
-        if own.label == label:
-            lines += config.mistake(("tasks", task, "label"), message).mistakes
-        elif own.label is None and task == label:
-            elsewhere = "; if the task has another name than its label, set label"
-            lines += config.mistake(("tasks", task), f"{message}{elsewhere}").mistakes
-    return lines
 
 
 def _seed_everything(seed: int) -> None:

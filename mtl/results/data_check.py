@@ -16,7 +16,8 @@ from mtl.data import MemorySplit, MixedSource
 from mtl.data.files.file_source import FileSource, open_file_sets
 from mtl.data.files.fileset import IMAGE, FileSet
 from mtl.data.files.problems import problems
-from mtl.phases.setup import build_meta_tasks, open_source
+from mtl.phases.data_source import open_source
+from mtl.phases.setup import build_meta_tasks
 from mtl.results.pictures import draw_samples
 from mtl.runtime.text import count
 from mtl.tasks import label_kinds, labels_of

@@ -10,7 +10,7 @@ from mtl.config.file_data import SplitName
 from mtl.data import Loading, Source, Split, TaughtSplit, Teaching
 from mtl.data.renumbered import RenumberedSplit
 from mtl.model.teachers import build_teachers, load_teachers
-from mtl.phases.setup import open_source
+from mtl.phases.data_source import open_source
 from mtl.results.trained import TrainedModel
 from mtl.runtime.text import count, hint
 from mtl.tasks import Task, labels_of

@@ -54,7 +54,7 @@ class TrainedModel(nn.Module):
         config: The run's configuration.
         tasks: The tasks by name.
         origin: Where it comes from.
-        channels: Channels of the images that it takes.
+        channels: Channels of the images that it takes; where these are 3, grey ones are taken, too.
         constants: The output of the trivial predictor by task, "c"; without those that the run had no labels of.
     """
 
@@ -76,7 +76,7 @@ class TrainedModel(nn.Module):
 
     @property
     def channels(self) -> int:
-        return int(self._form["channels"])
+        return self.network.channels
 
     @property
     def constants(self) -> dict[str, Tensor]:

@@ -20,8 +20,9 @@ from mtl.model.init_from import NOTHING, InitialWeights, Taken, read_initial_wei
 from mtl.model.teachers import load_teachers
 from mtl.optim.balance.balance import is_by_gradients
 from mtl.optim.optimizers import try_out
+from mtl.phases.data_source import open_source
 from mtl.phases.plan import Plan, make_plan
-from mtl.phases.setup import ModelSetup, build_meta_setup, build_model_setup, open_source, without_weights
+from mtl.phases.setup import ModelSetup, build_meta_setup, build_model_setup, without_weights
 from mtl.runtime.console import logger
 from mtl.tasks import labels_of
 from mtl.training.autotune import choose, lay_out

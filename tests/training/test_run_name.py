@@ -5,7 +5,6 @@ from __future__ import annotations
 import os
 import subprocess
 import sys
-import time
 from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
 
@@ -15,6 +14,7 @@ import wandb_file
 from mtl.cli import main
 from mtl.config import ConfigError, load_config
 from mtl.training.run_dir import check_run_dir, own_name
+from processes import wait_until
 from runs import tiny_config
 
 ROOT = Path(__file__).parents[2]
@@ -113,8 +113,7 @@ def test_a_stopped_run_says_the_name_under_which_it_resumes(tmp_path: Path) -> N
     environment = os.environ | {"PYTHONPATH": str(ROOT)}
     quiet = {"stdout": subprocess.DEVNULL, "stderr": subprocess.PIPE}
     with subprocess.Popen(command, env=environment, text=True, **quiet) as run:  # type: ignore[call-overload]
-        while run.poll() is None and not (tmp_path / "runs/tiny-001/checkpoints/last").exists():
-            time.sleep(0.05)
+        wait_until(lambda: (tmp_path / "runs/tiny-001/checkpoints/last").exists())
         run.terminate()
         assert run.stderr is not None
         said = run.stderr.read()

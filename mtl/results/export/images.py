@@ -13,7 +13,7 @@ from mtl.config import ConfigError, DataConfig, RunConfig, SettingError
 from mtl.config.mixed import MixedData
 from mtl.data import DataError
 from mtl.model import MultiTaskModel
-from mtl.phases.setup import open_source
+from mtl.phases.data_source import open_source
 from mtl.results.trained import TrainedModel
 from mtl.runtime.console import first_line
 from mtl.tasks import Task, labels_of
