@@ -53,7 +53,9 @@ def test_the_wheel_has_the_code_the_data_and_the_examples_and_nothing_else(wheel
         packed = {name for name in archive.namelist() if ".dist-info/" not in name}
     code = {file.relative_to(ROOT).as_posix() for file in (ROOT / "mtl").rglob("*.py")}
     data = {file.relative_to(ROOT).as_posix() for file in (ROOT / "mtl/data/assets").iterdir()}
-    examples = {f"mtl/{file.relative_to(ROOT).as_posix()}" for file in (ROOT / "configs").rglob("*.yaml")}
+    # Sweeps call a script of the checkout.
+    shown = [*(ROOT / "configs").glob("*.yaml"), *(ROOT / "configs/recipes").glob("*.yaml")]
+    examples = {f"mtl/{file.relative_to(ROOT).as_posix()}" for file in shown}
     assert packed == code | data | examples | {"mtl/py.typed"}
 
 

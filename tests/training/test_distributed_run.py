@@ -56,7 +56,8 @@ def assert_close(run_dir: Path, other: Path, first_step: int = 0, loss: float = 
 
 def judged(row: dict[str, Any]) -> dict[str, Any]:
     """What is to be the same in a row: no speeds, and no norms of the first process's own gradients."""
-    return {key: value for key, value in row.items() if not key.startswith(("perf/", "grad/", "audit/"))}
+    left_out = ("perf/", "grad/", "audit/", "phase_number")
+    return {key: value for key, value in row.items() if not key.startswith(left_out)}
 
 
 def largest_difference(one: dict[str, Tensor], other: dict[str, Tensor]) -> float:
