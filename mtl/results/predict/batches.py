@@ -87,15 +87,28 @@ def predictions(
         autocast: The types in which the network computes.
         batch_size: Images that it is given at once.
     """
-    device = next(network.parameters()).device
-    for images, sizes in ahead(_in_batches(prepared, batch_size)):
-        with torch.inference_mode(), autocast:
-            outputs = network(images.to(device, non_blocking=True), tasks)
+    # While the maps of one batch are resized, the next one is computed, and the one after it is read.
+    for outputs, sizes in ahead(_outputs(network, prepared, tasks, autocast, batch_size)):
         for number, size in enumerate(sizes):
             with torch.no_grad():
                 found = {name: task.predict(outputs[name][number, None], size) for name, task in tasks.items()}
             # What was made in inference mode would not be a usual tensor in the caller's hands.
             yield {name: (each.clone() if each.is_inference() else each)[0].cpu() for name, each in found.items()}
+
+
+def _outputs(
+    network: MultiTaskModel,
+    prepared: Iterable[Prepared],
+    tasks: Mapping[str, Task],
+    autocast: torch.autocast,
+    batch_size: int,
+) -> Generator[tuple[dict[str, Tensor], list[tuple[int, int]]], None, None]:
+    """The heads' outputs for each batch, and the sizes that its images had."""
+    device = next(network.parameters()).device
+    for images, sizes in ahead(_in_batches(prepared, batch_size)):
+        with torch.inference_mode(), autocast:
+            outputs = network(images.to(device, non_blocking=True), tasks)
+        yield outputs, sizes
 
 
 def _in_batches(
