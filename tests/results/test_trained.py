@@ -23,6 +23,7 @@ from mtl.checkpoint.run_files import RunFileError
 from mtl.config import SettingError
 from mtl.data import DataError
 from mtl.results.evaluate import evaluate
+from mtl.results.report.run import read_run
 from mtl.results.trained import TrainedModel, load
 from once import made_once
 from pages import code_block
@@ -305,3 +306,8 @@ def test_averaged_weights_are_loaded_where_there_were_any(tmp_path: Path) -> Non
     model = load(mtl.train(file, quiet=True).run_dir)
     (row,) = (r for r in read_metrics(model.origin.run_dir) if "val/score" in r)
     assert evaluate(model).score == row["val/score"]
+
+
+def test_numbers_of_the_whole_run_are_no_metrics_of_a_task_in_its_report(rooms: Path) -> None:
+    assert "val/best_score" in read_metrics(rooms)[-1]
+    assert read_run(rooms).metrics.keys() == {"segmentation", "depth", "normals", "object"}

@@ -133,10 +133,12 @@ class RunFiles:
         for row in self.validations:
             for key in row:
                 first, *rest = key.split("/", 1)
-                if first != "val" or key == SCORE:
+                if first != "val":
                     continue
                 # A metric has no slash in it; a task might.
                 task, _, metric = rest[0].rpartition("/")
+                if not task:  # of the whole run, such as its best score
+                    continue
                 if metric not in found.setdefault(task, []):
                     found[task].append(metric)
         return found
