@@ -209,6 +209,25 @@ class GradientAudit:
         self._watch().every = steps
 
     @property
+    def num_unchecked(self) -> int:
+        """How many of the next steps come before one in which a check is due; see `look_every`."""
+        return self._watch().num_unchecked
+
+    @contextmanager
+    def unchecked(self, optimizer: Optimizer, number: int) -> Iterator[None]:
+        """A block of steps in which no check is due, and no hook is called; they are counted when it ends.
+
+        Args:
+            optimizer: The only one that steps in it.
+            number: How many steps; at most `num_unchecked`.
+        """
+        watch, hooks = self._watch(), self._hooks
+        assert hooks is not None and number <= watch.num_unchecked
+        with hooks.suspended(self._optimizers):
+            yield
+        watch.count_steps(optimizer, number)
+
+    @property
     def holds(self) -> bool:
         """Whether a phase is open and has no violation so far."""
         return self._open is not None and not self._open.record.violations

@@ -46,6 +46,8 @@ class Reporter:
         Raises:
             AuditError: Under the policy `raise`, there is a new violation.
         """
+        if not found:
+            return
         found = [Violation(**asdict(each)) if self._strict and isinstance(each, Hazard) else each for each in found]
         if self._policy == "restore" and any(isinstance(each, Violation) for each in found):
             restore()

@@ -41,7 +41,8 @@ class TrackingConfig(Strict):
         console: Whether wandb keeps what the run prints.
         log_model: Whether wandb gets the best checkpoint as an artifact when the run is finished.
         predictions_every_epochs: Every how many epochs the validation shows predictions of a few images; 0 for never.
-        log_every_steps: Number of steps that are logged together, each with a row of its own.
+        log_every_steps: Number of steps that are logged together, each with a row of its own in `metrics.jsonl`; wandb
+            gets the last one of them.
     """
 
     backend: Annotated[str, AfterValidator(_check_backend)] = "wandb"

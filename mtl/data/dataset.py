@@ -14,6 +14,7 @@ from mtl.data.augment import View
 from mtl.data.cache import DataError
 from mtl.data.orders import Order, Shuffled
 from mtl.data.transfer import to_device
+from mtl.runtime.tensors import aligned
 
 
 @dataclass(frozen=True)
@@ -64,7 +65,7 @@ class Batch:
     @property
     def everyone(self) -> Tensor:
         """The indices of the images of all ranks, "b", on the CPU."""
-        return self.indices if self.every is None else torch.cat(self.every)
+        return self.indices if self.every is None or len(self.every) == 1 else torch.cat(self.every)
 
     @property
     def size(self) -> tuple[int, int]:
@@ -86,6 +87,29 @@ class Batch:
         labels = {name: to_device(label, device) for name, label in self.labels.items()}
         stored = None if self.stored is None else to_device(self.stored, device)
         return replace(self, labels=labels, device=device, stored=stored)
+
+    def parts(self, shares: Sequence[Sequence[Tensor]], rank: int, lacking: Sequence[frozenset[str]]) -> list[Batch]:
+        """The batches whose images, one after the other, are those of this one; labels are views of its own.
+
+        Args:
+            shares: By batch and rank, the indices of the images.
+            rank: The rank whose batches they are.
+            lacking: By batch, the tasks of which none of its images has a label.
+        """
+        sizes = [len(each[rank]) for each in shares]
+        labels = {name: list(map(aligned, torch.split(label, sizes))) for name, label in self.labels.items()}
+        return [
+            Batch(
+                self.split,
+                every[rank],
+                {name: parts[number] for name, parts in labels.items()},
+                self.device,
+                self.view,
+                tuple(every),
+                lacking=lacking[number],
+            )
+            for number, every in enumerate(shares)
+        ]
 
 
 class Split(ABC):
@@ -148,6 +172,23 @@ class Split(ABC):
         if rows.images is None:
             raise DataError(rows.fault)
         return rows.images
+
+    def label_bytes(self) -> int | None:
+        """Bytes of an image's labels in the types that losses take; None if reading labels takes time."""
+        return None
+
+    @property
+    def may_lack(self) -> bool:
+        """Whether a batch can be without a label of some task."""
+        return True
+
+    def lacking(self, indices: Tensor) -> frozenset[str]:
+        """The tasks of which none of some images has a label.
+
+        Args:
+            indices: "b", int64.
+        """
+        return self.rows(indices, with_images=False).lacking
 
     @abstractmethod
     def labels_to_fit(self, task: str) -> Tensor:

@@ -5,6 +5,7 @@ from __future__ import annotations
 from collections.abc import Generator, Iterator, Sequence
 from contextlib import closing
 from dataclasses import dataclass, replace
+from functools import partial
 from itertools import islice
 
 import torch
@@ -35,6 +36,8 @@ class Loading:
 
 
 IN_THREAD = Loading()
+# Batches that are read at once where that takes no time, and the most bytes of their labels.
+_MOST_IN_BLOCK, _BLOCK_BYTES = 32, 1 << 18
 
 
 def training_batches(
@@ -92,10 +95,9 @@ def validation_rounds(
 ) -> Generator[tuple[Batch, bool], None, None]:
     """This rank's batches of `validation_shares`, and whether it is the one to count each."""
     rounds = list(validation_shares(len(split), batch_size, world))
-    if split.is_in_memory:
-        yield from ((split.batch(shares[world.rank], every=shares), counts) for shares, counts in rounds)
-        return
-    with closing(_load(split, [shares for shares, _ in rounds], world.rank, None, loading)) as batches:
+    shares_of = [shares for shares, _ in rounds]
+    read = _read if split.is_in_memory else partial(_load, loading=loading)
+    with closing(read(split, shares_of, world.rank, None)) as batches:
         yield from zip(batches, [counts for _, counts in rounds], strict=True)
 
 
@@ -117,6 +119,9 @@ def batches_of(
 def _load(
     split: Split, shares_of: Sequence[Sequence[Tensor]], rank: int, view: View | None, loading: Loading
 ) -> Generator[Batch, None, None]:
+    if not loading.with_images and _batches_in_block(split, shares_of) > 1:
+        yield from _read(split, shares_of, rank, view, loading.device)
+        return
     copier = _Copier(loading.device) if loading.device is not None and loading.device.type == "cuda" else None
 
     def make() -> Generator[tuple[Batch, torch.cuda.Event | None], None, None]:
@@ -141,6 +146,34 @@ def _load(
         if copier is not None and event is not None:
             copier.finish(batch, event)
         yield batch
+
+
+def _batches_in_block(split: Split, shares_of: Sequence[Sequence[Tensor]]) -> int:
+    """How many batches are worth reading at once: many small ones, in the time that handing one to a thread takes."""
+    num_bytes = split.label_bytes()
+    if num_bytes is None or not shares_of:
+        return 1
+    return min(_MOST_IN_BLOCK, _BLOCK_BYTES // max(1, num_bytes * sum(map(len, shares_of[0]))))
+
+
+def _read(
+    split: Split,
+    shares_of: Sequence[Sequence[Tensor]],
+    rank: int,
+    view: View | None,
+    device: torch.device | None = None,
+) -> Generator[Batch, None, None]:
+    """Batches of what is in memory, several at once where they are small."""
+    num = max(1, _batches_in_block(split, shares_of))
+    for first in range(0, len(shares_of), num):
+        part = shares_of[first : first + num]
+        if len(part) == 1:
+            batch = split.batch(part[0][rank], view, part[0])
+            yield batch if device is None else batch.to(device)
+            continue
+        block = split.batch(torch.cat([shares[rank] for shares in part]), view)
+        lacking = [split.lacking(shares[rank]) for shares in part]
+        yield from (block if device is None else block.to(device)).parts(part, rank, lacking)
 
 
 class _RowsOfBatches(Dataset[Rows]):

@@ -101,11 +101,21 @@ class MemorySplit(Split):
         own = self.transform
         is_seen_plainly = own is None or (view is None and own.pipeline.is_random)
         if own is None or is_seen_plainly or not (with_images or own.changes_labels):
-            return Rows(labels, self.images[indices] if with_images else None, self._lacking(indices))
+            return Rows(labels, self.images[indices] if with_images else None, self.lacking(indices))
         images, labels = _transformed(own, self.images[indices], labels, indices, view)
-        return Rows(labels, images if with_images else None, self._lacking(indices))
+        return Rows(labels, images if with_images else None, self.lacking(indices))
 
-    def _lacking(self, indices: Tensor) -> frozenset[str]:
+    def label_bytes(self) -> int | None:
+        if self.transform is not None and self.transform.changes_labels:
+            return None
+        # As losses take them: int64 or float32.
+        return sum(label[0].numel() * (4 if label.is_floating_point() else 8) for label in self.labels.values())
+
+    @property
+    def may_lack(self) -> bool:
+        return bool(self.has_label)
+
+    def lacking(self, indices: Tensor) -> frozenset[str]:
         return frozenset(name for name, has in self.has_label.items() if not bool(has[indices].any()))
 
     def labels_to_fit(self, task: str) -> Tensor:

@@ -26,19 +26,15 @@ class _Run(nn.Module):
         return compute(*arguments)
 
 
-class PhaseDDP(nn.Module):
-    """Averages the gradients of a module's trainable parameters over all processes, by DDP.
-
-    It registers no submodule, so that no parameter's name changes. Made by `wrap_ddp`.
-    """
+class PhaseDDP:
+    """Averages the gradients of a module's trainable parameters over all processes, by DDP. Made by `wrap_ddp`."""
 
     def __init__(self, module: nn.Module, trainable: Collection[str], world: World) -> None:
-        super().__init__()
         self._ddp: list[DistributedDataParallel] = []
         if not world.is_alone and trainable:
             self._ddp.append(_ddp_over(module, trainable))
 
-    def forward(self, compute: Callable[..., Result], *arguments: Any) -> Result:
+    def __call__(self, compute: Callable[..., Result], *arguments: Any) -> Result:
         """Runs a computation whose backward comes next; the gradients are averaged while it runs.
 
         Args:

@@ -110,16 +110,21 @@ class FeatureStore(ABC):
             is_convertible = there.is_floating_point and dtype.is_floating_point
             assert there == dtype or is_convertible, f"expected {expected}, got {got}"
 
-    def _to_bytes(self, tensors: Sequence[Tensor], places: Indices) -> list[Bytes]:
-        """For every field "b bytes" of some places of a batch."""
+    def _new_rows(self, tensors: Sequence[Tensor], places: Indices) -> list[Tensor]:
+        """For every field "b ..." of some places of a batch, contiguous, on the CPU."""
         parts = []
         for tensor, field in zip(tensors, self.fields, strict=True):
             chosen = tensor.detach()
             if len(places) < len(chosen):
                 chosen = chosen[torch.from_numpy(places).to(chosen.device)]
             # The device converts, so that less is copied from it.
-            parts.append(_bytes_of(chosen.to(field.dtype).contiguous().cpu(), field))
+            parts.append(chosen.to(field.dtype).contiguous().cpu())
         return parts
+
+    def _to_bytes(self, tensors: Sequence[Tensor], places: Indices) -> list[Bytes]:
+        """For every field "b bytes" of some places of a batch."""
+        rows = self._new_rows(tensors, places)
+        return [_bytes_of(each, field) for each, field in zip(rows, self.fields, strict=True)]
 
     def _new_batch(self, length: int) -> tuple[list[Tensor], list[Bytes]]:
         """Tensors to be filled, and their bytes: for every field "b bytes"."""

@@ -6,19 +6,20 @@ import threading
 from collections.abc import Sequence
 
 import numpy as np
+import torch
 from torch import Tensor
 
-from mtl.featurestore.base import Bytes, FeatureStore, Field, new_places
+from mtl.featurestore.base import FeatureStore, Field, new_places
 
 
 class RamStore(FeatureStore):
-    """Rows in arrays that are taken at the first write; the system gives their pages as rows are written."""
+    """Rows in tensors that are taken at the first write; the system gives their pages as rows are written."""
 
     def __init__(self, num_rows: int, fields: Sequence[Field], pin_memory: bool = False) -> None:
         super().__init__(num_rows, fields, pin_memory)
         self._lock = threading.Lock()
-        self._is_closed = False
-        self._memory: list[Bytes] = []
+        self._is_closed = self._is_whole = False
+        self._rows: list[Tensor] = []
         self._present = np.zeros(num_rows, dtype=np.bool_)
 
     @property
@@ -26,15 +27,16 @@ class RamStore(FeatureStore):
         return int(np.count_nonzero(self._present))
 
     def read(self, indices: Tensor) -> list[Tensor] | None:
-        wanted = self._checked(indices)
-        memory, present = self._memory, self._present
-        if not memory or not present[wanted].all():
-            return None
-        batch, parts = self._new_batch(len(wanted))
-        for kept, part in zip(memory, parts, strict=True):
-            # "clip" fills `part` directly; the default would fill a copy first. All indices were checked.
-            np.take(kept, wanted, axis=0, out=part, mode="clip")
-        return batch
+        # In a step of small heads every call counts. Of a store that is whole, torch checks the range by itself.
+        is_plain = self._is_whole and indices.dtype is torch.int64 and indices.ndim == 1 and not indices.is_cuda
+        rows = self._rows
+        if not is_plain:
+            wanted = self._checked(indices)
+            if not rows or not self._present[wanted].all():
+                return None
+            indices = torch.from_numpy(wanted)
+        with torch.inference_mode(False):
+            return [self._batch_of(each, indices) for each in rows]
 
     def write(self, indices: Tensor, tensors: Sequence[Tensor]) -> None:
         wanted = self._checked(indices)
@@ -43,14 +45,24 @@ class RamStore(FeatureStore):
             places = new_places(wanted, self._present)
             if self._is_closed or not len(places):
                 return
-            if not self._memory:
-                self._memory = [np.empty((self.num_rows, field.num_bytes), np.uint8) for field in self.fields]
-            for kept, part in zip(self._memory, self._to_bytes(tensors, places), strict=True):
-                kept[wanted[places]] = part
+            if not self._rows:
+                # Tensors made in inference mode could not be written later.
+                with torch.inference_mode(False):
+                    self._rows = [torch.empty(self.num_rows, *field.shape, dtype=field.dtype) for field in self.fields]
+            where = torch.from_numpy(wanted[places])
+            for kept, part in zip(self._rows, self._new_rows(tensors, places), strict=True):
+                kept[where] = part
             # Last, so that no reader takes a row that is incomplete.
             self._present[wanted[places]] = True
+            self._is_whole = bool(self._present.all())
 
     def close(self) -> None:
         with self._lock:
-            self._is_closed = True
-            self._memory, self._present = [], np.zeros(self.num_rows, dtype=np.bool_)
+            self._is_closed, self._is_whole = True, False
+            self._rows, self._present = [], np.zeros(self.num_rows, dtype=np.bool_)
+
+    def _batch_of(self, kept: Tensor, indices: Tensor) -> Tensor:
+        if not self.pin_memory:
+            return kept.index_select(0, indices)
+        batch = torch.empty(len(indices), *kept.shape[1:], dtype=kept.dtype, pin_memory=True)
+        return torch.index_select(kept, 0, indices, out=batch)

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import math
 from collections.abc import Mapping, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from typing import TypedDict
 
 from mtl.phases.conditions import Observations
@@ -69,18 +69,30 @@ class TaskScheduler:
         """The active phase's place in the list; None once the run is over."""
         return self._index if self._index < len(self._phases) else None
 
-    def step_done(self) -> PhaseChange | None:
-        """Reports one optimizer step.
+    def steps_left(self, most: int) -> int:
+        """How many of the next optimizer steps do not end the phase, as far as steps alone can end it.
+
+        Args:
+            most: No more than these are looked at.
+        """
+        phase, seen = self._active(), self._seen
+        # Where a number of steps ends a phase, a larger one does.
+        while most and phase.reason(replace(seen, steps=seen.steps + most)) is not None:
+            most -= 1
+        return most
+
+    def step_done(self, number: int = 1) -> PhaseChange | None:
+        """Reports one optimizer step, or several of which only the last one can end the phase.
 
         Returns:
-            The change, if the step ended the phase.
+            The change, if the last step ended the phase.
 
         Raises:
             RuntimeError: The run is over, or the phase only evaluates.
         """
         if self._active().evaluate_only:
             raise RuntimeError(f"phase {self._active().name!r} only evaluates: it has no steps")
-        self._seen.steps += 1
+        self._seen.steps += number
         return self._look()
 
     def epoch_done(self, metrics: Mapping[str, float]) -> PhaseChange | None:

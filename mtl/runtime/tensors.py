@@ -10,6 +10,8 @@ from torch import Tensor
 
 # Where a tensor's bytes lie: on which device, in which storage if it has no address, and from where to where.
 _Span = tuple[str, int, int, int]
+# Torch's allocators give addresses that are multiples of it, in bytes.
+_ALIGNMENT = 64
 
 
 def local(tensor: Tensor) -> Tensor:
@@ -23,6 +25,11 @@ def byte_view(tensor: Tensor) -> Tensor:
     """The bytes of a tensor that is contiguous, a view of it."""
     # By strides of its own: a tensor without axes, or a lone element of a column, cannot be viewed as another type.
     return tensor.detach().as_strided((tensor.numel(),), (1,)).view(torch.uint8)
+
+
+def aligned(tensor: Tensor) -> Tensor:
+    """A tensor that begins where memory of its own could: itself, or a copy. The bits of a product may depend on it."""
+    return tensor if tensor.data_ptr() % _ALIGNMENT == 0 else tensor.clone()
 
 
 def is_sharded(tensor: Tensor) -> bool:

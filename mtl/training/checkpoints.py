@@ -48,6 +48,16 @@ class CheckpointWriter:
         self._waited_s += seconds
         return self._waited_s >= 60 * settings.every_minutes
 
+    def steps_left(self, step: int, most: int) -> int:
+        """How many of the next steps come before one after which `checkpoint.every_steps` asks for a checkpoint.
+
+        Args:
+            step: Steps done in the run.
+            most: No more than these are looked at.
+        """
+        every = self._setup.config.checkpoint.every_steps
+        return most if every is None else min(most, every - step % every - 1)
+
     def write(
         self,
         state: RunState,

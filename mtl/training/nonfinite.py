@@ -12,6 +12,9 @@ from mtl.optim.balance.balance import Balance
 from mtl.runtime.rng import random_state, set_random_state
 from mtl.runtime.tensors import by_sharding, full_tensor, is_sharded
 
+# Gradients of which it is cheap to see that they are of one kind.
+_FEW = 16
+
 
 class NotFiniteError(FloatingPointError):
     """A loss or gradient that is not finite.
@@ -76,7 +79,17 @@ def gradient_norm(parameters: Sequence[nn.Parameter], clip_norm: float | None) -
         return _norm_of_shards([each for each in parameters if each.grad is not None], clip_norm)
     if clip_norm is not None:
         return nn.utils.clip_grad_norm_(parameters, clip_norm)
-    return nn.utils.get_total_norm([each.grad for each in parameters if each.grad is not None])
+    return _total_norm([each.grad for each in parameters if each.grad is not None])
+
+
+def _total_norm(gradients: Sequence[Tensor]) -> Tensor:
+    """`nn.utils.get_total_norm`, to the bit; a few small gradients of one kind need not be sorted by kind first."""
+    kinds = {(each.device, each.dtype, each.layout) for each in gradients[:_FEW]}
+    if len(gradients) > _FEW or len(kinds) > 1 or gradients[0].layout is not torch.strided:
+        return nn.utils.get_total_norm(gradients)
+    with torch.no_grad():
+        total: Tensor = torch.linalg.vector_norm(torch.stack(torch._foreach_norm(list(gradients), 2.0)), 2.0)
+    return total
 
 
 def _norm_of_shards(parameters: Sequence[nn.Parameter], clip_norm: float | None) -> Tensor:

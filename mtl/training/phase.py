@@ -7,6 +7,7 @@ from contextlib import contextmanager
 from dataclasses import dataclass, field
 
 from torch import Tensor, nn
+from torch.optim import Optimizer
 
 from mtl.distributed.ddp import wrap_ddp
 from mtl.distributed.world import World
@@ -54,6 +55,8 @@ class PhaseOptimizer:
         if state.lr_schedule is not None:
             self.lr_schedule.load_state_dict(state.lr_schedule)
         self.replica = wrap_ddp(setup.root, names, world)
+        # Torch's own takes longer than a small layer, to do no more.
+        self._has_own_zero_grad = type(self.optimizer).zero_grad is not Optimizer.zero_grad
         self._reached = phase.reached
         self._left_out: dict[tuple[str, ...], list[nn.Parameter]] = {}
 
@@ -93,6 +96,13 @@ class PhaseOptimizer:
             own = [parameter for parameter in self.trainable if self._name_of[parameter] in lost - kept]
             self._left_out[tasks.lacking] = own
         return self._left_out[tasks.lacking]
+
+    def zero_grad(self) -> None:
+        """Drops all gradients."""
+        if self._has_own_zero_grad:
+            self.optimizer.zero_grad(set_to_none=True)
+        for parameter in self.trainable:
+            parameter.grad = None
 
     def keep_state(self, state: RunState) -> None:
         """Copies what the optimizer has gathered into the run's state."""

@@ -127,11 +127,11 @@ class RunState:
         if self.steps_in_epoch is None:
             self.epoch, self.steps_in_epoch, self.epoch_sums = self.epoch + 1, 0, None
 
-    def step_done(self, seconds: float) -> None:
-        """Counts a step, taken or left out, and the time since the last report."""
+    def step_done(self, seconds: float, number: int = 1) -> None:
+        """Counts steps, taken or left out, and the time since the last report; only the last one may end the phase."""
         assert self.steps_in_epoch is not None
-        self.step, self.steps_in_epoch = self.step + 1, self.steps_in_epoch + 1
-        self.change = self.scheduler.step_done() or self.scheduler.time_passed(seconds)
+        self.step, self.steps_in_epoch = self.step + number, self.steps_in_epoch + number
+        self.change = self.scheduler.step_done(number) or self.scheduler.time_passed(seconds)
 
     def end_epoch(self, num_skipped: int, steps_per_epoch: int) -> None:
         """Ends an epoch, after all its steps or with its phase."""

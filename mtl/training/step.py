@@ -2,9 +2,10 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterator, Sequence
-from contextlib import contextmanager
+from collections.abc import Sequence
+from contextlib import AbstractContextManager, nullcontext
 from functools import partial
+from typing import Any
 
 import torch
 from torch import Tensor, nn
@@ -12,8 +13,10 @@ from torch.amp import GradScaler
 
 from mtl.data import Batch
 from mtl.distributed.world import ALONE, World
+from mtl.model.trunk import Features
 from mtl.optim.balance.gradient_balance import balance_gradients
 from mtl.phases.resolve import Phase
+from mtl.runtime.rng import torch_seeded
 from mtl.training.features import FeatureSource
 from mtl.training.setup import RunSetup
 from mtl.training.step_sync import StepTasks
@@ -32,7 +35,8 @@ class StepLosses:
     ) -> None:
         self._setup = setup
         self._features = features
-        self._autocast = autocast
+        # To enter one that is off takes as long as a small layer.
+        self._autocast: AbstractContextManager[Any] = autocast if autocast._enabled else nullcontext()
         self._scaler = scaler
         self._world = world
 
@@ -63,7 +67,9 @@ class StepLosses:
             return total, total.detach().new_empty(0), []
         each = self.each_loss(batch, tasks.names)
         losses = self._world.global_losses(_shared(each, share))
-        with self._same_draws(step):
+        # A method that draws weights draws the same ones with any number of processes.
+        seed = self._setup.config.seed * 1_000_003 + step
+        with torch_seeded(seed, self._setup.device) if phase.balance.may_draw else nullcontext():
             if phase.balances_gradients:
                 losses = losses.detach()
                 total = self._by_gradients(phase, tasks, each, share, losses)
@@ -71,10 +77,11 @@ class StepLosses:
                 total = phase.balance(losses, tasks.subset)
         return total if zero is None else total + zero, losses, each
 
-    def each_loss(self, batch: Batch, tasks: Sequence[str]) -> list[Tensor]:
-        """The losses of some tasks on a batch, scalars, float32."""
+    def each_loss(self, batch: Batch, tasks: Sequence[str], features: Features | None = None) -> list[Tensor]:
+        """The losses of some tasks on a batch, scalars, float32; from its features, if these are known already."""
         with self._autocast:
-            outputs = self._setup.model.decode(self._features(batch, tasks), batch.size, tasks)
+            known = self._features(batch, tasks) if features is None else features
+            outputs = self._setup.model.decode(known, batch.size, tasks)
         return [self._setup.tasks[name].loss(outputs[name], batch.labels[name]) for name in tasks]
 
     @torch.no_grad()
@@ -95,14 +102,6 @@ class StepLosses:
         own = list(each) if share is None else [loss * part for loss, part in zip(each, share.to(each[0]), strict=True)]
         total, weigh = phase.balance(losses, tasks.subset), partial(weighting, subset=tasks.subset)
         return balance_gradients(total, own, trunk, others, weigh, self._world, self._scaler)
-
-    @contextmanager
-    def _same_draws(self, step: int) -> Iterator[None]:
-        """Lets a balancing method that draws weights draw the same ones with any number of processes."""
-        device = self._setup.device
-        with torch.random.fork_rng([device] if device.type == "cuda" else []):
-            torch.manual_seed(self._setup.config.seed * 1_000_003 + step)
-            yield
 
 
 def _shared(each: Sequence[Tensor], share: Tensor | None) -> Tensor:

@@ -231,6 +231,10 @@ def test_rows_that_cannot_be_are_never_read_or_written(make: Make, indices: Tens
     for call in (store.read, lambda i: store.write(i, rows(torch.tensor([0]), FIELDS))):
         with pytest.raises(AssertionError):
             call(indices)
+    every = torch.arange(4)
+    store.write(every, rows(every, FIELDS))
+    with pytest.raises((AssertionError, IndexError)):
+        store.read(indices)
 
 
 @pytest.mark.parametrize(

@@ -2,7 +2,8 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterable, Sequence
+from collections.abc import Callable, Iterable, Iterator, Sequence
+from contextlib import contextmanager
 from functools import partial
 from typing import Any
 
@@ -67,6 +68,14 @@ class Hooks:
         if probes := [each for each in held if not is_uninitialized(each)]:
             # One parameter stands for all: a hook on each would cost more than the rest of the audit.
             handles += _DroppedGradients(self._watch.steps, optimizer, min(probes, key=Tensor.numel)).register()
+
+    @contextmanager
+    def suspended(self, optimizers: Sequence[HoldsParameters]) -> Iterator[None]:
+        """Inside the block no step and no backward calls a hook."""
+        self.unregister(list(self._of_optimizer))
+        yield
+        for optimizer in optimizers:
+            self.register(optimizer)
 
     def unregister(self, optimizers: Iterable[int]) -> None:
         """Removes the hooks of some optimizers, by identity."""

@@ -102,7 +102,8 @@ class Liveness:
     @property
     def num_observed(self) -> int:
         """The steps of the optimizer that has stepped most often, including steps without a gradient."""
-        return max((self.steps.taken + self.steps.empty).values(), default=0)
+        taken, empty = self.steps.taken, self.steps.empty
+        return max((taken + empty if empty else taken).values(), default=0)
 
     def requiring_grad(self) -> list[Tensor]:
         """The trainable tensors that require a gradient now."""
@@ -166,12 +167,12 @@ class Liveness:
                 self._pending_bytes.append((trainable, Reading(content_of(trainable.tensor)), step))
         self._collect(wait=False)
 
-    def record_step(self, optimizer: Optimizer, step: int, is_empty: bool) -> None:
-        """Counts a step of an optimizer; `is_empty` if there was no gradient."""
+    def record_step(self, optimizer: Optimizer, step: int, is_empty: bool, number: int = 1) -> None:
+        """Counts a step of an optimizer, or several up to `step`; `is_empty` if there was no gradient."""
         if is_empty:
-            self.steps.empty[id(optimizer)] += 1
+            self.steps.empty[id(optimizer)] += number
         else:
-            self.steps.taken[id(optimizer)] += 1
+            self.steps.taken[id(optimizer)] += number
             self.steps.last[id(optimizer)] = step
             self.steps.num_backwards_stepped = self.steps.num_backwards
 

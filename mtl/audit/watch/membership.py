@@ -87,8 +87,10 @@ class OptimizerWatch:
 
     def record_step(self, optimizer: Optimizer, last_steps: Mapping[int, int]) -> None:
         """Records a step; if a replaced optimizer and its successor both step, they step the same parameters."""
+        if id(optimizer) not in self._replaced:
+            return
         others = (each for each in self._sharing(optimizer) if id(each) not in self._replaced)
-        if id(optimizer) in self._replaced and any(id(each) in last_steps for each in others):
+        if any(id(each) in last_steps for each in others):
             self._replaced.discard(id(optimizer))
             self.forget()
 

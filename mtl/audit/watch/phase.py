@@ -93,13 +93,24 @@ class PhaseWatch:
             self._membership.record_step(optimizer, self._liveness.steps.last)
         self._liveness.record_step(optimizer, step, is_empty)
         observed = self._liveness.num_observed
-        if not is_empty and not self._has_checked_gradients:
+        if not is_empty and not self._has_checked_gradients and self._is_due(step):
             self._liveness.check_gradients(observed)
             self._liveness.record_rates([optimizer], step)
             if observed > step:
                 # The loop does not call after_step.
                 self._liveness.read_bytes(observed)
         return observed > self.record.num_steps
+
+    @property
+    def num_unchecked(self) -> int:
+        """How many of the next steps come before one in which a check is due."""
+        next_step = self.record.num_steps + 1
+        return next(number for number in range(self.every) if self._is_due(next_step + number))
+
+    def count_steps(self, optimizer: Optimizer, number: int) -> None:
+        """Counts steps of the loop, and of its optimizer, in which no check was due."""
+        self.record.num_steps += number
+        self._liveness.record_step(optimizer, self.record.num_steps, is_empty=False, number=number)
 
     def add_optimizer(self, optimizer: HoldsParameters) -> None:
         """Records an optimizer that was built in mid-phase."""

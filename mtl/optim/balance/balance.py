@@ -171,6 +171,13 @@ class Balance(nn.Module):
         return hasattr(self.scalarizer, "update")
 
     @property
+    def may_draw(self) -> bool:
+        """Whether the method may draw random numbers, as for weights or for the order of tasks."""
+        if self.weighting is not None or isinstance(self.scalarizer, Random):
+            return True
+        return type(self.scalarizer).__module__.partition(".")[0] not in ("torchjd", "mtl")
+
+    @property
     def adds_up(self) -> bool:
         """Whether combining several batches' losses one by one gives the step of one large batch."""
         return self.weighting is None and isinstance(self.scalarizer, _LINEAR)

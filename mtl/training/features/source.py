@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import math
 import time
-from collections.abc import Callable, Collection, Mapping
+from collections.abc import Callable, Collection, Mapping, Sequence
 from contextlib import closing
 from functools import partial
 from typing import Any
@@ -22,6 +22,7 @@ from mtl.model.trunk import Features
 from mtl.phases.resolve import Phase
 from mtl.phases.reuse import num_passes, num_views, why_not_kept
 from mtl.runtime.console import logger, progress_bar
+from mtl.runtime.tensors import aligned
 from mtl.runtime.text import count, in_bytes
 from mtl.training.features.count import KeptCount
 from mtl.training.features.key import feature_key
@@ -205,6 +206,26 @@ class FeatureSource:
             store.write(rows, as_stored(kept, prefix))
             return features
         return prefix.replay(as_computed(kept, prefix, device))
+
+    def several(self, batches: Sequence[Batch]) -> list[Features]:
+        """The features of some batches of one split in one view, read at once where they are kept."""
+        first, prefix = batches[0], self._prefix
+        if prefix is None or not self._holds() or isinstance(self._stores.of(first.split), ShardedStore):
+            return [self(batch) for batch in batches]
+        number = 0 if first.view is None else first.view.number
+        rows = torch.cat([batch.indices for batch in batches]) + number * len(first.split)
+        kept = self._stores.of(first.split).read(rows)
+        if kept is None:
+            return [self(batch) for batch in batches]
+        sizes = [len(batch) for batch in batches]
+        self.saved.num_read += sum(sizes)
+        parts = [torch.split(each, sizes) for each in as_computed(kept, prefix, self._setup.device)]
+        return [prefix.replay(list(map(aligned, own))) for own in zip(*parts, strict=True)]
+
+    @property
+    def bytes_per_image(self) -> int:
+        """What is read of an image, if the trunk is not run at all."""
+        return 0 if self._prefix is None else self._prefix.bytes_per_image
 
     def _compute_again(self, split: Split, view: View | None, first: int, prefix: Prefix, rows: Tensor) -> list[Tensor]:
         """Features of rows of this rank that its store does not have."""

@@ -69,6 +69,7 @@ class TrackingBackend(ABC):
         is_off: Whether nothing is shown after all; then it is not called again.
         url: Where the run can be seen; None if nowhere.
         run_id: Under what the run is continued if it is resumed, saved in checkpoints; None if that needs nothing.
+        shows_every_step: Whether it gets the row of every step, or of those that are logged together only the last.
     """
 
     Options: ClassVar[type[BaseModel] | None] = None
@@ -77,6 +78,7 @@ class TrackingBackend(ABC):
     is_off: bool = False
     url: str | None = None
     run_id: str | None = None
+    shows_every_step: ClassVar[bool] = True
 
     @abstractmethod
     def log(self, row: Row, step: int) -> None:

@@ -4,11 +4,14 @@ from __future__ import annotations
 
 import json
 import os
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
 from pathlib import Path
 
 from mtl.runtime.console import logger
 from mtl.runtime.files import without_nan
+
+# Made once: `json.dumps` makes one for each row.
+_ENCODER = json.JSONEncoder(allow_nan=False)
 
 
 class MetricsFile:
@@ -17,9 +20,9 @@ class MetricsFile:
     def __init__(self, file: Path) -> None:
         self._file = file
 
-    def append(self, row: Mapping[str, float | int | str]) -> None:
+    def append(self, rows: Sequence[Mapping[str, float | int | str]]) -> None:
         with self._file.open("a", encoding="utf-8") as stream:
-            stream.write(json.dumps(without_nan(row), allow_nan=False) + "\n")
+            stream.write("".join(f"{_line(row)}\n" for row in rows))
 
     def flush_to_disk(self) -> int:
         """Forces the rows to disk; returns the file's size in bytes."""
@@ -40,3 +43,10 @@ class MetricsFile:
             num_bytes = found.rfind(b"\n") + 1
         if len(found) > num_bytes:
             os.truncate(self._file, num_bytes)
+
+
+def _line(row: Mapping[str, float | int | str]) -> str:
+    try:
+        return _ENCODER.encode(row)
+    except ValueError:
+        return _ENCODER.encode(without_nan(row))

@@ -5,34 +5,48 @@ from __future__ import annotations
 import math
 import time
 from collections.abc import Collection, Mapping, Sequence
-from dataclasses import dataclass
+from typing import NamedTuple
 
 import torch
 from torch import Tensor
 
 from mtl.training.nonfinite import NotFiniteError
+from mtl.training.tracking.backend import Row
 from mtl.training.tracking.tracker import Tracker
 
 GRAD_NORM = "train/grad_norm"
 
 
-@dataclass(frozen=True)
-class _Step:
+# Of a batch, detached: the balanced loss, a scalar, and the losses of the step's tasks, "t".
+LossRow = tuple[Tensor, Tensor]
+
+
+class _Step(NamedTuple):
     """A step that is not logged yet.
 
     Attributes:
         step: Its number.
         tasks: The tasks of which it had labels.
         lr: The learning rates used, by parameter group.
-        row: The balanced loss, the tasks' losses, and the gradient's norm, "t+2".
+        losses: Of each of its batches.
+        norm: The gradient's norm, a scalar.
         indices: For each of its batches the images' places.
     """
 
     step: int
     tasks: tuple[str, ...]
     lr: Mapping[str, float]
-    row: Tensor
+    losses: Sequence[LossRow]
+    norm: Tensor
     indices: list[Tensor]
+
+    def row(self) -> list[Tensor]:
+        """The balanced loss, the tasks' losses, and the gradient's norm, in "t+2" elements; not joined yet."""
+        total, losses = self.losses[0]
+        means = [total.reshape(1), losses]
+        if len(self.losses) > 1:
+            means = [torch.stack([torch.cat([total.reshape(1), losses]) for total, losses in self.losses]).mean(0)]
+        return [*means, self.norm.detach().reshape(1).to(total)]
 
 
 class StepLog:
@@ -75,7 +89,7 @@ class StepLog:
         self,
         step: int,
         tasks: Sequence[str],
-        losses: Sequence[Tensor],
+        losses: Sequence[LossRow],
         norm: Tensor,
         lr: Mapping[str, float],
         indices: list[Tensor],
@@ -85,12 +99,12 @@ class StepLog:
         Args:
             step: Steps done in the run, this one included.
             tasks: The tasks of which it had labels.
-            losses: For each of its batches the balanced loss and the tasks' losses, "1+t".
+            losses: Of each of its batches.
             norm: The norm of the gradients of all trainable parameters, a scalar.
             lr: The learning rates used, by parameter group.
             indices: For each of its batches the images' places, on the CPU.
         """
-        self._pending.append(_Step(step, tuple(tasks), dict(lr), _row(losses, norm), indices))
+        self._pending.append(_Step(step, tuple(tasks), lr, losses, norm, indices))
         self._pending_images += sum(map(len, indices))
         if len(self._pending) >= self._every_steps:
             self.flush()
@@ -103,24 +117,30 @@ class StepLog:
         """
         if not self._pending:
             return
-        values = torch.cat([each.row for each in self._pending]).tolist()
+        # Joined only here: a small kernel takes as long as a row of Python.
+        values = torch.cat([part for each in self._pending for part in each.row()]).tolist()
         now = time.perf_counter()
         rate, start = self._pending_images / (now - self._since), 0
-        for each in self._pending:
-            row = values[start : start + len(each.row)]
-            start += len(row)
-            numbers = _numbers(each.tasks, row)
-            rates = {f"train/lr/{group}": lr for group, lr in each.lr.items()}
-            rest = {"train/lr": max(each.lr.values(), default=0.0), **rates, "perf/images_per_s": rate}
-            if each.tasks:
-                rest["train/loss_sum"] = sum(row[1:-1])
-            self._tracker.log({"step": each.step, **self._common, **numbers, **rest})
-            self._check(numbers, each.step, each.indices)
-            if each.tasks:
-                self._loss_sum += row[0]
-                self._num_steps += 1
-                short = zip(("loss", *each.tasks), row, strict=False)
-                self.latest = "  ".join(f"{name} {value:.3f}" for name, value in short)
+        rows, latest = list[Row](), dict[str, float]()
+        try:
+            for each in self._pending:
+                row = values[start : start + 2 + len(each.tasks)]
+                start += len(row)
+                numbers = _numbers(each.tasks, row)
+                rates = {f"train/lr/{group}": lr for group, lr in each.lr.items()}
+                rest = {"train/lr": max(each.lr.values(), default=0.0), **rates, "perf/images_per_s": rate}
+                if each.tasks:
+                    rest["train/loss_sum"] = sum(row[1:-1])
+                rows.append({"step": each.step, **self._common, **numbers, **rest})
+                self._check(numbers, each.step, each.indices)
+                if each.tasks:
+                    self._loss_sum += row[0]
+                    self._num_steps += 1
+                    latest = dict(zip(("loss", *each.tasks), row, strict=False))
+        finally:
+            self._tracker.log_steps(rows)
+        if latest:
+            self.latest = "  ".join(f"{name} {value:.3f}" for name, value in latest.items())
         self._num_images += self._pending_images
         self._pending, self._pending_images, self._since = [], 0, now
 
@@ -140,10 +160,11 @@ class StepLog:
         return NotFiniteError(name, numbers[name], step, str(self._common["phase"]), places)
 
     def what_is_wrong(
-        self, step: int, tasks: Sequence[str], losses: Sequence[Tensor], norm: Tensor, indices: Sequence[Tensor]
+        self, step: int, tasks: Sequence[str], losses: Sequence[LossRow], norm: Tensor, indices: list[Tensor]
     ) -> NotFiniteError:
         """What is not finite in a step that is not to be added; waits for the device."""
-        numbers = _numbers(tasks, _row(losses, norm).tolist())
+        row = torch.cat(_Step(step, tuple(tasks), {}, losses, norm, indices).row())
+        numbers = _numbers(tasks, row.tolist())
         wrong = [name for name, value in numbers.items() if not math.isfinite(value)]
         return self._error(wrong, numbers, step, indices)
 
@@ -185,8 +206,3 @@ def _numbers(tasks: Sequence[str], row: Sequence[float]) -> dict[str, float]:
     """A step's numbers by metric; a step of whose tasks none has a label has no loss."""
     losses = {"train/loss": row[0], **{f"train/loss/{task}": row[1 + at] for at, task in enumerate(tasks)}}
     return (losses if tasks else {}) | {GRAD_NORM: row[-1]}
-
-
-def _row(losses: Sequence[Tensor], norm: Tensor) -> Tensor:
-    mean = losses[0] if len(losses) == 1 else torch.stack(list(losses)).mean(0)
-    return torch.cat([mean, norm.detach().reshape(1).to(mean)])

@@ -95,8 +95,17 @@ class Tracker:
         """
         if self._is_silent:
             return
-        self._file.append(row)
+        self._file.append([row])
         self.show(row if shown is None else {key: row[key] for key in ("step", *shown) if key in row})
+
+    def log_steps(self, rows: Sequence[Row]) -> None:
+        """Logs rows of steps; of these, a backend may show the last one only."""
+        if self._is_silent:
+            return
+        self._file.append(rows)
+        shows_all = self._backend is not None and self._backend.shows_every_step
+        for row in rows if shows_all else rows[-1:]:
+            self.show(row)
 
     def show(self, row: Row) -> None:
         """Shows one row without logging it."""

@@ -20,6 +20,9 @@ _OF_A_RUN = (".mtl-run", "config.yaml", "plan.json", "audit.json", "data.json", 
 class WandbBackend(TrackingBackend):
     """A run of wandb; where wandb cannot be had, `message` says why, and nothing is shown."""
 
+    # For a row, wandb takes as long as a step of small heads.
+    shows_every_step = False
+
     def __init__(self, run: TrackedRun) -> None:
         self._tracked = run
         self._run: Any = None

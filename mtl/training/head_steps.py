@@ -1,0 +1,74 @@
+"""Steps of heads on kept features, several in a row: those of `Trainer.train_step`, with nothing in between."""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+
+import torch
+
+from mtl.audit import GradientAudit
+from mtl.data import Batch
+from mtl.phases.resolve import Phase
+from mtl.training.features import FeatureSource
+from mtl.training.nonfinite import gradient_norm
+from mtl.training.phase import ActivePhase, PhaseOptimizer
+from mtl.training.state import RunState
+from mtl.training.step import StepLosses
+
+# What is read at once: about what a processor's caches hold, in bytes. Of larger batches the steps take so long that
+# what happens in between does not count.
+_MOST_BYTES = 1 << 22
+# Fewer steps in a row are not worth it.
+_FEWEST = 2
+
+
+class HeadSteps:
+    """One for each run. The weights that it ends with are those of the plain loop, to the bit."""
+
+    def __init__(self, state: RunState, audit: GradientAudit, features: FeatureSource, losses: StepLosses) -> None:
+        self._state = state
+        self._audit = audit
+        self._features = features
+        self._losses = losses
+
+    def num_possible(self, phase: Phase, batch: Batch) -> int:
+        """How many of the next steps can be taken in a row: up to the next one in which the audit has a check.
+
+        Args:
+            phase: The active phase.
+            batch: A batch of it.
+        """
+        state, config = self._state, self._state.setup.config
+        is_plain = (
+            self._features.trunk_rests
+            and not state.setup.train.may_lack
+            and state.world.is_alone
+            and phase.optim.accumulate == 1
+            and not state.scaler.is_enabled()
+            and config.not_finite == "raise"
+            and state.ema is None
+            and not (phase.balances_gradients or phase.balance.follows_steps or phase.balance.may_draw)
+        )
+        if not is_plain:
+            return 0
+        fitting = _MOST_BYTES // max(1, len(batch) * self._features.bytes_per_image)
+        number = state.scheduler.steps_left(min(fitting, self._audit.num_unchecked))
+        return number if number >= _FEWEST else 0
+
+    def __call__(self, active: ActivePhase, optim: PhaseOptimizer, batches: Sequence[Batch]) -> None:
+        """Takes a step with each batch; all tasks of the phase have labels in each of them."""
+        phase, step = active.phase, self._state.step
+        rows = []
+        with self._audit.unchecked(optim.optimizer, len(batches)):
+            for batch, features in zip(batches, self._features.several(batches), strict=True):
+                losses = torch.stack(self._losses.each_loss(batch, phase.tasks, features))
+                total = phase.balance(losses)
+                total.backward()
+                norm = gradient_norm(optim.trainable, phase.optim.clip_norm)
+                rates = optim.rates
+                optim.optimizer.step()
+                optim.lr_schedule.step()
+                optim.zero_grad()
+                rows.append((total.detach(), losses.detach(), norm, rates))
+        for number, (batch, (total, losses, norm, rates)) in enumerate(zip(batches, rows, strict=True), start=1):
+            active.log.add(step + number, phase.tasks, [(total, losses)], norm, rates, [batch.everyone])
