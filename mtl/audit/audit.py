@@ -209,6 +209,11 @@ class GradientAudit:
         self._watch().every = steps
 
     @property
+    def proven(self) -> Mapping[str, str]:
+        """Fingerprints of the frozen tensors whose bytes were compared after the last step; none if one differed."""
+        return self._open.proven if self._open is not None and self.holds else {}
+
+    @property
     def num_unchecked(self) -> int:
         """How many of the next steps come before one in which a check is due; see `look_every`."""
         return self._watch().num_unchecked
@@ -243,6 +248,14 @@ class GradientAudit:
             AuditError: Under the policy `raise`, the contract is broken.
         """
         self._handle(self._watch().verify(bytes_only, counted))
+
+    def check_signs(self) -> None:
+        """Compares the bytes of frozen tensors that show a sign of a write, such as a version counter that moved.
+
+        Raises:
+            AuditError: Under the policy `raise`, the contract is broken.
+        """
+        self._handle(self._watch().check_signs())
 
     def agree(self, group: ProcessGroup | None = None, buffers: bool = False) -> None:
         """Compares this rank's tensors with those of all others, bit for bit.

@@ -64,7 +64,11 @@ class Content:
 
 
 def collect(
-    module: HasState, frozen: Collection[str], optimizer_state: OptimizerState, state: Mapping[str, Any]
+    module: HasState,
+    frozen: Collection[str],
+    optimizer_state: OptimizerState,
+    state: Mapping[str, Any],
+    known: Mapping[str, str] | None = None,
 ) -> Content:
     """Collects all that a checkpoint holds from a module and its optimizer state; see `Checkpoints.save`.
 
@@ -76,7 +80,7 @@ def collect(
     tied = other_names(tensors)
     optimizer, rest = split(optimizer_state)
     tensors = apart({name: tensor for name, tensor in tensors.items() if name not in tied})
-    return plain_content(tensors, frozen, apart(optimizer), {"optimizer": rest, "tied": tied}, state)
+    return plain_content(tensors, frozen, apart(optimizer), {"optimizer": rest, "tied": tied}, state, known)
 
 
 def plain_content(
@@ -85,6 +89,7 @@ def plain_content(
     optimizer: dict[str, Tensor],
     own: Mapping[str, Any],
     state: Mapping[str, Any],
+    known: Mapping[str, str] | None = None,
 ) -> Content:
     """The content of a plain checkpoint.
 
@@ -94,10 +99,12 @@ def plain_content(
         optimizer: The tensors of the optimizer state.
         own: The JSON of the optimizer state, and other names of tied tensors.
         state: The caller's.
+        known: Fingerprints of frozen tensors, as far as they are known.
     """
     # The digests are taken before writing: what is read back has to match them.
-    prints = {name: fingerprint(tensor) for name, tensor in tensors.items()}
     still = tensors.keys() & set(frozen)
+    own_prints = {name: (known or {}).get(name) if name in still else None for name in tensors}
+    prints = {name: own_prints[name] or fingerprint(tensor) for name, tensor in tensors.items()}
     digests = {"model": root(prints), "optimizer": fingerprint_of(optimizer)}
     if still:
         digests["frozen"] = root({name: prints[name] for name in still})

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import contextlib
+import json
 import shutil
 from collections.abc import Collection, Iterator, Mapping
 from pathlib import Path
@@ -24,7 +25,7 @@ from mtl.checkpoint.run_files import FROZEN_FILE, MODEL_FILE, OPTIMIZER_FILE, ST
 from mtl.checkpoint.sharded import ShardedContent, collect_shards, shard_file, write_shards
 from mtl.checkpoint.tensor_file import shards
 from mtl.distributed.world import World
-from mtl.runtime.files import sync, write_json
+from mtl.runtime.files import sync, write_synced
 
 # A checkpoint that is half written or half removed.
 _UNFINISHED = ".tmp"
@@ -72,6 +73,7 @@ class Checkpoints:
         state: Mapping[str, Any],
         names: Collection[str],
         keep: bool = False,
+        known: Mapping[str, str] | None = None,
     ) -> None:
         """Writes a checkpoint; one of the same step is replaced.
 
@@ -83,12 +85,13 @@ class Checkpoints:
             state: Plain data; `step` names the folder.
             names: The links to point to it: `last`, `best`.
             keep: Keep it permanently.
+            known: Fingerprints of frozen tensors whose bytes were compared just now; they are not taken again.
 
         Raises:
             SaveError: The disk is full, or cannot be written.
             TypeError: Something cannot be stored; nothing was written.
         """
-        content = collect(module, frozen, optimizer_state, state)
+        content = collect(module, frozen, optimizer_state, state, known)
         target = self._of(state["step"])
         with self._explained(target, content.num_bytes):
             with self._replacing(target) as temporary:
@@ -123,6 +126,8 @@ class Checkpoints:
     def _finish(self, target: Path, names: Collection[str], keep: bool) -> None:
         for name in [*names, *([target.name.replace("step", "kept")] if keep else [])]:
             self._link(name, target.name)
+        # The folder's new name and its links in one go; before any other checkpoint is removed.
+        sync(self.folder)
         self._prune()
 
     def adopt(self, folder: Path, step: int, name: str) -> None:
@@ -137,6 +142,7 @@ class Checkpoints:
                 with self._replacing(target) as temporary:
                     self._copy(folder, temporary)
             self._link(name, target.name)
+            sync(self.folder)
 
     def find(self, name: str) -> Path | None:
         """The checkpoint that a link points to; None if there is none yet."""
@@ -174,7 +180,7 @@ class Checkpoints:
         if content.frozen:
             fingerprint = content.state["digests"]["frozen"]
             self._frozen.provide(folder / FROZEN_FILE, fingerprint, lambda file: write_tensors(file, content.frozen))
-        write_json(folder / STATE, content.state)
+        _write_state(folder, content.state)
 
     def _write_shards(self, folder: Path, content: ShardedContent, world: World) -> None:
         for kind in (shards.MODEL, shards.OPTIMIZER):
@@ -191,7 +197,7 @@ class Checkpoints:
                 world,
             )
         if world.is_main:
-            write_json(folder / STATE, content.state)
+            _write_state(folder, content.state)
 
     def _copy(self, folder: Path, target: Path) -> None:
         """Copies a checkpoint's files; what is frozen is linked, if it can be."""
@@ -234,8 +240,8 @@ class Checkpoints:
             if aside.exists():
                 aside.rename(target)
             raise
-        sync(self.folder)
         if aside.exists():
+            sync(self.folder)
             self._remove(aside)
 
     @contextlib.contextmanager
@@ -254,7 +260,6 @@ class Checkpoints:
         link.unlink(missing_ok=True)
         link.symlink_to(target)
         link.replace(self.folder / name)
-        sync(self.folder)
 
     def _prune(self) -> None:
         kept = {link.readlink().name for link in self._links()}
@@ -277,6 +282,11 @@ class Checkpoints:
         shutil.rmtree(unfinished, ignore_errors=True)
         folder.rename(unfinished)
         shutil.rmtree(unfinished)
+
+
+def _write_state(folder: Path, state: Mapping[str, Any]) -> None:
+    # Not indented, for which Python has only a slow encoder; it is written whole before its folder gets its name.
+    write_synced(folder / STATE, json.dumps(state, allow_nan=False).encode())
 
 
 def _copy_file(source: Path, target: Path) -> None:

@@ -24,6 +24,8 @@ class FrozenFiles:
 
     def __init__(self, folder: Path) -> None:
         self.folder = folder
+        # By fingerprint, the file that was read or written last, and when it was last changed.
+        self._sound: dict[str, tuple[int, ...]] = {}
 
     def provide(self, file: Path, fingerprint: str, write: Callable[[Path], None]) -> None:
         """Makes a file of a checkpoint a link to the one with a fingerprint.
@@ -34,8 +36,8 @@ class FrozenFiles:
             write: Writes the tensors to a file, and forces it to disk; called if they are missing or damaged.
         """
         kept = self.folder / f"{fingerprint}.safetensors"
-        # Read again: a file that was damaged since would damage all later checkpoints.
-        if file_fingerprint(kept) != fingerprint:
+        # Read again if it was touched: a file that was damaged since would damage all later checkpoints.
+        if self._sound.get(fingerprint) != _state_of(kept) and file_fingerprint(kept) != fingerprint:
             self.folder.mkdir(exist_ok=True)
             temporary = self.folder / f".{kept.name}.tmp"
             temporary.unlink(missing_ok=True)
@@ -43,6 +45,7 @@ class FrozenFiles:
             temporary.replace(kept)
             sync(self.folder)
         link_or_copy(kept, file)
+        self._sound[fingerprint] = _state_of(kept)
 
     def adopt(self, file: Path, source: Path) -> None:
         """Makes a file of a checkpoint a link to another run's, or a copy of it, and keeps it here as well."""
@@ -112,6 +115,15 @@ class FrozenFiles:
                 shutil.rmtree(kept) if kept.is_dir() else kept.unlink()
         if not any(self.folder.iterdir()):
             self.folder.rmdir()
+
+
+def _state_of(file: Path) -> tuple[int, ...]:
+    """Another one whenever a file's content may be another, or it is another file; a new link to it changes nothing."""
+    try:
+        found = file.stat()
+    except OSError:
+        return ()
+    return found.st_dev, found.st_ino, found.st_size, found.st_mtime_ns
 
 
 def file_fingerprint(file: Path) -> str | None:

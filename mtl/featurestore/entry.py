@@ -18,7 +18,7 @@ import xxhash
 from numpy.typing import NDArray
 
 from mtl.featurestore.base import Bytes, Field, Indices
-from mtl.runtime.files import sync
+from mtl.runtime.files import sync, write_synced
 
 ROWS, SUMS, CARD, LOCK = "rows.bin", "sums.bin", "card.json", "lock"
 _VERSION = 1
@@ -203,13 +203,6 @@ class Entry:
         # A folder that cannot be written keeps its entries anyway.
         with contextlib.suppress(OSError):
             os.utime(self.lock)
-
-
-def write_synced(file: Path, content: bytes) -> None:
-    with file.open("wb") as stream:
-        stream.write(content)
-        stream.flush()
-        os.fsync(stream.fileno())
 
 
 def _close(*descriptors: int) -> None:

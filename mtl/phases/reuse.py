@@ -49,5 +49,22 @@ def why_not_kept(config: RunConfig, phase: Phase, passes: float) -> str:
     return ""
 
 
+def may_step_in_a_row(config: RunConfig, phase: Phase) -> bool:
+    """Whether steps of heads on kept features depend on nothing that happens between two steps.
+
+    Args:
+        config: The run, its precision chosen.
+        phase: A phase of it in which the whole trunk is kept.
+    """
+    follows = phase.balances_gradients or phase.balance.follows_steps or phase.balance.may_draw
+    return (
+        phase.optim.accumulate == 1
+        and config.precision != "fp16"
+        and config.not_finite == "raise"
+        and config.optim.ema_decay is None
+        and not follows
+    )
+
+
 def _frozen_in_trunk(phase: Phase) -> set[str]:
     return {name for name in phase.freeze.plan.names.frozen if name.startswith("trunk.")}

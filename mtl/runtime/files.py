@@ -55,6 +55,14 @@ def sync(path: Path) -> None:
         os.close(descriptor)
 
 
+def write_synced(file: Path, content: bytes) -> None:
+    """Writes a file that nobody reads yet, and forces it to disk."""
+    with file.open("wb") as stream:
+        stream.write(content)
+        stream.flush()
+        os.fsync(stream.fileno())
+
+
 def write_text(file: Path, text: str) -> None:
     """Writes a file under another name, forces it to disk and renames it, so that no reader ever sees half of it."""
     temporary = file.with_name(f".{file.name}.tmp")

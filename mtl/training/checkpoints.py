@@ -98,7 +98,8 @@ class CheckpointWriter:
                 if self._is_sharded:
                     full, tensors = gather_model(root, world), gathered(tensors, world.is_main)
                 if world.is_main:
-                    self._checkpoints.save(full, frozen, tensors, plain, names, for_good)
+                    known = {} if self._is_sharded else state.audit.proven
+                    self._checkpoints.save(full, frozen, tensors, plain, names, for_good, known)
         world.barrier()
         self._waited_s = 0.0
         return self._checkpoints.folder / "last"

@@ -9,6 +9,7 @@ import torch
 from mtl.audit import GradientAudit
 from mtl.data import Batch
 from mtl.phases.resolve import Phase
+from mtl.phases.reuse import may_step_in_a_row
 from mtl.training.features import FeatureSource
 from mtl.training.nonfinite import gradient_norm
 from mtl.training.phase import ActivePhase, PhaseOptimizer
@@ -38,18 +39,9 @@ class HeadSteps:
             phase: The active phase.
             batch: A batch of it.
         """
-        state, config = self._state, self._state.setup.config
-        is_plain = (
-            self._features.trunk_rests
-            and not state.setup.train.may_lack
-            and state.world.is_alone
-            and phase.optim.accumulate == 1
-            and not state.scaler.is_enabled()
-            and config.not_finite == "raise"
-            and state.ema is None
-            and not (phase.balances_gradients or phase.balance.follows_steps or phase.balance.may_draw)
-        )
-        if not is_plain:
+        state, setup = self._state, self._state.setup
+        may = may_step_in_a_row(setup.config, phase) and not setup.train.may_lack and state.world.is_alone
+        if not (may and self._features.trunk_rests):
             return 0
         fitting = _MOST_BYTES // max(1, len(batch) * self._features.bytes_per_image)
         number = state.scheduler.steps_left(min(fitting, self._audit.num_unchecked))

@@ -114,28 +114,49 @@ def first_epoch(trainer: Trainer, then: Callable[[], None]) -> None:
     trainer.run_phase(trainer.setup.phases[0])
 
 
+def written(weight: nn.Parameter) -> None:
+    """By torch, which counts writes."""
+    with torch.no_grad():
+        weight[0, 0, 0, 0] += 1
+
+
 @pytest.mark.parametrize("index", [0, 1])
-def test_a_byte_that_changes_between_epochs_raises_before_anything_stale_is_served(index: int, tmp_path: Path) -> None:
+@pytest.mark.parametrize("write", [written, flip_a_bit])
+def test_a_byte_that_changes_between_epochs_raises_before_anything_is_judged(
+    index: int, write: Callable[[nn.Parameter], None], tmp_path: Path
+) -> None:
+    """And before anything that is kept is served, if the write left a sign."""
     parts = tiny_parts(tmp_path, "cache.mode=ram", phases=[PHASES[index], {**PHASES[0], "name": "other"}])
     trainer = trainer_of(parts, tmp_path / "run")
-    served: list[int] = []
-    encode = trainer.features.__call__
+    served, validated = list[bool](), list[bool]()
 
     class Watched(type(trainer.features)):  # type: ignore[misc]
         def __call__(self, *args: Any) -> Any:
-            served.append(len(trainer.audit.report.violations))
-            return encode(*args)
+            served.append(True)
+            return super().__call__(*args)
 
-    trainer.features.__class__ = Watched
+        def several(self, *args: Any) -> Any:
+            served.append(True)
+            return super().several(*args)
+
+    class Judge(type(trainer.validate)):  # type: ignore[misc]
+        def __call__(self, *args: Any) -> Any:
+            validated.append(True)
+            return super().__call__(*args)
+
+    trainer.features.__class__, trainer.validate.__class__ = Watched, Judge
     before: list[int] = []
 
     def plant() -> None:
         before.append(len(served))
-        flip_a_bit(parts.model.trunk.conv1[0].weight)
+        write(parts.model.trunk.conv1[0].weight)
 
     with pytest.raises(AuditError, match=r"trunk\.conv1\.0\.weight: param_changed"):
         first_epoch(trainer, plant)
-    assert before == [len(served)], "not one batch was served after the change"
+    if write is written:
+        assert before == [len(served)], "not one batch was served after the change"
+    assert len(validated) == 1, "only the epoch before it was judged, and saved"
+    assert [file.name for file in (tmp_path / "run/checkpoints").glob("step-*")] == ["step-00000005"]
 
 
 def test_under_a_policy_that_continues_what_is_stale_is_not_served(

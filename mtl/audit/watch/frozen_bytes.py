@@ -22,7 +22,11 @@ _DETAIL = "its bytes differ from the original ones"
 
 
 class ByteWatch:
-    """Compares the bytes of frozen tensors with those of the phase's begin, and counts this in the phase's record."""
+    """Compares the bytes of frozen tensors with those of the phase's begin, and counts this in the phase's record.
+
+    Attributes:
+        verified_at: The last step after which all of them were compared; None before the first.
+    """
 
     def __init__(
         self,
@@ -42,7 +46,7 @@ class ByteWatch:
         self._record = record
         self._optimizers = optimizers
         self._reader = RotatingReader(frozen)
-        self._verified_at: int | None = None
+        self.verified_at: int | None = None
 
     def after_step(self, tripped: Sequence[FrozenTensor]) -> list[Finding]:
         """Requests the bytes that are due and those of suspects; compares those that have arrived.
@@ -79,7 +83,7 @@ class ByteWatch:
 
     def verify(self, counted: bool) -> list[Finding]:
         """Compares every byte; if not `counted`, a check that passes leaves no trace in the report."""
-        self._verified_at = self._record.num_steps
+        self.verified_at = self._record.num_steps
         if counted:
             for frozen in self._frozen:
                 self._reader.request(frozen, self._record.num_steps)
@@ -104,7 +108,7 @@ class ByteWatch:
         return {
             "watched": {frozen.place.name: frozen.state_dict() for frozen in self._frozen},
             "rotation": self._reader.state_dict(),
-            "verified_at": self._verified_at,
+            "verified_at": self.verified_at,
         }
 
     def resume(self, state: Mapping[str, Any]) -> list[Finding]:
@@ -121,7 +125,7 @@ class ByteWatch:
                 kind = f"{frozen.place.kind}_changed"
                 found.append(self._findings.violation(kind, frozen.place, cause, _DETAIL, since=frozen.known_at))
         self._reader.load_state_dict(state["rotation"])
-        self._verified_at = self._record.num_steps
+        self.verified_at = self._record.num_steps
         return found
 
     def _compare_arrived(self, wait: bool) -> list[Finding]:

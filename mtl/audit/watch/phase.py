@@ -102,6 +102,11 @@ class PhaseWatch:
         return observed > self.record.num_steps
 
     @property
+    def proven(self) -> Mapping[str, str]:
+        """The fingerprints of all frozen tensors, if every byte was compared after the last step; else none."""
+        return self.record.fingerprints if self._bytes.verified_at == self.record.num_steps else {}
+
+    @property
     def num_unchecked(self) -> int:
         """How many of the next steps come before one in which a check is due."""
         next_step = self.record.num_steps + 1
@@ -183,6 +188,12 @@ class PhaseWatch:
         # The modes after the backward are those of its forward.
         found += [] if has_checked else self._check_modes(step)
         return found + self._check_optimizers() if self._membership.is_due(step) else found
+
+    def check_signs(self) -> list[Finding]:
+        """Between two steps: compares the bytes of all tensors that may have been written."""
+        # In a phase's first steps, all are due.
+        tripped = list(self._tripwires.tripped(0))
+        return self._bytes.check_suspects(tripped) + self._bytes.finish_reads()
 
     def verify(self, bytes_only: bool = False, counted: bool = True) -> list[Finding]:
         """Compares every byte of every frozen tensor."""

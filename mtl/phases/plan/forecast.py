@@ -9,7 +9,7 @@ import torch
 from mtl.freeze import enforce
 from mtl.model.prefix import Prefix, PrefixError
 from mtl.phases.plan.records import KeptPlan
-from mtl.phases.reuse import num_passes, num_views, why_not_kept
+from mtl.phases.reuse import may_step_in_a_row, num_passes, num_views, why_not_kept
 from mtl.phases.setup import ModelSetup
 
 _NUM_IMAGES = 3
@@ -36,4 +36,6 @@ def forecast(model_setup: ModelSetup, index: int) -> KeptPlan:
         return KeptPlan(why_not=why_not)
     per_image = prefix.bytes_in(getattr(torch, config.cache.dtype))
     num_train, num_val = model_setup.source.num_images
-    return KeptPlan(len(prefix.modules), per_image, per_image * (num_views(config) * num_train + num_val))
+    size = per_image * (num_views(config) * num_train + num_val)
+    in_a_row = not prefix.modules and may_step_in_a_row(config, phase)
+    return KeptPlan(len(prefix.modules), per_image, size, in_a_row=in_a_row)

@@ -121,12 +121,14 @@ class KeptPlan:
         bytes_per_image: What is kept of an image.
         bytes: What is kept of all images.
         why_not: Why nothing is kept; empty if something is.
+        in_a_row: Whether one process then takes the steps of the heads in a row.
     """
 
     modules: int = 0
     bytes_per_image: int = 0
     bytes: int = 0
     why_not: str = ""
+    in_a_row: bool = False
 
 
 @dataclass(frozen=True)

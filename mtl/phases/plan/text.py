@@ -104,7 +104,8 @@ def _kept(kept: KeptPlan) -> str:
     if kept.why_not:
         return f"nothing: {kept.why_not}"
     what = f"the first {count(kept.modules, 'module')} of the trunk" if kept.modules else "the trunk"
-    return f"{what}; kept: {in_bytes(kept.bytes_per_image)} an image, {in_bytes(kept.bytes)} in all, if that pays"
+    size = f"{in_bytes(kept.bytes_per_image)} an image, {in_bytes(kept.bytes)} in all"
+    return f"{what}; kept: {size}, if that pays" + ("; the heads then step in a row" if kept.in_a_row else "")
 
 
 def _training(phase: PhasePlan, world_size: int) -> list[tuple[str, str]]:
