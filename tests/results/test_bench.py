@@ -27,14 +27,12 @@ SMALL = Setting("test_resnet", 32, 8, 2, dense=True)
 PHASES = ["trunk_frozen", "half_frozen", "head_frozen", "nothing_frozen"]
 
 
-@pytest.mark.parametrize("phase", ["trunk_frozen", "half_frozen"])
-def test_a_row_holds_times_and_memory_of_all_loops(phase: str, tmp_path: Path) -> None:
+def test_a_row_holds_times_and_memory_of_all_loops(tmp_path: Path) -> None:
     peers, missing = peers_here()
     assert not missing
-    row = measure(SMALL, phase, tmp_path, rounds=2, peers=peers)
-    assert (row.setting, row.phase) == ("test_resnet, 32 px, batch 8, dense heads", phase)
-    assert row.num_steps == (20 if phase == "trunk_frozen" else 2)
-    assert (row.num_images, row.num_val) == (8 * row.num_steps, 32)
+    row = measure(SMALL, "half_frozen", tmp_path, rounds=2, peers=peers)
+    assert (row.setting, row.phase) == ("test_resnet, 32 px, batch 8, dense heads", "half_frozen")
+    assert (row.num_steps, row.num_images, row.num_val) == (2, 16, 32)
     assert list(row.loops) == ["naive", "mtl", "limit", "libmtl", "lightning"]
     for times in row.loops.values():
         assert len(times.laps) == 2
@@ -70,7 +68,7 @@ def test_all_loops_by_hand_and_of_peers_train_to_the_weights_of_the_naive_one(
         loops = [naive_loop(setup, tmp_path), limit_loop(setup, tmp_path)]
         loops += [peer(setup, tmp_path, stack) for peer in peers_here()[0].values()]
         for loop in loops:
-            for _ in range(2):
+            for _ in range(1 if phase == "trunk_frozen" else 2):
                 loop(lambda: None)
     assert len(models) == len(loops) == 4
     for other in models[1:]:
@@ -172,8 +170,14 @@ ROWS = [
     Row("a trunk", "nothing_frozen", 4, 256, 256, 0.01, "", LOOPS | {"mtl": times(0.25, 1.5)}),
 ]
 MACHINE = {
-    "system": "Linux", "processor": "A processor", "cores": 2, "memory_bytes": 1, "threads": 1, "gpu": None,
-    "versions": {"torch": "2.14.1"}, "folder": "/tmp",
+    "system": "Linux",
+    "processor": "A processor",
+    "cores": 2,
+    "memory_bytes": 1,
+    "threads": 1,
+    "gpu": None,
+    "versions": {"torch": "2.14.1"},
+    "folder": "/tmp",
 }
 FOUND = Bench(MACHINE, ROWS)
 
@@ -240,7 +244,8 @@ def test_the_data_and_the_picture_hold_the_same_numbers(tmp_path: Path) -> None:
     assert first["peak_bytes"] == {"naive": 3_000_000, "mtl": 2000, "limit": 5}
     mtl = first["loops"]["mtl"]
     medians = {"train_s": 0.5, "epoch_s": 0.75, "train_cpu_s": 1.0, "epoch_cpu_s": 1.5, "first_s": 4.5}
-    ratios = {f"{part}_over_limit": by for part, by in {"train": 2, "train_cpu": 2, "epoch": 1.5, "epoch_cpu": 1.5}.items()}
+    ratios = {"train_over_limit": 2.0, "epoch_over_limit": 1.5}
+    ratios |= {"train_cpu_over_limit": 2.0, "epoch_cpu_over_limit": 1.5}
     assert mtl.items() >= (medians | ratios).items()
     assert [lap["train_s"] for lap in mtl["rounds"]] == [0.25, 0.5, 2.0]
     draw(FOUND).savefig(tmp_path / "bench.png")
@@ -260,9 +265,9 @@ def test_the_command_prints_its_tables(
 ) -> None:
     monkeypatch.setattr(importlib.import_module("mtl.results.bench.bench"), "SETTINGS", [SMALL])
     monkeypatch.setattr(Setting, "phases", property(lambda _: {"nothing_frozen": []}))
-    assert main(["bench", "--quick", "--peers", "--json", "--plot", str(tmp_path / "bench.svg")]) == 0
+    assert main(["bench", "--quick", "--json", "--plot", str(tmp_path / "bench.svg")]) == 0
     printed = capsys.readouterr()
     (row,) = json.loads(printed.out)["rows"]
-    assert set(row["loops"]) == {"naive", "mtl", "limit", "libmtl", "lightning"}
+    assert list(row["loops"]) == ["naive", "mtl", "limit"]
     assert printed.err.splitlines()[0] == "test_resnet, 32 px, batch 8, dense heads: nothing_frozen"
     assert (tmp_path / "bench.svg").exists()
