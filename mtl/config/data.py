@@ -83,11 +83,14 @@ class GeneratedData(DataConfig):
         image_size: Height and width in pixels.
         seed: Seed of what is made. The run's `seed` does not change it, so that runs with several seeds have the same
             data.
+        memory_gb: A split that takes no more than this, in 10^9 bytes, is held in memory. A larger one is read from the
+            data cache batch by batch.
     """
 
     name: Literal["scenes", "multifashion"] = "scenes"
     image_size: Side = 64
     seed: Seed = 0
+    memory_gb: NotNegative = 4.0
 
 
 class FileData(DataConfig):

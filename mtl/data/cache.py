@@ -11,9 +11,7 @@ from pathlib import Path
 from typing import Any
 
 import xxhash
-from safetensors import SafetensorError
-from safetensors.torch import load_file, save_file
-from torch import Tensor
+from safetensors import SafetensorError, safe_open
 
 from mtl.runtime.console import logger
 from mtl.runtime.files import dead_link
@@ -44,16 +42,14 @@ def entry_of(folder: Path, key: Mapping[str, Any]) -> Path:
     return folder / f"{key['name']}-{key['split']}-{digest}"
 
 
-def cached(
-    folder: Path, key: Mapping[str, Any], shapes: Mapping[str, Shape], make: Callable[[], dict[str, Tensor]]
-) -> dict[str, Tensor]:
-    """Reads tensors that were made before, or makes and writes them; a damaged entry is made again, with a warning.
+def cached(folder: Path, key: Mapping[str, Any], shapes: Mapping[str, Shape], make: Callable[[Path], None]) -> Path:
+    """The file of tensors that were made before, or are made now; a damaged one is made again, with a warning.
 
     Args:
         folder: The cache directory.
         key: Everything that the tensors depend on, as JSON; it is written next to them.
         shapes: The shape of each tensor.
-        make: Makes the tensors.
+        make: Makes the tensors and writes them to a file.
 
     Raises:
         DataError: The folder cannot be written, or what was just written cannot be read.
@@ -61,13 +57,13 @@ def cached(
     entry = entry_of(folder, key)
     if entry.exists() or entry.is_symlink():
         try:
-            return _read(entry, key, shapes)
+            return _checked(entry, key, shapes)
         except _DamagedError as error:
             logger.warning(f"the data cache {entry} is damaged ({error}): the data is made again")
             _remove(entry)
-    _write(entry, key, make())
+    _write(entry, key, make)
     try:
-        return _read(entry, key, shapes)
+        return _checked(entry, key, shapes)
     except _DamagedError as error:
         raise DataError(
             f"the data cache {entry} is not what was written a moment ago ({error}); set data.cache_dir to another disk"
@@ -88,7 +84,7 @@ def _remove(entry: Path) -> None:
         ) from error
 
 
-def _write(entry: Path, key: Mapping[str, Any], tensors: dict[str, Tensor]) -> None:
+def _write(entry: Path, key: Mapping[str, Any], make: Callable[[Path], None]) -> None:
     """Writes an entry under another name and renames it: it is there whole or not at all."""
     try:
         entry.parent.mkdir(parents=True, exist_ok=True)
@@ -97,11 +93,11 @@ def _write(entry: Path, key: Mapping[str, Any], tensors: dict[str, Tensor]) -> N
         why = f"{error.strerror}{dead_link(entry.parent)}"
         raise DataError(f"the data cache {entry.parent} cannot be written: {why}; set data.cache_dir") from error
     try:
-        save_file(tensors, temporary / _TENSORS)
+        make(temporary / _TENSORS)
         card = {"key": dict(key), "checksum": _checksum(temporary / _TENSORS)}
         (temporary / _CARD).write_text(json.dumps(card, indent=2))
         temporary.rename(entry)
-    except (OSError, SafetensorError) as error:
+    except OSError as error:
         # Another process may have been first; its entry is the same.
         if not entry.exists():
             raise DataError(f"the data cache {entry} cannot be written: {error}; set data.cache_dir") from error
@@ -109,24 +105,24 @@ def _write(entry: Path, key: Mapping[str, Any], tensors: dict[str, Tensor]) -> N
         shutil.rmtree(temporary, ignore_errors=True)
 
 
-def _read(entry: Path, key: Mapping[str, Any], shapes: Mapping[str, Shape]) -> dict[str, Tensor]:
+def _checked(entry: Path, key: Mapping[str, Any], shapes: Mapping[str, Shape]) -> Path:
     """Raises `_DamagedError` if a byte, a name or a shape is another one than was written."""
     try:
         card = json.loads((entry / _CARD).read_text(encoding="utf-8"))
         checksum, written = card["checksum"], card["key"]
         if checksum != _checksum(entry / _TENSORS):
             raise _DamagedError("its bytes are not those that were written")
-        tensors = load_file(entry / _TENSORS)
+        with safe_open(entry / _TENSORS, "pt") as tensors:
+            found = {name: tuple(tensors.get_slice(name).get_shape()) for name in tensors.keys()}  # noqa: SIM118
     except PermissionError as error:
         raise DataError(f"the data cache {entry} cannot be read: {error.strerror}; set data.cache_dir") from error
     except OSError as error:
         raise _DamagedError(f"{entry.name}: {error.strerror or error}") from error
     except (ValueError, KeyError, TypeError, SafetensorError) as error:
         raise _DamagedError(str(error) or type(error).__name__) from error
-    found = {name: tuple(tensor.shape) for name, tensor in tensors.items()}
     if written != key or found != dict(shapes):
         raise _DamagedError(f"it holds {found}, expected {dict(shapes)}" if written == key else "it is of other data")
-    return tensors
+    return entry / _TENSORS
 
 
 def _checksum(file: Path) -> str:

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Mapping
+from collections.abc import Iterable, Mapping
 from dataclasses import dataclass, field, replace
 from functools import cached_property
 from typing import ClassVar
@@ -96,13 +96,17 @@ class MemorySplit(Split):
                 has_label[name] = has
         return replace(self, has_label=has_label)
 
+    def label_parts(self, task: str) -> Iterable[Tensor]:
+        """The labels of a task in their order, some images at a time: comparisons take as much room as labels."""
+        return torch.split(self.labels[task], 1024)
+
     def rows(self, indices: Tensor, with_images: bool, view: View | None = None) -> Rows:
         labels = {name: label[indices] for name, label in self.labels.items()}
         own = self.transform
         is_seen_plainly = own is None or (view is None and own.pipeline.is_random)
         if own is None or is_seen_plainly or not (with_images or own.changes_labels):
             return Rows(labels, self.images[indices] if with_images else None, self.lacking(indices))
-        images, labels = _transformed(own, self.images[indices], labels, indices, view)
+        images, labels = transformed(own, self.images[indices], labels, indices, view)
         return Rows(labels, images if with_images else None, self.lacking(indices))
 
     def label_bytes(self) -> int | None:
@@ -133,7 +137,7 @@ class MemorySplit(Split):
         return fingerprint(self.labels[task])
 
 
-def _transformed(
+def transformed(
     transform: Transform, images: Tensor, labels: Mapping[str, Tensor], indices: Tensor, view: View | None
 ) -> tuple[Tensor, dict[str, Tensor]]:
     """Each sample changed by itself, from the seed of its index."""

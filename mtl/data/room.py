@@ -59,7 +59,7 @@ def check_memory(key: str, image_size: tuple[int, int], num: int, needed: int) -
     if memory is not None and needed > memory:
         raise SettingError(
             key,
-            f"{num:,} images of {_pixels(image_size)} with their labels take {in_bytes(needed)} while they are made,"
+            f"{num:,} images of {_pixels(image_size)} with their labels take {in_bytes(needed)} of memory,"
             f" and this machine has {in_bytes(memory)} of memory",
         )
 

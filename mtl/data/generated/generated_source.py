@@ -1,17 +1,16 @@
-"""Data sets that are made, not downloaded: from the embedded garments, kept in the data cache."""
+"""Data sets that are made, not downloaded: from the embedded garments, written to the data cache block by block."""
 
 from __future__ import annotations
 
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import dataclass, replace
 from pathlib import Path
 from types import ModuleType
-from typing import Any
+from typing import Any, TypeVar
 
-import numpy as np
 import torch
 import xxhash
-from torch import Tensor
+from safetensors.torch import load_file
 from tqdm import tqdm
 
 from mtl.config import GeneratedData, SettingError
@@ -19,7 +18,9 @@ from mtl.config.file_data import SplitName
 from mtl.data.cache import DataError, cached, default_cache_dir, entry_of
 from mtl.data.dataset import Batch, Split
 from mtl.data.generated import multifashion, scenes, sprites
+from mtl.data.generated.rows_file import Arrays, RowsFile, write_rows
 from mtl.data.generated.sprites import load_sprites
+from mtl.data.generated.stored_split import StoredSplit
 from mtl.data.memory import MemorySplit, Transform
 from mtl.data.room import bytes_of, check_disk, check_image, check_memory
 from mtl.data.source import Source, pipelines_of
@@ -27,6 +28,8 @@ from mtl.runtime.console import logger
 from mtl.runtime.text import shorten
 from mtl.tasks import Task
 from mtl.tasks.base import LabelKind
+
+_S = TypeVar("_S", MemorySplit, StoredSplit)
 
 
 @dataclass(frozen=True)
@@ -80,19 +83,14 @@ class GeneratedSource(Source):
         if which == "test":
             raise SettingError("data.name", f"{config.name} has no split 'test'; it has train and val")
         pipeline = pipelines_of(config)[which]
-        split = load_split(config, which, quiet).with_labels(label_of)
-        if config.on_bad_sample == "skip":
-            split = _sound(split, which, config, tasks)
-        for name, task in tasks.items():
-            try:
-                task.check_labels(split.labels[name])
-            except ValueError as error:
-                raise SettingError(f"tasks.{name}", f"the labels of {config.name} do not fit: {error}") from error
-        split = _sound(split, which, config, tasks).knowing(tasks)
-        if not getattr(config.transform, which):
-            return split
         kinds = {name: self._kinds[label] for name, label in label_of.items()}
-        return replace(split, transform=Transform(pipeline, kinds))
+        transform = Transform(pipeline, kinds) if getattr(config.transform, which) else None
+        file = _file_of(config, which, quiet)
+        if _bytes_of(config, which) > 1e9 * config.memory_gb:
+            return _checked(StoredSplit(RowsFile(file), tasks, label_of, transform), which, config, tasks)
+        tensors = load_file(file)
+        split = MemorySplit(tensors.pop("images"), tensors).with_labels(label_of)
+        return replace(_checked(split, which, config, tasks).knowing(tasks), transform=transform)
 
     def preview(self, tasks: Mapping[str, Task], label_of: Mapping[str, str], num: int) -> Batch:
         train = self.load_split("train", tasks, label_of, quiet=True)
@@ -111,11 +109,12 @@ def check_room(config: GeneratedData) -> None:
         except OSError as error:
             raise SettingError("data.cache_dir", f"{_cache_dir(config)} cannot be read: {error.strerror}") from error
         block = data.module.BLOCK
-        # Images are made in whole blocks, which are joined in the end, and then are there twice.
+        # Images are made in whole blocks.
         check_memory("data.image_size", config.size, block, 2 * bytes_of(data.module.stored(block, size)))
-        check_memory(f"data.{key}", config.size, num, 2 * bytes_of(data.module.stored(num, size)))
-        on_disk, num_made = on_disk + bytes_of(data.module.stored(num, size)), num_made + num
-    key = "data.image_size" if config.num_train is None else "data.num_train"
+        if _bytes_of(config, split) <= 1e9 * config.memory_gb:
+            check_memory(f"data.{key}", config.size, num, _bytes_of(config, split))
+        on_disk, num_made = on_disk + _bytes_of(config, split), num_made + num
+    key = "data.num_train" if config.num_train else "data.num_val" if config.num_val else "data.image_size"
     check_disk(key, config.size, num_made, on_disk, _cache_dir(config))
 
 
@@ -125,17 +124,22 @@ def num_images(config: GeneratedData) -> tuple[int, int]:
     return config.num_train or data.num_train, config.num_val or data.num_val
 
 
-def load_split(config: GeneratedData, split: str, quiet: bool) -> MemorySplit:
-    """Makes a split, or reads it from the data cache.
+def _file_of(config: GeneratedData, split: str, quiet: bool) -> Path:
+    """The file of a split in the data cache; makes it if it is not there.
 
     Raises:
         DataError: The data cache cannot be written or read.
     """
     data, num = BUILT_IN[config.name], num_images(config)[split == "val"]
-    render: Callable[[], dict[str, Tensor]] = lambda: _render(data, config, split, num, quiet)  # noqa: E731
     shapes = {name: shape for name, (shape, _) in data.module.stored(num, config.image_size).items()}
-    tensors = cached(_cache_dir(config), _key(data, config, split, num), shapes, render)
-    return MemorySplit(tensors.pop("images"), tensors)
+    make = lambda file: write_rows(file, num, _render(data, config, split, num, quiet))  # noqa: E731
+    return cached(_cache_dir(config), _key(data, config, split, num), shapes, make)
+
+
+def _bytes_of(config: GeneratedData, split: str) -> int:
+    """What a split takes in memory."""
+    stored = BUILT_IN[config.name].module.stored(num_images(config)[split == "val"], config.image_size)
+    return bytes_of(stored)
 
 
 def _cache_dir(config: GeneratedData) -> Path:
@@ -160,32 +164,45 @@ def _code_digest(module: ModuleType) -> str:
     return xxhash.xxh3_64_hexdigest(b"".join(sources))
 
 
-def _render(data: BuiltIn, config: GeneratedData, split: str, num: int, quiet: bool) -> dict[str, Tensor]:
-    """The first `num` images of a split; a bar appears if it takes longer than a second."""
+def _render(data: BuiltIn, config: GeneratedData, split: str, num: int, quiet: bool) -> Iterator[Arrays]:
+    """The images of a split, block by block; a bar appears if it takes longer than a second."""
     garments = load_sprites(split)
     size = data.module.BLOCK
     # Splits draw from seeds of their own; their garments are disjoint anyway.
     seed = 2 * config.seed + (split == "val")
-    blocks = []
     numbers = range((num + size - 1) // size)
-    for number in tqdm(
-        numbers, f"{config.name}: making {num} {split} images", disable=quiet or None, delay=1, leave=False
-    ):
-        blocks.append(data.module.render_block(garments, config.image_size, seed, number))
-    joined = {name: np.concatenate([block[name] for block in blocks])[:num] for name in blocks[0]}
-    return {name: torch.from_numpy(np.ascontiguousarray(array)) for name, array in joined.items()}
+    title = f"{config.name}: making {num} {split} images"
+    for number in tqdm(numbers, title, disable=quiet or None, delay=1, leave=False):
+        yield data.module.render_block(garments, config.image_size, seed, number)
 
 
-def _sound(split: MemorySplit, which: str, config: GeneratedData, tasks: Mapping[str, Task]) -> MemorySplit:
-    """A split in which every sample can be trained on.
+def _checked(split: _S, which: str, config: GeneratedData, tasks: Mapping[str, Task]) -> _S:
+    """A split whose labels fit the tasks, and in which every sample can be trained on.
 
     Raises:
+        SettingError: The labels do not fit a task.
         DataError: A sample cannot be trained on, and `data.on_bad_sample` is `raise`; or none can.
+    """
+    if config.on_bad_sample == "skip":
+        split = _sound(split, which, config, tasks)
+    for name, task in tasks.items():
+        try:
+            for part in split.label_parts(name):
+                task.check_labels(part)
+        except ValueError as error:
+            raise SettingError(f"tasks.{name}", f"the labels of {config.name} do not fit: {error}") from error
+    return _sound(split, which, config, tasks)
+
+
+def _sound(split: _S, which: str, config: GeneratedData, tasks: Mapping[str, Task]) -> _S:
+    """A split without the samples that cannot be trained on.
+
+    Raises:
+        DataError: There is one, and `data.on_bad_sample` is `raise`; or there is no other.
     """
     bad = torch.zeros(len(split), dtype=torch.bool)
     for name, task in tasks.items():
-        # In parts, since comparisons take as much room as the labels.
-        found = torch.cat([task.bad_samples(part) for part in torch.split(split.labels[name], 1024)])
+        found = torch.cat([task.bad_samples(part) for part in split.label_parts(name)])
         if config.on_bad_sample == "raise" and bool(found.any()):
             first, number = int(found.nonzero()[0]), int(found.sum())
             raise DataError(

@@ -1,5 +1,7 @@
-"""`mtl bench`: what a freeze pays, measured on this machine."""
+"""`mtl bench`: what a freeze pays, and what the loop costs, measured on this machine."""
 
-from mtl.results.bench.bench import Row, bench, draw, in_words, to_json
+from mtl.results.bench.bench import Bench, bench
+from mtl.results.bench.measure import Row
+from mtl.results.bench.table import draw, in_words
 
-__all__ = ["Row", "bench", "draw", "in_words", "to_json"]
+__all__ = ["Bench", "Row", "bench", "draw", "in_words"]
