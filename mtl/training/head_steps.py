@@ -10,6 +10,7 @@ from mtl.audit import GradientAudit
 from mtl.data import Batch
 from mtl.phases.resolve import Phase
 from mtl.phases.reuse import may_step_in_a_row
+from mtl.training.checkpoints import CheckpointWriter
 from mtl.training.features import FeatureSource
 from mtl.training.nonfinite import gradient_norm
 from mtl.training.phase import ActivePhase, PhaseOptimizer
@@ -26,25 +27,29 @@ _FEWEST = 2
 class HeadSteps:
     """One for each run. The weights that it ends with are those of the plain loop, to the bit."""
 
-    def __init__(self, state: RunState, audit: GradientAudit, features: FeatureSource, losses: StepLosses) -> None:
+    def __init__(
+        self,
+        state: RunState,
+        audit: GradientAudit,
+        features: FeatureSource,
+        losses: StepLosses,
+        checkpoints: CheckpointWriter,
+    ) -> None:
         self._state = state
+        self._checkpoints = checkpoints
         self._audit = audit
         self._features = features
         self._losses = losses
 
-    def num_possible(self, phase: Phase, batch: Batch) -> int:
-        """How many of the next steps can be taken in a row: up to the next one in which the audit has a check.
-
-        Args:
-            phase: The active phase.
-            batch: A batch of it.
-        """
+    def num_possible(self, phase: Phase) -> int:
+        """How many of the next steps of a phase can be taken in a row: up to the next one with a check of the audit."""
         state, setup = self._state, self._state.setup
         may = may_step_in_a_row(setup.config, phase) and not setup.train.may_lack and state.world.is_alone
         if not (may and self._features.trunk_rests):
             return 0
-        fitting = _MOST_BYTES // max(1, len(batch) * self._features.bytes_per_image)
+        fitting = _MOST_BYTES // max(1, phase.batch_size * self._features.bytes_per_image)
         number = state.scheduler.steps_left(min(fitting, self._audit.num_unchecked))
+        number = self._checkpoints.steps_left(state.step, number)
         return number if number >= _FEWEST else 0
 
     def __call__(self, active: ActivePhase, optim: PhaseOptimizer, batches: Sequence[Batch]) -> None:

@@ -68,9 +68,9 @@ class Trainer:
         self.sync = StepSync(world, self.audit, asked or Interrupt(), config.distributed.sync_batchnorm)
         self.state = RunState(setup, self.audit, self.scaler, self.features, tracker, world, history)
         self.losses = StepLosses(setup, self.features, autocast, self.scaler, world)
-        self.head_steps = HeadSteps(self.state, self.audit, self.features, self.losses)
         self.validate = Validator(setup, autocast, self.features, self.sync, world)
         self.checkpoints = CheckpointWriter(setup, run_dir / "checkpoints", world)
+        self.head_steps = HeadSteps(self.state, self.audit, self.features, self.losses, self.checkpoints)
         self.log = RunLog(setup, run_dir, tracker, quiet, world)
 
     def restore(self, resumption: Resumption) -> None:
@@ -147,7 +147,12 @@ class Trainer:
         state.begin_epoch()
         active.log = self.log.steps_of(phase, state.epoch, state.epoch_sums, self.scaler.is_enabled())
         with closing(self._batches(phase)) as batches, self.log.progress_bar(phase, state.epoch) as bar:
-            for window in windows(batches, phase.optim.accumulate):
+            groups = windows(batches, phase.optim.accumulate)
+            while True:
+                if number := self.head_steps.num_possible(phase):
+                    self.train_heads(active, active.optim, list(islice(batches, number)), bar)
+                if (window := next(groups, None)) is None:
+                    break
                 self.train_step(active, active.optim, window)
                 state.step_done(self.sync.exchange())
                 bar.update(sum(len(batch.everyone) for batch in window))
@@ -157,8 +162,6 @@ class Trainer:
                 if self._is_save_due(phase):
                     self.save_within_epoch(active)
                     self.sync.exit_if_asked(state.step)
-                if number := self._num_in_a_row(phase, window):
-                    self.train_heads(active, active.optim, list(islice(batches, number)), bar)
         active.log.flush()
         state.end_epoch(active.log.num_skipped, phase.steps_per_epoch)
 
@@ -328,9 +331,6 @@ class Trainer:
             loading=Loading(not self.features.keeps, setup.device, setup.config.data.num_workers),
             order=phase.order,
         )
-
-    def _num_in_a_row(self, phase: Phase, window: Sequence[Batch]) -> int:
-        return self.checkpoints.steps_left(self.state.step, self.head_steps.num_possible(phase, window[0]))
 
     def _is_save_due(self, phase: Phase) -> bool:
         """Whether to save after a step; the epoch's validation, if that comes next, saves anyway."""

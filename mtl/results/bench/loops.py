@@ -55,7 +55,7 @@ def mtl_loop(setup: RunSetup) -> Iterator[MtlLoop]:
     trainer = Trainer(setup, run_dir, tracker, quiet=True)
     spent: list[float] = []
     audit: Any = trainer.audit
-    for name in ("after_backward", "after_step", "verify"):
+    for name in ("after_backward", "after_step", "verify", "check_signs"):
         setattr(audit, name, _timed(getattr(audit, name), spent))
     trainer.state.start_clock()
     trainer.log.dashboard.begin(0)
