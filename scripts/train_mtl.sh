@@ -14,6 +14,4 @@ setup_environment weights \
 case "${1:-}" in
     "" | -[!h]* | *=*) set -- "$PROJECT/configs/scenes.yaml" "$@" ;;
 esac
-# On a CPU, memory that a step frees is kept for the next one; to give it back and take it again costs some percent of it.
-export MALLOC_MMAP_THRESHOLD_="${MALLOC_MMAP_THRESHOLD_:-33554432}" MALLOC_TRIM_THRESHOLD_="${MALLOC_TRIM_THRESHOLD_:-8589934592}"
 exec "$PYTHON" -m mtl train "$@"

@@ -24,6 +24,7 @@ from mtl.phases.data_source import open_source
 from mtl.phases.plan import Plan, make_plan
 from mtl.phases.setup import ModelSetup, build_meta_setup, build_model_setup, without_weights
 from mtl.runtime.console import logger
+from mtl.runtime.memory import keep_freed_memory
 from mtl.tasks import labels_of
 from mtl.training.autotune import choose, lay_out
 from mtl.training.evaluate import Scores, validate_constant
@@ -75,6 +76,7 @@ def assemble(
         CheckpointError: That checkpoint has no such teachers.
     """
     excluded = _check_fsdp(config, world)
+    keep_freed_memory()
     device = device_of(config, world)
     try:
         check_rooms(config.data)
