@@ -5,6 +5,8 @@ from __future__ import annotations
 from collections.abc import Sequence
 
 import torch
+from torch import Tensor
+from torch.optim import Adam, AdamW
 
 from mtl.audit import GradientAudit
 from mtl.data import Batch
@@ -12,16 +14,19 @@ from mtl.phases.resolve import Phase
 from mtl.phases.reuse import may_step_in_a_row
 from mtl.training.checkpoints import CheckpointWriter
 from mtl.training.features import FeatureSource
-from mtl.training.nonfinite import gradient_norm
+from mtl.training.nonfinite import gradient_norm, total_norm
 from mtl.training.phase import ActivePhase, PhaseOptimizer
 from mtl.training.state import RunState
 from mtl.training.step import StepLosses
+from mtl.training.tracking.steps import LossRow
 
 # What is read at once: about what a processor's caches hold, in bytes. Of larger batches the steps take so long that
 # what happens in between does not count.
 _MOST_BYTES = 1 << 22
 # Fewer steps in a row are not worth it.
 _FEWEST = 2
+# Optimizers that write to no gradient, and how much of these is kept for the end of a row.
+_READ_ONLY, _MOST_GRADIENT_BYTES = (Adam, AdamW), 1 << 24
 
 
 class HeadSteps:
@@ -55,17 +60,27 @@ class HeadSteps:
     def __call__(self, active: ActivePhase, optim: PhaseOptimizer, batches: Sequence[Batch]) -> None:
         """Takes a step with each batch; all tasks of the phase have labels in each of them."""
         phase, step = active.phase, self._state.step
-        rows = []
+        rows = list[tuple[LossRow, Tensor | list[Tensor], dict[str, float]]]()
+        keeps_gradients = _can_keep_gradients(phase, optim, len(batches))
         with self._audit.unchecked(optim.optimizer, len(batches)):
             for batch, features in zip(batches, self._features.several(batches), strict=True):
                 losses = torch.stack(self._losses.each_loss(batch, phase.tasks, features))
                 total = phase.balance(losses)
                 total.backward()
-                norm = gradient_norm(optim.trainable, phase.optim.clip_norm)
+                norm: Tensor | list[Tensor] = [each.grad for each in optim.trainable if each.grad is not None]
+                if not (norm and keeps_gradients):
+                    norm = gradient_norm(optim.trainable, phase.optim.clip_norm)
                 rates = optim.rates
                 optim.optimizer.step()
                 optim.lr_schedule.step()
                 optim.zero_grad()
-                rows.append((total.detach(), losses.detach(), norm, rates))
-        for number, (batch, (total, losses, norm, rates)) in enumerate(zip(batches, rows, strict=True), start=1):
-            active.log.add(step + number, phase.tasks, [(total, losses)], norm, rates, [batch.everyone])
+                rows.append(((total.detach(), losses.detach()), norm, rates))
+        for number, (batch, (loss, norm, rates)) in enumerate(zip(batches, rows, strict=True), start=1):
+            known = norm if isinstance(norm, Tensor) else total_norm(norm)
+            active.log.add(step + number, phase.tasks, [loss], known, rates, [batch.everyone])
+
+
+def _can_keep_gradients(phase: Phase, optim: PhaseOptimizer, num_steps: int) -> bool:
+    """Whether the norms of a row's gradients can be had after it, one after the other, in half the time."""
+    num_bytes = num_steps * sum(each.numel() * each.element_size() for each in optim.trainable)
+    return phase.optim.clip_norm is None and type(optim.optimizer) in _READ_ONLY and num_bytes <= _MOST_GRADIENT_BYTES

@@ -79,11 +79,14 @@ def gradient_norm(parameters: Sequence[nn.Parameter], clip_norm: float | None) -
         return _norm_of_shards([each for each in parameters if each.grad is not None], clip_norm)
     if clip_norm is not None:
         return nn.utils.clip_grad_norm_(parameters, clip_norm)
-    return _total_norm([each.grad for each in parameters if each.grad is not None])
+    return total_norm([each.grad for each in parameters if each.grad is not None])
 
 
-def _total_norm(gradients: Sequence[Tensor]) -> Tensor:
-    """`nn.utils.get_total_norm`, to the bit; a few small gradients of one kind need not be sorted by kind first."""
+def total_norm(gradients: Sequence[Tensor]) -> Tensor:
+    """The norm of all of some gradients, at least one: `nn.utils.get_total_norm`, to the bit.
+
+    A few small ones of one kind need not be sorted by kind first.
+    """
     kinds = {(each.device, each.dtype, each.layout) for each in gradients[:_FEW]}
     if len(gradients) > _FEW or len(kinds) > 1 or gradients[0].layout is not torch.strided:
         return nn.utils.get_total_norm(gradients)

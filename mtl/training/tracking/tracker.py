@@ -53,6 +53,8 @@ class Tracker:
         self._backend: TrackingBackend | None = None
         self._name = config.backend
         self._last_step = step
+        # Of rows that were logged together, the last one, until it is shown.
+        self._held: Row | None = None
         self.is_less = False
         self.message = f"{config.backend}: " + ("in the first process" if is_silent else "disabled")
         if config.backend == "none":
@@ -103,17 +105,30 @@ class Tracker:
         if self._is_silent:
             return
         self._file.append(rows)
-        shows_all = self._backend is not None and self._backend.shows_every_step
-        for row in rows if shows_all else rows[-1:]:
-            self.show(row)
+        if self._backend is not None and self._backend.shows_every_step:
+            for row in rows:
+                self.show(row)
+        else:
+            self._show_held()
+            # An epoch's last one is shown with its validation, at once.
+            self._held = rows[-1]
 
     def show(self, row: Row) -> None:
         """Shows one row without logging it."""
+        if self._held is not None and self._held["step"] == row["step"]:
+            row, self._held = {**self._held, **row}, None
+        self._show_held()
         self._last_step = int(row["step"])
         self._do("log", lambda backend: backend.log(row, self._last_step))
 
+    def _show_held(self) -> None:
+        if self._held is not None:
+            row, self._held = self._held, None
+            self.show(row)
+
     def log_table(self, name: str, columns: Sequence[str], rows: Table, step: int) -> None:
         """Shows a table, at the last row's step if that is later: no step goes back."""
+        self._show_held()
         self._do(name, lambda backend: backend.table(name, columns, rows, max(step, self._last_step)))
 
     def log_picture(self, name: str, draw: Callable[[], bytes], step: int) -> None:
@@ -124,6 +139,7 @@ class Tracker:
             draw: Makes the picture, a PNG file's content; called only if it is shown.
             step: At which step, or that of the last row if that is later.
         """
+        self._show_held()
         if self.shows_pictures:
             png = draw()
             self._do(name, lambda backend: backend.picture(name, png, max(step, self._last_step)))
@@ -140,6 +156,7 @@ class Tracker:
             failed: Whether the run did not come to its end.
             best: The best checkpoint, if it did.
         """
+        self._show_held()
         self._do("finishing", lambda backend: backend.finish(summary, best, failed))
 
     def _start(self, kind: type[TrackingBackend], run: TrackedRun) -> None:
