@@ -23,7 +23,7 @@ def quick_shapes() -> Iterator[None]:
 
     What is not plain (of several types or layouts, strided) is left to torch. Blocks may be inside each other.
     """
-    library = Library("aten", "IMPL", "Meta")
+    library: Any = Library("aten", "IMPL", "Meta")  # type: ignore[no-untyped-call]
     try:
         for name, kernel in _KERNELS.items():
             library.impl(name, kernel, allow_override=True)

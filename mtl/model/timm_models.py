@@ -32,7 +32,8 @@ with deferred(
         "torchvision": nothing,
         "torchvision.models": nothing,
         "torchvision.ops": nothing,
-    }
+    },
+    whole=["torch._dynamo"],
 ):
     import timm
 

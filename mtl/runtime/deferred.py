@@ -7,7 +7,7 @@ Python runs `torchvision/__init__.py`, which imports the whole package and torch
 from __future__ import annotations
 
 import sys
-from collections.abc import Callable, Iterator, Mapping, Sequence
+from collections.abc import Callable, Collection, Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from importlib.abc import Loader, MetaPathFinder
 from importlib.machinery import ModuleSpec, PathFinder
@@ -25,7 +25,7 @@ def nothing(name: str) -> Any:
 
 
 @contextmanager
-def deferred(packages: Mapping[str, Early]) -> Iterator[None]:
+def deferred(packages: Mapping[str, Early], whole: Collection[str] = ()) -> Iterator[None]:
     """Defers the `__init__` of packages that are imported in the block.
 
     It runs as soon as something is asked for that it makes; after the block, with the first import that names the
@@ -34,8 +34,9 @@ def deferred(packages: Mapping[str, Early]) -> Iterator[None]:
 
     Args:
         packages: By full name, what gives values of the package, in such blocks only, without running its `__init__`.
+        whole: Those of them whose submodules are not imported without their `__init__` either.
     """
-    finder = _Finder(packages)
+    finder = _Finder(packages, whole)
     sys.meta_path.insert(0, finder)
     _open.append(finder)
     try:
@@ -46,12 +47,16 @@ def deferred(packages: Mapping[str, Early]) -> Iterator[None]:
 
 
 class _Finder(MetaPathFinder):
-    def __init__(self, packages: Mapping[str, Early]) -> None:
+    def __init__(self, packages: Mapping[str, Early], whole: Collection[str]) -> None:
         self.packages = packages
+        self.whole = frozenset(whole)
 
     def find_spec(
         self, fullname: str, path: Sequence[str] | None, target: ModuleType | None = None
     ) -> ModuleSpec | None:
+        around = fullname.rpartition(".")[0]
+        if around in self.whole and isinstance(package := sys.modules.get(around), _DeferredPackage):
+            _run(package)
         if fullname not in self.packages:
             return None
         spec = PathFinder.find_spec(fullname, path, target)
@@ -83,8 +88,10 @@ class _DeferredPackage(ModuleType):
 
     def __getattribute__(self, name: str) -> Any:
         # What Python's import asks of a package that is named, and of one in which it looks for a submodule.
-        if name in ("__spec__", "__path__") and not _open:
-            _run(self)
+        if name in ("__spec__", "__path__"):
+            own = ModuleType.__getattribute__(self, "__name__")
+            if not any(own in finder.packages for finder in _open):
+                _run(self)
         # Not by `super()`: it may be a plain module by now.
         return ModuleType.__getattribute__(self, name)
 

@@ -17,8 +17,8 @@ def without_compiler() -> Iterator[None]:
     """In the block, torch does not import its compiler only to exempt functions from compilation.
 
     Optimizers, and the shapes of many operations on the meta device, are exempt, and ask the compiler for it when they
-    are first called. In the block they get themselves; after it, they ask as if they had not been called. Whatever else
-    is asked of the compiler imports it, and it stays as it is where it is imported already.
+    are first called. In the block they get themselves; after it, or once whatever else is asked of the compiler has
+    imported it, they ask as if they had not been called. A compiler that is imported already stays as it is.
     """
     exempt: list[Any] = []
 
@@ -30,12 +30,17 @@ def without_compiler() -> Iterator[None]:
 
     def early(name: str) -> Any:
         if name not in known:
+            # The compiler is about to be imported.
+            forget()
             raise AttributeError(name)
         return known[name]
 
+    def forget() -> None:
+        while exempt:
+            exempt.pop().__dict__.pop(_KEPT, None)
+
     try:
-        with deferred({"torch._dynamo": early}):
+        with deferred({"torch._dynamo": early}, whole=["torch._dynamo"]):
             yield
     finally:
-        for function in exempt:
-            function.__dict__.pop(_KEPT, None)
+        forget()
