@@ -9,6 +9,7 @@ from __future__ import annotations
 import sys
 from collections.abc import Callable, Collection, Iterator, Mapping, Sequence
 from contextlib import contextmanager
+from importlib import import_module
 from importlib.abc import Loader, MetaPathFinder
 from importlib.machinery import ModuleSpec, PathFinder
 from threading import RLock
@@ -28,15 +29,15 @@ def nothing(name: str) -> Any:
 def deferred(packages: Mapping[str, Early], whole: Collection[str] = ()) -> Iterator[None]:
     """Defers the `__init__` of packages that are imported in the block.
 
-    It runs as soon as something is asked for that it makes; after the block, with the first import that names the
-    package or a submodule that is not loaded yet. Whatever is asked for later is thus what it would have been. One that
-    is loaded already stays as it is.
+    It runs as soon as something is asked for that it makes. After the block it is as if the package had not been
+    imported, only some of its submodules: the next import of it, or of another submodule, runs it, in the same module
+    object. One that is loaded before the block stays as it is.
 
     Args:
         packages: By full name, what gives values of the package, in such blocks only, without running its `__init__`.
         whole: Those of them whose submodules are not imported without their `__init__` either.
     """
-    finder = _Finder(packages, whole)
+    finder = _BlockFinder(packages, whole)
     sys.meta_path.insert(0, finder)
     _open.append(finder)
     try:
@@ -44,59 +45,30 @@ def deferred(packages: Mapping[str, Early], whole: Collection[str] = ()) -> Iter
     finally:
         _open.remove(finder)
         sys.meta_path.remove(finder)
+        with _lock:
+            for name in packages:
+                _set_aside(name)
 
 
-class _Finder(MetaPathFinder):
-    def __init__(self, packages: Mapping[str, Early], whole: Collection[str]) -> None:
-        self.packages = packages
-        self.whole = frozenset(whole)
-
-    def find_spec(
-        self, fullname: str, path: Sequence[str] | None, target: ModuleType | None = None
-    ) -> ModuleSpec | None:
-        around = fullname.rpartition(".")[0]
-        if around in self.whole and isinstance(package := sys.modules.get(around), _DeferredPackage):
-            _run(package)
-        if fullname not in self.packages:
-            return None
-        spec = PathFinder.find_spec(fullname, path, target)
-        if spec is not None and spec.loader is not None:
-            spec.loader = _DeferredLoader(spec.loader)
-        return spec
-
-
-# The blocks that are open.
-_open: list[_Finder] = []
-# One package at a time; another thread waits until it has run.
-_lock = RLock()
-_running: set[str] = set()
-
-
-class _DeferredLoader(Loader):
-    def __init__(self, loader: Loader) -> None:
-        self.loader = loader
-
-    def create_module(self, spec: ModuleSpec) -> ModuleType:
-        return _DeferredPackage(spec.name)
-
-    def exec_module(self, module: ModuleType) -> None:
-        """Nothing yet; see `_run`."""
+def _set_aside(name: str) -> None:
+    """Takes a package that has not run out of the loaded modules, until it is imported again."""
+    package = sys.modules.get(name)
+    if not isinstance(package, _DeferredPackage) or any(name in finder.packages for finder in _open):
+        return
+    del sys.modules[name]
+    _waiting[name] = package
+    around, _, last = name.rpartition(".")
+    if vars(sys.modules.get(around, package)).get(last) is package:
+        delattr(sys.modules[around], last)
+    if _waiting_finder not in sys.meta_path:
+        sys.meta_path.insert(0, _waiting_finder)
 
 
 class _DeferredPackage(ModuleType):
     """A package whose `__init__` has not run yet; once it has, it is a plain module."""
 
-    def __getattribute__(self, name: str) -> Any:
-        # What Python's import asks of a package that is named, and of one in which it looks for a submodule.
-        if name in ("__spec__", "__path__"):
-            own = ModuleType.__getattribute__(self, "__name__")
-            if not any(own in finder.packages for finder in _open):
-                _run(self)
-        # Not by `super()`: it may be a plain module by now.
-        return ModuleType.__getattribute__(self, name)
-
     def __getattr__(self, name: str) -> Any:
-        own = ModuleType.__getattribute__(self, "__name__")
+        own = self.__name__
         # Of such names, no package makes others: programs that look through all modules ask for them.
         if own in _running or (name.startswith("__") and name not in ("__all__", "__version__")):
             raise AttributeError(f"module {own!r} has no attribute {name!r}")
@@ -114,12 +86,101 @@ class _DeferredPackage(ModuleType):
         return dir(self)
 
 
+class _DeferringLoader(Loader):
+    """Loads a package without its `__init__`."""
+
+    def __init__(self, loader: Loader, package: _DeferredPackage | None = None) -> None:
+        self.loader = loader
+        self.package = package
+
+    def create_module(self, spec: ModuleSpec) -> ModuleType:
+        return _DeferredPackage(spec.name) if self.package is None else self.package
+
+    def exec_module(self, module: ModuleType) -> None:
+        """Nothing yet; see `_run`."""
+
+
+class _RunningLoader(_DeferringLoader):
+    """Loads a package that was set aside."""
+
+    def exec_module(self, module: ModuleType) -> None:
+        _run(module)
+
+
+class _LoadedLoader(Loader):
+    """Gives a module that was loaded while Python looked for it."""
+
+    def __init__(self, module: ModuleType) -> None:
+        self.module = module
+        self.spec = module.__spec__
+
+    def create_module(self, spec: ModuleSpec) -> ModuleType:  # noqa: ARG002  Python's interface
+        return self.module
+
+    def exec_module(self, module: ModuleType) -> None:
+        module.__spec__ = self.spec
+
+
+class _BlockFinder(MetaPathFinder):
+    def __init__(self, packages: Mapping[str, Early], whole: Collection[str]) -> None:
+        self.packages = packages
+        self.whole = frozenset(whole)
+
+    def find_spec(
+        self, fullname: str, path: Sequence[str] | None, target: ModuleType | None = None
+    ) -> ModuleSpec | None:
+        around = sys.modules.get(fullname.rpartition(".")[0])
+        if isinstance(around, _DeferredPackage) and around.__name__ in self.whole:
+            _run(around)
+            # Python would load it once more if it were there already.
+            if (loaded := sys.modules.pop(fullname, None)) is not None:
+                return ModuleSpec(fullname, _LoadedLoader(loaded), is_package=hasattr(loaded, "__path__"))
+        if fullname not in self.packages:
+            return None
+        with _lock:
+            if (package := _waiting.pop(fullname, None)) is not None:
+                return _spec_of(package, _DeferringLoader)
+        spec = PathFinder.find_spec(fullname, path, target)
+        if spec is not None and spec.loader is not None:
+            spec.loader = _DeferringLoader(spec.loader)
+        return spec
+
+
+class _WaitingFinder(MetaPathFinder):
+    def find_spec(
+        self,
+        fullname: str,
+        path: Sequence[str] | None,  # noqa: ARG002  Python's interface
+        target: ModuleType | None = None,  # noqa: ARG002
+    ) -> ModuleSpec | None:
+        package = _waiting.get(fullname)
+        return None if package is None else _spec_of(package, _RunningLoader)
+
+
+def _spec_of(package: _DeferredPackage, loader: type[_DeferringLoader]) -> ModuleSpec:
+    spec = package.__spec__
+    assert spec is not None and isinstance(spec.loader, _DeferringLoader)
+    spec.loader = loader(spec.loader.loader, package)
+    return spec
+
+
+# The blocks that are open, and packages that were set aside after others.
+_open: list[_BlockFinder] = []
+_waiting: dict[str, _DeferredPackage] = {}
+_waiting_finder = _WaitingFinder()
+_running: set[str] = set()
+# One package at a time; another thread waits until it has run.
+_lock = RLock()
+
+
 def _run(package: ModuleType) -> None:
-    """Runs the package's `__init__`."""
+    """Runs the package's `__init__`, once."""
+    name, spec = package.__name__, package.__spec__
+    if name not in sys.modules:
+        import_module(name)  # which comes back here
+        return
     with _lock:
-        namespace = ModuleType.__getattribute__(package, "__dict__")
-        name, spec = namespace["__name__"], namespace["__spec__"]
-        if name in _running or not isinstance(spec.loader, _DeferredLoader):
+        if name in _running or spec is None or not isinstance(spec.loader, _DeferringLoader):
             return
         held = spec.loader
         _running.add(name)
@@ -132,3 +193,4 @@ def _run(package: ModuleType) -> None:
         finally:
             _running.discard(name)
         package.__class__ = ModuleType
+        _waiting.pop(name, None)
