@@ -14,11 +14,6 @@ from typing import Any
 
 import torch.distributed as dist
 from torch import Tensor, nn
-from torch.distributed.checkpoint.api import CheckpointException
-from torch.distributed.checkpoint.default_planner import DefaultSavePlanner
-from torch.distributed.checkpoint.hf_storage import HuggingFaceStorageWriter
-from torch.distributed.checkpoint.state_dict_saver import save
-from torch.distributed.tensor._utils import compute_local_shape_and_global_offset
 
 from mtl.checkpoint.files import (
     CheckpointError,
@@ -106,6 +101,12 @@ def write_shards(folder: Path, tensors: Mapping[str, Tensor], world: World) -> N
     Raises:
         OSError: A process could not write.
     """
+    # Late: with what they import, they take most of a second.
+    from torch.distributed.checkpoint.api import CheckpointException
+    from torch.distributed.checkpoint.default_planner import DefaultSavePlanner
+    from torch.distributed.checkpoint.hf_storage import HuggingFaceStorageWriter
+    from torch.distributed.checkpoint.state_dict_saver import save
+
     writer = HuggingFaceStorageWriter(str(folder), save_distributed=True)
     try:
         # Only rank 0 has tensors that are not sharded; and empty shards, which count for nothing, may look the same.
@@ -133,6 +134,8 @@ def _offsets(tensor: Tensor) -> Sequence[int]:
     sharded: Any = tensor
     if not is_sharded(tensor):
         return [0] * tensor.ndim
+    from torch.distributed.tensor._utils import compute_local_shape_and_global_offset
+
     return compute_local_shape_and_global_offset(tensor.shape, sharded.device_mesh, sharded.placements)[1]
 
 

@@ -8,6 +8,7 @@ from pathlib import Path
 from typing import TYPE_CHECKING
 
 from mtl.cli.verb import DONE, refuse
+from mtl.runtime.collection import without_collection
 from mtl.runtime.console import line_width, print_err, print_out
 
 if TYPE_CHECKING:
@@ -50,7 +51,8 @@ def run(options: argparse.Namespace, _: Attempt) -> int:
     from mtl.config import load_config
 
     config = load_config(options.config, options.overrides)
-    return _generate(options, config) if options.generate else _show(options, config)
+    with without_collection():
+        return _generate(options, config) if options.generate else _show(options, config)
 
 
 def _generate(options: argparse.Namespace, config: RunConfig) -> int:
@@ -67,9 +69,11 @@ def _show(options: argparse.Namespace, config: RunConfig) -> int:
     from mtl.phases.plan.picture import draw_plan
     from mtl.phases.plan.text import full_plan, parameter_map
     from mtl.phases.setup import build_meta_setup
+    from mtl.runtime.uncompiled import without_compiler
 
-    blueprint = build_meta_setup(config)
-    plan = make_plan(blueprint, options.world_size or 1, with_forecast=True)
+    with without_compiler():
+        blueprint = build_meta_setup(config)
+        plan = make_plan(blueprint, options.world_size or 1, with_forecast=True)
     for line in blueprint.unread:
         print_err(f"warning: {line}")
     if options.plot is not None:

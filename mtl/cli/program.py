@@ -3,6 +3,8 @@
 from __future__ import annotations
 
 import argparse
+import atexit
+import gc
 import sys
 from collections.abc import Mapping, Sequence
 from typing import Any
@@ -21,6 +23,9 @@ def main(arguments: Sequence[str] | None = None) -> int:
         0 done; 2 the user's input is wrong; 3 the audit found a violation; 1 anything else. Errors of ours are raised,
         which makes 1.
     """
+    # At its end, Python would look for cycles among all objects before it lets go of them: half a second.
+    atexit.unregister(gc.freeze)
+    atexit.register(gc.freeze)
     return guarded(lambda attempt: _run(arguments, attempt))
 
 

@@ -6,12 +6,15 @@ import logging
 import math
 import sys
 from collections.abc import Callable, Sequence
+from contextlib import nullcontext
 from dataclasses import replace
 from pathlib import Path
 from typing import TYPE_CHECKING
 
 from mtl.cli.guard import Attempt
 from mtl.cli.verb import DONE, VIOLATION
+from mtl.runtime.collection import without_collection
+from mtl.runtime.uncompiled import without_compiler
 
 if TYPE_CHECKING:
     import argparse
@@ -91,25 +94,34 @@ def run_loaded(
 
     Returns, raises: as `run_config`.
     """
-    from mtl.training.run_dir import check_run_dir, own_name
+    from mtl.training.run_dir import check_run_dir
 
     check_run_dir(config)
     attempt.config = config
+    # Where nothing is compiled, the compiler need not be imported: it takes a second.
+    with nullcontext() if config.compile else without_compiler():
+        return _run_checked(config, quiet, attempt, prove)
 
-    from mtl.distributed.world import World
-    from mtl.phases.plan.text import short_plan
-    from mtl.runtime.console import line_width, logger, show_log
-    from mtl.training.resume import resumed_config
-    from mtl.training.run import train
-    from mtl.training.setup import assemble
-    from mtl.training.tracking.choice import check_backend
 
-    world = attempt.world = World.from_environment()
-    show_log(quiet or not world.is_main, only_errors=not world.is_main)
-    check_backend(config)
-    config, source = resumed_config(config)
-    attempt.config = config
-    setup = assemble(config, quiet, world, begins=source is None)
+def _run_checked(
+    config: RunConfig, quiet: bool, attempt: Attempt, prove: Callable[[RunSetup, RunResult], bool] | None
+) -> tuple[RunResult, bool]:
+    with without_collection():
+        from mtl.distributed.world import World
+        from mtl.phases.plan.text import short_plan
+        from mtl.runtime.console import line_width, logger, show_log
+        from mtl.training.resume import resumed_config
+        from mtl.training.run import train
+        from mtl.training.run_dir import own_name
+        from mtl.training.setup import assemble
+        from mtl.training.tracking.choice import check_backend
+
+        world = attempt.world = World.from_environment()
+        show_log(quiet or not world.is_main, only_errors=not world.is_main)
+        check_backend(config)
+        config, source = resumed_config(config)
+        attempt.config = config
+        setup = assemble(config, quiet, world, begins=source is None)
     attempt.plan = setup.plan
     logger.info(short_plan(setup.plan, line_width(sys.stdout)))
     with own_name(setup.config, world.is_main, world.broadcast) as config:

@@ -6,12 +6,12 @@ from contextlib import nullcontext
 from pathlib import Path
 from typing import Any
 
-import timm
 import torch
 from torch import nn
 
 from mtl.config import SettingError, TrunkConfig
 from mtl.model.grad_checkpointing import enable_grad_checkpointing
+from mtl.model.timm_models import timm
 from mtl.model.trunk import FeatureShape, feature_shape, pyramid_levels
 from mtl.model.weights import (
     PACKAGED_TRUNK,

@@ -11,8 +11,6 @@ from collections.abc import Iterable, Iterator
 from typing import Any
 
 from torch import Tensor, nn
-from torch.distributed.device_mesh import init_device_mesh
-from torch.distributed.fsdp import fully_shard, register_fsdp_forward_method
 
 from mtl.distributed.world import World, WorldError
 from mtl.model import MultiTaskModel
@@ -39,6 +37,10 @@ def shard(model: MultiTaskModel, world: World) -> None:
     for name, parameter in model.named_parameters():
         if not parameter.is_contiguous():
             raise WorldError(f"{name}: FSDP takes contiguous tensors only; set memory_format to contiguous")
+    # Late: with what they import, they take a second.
+    from torch.distributed.device_mesh import init_device_mesh
+    from torch.distributed.fsdp import fully_shard, register_fsdp_forward_method
+
     mesh = init_device_mesh(next(model.parameters()).device.type, (world.size,))
     for part in [*blocks(model.trunk), model.trunk, *model.heads.values()]:
         # The trunk itself as well, since a forward without backward would leave its parameters gathered.

@@ -8,7 +8,6 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
-import timm
 import torch
 from torch import Tensor, nn
 from torch.nn import functional
@@ -19,6 +18,7 @@ from mtl.checkpoint.trained_run import open_trained_run
 from mtl.config import DistillConfig, RunConfig, SettingError, TeacherConfig, TrunkConfig
 from mtl.model.build import build_trunk, features_of, input_channels
 from mtl.model.network import Normalize, statistics_of
+from mtl.model.timm_models import timm
 from mtl.model.trunk import read_features
 from mtl.model.weights import load_into
 from mtl.runtime.fingerprint import fingerprint, root

@@ -13,11 +13,11 @@ from urllib.parse import urlsplit
 from urllib.request import getproxies
 
 import torch
-from timm.models import get_arch_pretrained_cfgs
 from torch import Tensor
 
 from mtl.checkpoint.tensor_file import UnreadableError, read_contents, read_tensor_file
 from mtl.config import SettingError
+from mtl.model.timm_models import timm
 from mtl.runtime.console import logger
 from mtl.runtime.text import condense, count, hint, shorten
 
@@ -124,7 +124,7 @@ def check_tag(name: str) -> None:
     Raises:
         SettingError: It has no weights of that tag.
     """
-    known = [each for each in get_arch_pretrained_cfgs(name) if "." in each]
+    known = [each for each in timm.models.get_arch_pretrained_cfgs(name) if "." in each]
     if "." in name and name not in known:
         architecture = name.partition(".")[0]
         choices = f"; there are: {shorten(known, 8)}" if known else f"; it has no tags: write {architecture}"

@@ -21,6 +21,7 @@ from mtl.model import MultiTaskModel, build_trunk
 from mtl.model.build import input_channels
 from mtl.model.network import MEMORY_FORMATS
 from mtl.model.reachability import reached_parameters
+from mtl.model.shapes import quick_shapes
 from mtl.model.teachers import TEACHERS, Teacher, build_teachers
 from mtl.optim.balance.balance import build_balance
 from mtl.phases.active_tasks import PhaseTasks, resolve_tasks
@@ -164,7 +165,8 @@ def build_meta_setup(config: RunConfig, train: Split | None = None, source: Sour
     """
     without = without_weights(config)
     opened = open_source(config) if source is None else source
-    setup = _on_meta_or_cpu(lambda device: build_model_setup(without, device, train, opened))
+    with quick_shapes():
+        setup = _on_meta_or_cpu(lambda device: build_model_setup(without, device, train, opened))
     return replace(setup, config=config)
 
 

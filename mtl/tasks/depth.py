@@ -63,7 +63,7 @@ class Depth(EntryTask):
 
     def labelled(self, label: Tensor) -> Tensor:
         """Which pixels have a label, "b 1 h w", bool."""
-        mask = label.isfinite() & (label > 0)
+        mask = (label > 0) & (label < math.inf)
         if self.low is not None:
             mask &= label >= self.low
         return mask if self.high is None else mask & (label <= self.high)
@@ -91,7 +91,8 @@ class Depth(EntryTask):
 
     def fit(self, label: Tensor) -> Tensor:
         """What is best for the loss over all labelled pixels; for the default, their mean depth."""
-        values = as_float(label[self.labelled(label)])
+        mask = self.labelled(label)
+        values = as_float(label.flatten() if bool(mask.all()) else label[mask])
         best = self._best(values if len(values) else torch.ones(1))
         return self._logits(float(best)) if self.space == "bins" else best.float().reshape(1)
 

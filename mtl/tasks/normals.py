@@ -41,7 +41,8 @@ class Normals(EntryTask):
         mask = labelled_normals(label)
         if not bool(mask.any()):
             return torch.tensor([0.0, 0.0, -1.0])
-        mean = rearrange(label, "n c h w -> n h w c")[mask].double().mean(dim=0)
+        by_pixel = rearrange(label, "n c h w -> (n h w) c")
+        mean = (by_pixel if bool(mask.all()) else by_pixel[mask.flatten()]).double().mean(dim=0)
         return functional.normalize(mean, dim=0).float()
 
     def entry_weights(self, label: Tensor) -> Tensor:

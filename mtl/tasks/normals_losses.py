@@ -2,6 +2,10 @@
 
 from __future__ import annotations
 
+import math
+import operator
+from functools import reduce
+
 import torch
 from torch import Tensor
 
@@ -9,7 +13,11 @@ from mtl.tasks.loss import Loss
 
 
 def labelled_normals(label: Tensor) -> Tensor:
-    return label.isfinite().all(dim=1) & (label != 0).any(dim=1)
+    """Which of normals "b 3 h w" are labelled: finite, and not zero; "b h w", bool."""
+    # By axis, and without `isfinite`: reductions over the second dimension take nearly twice as long on a CPU.
+    axes = label.unbind(dim=1)
+    finite = [axis.abs() < math.inf for axis in axes]
+    return reduce(operator.and_, finite) & reduce(operator.or_, [axis != 0 for axis in axes])
 
 
 def directions(vectors: Tensor) -> Tensor:

@@ -16,7 +16,7 @@ from mtl.checkpoint.run_files import RunFileError, read_audit
 from mtl.config import RunConfig
 from mtl.config.changes import CHOSEN
 from mtl.distributed.world import ALONE, World
-from mtl.optim.balance.gradient_weights import check_same_method
+from mtl.optim.balance.state import check_same_method
 from mtl.optim.lr_schedule import LrScheduleState
 from mtl.patterns import text_of
 from mtl.phases.resolve import Phase

@@ -9,30 +9,37 @@ from __future__ import annotations
 import copy
 import inspect
 from collections.abc import Mapping, Sequence
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
 import torch
 from torch import Tensor, nn
 from torch.optim import Optimizer
-from torchjd import scalarization
-from torchjd.aggregation import Weighting
-from torchjd.scalarization import DWA, FAMO, IMTLL, UW, Constant, Mean, Random, Scalarizer, Sum
 
 from mtl.config import SettingError
 from mtl.config.optim import BalanceConfig
 from mtl.config.own import is_own, make_own, own_class
 from mtl.optim.balance.dwa import PartialDwa
-from mtl.optim.balance.gradient_weights import (
-    GradientWeighting,
-    build_weighting,
-    check_same_method,
-    gradient_methods,
-    other_aggregators,
-    try_out_weighting,
+from mtl.optim.balance.scalarizers import (
+    DWA,
+    FAMO,
+    IMTLL,
+    UW,
+    Constant,
+    Mean,
+    Random,
+    Scalarizer,
+    Sum,
+    scalarization,
 )
+from mtl.optim.balance.state import check_same_method
 from mtl.optim.balance.subset import Subset, combine, plain_attributes, update_famo
 from mtl.runtime.plugin import where_it_failed
 from mtl.runtime.text import hint
+
+if TYPE_CHECKING:
+    from torchjd.aggregation import Weighting
+
+    from mtl.optim.balance.gradient_weights import GradientWeighting
 
 # Linear in the losses: combining micro-batches one by one gives the same sum as combining them at once.
 _LINEAR = (Constant, DWA, IMTLL, Mean, Random, Sum, UW)
@@ -50,8 +57,15 @@ def is_by_gradients(method: str) -> bool:
         SettingError: It is a class of the user's own that cannot be had.
     """
     if is_own(method):
+        from torchjd.aggregation import Weighting
+
         return issubclass(own_method(method), Weighting)
-    return method.lower() in gradient_methods() and method.lower() not in method_names()
+    # A name of both (mean, sum, random) is the scalarizer: the same result without a backward per task.
+    if method == "fixed" or method.lower() in method_names():
+        return False
+    from mtl.optim.balance.gradient_weights import gradient_methods
+
+    return method.lower() in gradient_methods()
 
 
 def build_balance(config: BalanceConfig, tasks: Sequence[str], every_task: Sequence[str] = ()) -> Balance:
@@ -73,8 +87,9 @@ def build_balance(config: BalanceConfig, tasks: Sequence[str], every_task: Seque
     for name in ("weights", "pref_vector"):
         if isinstance(given := config.options.get(name), list) and given and not any(given):
             raise SettingError("balance.options", f"expected a number other than 0 in {name}, got {given}")
-    # A name of both (mean, sum, random) is the scalarizer: the same result without a backward per task.
     if is_by_gradients(method):
+        from mtl.optim.balance.gradient_weights import build_weighting
+
         return Balance(Sum(), build_weighting(method, config.options, len(tasks)))
     names = method_names()
     if method not in names:
@@ -98,12 +113,18 @@ def own_method(method: str) -> type[Scalarizer] | type[Weighting[Any]]:
     Raises:
         SettingError: It cannot be imported, or is neither a `Scalarizer` nor a `Weighting` of TorchJD.
     """
+    from torchjd.aggregation import Weighting
+
     return own_class(method, "balance.method", Scalarizer, Weighting)
 
 
 def _build_own(config: BalanceConfig, num_tasks: int) -> Balance:
     """A method of the user's own, tried with losses and gradients of 1."""
     method = make_own(own_method(config.method), config.options, "balance.options", config.method)
+    from torchjd.aggregation import Weighting
+
+    from mtl.optim.balance.gradient_weights import GradientWeighting, try_out_weighting
+
     try:
         if isinstance(method, Weighting):
             try_out_weighting(method, num_tasks)
@@ -119,6 +140,8 @@ def _build_own(config: BalanceConfig, num_tasks: int) -> Balance:
 
 
 def _no_method(name: str) -> str:
+    from mtl.optim.balance.gradient_weights import gradient_methods, other_aggregators
+
     names, by_gradients = method_names(), gradient_methods()
     choices = (
         f"there are: fixed, {', '.join(sorted(names))}; by gradients: {', '.join(sorted(by_gradients))};"

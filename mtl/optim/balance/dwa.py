@@ -6,8 +6,8 @@ from collections.abc import Sequence
 
 import torch
 from torch import Tensor
-from torchjd.scalarization import DWA
 
+from mtl.optim.balance.scalarizers import DWA
 from mtl.optim.balance.subset import Subset
 
 

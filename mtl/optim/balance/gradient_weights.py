@@ -1,7 +1,8 @@
 """Task weights computed from the Gramian of the tasks' gradients: TorchJD's weightings, found by name.
 
 TorchJD's aggregators combine the rows of a Jacobian. This module offers those that compute their weights from the
-Gramian (the rows' inner products); sources and formulas are in the docstrings of `torchjd.aggregation`.
+Gramian (the rows' inner products); sources and formulas are in the docstrings of `torchjd.aggregation`. It is imported
+where such a method is used only, since the aggregators import solvers, which takes most of a second.
 """
 
 from __future__ import annotations
@@ -19,6 +20,7 @@ from torchjd.aggregation import GramianWeightedAggregator, PCDWeighting, Weighti
 from torchjd.linalg import QuadprogProjector
 
 from mtl.config import SettingError
+from mtl.optim.balance.state import check_same_method
 from mtl.optim.balance.subset import Subset, narrowed, plain_attributes
 
 # TorchJD raises them for options that do not fit each other or the number of tasks.
@@ -171,12 +173,6 @@ def _narrowed_tau(weighting: Weighting[Any], subset: Subset) -> Iterator[None]:
         yield
     finally:
         weighting.tau = tau
-
-
-def check_same_method(own: Mapping[str, Any], state: Mapping[str, Any]) -> None:
-    """Raises `ValueError` if a state is that of another method."""
-    if own.keys() != state.keys():
-        raise ValueError(f"expected the state of a balancing method with {sorted(own)}, got {sorted(state)}")
 
 
 def _to_plain(value: Any) -> Any:

@@ -12,7 +12,8 @@ import torch
 from torch import Tensor, nn
 from torch.func import functional_call
 from torch.optim import Optimizer
-from torchjd.scalarization import FAMO, Scalarizer
+
+from mtl.optim.balance.scalarizers import FAMO, Scalarizer
 
 # Attributes that every torch module has.
 _OF_EVERY_MODULE = frozenset(vars(nn.Module()))

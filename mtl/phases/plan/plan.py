@@ -8,6 +8,7 @@ from typing import Any
 
 from mtl.data import Mixed
 from mtl.freeze import FreezePlan
+from mtl.model.shapes import quick_shapes
 from mtl.model.teachers import TEACHERS
 from mtl.phases.plan.dead import dead_branches
 from mtl.phases.plan.forecast import forecast
@@ -32,14 +33,15 @@ def make_plan(model_setup: ModelSetup, world_size: int = 1, with_forecast: bool 
         world_size: Processes among which gradients are reduced.
         with_forecast: Whether to find out as well what each phase could keep of the trunk, and what cannot train.
     """
-    planner = _Planner(model_setup, world_size)
-    phases = planner.phases()
-    if with_forecast:
-        phases = [replace(phase, kept=forecast(model_setup, index)) for index, phase in enumerate(phases)]
-        # Initial values are known without reading any file if there are no trained weights to begin with.
-        if model_setup.config.trunk.weights == "none" and planner.weights <= _MOST_BYTES:
-            dead = dead_branches(build_model_setup(model_setup.config, source=model_setup.source))
-            phases = [replace(phase, dead=dead.get(phase.name)) for phase in phases]
+    with quick_shapes():
+        planner = _Planner(model_setup, world_size)
+        phases = planner.phases()
+        if with_forecast:
+            phases = [replace(phase, kept=forecast(model_setup, index)) for index, phase in enumerate(phases)]
+    # Initial values are known without reading any file if there are no trained weights to begin with.
+    if with_forecast and model_setup.config.trunk.weights == "none" and planner.weights <= _MOST_BYTES:
+        dead = dead_branches(build_model_setup(model_setup.config, source=model_setup.source))
+        phases = [replace(phase, dead=dead.get(phase.name)) for phase in phases]
     return Plan(model_setup.config.trunk.name, world_size, tuple(planner.parameters), tuple(phases))
 
 

@@ -8,10 +8,11 @@ from math import prod
 from typing import Any
 
 import torch
-from torch import Tensor
+from torch import Tensor, nn
 from torch.nn.attention import SDPBackend, sdpa_kernel
 from torch.utils.flop_counter import FlopCounterMode
 
+from mtl.config.own import is_own
 from mtl.freeze import enforce, plan_freeze
 from mtl.optim.optimizers import build_optimizer, parameters_of
 from mtl.phases.resolve import Phase
@@ -100,13 +101,25 @@ def _convolution_backward(
 
 
 def _optimizer_state(model_setup: ModelSetup, phase: Phase) -> int | None:
-    optimizer = build_optimizer(phase.optim.optimizer, phase.groups)
+    """The bytes of an optimizer's state after a step; one of torch's keeps the same for parameters of one shape."""
     unreached = {id(model_setup.root.get_parameter(name)) for name in phase.freeze.unreached}
+    alike: dict[tuple[object, ...], list[nn.Parameter]] = {}
+    for number, group in enumerate(phase.groups):
+        for parameter in group["params"]:
+            own = id(parameter) if is_own(phase.optim.optimizer.name) else (parameter.shape, parameter.dtype)
+            alike.setdefault((number, own, id(parameter) in unreached), []).append(parameter)
+    first = [[same[0] for key, same in alike.items() if key[0] == number] for number in range(len(phase.groups))]
+    groups = [group | {"params": params} for group, params in zip(phase.groups, first, strict=True)]
+    optimizer = build_optimizer(phase.optim.optimizer, groups)
     for parameter in parameters_of(optimizer):
         parameter.grad = None if id(parameter) in unreached else torch.zeros_like(parameter)
     try:
         optimizer.step()
     except Exception:  # noqa: BLE001 - an optimizer that looks at values has none to look at here, whatever it raises
         return None
-    kept = [value for state in optimizer.state.values() for value in state.values() if isinstance(value, Tensor)]
-    return sum(value.nbytes for value in kept)
+    return sum(
+        len(same) * value.nbytes
+        for same in alike.values()
+        for value in optimizer.state.get(same[0], {}).values()
+        if isinstance(value, Tensor)
+    )

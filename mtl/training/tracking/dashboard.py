@@ -53,7 +53,7 @@ class Dashboard:
             for number, phase in enumerate(plan.phases, 1)
         ]
         self._tracker.log_table("plan/phases", columns, rows, step)
-        self._tracker.log_picture("plan/picture", self._draw_plan, step)
+        self._tracker.later("plan/picture", lambda: self._tracker.log_picture("plan/picture", self._draw_plan, step))
 
     def resume(self, report: Report) -> None:
         """Alerts of what was found before a run was resumed have been sent."""

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Mapping, Sequence
+from functools import partial
 
 from torch import Tensor, nn
 
@@ -66,8 +67,10 @@ class GradientLog:
         # All of them are in the table and the picture; as charts they would be dozens, of a few points each.
         log.add_row(step, analysis.to_row(), shown=["grad/conflict_share"])
         rows = [(task, group, norm) for task, norms in _reached(analysis).items() for group, norm in norms.items()]
-        self._tracker.log_table("grad/norms", ["task", "group", "norm"], rows, step)
-        self._tracker.log_picture("grad/heat_map", lambda: png_of(draw_gradients(analysis)), step)
+        table, picture = "grad/norms", "grad/heat_map"
+        self._tracker.later(table, lambda: self._tracker.log_table(table, ["task", "group", "norm"], rows, step))
+        draw = partial(_drawn, analysis)
+        self._tracker.later(picture, lambda: self._tracker.log_picture(picture, draw, step))
         if len(losses) == len(self._tasks):
             self._tell(analysis.unreached)
 
@@ -76,6 +79,10 @@ class GradientLog:
             self._told = True
             groups, names = count(len(unreached), "depth group"), shorten(list(unreached), 6)
             logger.warning(f"{self._phase}: no task's loss reaches {groups} of the trunk that train ({names})")
+
+
+def _drawn(analysis: GradientAnalysis) -> bytes:
+    return png_of(draw_gradients(analysis))
 
 
 def _reached(analysis: GradientAnalysis) -> dict[str, dict[str, float | None]]:

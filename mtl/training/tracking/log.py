@@ -98,6 +98,7 @@ class RunLog:
     def epoch(self, row: Mapping[str, Any], report: Report) -> None:
         """Logs a validation, and alerts of what the audit has found."""
         self._tracker.log(row)
+        self._tracker.show_waiting()
         self.dashboard.found(report, row["step"])
 
     def epoch_line(self, row: Mapping[str, Any], log: StepLog | None) -> None:

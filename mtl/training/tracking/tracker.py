@@ -55,6 +55,8 @@ class Tracker:
         self._last_step = step
         # Of rows that were logged together, the last one, until it is shown.
         self._held: Row | None = None
+        # By name, what the end of the epoch shows.
+        self._waiting: dict[str, Callable[[], None]] = {}
         self.is_less = False
         self.message = f"{config.backend}: " + ("in the first process" if is_silent else "disabled")
         if config.backend == "none":
@@ -131,6 +133,20 @@ class Tracker:
         self._show_held()
         self._do(name, lambda backend: backend.table(name, columns, rows, max(step, self._last_step)))
 
+    def later(self, name: str, show: Callable[[], None]) -> None:
+        """Shows something at the end of the epoch: tables and pictures take longer than a step.
+
+        Args:
+            name: Under which name; what waits under it already is not shown.
+            show: Shows it.
+        """
+        self._waiting[name] = show
+
+    def show_waiting(self) -> None:
+        """Shows what waits for the end of the epoch."""
+        while self._waiting:
+            self._waiting.pop(next(iter(self._waiting)))()
+
     def log_picture(self, name: str, draw: Callable[[], bytes], step: int) -> None:
         """Shows a picture.
 
@@ -156,6 +172,7 @@ class Tracker:
             failed: Whether the run did not come to its end.
             best: The best checkpoint, if it did.
         """
+        self.show_waiting()
         self._show_held()
         self._do("finishing", lambda backend: backend.finish(summary, best, failed))
 

@@ -10,6 +10,7 @@ from pathlib import Path
 from typing import Any
 
 from mtl.runtime.console import first_line
+from mtl.runtime.deferred import deferred, nothing
 from mtl.training.tracking.backend import BestCheckpoint, Row, Table, TrackedRun, TrackingBackend
 
 _SUMMARY = {"higher": "max", "lower": "min"}
@@ -118,22 +119,24 @@ class WandbBackend(TrackingBackend):
     def _init(self, wandb: Any, mode: str) -> Any:
         run = self._tracked
         config, settings = run.config, self._settings(wandb, mode)
-        return wandb.init(
-            project=config.project,
-            name=run.name,
-            dir=str(run.run_dir),
-            config=dict(run.settings),
-            mode=mode,
-            settings=settings,
-            # Offline, both parts have the same id, and are one run once they are uploaded. In a sweep, wandb takes
-            # project and id from the agent in place of these.
-            id=run.resumed_id,
-            resume="allow" if run.resumed_id else None,
-            group=config.group,
-            job_type=config.job_type,
-            tags=config.tags or None,
-            notes=config.notes,
-        )
+        # It asks launch for one class; without the package around that, the public API is not imported, for a second.
+        with deferred({"wandb.sdk.launch": nothing}):
+            return wandb.init(
+                project=config.project,
+                name=run.name,
+                dir=str(run.run_dir),
+                config=dict(run.settings),
+                mode=mode,
+                settings=settings,
+                # Offline, both parts have the same id, and are one run once they are uploaded. In a sweep, wandb takes
+                # project and id from the agent in place of these.
+                id=run.resumed_id,
+                resume="allow" if run.resumed_id else None,
+                group=config.group,
+                job_type=config.job_type,
+                tags=config.tags or None,
+                notes=config.notes,
+            )
 
     def _settings(self, wandb: Any, mode: str) -> Any:
         config = self._tracked.config

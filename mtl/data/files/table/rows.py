@@ -2,9 +2,7 @@
 
 from __future__ import annotations
 
-import gc
-from collections.abc import Iterator, Mapping, Sequence
-from contextlib import contextmanager
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 
@@ -20,6 +18,7 @@ from mtl.data.files.table.cells import Language
 from mtl.data.files.table.coded import Coded, check_cells, learn_languages
 from mtl.data.files.table.division import divide
 from mtl.data.files.table.sheet import Sheet, column_names, read_sheet
+from mtl.runtime.collection import without_collection
 from mtl.tasks.base import LabelKind
 
 
@@ -82,20 +81,9 @@ def read_tables(settings: TableData, kinds: Mapping[str, LabelKind]) -> Tables:
         SettingError: A key of `scale` is no depth; a table is Parquet, and pyarrow is not installed.
     """
     check_scale(settings.scale, kinds)
-    with _without_collector():
+    # It would look through a million cells again and again, which takes as long as reading them.
+    with without_collection():
         return _read_tables(settings, kinds)
-
-
-@contextmanager
-def _without_collector() -> Iterator[None]:
-    """The garbage collector would look through a million cells again and again, which takes as long as reading them."""
-    was_enabled = gc.isenabled()
-    gc.disable()
-    try:
-        yield
-    finally:
-        if was_enabled:
-            gc.enable()
 
 
 def _read_tables(settings: TableData, kinds: Mapping[str, LabelKind]) -> Tables:
