@@ -34,6 +34,7 @@ TRAINING = [
     ["state", "step", "validate", "add_task"],
     ["phase"],
     ["checkpoints"],
+    ["head_steps"],
     ["loop"],
     ["run"],
 ]
