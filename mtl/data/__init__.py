@@ -12,6 +12,7 @@ from mtl.data.dataset import Batch, Split
 from mtl.data.files.file_source import FileSource, labels_there
 from mtl.data.files.mistakes import LabelError
 from mtl.data.generated.generated_source import BUILT_IN, GeneratedSource, check_room
+from mtl.data.generated.stored_split import StoredSplit
 from mtl.data.loading import (
     IN_THREAD,
     Loading,
@@ -43,6 +44,7 @@ __all__ = [
     "Shuffled",
     "Source",
     "Split",
+    "StoredSplit",
     "TaughtSplit",
     "Teaching",
     "View",

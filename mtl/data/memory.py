@@ -100,6 +100,10 @@ class MemorySplit(Split):
         """The labels of a task in their order, some images at a time: comparisons take as much room as labels."""
         return torch.split(self.labels[task], 1024)
 
+    def image_parts(self) -> Iterable[Tensor]:
+        """The images in their order, some at a time."""
+        return torch.split(self.images, 1024)
+
     def rows(self, indices: Tensor, with_images: bool, view: View | None = None) -> Rows:
         labels = {name: label[indices] for name, label in self.labels.items()}
         own = self.transform

@@ -5,6 +5,7 @@ from __future__ import annotations
 from collections import Counter
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from functools import partial
+from itertools import chain
 from pathlib import Path
 
 import torch
@@ -12,7 +13,7 @@ from torch import Tensor
 
 from mtl.config import DistillConfig, FileData, RunConfig, SettingError, mistake_of
 from mtl.config.mixed import MixedData
-from mtl.data import MemorySplit, MixedSource
+from mtl.data import MemorySplit, MixedSource, StoredSplit
 from mtl.data.files.file_source import FileSource, open_file_sets
 from mtl.data.files.fileset import IMAGE, FileSet
 from mtl.data.files.problems import problems
@@ -80,12 +81,12 @@ class DataCheck:
         except SettingError as error:
             raise mistake_of(self._config, error) from error
         for name, split in zip(("train", "val"), splits, strict=True):
-            assert isinstance(split, MemorySplit)
+            assert isinstance(split, MemorySplit | StoredSplit)
             census = {label: _Census(kind) for label, kind in self._kinds.items()} | {IMAGE: _Census(None)}
-            for image in split.images:
+            for image in chain.from_iterable(split.image_parts()):
                 census[IMAGE].add(image.permute(2, 0, 1))
             for task, label in self._label_of.items():
-                for value in split.labels[task]:
+                for value in chain.from_iterable(split.label_parts(task)):
                     census[label].add(value)
             yield from self._paragraph(name, len(split), census)
 

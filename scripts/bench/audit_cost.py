@@ -1,10 +1,12 @@
 """What the audit costs in a plain loop: steps with it and without, in turn, in one process.
 
 "on / off" is the median over pairs of neighbouring steps, with the spread of that median (1.25 median absolute
-deviations / sqrt(pairs)); "inside" is the time spent in the audit's own calls, as a share of the median step without.
+deviations / sqrt(pairs)), and "CPU" the same of processor time, which other work on the machine disturbs less; "inside"
+is the time spent in the audit's own calls, as a share of the median step without.
 
 python scripts/bench/audit_cost.py            # resnet18 at 64 px, batch 64, and vit_tiny at 224 px, batch 16
 python scripts/bench/audit_cost.py --small    # models of many small tensors: 1,000 at some 10 ms a step, and 50 + 800
+python scripts/bench/audit_cost.py --deep     # trunks of more than 1,000 tensors, frozen wholly, half, and not at all
 python scripts/bench/audit_cost.py --rounds 40
 """
 
@@ -26,34 +28,48 @@ from mtl.audit import GradientAudit
 from mtl.freeze import enforce, plan_freeze, trainable_parameters
 
 SETTINGS = [("resnet18", 64, 64), ("vit_tiny_patch16_224", 224, 16)]
+# 1,205 and 1,954 parameters and buffers; the smallest images and batches that they take, so that steps are short.
+DEEP = [("densenet201", 32, 4), ("hrnet_w18", 32, 4)]
 FREEZES = {"trunk frozen": ["trunk"], "first half frozen": ["trunk@first:50%"]}
 
 
 def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("--rounds", type=int, default=20, help="steps with and steps without, in turn")
-    parser.add_argument("--small", action="store_true", help="models of many small tensors instead")
+    kinds = parser.add_mutually_exclusive_group()
+    kinds.add_argument("--small", action="store_true", help="models of many small tensors instead")
+    kinds.add_argument("--deep", action="store_true", help="trunks of more than 1,000 tensors instead")
     options = parser.parse_args()
     rounds: int = options.rounds
-    columns = f"{'off, ms':>10}{'on / off':>10}{'spread':>8}{'inside':>9}{'copies, MB':>12}"
+    columns = f"{'off, ms':>10}{'on / off':>10}{'spread':>8}{'CPU':>8}{'inside':>9}{'copies, MB':>12}"
     sys.stdout.write(f"{'setting':32}{'freeze':20}{columns}\n")
-    for name, what, make in _small() if options.small else _large():
+    for name, what, make in _small() if options.small else _large(options.deep):
         off, on, inside, copies = measure(*make(), rounds)
-        ratios = [with_it / without for with_it, without in zip(on, off, strict=True)]
-        ratio, step = median(ratios), median(off)
+        (ratios, by_cpu), step = zip(*map(_ratios, off, on), strict=True), median(each for each, _ in off)
+        ratio = median(ratios)
         spread = 1.25 * 1.48 * median(abs(each - ratio) for each in ratios) / len(ratios) ** 0.5
         sys.stdout.write(
-            f"{name:32}{what:20}{step:10.1f}{ratio:10.3f}{spread:8.3f}{median(inside) / step:9.2%}{copies:12.1f}\n"
+            f"{name:32}{what:20}{step:10.1f}{ratio:10.3f}{spread:8.3f}{median(by_cpu):8.3f}"
+            f"{median(inside) / step:9.2%}{copies:12.1f}\n"
         )
+        sys.stdout.flush()
+
+
+# Milliseconds of a step: by the clock, and on processors.
+Step = tuple[float, float]
+
+
+def _ratios(off: Step, on: Step) -> tuple[float, float]:
+    return on[0] / off[0], on[1] / off[1]
 
 
 # A model, its input, its target classes, and the patterns of its freeze.
 Made = tuple[nn.ModuleDict, torch.Tensor, torch.Tensor, list[str]]
 
 
-def _large() -> Iterator[tuple[str, str, Callable[[], Made]]]:
-    for name, size, batch in SETTINGS:
-        for what, patterns in FREEZES.items():
+def _large(deep: bool) -> Iterator[tuple[str, str, Callable[[], Made]]]:
+    for name, size, batch in DEEP if deep else SETTINGS:
+        for what, patterns in (FREEZES | {"nothing frozen": []} if deep else FREEZES).items():
             yield f"{name} {size} px {batch}", what, partial(_timm, name, size, batch, patterns)
 
 
@@ -85,20 +101,20 @@ def _blocks(num_frozen: int, num_trained: int, width: int, batch: int, norm: boo
 
 def measure(
     model: nn.ModuleDict, x: torch.Tensor, y: torch.Tensor, patterns: list[str], rounds: int
-) -> tuple[list[float], list[float], list[float], float]:
-    """Milliseconds of each step without and with the audit, of its own calls, and the megabytes of its copies."""
+) -> tuple[list[Step], list[Step], list[float], float]:
+    """Each step without and with the audit, milliseconds of its own calls, and the megabytes of its copies."""
     torch.manual_seed(0)
     plan = plan_freeze(model, patterns)
     enforce(model, plan)
     optimizer = AdamW(trainable_parameters(model, plan).values(), lr=1e-4)
     audit = GradientAudit(model, patterns, [optimizer])
-    times: dict[bool, list[float]] = {True: [], False: []}
+    times: dict[bool, list[Step]] = {True: [], False: []}
     inside: list[float] = []
     with audit.phase("frozen") as record:
         # The first steps of both kinds warm up; the audit's first one also sees every gradient for the first time.
         for number in range(2 * rounds + 4):
             is_on = number % 2 == 0
-            started = time.perf_counter()
+            started, started_cpu = time.perf_counter(), time.process_time()
             nn.functional.cross_entropy(model["head"](model["trunk"](x)), y).backward()
             marks = [time.perf_counter()]
             if is_on:
@@ -111,7 +127,8 @@ def measure(
             marks.append(time.perf_counter())
             optimizer.zero_grad()
             if number >= 4:
-                times[is_on].append(1e3 * (time.perf_counter() - started))
+                step = (1e3 * (time.perf_counter() - started), 1e3 * (time.process_time() - started_cpu))
+                times[is_on].append(step)
                 inside += [1e3 * (marks[1] - marks[0] + marks[3] - marks[2])] if is_on else []
         tensors = model.state_dict()
         copies = sum(tensors[each].numel() * tensors[each].element_size() for each in record.fingerprints) / 1e6

@@ -86,6 +86,8 @@ def test_generated_data_is_described_too(tmp_path: Path, capsys: pytest.CaptureF
     assert lines[0].startswith("scenes, train: 40 images, 32 x 32 pixels, channels 3, 0 to 25")
     assert any(line.startswith("  object: 40 of 40 labelled; ") for line in lines)
     assert any(line.startswith("  normals: 40 of 40 labelled; mean (") for line in lines)
+    assert main(["data", "check", str(tiny_config(tmp_path)), "data.memory_gb=0"]) == 0
+    assert capsys.readouterr().out.splitlines() == lines, "read from the data cache, it is the same"
 
 
 @pytest.mark.parametrize(

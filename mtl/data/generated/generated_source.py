@@ -85,11 +85,10 @@ class GeneratedSource(Source):
         pipeline = pipelines_of(config)[which]
         kinds = {name: self._kinds[label] for name, label in label_of.items()}
         transform = Transform(pipeline, kinds) if getattr(config.transform, which) else None
-        file = _file_of(config, which, quiet)
         if _bytes_of(config, which) > 1e9 * config.memory_gb:
-            return _checked(StoredSplit(RowsFile(file), tasks, label_of, transform), which, config, tasks)
-        tensors = load_file(file)
-        split = MemorySplit(tensors.pop("images"), tensors).with_labels(label_of)
+            stored = StoredSplit(RowsFile(_file_of(config, which, quiet)), tasks, label_of, transform)
+            return _checked(stored, which, config, tasks)
+        split = load_split(config, which, quiet).with_labels(label_of)
         return replace(_checked(split, which, config, tasks).knowing(tasks), transform=transform)
 
     def preview(self, tasks: Mapping[str, Task], label_of: Mapping[str, str], num: int) -> Batch:
@@ -122,6 +121,12 @@ def num_images(config: GeneratedData) -> tuple[int, int]:
     """Images in the training and the validation split."""
     data = BUILT_IN[config.name]
     return config.num_train or data.num_train, config.num_val or data.num_val
+
+
+def load_split(config: GeneratedData, split: str, quiet: bool) -> MemorySplit:
+    """A split in memory, with all labels; arguments and errors as of `_file_of`."""
+    tensors = load_file(_file_of(config, split, quiet))
+    return MemorySplit(tensors.pop("images"), tensors)
 
 
 def _file_of(config: GeneratedData, split: str, quiet: bool) -> Path:

@@ -63,6 +63,10 @@ class StoredSplit(Split):
         """The labels of a task in their order, some images at a time."""
         return self._parts(self._label_of[task])
 
+    def image_parts(self) -> Iterator[Tensor]:
+        """The images in their order, some at a time."""
+        return self._parts("images")
+
     def without(self, bad: Tensor) -> StoredSplit:
         """Leaves samples out.
 
