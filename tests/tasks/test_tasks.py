@@ -33,6 +33,16 @@ def test_segmentation_metrics_by_hand() -> None:
     assert metrics.compute() == pytest.approx({"miou": (1 / 3 + 2 / 3 + 1 / 2) / 3, "pixel_accuracy": 4 / 6})
 
 
+def test_the_predicted_class_is_the_first_of_the_highest_and_wrong_where_one_is_nan() -> None:
+    generator = torch.Generator().manual_seed(0)
+    # Few values: many ties.
+    output = torch.randint(-2, 2, (3, 6, 5, 7), generator=generator).float()
+    output[0, 2, 0], output[1, :, 1], output[2, 3, 2] = NAN, -torch.inf, torch.inf
+    label = torch.randint(0, 6, (3, 5, 7), generator=generator)
+    expected = torch.where(output.isnan().any(dim=1), (label + 1) % 6, output.argmax(dim=1))
+    assert torch.equal(Segmentation(6).metrics().predict(output, label), expected)
+
+
 def test_miou_is_that_of_torchmetrics_over_the_whole_set() -> None:
     generator = torch.Generator().manual_seed(0)
     metrics = Segmentation(5).metrics()
