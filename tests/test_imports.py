@@ -28,7 +28,7 @@ FLOORS = [
 FLOOR_OF = {room: number for number, rooms in enumerate(FLOORS) for room in rooms}
 # Within the room of a run, the lowest first: a file or package imports from rows above its own only.
 TRAINING = [
-    ["evaluate", "history", "nonfinite", "autotune", "best_checkpoints", "run_dir", "step_sync"],
+    ["evaluate", "history", "nonfinite", "autotune", "depthwise_trial", "best_checkpoints", "run_dir", "step_sync"],
     ["setup", "result"],
     ["resume", "tracking", "features", "data_record"],
     ["state", "step", "validate", "add_task"],

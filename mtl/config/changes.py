@@ -19,7 +19,7 @@ _FIXED = ("seed", "trunk.name", "trunk.options", "data", "tasks")
 # Read at the start of a run only.
 _AT_BEGIN = ("trunk.weights", "init_from")
 # `auto` is resolved at the start of a run, and the choice is kept.
-CHOSEN = ("memory_format", "precision")
+CHOSEN = ("memory_format", "precision", "depthwise")
 
 # `free`: may change at any time; `weighty`: may change with `resume_override`, where it has an effect; `at-begin`: has
 # no effect after the start; `fixed`: no run resumes with another value.

@@ -32,7 +32,7 @@ from mtl.config.phase import PhaseConfig, PhaseEntry, WrittenPhase, num_unrolled
 from mtl.config.tasks import TaskConfig
 from mtl.config.tracking import TrackingConfig
 from mtl.config.trunk import TrunkConfig
-from mtl.config.types import Patterns, Seed, Strict, one_as_list
+from mtl.config.types import Depthwise, Patterns, Seed, Strict, one_as_list
 from mtl.config.yaml_source import KeyPath, Source, read_source, replace_below
 from mtl.runtime.plugin import search_in
 from mtl.runtime.text import shorten
@@ -67,6 +67,11 @@ class RunConfig(Strict):
         precision: Number format of the forward: `bf16` and `fp16` run it under autocast. Weights and losses stay
             float32; with `fp16`, losses are scaled so that gradients do not underflow. `auto` times some steps in each
             (`fp16` on a GPU only) and takes the fastest. `fp16` is refused with `distributed.strategy: fsdp2`.
+        depthwise: How the weight gradients of depthwise convolutions are computed on a CPU in `fp32`: by torch, or as
+            shifted products in the layers that are named, such as `trunk.blocks.5.0.conv_dw`. `auto` times each layer
+            that is trained and takes the products where they are clearly faster. Their sums round differently, so where
+            two runs shall agree to the bit, name the layers, or `torch`. Elsewhere, with `compile`, and with
+            `distributed.strategy: fsdp2`, it is torch.
         compile: Whether torch.compile compiles trunk and heads, again in every phase. Refused with
             `distributed.strategy: fsdp2`, and with `distributed.sync_batchnorm`.
         cache: The kept activations of a frozen trunk, which need not be computed twice; see docs/dividend.md.
@@ -103,6 +108,7 @@ class RunConfig(Strict):
     device: Device = "auto"
     memory_format: Literal["contiguous", "channels_last", "auto"] = "contiguous"
     precision: Literal["fp32", "bf16", "fp16", "auto"] = "fp32"
+    depthwise: Depthwise = "torch"
     compile: bool = False
     cache: Annotated[CacheConfig, BeforeValidator(cache_word)] = CacheConfig()
     trunk: TrunkConfig

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from typing import Annotated, Any
+from typing import Annotated, Any, Literal
 
 from pydantic import BaseModel, BeforeValidator, ConfigDict, Discriminator, Field, Tag, field_validator
 from pydantic_core import PydanticCustomError
@@ -75,3 +75,9 @@ PatternConfig = Annotated[
     Discriminator(lambda value: "counted" if isinstance(value, dict | CountedConfig) else "pattern"),
 ]
 Patterns = Annotated[list[PatternConfig], BeforeValidator(one_as_list)]
+
+# A word, or the names of layers.
+Depthwise = Annotated[
+    Annotated[Literal["torch", "auto"], Tag("word")] | Annotated[list[str], Field(min_length=1), Tag("layers")],
+    Discriminator(lambda value: "layers" if isinstance(value, list) else "word"),
+]

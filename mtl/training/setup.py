@@ -27,6 +27,7 @@ from mtl.runtime.console import logger
 from mtl.runtime.memory import keep_freed_memory
 from mtl.tasks import labels_of
 from mtl.training.autotune import choose, lay_out
+from mtl.training.depthwise_trial import choose_depthwise, set_depthwise
 from mtl.training.evaluate import Scores, validate_constant
 
 
@@ -129,7 +130,10 @@ def assemble(
     # What is fastest may be found out otherwise in another process.
     layout, precision = world.broadcast([choice.memory_format, choice.precision])
     lay_out(model_setup, layout)
-    model_setup = replace(model_setup, config=config.with_changes(memory_format=layout, precision=precision))
+    config = config.with_changes(memory_format=layout, precision=precision)
+    config = config.with_changes(depthwise=world.broadcast(choose_depthwise(model_setup, config, batch)))
+    set_depthwise(model_setup, config, device)
+    model_setup = replace(model_setup, config=config)
     return RunSetup(
         **vars(model_setup),
         device=device,

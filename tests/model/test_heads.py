@@ -19,6 +19,7 @@ from mtl.model.heads import HEADS
 from mtl.model.heads.attention_pool import AttentionPoolHead
 from mtl.model.heads.bins import BinsHead
 from mtl.model.heads.deeplabv3plus import DeepLabV3PlusHead
+from mtl.model.heads.fpn import FpnHead
 from mtl.model.heads.linear_bn import LinearBnHead
 from mtl.model.heads.smp import halved
 from mtl.model.reachability import reached_parameters
@@ -176,6 +177,47 @@ def test_attention_pool_is_the_attention_of_torch_with_one_query() -> None:
     pooled, _ = reference(head.query.expand(2, 1, 8), normed, normed)
     expected = head.out(head.pooled_norm(pooled[:, 0]))
     torch.testing.assert_close(head(Features([], None, tokens), (8, 8)), expected)
+
+
+@pytest.mark.parametrize("separable", [False, True])
+def test_fpn_smooths_after_each_sum_or_twice_after_the_last_one(separable: bool) -> None:
+    torch.manual_seed(0)
+    shape = FeatureShape([6, 8, 9], 9, None, (4, 8, 16), ((8, 6), (4, 3), (2, 2)))
+    pyramid = [torch.randn(2, c, h, w) for c, (h, w) in zip(shape.pyramid, shape.sizes, strict=True)]
+
+    def smoothed(maps: torch.Tensor, *layers: nn.Module) -> torch.Tensor:
+        *convolutions, norm, _ = layers
+        assert isinstance(norm, nn.BatchNorm2d)
+        if len(convolutions) == 2:
+            # One filter for each pair of channels, of rank 1 in them.
+            channels, mixing = (conv.weight for conv in convolutions)
+            weight = torch.einsum("chw,oc->ochw", channels[:, 0], mixing[:, :, 0, 0])  # type: ignore[index]
+        else:
+            weight = convolutions[0].weight  # type: ignore[assignment]
+        maps = functional.conv2d(maps, weight, padding=1)
+        maps = functional.batch_norm(maps, None, None, norm.weight, norm.bias, training=True)
+        return maps.clamp(min=0)
+
+    for smooth in ("finest", "levels"):
+        head = FpnHead(shape, 5, width=7, smooth=smooth, separable=separable).train()  # type: ignore[arg-type]
+        fine, middle, coarse = (lateral(maps) for lateral, maps in zip(head.lateral, pyramid, strict=True))
+        merged = middle + functional.interpolate(coarse, (4, 3))
+        if smooth == "levels":
+            merged = smoothed(merged, *head.smooth[1])  # type: ignore[misc]
+        merged = fine + functional.interpolate(merged, (8, 6))
+        if smooth == "levels":
+            merged = smoothed(merged, *head.smooth[0])  # type: ignore[misc]
+        else:
+            merged = smoothed(smoothed(merged, *head.smooth[:3]), *head.smooth[3:])
+        expected = functional.interpolate(head.out(merged), (16, 12), mode="bilinear", align_corners=False)
+        torch.testing.assert_close(head(Features(pyramid, None), (16, 12)), expected, rtol=1e-4, atol=1e-5)
+
+
+def test_fpn_cannot_smooth_levels_that_are_not_there() -> None:
+    one = FeatureShape([6], 6, None, (8,), ((4, 6),))
+    assert FpnHead(one, 3)(Features([torch.randn(2, 6, 4, 6)], None), (8, 12)).shape == (2, 3, 8, 12)
+    with pytest.raises(ValueError, match="this trunk has one; expected finest"):
+        FpnHead(one, 3, smooth="levels")
 
 
 @pytest.mark.parametrize("levels", ["last", "all"])

@@ -12,6 +12,8 @@ from torchmetrics.classification import MulticlassJaccardIndex
 
 from mtl.config import RunConfig
 from mtl.tasks import Classification, Depth, Edges, Normals, Saliency, Segmentation, Task, build_tasks
+from mtl.tasks.class_losses import surprise_of
+from mtl.tasks.normals_losses import labelled_normals
 from runs import TINY
 
 NAN = float("nan")
@@ -31,6 +33,16 @@ def test_segmentation_metrics_by_hand() -> None:
     assert metrics.compute() == pytest.approx({"miou": (1 / 3 + 2 / 3 + 1 / 2) / 3, "pixel_accuracy": 4 / 6})
 
 
+def test_the_predicted_class_is_the_first_of_the_highest_and_wrong_where_one_is_nan() -> None:
+    generator = torch.Generator().manual_seed(0)
+    # Few values: many ties.
+    output = torch.randint(-2, 2, (3, 6, 5, 7), generator=generator).float()
+    output[0, 2, 0], output[1, :, 1], output[2, 3, 2] = NAN, -torch.inf, torch.inf
+    label = torch.randint(0, 6, (3, 5, 7), generator=generator)
+    expected = torch.where(output.isnan().any(dim=1), (label + 1) % 6, output.argmax(dim=1))
+    assert torch.equal(Segmentation(6).metrics().predict(output, label), expected)
+
+
 def test_miou_is_that_of_torchmetrics_over_the_whole_set() -> None:
     generator = torch.Generator().manual_seed(0)
     metrics = Segmentation(5).metrics()
@@ -42,6 +54,53 @@ def test_miou_is_that_of_torchmetrics_over_the_whole_set() -> None:
         reference.update(output, truth)
         metrics.update(output, torch.where(truth == 4, 255, truth))
     assert metrics.compute()["miou"] == pytest.approx(float(reference.compute()), abs=1e-6)
+
+
+def test_cross_entropy_of_maps_and_its_gradient_are_those_of_torch_in_float64() -> None:
+    generator = torch.Generator().manual_seed(0)
+    label = torch.randint(0, 5, (3, 4, 6), generator=generator)
+    # Far apart and shifted, as logits of an overconfident head are.
+    values = 40 * torch.randn(3, 5, 4, 6, generator=generator) + 1e4
+    weights = torch.rand(3, 4, 6, generator=generator)
+    for layout in (torch.contiguous_format, torch.channels_last):
+        output = values.contiguous(memory_format=layout).requires_grad_()
+        surprise = surprise_of(output, label)
+        (gradient,) = torch.autograd.grad((surprise * weights).sum(), output, create_graph=True)
+        truth = values.double().requires_grad_()
+        expected = functional.cross_entropy(truth, label, reduction="none")
+        (of_truth,) = torch.autograd.grad((expected * weights.double()).sum(), truth)
+        torch.testing.assert_close(surprise.double(), expected, rtol=1e-6, atol=1e-3)
+        torch.testing.assert_close(gradient.double(), of_truth, rtol=1e-5, atol=1e-6)
+        plain = torch.autograd.grad((surprise_of(output, label) * weights).sum(), output)[0]
+        torch.testing.assert_close(plain, gradient.detach(), rtol=1e-6, atol=1e-7)
+
+
+def test_the_gradient_of_the_gradient_of_cross_entropy_is_that_of_torch() -> None:
+    generator = torch.Generator().manual_seed(0)
+    label = torch.randint(0, 5, (2, 3, 3), generator=generator)
+    output = torch.randn(2, 5, 3, 3, generator=generator, requires_grad=True)
+    seconds = []
+    for surprise in (surprise_of(output, label), functional.cross_entropy(output, label, reduction="none")):
+        (first,) = torch.autograd.grad(surprise.square().sum(), output, create_graph=True)
+        seconds.append(torch.autograd.grad(first.square().sum(), output)[0])
+    torch.testing.assert_close(*seconds, rtol=1e-4, atol=1e-5)
+
+
+def test_cross_entropy_of_a_logit_that_is_nan_or_infinite_is_nan_where_it_is_and_nowhere_else() -> None:
+    output = torch.zeros(1, 3, 1, 4)
+    output[0, 1, 0, :3] = torch.tensor([torch.nan, torch.inf, -torch.inf])
+    surprise = surprise_of(output, torch.zeros(1, 1, 4, dtype=torch.int64))
+    expected = functional.cross_entropy(output, torch.zeros(1, 1, 4, dtype=torch.int64), reduction="none")
+    torch.testing.assert_close(surprise, expected, equal_nan=True)
+    assert surprise.isnan().tolist() == [[[True, True, False, False]]]
+
+
+@pytest.mark.parametrize("dtype", [torch.float16, torch.float32, torch.float64])
+def test_normals_are_labelled_where_all_three_are_finite_and_one_is_not_zero(dtype: torch.dtype) -> None:
+    values = [0.0, -0.0, 1.0, -1.0, 1e-7, torch.nan, torch.inf, -torch.inf]
+    label = torch.cartesian_prod(*[torch.tensor(values, dtype=dtype)] * 3).T.reshape(1, 3, 1, -1)
+    expected = label.isfinite().all(dim=1) & (label != 0).any(dim=1)
+    assert torch.equal(labelled_normals(label), expected) and bool(expected.any())
 
 
 def test_depth_metrics_by_hand_and_missing_depth_does_not_count() -> None:
