@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import random
 from collections.abc import Callable, Mapping
+from contextlib import nullcontext
 from dataclasses import dataclass, replace
 from typing import TypeVar
 
@@ -20,6 +21,7 @@ from mtl.freeze import untrainable_parameters
 from mtl.model import MultiTaskModel, build_trunk
 from mtl.model.build import input_channels
 from mtl.model.network import MEMORY_FORMATS
+from mtl.model.on_meta import ByShape
 from mtl.model.reachability import reached_parameters
 from mtl.model.teachers import TEACHERS, Teacher, build_teachers
 from mtl.optim.balance.balance import build_balance
@@ -103,7 +105,7 @@ def build_model_setup(
     # Found out from images, which are on the CPU.
     channels = source.channels
     try:
-        with torch.device(device):
+        with torch.device(device), ByShape() if device == "meta" else nullcontext():
             model = build_model(own_config, tasks, channels)
             reached = reached_parameters(model)
             tasks_of, mistakes = _tasks_of_phases(config, model, reached)

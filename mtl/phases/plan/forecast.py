@@ -7,6 +7,7 @@ from functools import partial
 import torch
 
 from mtl.freeze import enforce
+from mtl.model.on_meta import ByShape
 from mtl.model.prefix import Prefix, PrefixError
 from mtl.phases.plan.records import KeptPlan
 from mtl.phases.reuse import num_passes, num_views, why_not_kept
@@ -29,7 +30,8 @@ def forecast(model_setup: ModelSetup, index: int) -> KeptPlan:
     enforce(model_setup.root, phase.freeze.plan)
     try:
         read = partial(model.read, tasks=model_setup.labelled)
-        prefix = Prefix.forecast(model.trunk, read, model.prepare(model.example_inputs(_NUM_IMAGES)))
+        with ByShape():
+            prefix = Prefix.forecast(model.trunk, read, model.prepare(model.example_inputs(_NUM_IMAGES)))
     except PrefixError as error:
         return KeptPlan(why_not=str(error))
     if why_not := model.why_not_cut(prefix, phase.tasks, model_setup.labelled):

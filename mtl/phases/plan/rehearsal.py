@@ -13,6 +13,7 @@ from torch.nn.attention import SDPBackend, sdpa_kernel
 from torch.utils.flop_counter import FlopCounterMode
 
 from mtl.freeze import enforce, plan_freeze
+from mtl.model.on_meta import ByShape
 from mtl.optim.optimizers import build_optimizer, parameters_of
 from mtl.phases.resolve import Phase
 from mtl.phases.setup import ModelSetup
@@ -51,7 +52,7 @@ def rehearse(model_setup: ModelSetup, phase: Phase | None) -> Cost:
     enforce(root, plan)
     evaluates = phase is not None and phase.config.evaluate_only
     # On a CPU, torch counts no attention that is computed in one piece.
-    with _counter() as forward, torch.set_grad_enabled(not evaluates), sdpa_kernel(SDPBackend.MATH):
+    with _counter() as forward, ByShape(), torch.set_grad_enabled(not evaluates), sdpa_kernel(SDPBackend.MATH):
         try:
             images = model.example_inputs(_NUM_IMAGES)
             outputs = model(images, None if phase is None else phase.tasks)
@@ -65,7 +66,7 @@ def rehearse(model_setup: ModelSetup, phase: Phase | None) -> Cost:
             raise model_setup.config.mistake(
                 key, f"the model cannot be run in train mode: {first_line(error)}"
             ) from error
-    with _counter() as backward:
+    with _counter() as backward, ByShape():
         if not evaluates:
             # A frozen head on a frozen trunk has an output that no gradient leaves.
             sums = [output.sum() for output in outputs.values() if output.requires_grad]
@@ -105,7 +106,8 @@ def _optimizer_state(model_setup: ModelSetup, phase: Phase) -> int | None:
     for parameter in parameters_of(optimizer):
         parameter.grad = None if id(parameter) in unreached else torch.zeros_like(parameter)
     try:
-        optimizer.step()
+        with ByShape():
+            optimizer.step()
     except Exception:  # noqa: BLE001 - an optimizer that looks at values has none to look at here, whatever it raises
         return None
     kept = [value for state in optimizer.state.values() for value in state.values() if isinstance(value, Tensor)]
