@@ -21,7 +21,7 @@ from mtl.checkpoint.tensor_file import UnreadableError, read_contents
 from mtl.cli import main
 from mtl.runtime.fingerprint import root
 from mtl.training.run import train
-from runs import read_model, tiny_parts
+from runs import read_model, small_parts
 
 
 @pytest.fixture(scope="module")
@@ -30,7 +30,7 @@ def finished(tmp_path_factory: pytest.TempPathFactory, cache_dir: Path) -> Path:
         patch.setenv("MTL_CACHE_DIR", str(cache_dir))
         patch.setattr("mtl.checkpoint.folder.Checkpoints._prune", lambda _: None)
         folder = tmp_path_factory.mktemp("cold")
-        return train(tiny_parts(folder, optim={"ema_decay": 0.5}), quiet=True).run_dir
+        return train(small_parts(folder, optim={"ema_decay": 0.5}), quiet=True).run_dir
 
 
 @pytest.fixture

@@ -155,9 +155,9 @@ BAD: dict[str, tuple[dict[str, Any], list[str], str]] = {
         "command line: tasks.segmentation.num_classes: expected at least the 13 classes of this label .*, got 5",
     ),
     "images too small for the trunk": (
-        {"trunk": {"name": "inception_v3"}, "phases": [{"name": "a", "steps": 1}]},
-        [],
-        r"tiny.yaml:\d+: data.image_size: 'inception_v3' takes no images of 32 x 32 pixels; sizes that fit: .*299 \(",
+        {"trunk": {"name": "test_vit"}, "phases": [{"name": "a", "steps": 1}]},
+        ["data.image_size=8"],
+        "command line: data.image_size: 'test_vit' takes no images of 8 x 8 pixels; sizes that fit: 16, .*160 \\(",
     ),
     "options that leave no pooled vector": (
         {},

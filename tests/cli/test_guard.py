@@ -18,7 +18,7 @@ from mtl.cli import main
 from mtl.runtime.files import in_one_line, is_of_the_machine
 from mtl.runtime.signals import Interrupt, raised_signals
 from processes import HANGS_S, started
-from runs import tiny_config
+from runs import small_config
 
 ENDING = [signal.SIGINT, signal.SIGTERM, signal.SIGHUP]
 
@@ -60,13 +60,13 @@ def signalled_in_imports(arguments: Sequence[str], sent: signal.Signals) -> tupl
 
 @pytest.mark.parametrize("sent", ENDING)
 def test_a_signal_while_torch_is_imported_is_one_line_and_what_is_saved(tmp_path: Path, sent: signal.Signals) -> None:
-    code, lines = signalled_in_imports(["train", str(tiny_config(tmp_path))], sent)
+    code, lines = signalled_in_imports(["train", str(small_config(tmp_path))], sent)
     assert (code, lines) == (1, ["", f"stopped by {sent.name}", "Nothing was saved yet."])
     assert not (tmp_path / "runs").exists()
 
 
 def test_a_verb_that_saves_nothing_says_only_that_it_was_stopped(tmp_path: Path) -> None:
-    code, lines = signalled_in_imports(["plan", str(tiny_config(tmp_path))], signal.SIGINT)
+    code, lines = signalled_in_imports(["plan", str(small_config(tmp_path))], signal.SIGINT)
     assert (code, lines) == (1, ["", "stopped by SIGINT"])
 
 
@@ -99,7 +99,7 @@ def signalled_at(module: str, name: str, arguments: Sequence[str], sent: signal.
 @pytest.mark.slow
 @pytest.mark.parametrize("sent", ENDING)
 def test_a_signal_while_the_report_is_drawn_says_that_training_is_over(tmp_path: Path, sent: signal.Signals) -> None:
-    file = tiny_config(tmp_path, phases=[{"name": "a", "steps": 1}])
+    file = small_config(tmp_path, phases=[{"name": "a", "steps": 1}])
     code, lines = signalled_at("mtl.results.report.write", "predict", ["train", str(file), "-q"], sent)
     run_dir = tmp_path / "runs/tiny"
     report = f"Training is complete and saved. To write the report: mtl report {run_dir}"
@@ -120,7 +120,7 @@ def test_a_signal_after_the_last_step_is_not_lost(
         return outcome
 
     monkeypatch.setattr(Trainer, "run", signalled)
-    assert main(["train", str(tiny_config(tmp_path, phases=[{"name": "a", "steps": 1}])), "-q"]) == 1
+    assert main(["train", str(small_config(tmp_path, phases=[{"name": "a", "steps": 1}])), "-q"]) == 1
     run_dir = tmp_path / "runs/tiny"
     report = f"Training is complete and saved. To write the report: mtl report {run_dir}"
     assert capsys.readouterr().err.splitlines() == ["", "stopped by SIGTERM", report]
@@ -130,7 +130,7 @@ def test_a_signal_after_the_last_step_is_not_lost(
 @pytest.mark.slow
 def test_a_signal_while_data_is_made_leaves_nothing_behind(tmp_path: Path) -> None:
     cache = tmp_path / "cache"
-    arguments = ["train", str(tiny_config(tmp_path)), "-q", f"data.cache_dir={cache}"]
+    arguments = ["train", str(small_config(tmp_path)), "-q", f"data.cache_dir={cache}"]
     code, lines = signalled_at("mtl.data.cache", "save_file", arguments, signal.SIGTERM)
     assert (code, lines) == (1, ["", "stopped by SIGTERM", "Nothing was saved yet."])
     assert list(cache.iterdir()) == [] and not (tmp_path / "runs").exists()
@@ -186,14 +186,14 @@ def test_a_closed_terminal_ends_a_program_unless_nohup_keeps_it_alive(is_ignored
     ],
 )
 def test_an_output_that_takes_nothing_is_one_line_and_exit_code_1(tmp_path: Path, command: str, reason: str) -> None:
-    tiny_config(tmp_path)
+    small_config(tmp_path)
     done = shell(command, tmp_path)
     assert (done.returncode, done.stderr) == (1, f"error: standard output cannot be written: {reason}\n")
 
 
 @pytest.mark.slow
 def test_a_reader_that_reads_one_line_gets_it(tmp_path: Path) -> None:
-    tiny_config(tmp_path)
+    small_config(tmp_path)
     done = shell("forked plan tiny.yaml --params | head -1", tmp_path)
     assert done.stdout.startswith("parameter ") and "Traceback" not in done.stderr
     # Either all fitted into the pipe before `head` was gone, or not.
@@ -215,7 +215,7 @@ def test_a_reader_that_reads_one_line_gets_it(tmp_path: Path) -> None:
 def test_a_run_whose_output_is_gone_says_so_once_and_trains_to_its_end(
     tmp_path: Path, mtl: str, output: str, reason: str
 ) -> None:
-    tiny_config(tmp_path, phases=[{"name": "a", "steps": 1}])
+    small_config(tmp_path, phases=[{"name": "a", "steps": 1}])
     done = shell(f"{mtl} train tiny.yaml {output}", tmp_path)
     said = f"warning: standard output cannot be written ({reason}): the run continues without it\n"
     assert (done.returncode, done.stderr) == (0, said)
@@ -223,7 +223,7 @@ def test_a_run_whose_output_is_gone_says_so_once_and_trains_to_its_end(
 
 
 def test_a_closed_standard_error_costs_no_file_and_no_exit_code(tmp_path: Path) -> None:
-    tiny_config(tmp_path)
+    small_config(tmp_path)
     for output in ("2>&-", "2> /dev/full", "2>&- >&-", "<&-"):
         assert shell(f"mtl plan nowhere.yaml {output}", tmp_path).returncode == 2
 
@@ -238,7 +238,7 @@ def test_an_error_of_ours_keeps_its_traceback_and_is_exit_code_1(tmp_path: Path)
         "def broken(*_, **__): return {}['bug']\nmtl.phases.setup.build_meta_setup = broken\n"
         "sys.exit(main(sys.argv[1:]))"
     )
-    done = forks.run(["-c", program, "plan", str(tiny_config(tmp_path))], timeout=HANGS_S)
+    done = forks.run(["-c", program, "plan", str(small_config(tmp_path))], timeout=HANGS_S)
     assert done.returncode == 1 and done.stdout == ""
     assert done.stderr.startswith("Traceback") and done.stderr.endswith("KeyError: 'bug'\n")
 
@@ -255,7 +255,7 @@ def test_what_a_disk_does_to_any_program_is_distinguished_from_our_own_errors() 
 def test_a_report_of_a_damaged_run_is_one_line_and_exit_code_2(
     tmp_path: Path, capsys: pytest.CaptureFixture[str]
 ) -> None:
-    assert main(["train", str(tiny_config(tmp_path, phases=[{"name": "a", "steps": 1}])), "-q"]) == 0
+    assert main(["train", str(small_config(tmp_path, phases=[{"name": "a", "steps": 1}])), "-q"]) == 0
     run_dir = tmp_path / "runs/tiny"
     for name in ("checkpoints/best/model.safetensors", "audit.json", "metrics.jsonl", "config.yaml"):
         file = run_dir / name
@@ -271,7 +271,7 @@ def test_a_report_of_a_damaged_run_is_one_line_and_exit_code_2(
 
 @pytest.mark.slow
 def test_a_report_of_a_run_without_a_whole_row_is_drawn(tmp_path: Path) -> None:
-    assert main(["train", str(tiny_config(tmp_path, phases=[{"name": "a", "steps": 1}])), "-q"]) == 0
+    assert main(["train", str(small_config(tmp_path, phases=[{"name": "a", "steps": 1}])), "-q"]) == 0
     metrics = tmp_path / "runs/tiny/metrics.jsonl"
     metrics.write_text('{"step": 1, "pha')
     assert main(["report", str(tmp_path / "runs/tiny")]) == 0

@@ -9,7 +9,7 @@ import pytest
 import yaml
 
 from mtl.cli import main
-from runs import TINY, tiny_config
+from runs import TINY, small_config
 
 LONGEST_LINE = 600
 
@@ -89,7 +89,7 @@ PATHS: dict[str, tuple[str, Callable[[], object] | None, str]] = {
 @pytest.mark.parametrize("what", PATHS)
 def test_a_path_that_leads_to_no_configuration(what: str, tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
     path, prepare, message = PATHS[what]
-    tiny_config(tmp_path)
+    small_config(tmp_path)
     if prepare is not None:
         prepare()
     assert said_of([path], tmp_path, capsys).startswith(message)
@@ -136,7 +136,7 @@ VALUES: dict[str, str] = {
 
 @pytest.mark.parametrize("override", VALUES, ids=lambda override: override[:40].encode("unicode_escape").decode())
 def test_a_value_that_nothing_can_be_made_of(override: str, tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
-    file = tiny_config(tmp_path)
+    file = small_config(tmp_path)
     said = said_of([str(file), override], tmp_path, capsys)
     assert said.startswith("command line: ") and VALUES[override] in said, said
 
@@ -144,7 +144,7 @@ def test_a_value_that_nothing_can_be_made_of(override: str, tmp_path: Path, caps
 def test_a_base_on_the_command_line_is_refused_with_what_to_write(
     tmp_path: Path, capsys: pytest.CaptureFixture[str]
 ) -> None:
-    said = said_of([str(tiny_config(tmp_path)), "_base_=other.yaml"], tmp_path, capsys)
+    said = said_of([str(small_config(tmp_path)), "_base_=other.yaml"], tmp_path, capsys)
     assert (
         said == "command line: '_base_=other.yaml': only a file can have bases; write at its top: _base_: [FILE, ...]"
     )
@@ -164,7 +164,7 @@ def test_a_base_on_the_command_line_is_refused_with_what_to_write(
 def test_a_folder_that_is_a_dead_link_is_reported(
     override: str, message: str, tmp_path: Path, capsys: pytest.CaptureFixture[str]
 ) -> None:
-    file = tiny_config(tmp_path)
+    file = small_config(tmp_path)
     (tmp_path / "folder").mkdir()
     (tmp_path / "folder/tiny").symlink_to("/gone/x")
     (tmp_path / "dead").symlink_to("/gone/y")

@@ -20,7 +20,7 @@ from mtl.model.dead_branch import find_dead_branch
 from mtl.tasks import Classification, Depth
 from mtl.training.run import train
 from mtl.training.tracking.messages import warn_of_dead_branches
-from runs import tiny_config, tiny_parts
+from runs import small_config, small_parts
 
 SIZE = 32
 TASKS = {"depth": Depth(), "object": Classification(3)}
@@ -178,7 +178,7 @@ def test_a_run_warns_of_it_before_training_and_only_of_phases_that_still_find_ze
     tmp_path: Path, caplog: pytest.LogCaptureFixture
 ) -> None:
     caplog.set_level(logging.INFO, "mtl")
-    train(tiny_parts(tmp_path, phases=PHASES, **ONE_TASK), quiet=True)
+    train(small_parts(tmp_path, phases=PHASES, **ONE_TASK), quiet=True)
     said = [record.getMessage() for record in caplog.records]
     assert warnings_in(caplog) == [WARNING]
     assert said.index(WARNING) < min(number for number, line in enumerate(said) if "epoch 1" in line)
@@ -192,7 +192,7 @@ def test_a_run_whose_frozen_norms_are_no_zeros_is_silent(
     if has_weights:
         torch.save(model_of("test_resnet", zero_init_last=False).trunk.state_dict(), tmp_path / "trained.pth")
         trunk = {"name": "test_resnet", "weights": str(tmp_path / "trained.pth")}
-    warn_of_dead_branches(tiny_parts(tmp_path, phases=PHASES[:1], trunk=trunk, **ONE_TASK))
+    warn_of_dead_branches(small_parts(tmp_path, phases=PHASES[:1], trunk=trunk, **ONE_TASK))
     assert warnings_in(caplog) == []
 
 
@@ -200,7 +200,7 @@ def test_phases_that_are_alike_are_warned_of_together_and_remedies_fit_the_zeros
     tmp_path: Path, caplog: pytest.LogCaptureFixture
 ) -> None:
     turns = [{"repeat": 3, "phases": [{"name": "last", "freeze": ["trunk.layer4.0.bn2"], "steps": 1}]}]
-    parts = tiny_parts(tmp_path, phases=turns, **ONE_TASK)
+    parts = small_parts(tmp_path, phases=turns, **ONE_TASK)
     nn.init.ones_(parts.model.get_parameter("trunk.layer4.0.bn2.weight"))
     warn_of_dead_branches(parts)
     assert warnings_in(caplog) == []
@@ -221,7 +221,7 @@ def planned(capsys: pytest.CaptureFixture[str], file: Path, *arguments: str) -> 
 
 
 def test_the_plan_says_it_where_initial_values_are_known(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
-    file = tiny_config(tmp_path, phases=PHASES, **ONE_TASK)
+    file = small_config(tmp_path, phases=PHASES, **ONE_TASK)
     paragraphs = planned(capsys, file).split("\n\n")
     assert [("  dead " in each) for each in paragraphs] == [True, False, False]
     assert "9 tensors, whose gradient stays zero (trunk.layer1.0.conv1, " in paragraphs[0]
@@ -234,5 +234,5 @@ def test_the_plan_of_a_trunk_with_weights_leaves_it_to_training(
     tmp_path: Path, capsys: pytest.CaptureFixture[str]
 ) -> None:
     trunk = {"name": "test_resnet", "weights": "hub"}
-    file = tiny_config(tmp_path, phases=PHASES[:1], trunk=trunk, **ONE_TASK)
+    file = small_config(tmp_path, phases=PHASES[:1], trunk=trunk, **ONE_TASK)
     assert "  dead " not in planned(capsys, file)

@@ -12,7 +12,7 @@ from torch import nn
 from mtl.config import ConfigError
 from mtl.model.grad_checkpointing import enable_grad_checkpointing
 from mtl.training.run import train
-from runs import tiny_parts
+from runs import small_parts
 
 
 def step(trunk: nn.Module) -> dict[str, torch.Tensor]:
@@ -62,7 +62,7 @@ def test_a_run_with_it_has_the_weights_of_one_without(tmp_path: Path) -> None:
     phases = [{"name": "a", "freeze": ["trunk"], "epochs": 1}, {"name": "b", "freeze": ["trunk@first:1"], "epochs": 1}]
     states = []
     for again in ("false", "true"):
-        parts = tiny_parts(tmp_path, f"trunk.checkpointing={again}", f"name=run-{again}", phases=phases)
+        parts = small_parts(tmp_path, f"trunk.checkpointing={again}", f"name=run-{again}", phases=phases)
         outcome = train(parts, quiet=True)
         assert outcome.report.ok
         states.append({name: tensor.clone() for name, tensor in parts.root.state_dict().items()})
@@ -71,4 +71,5 @@ def test_a_run_with_it_has_the_weights_of_one_without(tmp_path: Path) -> None:
 
 def test_a_trunk_that_cannot_is_named(tmp_path: Path) -> None:
     with pytest.raises(ConfigError, match=r"trunk\.checkpointing: timm does not support it for 'inception_v3'"):
-        tiny_parts(tmp_path, "trunk={name: inception_v3, checkpointing: true}", data={"image_size": 80, "num_train": 8})
+        data = {"image_size": 80, "num_train": 8}
+        small_parts(tmp_path, "trunk={name: inception_v3, checkpointing: true}", data=data)

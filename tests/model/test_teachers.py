@@ -19,7 +19,7 @@ from mtl.model.teachers import Teacher, build_teachers
 from mtl.phases.setup import build_meta_setup
 from mtl.training.run import train
 from mtl.training.setup import assemble
-from runs import TINY, read_model, tiny_config, tiny_parts
+from runs import TINY, read_model, small_config, small_parts
 
 
 def config_of(teacher: dict[str, Any], **data: Any) -> RunConfig:
@@ -127,7 +127,7 @@ def old(tmp_path_factory: pytest.TempPathFactory, cache_dir: Path) -> Path:
         # The second phase spoils what the first one has learned.
         phases = [{"name": "a", "epochs": 1, "lr": 1e-3}, {"name": "b", "epochs": 1, "lr": 3.0}]
         data = {**TINY["data"], "image_size": 48}
-        parts = tiny_parts(tmp_path_factory.mktemp("old"), tasks=tasks, phases=phases, data=data, seed=4)
+        parts = small_parts(tmp_path_factory.mktemp("old"), tasks=tasks, phases=phases, data=data, seed=4)
         return train(parts, quiet=True).run_dir
 
 
@@ -142,7 +142,7 @@ def test_the_teacher_of_a_run_is_its_trunk_with_its_best_weights(old: Path) -> N
 
 
 def test_the_embedding_of_a_runs_trunk_is_what_its_heads_read(old: Path) -> None:
-    own = tiny_config(old.parent.parent, **load_yaml(old / "config.yaml"))
+    own = small_config(old.parent.parent, **load_yaml(old / "config.yaml"))
     setup = assemble_file(own)
     model = setup.model.eval()
     model.load_state_dict(
@@ -253,7 +253,7 @@ def test_the_keys_of_a_teacher_are_checked_before_anything_is_loaded(
 
     tasks = {"like": {"type": "distill", "teacher": teacher}}
     with pytest.raises(ConfigError, match=message) as error:
-        load_config(tiny_config(tmp_path, tasks=tasks, balance="mean"))
+        load_config(small_config(tmp_path, tasks=tasks, balance="mean"))
     assert all("tasks.like.teacher" in line for line in error.value.mistakes)
 
 
@@ -265,7 +265,7 @@ def test_what_a_run_saves_of_its_teacher_can_be_read_again() -> None:
 
 def test_a_label_for_a_teachers_task_is_refused(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
     like = {"type": "distill", "label": "depth", "teacher": {"name": "test_resnet", "weights": "none"}}
-    assert main(["plan", str(tiny_config(tmp_path, tasks={"like": like}, balance="mean"))]) == 2
+    assert main(["plan", str(small_config(tmp_path, tasks={"like": like}, balance="mean"))]) == 2
     assert "tasks.like.label: expected no label: what is learned is the teacher's" in capsys.readouterr().err
 
 

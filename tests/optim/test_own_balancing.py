@@ -17,7 +17,7 @@ from mtl.optim.balance.balance import build_balance, is_by_gradients
 from mtl.training.run import train
 from mtl.training.setup import assemble
 from pages import code_block
-from runs import tiny_config
+from runs import small_config
 
 PAGE = "docs/own_balancing.md"
 
@@ -67,7 +67,7 @@ def test_a_module_next_to_the_configuration_is_found(tmp_path: Path) -> None:
     (tmp_path / "nearby.py").write_text(code_block(PAGE, "python"))
     try:
         phases = [{"name": "a", "freeze": ["trunk"], "steps": 1}]
-        setup = assemble(load_config(tiny_config(tmp_path, balance="nearby:Softmax", phases=phases)), quiet=True)
+        setup = assemble(load_config(small_config(tmp_path, balance="nearby:Softmax", phases=phases)), quiet=True)
         assert train(setup, quiet=True).report.ok
     finally:
         sys.modules.pop("nearby", None)

@@ -14,7 +14,7 @@ from mtl.cli import main
 from mtl.config import ConfigError, load_config
 from mtl.phases.setup import build_meta_setup
 from pages import code_block
-from runs import tiny_config
+from runs import small_config
 
 PAGE = "docs/own_lr_schedule.md"
 PHASES = [{"name": "a", "freeze": ["trunk"], "steps": 30}, {"name": "b", "steps": 20, "lr_schedule": "constant"}]
@@ -31,7 +31,7 @@ class Falling:
 def run(tmp_path: Path) -> Iterator[Path]:
     (tmp_path / "warm.py").write_text(code_block(PAGE, "python") + FALLING)
     written = yaml.safe_load(code_block(PAGE, "yaml"))
-    yield tiny_config(tmp_path, **written, phases=PHASES, tracking={"log_every_steps": 1})
+    yield small_config(tmp_path, **written, phases=PHASES, tracking={"log_every_steps": 1})
     sys.modules.pop("warm", None)
 
 

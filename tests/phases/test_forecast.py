@@ -14,7 +14,7 @@ from mtl.phases.plan import make_plan
 from mtl.phases.setup import build_meta_setup
 from mtl.runtime.text import in_bytes
 from mtl.training.run import train
-from runs import tiny_config, tiny_parts
+from runs import small_config, small_parts
 
 PHASES: list[dict[str, Any]] = [
     {"name": "warm", "freeze": ["trunk"], "epochs": 2},
@@ -30,14 +30,14 @@ PHASES: list[dict[str, Any]] = [
 def test_the_forecast_is_what_the_run_keeps(trunk: str, tmp_path: Path, caplog: pytest.LogCaptureFixture) -> None:
     caplog.set_level(logging.INFO, "mtl")
     changes: dict[str, Any] = {"trunk": {"name": trunk}, "phases": PHASES, "cache": {"mode": "ram"}}
-    plan = make_plan(build_meta_setup(load_config(tiny_config(tmp_path, **changes))), with_forecast=True)
+    plan = make_plan(build_meta_setup(load_config(small_config(tmp_path, **changes))), with_forecast=True)
     warm, half, everything, off = (phase.kept for phase in plan.phases)
     assert warm is not None and half is not None and everything is not None and off is not None
     assert warm.modules == 0 < half.modules
     assert warm.bytes == 60 * warm.bytes_per_image > 0
     assert "needs the images" in everything.why_not
     assert off.why_not == "cache is off"
-    train(tiny_parts(tmp_path, **changes), quiet=True)
+    train(small_parts(tmp_path, **changes), quiet=True)
     said = [message for message in caplog.messages if message.startswith("features: ")]
     assert said[0].startswith("features: the trunk computed once")
     assert f"kept in memory: {in_bytes(warm.bytes)} for 60 images" in said[0]
@@ -47,7 +47,7 @@ def test_the_forecast_is_what_the_run_keeps(trunk: str, tmp_path: Path, caplog: 
 
 
 def test_the_plan_shows_it_in_words(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
-    file = tiny_config(tmp_path, phases=PHASES)
+    file = small_config(tmp_path, phases=PHASES)
     assert main(["plan", str(file), "cache.dtype=bfloat16"]) == 0
     half = capsys.readouterr().out
     assert main(["plan", str(file)]) == 0

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import os
 import re
 import shlex
 import subprocess
@@ -10,6 +11,8 @@ from typing import Any
 
 import pytest
 import yaml
+
+import forks
 
 ROOT = Path(__file__).parents[2]
 
@@ -40,10 +43,14 @@ def test_the_first_hook_is_the_check_of_ci_and_the_others_write_the_pages_that_a
 
 
 @pytest.mark.parametrize("hook", ["config-docs", "python-docs"])
-def test_a_hook_writes_the_page_that_is_there(hook: str, tmp_path: Path) -> None:
+def test_a_hook_writes_the_page_that_is_there(hook: str, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     (entry,) = [each["entry"] for each in read(".pre-commit-config.yaml")["repos"][0]["hooks"] if each["id"] == hook]
     (page,) = re.findall(r"--write (\S+)'", entry)
     command = shlex.split(entry.replace(page, str(tmp_path / "page.md")))
+    # The Python of an environment that is active and has everything.
+    forks.as_python(tmp_path / "mine/bin/python")
+    monkeypatch.setenv("VIRTUAL_ENV", str(tmp_path / "mine"))
+    monkeypatch.setenv("PATH", str(tmp_path / "mine/bin"), prepend=os.pathsep)
     done = subprocess.run(command, cwd=ROOT, capture_output=True, text=True, check=False)
     assert done.returncode == 0, done.stderr
     assert (tmp_path / "page.md").read_bytes() == (ROOT / page).read_bytes()

@@ -18,10 +18,11 @@ from mtl.training.resume import resumed_config
 from mtl.training.run import train
 from mtl.training.run_dir import check_run_dir
 from mtl.training.setup import assemble
-from runs import read_metrics, read_model, tiny_config, tiny_parts
+from runs import TWO, read_metrics, read_model, tiny_config, tiny_parts
 
 # The same in short: kept features, accumulation, an average, a phase that ends inside an epoch.
 SHORT: dict[str, Any] = {
+    "tasks": TWO,
     "trunk": {"name": "test_resnet", "options": {"drop_path_rate": 0.2}},
     "optim": {"ema_decay": 0.9, "accumulate": 2},
     "checkpoint": {"every_steps": 2},

@@ -8,7 +8,7 @@ from pathlib import Path
 from typing import Any
 
 from processes import HANGS_S, Process, started, torchrun
-from runs import TINY, tiny_config
+from runs import TINY, TWO, tiny_config
 
 PROGRAM = str(Path(__file__).parent / "planted_run.py")
 
@@ -16,6 +16,7 @@ PROGRAM = str(Path(__file__).parent / "planted_run.py")
 # Batches of 8 are not divisible by 3, those of 6 are; an epoch's last step has one batch only.
 EQUAL: dict[str, Any] = {
     "trunk": {"name": "test_vit"},
+    "tasks": TWO,
     "data": {**TINY["data"], "num_train": 44},
     "optim": {"ema_decay": 0.9, "accumulate": 2, "clip_norm": 1.0},
     "freeze_always": ["type:BatchNorm2d"],

@@ -184,6 +184,13 @@ def run(
     return done
 
 
+def as_python(file: Path) -> None:
+    """Writes a program that is called as `python` is, and runs in a fork."""
+    file.parent.mkdir(parents=True)
+    file.write_text(f'#!/bin/sh\nexport {VARIABLE}={server()}\nexec {sys.executable} {__file__} "$@"\n')
+    file.chmod(0o755)
+
+
 def in_bash() -> str:
     """A function of bash, `forked`, which is `mtl` in a fork with the outputs that it is given."""
     return f'forked() {{ {VARIABLE}={server()} {sys.executable} {__file__} -m mtl "$@"; }}'

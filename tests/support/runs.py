@@ -32,6 +32,8 @@ TINY: dict[str, Any] = {
     ],
 }
 
+TWO: dict[str, Any] = {name: TINY["tasks"][name] for name in ("depth", "object")}
+
 
 def tiny_config(folder: Path, **changes: Any) -> Path:
     """Writes the tiny configuration, with top-level keys changed, and returns the file."""
@@ -42,6 +44,15 @@ def tiny_config(folder: Path, **changes: Any) -> Path:
 
 def tiny_parts(folder: Path, *overrides: str, **changes: Any) -> RunSetup:
     return assemble(load_config(tiny_config(folder, **changes), overrides), quiet=True)
+
+
+def small_config(folder: Path, **changes: Any) -> Path:
+    """As `tiny_config`, with a dense task and one of whole images: for what does not depend on more of them."""
+    return tiny_config(folder, **{"tasks": TWO} | changes)
+
+
+def small_parts(folder: Path, *overrides: str, **changes: Any) -> RunSetup:
+    return assemble(load_config(small_config(folder, **changes), overrides), quiet=True)
 
 
 def read_metrics(run_dir: Path) -> list[dict[str, Any]]:

@@ -15,14 +15,14 @@ from mtl.training.autotune import autocast_for, choose
 from mtl.training.loop import Trainer
 from mtl.training.run import train
 from mtl.training.tracking.tracker import Tracker
-from runs import read_metrics, tiny_parts
+from runs import read_metrics, small_parts
 
 
 def test_auto_times_what_it_may_choose_from_and_says_what_it_took(
     tmp_path: Path, caplog: pytest.LogCaptureFixture
 ) -> None:
     caplog.set_level(logging.INFO, "mtl")
-    parts = tiny_parts(tmp_path, "memory_format=auto", "precision=auto")
+    parts = small_parts(tmp_path, "memory_format=auto", "precision=auto")
     (said,) = [message for message in caplog.messages if "the fastest step of phase" in message]
     assert said.startswith(f"{parts.config.memory_format}, {parts.config.precision}: ")
     assert {f"{layout} fp32" in said for layout in ("contiguous", "channels_last")} == {True}
@@ -37,14 +37,14 @@ def test_auto_times_what_it_may_choose_from_and_says_what_it_took(
 
 def test_what_is_given_is_neither_tried_nor_talked_about(tmp_path: Path, caplog: pytest.LogCaptureFixture) -> None:
     caplog.set_level(logging.INFO, "mtl")
-    parts = tiny_parts(tmp_path, "memory_format=channels_last")
+    parts = small_parts(tmp_path, "memory_format=channels_last")
     batch = parts.train.batch(torch.arange(8))
     assert choose(parts, batch, parts.device).why == ""
     assert not any("fastest" in message for message in caplog.messages)
 
 
 def test_a_trial_leaves_weights_statistics_and_random_numbers_as_they_were(tmp_path: Path) -> None:
-    plain = tiny_parts(tmp_path)
+    plain = small_parts(tmp_path)
     random = torch.get_rng_state()
     before = {name: tensor.clone() for name, tensor in plain.root.state_dict().items()}
     open_ = plain.config.with_changes(memory_format="auto", precision="auto")
@@ -56,7 +56,7 @@ def test_a_trial_leaves_weights_statistics_and_random_numbers_as_they_were(tmp_p
 
 
 def test_a_number_format_whose_loss_is_not_finite_is_not_taken(tmp_path: Path) -> None:
-    parts = tiny_parts(tmp_path)
+    parts = small_parts(tmp_path)
     parts.__dict__["config"] = parts.config.with_changes(precision="auto")
     with torch.no_grad():
         parts.model.heads["depth"].out.bias.fill_(math.nan)
@@ -67,7 +67,7 @@ def test_a_number_format_whose_loss_is_not_finite_is_not_taken(tmp_path: Path) -
 
 @pytest.mark.parametrize("precision", ["bf16", pytest.param("fp16", marks=pytest.mark.slow)])
 def test_narrow_types_train_with_weights_in_float32_and_a_clean_audit(precision: str, tmp_path: Path) -> None:
-    parts = tiny_parts(tmp_path, f"precision={precision}")
+    parts = small_parts(tmp_path, f"precision={precision}")
     outcome = train(parts, quiet=True)
     assert {p.dtype for p in parts.root.parameters()} == {torch.float32}
     assert json.loads((outcome.run_dir / "audit.json").read_text())["ok"]
@@ -77,7 +77,7 @@ def test_narrow_types_train_with_weights_in_float32_and_a_clean_audit(precision:
 
 @pytest.mark.slow
 def test_gradients_of_fp16_are_those_of_the_loss_when_audit_and_clipping_see_them(tmp_path: Path) -> None:
-    parts = tiny_parts(tmp_path, "precision=fp16", "phases.warm-heads.epochs=1")
+    parts = small_parts(tmp_path, "precision=fp16", "phases.warm-heads.epochs=1")
     folder = tmp_path / "run"
     folder.mkdir()
     trainer = Trainer(parts, folder, Tracker(parts.config.tracking, folder, "x", {}), quiet=True)
@@ -105,8 +105,8 @@ def test_fp32_has_no_autocast_and_the_others_have_theirs() -> None:
 # torch.compile itself looks at the gradient of what is no leaf.
 @pytest.mark.filterwarnings("ignore:The .grad attribute of a Tensor that is not a leaf:UserWarning")
 def test_a_compiled_run_trains_through_its_phases_with_a_clean_audit(tmp_path: Path) -> None:
-    compiled = train(tiny_parts(tmp_path, "compile=true", "name=compiled"), quiet=True)
-    plain = train(tiny_parts(tmp_path, "name=plain"), quiet=True)
+    compiled = train(small_parts(tmp_path, "compile=true", "name=compiled"), quiet=True)
+    plain = train(small_parts(tmp_path, "name=plain"), quiet=True)
     assert compiled.report.ok
     for phase, scores in plain.scores.items():
         for task, metrics in scores.items():

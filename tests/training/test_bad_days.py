@@ -26,7 +26,7 @@ from mtl.training.loop import Trainer
 from mtl.training.phase import ActivePhase
 from mtl.training.run import train
 from processes import HANGS_S, started, wait_until, workers
-from runs import read_metrics, tiny_config, tiny_parts
+from runs import read_metrics, small_config, small_parts, tiny_config, tiny_parts
 
 ROOT = Path(__file__).parents[2]
 # One file of a run after another may meet a full disk; nothing here takes long.
@@ -57,7 +57,7 @@ def ended_well(said: subprocess.CompletedProcess[str], code: int) -> str:
 
 def whole_run(tmp_path: Path, settings: dict[str, Any]) -> Path:
     (tmp_path / "whole").mkdir()
-    return train(tiny_parts(tmp_path / "whole", **settings), quiet=True).run_dir
+    return train(small_parts(tmp_path / "whole", **settings), quiet=True).run_dir
 
 
 # --- a full disk
@@ -99,7 +99,7 @@ def test_a_disk_that_fills_ends_the_run_with_a_message_and_it_continues_once_the
 ) -> None:
     whole = whole_run(tmp_path, SMALL)
     subprocess.run(["mount", "-o", "remount,size=40m", str(small_disk)], check=True)
-    file = tiny_config(tmp_path, **SMALL | {"runs_dir": str(small_disk)})
+    file = small_config(tmp_path, **SMALL | {"runs_dir": str(small_disk)})
     said = ended_well(run(file, before=FILL.format(disk=str(small_disk), **MOMENTS[moment])), 1)
     assert re.match(r"error: (the disk is full|.* cannot be written: it needs [\d,]+ bytes, and [\d,]+ are free)", said)
     assert said.splitlines()[-1] == "To resume, rerun with resume=auto."
@@ -117,7 +117,7 @@ def test_a_report_that_does_not_fit_on_the_disk_is_said_and_costs_nothing(
     tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
 ) -> None:
     monkeypatch.setattr("mtl.results.report.write.write_text", full)
-    assert main(["train", str(tiny_config(tmp_path, phases=[{"name": "a", "steps": 1}])), "-q"]) == 0
+    assert main(["train", str(small_config(tmp_path, phases=[{"name": "a", "steps": 1}])), "-q"]) == 0
     said = capsys.readouterr()
     assert (
         f"report.html cannot be written (No space left on device); to write it later: mtl report {tmp_path}" in said.out
@@ -137,7 +137,7 @@ def test_what_ended_a_run_is_said_though_the_disk_has_no_room_for_the_audit(
         real(trainer, active)
 
     monkeypatch.setattr(Trainer, "train_epoch", spoil)
-    assert main(["train", str(tiny_config(tmp_path)), "-q"]) == 3
+    assert main(["train", str(small_config(tmp_path)), "-q"]) == 3
     said = capsys.readouterr()
     assert "trunk.conv1.0.weight: param_changed" in said.err and "somewhere cannot be written" in said.out
 
@@ -306,7 +306,7 @@ def test_a_run_that_cannot_continue_says_why_and_leaves_everything_as_it_is(
     spoil, message = REFUSED[piece]
     spoil(run_dir)
     before = {path: path.stat().st_mtime_ns for path in run_dir.rglob("*") if path.exists()}
-    call = without_read(command(tiny_config(tmp_path, **SHORT), "resume=auto"))
+    call = without_read(command(small_config(tmp_path, **SHORT), "resume=auto"))
     done = subprocess.run(call, capture_output=True, text=True, check=False, timeout=HANGS_S)
     said = ended_well(done, 2)
     assert len(said.splitlines()) == 1 and said.startswith("error: ") and re.search(message, said), said
@@ -362,7 +362,7 @@ def test_a_place_that_no_run_can_continue_from_is_refused_in_one_line(
 ) -> None:
     copy_of(broken, tmp_path)
     overrides, message = NASTY[value]
-    file = tiny_config(tmp_path, **SHORT | {"runs_dir": "runs"})
+    file = small_config(tmp_path, **SHORT | {"runs_dir": "runs"})
     before = sorted(tmp_path.rglob("*"))
     assert main(["train", str(file), "-q", *overrides]) == 2
     said = capsys.readouterr().err
@@ -372,7 +372,7 @@ def test_a_place_that_no_run_can_continue_from_is_refused_in_one_line(
 
 
 def test_an_ended_run_has_nothing_for_a_run_of_another_name(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
-    file = tiny_config(tmp_path, phases=[{"name": "a", "freeze": ["trunk"], "steps": 1}])
+    file = small_config(tmp_path, phases=[{"name": "a", "freeze": ["trunk"], "steps": 1}])
     assert main(["train", str(file), "-q"]) == 0
     assert main(["train", str(file), "-q", f"resume={tmp_path}/runs/tiny", "name=again"]) == 2
     assert (
@@ -391,7 +391,7 @@ def test_all_parts_of_a_run_have_one_id_and_every_step_in_wandb(
     monkeypatch.setenv("WANDB_MODE", "offline")
     settings = SHORT | {"tracking": {"mode": "offline", "log_every_steps": 1}}
     for end in (4, 8):
-        file = tiny_config(tmp_path, **settings)
+        file = small_config(tmp_path, **settings)
         ended = run(file, "resume=auto", before=CRASH.format(number=4))
         assert "Crash" in ended.stderr, (end, ended.stderr)
     ended_well(run(file, "resume=auto"), 0)
@@ -409,7 +409,7 @@ def test_a_run_whose_folder_of_wandb_is_gone_continues_in_another(
     tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     monkeypatch.setenv("WANDB_MODE", "offline")
-    file = tiny_config(tmp_path, **SHORT | {"tracking": {"mode": "offline"}})
+    file = small_config(tmp_path, **SHORT | {"tracking": {"mode": "offline"}})
     assert "Crash" in run(file, before=CRASH.format(number=6)).stderr
     run_dir = tmp_path / "runs/tiny"
     shutil.rmtree(run_dir / "wandb")
@@ -436,7 +436,7 @@ def test_a_run_whose_data_worker_is_killed_says_so_and_resumes_to_the_same_bits(
     phases = [{"name": "a", "freeze": ["trunk"], "epochs": 2}, {"name": "b", "epochs": 12}]
     settings = SHORT | {"phases": phases, "cache": "off"}
     whole = whole_run(tmp_path, settings)
-    file = tiny_config(tmp_path, **settings)
+    file = small_config(tmp_path, **settings)
     with started(command(file, "data.num_workers=2")) as process:
         rows = tmp_path / "runs/tiny/metrics.jsonl"
         wait_until(lambda: rows.exists() and '"phase": "b"' in rows.read_text())
@@ -467,7 +467,7 @@ mtl.data.generated.generated_source.load_split = load
 
 @pytest.mark.slow
 def test_corrupt_samples_end_a_run_or_are_left_out_and_counted(tmp_path: Path) -> None:
-    file = tiny_config(tmp_path, phases=[{"name": "a", "steps": 2}])
+    file = small_config(tmp_path, phases=[{"name": "a", "steps": 2}])
     said = ended_well(run(file, before=SPOIL), 2)
     assert said == (
         "error: scenes, train: sample 3 has a label of depth that cannot be trained on (samples with an infinite depth)"

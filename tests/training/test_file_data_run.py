@@ -49,9 +49,10 @@ def whole(table: Path, name: str, **changes: Any) -> Path:
 
 
 def test_data_read_batch_by_batch_trains_the_same_bits_as_data_in_memory(table: Path) -> None:
-    memory = whole(table, "memory")
+    phases = {"phases": [{**PHASES[0], "epochs": 2}, {**PHASES[1], "steps": 2}]}
+    memory = whole(table, "memory", **phases)
     for name, data in (("files", {"memory_gb": 0.0}), ("workers", {"memory_gb": 0.0, "num_workers": 2})):
-        assert_same(memory, whole(table, name, **settings(table, **data)))
+        assert_same(memory, whole(table, name, **settings(table, **data) | phases))
 
 
 @pytest.mark.parametrize("cache", [{}, {"views": 2}], ids=["computed", "two views kept"])

@@ -40,6 +40,7 @@ PHASES: list[dict[str, Any]] = [
 # No BatchNorm that trains, so that a step does not depend on how its batch is spread.
 EQUAL: dict[str, Any] = {
     "trunk": {"name": "test_vit"},
+    "tasks": TINY["tasks"],
     "data": {**TINY["data"], "num_train": 20},
     "optim": {"clip_norm": 1.0},
     "freeze_always": ["type:BatchNorm2d"],

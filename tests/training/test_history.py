@@ -25,7 +25,7 @@ from mtl.results.report.origin import history_html
 from mtl.training.history import History, history_from
 from mtl.training.run import train
 from mtl.training.setup import assemble
-from runs import read_metrics, tiny_config
+from runs import read_metrics, small_config
 
 
 @pytest.fixture(scope="module")
@@ -77,7 +77,7 @@ def test_what_can_have_no_effect_any_more_is_refused_and_nothing_is_touched(
     tmp_path: Path, broken: Path, override: str, capsys: pytest.CaptureFixture[str]
 ) -> None:
     run_dir = copy_of(broken, tmp_path)
-    file = tiny_config(tmp_path, **SHORT | {"phases": PHASES, "runs_dir": "runs"})
+    file = small_config(tmp_path, **SHORT | {"phases": PHASES, "runs_dir": "runs"})
     before = {path: path.stat().st_mtime_ns for path in sorted(run_dir.rglob("*"))}
     assert main(["train", str(file), "-q", "resume=auto", "resume_override=true", override]) == 2
     said = capsys.readouterr().err.splitlines()[-1]
@@ -98,7 +98,7 @@ def test_a_setting_that_only_phases_that_are_over_read_is_refused(tmp_path: Path
 
 @pytest.mark.slow
 def test_a_run_that_is_over_takes_no_change(tmp_path: Path) -> None:
-    file = tiny_config(tmp_path, **SHORT)
+    file = small_config(tmp_path, **SHORT)
     assert main(["train", str(file), "-q"]) == 0
     with pytest.raises(ConfigError, match=r"phases\.b\.steps: 5 -> 9, but phase b is over"):
         resume(tmp_path, "phases.b.steps=9", "resume_override=true")
@@ -114,7 +114,7 @@ def test_what_is_changed_is_kept_with_its_step_over_further_resumes_and_kills(tm
     began = history_of(run_dir)
     assert began["command"] is not None and began["changes"] == []
     override = ["phases.b.steps=7", "optim.clip_norm=1.5", "tracking.log_every_steps=1", "resume_override=true"]
-    file = tiny_config(tmp_path, **SHORT | {"phases": PHASES})
+    file = small_config(tmp_path, **SHORT | {"phases": PHASES})
     config = load_config(file, ["resume=auto", *override])
     # Killed before anything more is saved: what was asked for has changed nothing yet.
     with pytest.MonkeyPatch.context() as patch, pytest.raises(ZeroDivisionError):
@@ -171,7 +171,7 @@ def test_a_run_whose_file_of_weights_is_gone_continues(tmp_path: Path) -> None:
     from crashes import Crash, crash_in_step
 
     save_file(build_trunk(TrunkConfig(name="test_resnet"), 32).state_dict(), tmp_path / "w.safetensors")
-    file = tiny_config(tmp_path, **SHORT)
+    file = small_config(tmp_path, **SHORT)
     command = ["train", str(file), "-q", "resume=auto", f"trunk.weights={tmp_path / 'w.safetensors'}"]
     with pytest.MonkeyPatch.context() as patch, pytest.raises(Crash):
         crash_in_step(patch, 4)
@@ -182,7 +182,7 @@ def test_a_run_whose_file_of_weights_is_gone_continues(tmp_path: Path) -> None:
 
 
 def test_the_command_that_began_a_run_is_quoted_for_a_shell_and_shown(tmp_path: Path) -> None:
-    file = tiny_config(tmp_path)
+    file = small_config(tmp_path)
     config = load_config(file, ["phases.warm-heads.lr={heads: 1, balance: 2}", "name=x"])
     assert config.command == f"mtl train {file} 'phases.warm-heads.lr={{heads: 1, balance: 2}}' name=x"
     assert history_html({}) == ""
@@ -216,7 +216,7 @@ def test_the_changes_lead_from_the_first_configuration_to_the_last_one(
     sessions: list[tuple[str, int, int, bool]],
 ) -> None:
     phases = [{"name": "a", "epochs": 1}, {"name": "b", "steps": 5}, {"name": "c", "steps": 3}]
-    file, overrides = tiny_config(Path(), phases=phases, balance={"method": "uw"}), dict[str, str]()
+    file, overrides = small_config(Path(), phases=phases, balance={"method": "uw"}), dict[str, str]()
     first = config = load_config(file)
     history, index = History("x"), 0
     # None of the changes makes a phase read other settings of the run.

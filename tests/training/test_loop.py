@@ -26,7 +26,7 @@ from mtl.training.setup import RunSetup
 from mtl.training.step_sync import StepTasks
 from mtl.training.tracking.steps import StepLog
 from mtl.training.tracking.tracker import Tracker
-from runs import hide_labels, read_metrics, read_model, tiny_config, tiny_parts
+from runs import TWO, hide_labels, read_metrics, read_model, small_parts, tiny_config, tiny_parts
 
 
 @pytest.fixture(scope="module")
@@ -181,7 +181,7 @@ def test_the_checkpoint_is_the_model_at_the_end(finished: tuple[RunSetup, RunRes
 def test_two_runs_with_one_seed_end_with_the_same_bits_and_another_seed_does_not(tmp_path: Path) -> None:
     ends = []
     for name, seed in [("a", 0), ("b", 0), ("c", 1)]:
-        parts = tiny_parts(tmp_path, f"name={name}", f"seed={seed}")
+        parts = small_parts(tmp_path, f"name={name}", f"seed={seed}")
         train(parts, quiet=True)
         ends.append(tensors(parts))
     assert all(same_bits(ends[0][name], ends[1][name]) for name in ends[0])
@@ -194,7 +194,7 @@ def test_two_runs_with_one_seed_end_with_the_same_bits_and_another_seed_does_not
 
 
 def test_accumulation_makes_one_step_of_several_batches(tmp_path: Path) -> None:
-    parts = tiny_parts(tmp_path, "optim.accumulate=2")
+    parts = small_parts(tmp_path, "optim.accumulate=2")
     train(parts, quiet=True)
     rows = [row for row in read_metrics(tmp_path / "runs/tiny") if "train/loss" in row]
     # Five batches an epoch make windows of 2, 2 and 1.
@@ -244,7 +244,7 @@ def test_depth_groups_classes_and_rates_by_pattern_work_together_in_a_run(tmp_pa
             "lr": {"trunk": 1e-3, "trunk@last:1": 1e-4, "re:heads.*": 1e-2},
         }
     ]
-    parts = tiny_parts(tmp_path, phases=phases)
+    parts = small_parts(tmp_path, phases=phases)
     before = tensors(parts)
     (phase,) = parts.phases
     assert {group["lr"] for group in phase.groups} == {1e-3, 1e-4, 1e-2}
@@ -260,7 +260,7 @@ def test_depth_groups_classes_and_rates_by_pattern_work_together_in_a_run(tmp_pa
 def test_the_classic_list_freezes_in_every_phase_and_says_so(tmp_path: Path, caplog: pytest.LogCaptureFixture) -> None:
     caplog.set_level(logging.INFO, "mtl")
     classic = {"NOT_TRAIN_IN_MULTI_TASK": ["trunk.layer1", "heads.depth"]}
-    parts = tiny_parts(tmp_path, MODEL=classic, phases=[{"name": "a", "steps": 2}, {"name": "b", "steps": 2}])
+    parts = small_parts(tmp_path, MODEL=classic, phases=[{"name": "a", "steps": 2}, {"name": "b", "steps": 2}])
     before = tensors(parts)
     train(parts, quiet=True)
     named = [n for n, _ in parts.root.named_parameters() if "trunk.layer1" in n or "heads.depth" in n]
@@ -289,14 +289,14 @@ def test_what_a_model_keeps_fixed_itself_stays_fixed_and_is_proven(
         return trunk
 
     monkeypatch.setattr(network, "build_trunk", with_a_fixed_table)
-    outcome = train(tiny_parts(tmp_path), quiet=True)
+    outcome = train(small_parts(tmp_path), quiet=True)
     assert outcome.report.ok
     assert all("trunk.table" in phase.fingerprints for phase in outcome.report.phases)
 
 
 def test_a_pass_that_ends_with_a_phase_in_steps_is_passed_to_the_balancing_method(tmp_path: Path) -> None:
     phases = [{"name": name, "steps": 5} for name in ("a", "b", "c")]
-    parts = tiny_parts(tmp_path, balance={"method": "dwa"}, phases=phases)
+    parts = small_parts(tmp_path, balance={"method": "dwa"}, phases=phases)
     calls = []
     balance = parts.phases[0].balance
     real = balance.after_epoch
@@ -327,7 +327,7 @@ def test_a_score_that_is_nan_never_counts_as_best_and_is_reported(
 
 
 def test_a_phase_in_which_nothing_moved_is_a_violation_at_its_end(tmp_path: Path) -> None:
-    parts = tiny_parts(tmp_path, "optim.lr=1e-30", balance={"method": "mean"}, phases=[{"name": "a", "steps": 3}])
+    parts = small_parts(tmp_path, "optim.lr=1e-30", balance={"method": "mean"}, phases=[{"name": "a", "steps": 3}])
     for group in parts.phases[0].groups:
         group["lr"] = 0.0
     with pytest.raises(AuditError, match=r"steps 1 to 3, .*: never_trained: its learning rate was 0 at every step"):
@@ -336,7 +336,7 @@ def test_a_phase_in_which_nothing_moved_is_a_violation_at_its_end(tmp_path: Path
 
 
 def test_a_broken_freeze_stops_the_run_and_is_recorded(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    parts = tiny_parts(tmp_path)
+    parts = small_parts(tmp_path)
     real = network.read_features
     calls = iter(range(1000))
 
@@ -359,7 +359,7 @@ def test_a_broken_freeze_stops_the_run_and_is_recorded(tmp_path: Path, monkeypat
 
 
 def test_under_collect_the_run_continues_and_the_report_is_not_ok(tmp_path: Path) -> None:
-    parts = tiny_parts(tmp_path, "audit.policy=collect")
+    parts = small_parts(tmp_path, "audit.policy=collect")
     stem = parts.model.trunk.get_parameter("conv1.0.weight")
 
     def write(*_: object) -> None:
@@ -374,8 +374,8 @@ def test_under_collect_the_run_continues_and_the_report_is_not_ok(tmp_path: Path
 
 @pytest.mark.parametrize("method", ["fixed", "famo", "dwa", "imtll", "mean"])
 def test_every_kind_of_balancing_trains_with_a_clean_audit(tmp_path: Path, method: str) -> None:
-    weights = {"weights": dict.fromkeys(["segmentation", "depth", "normals", "object"], 0.5)}
-    parts = tiny_parts(tmp_path, balance={"method": method, **(weights if method == "fixed" else {})})
+    weights = {"weights": dict.fromkeys(TWO, 0.5)}
+    parts = small_parts(tmp_path, balance={"method": method, **(weights if method == "fixed" else {})})
     before = tensors(parts)
     outcome = train(parts, quiet=True)
     assert outcome.report.ok

@@ -34,6 +34,7 @@ from runs import TINY, read_metrics, read_model, tiny_config, tiny_parts
 
 IMAGE = 17
 ALL_THAT_MOVES: dict[str, Any] = {
+    "tasks": {name: TINY["tasks"][name] for name in ("normals", "object")},
     "trunk": {"name": "test_resnet", "options": {"drop_path_rate": 0.2}},
     "optim": {"ema_decay": 0.9, "accumulate": 2, "clip_norm": 1.0},
     "phases": [{"name": "a", "freeze": ["trunk.conv1"], "epochs": 2}],
@@ -149,7 +150,7 @@ def overflow_in_pass(parts: RunSetup, number: int) -> None:
         found: Tensor = Overflow.apply(output)  # type: ignore[no-untyped-call]
         return found
 
-    parts.model.heads["depth"].register_forward_hook(hook)
+    parts.model.heads["normals"].register_forward_hook(hook)
 
 
 def test_an_infinite_gradient_of_a_finite_loss_is_skipped_too(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:

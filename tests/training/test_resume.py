@@ -22,7 +22,7 @@ from mtl.training.run import train
 from mtl.training.run_dir import MARK, claimed_run_dir
 from once import made_once
 from processes import HANGS_S, wait_until
-from runs import TINY, read_metrics, tiny_config, tiny_parts
+from runs import TINY, TWO, read_metrics, small_config, small_parts
 
 # All that has a state of its own: kept features, a kept prefix, views of images, accumulation, averages, moments that
 # rest, three kinds of balancing, random depths, a rate that waits for a plateau, weights that are gone back to.
@@ -42,6 +42,7 @@ PHASES: list[dict[str, Any]] = [
     {"name": "end", "freeze": ["heads.depth", "trunk@last:1"], "steps": 8, "balance": "random"},
 ]
 EVERYTHING: dict[str, Any] = {
+    "tasks": TWO,
     "trunk": {"name": "test_resnet", "options": {"drop_path_rate": 0.2}},
     "data": {**TINY["data"], "num_train": 44, "augment": {"brightness": 0.2}},
     "cache": {"views": 2},
@@ -68,7 +69,7 @@ def whole(tmp_path_factory: pytest.TempPathFactory, cache_dir: Path) -> Path:
 def test_a_run_that_is_killed_at_random_moments_ends_with_the_bits_of_one_that_never_stopped(
     tmp_path: Path, whole: Path, seed: int
 ) -> None:
-    file = tiny_config(tmp_path, **EVERYTHING)
+    file = small_config(tmp_path, **EVERYTHING)
     killed = forks.run([killed_run.__file__, str(file), str(seed), "16"], timeout=HANGS_S)
     assert killed.returncode == 0, killed.stderr[-2000:]
     # Between them is what the runs warn of.
@@ -103,7 +104,7 @@ def test_a_phase_that_would_find_features_in_memory_decides_as_if_it_still_did(t
 
 
 def test_a_run_that_is_over_is_closed_again_and_stays_the_same(tmp_path: Path, whole_short: Path) -> None:
-    train(tiny_parts(tmp_path, **SHORT), quiet=True)
+    train(small_parts(tmp_path, **SHORT), quiet=True)
     before = results(tmp_path / "runs/tiny")
     assert results(resume(tmp_path)) == before
     assert_same(tmp_path / "runs/tiny", whole_short)
@@ -196,7 +197,7 @@ def test_with_an_override_it_continues_with_what_can_be_honoured(
 def test_a_run_that_the_audit_ended_is_not_resumed_unless_it_is_asked_for(
     tmp_path: Path, whole_short: Path, caplog: pytest.LogCaptureFixture
 ) -> None:
-    parts = tiny_parts(tmp_path, **SHORT)
+    parts = small_parts(tmp_path, **SHORT)
     real, number = GradientAudit.after_step, iter(range(100))
 
     def after_step(audit: Any) -> None:
@@ -218,7 +219,7 @@ def test_a_run_that_the_audit_ended_is_not_resumed_unless_it_is_asked_for(
 
 def test_two_processes_do_not_train_in_one_directory(tmp_path: Path) -> None:
     run_dir = crashed(tmp_path, 4)
-    config = load_config(tiny_config(tmp_path, **SHORT), ["resume=auto"])
+    config = load_config(small_config(tmp_path, **SHORT), ["resume=auto"])
     with (
         claimed_run_dir(config, resumes=True),
         pytest.raises(ConfigError, match=r"another process is training in .*tiny"),
@@ -232,7 +233,7 @@ def test_two_processes_do_not_train_in_one_directory(tmp_path: Path) -> None:
 def test_a_signal_saves_within_the_step_and_the_run_resumes_to_the_same_bits(
     tmp_path: Path, whole: Path, asked: signal.Signals
 ) -> None:
-    file = tiny_config(tmp_path, **{**EVERYTHING, "checkpoint": {"keep_every_epochs": 4}})
+    file = small_config(tmp_path, **{**EVERYTHING, "checkpoint": {"keep_every_epochs": 4}})
     command = ["-m", "mtl", "train", str(file), "-q", "resume=auto"]
     process = Forked(command, stderr=subprocess.PIPE)
     metrics = tmp_path / "runs/tiny/metrics.jsonl"
@@ -255,7 +256,7 @@ def test_checkpoints_that_no_run_can_resume_from_are_not_cleared_away(
     for mark in (False, True):
         if mark:
             (tmp_path / "runs/tiny" / MARK).touch()
-        assert main(["train", str(tiny_config(tmp_path)), "resume=auto"]) == 2
+        assert main(["train", str(small_config(tmp_path)), "resume=auto"]) == 2
         said = capsys.readouterr().err
         assert ("no checkpoint to resume from" if mark else "already holds files") in said
         assert file.is_file()

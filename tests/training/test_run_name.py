@@ -15,7 +15,7 @@ from mtl.cli import main
 from mtl.config import ConfigError, load_config
 from mtl.training.run_dir import check_run_dir, own_name
 from processes import wait_until
-from runs import tiny_config
+from runs import small_config
 
 ROOT = Path(__file__).parents[2]
 SHORT = [{"name": "a", "freeze": ["trunk"], "steps": 2}]
@@ -26,7 +26,7 @@ def names(folder: Path) -> list[str]:
 
 
 def test_runs_are_numbered_one_after_the_other_and_know_their_names(tmp_path: Path) -> None:
-    file = tiny_config(tmp_path, name="auto", phases=SHORT, tracking={"mode": "offline"})
+    file = small_config(tmp_path, name="auto", phases=SHORT, tracking={"mode": "offline"})
     for _ in range(2):
         assert main(["train", str(file), "-q"]) == 0
     assert names(tmp_path) == ["tiny-001", "tiny-002"]
@@ -55,7 +55,7 @@ def test_runs_are_numbered_one_after_the_other_and_know_their_names(tmp_path: Pa
 def test_the_next_number_follows_the_highest_one_of_the_file_s_name(
     tmp_path: Path, there: list[str], stem: str, expected: str
 ) -> None:
-    file = tiny_config(tmp_path, name="auto").rename(tmp_path / f"{stem}.yaml")
+    file = small_config(tmp_path, name="auto").rename(tmp_path / f"{stem}.yaml")
     for name in there:
         (tmp_path / "runs" / name).mkdir(parents=True)
     config = load_config(file)
@@ -67,7 +67,7 @@ def test_the_next_number_follows_the_highest_one_of_the_file_s_name(
 
 
 def test_runs_that_begin_at_once_have_different_names(tmp_path: Path) -> None:
-    config = load_config(tiny_config(tmp_path, name="auto"))
+    config = load_config(small_config(tmp_path, name="auto"))
 
     def begin(number: int) -> str:
         with own_name(config, is_main=True, broadcast=str) as named:
@@ -80,21 +80,21 @@ def test_runs_that_begin_at_once_have_different_names(tmp_path: Path) -> None:
 
 
 def test_a_process_that_does_not_choose_takes_the_name_that_was_chosen(tmp_path: Path) -> None:
-    config = load_config(tiny_config(tmp_path, name="auto"))
+    config = load_config(small_config(tmp_path, name="auto"))
     with own_name(config, is_main=False, broadcast=lambda mine: "tiny-042" if mine is None else mine) as named:
         assert named.name == "tiny-042"
     assert not (tmp_path / "runs").exists()
 
 
 def test_a_run_with_a_name_keeps_it(tmp_path: Path) -> None:
-    config = load_config(tiny_config(tmp_path))
+    config = load_config(small_config(tmp_path))
     with own_name(config, is_main=True, broadcast=str) as named:
         assert named is config
     assert not (tmp_path / "runs").exists()
 
 
 def test_resume_auto_needs_the_name_of_a_run(tmp_path: Path) -> None:
-    config = load_config(tiny_config(tmp_path, name="auto"), ["resume=auto"])
+    config = load_config(small_config(tmp_path, name="auto"), ["resume=auto"])
     with pytest.raises(ConfigError, match=r"name=auto begins a run .*; to resume one, give its name"):
         check_run_dir(config)
     assert not (tmp_path / "runs").exists()
@@ -102,13 +102,13 @@ def test_resume_auto_needs_the_name_of_a_run(tmp_path: Path) -> None:
 
 def test_a_folder_that_cannot_be_written_to_is_named(tmp_path: Path) -> None:
     (tmp_path / "runs").write_text("a file")
-    config = load_config(tiny_config(tmp_path, name="auto"))
+    config = load_config(small_config(tmp_path, name="auto"))
     with pytest.raises(ConfigError, match=r"runs_dir: .*runs cannot be made"):
         check_run_dir(config)
 
 
 def test_a_stopped_run_says_the_name_under_which_it_resumes(tmp_path: Path) -> None:
-    file = tiny_config(tmp_path, name="auto", phases=[{"name": "a", "freeze": ["trunk"], "steps": 10_000}])
+    file = small_config(tmp_path, name="auto", phases=[{"name": "a", "freeze": ["trunk"], "steps": 10_000}])
     command = [sys.executable, "-m", "mtl", "train", str(file), "checkpoint.every_steps=1"]
     environment = os.environ | {"PYTHONPATH": str(ROOT)}
     quiet = {"stdout": subprocess.DEVNULL, "stderr": subprocess.PIPE}

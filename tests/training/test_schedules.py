@@ -29,7 +29,7 @@ from mtl.training.run import train
 from mtl.training.setup import RunSetup
 from mtl.training.state import RunState
 from mtl.training.tracking.tracker import Tracker
-from runs import read_metrics, read_model, tiny_config, tiny_parts
+from runs import TINY, read_metrics, read_model, small_parts, tiny_config
 
 ALL = ["segmentation", "depth", "normals", "object"]
 
@@ -47,7 +47,7 @@ def moved(before: dict[str, Tensor], after: dict[str, Tensor]) -> set[str]:
 
 
 def parts_with(folder: Path, phases: list[dict[str, Any]], *overrides: str, **changes: Any) -> RunSetup:
-    return tiny_parts(folder, *overrides, phases=phases, **changes)
+    return small_parts(folder, *overrides, phases=phases, **changes)
 
 
 def trainer_of(parts: RunSetup, folder: Path) -> Trainer:
@@ -349,7 +349,7 @@ def test_only_active_tasks_are_run_and_what_they_do_not_reach_rests(
 ) -> None:
     caplog.set_level(logging.INFO, "mtl")
     phases = [{"name": "all", "steps": 2}, {"name": "depth", "steps": 3, "tasks": ["depth"]}]
-    parts = parts_with(tmp_path, phases)
+    parts = parts_with(tmp_path, phases, tasks=TINY["tasks"])
     trainer = trainer_of(parts, tmp_path)
     watcher = Watcher(trainer)
     ran: list[str] = []
@@ -426,7 +426,7 @@ def test_batch_size_and_balancing_method_may_change_from_phase_to_phase(tmp_path
         },
         {"name": "b", "epochs": 1, "batch_size": 10, "tasks": ["depth", "normals"]},
     ]
-    parts = parts_with(tmp_path, phases)
+    parts = parts_with(tmp_path, phases, tasks=TINY["tasks"])
     assert [phase.num_steps for phase in parts.phases] == [2, 4]
     before = tensors(parts)
     train(parts, quiet=True)

@@ -4,8 +4,6 @@ from __future__ import annotations
 
 import io
 import json
-import subprocess
-import sys
 import textwrap
 from collections.abc import Iterator
 from pathlib import Path
@@ -15,6 +13,7 @@ import pytest
 from PIL import Image
 from tensorboard.backend.event_processing.event_accumulator import EventAccumulator
 
+import forks
 from mtl.cli import main
 from mtl.config import ConfigError, TrackingConfig, load_config
 from mtl.training.result import RunResult
@@ -22,6 +21,7 @@ from mtl.training.run import train
 from mtl.training.setup import RunSetup, assemble
 from mtl.training.tracking.choice import check_backend
 from mtl.training.tracking.tracker import Tracker
+from processes import HANGS_S
 from runs import TINY, read_metrics, tiny_config, tiny_parts
 
 ROOT = Path(__file__).parents[2]
@@ -108,8 +108,8 @@ def test_without_its_package_tensorboard_is_refused_before_anything_is_written(t
     file = tiny_config(tmp_path, phases=PHASES)
     (tmp_path / "tensorboard.py").write_text("raise ImportError('No module named tensorboard')")
     code = f"import sys; sys.path.insert(0, {str(tmp_path)!r}); from mtl.cli import main; sys.exit(main(sys.argv[1:]))"
-    command = [sys.executable, "-c", code, "train", str(file), "tracking.backend=tensorboard", "tracking.mode=auto"]
-    done = subprocess.run(command, cwd=ROOT, capture_output=True, text=True, check=False)
+    command = ["-c", code, "train", str(file), "tracking.backend=tensorboard", "tracking.mode=auto"]
+    done = forks.run(command, cwd=ROOT, timeout=HANGS_S)
     assert (done.returncode, done.stderr) == (
         2,
         "error: command line: tracking.backend: tensorboard needs the package tensorboard; install it with:"

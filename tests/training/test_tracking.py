@@ -16,7 +16,7 @@ import wandb_file
 from mtl.config import TrackingConfig
 from mtl.training.tracking.tracker import Tracker
 from processes import HANGS_S
-from runs import tiny_config
+from runs import small_config
 
 ROWS = [
     {"step": 1, "epoch": 1, "phase": "warm", "train/loss": 2.5},
@@ -171,7 +171,7 @@ def test_a_key_without_a_server_falls_back_to_offline(tmp_path: Path) -> None:
 
 @pytest.mark.slow
 def test_a_quiet_run_warns_of_tracking_that_it_does_not_get(tmp_path: Path) -> None:
-    file = tiny_config(tmp_path, phases=[{"name": "a", "freeze": ["trunk"], "steps": 1}])
+    file = small_config(tmp_path, phases=[{"name": "a", "freeze": ["trunk"], "steps": 1}])
     clean = {k: v for k, v in os.environ.items() if not k.startswith("WANDB")} | {"HOME": str(tmp_path)}
     # An address on this machine where nothing listens.
     key = {"WANDB_API_KEY": "0" * 40, "WANDB_BASE_URL": "http://127.0.0.1:9"}
