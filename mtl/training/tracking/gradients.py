@@ -67,10 +67,9 @@ class GradientLog:
         # All of them are in the table and the picture; as charts they would be dozens, of a few points each.
         log.add_row(step, analysis.to_row(), shown=["grad/conflict_share"])
         rows = [(task, group, norm) for task, norms in _reached(analysis).items() for group, norm in norms.items()]
-        table, picture = "grad/norms", "grad/heat_map"
-        self._tracker.later(table, lambda: self._tracker.log_table(table, ["task", "group", "norm"], rows, step))
-        draw = partial(_drawn, analysis)
-        self._tracker.later(picture, lambda: self._tracker.log_picture(picture, draw, step))
+        self._tracker.log_table("grad/norms", ["task", "group", "norm"], rows, step)
+        name, draw = "grad/heat_map", partial(_drawn, analysis)
+        self._tracker.later(name, lambda: self._tracker.log_picture(name, draw, step))
         if len(losses) == len(self._tasks):
             self._tell(analysis.unreached)
 

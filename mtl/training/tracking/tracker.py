@@ -134,7 +134,7 @@ class Tracker:
         self._do(name, lambda backend: backend.table(name, columns, rows, max(step, self._last_step)))
 
     def later(self, name: str, show: Callable[[], None]) -> None:
-        """Shows something at the end of the epoch: tables and pictures take longer than a step.
+        """Shows something at the end of the epoch: to draw a picture takes longer than a step.
 
         Args:
             name: Under which name; what waits under it already is not shown.
