@@ -270,7 +270,9 @@ def test_a_run_shows_rows_table_and_picture_in_wandb(tmp_path: Path) -> None:
     )
     run_dir = train(parts, quiet=True).run_dir
     rows = {row["_step"]: row for row in wandb_file.history(wandb_file.offline_file(run_dir))}
-    assert [*rows] == [0, 1, 2, 3, 4] and all("train/loss" in rows[step] for step in range(1, 5)), "none was dropped"
+    assert [*rows] == [0, 1, 2, 3, 4], "none was dropped"
+    # An analysis is logged with the steps before it: of these, wandb gets the last one.
+    assert [step for step, row in rows.items() if "train/loss" in row] == [2, 4]
     for row in (row for row in read_metrics(run_dir) if "grad/unreached" in row):
         shown = rows[row["step"]]
         # The numbers stay in metrics.jsonl: charts of a few points each would bury all others.
