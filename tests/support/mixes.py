@@ -6,7 +6,7 @@ from collections.abc import Mapping, Sequence
 from itertools import combinations, product
 from typing import Any
 
-from runs import TINY
+from runs import TINY, TWO
 
 # Five batches an epoch, so that windows of 2 and 3 end short; or six, of an odd size and with images left over.
 _DATA = {"five": {"num_train": 20, "batch_size": 4}, "six": {"num_train": 20, "batch_size": 3}}
@@ -52,8 +52,9 @@ def every_pair(values: Mapping[str, Sequence[Any]]) -> list[dict[str, Any]]:
 
 def settings(row: Mapping[str, Any]) -> dict[str, Any]:
     """A combination as top-level keys of the tiny configuration."""
-    fixed = {"method": "fixed", "weights": {name: 1.0 + number for number, name in enumerate(TINY["tasks"])}}
+    fixed = {"method": "fixed", "weights": {name: 1.0 + number for number, name in enumerate(TWO)}}
     return {
+        "tasks": TWO,
         "precision": row["precision"],
         "not_finite": row["not_finite"],
         "trunk": {

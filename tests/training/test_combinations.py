@@ -19,7 +19,7 @@ from mtl.runtime.fingerprint import fingerprint
 from mtl.training.loop import Trainer
 from mtl.training.run import train
 from mtl.training.tracking.tracker import Tracker
-from runs import TINY, read_metrics, small_parts, tiny_parts
+from runs import TINY, read_metrics, tiny_parts
 
 ROWS = every_pair(VALUES)
 
@@ -37,7 +37,7 @@ def test_every_pair_of_settings_is_clean_and_resumes_to_the_same_bits(tmp_path: 
     changes = settings(ROWS[number])
     for name in ("whole", "broken"):
         (tmp_path / name).mkdir()
-    whole = train(small_parts(tmp_path / "whole", **changes), quiet=True).run_dir
+    whole = train(tiny_parts(tmp_path / "whole", **changes), quiet=True).run_dir
     audit = json.loads((whole / "audit.json").read_text())
     assert audit["ok"] and [phase["completed"] for phase in audit["phases"]] == [True, True, True]
     rows = read_metrics(whole)
