@@ -63,7 +63,6 @@ def phases() -> dict[str, Any]:
         trainable = [name for name, p in model.named_parameters() if p.requires_grad]
         replica = wrap_ddp(model, trainable, WORLD)
         traffic = count_traffic(replica)
-        names = [name for name, _ in replica.named_parameters()]
         with replica.no_sync():
             replica(loss, mine).backward()
         before = traffic.num_bytes
@@ -78,7 +77,6 @@ def phases() -> dict[str, Any]:
             ),
             "without": [name for name, p in model.named_parameters() if p.grad is None],
             "bytes": [before, traffic.num_bytes, sum(p.nbytes for p in model.parameters() if p.requires_grad)],
-            "names": names,
             "marks": [k for p in (*model.parameters(), *model.buffers()) for k in vars(p) if "ddp" in k],
         }
         replica.close()

@@ -10,7 +10,7 @@ import pytest
 import torch
 
 import mtl.training.depthwise_trial as trial
-from crashes import assert_same, crash, resume, run_whole
+from crashes import SHORT, assert_same, crash, resume, run_whole
 from mtl.config import ConfigError, load_config
 from mtl.model.depthwise import depthwise_layers
 from mtl.training.run import train
@@ -35,7 +35,7 @@ def own_classes(model: torch.nn.Module) -> list[str]:
 
 @pytest.fixture(scope="module")
 def whole(tmp_path_factory: pytest.TempPathFactory, cache_dir: Path) -> Path:
-    settings = {**RUN, "depthwise": LAYERS}
+    settings = {**SHORT, **RUN, "depthwise": LAYERS}
     return made_once(tmp_path_factory, "depthwise-whole", lambda folder: run_whole(folder, cache_dir, settings))
 
 
@@ -94,7 +94,7 @@ def test_layers_that_are_named_in_vain_are_warned_of(tmp_path: Path, caplog: pyt
 
 
 def test_a_run_with_products_ends_near_that_of_torch_with_a_clean_audit(whole: Path, tmp_path: Path) -> None:
-    plain = train(tiny_parts(tmp_path, **RUN), quiet=True)
+    plain = train(tiny_parts(tmp_path, **{**SHORT, **RUN}), quiet=True)
     ours, theirs = (read_model(folder / "checkpoints/last") for folder in (whole, plain.run_dir))
     assert plain.report.ok and '"ok": true' in (whole / "audit.json").read_text()
     assert any(not torch.equal(ours[f"{name}.weight"], theirs[f"{name}.weight"]) for name in LAYERS)
