@@ -137,7 +137,7 @@ BAD: dict[str, tuple[dict[str, Any], list[str], str]] = {
     "more images than any memory holds": (
         {},
         ["data.num_train=1000000000000"],
-        "command line: data.num_train: 1,000,000,000,0[02]0 images of 32 x 32 pixels with their labels take 14,344,000 ",
+        r"command line: data.num_train: 1,000,000,000,0.0 images of 32 x 32 pixels with their labels take 14,344,000",
     ),
     "unknown data": (
         {},
