@@ -1,6 +1,6 @@
 """What grows with a run: the step with its tasks, memory with its data.
 
-    python scripts/bench/growth.py tasks [--rounds N] [--steps N] [--most N]
+    python scripts/bench/growth.py tasks [--rounds N] [--steps N] [--most N] [--phases PHASE ...]
     python scripts/bench/growth.py memory [--num N] [--workers N]
 
 `tasks`: 1, 2, 4, ... linear heads on a resnet18 at 64 pixels, batches of 64, with the trunk frozen (its features kept)
@@ -23,6 +23,7 @@ import subprocess
 import sys
 import tempfile
 import time
+from collections.abc import Sequence
 from dataclasses import dataclass
 from pathlib import Path
 
@@ -32,11 +33,12 @@ from PIL import Image
 
 from mtl.config import RunConfig
 from mtl.results.bench.bench import measured_on
-from mtl.results.bench.measure import Row, measure
+from mtl.results.bench.measure import BY_HAND, Row, measure
 from mtl.results.bench.settings import Setting
 
 ROOT = Path(__file__).resolve().parents[2]
 SIZE, NUM_CLASSES, MOST_FILES = 64, 10, 500
+PHASES = ("trunk_frozen", "nothing_frozen")
 
 
 @dataclass(frozen=True)
@@ -50,20 +52,16 @@ class ManyTasks(Setting):
         content = super().config(folder, phase).model_dump(exclude_unset=True)
         return RunConfig.model_validate(content | {"tasks": {f"task{n}": own for n in range(self.num_tasks)}})
 
-    @property
-    def phases(self) -> dict[str, list[str]]:
-        return {"trunk_frozen": ["trunk"], "nothing_frozen": []}
 
-
-def grow_tasks(rounds: int, num_steps: int, most: int) -> None:
+def grow_tasks(rounds: int, num_steps: int, most: int, phases: Sequence[str]) -> None:
     titles = ("tasks", "phase", "limit, ms", "mtl, ms", "ratio", "CPU", "epoch", "CPU")
     sys.stdout.write(f"{titles[0]:>5}  {titles[1]:16}{''.join(f'{each:>11}' for each in titles[2:])}\n")
     num_tasks = 1
     while num_tasks <= most:
         setting = ManyTasks("resnet18", SIZE, 64, num_steps, dense=False, num_tasks=num_tasks)
-        for phase in setting.phases:
+        for phase in phases:
             with tempfile.TemporaryDirectory() as folder:
-                write_tasks(num_tasks, measure(setting, phase, Path(folder), rounds))
+                write_tasks(num_tasks, measure(setting, phase, Path(folder), rounds, {"limit": BY_HAND["limit"]}))
         num_tasks *= 2
 
 
@@ -180,6 +178,7 @@ def main() -> None:
     tasks.add_argument("--rounds", type=int, default=7)
     tasks.add_argument("--steps", type=int, default=5, help="steps of an epoch where everything is trained")
     tasks.add_argument("--most", type=int, default=32, help="the largest number of tasks")
+    tasks.add_argument("--phases", nargs="+", default=list(PHASES), choices=PHASES)
     memory.add_argument("--num", type=int, default=2000, help="images in the smaller of two runs")
     memory.add_argument("--workers", type=int, default=0)
     options = parser.parse_args()
@@ -187,7 +186,7 @@ def main() -> None:
     versions = ", ".join(f"{name} {number}" for name, number in on["versions"].items())
     sys.stdout.write(f"{on['processor']}, {on['cores']} cores, {on['threads']} threads; {versions}\n")
     if options.kind == "tasks":
-        grow_tasks(options.rounds, options.steps, options.most)
+        grow_tasks(options.rounds, options.steps, options.most, options.phases)
     else:
         grow_data(options.num, options.workers)
 

@@ -17,7 +17,7 @@ from torch.optim import SGD
 from mtl.cli import main
 from mtl.results.bench import Bench, Row, draw, in_words
 from mtl.results.bench.loops import ByHand, OnExtracted, limit_loop, mtl_loop, naive_loop
-from mtl.results.bench.measure import Lap, LoopTimes, measure
+from mtl.results.bench.measure import BY_HAND, Lap, LoopTimes, measure
 from mtl.results.bench.memory import peak_growth
 from mtl.results.bench.peers import LikeLibMtl, peers_here
 from mtl.results.bench.settings import Setting
@@ -30,7 +30,7 @@ PHASES = ["trunk_frozen", "half_frozen", "head_frozen", "nothing_frozen"]
 def test_a_row_holds_times_and_memory_of_all_loops(tmp_path: Path) -> None:
     peers, missing = peers_here()
     assert not missing
-    row = measure(SMALL, "half_frozen", tmp_path, rounds=2, peers=peers)
+    row = measure(SMALL, "half_frozen", tmp_path, 2, {**BY_HAND, **peers})
     assert (row.setting, row.phase) == ("test_resnet, 32 px, batch 8, dense heads", "half_frozen")
     assert (row.num_steps, row.num_images, row.num_val) == (2, 16, 32)
     assert list(row.loops) == ["naive", "mtl", "limit", "libmtl", "lightning"]

@@ -26,7 +26,7 @@ from typing import Any
 
 import torch
 
-from mtl.results.bench.measure import Row, measure
+from mtl.results.bench.measure import BY_HAND, Row, measure
 from mtl.results.bench.peers import peers_here
 from mtl.results.bench.settings import SETTINGS
 from mtl.runtime.machine import machine
@@ -72,7 +72,7 @@ def bench(quick: bool, show: Callable[[str], None], peers: bool = False) -> Benc
             # Steps on kept features are short, and much else happens in so short a time.
             rounds = (7 if quick else 15) if phase == "trunk_frozen" else (3 if quick else 7)
             with tempfile.TemporaryDirectory() as folder:
-                rows.append(measure(setting, phase, Path(folder), rounds, there))
+                rows.append(measure(setting, phase, Path(folder), rounds, {**BY_HAND, **there}))
     return Bench(measured_on(), rows, missing)
 
 

@@ -18,8 +18,12 @@ from mtl.results.bench.settings import Setting
 from mtl.training.setup import RunSetup, assemble
 
 Time = Literal["train_s", "epoch_s", "train_cpu_s", "epoch_cpu_s"]
-# Makes the loop of a peer; closed before the measurement's folder goes.
-Peer = Callable[[RunSetup, Path, ExitStack], Loop]
+# Makes a loop, given where it writes, and what closes it before that goes.
+Maker = Callable[[RunSetup, Path, ExitStack], Loop]
+BY_HAND: Mapping[str, Maker] = {
+    "naive": lambda setup, folder, _: naive_loop(setup, folder),
+    "limit": lambda setup, folder, _: limit_loop(setup, folder),
+}
 
 
 @dataclass(frozen=True)
@@ -104,34 +108,28 @@ class Row:
         return medians | ratios | {"first_s": own.first_s, "rounds": [asdict(lap) for lap in own.laps]}
 
 
-def measure(setting: Setting, phase: str, folder: Path, rounds: int, peers: Mapping[str, Peer] | None = None) -> Row:
-    """Times the loops, epoch by epoch in turn, back and forth.
+def measure(setting: Setting, phase: str, folder: Path, rounds: int, others: Mapping[str, Maker] = BY_HAND) -> Row:
+    """Times mtl's loop and others, epoch by epoch in turn, back and forth.
 
     Args:
         setting: The trunk with heads.
         phase: The kind of phase.
         folder: Where run directories and checkpoints go.
         rounds: How many epochs of each loop are timed, after a first one.
-        peers: Further loops by name.
+        others: The other loops by name, the limit among them.
     """
     setup = assemble(setting.config(folder, phase), quiet=True)
     loops: dict[str, Loop] = {}
     first: dict[str, tuple[float, int]] = {}
     laps: dict[str, list[Lap]] = {}
     with ExitStack() as stack:
-        makers: dict[str, Callable[[], Loop]] = {
-            "naive": lambda: naive_loop(setup, folder),
-            "limit": lambda: limit_loop(setup, folder),
-        }
-        for name, peer in (peers or {}).items():
-            makers[name] = lambda peer=peer: peer(setup, folder, stack)  # type: ignore[misc]
-        # Last, since the others copy the model before it is frozen, audited and trained.
         mtl = stack.enter_context(mtl_loop(setup))
-        makers["mtl"] = lambda: mtl.epoch
+        # Last, since the others copy the model before it is frozen, audited and trained.
+        makers: dict[str, Maker] = {**others, "mtl": lambda *_: mtl.epoch}
         for name, make in makers.items():
             with peak_growth(setup.device) as peak:
                 started = time.perf_counter()
-                loops[name] = make()
+                loops[name] = make(setup, folder, stack)
                 _lap(loops[name], setup.device)
                 seconds = time.perf_counter() - started
             first[name], laps[name] = (seconds, peak[0]), []
@@ -139,7 +137,8 @@ def measure(setting: Setting, phase: str, folder: Path, rounds: int, peers: Mapp
         for number in range(rounds):
             for name in list(loops)[:: -1 if number % 2 else 1]:
                 laps[name].append(_lap(loops[name], setup.device))
-    times = {name: LoopTimes(*first[name], laps[name]) for name in ("naive", "mtl", "limit", *(peers or {}))}
+    in_order = sorted(loops, key=lambda name: ["naive", "mtl", "limit", *others].index(name))
+    times = {name: LoopTimes(*first[name], laps[name]) for name in in_order}
     share = sum(mtl.audit_s) / sum(lap.epoch_s for lap in laps["mtl"])
     num_steps = setup.phases[0].steps_per_epoch
     return Row(

@@ -12,7 +12,7 @@ import torch
 from torch import Tensor
 
 from mtl.results.bench.loops import ByHand, Loop
-from mtl.results.bench.measure import Peer
+from mtl.results.bench.measure import Maker
 from mtl.training.setup import RunSetup
 
 
@@ -114,10 +114,10 @@ _NEEDED: Mapping[str, Mapping[str, str]] = {
     "libmtl": {},
     "lightning": {"lightning": "lightning", "finetuning_scheduler": "finetuning-scheduler"},
 }
-_PEERS: Mapping[str, Peer] = {"libmtl": _libmtl, "lightning": _lightning}
+_PEERS: Mapping[str, Maker] = {"libmtl": _libmtl, "lightning": _lightning}
 
 
-def peers_here() -> tuple[dict[str, Peer], list[str]]:
+def peers_here() -> tuple[dict[str, Maker], list[str]]:
     """The peers that can be run here, by name; and of each other one, what it lacks."""
     lacking = {
         name: [package for module, package in needed.items() if find_spec(module) is None]
