@@ -70,8 +70,8 @@ class RunConfig(Strict):
         depthwise: How the weight gradients of depthwise convolutions are computed on a CPU in `fp32`: by torch, or as
             shifted products in the layers that are named, such as `trunk.blocks.5.0.conv_dw`. `auto` times each layer
             that is trained and takes the products where they are clearly faster. Their sums round differently, so where
-            two runs shall agree to the bit, name the layers, or `torch`. Elsewhere, with `compile`, and with
-            `distributed.strategy: fsdp2`, it is torch.
+            two runs shall agree to the bit, name the layers, or `torch`. Elsewhere, with `compile`, with
+            `distributed.strategy: fsdp2`, and in a model that has none of the layers, it is torch.
         compile: Whether torch.compile compiles trunk and heads, again in every phase. Refused with
             `distributed.strategy: fsdp2`, and with `distributed.sync_batchnorm`.
         cache: The kept activations of a frozen trunk, which need not be computed twice; see docs/dividend.md.

@@ -55,14 +55,17 @@ def choose_depthwise(model_setup: ModelSetup, config: RunConfig, batch: Batch) -
 
 
 def set_depthwise(model_setup: ModelSetup, config: RunConfig, device: torch.device) -> None:
-    """Sets the layers that `depthwise` names.
+    """Sets the layers that `depthwise` names; a model that has none of them, as with another trunk, is left to torch.
 
     Raises:
-        ConfigError: One is not there, or no depthwise convolution.
+        ConfigError: It has some of them, and one is not there, or no depthwise convolution.
     """
     if not isinstance(config.depthwise, list):
         return
     layers = depthwise_layers(model_setup.root)
+    if layers.keys().isdisjoint(config.depthwise):
+        logger.warning(f"depthwise: this model has no layer {config.depthwise[0]}, nor another one that is named")
+        return
     for number, name in enumerate(config.depthwise):
         if name not in layers:
             raise config.mistake(

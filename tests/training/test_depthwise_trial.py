@@ -87,6 +87,15 @@ def test_a_layer_that_is_none_is_refused_with_the_nearest_one(tmp_path: Path) ->
         tiny_parts(tmp_path, **RUN, depthwise=[LAYERS[1], "trunk.blocks.3.0.conv_dv"])
 
 
+def test_a_model_that_has_none_of_the_layers_is_left_to_torch_with_a_warning(
+    tmp_path: Path, caplog: pytest.LogCaptureFixture
+) -> None:
+    phases = [{"name": "a", "freeze": ["trunk"], "steps": 5}]
+    parts = tiny_parts(tmp_path, depthwise=LAYERS, phases=phases)
+    assert own_classes(parts.root) == []
+    assert f"depthwise: this model has no layer {LAYERS[0]}, nor another one that is named" in caplog.messages
+
+
 def test_layers_that_are_named_in_vain_are_warned_of(tmp_path: Path, caplog: pytest.LogCaptureFixture) -> None:
     parts = tiny_parts(tmp_path, "precision=bf16", **RUN, depthwise=LAYERS)
     assert own_classes(parts.root) == []
