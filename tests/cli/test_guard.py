@@ -131,7 +131,7 @@ def test_a_signal_after_the_last_step_is_not_lost(
 def test_a_signal_while_data_is_made_leaves_nothing_behind(tmp_path: Path) -> None:
     cache = tmp_path / "cache"
     arguments = ["train", str(small_config(tmp_path)), "-q", f"data.cache_dir={cache}"]
-    code, lines = signalled_at("mtl.data.cache", "save_file", arguments, signal.SIGTERM)
+    code, lines = signalled_at("mtl.data.generated.rows_file", "_write_header", arguments, signal.SIGTERM)
     assert (code, lines) == (1, ["", "stopped by SIGTERM", "Nothing was saved yet."])
     assert list(cache.iterdir()) == [] and not (tmp_path / "runs").exists()
 
