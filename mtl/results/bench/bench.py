@@ -64,13 +64,13 @@ def bench(quick: bool, show: Callable[[str], None], peers: bool = False) -> Benc
     there, missing = peers_here() if peers else ({}, [])
     for line in missing:
         show(line)
-    settings = [replace(each, num_steps=-(-each.num_steps // 4)) for each in SETTINGS[:2]] if quick else SETTINGS
+    settings = [replace(each, num_steps=-(-each.num_steps // 5)) for each in SETTINGS[:2]] if quick else SETTINGS
     rows = []
     for setting in settings:
         for phase in setting.phases:
             show(f"{setting.name}: {phase}")
             # Steps on kept features are short, and much else happens in so short a time.
-            rounds = (7 if quick else 15) if phase == "trunk_frozen" else (3 if quick else 7)
+            rounds = (5 if quick else 15) if phase == "trunk_frozen" else (3 if quick else 7)
             with tempfile.TemporaryDirectory() as folder:
                 rows.append(measure(setting, phase, Path(folder), rounds, {**BY_HAND, **there}))
     return Bench(measured_on(), rows, missing)
