@@ -21,7 +21,8 @@ def add_parser(verbs: Verbs) -> None:
     """Adds the verb to the command line."""
     parser = verbs.add_parser("bench", help="what a freeze pays, measured here", description=run.__doc__)
     parser.set_defaults(run=run)
-    parser.add_argument("--quick", action="store_true", help="fewer settings and rounds, under three minutes (without peers)")
+    quick = "fewer settings and rounds, under three minutes without peers"
+    parser.add_argument("--quick", action="store_true", help=quick)
     parser.add_argument(
         "--peers", action="store_true", help="also run LibMTL's loop and Lightning with FinetuningScheduler"
     )
