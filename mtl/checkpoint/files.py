@@ -15,7 +15,7 @@ from torch import Tensor
 from mtl.checkpoint.nested import NATIVE, apart, split
 from mtl.checkpoint.run_files import MODEL_FILE, OPTIMIZER_FILE, STATE, RunFileError, read_state_file
 from mtl.checkpoint.tensor_file import SHARDS, shard_files, shards
-from mtl.runtime.files import sync, without_nan
+from mtl.runtime.files import sync, without_nan, write_synced
 from mtl.runtime.fingerprint import fingerprint, fingerprint_of_json, root
 from mtl.runtime.tensors import local
 
@@ -170,6 +170,12 @@ def write_tensors(file: Path, tensors: dict[str, Tensor]) -> None:
     """Writes a file and forces it to disk."""
     save_file(tensors, file)
     sync(file)
+
+
+def write_state(folder: Path, state: Mapping[str, Any]) -> None:
+    """Writes `state.json` into a folder that nobody reads yet, and forces it to disk."""
+    # Not indented, for which Python has only a slow encoder.
+    write_synced(folder / STATE, json.dumps(state, allow_nan=False).encode())
 
 
 def read_state(folder: Path) -> dict[str, Any]:

@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import contextlib
-import json
 import shutil
 from collections.abc import Collection, Iterator, Mapping
 from pathlib import Path
@@ -17,6 +16,7 @@ from mtl.checkpoint.files import (
     HasState,
     OptimizerState,
     collect,
+    write_state,
     write_tensors,
 )
 from mtl.checkpoint.frozen import FrozenFiles
@@ -25,7 +25,7 @@ from mtl.checkpoint.run_files import FROZEN_FILE, MODEL_FILE, OPTIMIZER_FILE, ST
 from mtl.checkpoint.sharded import ShardedContent, collect_shards, shard_file, write_shards
 from mtl.checkpoint.tensor_file import shards
 from mtl.distributed.world import World
-from mtl.runtime.files import sync, write_synced
+from mtl.runtime.files import sync
 
 # A checkpoint that is half written or half removed.
 _UNFINISHED = ".tmp"
@@ -180,7 +180,7 @@ class Checkpoints:
         if content.frozen:
             fingerprint = content.state["digests"]["frozen"]
             self._frozen.provide(folder / FROZEN_FILE, fingerprint, lambda file: write_tensors(file, content.frozen))
-        _write_state(folder, content.state)
+        write_state(folder, content.state)
 
     def _write_shards(self, folder: Path, content: ShardedContent, world: World) -> None:
         for kind in (shards.MODEL, shards.OPTIMIZER):
@@ -197,7 +197,7 @@ class Checkpoints:
                 world,
             )
         if world.is_main:
-            _write_state(folder, content.state)
+            write_state(folder, content.state)
 
     def _copy(self, folder: Path, target: Path) -> None:
         """Copies a checkpoint's files; what is frozen is linked, if it can be."""
@@ -282,11 +282,6 @@ class Checkpoints:
         shutil.rmtree(unfinished, ignore_errors=True)
         folder.rename(unfinished)
         shutil.rmtree(unfinished)
-
-
-def _write_state(folder: Path, state: Mapping[str, Any]) -> None:
-    # Not indented, for which Python has only a slow encoder; it is written whole before its folder gets its name.
-    write_synced(folder / STATE, json.dumps(state, allow_nan=False).encode())
 
 
 def _copy_file(source: Path, target: Path) -> None:

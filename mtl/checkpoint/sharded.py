@@ -24,11 +24,12 @@ from mtl.checkpoint.files import (
     complete_state,
     plain_content,
     read_state,
+    write_state,
     write_tensors,
 )
 from mtl.checkpoint.load import sound_shards
 from mtl.checkpoint.nested import apart, split
-from mtl.checkpoint.run_files import FROZEN_FILE, MODEL_FILE, OPTIMIZER_FILE, STATE
+from mtl.checkpoint.run_files import FROZEN_FILE, MODEL_FILE, OPTIMIZER_FILE
 from mtl.checkpoint.tensor_file import (
     FROZEN,
     MODEL,
@@ -40,7 +41,7 @@ from mtl.checkpoint.tensor_file import (
     shards_digest,
 )
 from mtl.distributed.world import World
-from mtl.runtime.files import sync, write_json
+from mtl.runtime.files import sync
 from mtl.runtime.tensors import is_sharded, local
 
 
@@ -168,7 +169,7 @@ def write_plain(checkpoint: Path, folder: Path) -> None:
     write_tensors(temporary / OPTIMIZER_FILE, content.optimizer)
     if content.frozen:
         write_tensors(temporary / FROZEN_FILE, content.frozen)
-    write_json(temporary / STATE, content.state)
+    write_state(temporary, content.state)
     sync(temporary)
     temporary.rename(folder)
     sync(folder.parent)
