@@ -256,7 +256,7 @@ class Trainer:
         self.sync.average_statistics(self.setup.root, phase.freeze.plan)
         with state.averaged():
             scores, metrics = self.validate(phase)
-            self.log.dashboard.predictions.after_validation(state.epoch, state.step, self.features)
+            self.log.dashboard.predictions.after_validation(state.epoch, state.step, self.features.peek)
         metrics["train/loss"] = math.nan if optim is None else active.log.mean_loss
         if optim is not None and state.epoch_is_whole:
             phase.balance.after_epoch()

@@ -10,6 +10,7 @@ from typing import Any
 import pytest
 from torch import Tensor
 
+import wandb_file
 from crashes import assert_same, results
 from distributed_runs import EQUAL, ask_to_end, command, finish, surroundings
 from mtl.training.run import train
@@ -83,6 +84,13 @@ def test_two_processes_train_what_one_does(one: Path, two: Path) -> None:
     assert len({row["train/loss"] for row in read_metrics(run_dir) if "train/loss" in row}) == 18
     weights = [read_model(folder / "checkpoints/last") for folder in (run_dir, one)]
     assert largest_difference(*weights) < WEIGHT
+
+
+def test_predictions_are_shown_after_each_validation_though_features_are_kept_by_both(two: Path) -> None:
+    run_dir = two / "runs/tiny"
+    validated = [row["step"] for row in read_metrics(run_dir) if "val/score" in row]
+    history = wandb_file.history(wandb_file.offline_file(run_dir))
+    assert [row["_step"] for row in history if "val/predictions/path" in row] == validated
 
 
 def test_what_is_sent_at_a_step_is_the_gradient_of_what_is_trained_in_the_phase(two: Path) -> None:

@@ -61,7 +61,7 @@ class FeatureSource:
         # What `auto` decided in a phase that is resumed, until that is entered.
         self._resumed_in: str | None = None
         self._stores = FeatureStores(setup, self._num_views, world)
-        # Splits by identity, and views.
+        # Splits by identity, and the first rows of views.
         self._filled: set[tuple[int, int]] = set()
 
     @property
@@ -184,20 +184,20 @@ class FeatureSource:
             return self._model.encode(batch.images, tasks)
         store, prefix, device = self._stores.of(batch.split), self._prefix, self._setup.device
         self.saved.num_read += len(batch)
-        number = 0 if batch.view is None else batch.view.number
-        first = number * len(batch.split)
-        rows = batch.indices + first
+        first = _first_row(batch)
+        rows, filled = batch.indices + first, (id(batch.split), first)
         if isinstance(store, ShardedStore):
-            if (id(batch.split), number) not in self._filled:
-                self._filled.add((id(batch.split), number))
+            if filled not in self._filled:
+                self._filled.add(filled)
                 self._fill(batch.split, batch.view, store, prefix)
-            every = [indices + first for indices in batch.every or [batch.indices]]
+            assert batch.every is not None, "every process takes part"
+            every = [indices + first for indices in batch.every]
             again = partial(self._compute_again, batch.split, batch.view, first, prefix)
             shared = store.read_every(every, again, device)
             return prefix.replay(as_computed(shared, prefix, device))
         kept = store.read(rows)
-        if kept is None and (id(batch.split), number) not in self._filled:
-            self._filled.add((id(batch.split), number))
+        if kept is None and filled not in self._filled:
+            self._filled.add(filled)
             self._fill(batch.split, batch.view, store, prefix)
             kept = store.read(rows)
         if kept is None:  # the disk is full, or the entry is damaged; the store has warned of it
@@ -209,18 +209,26 @@ class FeatureSource:
 
     def several(self, batches: Sequence[Batch]) -> list[Features]:
         """The features of some batches of one split in one view, read at once where they are kept."""
-        first, prefix = batches[0], self._prefix
-        if prefix is None or not self._holds() or isinstance(self._stores.of(first.split), ShardedStore):
+        prefix, sizes = self._prefix, [len(batch) for batch in batches]
+        kept = self._kept(batches[0], torch.cat([batch.indices for batch in batches]))
+        if prefix is None or kept is None:
             return [self(batch) for batch in batches]
-        number = 0 if first.view is None else first.view.number
-        rows = torch.cat([batch.indices for batch in batches]) + number * len(first.split)
-        kept = self._stores.of(first.split).read(rows)
-        if kept is None:
-            return [self(batch) for batch in batches]
-        sizes = [len(batch) for batch in batches]
         self.saved.num_read += sum(sizes)
-        parts = [torch.split(each, sizes) for each in as_computed(kept, prefix, self._setup.device)]
+        parts = [torch.split(each, sizes) for each in kept]
         return [prefix.replay(list(map(aligned, own))) for own in zip(*parts, strict=True)]
+
+    def peek(self, batch: Batch) -> Features:
+        """The features of a batch of this process alone: kept ones if it has them; none are written or exchanged."""
+        prefix, kept = self._prefix, self._kept(batch, batch.indices)
+        return self._model.encode(batch.images) if prefix is None or kept is None else prefix.replay(kept)
+
+    def _kept(self, batch: Batch, indices: Tensor) -> list[Tensor] | None:
+        """What is kept of images of a batch's split in its view; None if this process does not have all of it."""
+        if self._prefix is None or not self._holds():
+            return None
+        store = self._stores.of(batch.split)
+        kept = None if isinstance(store, ShardedStore) else store.read(indices + _first_row(batch))
+        return None if kept is None else as_computed(kept, self._prefix, self._setup.device)
 
     @property
     def bytes_per_image(self) -> int:
@@ -281,3 +289,8 @@ class FeatureSource:
 
     def _images(self, split: Split, indices: Tensor, view: View | None = None) -> Tensor:
         return self._model.prepare(split.batch(indices, view).to(self._setup.device).images)
+
+
+def _first_row(batch: Batch) -> int:
+    """The row of the first image of a batch's split, in its view."""
+    return 0 if batch.view is None else batch.view.number * len(batch.split)
