@@ -103,8 +103,8 @@ def plain_content(
     """
     # The digests are taken before writing: what is read back has to match them.
     still = tensors.keys() & set(frozen)
-    own_prints = {name: (known or {}).get(name) if name in still else None for name in tensors}
-    prints = {name: own_prints[name] or fingerprint(tensor) for name, tensor in tensors.items()}
+    old = {name: digest for name, digest in (known or {}).items() if name in still}
+    prints = {name: old.get(name) or fingerprint(tensor) for name, tensor in tensors.items()}
     digests = {"model": root(prints), "optimizer": fingerprint_of(optimizer)}
     if still:
         digests["frozen"] = root({name: prints[name] for name in still})

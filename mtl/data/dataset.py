@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from abc import ABC, abstractmethod
-from collections.abc import Collection, Sequence
+from collections.abc import Collection, Mapping, Sequence
 from dataclasses import dataclass, replace
 from functools import cached_property
 
@@ -15,6 +15,7 @@ from mtl.data.cache import DataError
 from mtl.data.orders import Order, Shuffled
 from mtl.data.transfer import to_device
 from mtl.runtime.tensors import aligned
+from mtl.tasks import Task
 
 
 @dataclass(frozen=True)
@@ -88,13 +89,12 @@ class Batch:
         stored = None if self.stored is None else to_device(self.stored, device)
         return replace(self, labels=labels, device=device, stored=stored)
 
-    def parts(self, shares: Sequence[Sequence[Tensor]], rank: int, lacking: Sequence[frozenset[str]]) -> list[Batch]:
+    def parts(self, shares: Sequence[Sequence[Tensor]], rank: int) -> list[Batch]:
         """The batches whose images, one after the other, are those of this one; labels are views of its own.
 
         Args:
-            shares: By batch and rank, the indices of the images.
+            shares: By batch and rank, the indices of the images, which have a label of each task.
             rank: The rank whose batches they are.
-            lacking: By batch, the tasks of which none of its images has a label.
         """
         sizes = [len(each[rank]) for each in shares]
         labels = {name: list(map(aligned, torch.split(label, sizes))) for name, label in self.labels.items()}
@@ -106,7 +106,6 @@ class Batch:
                 self.device,
                 self.view,
                 tuple(every),
-                lacking=lacking[number],
             )
             for number, every in enumerate(shares)
         ]
@@ -174,21 +173,13 @@ class Split(ABC):
         return rows.images
 
     def label_bytes(self) -> int | None:
-        """Bytes of an image's labels in the types that losses take; None if reading labels takes time."""
+        """Bytes of an image's labels in the types that losses take; None if reading them takes time, or some lack."""
         return None
 
     @property
     def may_lack(self) -> bool:
         """Whether a batch can be without a label of some task."""
         return True
-
-    def lacking(self, indices: Tensor) -> frozenset[str]:
-        """The tasks of which none of some images has a label.
-
-        Args:
-            indices: "b", int64.
-        """
-        return self.rows(indices, with_images=False).lacking
 
     @abstractmethod
     def labels_to_fit(self, task: str) -> Tensor:
@@ -226,6 +217,18 @@ class Split(ABC):
         labels = {name: as_taken(label) for name, label in rows.labels.items()}
         own = None if every is None else tuple(every)
         return Batch(self, indices, labels, torch.device("cpu"), view, own, rows.images, rows.lacking)
+
+
+def lacking(labels: Mapping[str, Tensor], tasks: Mapping[str, Task]) -> frozenset[str]:
+    """The tasks of which none of some samples has a label: each is looked at by itself, up to the first with one.
+
+    Args:
+        labels: By task, first axis b.
+        tasks: The tasks by name.
+    """
+    return frozenset(
+        name for name, own in labels.items() if not any(bool(tasks[name].has_label(as_taken(one[None]))) for one in own)
+    )
 
 
 def as_taken(label: Tensor) -> Tensor:

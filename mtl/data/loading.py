@@ -172,8 +172,7 @@ def _read(
             yield batch if device is None else batch.to(device)
             continue
         block = split.batch(torch.cat([shares[rank] for shares in part]), view)
-        lacking = [split.lacking(shares[rank]) for shares in part]
-        yield from (block if device is None else block.to(device)).parts(part, rank, lacking)
+        yield from (block if device is None else block.to(device)).parts(part, rank)
 
 
 class _RowsOfBatches(Dataset[Rows]):

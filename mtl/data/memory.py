@@ -35,6 +35,33 @@ class Transform:
         """Whether a label lies in the image's plane, and changes with it."""
         return not SPATIAL.isdisjoint(self.kinds.values())
 
+    def is_due(self, with_images: bool, view: View | None) -> bool:
+        """Whether samples are changed: random changes need a view, and labels alone do not always change."""
+        return (with_images or self.changes_labels) and not (view is None and self.pipeline.is_random)
+
+    def __call__(
+        self, images: Tensor, labels: Mapping[str, Tensor], indices: Tensor, view: View | None
+    ) -> tuple[Tensor, dict[str, Tensor]]:
+        """Each sample changed by itself, from the seed of its index.
+
+        Args:
+            images: "b h w c".
+            labels: By task, first axis b.
+            indices: "b", int64, those of the images in the split.
+            view: How the images are seen.
+        """
+        changed = [
+            self.pipeline(
+                images[place].permute(2, 0, 1),
+                {name: label[place] for name, label in labels.items()},
+                self.kinds,
+                None if view is None else view.seed_of(index),
+            )
+            for place, index in enumerate(indices.tolist())
+        ]
+        stacked = {name: torch.stack([own[name] for _, own in changed]) for name in labels}
+        return torch.stack([image.permute(1, 2, 0) for image, _ in changed]), stacked
+
 
 @dataclass(frozen=True)
 class MemorySplit(Split):
@@ -106,15 +133,14 @@ class MemorySplit(Split):
 
     def rows(self, indices: Tensor, with_images: bool, view: View | None = None) -> Rows:
         labels = {name: label[indices] for name, label in self.labels.items()}
-        own = self.transform
-        is_seen_plainly = own is None or (view is None and own.pipeline.is_random)
-        if own is None or is_seen_plainly or not (with_images or own.changes_labels):
-            return Rows(labels, self.images[indices] if with_images else None, self.lacking(indices))
-        images, labels = transformed(own, self.images[indices], labels, indices, view)
-        return Rows(labels, images if with_images else None, self.lacking(indices))
+        lacking = frozenset(name for name, has in self.has_label.items() if not bool(has[indices].any()))
+        if self.transform is None or not self.transform.is_due(with_images, view):
+            return Rows(labels, self.images[indices] if with_images else None, lacking)
+        images, labels = self.transform(self.images[indices], labels, indices, view)
+        return Rows(labels, images if with_images else None, lacking)
 
     def label_bytes(self) -> int | None:
-        if self.transform is not None and self.transform.changes_labels:
+        if self.may_lack or (self.transform is not None and self.transform.changes_labels):
             return None
         # As losses take them: int64 or float32.
         return sum(label[0].numel() * (4 if label.is_floating_point() else 8) for label in self.labels.values())
@@ -122,9 +148,6 @@ class MemorySplit(Split):
     @property
     def may_lack(self) -> bool:
         return bool(self.has_label)
-
-    def lacking(self, indices: Tensor) -> frozenset[str]:
-        return frozenset(name for name, has in self.has_label.items() if not bool(has[indices].any()))
 
     def labels_to_fit(self, task: str) -> Tensor:
         return self.labels[task]
@@ -139,20 +162,3 @@ class MemorySplit(Split):
 
     def label_identity(self, task: str) -> str:
         return fingerprint(self.labels[task])
-
-
-def transformed(
-    transform: Transform, images: Tensor, labels: Mapping[str, Tensor], indices: Tensor, view: View | None
-) -> tuple[Tensor, dict[str, Tensor]]:
-    """Each sample changed by itself, from the seed of its index."""
-    changed = [
-        transform.pipeline(
-            images[place].permute(2, 0, 1),
-            {name: label[place] for name, label in labels.items()},
-            transform.kinds,
-            None if view is None else view.seed_of(index),
-        )
-        for place, index in enumerate(indices.tolist())
-    ]
-    stacked = {name: torch.stack([own[name] for _, own in changed]) for name in labels}
-    return torch.stack([image.permute(1, 2, 0) for image, _ in changed]), stacked

@@ -11,14 +11,14 @@ import weakref
 from collections.abc import Sequence
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Any, Protocol
+from typing import Any
 
 import numpy as np
 import xxhash
 from numpy.typing import NDArray
 
 from mtl.featurestore.base import Bytes, Field, Indices
-from mtl.runtime.files import sync, write_synced
+from mtl.runtime.files import all_bytes, sync, write_synced
 
 ROWS, SUMS, CARD, LOCK = "rows.bin", "sums.bin", "card.json", "lock"
 _VERSION = 1
@@ -158,8 +158,9 @@ class Entry:
         size = self.layout.row_bytes
         sums = self._sums[wanted].tolist()
         for place, row in enumerate(wanted.tolist()):
-            buffers = [part[place] for part in parts]
-            if _all_bytes(os.preadv, self._rows, buffers, row * size) != size or _checksum(buffers) != sums[place]:
+            buffers = [part[place].data for part in parts]
+            num_read = all_bytes(os.preadv, self._rows, buffers, row * size)
+            if num_read != size or _checksum(buffers) != sums[place]:
                 raise DamagedEntry(f"row {row} of {ROWS} is not what was written")
 
     def write(self, wanted: Indices, parts: Sequence[Bytes]) -> None:
@@ -170,8 +171,8 @@ class Entry:
         """
         size = self.layout.row_bytes
         for place, row in enumerate(wanted.tolist()):
-            buffers = [part[place] for part in parts]
-            if _all_bytes(os.pwritev, self._rows, buffers, row * size) != size:
+            buffers = [part[place].data for part in parts]
+            if all_bytes(os.pwritev, self._rows, buffers, row * size) != size:
                 raise OSError(f"row {row} was not taken")
             self._sums[row] = _checksum(buffers)
         # Last, so that no reader takes a row that is incomplete.
@@ -210,28 +211,8 @@ def _close(*descriptors: int) -> None:
         os.close(descriptor)
 
 
-def _checksum(buffers: Sequence[Bytes]) -> int:
+def _checksum(buffers: Sequence[memoryview]) -> int:
     checksum = 0
     for buffer in buffers:
-        checksum = xxhash.xxh3_64_intdigest(buffer.data, checksum)
+        checksum = xxhash.xxh3_64_intdigest(buffer, checksum)
     return checksum
-
-
-class _Call(Protocol):
-    def __call__(self, file: int, buffers: Sequence[memoryview], at: int, /) -> int: ...
-
-
-def _all_bytes(call: _Call, file: int, buffers: Sequence[Bytes], at: int) -> int:
-    """Reads or writes until all is done, which mostly is one call; how many bytes were."""
-    rest = [buffer.data for buffer in buffers]
-    size, done = sum(map(len, rest)), 0
-    while moved := call(file, rest, at + done):
-        done += moved
-        if done == size:
-            break
-        # A call may do less, for instance when the disk becomes full; the next one raises the reason.
-        rest, skip = [], done
-        for buffer in buffers:
-            rest.append(buffer.data[skip:])
-            skip = max(0, skip - len(buffer))
-    return done

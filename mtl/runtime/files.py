@@ -6,9 +6,9 @@ import errno
 import json
 import math
 import os
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
 from pathlib import Path
-from typing import Any
+from typing import Any, Protocol
 
 
 def is_full(error: Exception) -> bool:
@@ -44,6 +44,32 @@ def dead_link(path: Path) -> str:
         except OSError:
             return ""
     return ""
+
+
+class Call(Protocol):
+    """`os.preadv` or `os.pwritev`: moves bytes between buffers and a file, and returns how many."""
+
+    def __call__(self, file: int, buffers: Sequence[memoryview], at: int, /) -> int: ...
+
+
+def all_bytes(call: Call, file: int, buffers: Sequence[memoryview], at: int) -> int:
+    """Reads or writes until all is done, which mostly is one call, or until nothing comes any more.
+
+    Returns:
+        How many bytes were moved.
+    """
+    rest = [*buffers]
+    size, done = sum(map(len, rest)), 0
+    while moved := call(file, rest, at + done):
+        done += moved
+        if done == size:
+            break
+        # A call may do less, for instance when the disk becomes full; the next one raises the reason.
+        rest, skip = [], done
+        for buffer in buffers:
+            rest.append(buffer[skip:])
+            skip = max(0, skip - len(buffer))
+    return done
 
 
 def sync(path: Path) -> None:

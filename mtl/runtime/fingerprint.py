@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import json
-from collections.abc import Mapping
+from collections.abc import Iterable, Mapping
 from typing import Any
 
 import xxhash
@@ -22,6 +22,21 @@ def fingerprint(tensor: Tensor) -> str:
     digest = xxhash.xxh3_128(f"{data.dtype} {tuple(data.shape)}".encode())
     if data.numel():
         digest.update(byte_view(data).numpy().data)
+    return digest.hexdigest()
+
+
+def fingerprint_of_parts(parts: Iterable[Tensor], length: int) -> str:
+    """`fingerprint` of a tensor that is never there as a whole.
+
+    Args:
+        parts: Its parts along the first axis, on the CPU, at least one.
+        length: That of its first axis.
+    """
+    digest = xxhash.xxh3_128()
+    for number, part in enumerate(parts):
+        if number == 0:
+            digest.update(f"{part.dtype} {(length, *part.shape[1:])}".encode())
+        digest.update(byte_view(part.contiguous()).numpy().data)
     return digest.hexdigest()
 
 

@@ -49,8 +49,9 @@ class HeadSteps:
     def num_possible(self, phase: Phase) -> int:
         """How many of the next steps of a phase can be taken in a row: up to the next one with a check of the audit."""
         state, setup = self._state, self._state.setup
-        may = may_step_in_a_row(setup.config, phase) and not setup.train.may_lack and state.world.is_alone
-        if not (may and self._features.trunk_rests):
+        if not self._features.trunk_rests or setup.train.may_lack or not state.world.is_alone:
+            return 0
+        if not may_step_in_a_row(setup.config, phase):
             return 0
         fitting = _MOST_BYTES // max(1, phase.batch_size * self._features.bytes_per_image)
         number = state.scheduler.steps_left(min(fitting, self._audit.num_unchecked))

@@ -23,7 +23,7 @@ import featurestore_rows
 from featurestore_rows import BIG, FIELDS, fill, filled, open_store, rows, same_bits
 from forks import Forked
 from mtl.featurestore import DiskStore
-from mtl.featurestore.entry import _all_bytes
+from mtl.runtime.files import all_bytes
 from processes import HANGS_S, wait_until
 
 ALL = torch.arange(8)
@@ -135,7 +135,7 @@ def test_a_call_that_moves_less_than_it_should_is_continued(most: int) -> None:
             left[0][place] = value
         return len(moved)
 
-    assert _all_bytes(move, 0, [target[:4], target[4:5], target[5:]], 0) == 12
+    assert all_bytes(move, 0, [target[:4].data, target[4:5].data, target[5:].data], 0) == 12
     assert target.tolist() == source.tolist()
 
 

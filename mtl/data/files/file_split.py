@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-from collections.abc import Mapping
 from functools import cached_property
 
 import torch
@@ -10,7 +9,7 @@ from torch import Tensor
 
 from mtl.data.augment import View
 from mtl.data.cache import DataError
-from mtl.data.dataset import Rows, Split, as_taken
+from mtl.data.dataset import Rows, Split, lacking
 from mtl.data.files.fileset import IMAGE
 from mtl.data.files.items import Sample
 from mtl.data.files.samples import SampleReader
@@ -50,7 +49,7 @@ class FileSplit(Split):
         labels = {name: column[indices] for name, column in self._columns.items()}
         others = [name for name in self._reader.tasks if name not in labels]
         if not others and not with_images:
-            return Rows(labels, None, self._lacking(labels))
+            return Rows(labels, None, lacking(labels, self._reader.tasks))
         samples = list[Sample]()
         for index in indices.tolist():
             seed = None if view is None else view.seed_of(index)
@@ -63,16 +62,7 @@ class FileSplit(Split):
         images = [each.image for each in samples if each.image is not None]
         in_order = {name: labels[name] for name in self._reader.tasks}
         stacked = torch.stack(images).permute(0, 2, 3, 1).contiguous() if with_images else None
-        return Rows(in_order, stacked, self._lacking(labels))
-
-    def _lacking(self, labels: Mapping[str, Tensor]) -> frozenset[str]:
-        tasks = self._reader.tasks
-        # Sample by sample, up to the first with a label.
-        return frozenset(
-            name
-            for name, own in labels.items()
-            if not any(bool(tasks[name].has_label(as_taken(one[None]))) for one in own)
-        )
+        return Rows(in_order, stacked, lacking(labels, self._reader.tasks))
 
     def labels_to_fit(self, task: str) -> Tensor:
         if task in self._columns:

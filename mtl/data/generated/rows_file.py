@@ -15,6 +15,8 @@ import torch
 from numpy.typing import NDArray
 from torch import Tensor
 
+from mtl.runtime.files import all_bytes
+
 Arrays = Mapping[str, NDArray[np.generic]]
 # Their names in the header of such a file (huggingface/safetensors, "Format").
 _TYPES = {"U8": np.uint8, "I64": np.int64, "F16": np.float16, "F32": np.float32}
@@ -100,14 +102,8 @@ class RowsFile:
             # Rows that lie next to each other are read at once.
             while end < len(wanted) and wanted[end] == wanted[end - 1] + 1:
                 end += 1
-            self._fill(rows[place:end].data.cast("B"), self._begins[name] + wanted[place] * size)
+            buffer = rows[place:end].data.cast("B")
+            if all_bytes(os.preadv, self._file, [buffer], self._begins[name] + wanted[place] * size) != len(buffer):
+                raise OSError(0, "the file is shorter than it was")
             place = end
         return torch.from_numpy(rows.view(dtype).reshape(len(wanted), *shape))
-
-    def _fill(self, buffer: memoryview, offset: int) -> None:
-        done = 0
-        while done < len(buffer):
-            num = os.preadv(self._file, [buffer[done:]], offset + done)
-            if num == 0:
-                raise OSError(0, "the file is shorter than it was")
-            done += num

@@ -5,16 +5,14 @@ from __future__ import annotations
 from collections.abc import Iterator, Mapping
 
 import torch
-import xxhash
 from torch import Tensor
 
 from mtl.data.augment import View
 from mtl.data.cache import DataError
-from mtl.data.dataset import Rows, Split, as_taken
+from mtl.data.dataset import Rows, Split, lacking
 from mtl.data.generated.rows_file import RowsFile
-from mtl.data.memory import Transform, transformed
-from mtl.runtime.fingerprint import fingerprint_of_json
-from mtl.runtime.tensors import byte_view
+from mtl.data.memory import Transform
+from mtl.runtime.fingerprint import fingerprint_of_json, fingerprint_of_parts
 from mtl.tasks import Task
 
 # Constants are fitted on the labels of about this many images, as of data in files.
@@ -79,23 +77,13 @@ class StoredSplit(Split):
         items, own = self._items[indices], self._transform
         try:
             labels = {task: self._file.read(label, items) for task, label in self._label_of.items()}
-            is_seen_plainly = own is None or (view is None and own.pipeline.is_random)
-            is_changed = own is not None and not is_seen_plainly and (with_images or own.changes_labels)
-            images = self._file.read("images", items) if with_images or is_changed else None
+            if own is not None and own.is_due(with_images, view):
+                changed, labels = own(self._file.read("images", items), labels, indices, view)
+                return Rows(labels, changed if with_images else None, lacking(labels, self._tasks))
+            images = self._file.read("images", items) if with_images else None
         except OSError as error:
             return Rows({}, None, fault=f"the data cache cannot be read: {error.strerror}")
-        if is_changed:
-            assert own is not None and images is not None
-            images, labels = transformed(own, images, labels, indices, view)
-        return Rows(labels, images if with_images else None, self._lacking(labels))
-
-    def _lacking(self, labels: Mapping[str, Tensor]) -> frozenset[str]:
-        # Sample by sample, up to the first with a label.
-        return frozenset(
-            name
-            for name, own in labels.items()
-            if not any(bool(self._tasks[name].has_label(as_taken(one[None]))) for one in own)
-        )
+        return Rows(labels, images, lacking(labels, self._tasks))
 
     def labels_to_fit(self, task: str) -> Tensor:
         return self._read(self._label_of[task], self._items[:: max(1, len(self) // _NUM_FITTED)])
@@ -108,14 +96,8 @@ class StoredSplit(Split):
         return self._digest(self._label_of[task])
 
     def _digest(self, name: str) -> str:
-        """`fingerprint` of a tensor that is never there as a whole: the same as if it were in memory."""
         if name not in self._digests:
-            digest = xxhash.xxh3_128()
-            for number, part in enumerate(self._parts(name)):
-                if number == 0:
-                    digest.update(f"{part.dtype} {(len(self), *part.shape[1:])}".encode())
-                digest.update(byte_view(part).numpy().data)
-            self._digests[name] = digest.hexdigest()
+            self._digests[name] = fingerprint_of_parts(self._parts(name), len(self))
         return self._digests[name]
 
     def _parts(self, name: str) -> Iterator[Tensor]:
