@@ -12,6 +12,7 @@ from torch import Tensor, nn
 from mtl.config import HeadConfig, TrunkConfig
 from mtl.model.build import build_trunk, features_of, input_channels
 from mtl.model.heads import Head, build_head, class_of, share_weights, try_out
+from mtl.model.heads.joined import joinable, joined_outputs
 from mtl.model.prefix import Prefix
 from mtl.model.trunk import Features, Kind, in_eval_mode, read_features, size_of
 from mtl.tasks.base import Task
@@ -196,6 +197,15 @@ class MultiTaskModel(nn.Module):
             # Training would run the rest of the trunk for features that only validation reads.
             return "the phase's tasks read other features of the trunk than all tasks do"
         return ""
+
+    def decode_joined(self, features: Features, size: tuple[int, int], tasks: Collection[str]) -> dict[str, Tensor]:
+        """As `decode`, with the linear heads as one product, whose sums round differently."""
+        heads = {name: self.heads[name] for name in self._names_of(tasks)}
+        joined = {name: heads[name] for name in joinable(heads)}
+        if len(joined) < 2 or features.pooled is None:
+            return self.decode(features, size, tasks)
+        rest = heads.keys() - joined.keys()
+        return joined_outputs(joined, features.pooled) | (self.decode(features, size, rest) if rest else {})
 
     def decode(
         self, features: Features, size: tuple[int, int], tasks: Collection[str] | None = None

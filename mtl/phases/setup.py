@@ -19,6 +19,7 @@ from mtl.data import Source, Split, check_image
 from mtl.freeze import untrainable_parameters
 from mtl.model import MultiTaskModel, build_trunk
 from mtl.model.build import input_channels
+from mtl.model.heads.joined import joinable
 from mtl.model.network import MEMORY_FORMATS
 from mtl.model.reachability import reached_parameters
 from mtl.model.shapes import quick_shapes
@@ -106,6 +107,7 @@ def build_model_setup(
     try:
         with torch.device(device):
             model = build_model(own_config, tasks, channels)
+            _check_join_heads(config, model)
             reached = reached_parameters(model)
             tasks_of, mistakes = _tasks_of_phases(config, model, reached)
             balances, balance_of = _build_balances(config, tasks_of, mistakes)
@@ -155,6 +157,12 @@ def build_model(config: RunConfig, tasks: Mapping[str, Task], channels: int) -> 
         raise config.mistake(("trunk", "options"), f"{message} {channels}")
     heads = {name: own.head for name, own in config.tasks.items()}
     return MultiTaskModel(trunk, tasks, config.data.size, layout, heads)
+
+
+def _check_join_heads(config: RunConfig, model: MultiTaskModel) -> None:
+    if config.join_heads and len(joined := joinable(dict(model.heads.items()))) < 2:
+        there = f"only that of {joined[0]!r} is one" if joined else "there is none"
+        raise config.mistake(("join_heads",), f"expected at least two `linear` heads, which are joined; {there}")
 
 
 def build_meta_setup(config: RunConfig, train: Split | None = None, source: Source | None = None) -> ModelSetup:

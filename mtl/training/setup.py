@@ -237,6 +237,7 @@ def _check_fsdp(config: RunConfig, world: World) -> tuple[str, ...]:
         ("memory_format", config.memory_format, "contiguous", "it shards contiguous tensors only"),
         ("precision", config.precision, "fp32 or bf16", "losses are not scaled for sharded gradients"),
         ("compile", config.compile, "false", "compiled code does not gather shards"),
+        ("join_heads", config.join_heads, "false", "each head is gathered by itself"),
     ):
         if got in ("channels_last", "fp16", True):
             raise config.mistake((key,), f"with distributed.strategy=fsdp2 {why}; expected {expected}, got {got}")

@@ -35,6 +35,7 @@ class StepLosses:
     ) -> None:
         self._setup = setup
         self._features = features
+        self._decode = setup.model.decode_joined if setup.config.join_heads else setup.model.decode
         # To enter one that is off takes as long as a small layer.
         self._autocast: AbstractContextManager[Any] = autocast if autocast._enabled else nullcontext()
         self._scaler = scaler
@@ -81,7 +82,7 @@ class StepLosses:
         """The losses of some tasks on a batch, scalars, float32; from its features, if these are known already."""
         with self._autocast:
             known = self._features(batch, tasks) if features is None else features
-            outputs = self._setup.model.decode(known, batch.size, tasks)
+            outputs = self._decode(known, batch.size, tasks)
         return [self._setup.tasks[name].loss(outputs[name], batch.labels[name]) for name in tasks]
 
     @torch.no_grad()

@@ -95,6 +95,7 @@ def test_norm_layers_that_train_have_the_same_statistics_in_all_processes(tmp_pa
         ("memory_format=channels_last", "it shards contiguous tensors only; expected contiguous, got channels_last"),
         ("precision=fp16", "losses are not scaled for sharded gradients; expected fp32 or bf16, got fp16"),
         ("compile=true", "compiled code does not gather shards; expected false, got True"),
+        ("join_heads=true", "each head is gathered by itself; expected false, got True"),
     ],
 )
 def test_what_does_not_go_with_it_is_refused(setting: str, why: str, tmp_path: Path) -> None:

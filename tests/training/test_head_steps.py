@@ -30,6 +30,13 @@ VECTORS = {
 }
 
 
+LINEAR = {
+    "object": {"type": "classification", "num_classes": 10, "head": {"name": "linear"}},
+    "again": {"type": "classification", "num_classes": 10, "label": "object", "head": {"name": "linear"}},
+    "third": {"type": "classification", "num_classes": 10, "label": "object", "head": {"name": "mlp"}},
+}
+
+
 UNTIL = {"until": {"any": [{"steps": 17}, {"epochs": 9}]}, "max_epochs": 9}
 
 
@@ -70,6 +77,8 @@ def outcome(folder: Path, **changes: Any) -> tuple[dict[str, Any], list[int]]:
         {"checkpoint": {"every_steps": 7}},
         {"data": DATA | {"augment": {"brightness": 0.2, "contrast": 0.2}}, "cache": {"mode": "ram", "views": 2}},
         {"tasks": VECTORS | {"depth": {"type": "depth"}}},
+        {"tasks": LINEAR, "join_heads": True},
+        {"tasks": LINEAR, "join_heads": True, "phases": [HEADS | {"freeze": ["trunk", "heads.again"]}]},
     ],
     ids=lambda changes: "-".join(changes) or "default",
 )
