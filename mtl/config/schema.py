@@ -73,8 +73,8 @@ class RunConfig(Strict):
             two runs shall agree to the bit, name the layers, or `torch`. Elsewhere, with `compile`, with
             `distributed.strategy: fsdp2`, and in a model that has none of the layers, it is torch.
         join_heads: Whether the `linear` heads are computed as one product in steps of training, with their weights
-            joined for each step. From eight tasks on it is faster, for two it is not; its sums round differently.
-            Refused with fewer than two such heads, and with `distributed.strategy: fsdp2`.
+            joined for each step: a little faster with eight of them and more, slower with two; its sums round
+            differently. Refused with fewer than two such heads, and with `distributed.strategy: fsdp2`.
         compile: Whether torch.compile compiles trunk and heads, again in every phase. Refused with
             `distributed.strategy: fsdp2`, and with `distributed.sync_batchnorm`.
         cache: The kept activations of a frozen trunk, which need not be computed twice; see docs/dividend.md.

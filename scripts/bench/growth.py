@@ -1,11 +1,11 @@
 """What grows with a run: the step with its tasks, memory with its data.
 
-    python scripts/bench/growth.py tasks [--rounds N] [--steps N] [--most N] [--phases PHASE ...]
+    python scripts/bench/growth.py tasks [--rounds N] [--steps N] [--most N] [--phases PHASE ...] [--join]
     python scripts/bench/growth.py memory [--num N] [--workers N]
 
 `tasks`: 1, 2, 4, ... linear heads on a resnet18 at 64 pixels, batches of 64, with the trunk frozen (its features kept)
 and with everything trained: milliseconds of a step of mtl's loop and of the limit of `mtl bench`, their ratio, and the
-ratio of processor time; then of whole epochs.
+ratio of processor time; then of whole epochs. `--join`: with `join_heads`, from two tasks on.
 
 `memory`: `mtl train` for one epoch on N images and on ten times as many, `data.memory_gb` a hundredth of what these
 take; images of a table, and generated ones (multifashion). The most memory of the process with its workers: all of it,
@@ -46,19 +46,21 @@ class ManyTasks(Setting):
     """A setting with linear heads of one kind, which learn from one label."""
 
     num_tasks: int = 1
+    joined: bool = False
 
     def config(self, folder: Path, phase: str) -> RunConfig:
         own = {"type": "classification", "num_classes": NUM_CLASSES, "label": "left"}
         content = super().config(folder, phase).model_dump(exclude_unset=True)
-        return RunConfig.model_validate(content | {"tasks": {f"task{n}": own for n in range(self.num_tasks)}})
+        tasks = {f"task{n}": own for n in range(self.num_tasks)}
+        return RunConfig.model_validate(content | {"tasks": tasks, "join_heads": self.joined})
 
 
-def grow_tasks(rounds: int, num_steps: int, most: int, phases: Sequence[str]) -> None:
+def grow_tasks(rounds: int, num_steps: int, most: int, phases: Sequence[str], joined: bool) -> None:
     titles = ("tasks", "phase", "limit, ms", "mtl, ms", "ratio", "CPU", "epoch", "CPU")
     sys.stdout.write(f"{titles[0]:>5}  {titles[1]:16}{''.join(f'{each:>11}' for each in titles[2:])}\n")
-    num_tasks = 1
+    num_tasks = 2 if joined else 1
     while num_tasks <= most:
-        setting = ManyTasks("resnet18", SIZE, 64, num_steps, dense=False, num_tasks=num_tasks)
+        setting = ManyTasks("resnet18", SIZE, 64, num_steps, dense=False, num_tasks=num_tasks, joined=joined)
         for phase in phases:
             with tempfile.TemporaryDirectory() as folder:
                 write_tasks(num_tasks, measure(setting, phase, Path(folder), rounds, {"limit": BY_HAND["limit"]}))
@@ -179,6 +181,7 @@ def main() -> None:
     tasks.add_argument("--steps", type=int, default=5, help="steps of an epoch where everything is trained")
     tasks.add_argument("--most", type=int, default=32, help="the largest number of tasks")
     tasks.add_argument("--phases", nargs="+", default=list(PHASES), choices=PHASES)
+    tasks.add_argument("--join", action="store_true", help="linear heads as one product")
     memory.add_argument("--num", type=int, default=2000, help="images in the smaller of two runs")
     memory.add_argument("--workers", type=int, default=0)
     options = parser.parse_args()
@@ -186,7 +189,7 @@ def main() -> None:
     versions = ", ".join(f"{name} {number}" for name, number in on["versions"].items())
     sys.stdout.write(f"{on['processor']}, {on['cores']} cores, {on['threads']} threads; {versions}\n")
     if options.kind == "tasks":
-        grow_tasks(options.rounds, options.steps, options.most, options.phases)
+        grow_tasks(options.rounds, options.steps, options.most, options.phases, options.join)
     else:
         grow_data(options.num, options.workers)
 
