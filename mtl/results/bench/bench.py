@@ -57,7 +57,7 @@ def bench(quick: bool, show: Callable[[str], None], peers: bool = False) -> Benc
     """Measures all settings; `quick` the first two, with fewer rounds and steps.
 
     Args:
-        quick: Whether to take less than three minutes (without peers).
+        quick: Whether to take some four minutes on two cores (without peers).
         show: Receives a line for each measurement before it begins.
         peers: Whether to run other code bases as well, as far as they are installed.
     """
