@@ -118,7 +118,9 @@ class _LoadedLoader(Loader):
         return self.module
 
     def exec_module(self, module: ModuleType) -> None:
-        module.__spec__ = self.spec
+        # One that takes no new attributes (torch's modules of settings) has kept its own.
+        if module.__spec__ is not self.spec:
+            module.__spec__ = self.spec
 
 
 class _BlockFinder(MetaPathFinder):

@@ -176,3 +176,20 @@ def test_the_deferred_packages_are_whole_for_who_asks_later() -> None:
     ]
     assert [each.returncode for each in found] == [0, 0], found[1].stderr
     assert found[0].stdout == found[1].stdout and found[0].stdout.startswith("False\n")
+
+
+def test_a_submodule_that_takes_no_new_attributes_can_be_imported_first() -> None:
+    """torch's settings of its compiler, which sharded parameters ask for."""
+    code = """
+import sys, torch
+from mtl.runtime.uncompiled import without_compiler
+with without_compiler():
+    import torch._dynamo.config as settings
+assert settings.__spec__.name == "torch._dynamo.config"
+import torch._dynamo
+assert torch._dynamo.config is settings is sys.modules["torch._dynamo.config"]
+with torch._dynamo.config.patch(recompile_limit=3):
+    assert settings.recompile_limit == 3
+"""
+    ended = subprocess.run([sys.executable, "-c", code], cwd=ROOT, capture_output=True, text=True, check=False)
+    assert ended.returncode == 0, ended.stderr
