@@ -21,9 +21,10 @@ class BalanceConfig(Strict):
     """How the tasks' losses become one.
 
     Attributes:
-        method: A scalarizer of TorchJD by name, such as `uw`, `dwa`, `famo`, `mean`; or one of its aggregators that
-            weigh the tasks' gradients on the trunk, such as `mgda`, `upgrad`, `pcgrad`, `cagrad`; or `fixed`; or your
-            own as `package.module:Name`, see docs/own_balancing.md.
+        method: A scalarizer of TorchJD by name, such as `uw`, `dwa`, `famo`, `mean`; or `si`, the sum of the losses'
+            logarithms; or one of TorchJD's aggregators, which combine the tasks' gradients on the trunk, such as
+            `mgda`, `upgrad`, `pcgrad`, `cagrad`, `config`; or `fixed`; or your own as `package.module:Name`, see
+            docs/own_balancing.md.
             Aggregators are refused with `optim.accumulate` above 1 and with `distributed.strategy: fsdp2`.
         weights: The weight of every active task, one of them above 0. Required by `fixed`, refused by other methods.
         options: Passed to the method. Refused with `fixed`.

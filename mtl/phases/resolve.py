@@ -73,7 +73,7 @@ class Phase:
     @property
     def balances_gradients(self) -> bool:
         """Whether each task has a backward of its own, in which gradients are found that a method then weighs."""
-        return self.balance.weighting is not None and len(self.sharing) > 1
+        return self.balance.by_gradients is not None and len(self.sharing) > 1
 
 
 def resolve_phases(context: ResolveContext, mistakes: Sequence[str] = ()) -> list[Phase]:
@@ -245,7 +245,7 @@ class _Resolver(PhaseResolver):
         return None
 
     def _check_balance(self, balance: Balance) -> None:
-        if balance.weighting is not None and self.optim.accumulate > 1 and not self.phase_config.evaluate_only:
+        if balance.by_gradients is not None and self.optim.accumulate > 1 and not self.phase_config.evaluate_only:
             method = (self.phase_config.balance or self.config.balance).method
             raise self.config.mistake(
                 ("optim", "accumulate"),

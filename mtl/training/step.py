@@ -94,15 +94,15 @@ class StepLosses:
         self, phase: Phase, tasks: StepTasks, each: Sequence[Tensor], share: Tensor | None, losses: Tensor
     ) -> Tensor:
         """The loss whose gradients a method has balanced; `losses` are those over all processes."""
-        weighting = phase.balance.weighting
-        assert weighting is not None
+        method = phase.balance.by_gradients
+        assert method is not None
         trunk = [parameter for parameter in self._setup.model.trunk.parameters() if parameter.requires_grad]
         of_trunk = {id(parameter) for parameter in trunk}
         others = [p for p in self._setup.root.parameters() if p.requires_grad and id(p) not in of_trunk]
         # Not taken from the stacked losses, through which each would go back through the heads of all.
         own = list(each) if share is None else [loss * part for loss, part in zip(each, share.to(each[0]), strict=True)]
-        total, weigh = phase.balance(losses, tasks.subset), partial(weighting, subset=tasks.subset)
-        return balance_gradients(total, own, trunk, others, weigh, self._world, self._scaler)
+        total, combine = phase.balance(losses, tasks.subset), partial(method.combine, subset=tasks.subset)
+        return balance_gradients(total, own, trunk, others, combine, self._world, self._scaler)
 
 
 def _shared(each: Sequence[Tensor], share: Tensor | None) -> Tensor:

@@ -2,14 +2,16 @@
 
 from __future__ import annotations
 
+import math
 from typing import Any
 
 import pytest
 import torch
+from torch import Tensor
 from torchjd import scalarization
 
 from mtl.config.optim import BalanceConfig
-from mtl.optim.balance.balance import build_balance, method_names
+from mtl.optim.balance.balance import build_balance, scalarizers
 
 TASKS = ["a", "b", "c"]
 LOSSES = torch.tensor([1.0, 2.0, 4.0])
@@ -21,10 +23,30 @@ OPTIONS: dict[str, dict[str, Any]] = {
 
 
 def test_every_scalarizer_of_torchjd_has_a_name() -> None:
-    assert {*method_names().values()} == {*scalarization.__all__} - {"Scalarizer", "Constant"}
+    theirs = {name.lower() for name in scalarization.__all__} - {"scalarizer", "constant"}
+    assert scalarizers().keys() == theirs | {"si"}
 
 
-@pytest.mark.parametrize("method", sorted(method_names()))
+def test_the_sum_of_logarithms_does_not_see_the_scale_of_a_loss() -> None:
+    balance = build_balance(BalanceConfig(method="si"), TASKS)
+    found = list[Tensor]()
+    for scale in (1.0, 1000.0):
+        leaf = torch.tensor([0.5, 2.0, 4.0], requires_grad=True)
+        total = balance(leaf * torch.tensor([1.0, scale, 1.0]))
+        assert total.item() == pytest.approx(math.log(0.5 * 2 * 4 * scale), rel=1e-6)
+        total.backward()
+        assert leaf.grad is not None
+        found.append(leaf.grad)
+    # 1 / loss, whatever the scale; `geometricmean` has the same direction.
+    torch.testing.assert_close(found[0], torch.tensor([2.0, 0.5, 0.25]))
+    torch.testing.assert_close(found[1], found[0])
+    leaf = torch.tensor([0.5, 2.0, 4.0], requires_grad=True)
+    build_balance(BalanceConfig(method="geometricmean"), TASKS)(leaf).backward()
+    assert leaf.grad is not None
+    torch.testing.assert_close(leaf.grad / leaf.grad.norm(), found[0] / found[0].norm())
+
+
+@pytest.mark.parametrize("method", sorted(scalarizers()))
 def test_every_scalarizer_gives_a_loss_with_gradient(method: str) -> None:
     balance = build_balance(BalanceConfig(method=method, options=OPTIONS.get(method, {})), TASKS)
     losses = LOSSES.clone().requires_grad_()

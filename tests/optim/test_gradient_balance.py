@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import gc
 import weakref
+from collections.abc import Callable
 from importlib.util import find_spec
 from typing import Any
 
@@ -17,10 +18,16 @@ from torchjd.autojac import jac_to_grad, mtl_backward
 from mtl.distributed.world import ALONE
 from mtl.optim.balance.gradient_balance import balance_gradients
 from mtl.optim.balance.gradient_weights import build_weighting, gradient_methods
+from mtl.optim.task_gradients import inner_products
 
 OFF = GradScaler("cpu", enabled=False)
 METHODS = ["mgda", "pcgrad", "imtlg", "alignedmtl", "gradvac", "pcd"]
 METHODS += ["upgrad", "dualproj"] if find_spec("quadprog") else []
+
+
+def by(weigh: Callable[[Tensor], Tensor]) -> Callable[[Tensor], Tensor]:
+    """Gradients combined by weights that follow from their Gramian."""
+    return lambda rows: weigh(inner_products(rows)).to(rows) @ rows
 
 
 class Small(nn.Module):
@@ -42,7 +49,7 @@ class Small(nn.Module):
         losses = self.losses()[1]
         shared = [*self.trunk.parameters(), *self.idle.parameters()]
         value = torch.stack(losses).sum()
-        return balance_gradients(value, losses, shared, list(self.heads.parameters()), weigh, ALONE, scaler)
+        return balance_gradients(value, losses, shared, list(self.heads.parameters()), by(weigh), ALONE, scaler)
 
 
 def gradients(model: nn.Module) -> dict[str, Tensor | None]:
@@ -128,7 +135,7 @@ def through_half(scaler: GradScaler, size: float) -> tuple[list[nn.Parameter], T
         seen.append(gramian)
         return build_weighting("mgda", {}, 2)(gramian)
 
-    return shared, balance_gradients(torch.tensor(1.0), losses, shared, [], weigh, ALONE, scaler), seen
+    return shared, balance_gradients(torch.tensor(1.0), losses, shared, [], by(weigh), ALONE, scaler), seen
 
 
 def test_gradients_that_fp16_cannot_hold_are_balanced_when_they_are_scaled() -> None:

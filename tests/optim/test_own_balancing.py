@@ -14,6 +14,7 @@ from crashes import SHORT, assert_same, crashed, resume, run_whole
 from mtl.config import SettingError, load_config
 from mtl.config.optim import BalanceConfig
 from mtl.optim.balance.balance import build_balance, is_by_gradients
+from mtl.optim.balance.gradient_weights import GradientWeighting
 from mtl.training.run import train
 from mtl.training.setup import assemble
 from pages import code_block
@@ -47,9 +48,9 @@ def test_losses_are_combined_as_the_class_says(folder: Path) -> None:
 def test_gradients_are_weighed_as_the_class_says(folder: Path) -> None:
     assert folder
     balance = build_balance(BalanceConfig(method="weigh:SameNorm"), ["a", "b"])
-    assert is_by_gradients("weigh:SameNorm") and balance.weighting is not None
+    assert is_by_gradients("weigh:SameNorm") and isinstance(balance.by_gradients, GradientWeighting)
     # Norms 1 and 3: both become 2.
-    assert balance.weighting(torch.tensor([[1.0, 0.5], [0.5, 9.0]])).tolist() == pytest.approx([2, 2 / 3])
+    assert balance.by_gradients(torch.tensor([[1.0, 0.5], [0.5, 9.0]])).tolist() == pytest.approx([2, 2 / 3])
 
 
 @pytest.mark.parametrize("method", ["weigh:Softmax", "weigh:SameNorm"])

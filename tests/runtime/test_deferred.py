@@ -179,7 +179,7 @@ def test_the_deferred_packages_are_whole_for_who_asks_later() -> None:
 
 
 def test_a_submodule_that_takes_no_new_attributes_can_be_imported_first() -> None:
-    """torch's settings of its compiler, which sharded parameters ask for."""
+    """Torch's settings of its compiler, which sharded parameters ask for."""
     code = """
 import sys, torch
 from mtl.runtime.uncompiled import without_compiler

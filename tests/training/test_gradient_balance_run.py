@@ -94,6 +94,19 @@ def test_two_processes_train_what_one_does_and_send_a_trunk_more_for_each_task(
     ]
 
 
+@pytest.mark.slow
+def test_two_processes_combine_whole_gradients_as_one_does(tmp_path: Path, cache_dir: Path) -> None:
+    phases = [{"name": method, "steps": 3, "lr": 1e-3, "balance": method} for method in ("config", "graddrop")]
+    changes = EQUAL | {"phases": phases}
+    for name in ("one", "two"):
+        (tmp_path / name).mkdir()
+    one = train(tiny_parts(tmp_path / "one", **changes), quiet=True).run_dir
+    code, said = finish(command(2, tmp_path / "two", **changes), surroundings(cache_dir, folder=tmp_path / "two"))
+    assert code == 0, said[-4000:]
+    assert_close(tmp_path / "two/runs/tiny", one)
+    assert audit_run(tmp_path / "two/runs/tiny").findings == []
+
+
 @pytest.mark.parametrize("number", [pytest.param(5, id="gradvac", marks=pytest.mark.slow), pytest.param(12, id="pcd")])
 def test_a_run_that_is_broken_off_resumes_to_the_same_bits(
     tmp_path: Path, one: Path, number: int, monkeypatch: pytest.MonkeyPatch
@@ -201,7 +214,7 @@ def test_no_graph_of_a_step_is_there_in_the_forward_of_the_next(
 # Losses that are not finite
 
 
-@pytest.mark.parametrize("method", ["mgda", "pcgrad", "imtlg"])
+@pytest.mark.parametrize("method", ["mgda", "pcgrad", "imtlg", "config", "graddrop"])
 def test_a_loss_that_is_not_finite_is_what_it_always_is(tmp_path: Path, method: str) -> None:
     phases = [{"name": "a", "epochs": 1}]
     parts = tiny_parts(tmp_path, f"balance={method}", phases=phases)

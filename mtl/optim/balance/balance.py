@@ -33,25 +33,32 @@ from mtl.optim.balance.scalarizers import (
 )
 from mtl.optim.balance.state import check_same_method
 from mtl.optim.balance.subset import Subset, combine, plain_attributes, update_famo
+from mtl.optim.balance.sum_of_logs import SumOfLogs
 from mtl.runtime.plugin import where_it_failed
 from mtl.runtime.text import hint
 
 if TYPE_CHECKING:
     from torchjd.aggregation import Weighting
 
+    from mtl.optim.balance.gradient_aggregator import GradientAggregator
     from mtl.optim.balance.gradient_weights import GradientWeighting
 
 # Linear in the losses: combining micro-batches one by one gives the same sum as combining them at once.
 _LINEAR = (Constant, DWA, IMTLL, Mean, Random, Sum, UW)
 
 
-def method_names() -> dict[str, str]:
-    """The scalarizers of TorchJD by their name in a configuration: `uw` -> `UW`."""
-    return {name.lower(): name for name in scalarization.__all__ if name not in ("Scalarizer", "Constant")}
+# Scalarizers of our own, some in the place of TorchJD's.
+_OURS: Mapping[str, type[Scalarizer]] = {"dwa": PartialDwa, "si": SumOfLogs}
+
+
+def scalarizers() -> dict[str, type[Scalarizer]]:
+    """The scalarizers by their name in a configuration: those of TorchJD, `uw` -> `UW`, and our own."""
+    names = [name for name in scalarization.__all__ if name not in ("Scalarizer", "Constant")]
+    return {name.lower(): getattr(scalarization, name) for name in names} | dict(_OURS)
 
 
 def is_by_gradients(method: str) -> bool:
-    """Whether a method, by name, weighs the tasks' gradients.
+    """Whether a method, by name, looks at the tasks' gradients.
 
     Raises:
         SettingError: It is a class of the user's own that cannot be had.
@@ -61,11 +68,12 @@ def is_by_gradients(method: str) -> bool:
 
         return issubclass(own_method(method), Weighting)
     # A name of both (mean, sum, random) is the scalarizer: the same result without a backward per task.
-    if method == "fixed" or method.lower() in method_names():
+    if method == "fixed" or method.lower() in scalarizers():
         return False
+    from mtl.optim.balance.gradient_aggregator import aggregator_methods
     from mtl.optim.balance.gradient_weights import gradient_methods
 
-    return method.lower() in gradient_methods()
+    return method.lower() in (gradient_methods() | aggregator_methods())
 
 
 def build_balance(config: BalanceConfig, tasks: Sequence[str], every_task: Sequence[str] = ()) -> Balance:
@@ -88,13 +96,14 @@ def build_balance(config: BalanceConfig, tasks: Sequence[str], every_task: Seque
         if isinstance(given := config.options.get(name), list) and given and not any(given):
             raise SettingError("balance.options", f"expected a number other than 0 in {name}, got {given}")
     if is_by_gradients(method):
+        from mtl.optim.balance.gradient_aggregator import aggregator_methods, build_aggregator
         from mtl.optim.balance.gradient_weights import build_weighting
 
+        if method in aggregator_methods():
+            return Balance(Sum(), build_aggregator(method, config.options, len(tasks)))
         return Balance(Sum(), build_weighting(method, config.options, len(tasks)))
-    names = method_names()
-    if method not in names:
+    if (scalarizer := scalarizers().get(method)) is None:
         raise SettingError("balance.method", _no_method(config.method))
-    scalarizer: type[Scalarizer] = PartialDwa if method == "dwa" else getattr(scalarization, names[method])
     parameters = dict(inspect.signature(scalarizer).parameters)
     # A configuration writes tensors as lists; learnable methods need the number of losses.
     options = {k: torch.tensor(v, dtype=torch.float32) if isinstance(v, list) else v for k, v in config.options.items()}
@@ -140,15 +149,16 @@ def _build_own(config: BalanceConfig, num_tasks: int) -> Balance:
 
 
 def _no_method(name: str) -> str:
+    from mtl.optim.balance.gradient_aggregator import aggregator_methods
     from mtl.optim.balance.gradient_weights import gradient_methods, other_aggregators
 
-    names, by_gradients = method_names(), gradient_methods()
+    names, by_gradients = scalarizers(), gradient_methods() | aggregator_methods()
     choices = (
         f"there are: fixed, {', '.join(sorted(names))}; by gradients: {', '.join(sorted(by_gradients))};"
         " or your own as package.module:Name"
     )
-    if name.lower() in other_aggregators():
-        why = "it needs full gradients or several batches, and only methods that weigh by the Gramian are supported"
+    if name.lower() in other_aggregators() - aggregator_methods().keys():
+        why = "it needs several batches, or memory of the gradients of earlier steps"
         return f"{name!r} is not supported: {why}; {choices}"
     return f"no method {name!r}{hint(name.lower(), [*names, *by_gradients])}; {choices}"
 
@@ -172,14 +182,16 @@ class Balance(nn.Module):
         scalarizer: TorchJD's method; its learned parameters are named `balance.scalarizer.*`.
         param_groups: Parameters that the method steps itself (FAMO), in the form of an optimizer's; the run's optimizer
             must not hold them.
-        weighting: If given, it weighs the gradients of parameters that the tasks share, and the scalarizer only
-            computes the value of the loss.
+        by_gradients: If given, it makes one gradient of those of parameters that the tasks share, and the scalarizer
+            only computes the value of the loss.
     """
 
-    def __init__(self, scalarizer: Scalarizer, weighting: GradientWeighting | None = None) -> None:
+    def __init__(
+        self, scalarizer: Scalarizer, by_gradients: GradientWeighting | GradientAggregator | None = None
+    ) -> None:
         super().__init__()
         self.scalarizer = scalarizer
-        self.weighting = weighting
+        self.by_gradients = by_gradients
         # TorchJD has weights and reference points as plain attributes, which `.to(device)` would not move.
         for name, value in list(vars(scalarizer).items()):
             if isinstance(value, Tensor):
@@ -196,14 +208,14 @@ class Balance(nn.Module):
     @property
     def may_draw(self) -> bool:
         """Whether the method may draw random numbers, as for weights or for the order of tasks."""
-        if self.weighting is not None or isinstance(self.scalarizer, Random):
+        if self.by_gradients is not None or isinstance(self.scalarizer, Random):
             return True
         return type(self.scalarizer).__module__.partition(".")[0] not in ("torchjd", "mtl")
 
     @property
     def adds_up(self) -> bool:
         """Whether combining several batches' losses one by one gives the step of one large batch."""
-        return self.weighting is None and isinstance(self.scalarizer, _LINEAR)
+        return self.by_gradients is None and isinstance(self.scalarizer, _LINEAR)
 
     def forward(self, losses: Tensor, subset: Subset | None = None) -> Tensor:
         """Args:
@@ -251,7 +263,7 @@ class Balance(nn.Module):
         """
         # A freeze replaces `train` by an instance attribute.
         own = {name: value for name, value in plain_attributes(self.scalarizer).items() if name != "train"}
-        weighting = {} if self.weighting is None else {"weighting": self.weighting.state()}
+        weighting = {} if self.by_gradients is None else {"weighting": self.by_gradients.state()}
         return weighting | {
             name: {"optimizer": type(value).__name__, "state": value.state_dict()}
             if isinstance(value, Optimizer)
@@ -271,8 +283,8 @@ class Balance(nn.Module):
         """
         check_same_method(self.state(), state)
         for name, value in state.items():
-            if name == "weighting" and self.weighting is not None:
-                self.weighting.load_state(value)
+            if name == "weighting" and self.by_gradients is not None:
+                self.by_gradients.load_state(value)
             elif isinstance(value, Mapping) and "optimizer" in value:
                 # The method creates its optimizer at its first step; the settings are part of the optimizer's state.
                 kind: Any = getattr(torch.optim, value["optimizer"])

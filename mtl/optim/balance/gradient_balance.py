@@ -1,4 +1,4 @@
-"""Losses balanced by their gradients on shared parameters: a backward a task, weights, a loss with known gradients."""
+"""Losses balanced by their gradients on shared parameters: a backward a task, one gradient, a loss that has it."""
 
 from __future__ import annotations
 
@@ -11,7 +11,7 @@ from torch.amp import GradScaler
 from torch.autograd.function import once_differentiable
 
 from mtl.distributed.world import World
-from mtl.optim.task_gradients import inner_products, loss_gradients
+from mtl.optim.task_gradients import loss_gradients
 
 
 def balance_gradients(
@@ -19,11 +19,11 @@ def balance_gradients(
     losses: Sequence[Tensor],
     shared: Sequence[nn.Parameter],
     others: Sequence[nn.Parameter],
-    weigh: Callable[[Tensor], Tensor],
+    combine: Callable[[Tensor], Tensor],
     world: World,
     scaler: GradScaler,
 ) -> Tensor:
-    """A loss whose backward gives shared parameters the weighted sum of the tasks' gradients, and others the plain sum.
+    """A loss whose backward gives shared parameters what is made of the tasks' gradients, and others their plain sum.
 
     Source: TorchJD's `mtl_backward` and `jac_to_grad`. Heads are not weighed: with weight 0 a task's head would not
     train, and with a negative weight it would learn to be wrong.
@@ -40,7 +40,7 @@ def balance_gradients(
             task, and weighed.
         others: All other trainable parameters, usually each of one task; the backward of the loss, or DDP, averages
             their gradients.
-        weigh: Maps the Gramian of the tasks' gradients over all ranks, "t t", float64, to weights, "t".
+        combine: Maps the tasks' gradients over all ranks, "t p", to the one that the shared parameters get, "p".
         world: The ranks.
         scaler: The gradient scaler of fp16, without which small gradients would vanish; does nothing if not enabled.
 
@@ -61,8 +61,7 @@ def balance_gradients(
         scale = scaler.scale(torch.ones((), device=rows.device))
         rows /= scale
         sums = [each if each is None else each / scale for each in sums]
-    weights = weigh(inner_products(rows)).to(rows)
-    total = torch.split(weights @ rows, [each.numel() for each in shared])
+    total = torch.split(combine(rows), [each.numel() for each in shared])
     known = [_like(each, part) if so else None for each, part, so in zip(shared, total, is_reached, strict=True)]
     pairs = [(p, gradient) for p, gradient in zip(parameters, [*known, *sums], strict=True) if gradient is not None]
     loss_of: Any = _KnownGradients.apply

@@ -22,9 +22,10 @@ from torchjd.linalg import QuadprogProjector
 from mtl.config import SettingError
 from mtl.optim.balance.state import check_same_method
 from mtl.optim.balance.subset import Subset, narrowed, plain_attributes
+from mtl.optim.task_gradients import inner_products
 
 # TorchJD raises them for options that do not fit each other or the number of tasks.
-_OPTION_ERRORS = (TypeError, ValueError, RuntimeError, IndexError)
+OPTION_ERRORS = (TypeError, ValueError, RuntimeError, IndexError)
 
 
 def gradient_methods() -> dict[str, str]:
@@ -55,10 +56,10 @@ def build_weighting(method: str, options: Mapping[str, Any], num_tasks: int) -> 
         SettingError: A package is missing, or an option is unknown, missing, or does not fit the number of tasks.
     """
     aggregator: type[GramianWeightedAggregator] = getattr(aggregation, gradient_methods()[method])
-    takes, own = _parameters(aggregator), dict(options)
+    takes, own = options_of(aggregator), dict(options)
     try:
         if "projector" in takes:
-            takes = [name for name in takes if name != "projector"] + (inner := _parameters(QuadprogProjector))
+            takes = [name for name in takes if name != "projector"] + (inner := options_of(QuadprogProjector))
             own["projector"] = QuadprogProjector(**{name: own.pop(name) for name in inner if name in own})
         # A configuration writes tensors as lists. Weights are on the CPU, even if the model is built on meta.
         own = {
@@ -68,7 +69,7 @@ def build_weighting(method: str, options: Mapping[str, Any], num_tasks: int) -> 
         try_out_weighting(weighting, num_tasks)
     except ImportError as error:
         raise SettingError("balance.method", f"{method}: {error}") from error
-    except _OPTION_ERRORS as error:
+    except OPTION_ERRORS as error:
         known = ", ".join(takes) or "none"
         raise SettingError("balance.options", f"{method} takes the options {known}: {error}") from error
     return GradientWeighting(weighting)
@@ -88,7 +89,8 @@ def try_out_weighting(weighting: Weighting[Any], num_tasks: int) -> None:
         raise ValueError(f"gave weights of shape {tuple(weights.shape)} for {num_tasks} tasks")
 
 
-def _parameters(kind: type) -> list[str]:
+def options_of(kind: type) -> list[str]:
+    """The names of what a class is constructed from."""
     return list(inspect.signature(kind).parameters)
 
 
@@ -136,17 +138,29 @@ class GradientWeighting:
         try:
             with narrowed(self._weighting, subset), _narrowed_tau(self._weighting, subset):
                 weights = self._weighting(products)
-        except _OPTION_ERRORS as error:
+        except OPTION_ERRORS as error:
             name, few = type(self._weighting).__name__, f"the {len(norms)} of {subset.size} tasks"
             message = f"{name} cannot weigh {few} of which a batch has labels: {error}"
             raise SettingError("balance.method", message) from error
         return weights.detach()
 
+    def combine(self, rows: Tensor, subset: Subset | None = None) -> Tensor:
+        """The weighted sum of the tasks' gradients, "p".
+
+        Args:
+            rows: "t p", the gradients.
+            subset: The tasks whose gradients they are, if not all have labels.
+
+        Raises:
+            SettingError: As the call.
+        """
+        return self(inner_products(rows), subset).to(rows) @ rows
+
     def state(self) -> dict[str, Any]:
         """A copy of the method's state over its calls (GradVac, PCD), without its options."""
         if not isinstance(self._weighting, Stateful):
             return {}
-        options = _parameters(type(self._weighting))
+        options = options_of(type(self._weighting))
         own = {n: value for n, value in plain_attributes(self._weighting).items() if n.lstrip("_") not in options}
         return {name: _to_plain(value) for name, value in {**own, **self._weighting._buffers}.items()}
 

@@ -69,7 +69,7 @@ def log_balance(phase: Phase) -> None:
     """Logs where a balancing method cannot do in a phase what its name says."""
     if phase.config.evaluate_only:
         return
-    if phase.balance.weighting is not None and not phase.balances_gradients:
+    if phase.balance.by_gradients is not None and not phase.balances_gradients:
         what = f"only {phase.sharing[0]} reaches" if phase.sharing else "no task reaches"
         logger.info(
             f"{phase.name}: gradients are not balanced: {what} trainable parameters of the trunk; losses are summed"

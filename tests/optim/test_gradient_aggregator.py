@@ -1,0 +1,131 @@
+"""Methods that take whole gradients: closed forms, TorchJD's own results, tasks without a gradient, refusals, runs."""
+
+from __future__ import annotations
+
+from pathlib import Path
+from typing import Any
+
+import pytest
+import torch
+from torch import Tensor
+from torchjd import aggregation
+
+from crashes import SHORT, assert_same, crashed, resume, run_whole
+from mtl.config import SettingError
+from mtl.config.optim import BalanceConfig
+from mtl.optim.balance.balance import build_balance, is_by_gradients
+from mtl.optim.balance.gradient_aggregator import GradientAggregator, aggregator_methods, build_aggregator
+from mtl.optim.balance.subset import Subset
+
+OPTIONS: dict[str, dict[str, Any]] = {"trimmedmean": {"trim_number": 1}}
+METHODS = sorted(aggregator_methods())
+ROWS = torch.tensor([[1.0, -2.0, 0.5, 0.0], [-1.0, -1.0, 2.0, 3.0], [0.5, 4.0, 1.0, -1.0], [2.0, 0.0, -3.0, 1.0]])
+
+
+def build(method: str, num_tasks: int = 4, **options: Any) -> GradientAggregator:
+    return build_aggregator(method, OPTIONS.get(method, {}) | options, num_tasks)
+
+
+def combined(method: GradientAggregator, rows: Tensor, subset: Subset | None = None) -> Tensor:
+    torch.manual_seed(5)
+    return method.combine(rows, subset)
+
+
+@pytest.mark.parametrize("method", METHODS)
+def test_the_gradient_is_that_of_torchjds_aggregator(method: str) -> None:
+    assert is_by_gradients(method)
+    aggregator = getattr(aggregation, aggregator_methods()[method])(**OPTIONS.get(method, {}))
+    torch.manual_seed(5)
+    expected = aggregator(ROWS)
+    assert torch.equal(combined(build(method), ROWS), expected)
+
+
+def test_graddrop_keeps_of_each_entry_one_sign() -> None:
+    found = combined(build("graddrop"), ROWS)
+    torch.manual_seed(5)
+    drawn = torch.rand(4)
+    positive, negative = ROWS.clamp(min=0).sum(0), ROWS.clamp(max=0).sum(0)
+    # Positive with the probability of its share of the sum of magnitudes: Algorithm 1 of the paper.
+    share = positive / (positive - negative)
+    torch.testing.assert_close(found, torch.where(drawn < share, positive, negative))
+    # What leaks past the sign: all of a task with 1.
+    torch.testing.assert_close(combined(build("graddrop", leak=[1.0] * 4), ROWS), ROWS.sum(0))
+
+
+def test_config_conflicts_with_no_task_and_is_as_long_as_their_projections() -> None:
+    rows = ROWS.double()
+    found = combined(build("config"), rows)
+    direction = found / found.norm()
+    cosines = (rows / rows.norm(dim=1, keepdim=True)) @ direction
+    torch.testing.assert_close(cosines, cosines[:1].expand(4))
+    assert cosines[0] > 0
+    torch.testing.assert_close(found.norm(), (rows @ direction).sum())
+
+
+def test_trimmedmean_leaves_out_the_extremes_of_each_entry() -> None:
+    expected = torch.tensor([(1.0 + 0.5) / 2, (-1.0 + 0.0) / 2, (0.5 + 1.0) / 2, (0.0 + 1.0) / 2])
+    torch.testing.assert_close(combined(build("trimmedmean"), ROWS), expected)
+
+
+@pytest.mark.parametrize("method", METHODS)
+def test_a_task_without_a_gradient_leaves_the_step(method: str) -> None:
+    rows = ROWS.clone()
+    rows[2] = 0
+    whole = combined(build(method), rows)
+    assert torch.equal(whole, combined(build(method), ROWS[[0, 1, 3]], Subset((0, 1, 3), 4)))
+    assert torch.equal(whole, combined(build(method, 3), ROWS[[0, 1, 3]]))
+
+
+@pytest.mark.parametrize("method", METHODS)
+@pytest.mark.parametrize("num", [0, 1])
+def test_of_fewer_than_two_gradients_it_is_the_sum(method: str, num: int) -> None:
+    rows = torch.zeros_like(ROWS)
+    rows[:num] = ROWS[:num]
+    assert torch.equal(combined(build(method), rows), rows.sum(0))
+
+
+@pytest.mark.parametrize("method", METHODS)
+@pytest.mark.parametrize("value", [float("nan"), float("inf"), -float("inf")])
+def test_a_gradient_that_is_not_finite_gives_one_that_is_not(method: str, value: float) -> None:
+    rows = ROWS.clone()
+    rows[1, 2] = value
+    assert combined(build(method), rows).isnan().all()
+
+
+@pytest.mark.parametrize(
+    ("method", "options", "message"),
+    [
+        ("graddrop", {"f": "abs"}, "graddrop takes the options leak: got f"),
+        ("graddrop", {"leak": [0.1, 0.2]}, "graddrop takes the options leak: .*exactly 2 rows"),
+        ("config", {"pref": [1.0, 1.0, 1.0]}, "config takes the options pref_vector: got pref"),
+        ("config", {"pref_vector": [1.0, 1.0]}, "config takes the options pref_vector"),
+        ("config", {"pref_vector": [0, 0, 0]}, "expected a number other than 0 in pref_vector"),
+        ("trimmedmean", {}, "trimmedmean takes the options trim_number: .*missing.*'trim_number'"),
+        ("trimmedmean", {"trim_number": 2}, "trimmedmean takes the options trim_number: .*at least 5 rows"),
+        ("trimmedmean", {"trim_number": "one"}, "trimmedmean takes the options trim_number"),
+    ],
+)
+def test_options_that_do_not_fit_are_refused(method: str, options: dict[str, Any], message: str) -> None:
+    with pytest.raises(SettingError, match=rf"balance\.options: {message}"):
+        build_balance(BalanceConfig(method=method, options=options), ["a", "b", "c"])
+
+
+def test_too_few_gradients_in_a_step_are_an_error() -> None:
+    with pytest.raises(SettingError, match="TrimmedMean cannot combine the 2 of 4 tasks that have a gradient"):
+        combined(build("trimmedmean"), ROWS[:2], Subset((0, 1), 4))
+
+
+@pytest.mark.parametrize("method", ["crmogm", "excessmtl", "modo", "nashmtl", "sdmgrad"])
+def test_those_that_need_more_are_refused_with_the_reason(method: str) -> None:
+    with pytest.raises(SettingError, match=f"{method!r} is not supported: it needs several batches, or memory"):
+        build_balance(BalanceConfig(method=method), ["a", "b"])
+
+
+@pytest.mark.parametrize("method", ["config", "graddrop"])
+def test_a_run_with_it_is_clean_and_resumes_to_the_same_bits(method: str, tmp_path: Path, cache_dir: Path) -> None:
+    changes = {"balance": method, "optim": {}, "phases": [{"name": "all", "freeze": ["trunk@first:50%"], "steps": 6}]}
+    for name in ("whole", "broken"):
+        (tmp_path / name).mkdir()
+    whole = run_whole(tmp_path / "whole", cache_dir, {**SHORT, **changes})
+    crashed(tmp_path / "broken", 4, **changes)
+    assert_same(resume(tmp_path / "broken", **changes), whole)
