@@ -15,7 +15,7 @@ from torchjd import aggregation
 from torchjd.aggregation import Aggregator
 
 from mtl.config import SettingError
-from mtl.optim.balance.gradient_weights import OPTION_ERRORS, options_of
+from mtl.optim.balance.gradient_weights import OPTION_ERRORS, options_of, with_tensors
 from mtl.optim.balance.state import check_same_method
 from mtl.optim.balance.subset import Subset, narrowed, plain_attributes
 
@@ -44,11 +44,7 @@ def build_aggregator(method: str, options: Mapping[str, Any], num_tasks: int) ->
     try:
         if unknown := options.keys() - set(takes):
             raise TypeError(f"got {', '.join(sorted(unknown))}")
-        own = {
-            k: torch.tensor(v, dtype=torch.float32, device="cpu") if isinstance(v, list) else v
-            for k, v in options.items()
-        }
-        aggregator = kind(**own)
+        aggregator = kind(**with_tensors(options))
         if num_tasks > 1:
             with torch.random.fork_rng([]), torch.device("cpu"):
                 copy.deepcopy(aggregator)(torch.eye(num_tasks))

@@ -61,11 +61,7 @@ def build_weighting(method: str, options: Mapping[str, Any], num_tasks: int) -> 
         if "projector" in takes:
             takes = [name for name in takes if name != "projector"] + (inner := options_of(QuadprogProjector))
             own["projector"] = QuadprogProjector(**{name: own.pop(name) for name in inner if name in own})
-        # A configuration writes tensors as lists. Weights are on the CPU, even if the model is built on meta.
-        own = {
-            k: torch.tensor(v, dtype=torch.float32, device="cpu") if isinstance(v, list) else v for k, v in own.items()
-        }
-        weighting = aggregator(**own).gramian_weighting
+        weighting = aggregator(**with_tensors(own)).gramian_weighting
         try_out_weighting(weighting, num_tasks)
     except ImportError as error:
         raise SettingError("balance.method", f"{method}: {error}") from error
@@ -87,6 +83,14 @@ def try_out_weighting(weighting: Weighting[Any], num_tasks: int) -> None:
         weights = copy.deepcopy(weighting)(torch.eye(num_tasks))
     if weights.shape != (num_tasks,):
         raise ValueError(f"gave weights of shape {tuple(weights.shape)} for {num_tasks} tasks")
+
+
+def with_tensors(options: Mapping[str, Any]) -> dict[str, Any]:
+    """Options with tensors for the lists that a configuration writes: on the CPU, even if the model is on meta."""
+    return {
+        name: torch.tensor(value, dtype=torch.float32, device="cpu") if isinstance(value, list) else value
+        for name, value in options.items()
+    }
 
 
 def options_of(kind: type) -> list[str]:
