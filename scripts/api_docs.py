@@ -80,7 +80,7 @@ def parts(text: str) -> dict[str, str]:
 
 
 def entries(text: str) -> Iterator[tuple[str, str]]:
-    """The entries of a section, `name: meaning`, each of which may go on in lines that are indented further."""
+    """The entries of a section, `name: meaning`, each of which may continue in lines that are indented further."""
     items = re.split(r"\n(?=\S)", inspect.cleandoc(text))
     for item in items:
         name, colon, meaning = item.partition(":")

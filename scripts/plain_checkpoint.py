@@ -2,7 +2,7 @@
 
     python scripts/plain_checkpoint.py runs/NAME/checkpoints/best FOLDER
 
-FOLDER is new; `resume=FOLDER` goes on from it, and `trunk.weights=FOLDER/model.safetensors` begins with its trunk.
+FOLDER is new; `resume=FOLDER` continues from it, and `trunk.weights=FOLDER/model.safetensors` begins with its trunk.
 """
 
 from __future__ import annotations

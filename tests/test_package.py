@@ -56,16 +56,16 @@ def test_names_are_listed_and_nearest_ones_offered_without_torch() -> None:
 @pytest.mark.slow
 def test_training_from_python_is_what_the_command_does_and_returns_what_came_out(tmp_path: Path) -> None:
     file = tiny_config(tmp_path)
-    outcome = mtl.train(file, "phases.finetune.steps=1", quiet=True)
-    assert outcome.report.ok and list(outcome.scores) == ["warm-heads", "finetune"]
+    result = mtl.train(file, "phases.finetune.steps=1", quiet=True)
+    assert result.report.ok and list(result.scores) == ["warm-heads", "finetune"]
     command = ["-m", "mtl", "train", str(file), "-q", "phases.finetune.steps=1", "name=other"]
     forks.run(command, timeout=HANGS_S, check=True, cwd=tmp_path)
     rows = [
         [{key: value for key, value in row.items() if not key.startswith("perf/")} for row in read_metrics(run_dir)]
-        for run_dir in (outcome.run_dir, tmp_path / "runs/other")
+        for run_dir in (result.run_dir, tmp_path / "runs/other")
     ]
     assert rows[0] == rows[1]
-    assert {file.name for file in outcome.run_dir.iterdir()} == {
+    assert {file.name for file in result.run_dir.iterdir()} == {
         file.name for file in (tmp_path / "runs/other").iterdir()
     }
 

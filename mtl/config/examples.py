@@ -5,7 +5,7 @@ from __future__ import annotations
 from pathlib import Path
 
 # In a checkout a link to configs/; an installation has the files themselves.
-_FOLDER = Path(__file__).parents[1] / "configs"
+_FOLDER = Path(__file__).parent / "shipped"
 
 
 def examples() -> dict[str, Path]:

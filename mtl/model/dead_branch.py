@@ -58,7 +58,7 @@ def find_dead_branch(
         What was found; None if nothing is dead.
     """
     at_zero = [name for name, p in model.named_parameters() if p.is_floating_point() and p.numel() and not p.any()]
-    # What trains does not stay at zero, and a frozen zero that has trained before has left it.
+    # Trainable parameters do not stay at zero, and a frozen zero that has trained before has left it.
     moves = [name for name in at_zero if name in trainable or name in moved]
     frozen = [name for name in at_zero if name not in moves and "bias" not in name.rpartition(".")[2]]
     if not frozen or not trainable:

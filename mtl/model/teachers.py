@@ -142,7 +142,7 @@ def _of_timm(own: TeacherConfig, key: str) -> _Origin:
     trunk = TrunkConfig(name=own.name, weights=own.weights, options=own.options)
     try:
         known = timm.models.get_pretrained_cfg(own.name)
-    except RuntimeError:  # No weights of that tag: told when the model is built.
+    except RuntimeError:  # No weights of that tag: an error when the model is built.
         known = None
     if known is None or not known.fixed_input_size:
         return _Origin(trunk, None, None, key)
@@ -160,7 +160,7 @@ def _of_run(run: str, key: str, channels: int) -> _Origin:
     except CheckpointError as error:
         raise SettingError(f"{key}.run", str(error)) from error
     config = opened.config
-    # Where images have more channels than three, a run's trunk takes as many without being told.
+    # Where images have more channels than three, a run's trunk takes as many by itself.
     options = ({"in_chans": channels} if channels > 3 else {}) | config.trunk.options
     trunk = config.trunk.model_copy(update={"options": options, "weights": "none", "checkpointing": False})
     return _Origin(trunk, config.data.size, opened.checkpoint, key)

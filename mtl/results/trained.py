@@ -211,10 +211,10 @@ def load_as(
     try:
         network.load_state_dict(own)
     except RuntimeError as error:
-        told = " ".join(str(error).partition(":")[2].split())
+        why = " ".join(str(error).partition(":")[2].split())
         size = " x ".join(map(str, config.data.size))
         raise CheckpointError(
-            f"{folder} does not fit the model for images of {size} pixels ({told}); some trunks take images of the size"
+            f"{folder} does not fit the model for images of {size} pixels ({why}); some trunks take images of the size"
             " that they were trained on only: data.image_size"
         ) from error
     digest = root({name: fingerprint(tensor) for name, tensor in own.items()})

@@ -13,7 +13,7 @@ _PARAMETERS = {-3: ("MALLOC_MMAP_THRESHOLD_", 1 << 25), -1: ("MALLOC_TRIM_THRESH
 
 @cache
 def keep_freed_memory() -> bool:
-    """Lets a process keep memory that a step frees for the next one: to take it from the system anew costs page faults.
+    """Lets a process keep memory that a step frees for the next one: memory taken from the system costs page faults.
 
     What the user has set by the environment stays as it is.
 

@@ -10,7 +10,7 @@ from torch import Tensor
 from mtl.tasks.base import Metrics
 from mtl.tasks.loss import as_float
 
-# Beside 0 for no.
+# Next to 0 for no.
 _YES, _NONE = 1, -1
 
 

@@ -60,5 +60,5 @@ def caption_classes(classes: Tensor, names: Sequence[str]) -> list[str]:
 
 
 def names_of(names: Sequence[str], num: int) -> list[str]:
-    """A name for each of so many classes: its number, if it has none."""
+    """A name for each of `num` classes: its number, if it has none."""
     return [*names, *map(str, range(len(names), num))]

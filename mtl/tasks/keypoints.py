@@ -14,7 +14,7 @@ from mtl.tasks.entries import EntryTask
 from mtl.tasks.loss import Loss, as_float
 from mtl.tasks.number_losses import Mse
 
-# A heat map has a cell for so many pixels a side; a point is a Gaussian of this many cells (the paper's 2, at 64 x 48).
+# Pixels a side of a heat map's cell; a point is a Gaussian of this many cells (the paper's 2, at 64 x 48).
 STRIDE, SIGMA = 4, 2.0
 _PCK = 0.2
 

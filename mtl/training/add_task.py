@@ -16,7 +16,7 @@ from mtl.runtime.plugin import search_in
 from mtl.runtime.text import condense, shorten
 from mtl.training.data_record import search_as_the_run_did
 
-# What of the run's settings goes on: the model, the data and the machine. How it trains is for the new tasks to say.
+# The run's settings that carry over: the model, the data and the machine. How it trains is for the new tasks to say.
 _KEPT = ("trunk", "tasks", "data", "evaluate", "seed", "device", "memory_format", "precision", "tracking")
 # Of the data, where other data takes its place.
 _KEPT_OF_DATA = ("image_size", "batch_size")

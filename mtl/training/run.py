@@ -65,46 +65,63 @@ def train(setup: RunSetup, quiet: bool = False, world: World = ALONE, source: Re
     in_place = resumption is not None and resumption.in_place
     # Digests of a large data set take seconds: only who writes or compares them makes them.
     record = data_record(setup) if world.is_main or in_place else {}
-    if in_place and (edited := what_was_edited(config.run_dir, record)):
-        message = f"the data was edited since the run began ({shorten(edited, 5)})"
-        if not config.resume_override:
-            raise config.mistake(("resume",), f"{message}; resume_override=true resumes with what it is now")
-        logger.warning(f"resume: {message}")
+    if in_place:
+        _compare_data(setup, record)
     with _directory(setup, in_place, world) as run_dir, Interrupt(not world.is_alone) as asked:
         history = History(config.command, taken=setup.taken) if resumption is None else resumption.history
         tracker = _start_files(setup, run_dir, resumption if in_place else None, history, record, world)
         trainer = Trainer(setup, run_dir, tracker, quiet, asked, world, history)
-        ended: dict[str, Any] = {}
-        is_finished = False
-        try:
+        with _audited(trainer, run_dir, world):
             if resumption is not None:
                 trainer.restore(resumption)
             if not in_place:
                 trainer.log.dashboard.begin(trainer.state.step)
             result = trainer.run()
-            result.asked_to_end, is_finished = asked.name, True
+            result.asked_to_end = asked.name
             return result
-        except AuditError:
-            ended = {"ended_the_run": True}
-            raise
-        except NotFiniteError as error:
-            # The weights of that moment are of no use; the images may be.
-            with _even_if_full():
-                trainer.log.not_finite(error, trainer.state.epoch)
-            raise
-        finally:
-            report = trainer.audit.report
-            content = report.to_json() | ended
-            # What ended the run is what is to be said, not that there is no room to write it down.
-            with nullcontext() if is_finished else _even_if_full():
-                trainer.log.write("audit.json", content)
-                if not world.is_main and report.violations:
-                    # What one process alone has found is in no other one's report.
-                    write_json(audit_file(run_dir, world), content)
-            state, dashboard = trainer.state, trainer.log.dashboard
-            dashboard.found(report, state.step)
-            best = (state.best.score, state.best.step)
-            dashboard.end(state.scores, report, best, state.step, failed=not is_finished)
+
+
+@contextmanager
+def _audited(trainer: Trainer, run_dir: Path, world: World) -> Iterator[None]:
+    """Writes the audit and ends tracking, however the run inside ends."""
+    ended: dict[str, Any] = {}
+    is_finished = False
+    try:
+        yield
+        is_finished = True
+    except AuditError:
+        ended = {"ended_the_run": True}
+        raise
+    except NotFiniteError as error:
+        # The weights of that moment are of no use; the images may be.
+        with _even_if_full():
+            trainer.log.not_finite(error, trainer.state.epoch)
+        raise
+    finally:
+        report = trainer.audit.report
+        content = report.to_json() | ended
+        # The error that ended the run is reported, not that there is no room to write it down.
+        with nullcontext() if is_finished else _even_if_full():
+            trainer.log.write("audit.json", content)
+            if not world.is_main and report.violations:
+                # What one process alone has found is in no other one's report.
+                write_json(audit_file(run_dir, world), content)
+        state, dashboard = trainer.state, trainer.log.dashboard
+        dashboard.found(report, state.step)
+        best = (state.best.score, state.best.step)
+        dashboard.end(state.scores, report, best, state.step, failed=not is_finished)
+
+
+def _compare_data(setup: RunSetup, record: dict[str, Any]) -> None:
+    """Raises `ConfigError` if the data is not what the run began with; with `resume_override`, warns."""
+    config = setup.config
+    edited = what_was_edited(config.run_dir, record)
+    if not edited:
+        return
+    message = f"the data was edited since the run began ({shorten(edited, 5)})"
+    if not config.resume_override:
+        raise config.mistake(("resume",), f"{message}; resume_override=true resumes with what it is now")
+    logger.warning(f"resume: {message}")
 
 
 @contextmanager

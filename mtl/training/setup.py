@@ -12,7 +12,7 @@ from torch import Tensor
 from mtl.config import RunConfig, SettingError, mistake_of
 from mtl.config.distributed import DistributedConfig
 from mtl.config.precedence import Precedence, is_written, precedence_of
-from mtl.data import Loading, Split, TaughtSplit, Teaching, check_rooms
+from mtl.data import Batch, Loading, Split, TaughtSplit, Teaching, check_rooms
 from mtl.distributed.world import ALONE, World, WorldError
 from mtl.freeze import free_norm_statistics
 from mtl.model import set_output_bias
@@ -109,12 +109,7 @@ def assemble(
         if teachers_from is not None:
             load_teachers(model_setup.teachers, teachers_from)
         train, val = _taught(model_setup, train, val, device, world, quiet)
-    constants = {name: task.fit(train.labels_to_fit(name)) for name, task in model_setup.labelled.items()}
-    for name, constant in constants.items():
-        try:
-            set_output_bias(model_setup.model.heads[name], constant)
-        except ValueError as error:
-            raise config.mistake(("tasks", name, "head"), str(error)) from error
+    constants = _fit_constants(model_setup, train)
     # After the biases, which are those of new heads only.
     initial.load_into(model_setup.root)
     trivial = validate_constant(model_setup.labelled, constants, val, config.data.batch_size)
@@ -124,16 +119,7 @@ def assemble(
     if world.is_alone:
         _warn_of_distributed(config)
     batch = train.batch(torch.arange(min(config.data.batch_size, len(train)))).to(device)
-    choice = choose(model_setup, batch, device, excluded)
-    if choice.why:
-        logger.info(choice.why)
-    # What is fastest may be found out otherwise in another process.
-    layout, precision = world.broadcast([choice.memory_format, choice.precision])
-    lay_out(model_setup, layout)
-    config = config.with_changes(memory_format=layout, precision=precision)
-    config = config.with_changes(depthwise=world.broadcast(choose_depthwise(model_setup, config, batch)))
-    set_depthwise(model_setup, config, device)
-    model_setup = replace(model_setup, config=config)
+    model_setup = replace(model_setup, config=_choose_kernels(model_setup, batch, device, world, excluded))
     return RunSetup(
         **vars(model_setup),
         device=device,
@@ -144,6 +130,33 @@ def assemble(
         plan=plan,
         taken=initial.taken,
     )
+
+
+def _fit_constants(model_setup: ModelSetup, train: Split) -> dict[str, Tensor]:
+    """The trivial predictor's output for each task, with which the biases of the heads begin."""
+    constants = {name: task.fit(train.labels_to_fit(name)) for name, task in model_setup.labelled.items()}
+    for name, constant in constants.items():
+        try:
+            set_output_bias(model_setup.model.heads[name], constant)
+        except ValueError as error:
+            raise model_setup.config.mistake(("tasks", name, "head"), str(error)) from error
+    return constants
+
+
+def _choose_kernels(
+    model_setup: ModelSetup, batch: Batch, device: torch.device, world: World, excluded: tuple[str, ...]
+) -> RunConfig:
+    """The configuration with `auto` replaced by what is fastest on this batch, which the model is set to."""
+    choice = choose(model_setup, batch, device, excluded)
+    if choice.why:
+        logger.info(choice.why)
+    # Another rank may find something else to be fastest.
+    layout, precision = world.broadcast([choice.memory_format, choice.precision])
+    lay_out(model_setup, layout)
+    config = model_setup.config.with_changes(memory_format=layout, precision=precision)
+    config = config.with_changes(depthwise=world.broadcast(choose_depthwise(model_setup, config, batch)))
+    set_depthwise(model_setup, config, device)
+    return config
 
 
 def _initial_weights(meta: ModelSetup) -> InitialWeights:

@@ -185,43 +185,51 @@ def by_lightning(fault: str, scheduled: bool) -> str:
                 self.unfreeze_and_add_param_group(pl_module.net.layer1, optimizer, lr=1e-2)
 
     module = Module()
-    if scheduled:
-        from finetuning_scheduler import FinetuningScheduler
-
-        names = {
-            "part of a name": [["net.head.*"], ["net.layer1.*"]],
-            "misspelt": [["net.head.*", "net.layr10.*"], ["net.layer1.*"]],
-            "thawed": [["net.head.*", "net.layer10.*"], ["net.layer1\\..*"]],
-        }.get(fault, [["net.head.*", "net.layer10.*"]])
-        # All that no phase names stays frozen.
-        schedule = {number: {"params": own, "max_transition_epoch": number + 1} for number, own in enumerate(names)}
-        callback: Any = FinetuningScheduler(ft_schedule=schedule, epoch_transitions_only=True, restore_best=False)
-    else:
-        callback = Freeze()
     before = copy_of(module.net)
-    x, y = (torch.cat(each) for each in zip(*batches(), strict=True))
-    loader = DataLoader(TensorDataset(x, y), batch_size=16)
     try:
-        with tempfile.TemporaryDirectory() as folder, warnings.catch_warnings():
-            warnings.simplefilter("ignore")
-            with contextlib.redirect_stdout(io.StringIO()), contextlib.redirect_stderr(io.StringIO()):
-                trainer = pl.Trainer(
-                    max_epochs=2,
-                    accelerator="cpu",
-                    callbacks=[callback],
-                    logger=False,
-                    enable_checkpointing=False,
-                    enable_progress_bar=False,
-                    enable_model_summary=False,
-                    default_root_dir=folder,
-                )
-                trainer.fit(module, loader)
+        fit(module, schedule(fault) if scheduled else Freeze())
     except Exception as error:  # noqa: BLE001  whatever they raise is their answer
         return f"refused: {type(error).__name__}: {str(error).splitlines()[0][:80] if str(error) else ''}"
     if scheduled and fault == "part of a name":
         # Phase 1 names layer1, and was to thaw nothing else.
         return "silent" if moved(before, module.net, "layer10") else "holds"
     return verdict(fault, before, module.net)
+
+
+def schedule(fault: str) -> Any:
+    """FinetuningScheduler with one of the faults in its schedule."""
+    from finetuning_scheduler import FinetuningScheduler
+
+    names = {
+        "part of a name": [["net.head.*"], ["net.layer1.*"]],
+        "misspelt": [["net.head.*", "net.layr10.*"], ["net.layer1.*"]],
+        "thawed": [["net.head.*", "net.layer10.*"], ["net.layer1\\..*"]],
+    }.get(fault, [["net.head.*", "net.layer10.*"]])
+    # All that no phase names stays frozen.
+    phases = {number: {"params": own, "max_transition_epoch": number + 1} for number, own in enumerate(names)}
+    return FinetuningScheduler(ft_schedule=phases, epoch_transitions_only=True, restore_best=False)
+
+
+def fit(module: Any, callback: Any) -> None:
+    """Two epochs by Lightning's own trainer, in silence."""
+    import lightning.pytorch as pl
+
+    x, y = (torch.cat(each) for each in zip(*batches(), strict=True))
+    loader = DataLoader(TensorDataset(x, y), batch_size=16)
+    quiet = contextlib.redirect_stdout(io.StringIO()), contextlib.redirect_stderr(io.StringIO())
+    with tempfile.TemporaryDirectory() as folder, warnings.catch_warnings(), quiet[0], quiet[1]:
+        warnings.simplefilter("ignore")
+        trainer = pl.Trainer(
+            max_epochs=2,
+            accelerator="cpu",
+            callbacks=[callback],
+            logger=False,
+            enable_checkpointing=False,
+            enable_progress_bar=False,
+            enable_model_summary=False,
+            default_root_dir=folder,
+        )
+        trainer.fit(module, loader)
 
 
 # --- here

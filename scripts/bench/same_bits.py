@@ -106,7 +106,7 @@ RUNS: dict[str, tuple[dict[str, Any], int]] = {
     "two-processes-famo": ({"balance": {"method": "famo"}, "phases": _PART, "optim": {"accumulate": 2}}, 2),
     "two-processes-fsdp2": ({"distributed": {"strategy": "fsdp2"}, "phases": _PART}, 2),
 }
-# Killed after so many rows of steps; such a run ends with the bits of the one that it is a copy of.
+# Killed after this many rows of steps; such a run ends with the bits of the one that it is a copy of.
 KILLED = ("kept-trunk-then-prefix", "accumulate-clip-views", "fp16-scaler", "famo", "ema-restore-best", "drop-path")
 
 
@@ -166,7 +166,7 @@ def _start(checkout: Path, folder: Path, file: Path, num_processes: int, *overri
 
 
 def _kill_after(process: subprocess.Popen[str], metrics: Path, num_rows: int) -> None:
-    """Kills a run once it has logged so many rows and saved something."""
+    """Kills a run once it has logged `num_rows` rows and saved something."""
     last = metrics.parent / "checkpoints" / "last"
     while process.poll() is None:
         if last.exists() and metrics.exists() and metrics.read_bytes().count(b"\n") >= num_rows:

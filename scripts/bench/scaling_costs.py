@@ -123,7 +123,7 @@ class Case:
         return -(-spread // num_devices) + self.buffers + self.gathered + self.gathered_gradient
 
     def ddp_sent(self, num_devices: int) -> int:
-        """What each device sends a step under DDP: the plan's `sent_bytes` for so many processes."""
+        """What each device sends a step under DDP: the plan's `sent_bytes` for `num_devices` processes."""
         return 2 * (num_devices - 1) * self.plan.reduced_bytes // num_devices
 
     def fsdp_sent(self, num_devices: int) -> int:
@@ -184,7 +184,7 @@ def step(
 
 
 def per_device_efficiency(case: Case, num_devices: int, a: Assumptions, **how: bool) -> float:
-    """How fast a device is among so many against alone, with as many images for each."""
+    """How fast a device is among `num_devices` against alone, with as many images for each."""
     alone = step(case, 1, a.batch_per_device, a, **how).seconds
     return alone / step(case, num_devices, a.batch_per_device, a, **how).seconds
 

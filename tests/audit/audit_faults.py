@@ -56,7 +56,7 @@ class Scene:
         backward: Forward and backward of a step, if they are not the usual ones.
         update: What takes the place of stepping every optimizer.
         clear: What takes the place of `zero_grad`.
-        watched: The optimizers that a checker is told of, if they are not all.
+        watched: The optimizers that a checker receives, if they are not all.
         also: Modules next to the model.
         ema: An average of the model.
         phases: One, or several of them.

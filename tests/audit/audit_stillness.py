@@ -417,7 +417,7 @@ OPTIMIZERS: dict[str, Callable[..., Any]] = {
 
 
 def dead_from(step: int, num_steps: int, make: Callable[..., Any]) -> Scene:
-    """The loss of head b counts nothing from a step on; decay and moments go on moving it."""
+    """The loss of head b counts nothing from a step on; decay and momentum keep moving it."""
     scene = noisy_heads(lambda number: float(number < step))
     scene.optimizers, scene.num_steps = [make(trainable(scene.model))], num_steps
     return scene

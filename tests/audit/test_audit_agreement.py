@@ -108,7 +108,7 @@ def test_a_weight_written_on_one_rank_is_named_with_that_rank_on_every_rank(of_t
 
 
 def test_frozen_weights_that_were_others_from_the_beginning_are_named_at_the_first_look(of_two: dict[str, Any]) -> None:
-    # What trains on top of it comes apart a step later.
+    # The head on top of it comes apart a step later.
     _, [[kind, name, step, since, detail, cause], *_] = of_two["a frozen buffer"]
     assert (kind, name, step, since) == ("ranks_differ", "trunk.1.running_mean", 0, 0)
     assert detail == "rank 1 of 2 has other bytes than rank 0"

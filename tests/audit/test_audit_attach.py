@@ -190,7 +190,7 @@ def test_a_phase_that_an_exception_left_is_not_ok_although_it_was_caught() -> No
     audit = GradientAudit(model, ["trunk"], [optimizer])
 
     def stop() -> None:
-        # Behind the last look, so that nobody sees it.
+        # After the last look, so that nobody sees it.
         model.trunk.weight.data.add_(1)
         raise RuntimeError("out of memory")
 

@@ -281,19 +281,19 @@ def causes_of(model: nn.Module, optimizers: list[SGD], freeze: tuple[str, ...] =
 def test_a_write_to_a_parameter_that_the_optimizer_skips_is_not_blamed_on_it() -> None:
     model = Tiny()
     optimizer = SGD(model.parameters(), lr=0.1, weight_decay=0.1, momentum=0.9)
-    told = causes_of(model, [optimizer], after_step={2: lambda: model.trunk.weight.data.fill_(3)})
-    assert "hazard in_optimizer: the optimizer was built before the freeze" in told
-    assert "param_changed: written past torch's version counter" in told
-    assert "decay" not in told
+    causes = causes_of(model, [optimizer], after_step={2: lambda: model.trunk.weight.data.fill_(3)})
+    assert "hazard in_optimizer: the optimizer was built before the freeze" in causes
+    assert "param_changed: written past torch's version counter" in causes
+    assert "decay" not in causes
 
 
 def test_a_parameter_that_enters_an_optimizer_in_mid_phase_is_distinguished_from_one_that_was_in_it() -> None:
     model = Tiny()
     optimizer = SGD(model.head.parameters(), lr=0.1)
-    told = causes_of(
+    causes = causes_of(
         model, [optimizer], after_step={2: lambda: optimizer.add_param_group({"params": [model.trunk.weight]})}
     )
-    assert told.startswith("hazard in_optimizer: an optimizer received it after the phase began")
+    assert causes.startswith("hazard in_optimizer: an optimizer received it after the phase began")
 
 
 def test_a_head_that_was_put_there_later_is_named_at_once_and_as_such() -> None:
@@ -317,22 +317,22 @@ def test_an_average_that_follows_a_written_weight_is_not_blamed() -> None:
 
     with audit.phase("frozen"):
         train(audit, model, [optimizer], 4, after_step={2: write})
-    told = {violation.name: violation.cause for violation in audit.report.violations}
-    assert "it follows the tensor that it averages" in told["ema.trunk.weight"]
-    assert "written past torch's version counter" in told["trunk.weight"]
+    causes = {violation.name: violation.cause for violation in audit.report.violations}
+    assert "it follows the tensor that it averages" in causes["ema.trunk.weight"]
+    assert "written past torch's version counter" in causes["trunk.weight"]
 
 
 def test_rows_that_code_writes_are_not_blamed_on_the_optimizer() -> None:
     model = nn.Sequential()
     model.head = nn.Linear(2, 2)
     model.head.weight.register_hook(lambda gradient: gradient * torch.tensor([[0.0], [1.0]]))
-    told = causes_of(
+    causes = causes_of(
         model,
         [SGD(model.parameters(), lr=0.1)],
         ("head.weight[0:1]",),
         after_step={2: lambda: model.head.weight.data[0].fill_(3)},
     )
-    assert "code writes to these rows" in told
+    assert "code writes to these rows" in causes
 
 
 @pytest.mark.parametrize("written", ["head.weight[0:10]", "head.weight[-5:]"])

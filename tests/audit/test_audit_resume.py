@@ -1,4 +1,4 @@
-"""An audit that is stopped anywhere, and goes on in another process, reports what one reports that never stopped."""
+"""An audit that is stopped anywhere, and resumes in another process, reports what one reports that never stopped."""
 
 from __future__ import annotations
 
@@ -301,7 +301,7 @@ def test_the_state_handles_by_policy_what_is_found_when_it_is_taken() -> None:
         stopped("raise", before=lambda model: write_in_place(model.trunk.weight))
 
 
-# --- what cannot go on
+# --- what cannot resume
 
 
 @pytest.mark.parametrize(

@@ -107,7 +107,7 @@ def kill_at_every_file_operation(folder: Path) -> list[list[Any]]:
 
 
 def kill_at_random(folder: Path, trials: int) -> list[list[Any]]:
-    """A process that saves without end, killed at any time, and the next one, which goes on where it was."""
+    """A process that saves without end, killed at any time, and the next one, which resumes where it was."""
     chance = random.Random(0)
     found = []
     begin = time.perf_counter()

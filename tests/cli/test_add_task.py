@@ -153,7 +153,7 @@ def test_other_data_need_not_have_the_old_labels(here: Path, capsys: pytest.Capt
     kind: Any = config.tasks["kind"]
     assert kind.unlabelled and kind.label is None
     assert kind.class_names == json.loads((here / "runs/first/data.json").read_text())["classes"]["object"]
-    # What was added to can be added to: `left` is an old task by now, and what it learned goes on.
+    # What was added to can be added to: `left` is an old task by now, and what it learned is kept.
     again = write(here, tasks={"normals": {"type": "normals"}}, data={"name": "scenes", "num_train": 16, "num_val": 8})
     assert main(["add-task", "runs/first-left", again, "--name", "third", "-q"]) == 0
     assert list(proof(here / "runs/third")["tasks"]) == ["segmentation", "kind", "left"]

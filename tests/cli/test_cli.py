@@ -30,7 +30,7 @@ def test_a_run_shows_phases_epochs_results_and_where_the_files_lie(tmp_path: Pat
     # A Python of its own, imports and exit and all; elsewhere, forks do.
     result = subprocess.run(
         [sys.executable, "-m", "mtl", "train", str(tiny_config(tmp_path))],
-        # Python's own: readline may have told the system's of the terminal's width.
+        # Python's own: readline may have passed the terminal's width to the system's.
         env=dict(os.environ),
         capture_output=True,
         text=True,

@@ -115,9 +115,9 @@ def test_a_signal_after_the_last_step_is_not_lost(
     train = Trainer.run
 
     def signalled(trainer: Trainer) -> object:
-        outcome = train(trainer)
+        result = train(trainer)
         signal.raise_signal(signal.SIGTERM)
-        return outcome
+        return result
 
     monkeypatch.setattr(Trainer, "run", signalled)
     assert main(["train", str(small_config(tmp_path, phases=[{"name": "a", "steps": 1}])), "-q"]) == 1

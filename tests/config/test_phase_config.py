@@ -473,9 +473,10 @@ def test_what_cannot_even_be_read_is_reported_by_the_phases_name_too(keys: str, 
 
 def test_a_phase_is_reported_by_its_name_wherever_it_stands_and_one_without_by_its_place() -> None:
     config = load(NESTED)
-    told = {written.name: str(config.mistake((*written.path, "freeze", 0), "x")) for written in config.written_phases}
-    assert told["a"] == "run.yaml:5: phases.a.freeze.0: x"
-    assert told["c.2.1"] == told["c.1.2"] == "run.yaml:11: phases.c.freeze.0: x"
+    places = config.written_phases
+    messages = {written.name: str(config.mistake((*written.path, "freeze", 0), "x")) for written in places}
+    assert messages["a"] == "run.yaml:5: phases.a.freeze.0: x"
+    assert messages["c.2.1"] == messages["c.1.2"] == "run.yaml:11: phases.c.freeze.0: x"
     assert str(config.mistake(("phases", 1, "phases", 1, "repeat"), "x")) == "run.yaml:9: phases.1.phases.1.repeat: x"
     lines = [*HEAD, "  - {epochs: 1, lr: 0}", "  - {name: 3, epochs: 0}", "  - {name: 'a: b', epochs: 0}"]
     assert [mistake.split(": ")[1] for mistake in mistakes(lines)] == [

@@ -26,7 +26,7 @@ WORLD = World.from_environment()
 
 def messages() -> dict[str, Any]:
     rank = WORLD.rank
-    told = WORLD.all_reduce_flags(stop=rank == 1, seconds=1.5 + rank)
+    flags = WORLD.all_reduce_flags(stop=rank == 1, seconds=1.5 + rank)
     losses = torch.tensor([1.0 + rank, 4.0], requires_grad=True)
     together = WORLD.global_losses(losses)
     (together**2).sum().backward()
@@ -34,7 +34,7 @@ def messages() -> dict[str, Any]:
     norm.running_mean, norm.num_batches_tracked = torch.tensor([1.0 * rank, 3.0]), torch.tensor(7 + rank)
     WORLD.average_buffers(norm, ["running_mean", "num_batches_tracked"])
     return {
-        "agreement": [told.stop, told.broken, told.seconds],
+        "agreement": [flags.stop, flags.broken, flags.seconds],
         "losses": [together.tolist(), losses.grad.tolist() if losses.grad is not None else None],
         "buffers": [norm.running_mean.tolist(), int(norm.num_batches_tracked), norm.running_var.tolist()],
         "object": WORLD.broadcast({"é": [1, None]} if rank == 0 else None),

@@ -21,7 +21,7 @@ NUM, SIZE = 23, 8
 
 
 def compute(rows: Tensor) -> list[Tensor]:
-    """Features that tell the row."""
+    """Features that encode the row."""
     return [
         (rows[:, None, None] * 10 + torch.arange(6).view(3, 2)).bfloat16(),
         rows.to(torch.int16) * 3,

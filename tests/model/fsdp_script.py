@@ -71,7 +71,7 @@ def save(folder: Path, model: MultiTaskModel, optimizer: AdamW, starts: tuple[st
     """Two checkpoints in shards, and a plain one as the second, with some tensors as if they were frozen."""
     frozen, moments = [name for name in model.state_dict() if name.startswith(starts)], OptimizerState()
     moments.collect(optimizer, {p: n for n, p in model.named_parameters()})
-    # What is not spread, of a type that is kept as bytes, and of no axis and no elements.
+    # What is not sharded, of a type that is kept as bytes, and of no axis and no elements.
     odd = {"complex": torch.ones(2, dtype=torch.complex128), "none": torch.empty(0, 3), "step": torch.tensor(3)}
     memory = {"moments": moments.state_dict(), "odd": odd}
     with patch.object(DTensor, "full_tensor", side_effect=AssertionError("a whole tensor was asked for")):
@@ -84,44 +84,44 @@ def save(folder: Path, model: MultiTaskModel, optimizer: AdamW, starts: tuple[st
 
 
 def check(name: str, first: str, folder: Path) -> dict[str, Any]:
-    """Three phases of a spread model and of a plain one, with the second phase saved and taken up by another model."""
-    plain, spread = build(name), build(name)
-    shard(spread, WORLD)
+    """Three phases of a sharded model and of a plain one, with the second phase saved and loaded by another model."""
+    plain, sharded = build(name), build(name)
+    shard(sharded, WORLD)
     everything = torch.arange(len(IMAGES))
     mine = WORLD.shares(everything)[WORLD.rank]
     found: dict[str, Any] = {
-        "local": sum(p.to_local().numel() for p in spread.parameters() if isinstance(p, DTensor)),
+        "local": sum(p.to_local().numel() for p in sharded.parameters() if isinstance(p, DTensor)),
         "all": sum(p.numel() for p in plain.parameters()),
-        "names": [n for n, _ in spread.named_parameters()] == [n for n, _ in plain.named_parameters()],
+        "names": [n for n, _ in sharded.named_parameters()] == [n for n, _ in plain.named_parameters()],
         "losses": {},
     }
     for phase, frozen in {"heads": ("trunk",), "half": (first, "heads.object"), "all": ("none",)}.items():
         freeze(plain, frozen)
-        freeze(spread, frozen)
-        held = {n: p for n, p in spread.named_parameters() if not p.requires_grad}
+        freeze(sharded, frozen)
+        held = {n: p for n, p in sharded.named_parameters() if not p.requires_grad}
         bytes_before = {n: p.to_local().clone() for n, p in held.items()}
-        for p in spread.parameters():
+        for p in sharded.parameters():
             p.grad = None
-        optimizer = optimizer_of(spread)
-        got = train(spread, optimizer, mine, WORLD)
+        optimizer = optimizer_of(sharded)
+        got = train(sharded, optimizer, mine, WORLD)
         expected = train(plain, optimizer_of(plain), everything, World.alone())
         found["losses"][phase] = [got, expected]
         still = all(torch.equal(p.to_local(), bytes_before[n]) and p.grad is None for n, p in held.items())
         found[f"{phase} still"] = (still and len(held) > 0) or phase == "all"
-        found[f"{phase} moved"] = all(p.grad is not None for p in spread.parameters() if p.requires_grad)
-        found[f"{phase} sharded"] = all(isinstance(p, DTensor) for p in spread.parameters())
-    whole = gather_model(spread, WORLD).state_dict()
+        found[f"{phase} moved"] = all(p.grad is not None for p in sharded.parameters() if p.requires_grad)
+        found[f"{phase} sharded"] = all(isinstance(p, DTensor) for p in sharded.parameters())
+    whole = gather_model(sharded, WORLD).state_dict()
     found["names on rank"] = len(whole)
     if WORLD.is_main:
         found["difference"] = difference(whole, gather_model(plain, World.alone()).state_dict())
-    save(folder / name, spread, optimizer, (first, "heads.object"))
+    save(folder / name, sharded, optimizer, (first, "heads.object"))
     other = build(name)
     shard(other, WORLD)
     with torch.no_grad():
         for p in other.parameters():
             p.zero_()
     _, memory = load_checkpoint(folder / name / "shards/last", other)
-    found["moments spread"] = all(
+    found["state sharded"] = all(
         isinstance(state["exp_avg"], DTensor) for kept in memory["moments"].values() for state in kept.values()
     )
     again, moments = optimizer_of(other), OptimizerState()
@@ -129,9 +129,9 @@ def check(name: str, first: str, folder: Path) -> dict[str, Any]:
     moments.apply(again, {p: n for n, p in other.named_parameters()})
     resumed = gather_model(other, WORLD).state_dict()
     if WORLD.is_main:
-        found["taken up"] = difference(resumed, whole)
+        found["resumed"] = difference(resumed, whole)
     freeze(other, ("none",))
-    found["go on"] = [train(m, o, mine, WORLD) for m, o in ((spread, optimizer), (other, again))]
+    found["continue"] = [train(m, o, mine, WORLD) for m, o in ((sharded, optimizer), (other, again))]
     return found
 
 

@@ -1,4 +1,4 @@
-"""A model spread over processes trains as a plain one does; each writes its shards, which make a plain checkpoint."""
+"""A model sharded over processes trains as a plain one does; each writes its shards, which make a plain checkpoint."""
 
 from __future__ import annotations
 
@@ -33,16 +33,16 @@ def test_a_sharded_model_trains_as_a_plain_one_and_is_resumed(name: str, number:
     for rank, each in enumerate(found):
         got = each[name]
         assert got["names"] and got["local"] < 1.1 * got["all"] / len(found)
-        for phase, (spread, plain) in got["losses"].items():
-            assert spread == pytest.approx(plain, rel=2e-5), phase
+        for phase, (sharded, plain) in got["losses"].items():
+            assert sharded == pytest.approx(plain, rel=2e-5), phase
             # What was frozen is as it was and has no gradient, all else has one, and nothing is left gathered.
             assert got[f"{phase} still"] and got[f"{phase} moved"] and got[f"{phase} sharded"], phase
         assert (got["names on rank"] > 0) == (rank == 0)
-        assert got["go on"][0] == got["go on"][1]
+        assert got["continue"][0] == got["continue"][1]
     first = found[0][name]
     # The rate times the rounding of gradients, which AdamW divides by 1e-2 at most.
     assert first["difference"] < 1e-5
-    assert first["taken up"] == 0 and all(each[name]["moments spread"] for each in found)
+    assert first["resumed"] == 0 and all(each[name]["state sharded"] for each in found)
     check_shards(tmp_path / name, number)
 
 

@@ -63,8 +63,8 @@ def test_a_run_with_it_has_the_weights_of_one_without(tmp_path: Path) -> None:
     states = []
     for again in ("false", "true"):
         parts = small_parts(tmp_path, f"trunk.checkpointing={again}", f"name=run-{again}", phases=phases)
-        outcome = train(parts, quiet=True)
-        assert outcome.report.ok
+        result = train(parts, quiet=True)
+        assert result.report.ok
         states.append({name: tensor.clone() for name, tensor in parts.root.state_dict().items()})
     assert [name for name in states[0] if not torch.equal(states[0][name], states[1][name])] == []
 

@@ -58,7 +58,7 @@ def bits(tensor: Tensor) -> bytes:
     return tensor.detach().contiguous().view(-1).view(torch.uint8).numpy().tobytes()
 
 
-def outcome(trunk: nn.Module, run: Callable[[], Features]) -> tuple[list[bytes], dict[str, bytes]]:
+def drawn(trunk: nn.Module, run: Callable[[], Features]) -> tuple[list[bytes], dict[str, bytes]]:
     """The bits of the features, and of the gradients that a loss of them gives."""
     with no_side_effects(trunk, CPU):
         torch.manual_seed(1)
@@ -73,8 +73,8 @@ def outcome(trunk: nn.Module, run: Callable[[], Features]) -> tuple[list[bytes],
 
 def assert_same(prefix: Prefix, trunk: nn.Module, read: Read, images: Tensor) -> None:
     """A plain pass, a run, and a replay of what was run or computed, agree in features and gradients."""
-    plain = outcome(trunk, lambda: read(images))
-    assert outcome(trunk, lambda: prefix.run(images)[0]) == plain
+    plain = drawn(trunk, lambda: read(images))
+    assert drawn(trunk, lambda: prefix.run(images)[0]) == plain
     with no_side_effects(trunk, CPU):
         kept, computed = prefix.run(images)[1], prefix.compute(images)
     assert [bits(tensor) for tensor in kept] == [bits(tensor) for tensor in computed]
@@ -84,7 +84,7 @@ def assert_same(prefix: Prefix, trunk: nn.Module, read: Read, images: Tensor) ->
     ]
     stored = rows_of(computed)
     before = [bits(tensor) for tensor in stored]
-    assert outcome(trunk, lambda: prefix.replay(stored)) == plain
+    assert drawn(trunk, lambda: prefix.replay(stored)) == plain
     assert [bits(tensor) for tensor in stored] == before, "a replay changed what was kept"
     assert prefix.agrees(images)
 
@@ -433,7 +433,7 @@ LINES = st.lists(st.tuples(st.sampled_from(KINDS), st.integers(0, 9), st.integer
 def test_any_program_is_kept_to_the_bit_or_refused(lines: list[tuple[str, int, int]], is_frozen: list[bool]) -> None:
     trunk = Program(lines, [True, *is_frozen])
     try:
-        outcome(trunk, lambda: trunk.read(pictures(3, 8)))
+        drawn(trunk, lambda: trunk.read(pictures(3, 8)))
     except RuntimeError:  # changed in place what a backward needs: no program to begin with
         assume(False)
     before = state_of(trunk)

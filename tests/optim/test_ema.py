@@ -176,10 +176,10 @@ def test_an_evaluation_goes_back_to_a_best_epoch_in_which_less_trained_than_afte
         {"name": "b", "epochs": 1, "optimizer": "sgd", "lr": 0.5},  # spoils the weights: the best ones are of `a`
         {"name": "c", "evaluate_only": True, "restore": "best"},
     ]
-    outcome = train(tiny_parts(tmp_path, optim={"ema_decay": 0.5}, phases=phases), quiet=True)
-    assert outcome.best_step is not None and outcome.best_step <= 10
-    rows = [row for row in read_metrics(outcome.run_dir) if "val/score" in row]
-    assert rows[-1]["val/score"] == outcome.best_score
+    result = train(tiny_parts(tmp_path, optim={"ema_decay": 0.5}, phases=phases), quiet=True)
+    assert result.best_step is not None and result.best_step <= 10
+    rows = [row for row in read_metrics(result.run_dir) if "val/score" in row]
+    assert rows[-1]["val/score"] == result.best_score
 
 
 EVALUATED = [

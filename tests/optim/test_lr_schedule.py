@@ -1,4 +1,4 @@
-"""The course of the rate: as tables written out by hand, and against torch's own schedulers."""
+"""Learning-rate schedules: as tables written out by hand, and against torch's own schedulers."""
 
 from __future__ import annotations
 
@@ -118,10 +118,10 @@ def test_steps_fall_where_epochs_end_as_in_this_table(
 
 
 def test_one_cycle_climbs_over_its_first_three_tenths_and_falls_from_then_on() -> None:
-    course = rates(ONE_CYCLE, 20)
-    assert [course[step] for step in (0, 3, 6, 13, 20)] == pytest.approx([0.04, 0.52, 1.0, 0.5, 0.0], abs=1e-12)
-    assert course[:7] == sorted(course[:7])
-    assert course[6:] == sorted(course[6:], reverse=True)
+    factors = rates(ONE_CYCLE, 20)
+    assert [factors[step] for step in (0, 3, 6, 13, 20)] == pytest.approx([0.04, 0.52, 1.0, 0.5, 0.0], abs=1e-12)
+    assert factors[:7] == sorted(factors[:7])
+    assert factors[6:] == sorted(factors[6:], reverse=True)
 
 
 @pytest.mark.parametrize("num_steps", [10, 20, 60, 1000])
@@ -142,14 +142,14 @@ def test_the_slanted_triangle_rises_to_its_peak_and_falls_to_where_it_began(
     num_steps: int, cut_frac: float, ratio: float
 ) -> None:
     config = SlantedTriangleConfig(name="slanted-triangle", cut_frac=cut_frac, ratio=ratio)
-    course = rates(config, num_steps, num_more=3)
+    factors = rates(config, num_steps, num_more=3)
     peak = max(1, math.floor(num_steps * cut_frac))
-    assert min(course) == pytest.approx(course[0]) == pytest.approx(1 / ratio)
-    assert course[num_steps:] == pytest.approx([1 / ratio] * 4)
+    assert min(factors) == pytest.approx(factors[0]) == pytest.approx(1 / ratio)
+    assert factors[num_steps:] == pytest.approx([1 / ratio] * 4)
     if num_steps > 1:
-        assert course[peak] == pytest.approx(1.0) and max(course) <= 1 + 1e-12
-        assert course[: peak + 1] == sorted(course[: peak + 1])
-        assert course[peak:] == sorted(course[peak:], reverse=True)
+        assert factors[peak] == pytest.approx(1.0) and max(factors) <= 1 + 1e-12
+        assert factors[: peak + 1] == sorted(factors[: peak + 1])
+        assert factors[peak:] == sorted(factors[peak:], reverse=True)
 
 
 def test_every_group_follows_the_course_from_its_own_peak() -> None:

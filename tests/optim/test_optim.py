@@ -147,11 +147,11 @@ def test_layer_factors_of_a_timm_model_rise_from_input_to_output_and_cover_it() 
     assert factors.keys() >= dict(model.named_parameters()).keys()
     by_group = [{factors[name] for name in group} for group in groups]
     assert all(len(each) == 1 for each in by_group)
-    course = [each.pop() for each in by_group]
-    assert len(course) >= 3
-    assert all(below < above for below, above in pairwise(course))
-    assert course[-1] == 0.75
-    assert (factors["patch_embed.proj.weight"], factors["norm.weight"]) == (course[0], course[-1])
+    factors_up = [each.pop() for each in by_group]
+    assert len(factors_up) >= 3
+    assert all(below < above for below, above in pairwise(factors_up))
+    assert factors_up[-1] == 0.75
+    assert (factors["patch_embed.proj.weight"], factors["norm.weight"]) == (factors_up[0], factors_up[-1])
 
 
 def test_layer_factors_are_those_of_timm_one_layer_further_from_the_heads() -> None:

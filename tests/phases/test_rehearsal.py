@@ -151,7 +151,7 @@ def test_a_phase_that_only_evaluates_costs_a_forward_alone(tmp_path: Path) -> No
     assert rehearse(model_setup, model_setup.phases[0]) == Cost(sum(BY_HAND.values()), 0, 0)
 
 
-# What trains next to a frozen trunk: a weight of 96 x 10 and a bias of 10.
+# Trainable next to a frozen trunk: a weight of 96 x 10 and a bias of 10.
 NUMBERS, TENSORS = 970, 2
 
 

@@ -1,4 +1,4 @@
-"""What is written down and read by no phase: refused on the command line, warned of in a file, told with its rival."""
+"""What is written down and read by no phase: refused on the command line, warned of in a file, named with its rival."""
 
 from __future__ import annotations
 
@@ -50,7 +50,7 @@ def test_a_config_of_the_repository_writes_nothing_in_vain(name: str) -> None:
 
 
 def _examples() -> list[str]:
-    """What README, docs and scripts tell users to type after `train_mtl.sh`."""
+    """What README, docs and scripts show users to type after `train_mtl.sh`."""
     files = [ROOT / "README.md", *(ROOT / "docs").glob("*.md"), *(ROOT / "scripts").glob("*.sh")]
     found = [
         line

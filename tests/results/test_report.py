@@ -220,9 +220,9 @@ def test_violations_of_a_real_run_are_listed(tmp_path: Path) -> None:
         stem.data.mul_(1.001)
 
     handle = parts.model.heads["depth"].register_forward_hook(write)
-    outcome = train(parts, quiet=True)
+    result = train(parts, quiet=True)
     handle.remove()
-    page = write_report(parts, outcome.run_dir).read_text()
+    page = write_report(parts, result.run_dir).read_text()
     assert 'Audit: <b class="bad">violations</b>' in page
     assert "<code>trunk.conv1.0.weight</code>: <b>param_changed</b>: its bytes differ" in page
     assert Outline(page).mistakes == []

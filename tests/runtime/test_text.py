@@ -1,4 +1,4 @@
-"""Names in short: modules in place of all that hangs in them."""
+"""Names in short: a module in place of everything registered on it."""
 
 from __future__ import annotations
 

@@ -150,6 +150,6 @@ def test_a_second_signal_does_not_queue_it_again_before_the_processes_have_saved
     process.send_signal(signal.SIGTERM)
     wait_until(lambda: not is_pending(process.pid, signal.SIGTERM))
     (slurm / "saved").touch()
-    # They had saved all and were over: nothing is left to go on with.
+    # They had saved all and were over: nothing is left to resume.
     assert finish(process) == (0, "")
     assert not requeued(slurm)

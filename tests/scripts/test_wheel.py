@@ -55,7 +55,7 @@ def test_the_wheel_has_the_code_the_data_and_the_examples_and_nothing_else(wheel
     data = {file.relative_to(ROOT).as_posix() for file in (ROOT / "mtl/data/assets").iterdir()}
     # Sweeps call a script of the checkout.
     shown = [*(ROOT / "configs").glob("*.yaml"), *(ROOT / "configs/recipes").glob("*.yaml")]
-    examples = {f"mtl/{file.relative_to(ROOT).as_posix()}" for file in shown}
+    examples = {f"mtl/config/shipped/{file.relative_to(ROOT / 'configs').as_posix()}" for file in shown}
     assert packed == code | data | examples | {"mtl/py.typed"}
 
 

@@ -1,4 +1,4 @@
-"""Runs that end in the middle of a step, go on, and are compared to the bit with one that never stopped."""
+"""Runs that end in the middle of a step, resume, and are compared to the bit with one that never stopped."""
 
 from __future__ import annotations
 
@@ -103,7 +103,7 @@ def crash(folder: Path, step: int, *overrides: str, **changes: Any) -> Path:
 
 
 def resume(folder: Path, *overrides: str, **changes: Any) -> Path:
-    """As the command line does: settles the configuration, and goes on."""
+    """As the command line does: resolves the configuration, and resumes."""
     config = load_config(tiny_config(folder, **{**SHORT, **changes}), ["resume=auto", *overrides])
     check_run_dir(config)
     config, source = resumed_config(config)

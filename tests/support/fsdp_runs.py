@@ -60,7 +60,7 @@ def write_config(folder: Path, **changes: Any) -> Path:
 
 
 def run(folder: Path, number: int, *overrides: str, **order: Any) -> list[dict[str, Any]]:
-    """Trains the folder's configuration in so many processes; returns what each has found."""
+    """Trains the folder's configuration in `number` processes; returns what each has found."""
     arguments = [str(folder / "config.yaml"), *overrides]
     (folder / "order.json").write_text(json.dumps({"arguments": arguments, **order}))
     run_in_processes(Path(fsdp_run_script.__file__).read_text(), folder, number)

@@ -1,4 +1,4 @@
-"""A program that tests run: trains a configuration, is killed again and again, and goes on each time.
+"""A program that tests run: trains a configuration, is killed again and again, and resumes each time.
 
     python killed_run.py CONFIG SEED NUM_KILLS
 

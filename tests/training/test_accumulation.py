@@ -57,9 +57,9 @@ def trained(folder: Path, name: str, *overrides: str, patch: pytest.MonkeyPatch,
     parts = tiny_parts(folder, f"name={name}", *overrides, **{**SETTINGS, **changes})
     hide_labels(parts)
     in_float64(parts, patch)
-    outcome = train(parts, quiet=True)
-    assert outcome.report.ok
-    return outcome.run_dir
+    result = train(parts, quiet=True)
+    assert result.report.ok
+    return result.run_dir
 
 
 def furthest(one: Path, other: Path) -> float:
@@ -126,9 +126,9 @@ def test_computing_again_or_keeping_features_changes_no_bit(tmp_path: Path, prec
         "kept": ["cache=ram", "trunk.checkpointing=true"],
     }.items():
         parts = tiny_parts(tmp_path, f"name={name}", f"precision={precision}", *overrides, **MIXED)
-        outcome = train(parts, quiet=True)
-        assert outcome.report.ok
-        ends[name] = {n: t.numpy().tobytes() for n, t in read_model(outcome.run_dir / "checkpoints/last").items()}
+        result = train(parts, quiet=True)
+        assert result.report.ok
+        ends[name] = {n: t.numpy().tobytes() for n, t in read_model(result.run_dir / "checkpoints/last").items()}
     assert ends["plain"] == ends["again"] == ends["kept"]
 
 

@@ -28,11 +28,11 @@ def test_auto_times_what_it_may_choose_from_and_says_what_it_took(
     assert {f"{layout} fp32" in said for layout in ("contiguous", "channels_last")} == {True}
     weight = parts.model.get_parameter("trunk.conv1.0.weight")
     assert weight.is_contiguous(memory_format=parts.model.memory_format)
-    outcome = train(parts, quiet=True)
+    result = train(parts, quiet=True)
     # The run's own file says what it computed in.
-    resolved = load_config(outcome.run_dir / "config.yaml")
+    resolved = load_config(result.run_dir / "config.yaml")
     assert (resolved.memory_format, resolved.precision) == (parts.config.memory_format, parts.config.precision)
-    assert outcome.report.ok
+    assert result.report.ok
 
 
 def test_what_is_given_is_neither_tried_nor_talked_about(tmp_path: Path, caplog: pytest.LogCaptureFixture) -> None:
@@ -68,10 +68,10 @@ def test_a_number_format_whose_loss_is_not_finite_is_not_taken(tmp_path: Path) -
 @pytest.mark.parametrize("precision", ["bf16", pytest.param("fp16", marks=pytest.mark.slow)])
 def test_narrow_types_train_with_weights_in_float32_and_a_clean_audit(precision: str, tmp_path: Path) -> None:
     parts = small_parts(tmp_path, f"precision={precision}")
-    outcome = train(parts, quiet=True)
+    result = train(parts, quiet=True)
     assert {p.dtype for p in parts.root.parameters()} == {torch.float32}
-    assert json.loads((outcome.run_dir / "audit.json").read_text())["ok"]
-    losses = [row["train/loss"] for row in read_metrics(outcome.run_dir) if "train/loss" in row]
+    assert json.loads((result.run_dir / "audit.json").read_text())["ok"]
+    losses = [row["train/loss"] for row in read_metrics(result.run_dir) if "train/loss" in row]
     assert losses and all(map(math.isfinite, losses))
 
 

@@ -1,4 +1,4 @@
-"""Whole runs on bad days: each ends with one message that says what to do, and goes on to the bits of a good day."""
+"""Whole runs on bad days: each ends with one message that says what to do, and resumes to the bits of a good day."""
 
 from __future__ import annotations
 
@@ -144,7 +144,7 @@ def test_what_ended_a_run_is_said_though_the_disk_has_no_room_for_the_audit(
 
 # --- too little memory
 
-# So many MB more than the program has by itself.
+# MB more than the program has by itself.
 LIMIT = """
 import re, resource
 import mtl.results.report.write, mtl.training.run, mtl.phases.plan.text, mtl.results.summary
@@ -326,7 +326,7 @@ def test_a_run_without_checkpoints_begins_again_and_says_so(
     assert any("has no checkpoint: the run starts from scratch" in record.message for record in caplog.records)
 
 
-# --- where to go on from
+# --- where to resume from
 
 NASTY: dict[str, tuple[list[str], str]] = {
     "nothing": (["resume="], r"command line: resume: expected a value, got nothing"),

@@ -82,7 +82,7 @@ def test_the_same_metric_both_ways_is_two_goals() -> None:
             (0.75, 0.25, ["best", BEST_LOSS], [], 0.75, 5),
         ],
     ],
-    ids=["new bests", "ties never advance", "not finite never counts and is told"],
+    ids=["new bests", "ties never advance", "not finite never counts and is reported"],
 )
 def test_the_trace_is(rows: list[tuple[float, float, list[str], list[str], float, int]]) -> None:
     best = BestWeights([LOSS])

@@ -101,8 +101,8 @@ def test_steps_that_overflow_are_counted_and_move_neither_weights_nor_averages(t
     parts = tiny_parts(tmp_path, **{**OVERFLOWS, "optim": optim})
     trainer = Trainer(parts, tmp_path, Tracker(parts.config.tracking, tmp_path, "x", {}), quiet=True)
     seen = Seen(trainer)
-    outcome = trainer.run()
-    assert outcome.report.ok, outcome.report.violations
+    result = trainer.run()
+    assert result.report.ok, result.report.violations
     stood = [weights for weights, _, _ in seen.steps]
     assert stood[0] and not stood[-1], "the first step overflows, the last one does not"
     assert [averages for _, averages, _ in seen.steps] == stood

@@ -18,10 +18,10 @@ def test_every_task_beats_the_trivial_predictor_and_fine_tuning_beats_the_frozen
     data = ["data.image_size=64", "data.batch_size=32", "data.num_train=1600", "data.num_val=200"]
     overrides = [f"runs_dir={tmp_path}", *data, "phases.finetune.epochs=4"]
     parts = assemble(load_config(CONFIG, overrides), quiet=True)
-    outcome = train(parts, quiet=True)
-    assert outcome.report.ok and [phase.completed for phase in outcome.report.phases] == [True, True]
+    result = train(parts, quiet=True)
+    assert result.report.ok and [phase.completed for phase in result.report.phases] == [True, True]
     for name, task in parts.tasks.items():
         goal = task.goal
-        trivial = outcome.trivial[name][goal.metric]
-        frozen, tuned = (scores[name][goal.metric] for scores in outcome.scores.values())
+        trivial = result.trivial[name][goal.metric]
+        frozen, tuned = (scores[name][goal.metric] for scores in result.scores.values())
         assert goal.skill(tuned, trivial) > goal.skill(frozen, trivial) > 0, name

@@ -438,6 +438,6 @@ def test_two_processes_train_what_one_does(tmp_path: Path, cache_dir: Path, chan
     assert largest_difference(*weights) < 1e-4
     assert teachers_in(one) == teachers_in(two)
     assert json.loads((two / "audit.json").read_text())["ok"] and not list(two.glob("audit.rank-*"))
-    # Of each step, the gradients of what trains are sent, and nothing of the teacher.
+    # Of each step, the gradients of trainable parameters are sent, and nothing of the teacher.
     for phase in json.loads((tmp_path / "two/0.json").read_text()):
         assert phase["sent"] == phase["steps"] * phase["trainable"]

@@ -18,7 +18,7 @@ from runs import tiny_config
 
 
 def start(number: int, file: Path, *arguments: str, forked: bool = True) -> Process:
-    """A run in so many processes, which are forks or have a Python each."""
+    """A run in several processes, which are forks or have a Python each."""
     command = torchrun(number, "-m", "mtl", "train", str(file), "-q", *arguments)
     surroundings = {**os.environ, "OMP_NUM_THREADS": "1", "GLOO_SOCKET_IFNAME": "lo"}
     said = {"stdout": subprocess.PIPE, "stderr": subprocess.STDOUT}

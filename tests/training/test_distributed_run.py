@@ -1,4 +1,4 @@
-"""A run in several processes is the run of one: losses, metrics, weights; and it goes on from its checkpoints."""
+"""A run in several processes is the run of one: losses, metrics, weights; and it resumes from its checkpoints."""
 
 from __future__ import annotations
 

@@ -39,7 +39,7 @@ def trainer_of(parts: RunSetup, folder: Path) -> Trainer:
     return Trainer(parts, folder, Tracker(parts.config.tracking, folder, "x", {}), quiet=True)
 
 
-def outcome(folder: Path, *overrides: str, **changes: Any) -> tuple[list[dict[str, Any]], dict[str, Tensor]]:
+def trained(folder: Path, *overrides: str, **changes: Any) -> tuple[list[dict[str, Any]], dict[str, Tensor]]:
     """What a run logs but its speed, and its last weights."""
     folder.mkdir()
     parts = small_parts(folder, *overrides, **{"phases": PHASES} | changes)
@@ -88,10 +88,10 @@ def test_a_run_that_keeps_features_ends_with_the_bits_of_one_that_computes_them(
 ) -> None:
     caplog.set_level(logging.INFO, "mtl")
     changes = {"trunk": {"name": trunk}, "optim": {"ema_decay": 0.9, "accumulate": 2}}
-    kept = outcome(tmp_path / "kept", "cache.mode=ram", **changes)
+    kept = trained(tmp_path / "kept", "cache.mode=ram", **changes)
     assert [message for message in caplog.messages if "computed once" in message].__len__() == 2
-    computed = outcome(tmp_path / "computed", "cache=off", **changes)
-    on_disk = outcome(tmp_path / "disk", "cache.mode=disk", f"cache.dir={tmp_path / 'features'}", **changes)
+    computed = trained(tmp_path / "computed", "cache=off", **changes)
+    on_disk = trained(tmp_path / "disk", "cache.mode=disk", f"cache.dir={tmp_path / 'features'}", **changes)
     assert kept[0] == computed[0] == on_disk[0]
     assert_same_bits(kept[1], computed[1])
     assert_same_bits(kept[1], on_disk[1])
@@ -246,7 +246,7 @@ def test_a_damaged_entry_on_disk_is_computed_again_and_the_run_is_the_same(
             byte = stream.read(1)
             stream.seek(-1, 1)
             stream.write(bytes([byte[0] ^ 1]))
-    rows, weights = outcome(tmp_path / "second", "cache.mode=disk", f"cache.dir={features}", phases=PHASES[:1])
+    rows, weights = trained(tmp_path / "second", "cache.mode=disk", f"cache.dir={features}", phases=PHASES[:1])
     assert content(first)[0] == rows
     assert_same_bits(content(first)[1], weights)
 
@@ -255,8 +255,8 @@ def test_a_narrower_type_takes_half_the_room_and_changes_little(
     tmp_path: Path, caplog: pytest.LogCaptureFixture
 ) -> None:
     caplog.set_level(logging.INFO, "mtl")
-    whole, _ = outcome(tmp_path / "whole", "cache.mode=ram", phases=PHASES[:1])
-    half, _ = outcome(tmp_path / "half", "cache.mode=ram", "cache.dtype=bfloat16", phases=PHASES[:1])
+    whole, _ = trained(tmp_path / "whole", "cache.mode=ram", phases=PHASES[:1])
+    half, _ = trained(tmp_path / "half", "cache.mode=ram", "cache.dtype=bfloat16", phases=PHASES[:1])
     sizes = [message.partition("memory: ")[2].split()[0] for message in caplog.messages if "computed once" in message]
     assert float(sizes[0]) == pytest.approx(2 * float(sizes[1]), rel=0.02)
     assert half != whole
@@ -343,9 +343,9 @@ def test_an_epoch_that_augments_again_keeps_nothing_and_says_so(
 @pytest.mark.parametrize("index", [0, 1])
 def test_kept_views_give_the_bits_of_computed_ones_and_are_each_computed_once(index: int, tmp_path: Path) -> None:
     phases = [{**PHASES[index], "epochs": 5}]
-    kept = outcome(tmp_path / "kept", "cache.mode=ram", "cache.views=2", data=AUGMENTED, phases=phases)
-    computed = outcome(tmp_path / "computed", "cache.mode=off", "cache.views=2", data=AUGMENTED, phases=phases)
-    plain = outcome(tmp_path / "plain", "cache.mode=off", phases=phases)
+    kept = trained(tmp_path / "kept", "cache.mode=ram", "cache.views=2", data=AUGMENTED, phases=phases)
+    computed = trained(tmp_path / "computed", "cache.mode=off", "cache.views=2", data=AUGMENTED, phases=phases)
+    plain = trained(tmp_path / "plain", "cache.mode=off", phases=phases)
     assert kept[0] == computed[0] != plain[0]
     assert_same_bits(kept[1], computed[1])
     parts = small_parts(tmp_path, "cache.mode=ram", "cache.views=2", data=AUGMENTED, phases=phases)
@@ -372,8 +372,8 @@ def test_views_take_turns_and_without_a_number_every_epoch_has_its_own(tmp_path:
 
 def test_the_last_batch_of_validation_is_computed_at_its_own_size(tmp_path: Path) -> None:
     data = {"name": "scenes", "image_size": 32, "batch_size": 8, "num_train": 8, "num_val": 9}
-    kept = outcome(tmp_path / "kept", "cache.mode=ram", data=data, phases=PHASES[:1])
-    computed = outcome(tmp_path / "computed", "cache.mode=off", data=data, phases=PHASES[:1])
+    kept = trained(tmp_path / "kept", "cache.mode=ram", data=data, phases=PHASES[:1])
+    computed = trained(tmp_path / "computed", "cache.mode=off", data=data, phases=PHASES[:1])
     assert kept[0] == computed[0]
 
 
@@ -382,8 +382,8 @@ def test_a_phase_of_some_tasks_draws_and_counts_what_it_would_without(options: d
     trunk = {"name": "test_efficientnet", "options": options}
     phases = [{**PHASES[1], "tasks": ["depth"], "epochs": 2}, {**PHASES[1], "name": "all", "epochs": 2}]
     changes = {"trunk": trunk, "phases": phases, "unreached": "warn"}
-    kept = outcome(tmp_path / "kept", "cache.mode=ram", **changes)
-    computed = outcome(tmp_path / "computed", "cache.mode=off", **changes)
+    kept = trained(tmp_path / "kept", "cache.mode=ram", **changes)
+    computed = trained(tmp_path / "computed", "cache.mode=off", **changes)
     assert kept[0] == computed[0]
     assert_same_bits(kept[1], computed[1])
 
@@ -391,9 +391,9 @@ def test_a_phase_of_some_tasks_draws_and_counts_what_it_would_without(options: d
 def test_averages_that_are_judged_are_not_kept_under_the_name_of_the_weights(tmp_path: Path) -> None:
     phases = [{"name": "p", "epochs": 1}, {"name": "ev", "evaluate_only": True}]
     settings = ("cache.mode=disk", f"cache.dir={tmp_path / 'features'}")
-    outcome(tmp_path / "one", *settings, "optim.ema_decay=0.9", phases=phases)
-    kept = outcome(tmp_path / "kept", *settings, phases=phases)
-    computed = outcome(tmp_path / "computed", "cache.mode=off", phases=phases)
+    trained(tmp_path / "one", *settings, "optim.ema_decay=0.9", phases=phases)
+    kept = trained(tmp_path / "kept", *settings, phases=phases)
+    computed = trained(tmp_path / "computed", "cache.mode=off", phases=phases)
     assert kept[0] == computed[0]
 
 

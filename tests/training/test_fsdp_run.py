@@ -1,4 +1,4 @@
-"""A run whose model is spread over two processes is that of one process, and each goes on where the other stopped."""
+"""A run whose model is sharded over two processes is that of one process, and each resumes where the other stopped."""
 
 from __future__ import annotations
 

@@ -223,10 +223,10 @@ def test_a_loss_that_is_not_finite_is_what_it_always_is(tmp_path: Path, method: 
         train(parts, quiet=True)
     parts = tiny_parts(tmp_path, f"balance={method}", "name=skips", "not_finite=skip", phases=phases)
     plant(parts)
-    outcome = train(parts, quiet=True)
-    assert outcome.report.ok
-    assert read_metrics(outcome.run_dir)[-1]["train/skipped_steps"] == 1
-    assert all(tensor.isfinite().all() for tensor in read_model(outcome.run_dir / "checkpoints/last").values())
+    result = train(parts, quiet=True)
+    assert result.report.ok
+    assert read_metrics(result.run_dir)[-1]["train/skipped_steps"] == 1
+    assert all(tensor.isfinite().all() for tensor in read_model(result.run_dir / "checkpoints/last").values())
 
 
 def test_what_a_method_has_gathered_is_put_back_when_a_step_is_left_out(

@@ -40,7 +40,7 @@ LINEAR = {
 UNTIL = {"until": {"any": [{"steps": 17}, {"epochs": 9}]}, "max_epochs": 9}
 
 
-def outcome(folder: Path, **changes: Any) -> tuple[dict[str, Any], list[int]]:
+def trained(folder: Path, **changes: Any) -> tuple[dict[str, Any], list[int]]:
     """All that a run leaves that does not depend on time, and the lengths of its rows of steps."""
     lengths = list[int]()
     call = HeadSteps.__call__
@@ -85,10 +85,10 @@ def outcome(folder: Path, **changes: Any) -> tuple[dict[str, Any], list[int]]:
 def test_steps_in_a_row_end_with_the_bits_of_steps_by_themselves(changes: dict[str, Any], tmp_path: Path) -> None:
     for name in ("row", "plain"):
         (tmp_path / name).mkdir()
-    found, lengths = outcome(tmp_path / "row", **changes)
+    found, lengths = trained(tmp_path / "row", **changes)
     with pytest.MonkeyPatch.context() as patch:
         patch.setattr(HeadSteps, "num_possible", lambda *_: 0)
-        plain, none = outcome(tmp_path / "plain", **changes)
+        plain, none = trained(tmp_path / "plain", **changes)
     assert sum(lengths) >= 10 and not none
     assert found["rows"] == plain["rows"] and found["audit"] == plain["audit"]
     assert found["tensors"].keys() == plain["tensors"].keys()
@@ -97,7 +97,7 @@ def test_steps_in_a_row_end_with_the_bits_of_steps_by_themselves(changes: dict[s
 
 
 def test_the_audit_still_looks_at_the_first_steps_and_at_every_twentieth(tmp_path: Path) -> None:
-    _, lengths = outcome(tmp_path)
+    _, lengths = trained(tmp_path)
     # After step 3 to step 19, after 20 to the epoch's end at 24, from there to 39, and after 40 to 48.
     assert lengths == [16, 4, 15, 8]
 
@@ -118,7 +118,7 @@ def test_the_audit_still_looks_at_the_first_steps_and_at_every_twentieth(tmp_pat
 )
 def test_where_something_happens_between_steps_each_is_taken_by_itself(changes: dict[str, Any], tmp_path: Path) -> None:
     data = DATA | {"num_train": 64}
-    _, lengths = outcome(tmp_path, **{"data": data, "phases": [HEADS | {"epochs": 1}]} | changes)
+    _, lengths = trained(tmp_path, **{"data": data, "phases": [HEADS | {"epochs": 1}]} | changes)
     assert lengths == []
 
 

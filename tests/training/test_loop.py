@@ -67,8 +67,8 @@ def test_a_run_leaves_every_promised_file(finished: tuple[RunSetup, RunResult]) 
 
 
 def test_the_resolved_configuration_of_a_run_loads_again_and_is_the_same(finished: tuple[RunSetup, RunResult]) -> None:
-    parts, outcome = finished
-    assert load_config(outcome.run_dir / "config.yaml").model_dump() == parts.config.model_dump()
+    parts, ended = finished
+    assert load_config(ended.run_dir / "config.yaml").model_dump() == parts.config.model_dump()
 
 
 def test_frozen_tensors_keep_their_bits_and_the_others_move(tmp_path: Path) -> None:
@@ -104,8 +104,8 @@ def test_moments_of_what_continues_training_are_carried_into_the_next_phase(tmp_
 
 
 def test_the_audit_file_says_what_was_checked_and_how_often(finished: tuple[RunSetup, RunResult]) -> None:
-    parts, outcome = finished
-    report = json.loads((outcome.run_dir / "audit.json").read_text())
+    parts, ended = finished
+    report = json.loads((ended.run_dir / "audit.json").read_text())
     assert report["ok"] is True
     first, second = report["phases"]
     assert (first["name"], second["name"]) == ("warm-heads", "finetune")
@@ -121,8 +121,8 @@ def test_the_audit_file_says_what_was_checked_and_how_often(finished: tuple[RunS
 
 
 def test_the_plan_adds_up_to_the_model(finished: tuple[RunSetup, RunResult]) -> None:
-    parts, outcome = finished
-    plan = json.loads((outcome.run_dir / "plan.json").read_text())
+    parts, ended = finished
+    plan = json.loads((ended.run_dir / "plan.json").read_text())
     total = sum(parameter.numel() for parameter in parts.root.parameters())
     for phase in plan["phases"]:
         assert phase["frozen"]["parameters"] + phase["trainable"]["parameters"] == total
@@ -165,12 +165,12 @@ def test_wandb_holds_the_same_numbers_of_every_second_step(finished: tuple[RunSe
 
 
 def test_the_checkpoint_is_the_model_at_the_end(finished: tuple[RunSetup, RunResult]) -> None:
-    parts, outcome = finished
-    saved = read_model(outcome.run_dir / "checkpoints/last")
+    parts, ended = finished
+    saved = read_model(ended.run_dir / "checkpoints/last")
     assert {*saved} == {*parts.root.state_dict()}
     assert "balance.0.scalarizer.log_var" in saved and saved["balance.0.scalarizer.log_var"].any()
     assert all(same_bits(tensor, saved[name]) for name, tensor in parts.root.state_dict().items())
-    state = json.loads((outcome.run_dir / "checkpoints/last/state.json").read_text())
+    state = json.loads((ended.run_dir / "checkpoints/last/state.json").read_text())
     assert (state["step"], state["phase"], state["scheduler"]) == (
         12,
         "finetune",
@@ -248,11 +248,11 @@ def test_depth_groups_classes_and_rates_by_pattern_work_together_in_a_run(tmp_pa
     before = tensors(parts)
     (phase,) = parts.phases
     assert {group["lr"] for group in phase.groups} == {1e-3, 1e-4, 1e-2}
-    outcome = train(parts, quiet=True)
+    ended = train(parts, quiet=True)
     after = tensors(parts)
     moved = {name for name in before if not same_bits(before[name], after[name])}
     free = {*phase.freeze.plan.names.trainable, *phase.freeze.plan.names.free_buffers}
-    assert outcome.report.ok and moved == {name for name in free if not name.startswith("normalize.")}
+    assert ended.report.ok and moved == {name for name in free if not name.startswith("normalize.")}
     assert "trunk.layer3.0.conv1.weight" in moved and "trunk.layer3.0.bn1.weight" not in moved
     assert "trunk.layer1.0.conv1.weight" not in moved
 
@@ -289,9 +289,9 @@ def test_what_a_model_keeps_fixed_itself_stays_fixed_and_is_proven(
         return trunk
 
     monkeypatch.setattr(network, "build_trunk", with_a_fixed_table)
-    outcome = train(small_parts(tmp_path), quiet=True)
-    assert outcome.report.ok
-    assert all("trunk.table" in phase.fingerprints for phase in outcome.report.phases)
+    ended = train(small_parts(tmp_path), quiet=True)
+    assert ended.report.ok
+    assert all("trunk.table" in phase.fingerprints for phase in ended.report.phases)
 
 
 def test_a_pass_that_ends_with_a_phase_in_steps_is_passed_to_the_balancing_method(tmp_path: Path) -> None:
@@ -308,10 +308,10 @@ def test_a_pass_that_ends_with_a_phase_in_steps_is_passed_to_the_balancing_metho
 def test_a_task_without_validation_labels_leaves_a_score_of_the_others_and_a_best_checkpoint(tmp_path: Path) -> None:
     parts = tiny_parts(tmp_path)
     parts.val.labels["object"].fill_(-1)
-    outcome = train(parts, quiet=True)
-    assert math.isfinite(outcome.best_score)
-    state = json.loads((outcome.run_dir / "checkpoints/best/state.json").read_text(), parse_constant=pytest.fail)
-    assert state["val/object/accuracy"] is None and state["val/score"] == outcome.best_score
+    ended = train(parts, quiet=True)
+    assert math.isfinite(ended.best_score)
+    state = json.loads((ended.run_dir / "checkpoints/best/state.json").read_text(), parse_constant=pytest.fail)
+    assert state["val/object/accuracy"] is None and state["val/score"] == ended.best_score
 
 
 def test_a_score_that_is_nan_never_counts_as_best_and_is_reported(
@@ -320,9 +320,9 @@ def test_a_score_that_is_nan_never_counts_as_best_and_is_reported(
     task = {"object": {"type": "classification", "num_classes": 10}}
     parts = tiny_parts(tmp_path, tasks=task, phases=[{"name": "a", "steps": 2}])
     parts.val.labels["object"].fill_(-1)
-    outcome = train(parts, quiet=True)
-    assert json.loads((outcome.run_dir / "checkpoints/last/state.json").read_text())["val/score"] is None
-    assert not (outcome.run_dir / "checkpoints/best").exists() and math.isnan(outcome.best_score)
+    ended = train(parts, quiet=True)
+    assert json.loads((ended.run_dir / "checkpoints/last/state.json").read_text())["val/score"] is None
+    assert not (ended.run_dir / "checkpoints/best").exists() and math.isnan(ended.best_score)
     assert "val/score is nan after step 2: it does not count as best" in caplog.messages
 
 
@@ -366,10 +366,10 @@ def test_under_collect_the_run_continues_and_the_report_is_not_ok(tmp_path: Path
         stem.data.mul_(1.001)
 
     parts.model.heads["depth"].register_forward_hook(write)
-    outcome = train(parts, quiet=True)
-    assert not outcome.report.ok and len(outcome.scores) == 2
-    assert {(v.kind, v.name) for v in outcome.report.violations} == {("param_changed", "trunk.conv1.0.weight")}
-    assert {v.phase for v in outcome.report.violations} == {"warm-heads", "finetune"}
+    ended = train(parts, quiet=True)
+    assert not ended.report.ok and len(ended.scores) == 2
+    assert {(v.kind, v.name) for v in ended.report.violations} == {("param_changed", "trunk.conv1.0.weight")}
+    assert {v.phase for v in ended.report.violations} == {"warm-heads", "finetune"}
 
 
 @pytest.mark.parametrize("method", ["fixed", "famo", "dwa", "imtll", "mean"])
@@ -377,11 +377,11 @@ def test_every_kind_of_balancing_trains_with_a_clean_audit(tmp_path: Path, metho
     weights = {"weights": dict.fromkeys(TWO, 0.5)}
     parts = small_parts(tmp_path, balance={"method": method, **(weights if method == "fixed" else {})})
     before = tensors(parts)
-    outcome = train(parts, quiet=True)
-    assert outcome.report.ok
+    ended = train(parts, quiet=True)
+    assert ended.report.ok
     learned = [name for name, _ in parts.root.named_parameters() if name.startswith("balance.")]
     assert bool(learned) == (method in ("famo", "imtll"))
-    after = read_model(outcome.run_dir / "checkpoints/last")
+    after = read_model(ended.run_dir / "checkpoints/last")
     assert all(not same_bits(before[name], after[name]) for name in learned)
 
 

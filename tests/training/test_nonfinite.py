@@ -61,7 +61,7 @@ class Moments:
     def __init__(self, patch: pytest.MonkeyPatch, parts: RunSetup, folder: Path) -> None:
         self.parts = parts
         self.before: list[dict[str, str]] = []
-        self.behind: list[dict[str, str]] = []
+        self.after: list[dict[str, str]] = []
         self.trainer = Trainer(parts, folder, Tracker(parts.config.tracking, folder, "x", {}), quiet=True)
         real_active, real_before = self.trainer.active, mtl.training.nonfinite.StepGuard.before
         real_after = mtl.training.loop.GradientAudit.after_step
@@ -77,7 +77,7 @@ class Moments:
             real_before(guard)
 
         def after(audit: Any) -> None:
-            self.behind.append(self.now())
+            self.after.append(self.now())
             real_after(audit)
 
         patch.setattr(self.trainer, "active", watched)
@@ -113,7 +113,7 @@ def test_a_skipped_step_leaves_every_bit_as_if_it_had_not_been_tried(
     seen = Moments(monkeypatch, parts, tmp_path)
     seen.trainer.run()
     step, _ = indices_of(parts, 2)
-    same = [one == other for one, other in zip(seen.before, seen.behind, strict=True)]
+    same = [one == other for one, other in zip(seen.before, seen.after, strict=True)]
     assert len(same) == 6 and not same[step % 3]
     bad = [number for number, is_same in enumerate(same, start=1) if is_same]
     assert bad[0] == step and len(bad) == 2, "once in each pass"
@@ -159,7 +159,7 @@ def test_an_infinite_gradient_of_a_finite_loss_is_skipped_too(tmp_path: Path, mo
     overflow_in_pass(parts, 4)
     seen = Moments(monkeypatch, parts, tmp_path)
     seen.trainer.run()
-    same = [one == other for one, other in zip(seen.before, seen.behind, strict=True)]
+    same = [one == other for one, other in zip(seen.before, seen.after, strict=True)]
     assert same == [False, True, False, False, False, False]
 
 
@@ -288,9 +288,9 @@ def test_a_loss_that_is_nan_after_a_step_spoils_no_balancing(tmp_path: Path, mon
     monkeypatch.setattr(StepLosses, "without_graph", infinite_once)
     phases = [{"name": "a", "freeze": ["trunk"], "steps": 4}]
     parts = tiny_parts(tmp_path, "balance=famo", "not_finite=skip", phases=phases)
-    outcome = train(parts, quiet=True)
+    result = train(parts, quiet=True)
     assert next(number) == 4
-    assert read_metrics(outcome.run_dir)[-1]["train/skipped_steps"] == 0
+    assert read_metrics(result.run_dir)[-1]["train/skipped_steps"] == 0
     assert all(bool(p.isfinite().all()) for p in parts.root.get_submodule("balance").parameters())
 
 

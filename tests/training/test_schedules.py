@@ -121,7 +121,7 @@ def test_a_plateau_trace_over_four_phases_goes_back_to_the_best_weights_at_each_
         return real(state, *arguments)
 
     trainer.checkpoints.write = note  # type: ignore[method-assign]
-    outcome = trainer.run()
+    ended = trainer.run()
 
     reasons = [line for line in caplog.messages if "; next phase" in line or line.startswith("d: plateau")]
     assert reasons == [
@@ -139,10 +139,10 @@ def test_a_plateau_trace_over_four_phases_goes_back_to_the_best_weights_at_each_
     for entry, step in zip(watcher.entries[1:], (4, 4, 14), strict=True):
         assert not moved(entry, saved[step])
     assert any("running_mean" in name for name in moved(saved[8], watcher.entries[1]))
-    # The rate does not rewind: every phase begins its own course at its own start.
+    # The rate does not rewind: every phase begins its own schedule at its own start.
     assert all(lrs == pytest.approx([4e-5] * len(lrs)) for lrs in watcher.first_lr)
-    assert (outcome.best_score, outcome.best_step) == (0.6, 14)
-    assert outcome.report.ok and trainer.state.step == 20
+    assert (ended.best_score, ended.best_step) == (0.6, 14)
+    assert ended.report.ok and trainer.state.step == 20
 
 
 def test_moments_go_back_with_the_weights_unless_the_phase_resets_them(
@@ -169,10 +169,10 @@ def test_best_by_a_named_metric_and_direction_is_kept_next_to_the_best_score(tmp
         {"name": "b", "steps": 1, "restore": {"which": "best", "metric": "val/depth/rmse"}},
     ]
     parts = parts_with(tmp_path, phases)
-    outcome = train(parts, quiet=True)
-    rows = [row for row in read_metrics(outcome.run_dir) if "val/score" in row]
+    ended = train(parts, quiet=True)
+    rows = [row for row in read_metrics(ended.run_dir) if "val/score" in row]
     lowest = min(rows, key=lambda row: row["val/depth/rmse"])
-    state = json.loads((outcome.run_dir / "checkpoints/best-lower-val-depth-rmse/state.json").read_text())
+    state = json.loads((ended.run_dir / "checkpoints/best-lower-val-depth-rmse/state.json").read_text())
     assert state["step"] == lowest["step"] and state["val/depth/rmse"] == lowest["val/depth/rmse"]
 
 
@@ -181,9 +181,9 @@ def test_going_back_before_there_is_a_best_continues_and_says_so(
 ) -> None:
     parts = parts_with(tmp_path, [{"name": "a", "steps": 1}, {"name": "b", "steps": 1, "restore": "best"}])
     scripted_scores(monkeypatch, [math.nan, 0.1])
-    outcome = train(parts, quiet=True)
+    ended = train(parts, quiet=True)
     assert "b: there are no best weights by val/score yet; keeping the current ones" in caplog.messages
-    assert outcome.best_step == 2
+    assert ended.best_step == 2
 
 
 def test_a_metric_that_is_nan_never_counts_as_best_nor_against_the_one_before(
@@ -191,15 +191,15 @@ def test_a_metric_that_is_nan_never_counts_as_best_nor_against_the_one_before(
 ) -> None:
     parts = parts_with(tmp_path, [{"name": "a", "epochs": 4}])
     scripted_scores(monkeypatch, [math.nan, 0.2, math.nan, 0.1])
-    outcome = train(parts, quiet=True)
-    assert (outcome.best_score, outcome.best_step) == (0.2, 10)
+    ended = train(parts, quiet=True)
+    assert (ended.best_score, ended.best_step) == (0.2, 10)
     assert sum("does not count as best" in line for line in caplog.messages) == 2
 
 
 # --- taking a run up
 
 
-COURSE = [
+SCHEDULE = [
     {"name": "a", "freeze": ["trunk"], "epochs": 2},
     {"name": "b", "freeze": ["heads"], "epochs": 2, "optimizer": {"name": "sgd", "options": {"momentum": 0.9}}},
     {"name": "c", "epochs": 2, "lr_schedule": {"name": "plateau", "patience": 1}, "restore": "best"},
@@ -217,31 +217,31 @@ def test_a_run_resumed_from_any_checkpoint_in_any_phase_ends_with_the_bits_of_on
     keep_every_checkpoint(monkeypatch)
     scores = [0.1, 0.5, 0.4, 0.3, 0.6, 0.2]
     scripted_scores(monkeypatch, scores)
-    whole = parts_with(tmp_path, COURSE)
+    whole = parts_with(tmp_path, SCHEDULE)
     first = train(whole, quiet=True)
     expected = tensors(whole)
     folders = sorted((first.run_dir / "checkpoints").glob("step-*"))
     assert [folder.name for folder in folders] == [f"step-{step:08d}" for step in (5, 10, 15, 20, 25, 30)]
     for done, folder in enumerate(folders[:-1], start=1):
         scripted_scores(monkeypatch, scores[done:])
-        parts = parts_with(tmp_path, COURSE, f"name=again-{done}", f"resume={folder}", "seed=0")
-        outcome = train(parts, quiet=True)
+        parts = parts_with(tmp_path, SCHEDULE, f"name=again-{done}", f"resume={folder}", "seed=0")
+        ended = train(parts, quiet=True)
         assert not moved(expected, tensors(parts)), folder.name
-        assert outcome.report.ok and (outcome.best_score, outcome.best_step) == (0.6, 25)
-        assert [row["step"] for row in read_metrics(outcome.run_dir) if "val/score" in row] == [
+        assert ended.report.ok and (ended.best_score, ended.best_step) == (0.6, 25)
+        assert [row["step"] for row in read_metrics(ended.run_dir) if "val/score" in row] == [
             5 * number for number in range(done + 1, 7)
         ]
-        last = json.loads((outcome.run_dir / "audit.json").read_text())["phases"]
+        last = json.loads((ended.run_dir / "audit.json").read_text())["phases"]
         assert [phase["name"] for phase in last] == ["a", "b", "c"], "the phases before are proven as well"
 
 
 @pytest.mark.parametrize("link", ["best", "last"])
 def test_a_run_resumed_holds_every_parameter_once(tmp_path: Path, monkeypatch: pytest.MonkeyPatch, link: str) -> None:
     scripted_scores(monkeypatch, [0.1, 0.5, 0.4])
-    first = parts_with(tmp_path, [*COURSE[:1], {"name": "b", "epochs": 1}])
+    first = parts_with(tmp_path, [*SCHEDULE[:1], {"name": "b", "epochs": 1}])
     run_dir = train(first, quiet=True).run_dir
     scripted_scores(monkeypatch, [0.2] * 9)
-    phases = [*COURSE[:1], {"name": "b", "epochs": 1 if link == "best" else 2}]
+    phases = [*SCHEDULE[:1], {"name": "b", "epochs": 1 if link == "best" else 2}]
     source = (f"resume={run_dir}/checkpoints/{link}", "resume_override=true")
     parts = parts_with(tmp_path, phases, "name=again", *source)
     if link == "last":
@@ -322,8 +322,8 @@ def test_repeated_phases_take_turns_and_each_continues_with_its_own_moments(tmp_
     parts = parts_with(tmp_path, [{"repeat": 2, "phases": turns}], balance={"method": "mean"})
     trainer = trainer_of(parts, tmp_path)
     watcher = Watcher(trainer)
-    outcome = trainer.run()
-    assert [*outcome.scores] == ["heads.1", "trunk.1", "heads.2", "trunk.2"]
+    ended = trainer.run()
+    assert [*ended.scores] == ["heads.1", "trunk.1", "heads.2", "trunk.2"]
     counts = [{int(state["step"]) for state in stepping.optimizer.state.values()} for stepping in watcher.optims[2:]]
     assert counts == [{2 + 2}, {3 + 3}]
     assert [len(group["params"]) for group in watcher.optims[0].optimizer.param_groups] == [
@@ -355,8 +355,8 @@ def test_only_active_tasks_are_run_and_what_they_do_not_reach_rests(
     ran: list[str] = []
     for name, head in parts.model.heads.items():
         head.register_forward_hook(lambda *_, name=name: ran.append(name) if torch.is_grad_enabled() else None)
-    outcome = trainer.run()
-    assert outcome.report.ok
+    ended = trainer.run()
+    assert ended.report.ok
     assert [ran.count(task) for task in ALL] == [2, 5, 2, 2]
     others = ("heads.segmentation.", "heads.normals.", "heads.object.", "balance.0.", "normalize.")
     changed = moved(watcher.entries[1], tensors(parts))
@@ -365,7 +365,7 @@ def test_only_active_tasks_are_run_and_what_they_do_not_reach_rests(
     rows = [row for row in read_metrics(tmp_path) if row["phase"] == "depth" and "train/loss" in row]
     assert all({key for key in row if key.startswith("train/loss/")} == {"train/loss/depth"} for row in rows)
     # Every task is still judged.
-    assert {*outcome.scores["depth"]} == {*ALL}
+    assert {*ended.scores["depth"]} == {*ALL}
 
 
 def test_unreached_parameters_are_frozen_by_default_warned_of_or_refused(
@@ -381,13 +381,13 @@ def test_unreached_parameters_are_frozen_by_default_warned_of_or_refused(
     names = ["trunk.conv_head.weight", "trunk.bn2.weight", "trunk.bn2.bias"]
     frozen = parts_with(tmp_path, phases, **dense)
     assert list(frozen.phases[0].freeze.unreached) == names
-    outcome = train(frozen, quiet=True)
-    assert {*names} <= {*outcome.report.phases[0].fingerprints} and outcome.report.ok
-    assert outcome.report.phases[0].num_trained == outcome.report.phases[0].num_trainable
+    ended = train(frozen, quiet=True)
+    assert {*names} <= {*ended.report.phases[0].fingerprints} and ended.report.ok
+    assert ended.report.phases[0].num_trained == ended.report.phases[0].num_trainable
 
     warned = parts_with(tmp_path, phases, "name=warned", "unreached=warn", **dense)
-    outcome = train(warned, quiet=True)
-    assert outcome.report.ok and "trunk.conv_head.weight" not in outcome.report.phases[0].fingerprints
+    ended = train(warned, quiet=True)
+    assert ended.report.ok and "trunk.conv_head.weight" not in ended.report.phases[0].fingerprints
     assert any(r.levelno == logging.WARNING and "NOT frozen" in r.message for r in caplog.records)
 
     with pytest.raises(ConfigError, match=r"phases\.a: phase 'a' would train 3 tensors that no active task reaches"):
@@ -401,9 +401,9 @@ def test_freeze_always_holds_in_every_phase_against_any_take_back(tmp_path: Path
     ]
     parts = parts_with(tmp_path, phases, freeze_always=["trunk", "!trunk.layer4"])
     before = tensors(parts)
-    outcome = train(parts, quiet=True)
+    ended = train(parts, quiet=True)
     changed = moved(before, tensors(parts))
-    assert outcome.report.ok
+    assert ended.report.ok
     assert {name.split(".")[1] for name in changed if name.startswith("trunk.")} == {"layer4"}
 
 
@@ -451,15 +451,15 @@ def test_a_phase_that_only_evaluates_is_validated_once_and_proves_every_byte(tmp
     start = tensors(parts)
     trainer = trainer_of(parts, tmp_path)
     watcher = Watcher(trainer)
-    outcome = trainer.run()
-    assert [*outcome.scores] == ["before", "train", "after"]
+    ended = trainer.run()
+    assert [*ended.scores] == ["before", "train", "after"]
     assert not moved(start, watcher.entries[0])
     rows = [(row["step"], row["epoch"], row["phase"]) for row in read_metrics(tmp_path) if "val/score" in row]
     assert rows == [(0, 0, "before"), (3, 1, "train"), (3, 1, "after")]
     best = max(
-        outcome.scores, key=lambda name: mtl.training.validate.score(parts.tasks, outcome.scores[name], parts.trivial)
+        ended.scores, key=lambda name: mtl.training.validate.score(parts.tasks, ended.scores[name], parts.trivial)
     )
-    assert outcome.scores["after"] == outcome.scores[best if best != "after" else "train"]
+    assert ended.scores["after"] == ended.scores[best if best != "after" else "train"]
     report = trainer.audit.report
     assert report.ok and [phase.num_steps for phase in report.phases] == [0, 3, 0]
     every_tensor = {*dict(parts.root.named_parameters()), *dict(parts.root.named_buffers())}
@@ -486,7 +486,7 @@ def test_an_accumulation_window_ends_with_its_phase_and_leaves_no_gradient_to_th
 
     trainer.audit.after_backward = note  # type: ignore[method-assign]
     watcher = Watcher(trainer)
-    outcome = trainer.run()
+    ended = trainer.run()
     rows = [row for row in read_metrics(tmp_path) if "train/loss" in row]
     assert [(row["step"], row["epoch"], row["phase"]) for row in rows] == [
         (1, 1, "a"),
@@ -496,15 +496,15 @@ def test_an_accumulation_window_ends_with_its_phase_and_leaves_no_gradient_to_th
     ]
     heads = {name for name in seen[0] if name.startswith("heads.")}
     assert seen[:3] == [heads] * 3 and any(name.startswith("trunk.") for name in seen[3])
-    assert outcome.report.ok and len(watcher.optims) == 2
+    assert ended.report.ok and len(watcher.optims) == 2
 
 
 def test_phases_of_one_step_each_are_entered_and_left(tmp_path: Path) -> None:
     phases = [{"repeat": 3, "phases": [{"name": "h", "freeze": ["trunk"], "steps": 1}, {"name": "t", "steps": 1}]}]
-    outcome = train(parts_with(tmp_path, phases), quiet=True)
-    assert outcome.report.ok
-    assert [phase.num_steps for phase in outcome.report.phases] == [1] * 6
-    assert all(phase.num_trained > 0 for phase in outcome.report.phases)
+    ended = train(parts_with(tmp_path, phases), quiet=True)
+    assert ended.report.ok
+    assert [phase.num_steps for phase in ended.report.phases] == [1] * 6
+    assert all(phase.num_trained > 0 for phase in ended.report.phases)
 
 
 def test_wall_time_and_a_reached_metric_end_a_phase_and_say_so(
@@ -522,14 +522,14 @@ def test_wall_time_and_a_reached_metric_end_a_phase_and_say_so(
     ]
     parts = parts_with(tmp_path, phases)
     scripted_scores(monkeypatch, [0.1, 0.4, 0.6, 0.7, 0.8])
-    outcome = train(parts, quiet=True)
+    ended = train(parts, quiet=True)
     ends = [line.split("; next")[0] for line in caplog.messages if line[:3] in ("a: ", "b: ", "c: ")]
     assert ends[0].startswith("a: ") and ends[0].endswith("seconds spent")
     assert ends[1:] == [
         "b: val/score reached 0.6 (mark 0.5)",
         "c: val/score reached 0.8 (mark 0.5) and 2 epochs done",
     ]
-    assert [phase.num_steps for phase in outcome.report.phases] == [1, 10, 10]
+    assert [phase.num_steps for phase in ended.report.phases] == [1, 10, 10]
 
 
 # --- clipping, averaging
@@ -558,13 +558,13 @@ def test_averaged_weights_are_judged_and_kept_and_training_resumes_from_its_own(
     phases = [{"name": "a", "freeze": ["trunk"], "steps": 4}, {"name": "b", "steps": 3}]
     plain = parts_with(tmp_path, phases, "name=plain")
     averaged = parts_with(tmp_path, phases, "name=averaged", "optim.ema_decay=0.5")
-    course: dict[str, list[Tensor]] = {}
+    by_run: dict[str, list[Tensor]] = {}
     real = mtl.training.loop.GradientAudit.after_step
     name = "heads.depth.out.bias"
 
     outcomes: dict[str, RunResult] = {}
     for parts in (plain, averaged):
-        seen = course.setdefault(parts.config.name, [parts.root.get_parameter(name).detach().double().clone()])
+        seen = by_run.setdefault(parts.config.name, [parts.root.get_parameter(name).detach().double().clone()])
         with pytest.MonkeyPatch.context() as patch:
 
             def note(audit: Any, parts: RunSetup = parts, seen: list[Tensor] = seen) -> None:
@@ -574,8 +574,8 @@ def test_averaged_weights_are_judged_and_kept_and_training_resumes_from_its_own(
             patch.setattr(mtl.training.loop.GradientAudit, "after_step", note)
             outcomes[parts.config.name] = train(parts, quiet=True)
     assert not moved(tensors(plain), tensors(averaged)), "training does not see the average"
-    average = course["averaged"][0]
-    for value in course["averaged"][1:]:
+    average = by_run["averaged"][0]
+    for value in by_run["averaged"][1:]:
         average = 0.5 * average + 0.5 * value
     last = outcomes["averaged"].run_dir / "checkpoints/last"
     torch.testing.assert_close(read_model(last)[name].double(), average, rtol=1e-5, atol=1e-7)
@@ -603,7 +603,7 @@ def test_a_run_with_averages_is_resumed_to_the_same_bits(tmp_path: Path, monkeyp
 
 
 def test_the_resolved_configuration_of_every_schedule_here_loads_again(tmp_path: Path) -> None:
-    for phases in (PLATEAUS, COURSE):
+    for phases in (PLATEAUS, SCHEDULE):
         config = load_config(tiny_config(tmp_path, phases=phases))
         assert [phase.name for phase in config.written_phases] == [phase["name"] for phase in phases]
 

@@ -180,7 +180,7 @@ def _draw_floor(canvas: _Canvas, room: _Room, rays: Array) -> None:
 def _draw_walls(canvas: _Canvas, room: _Room, rays: Array) -> None:
     walls = [(2, room.wall_z, [0, 0, -1]), (0, room.wall_x[:, 0], [1, 0, 0]), (0, room.wall_x[:, 1], [-1, 0, 0])]
     for axis, offset, facing in walls:
-        # A ray along the wall meets it nowhere: let it meet it far behind all else.
+        # A ray along the wall meets it nowhere: let it meet it farther away than all else.
         t = offset[:, None, None] / np.where(np.abs(rays[axis]) < 1e-6, 1e-6, rays[axis])
         stripes = np.sin(rays[2 - axis] * t * (2 * np.pi / room.stripe[:, None, None])) > 0
         albedo = room.wall_colour.T[:, :, None, None] * np.where(stripes, 1.0, 0.7).astype(np.float32)

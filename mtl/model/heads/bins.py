@@ -75,7 +75,7 @@ class BinsHead(Head):
 
     def forward(self, features: Features, size: tuple[int, int]) -> Tensor:
         scores: Tensor = self.out(self.norm(features.pyramid))
-        # In half precision, the sum over many bins would lose what tells neighbouring depths apart.
+        # In half precision, the sum over many bins would lose the difference between neighbouring depths.
         shares = scores.to(self.centres.dtype).softmax(dim=1)
         return enlarge((shares * self.centres.view(1, -1, 1, 1)).sum(dim=1, keepdim=True), size)
 

@@ -159,7 +159,7 @@ class PhasePlan:
         flops: What a step computes.
         reduced_bytes: Gradients that a step brings together over all processes.
         sent_bytes: What each process sends for that in a ring, 2 (n - 1) / n times as much; 0 if it is alone.
-        thawed: What trains and was frozen in the phase before.
+        thawed: Trainable parameters that were frozen in the phase before.
         newly_frozen: What is frozen and trained in the phase before.
         lr_of: The peak rate of every parameter in an optimizer group, by name.
         parts: The same by part of the model, from the trunk's input on.

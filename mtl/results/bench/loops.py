@@ -170,7 +170,7 @@ class ByHand:
 
 
 class OnTrainable(ByHand):
-    """The same; only what trains is saved."""
+    """The same; only trainable parameters are saved."""
 
     def tensors(self) -> dict[str, Tensor]:
         own = {name for name, parameter in self.model.named_parameters() if parameter.requires_grad}

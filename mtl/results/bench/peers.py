@@ -17,7 +17,7 @@ from mtl.training.setup import RunSetup
 
 
 class LikeLibMtl(ByHand):
-    """The loop of LibMTL with equal weighting, written anew after its code.
+    """The loop of LibMTL with equal weighting, rewritten after its code.
 
     Source: LibMTL (Lin and Zhang, JMLR 2023, arXiv 2203.14338), `LibMTL/trainer.py` (`train_singlelevel`, `test`),
     `_record.py`, `loss.py` and `weighting/EW.py` of github.com/median-research-group/LibMTL, commit 4336804. It is no

@@ -75,7 +75,7 @@ class HeadPart(nn.Module):
 
     Attributes:
         head: The head.
-        size: Height and width of the images, in pixels; where the features vary in size, the finest map tells.
+        size: Height and width of the images, in pixels; where the features vary in size, that of the finest map.
         stride: Pixels of the image to an element of the finest map; None if `size` is fixed.
     """
 

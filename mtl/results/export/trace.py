@@ -117,9 +117,9 @@ def quiet() -> Iterator[None]:
 
 def reason_of(error: Exception) -> str:
     """What another library says, in a line: its first sentence, and the next where that only points to it."""
-    told = str(error).replace('For more information, run with TORCH_LOGS="+dynamic".', "")
-    lines = [line.strip(" -") for line in told.splitlines() if line.strip(" -")]
-    shown = " ".join(lines[: 2 if told.startswith("Constraints violated") else 1])
+    text = str(error).replace('For more information, run with TORCH_LOGS="+dynamic".', "")
+    lines = [line.strip(" -") for line in text.splitlines() if line.strip(" -")]
+    shown = " ".join(lines[: 2 if text.startswith("Constraints violated") else 1])
     return f"{type(error).__name__}: {shown or 'it gives no reason'}"[:_LONGEST]
 
 

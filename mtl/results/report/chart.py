@@ -16,7 +16,7 @@ _WIDTH, _HEIGHT = 340.0, 190.0
 _LEFT, _RIGHT, _TOP, _BOTTOM = 46.0, 8.0, 16.0, 22.0
 # Points of a line; more are put together.
 _MOST_POINTS = 160
-# A mark may take up so many times the room of the values.
+# A mark may take this many times the room of the values.
 _MOST_STRETCHED = 4.0
 # Lines with fewer points than these show each of them.
 _MOST_DOTS = 40

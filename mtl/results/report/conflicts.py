@@ -14,7 +14,7 @@ from mtl.results.report.palette import MOST_HEAT
 from mtl.results.report.run import RunFiles
 from mtl.runtime.text import count
 
-# Numbers of all phases together: so many fit into a page of less than 2 MB.
+# Numbers of all phases together, so that a page stays below 2 MB.
 _MOST_CELLS = 6000
 # A plot of more pairs than these would be a wall.
 _MOST_PAIRS = 24

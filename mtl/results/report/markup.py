@@ -118,7 +118,7 @@ def number(value: float | None) -> str:
 
 
 def signed(value: float, digits: int) -> str:
-    """A number with so many digits after the point, and no minus before a zero."""
+    """A number with `digits` digits after the point, and no minus before a zero."""
     return f"{round(value, digits) + 0.0:.{digits}f}"
 
 

@@ -115,7 +115,7 @@ def picture_cells(rows: Sequence[PictureRow]) -> list[list[Html]]:
 
 
 def _encoded(picture: np.ndarray, side: int, is_map: bool) -> bytes:
-    """A picture as the content of a PNG or JPEG file, at most so many pixels wide and high."""
+    """A picture as the content of a PNG or JPEG file, at most `side` pixels wide and high."""
     image = Image.fromarray(picture[..., 0] if picture.shape[-1] == 1 else picture)
     how = Image.Resampling.NEAREST if is_map else Image.Resampling.LANCZOS
     if max(image.size) > side:

@@ -39,7 +39,7 @@ class MetricsFile:
             logger.warning(
                 f"{self._file} has lost rows: {len(found):,} bytes are left of {num_bytes:,}; new ones follow"
             )
-            # Behind half a row, the next one could not be read either.
+            # After half a row, the next one could not be read either.
             num_bytes = found.rfind(b"\n") + 1
         if len(found) > num_bytes:
             os.truncate(self._file, num_bytes)

@@ -16,7 +16,7 @@ from mtl.training.setup import RunSetup
 
 
 class RunRecord:
-    """Survives a restart with the steps that it tells of: every checkpoint has the record up to it."""
+    """Survives a restart with the steps that it records: every checkpoint has the record up to it."""
 
     def __init__(self) -> None:
         self._sessions: list[dict[str, Any]] = []

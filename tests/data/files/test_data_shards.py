@@ -1,4 +1,4 @@
-"""Shards of webdataset: what the library writes is read in any order, and mistakes are told with shard and key."""
+"""Shards of webdataset: what the library writes is read in any order, and mistakes are named with shard and key."""
 
 from __future__ import annotations
 

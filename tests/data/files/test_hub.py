@@ -1,4 +1,4 @@
-"""Data sets of Hugging Face's `datasets`: what the library writes is read as tasks take it, and mistakes are told."""
+"""Data sets of Hugging Face's `datasets`: what the library writes is read as tasks take it, and mistakes are named."""
 
 from __future__ import annotations
 
