@@ -14,14 +14,26 @@ if TYPE_CHECKING:
     from mtl.audit import GradientAudit, attach
     from mtl.cli.train import train_config as train
     from mtl.freeze import enforce, plan_freeze
+    from mtl.optim.balance.task_weights import TaskWeights
     from mtl.phases.scheduler import TaskScheduler
     from mtl.results.trained import load
 
-__all__ = ["GradientAudit", "TaskScheduler", "__version__", "attach", "enforce", "load", "plan_freeze", "train"]
+__all__ = [
+    "GradientAudit",
+    "TaskScheduler",
+    "TaskWeights",
+    "__version__",
+    "attach",
+    "enforce",
+    "load",
+    "plan_freeze",
+    "train",
+]
 
 _PLACES = {
     "GradientAudit": ("mtl.audit", "GradientAudit"),
     "TaskScheduler": ("mtl.phases.scheduler", "TaskScheduler"),
+    "TaskWeights": ("mtl.optim.balance.task_weights", "TaskWeights"),
     "attach": ("mtl.audit", "attach"),
     "enforce": ("mtl.freeze", "enforce"),
     "load": ("mtl.results.trained", "load"),

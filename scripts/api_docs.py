@@ -40,6 +40,7 @@ SECTIONS = {
         *("mtl.audit.Violation", "mtl.audit.Hazard", "mtl.audit.AuditError"),
     ],
     "The scheduler": ["mtl.TaskScheduler"],
+    "Balancing": ["mtl.TaskWeights"],
 }
 _HEADINGS = ("Args", "Attributes", "Returns", "Raises", "Yields")
 

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 from typing import Annotated, Any, Literal
 
-from pydantic import BeforeValidator, Field, Tag, model_validator
+from pydantic import BeforeValidator, Discriminator, Field, Tag, model_validator
 from pydantic_core import PydanticCustomError
 
 from mtl.config.own import OWN, chosen_by
@@ -17,31 +17,56 @@ def word_for(key: str) -> BeforeValidator:
     return BeforeValidator(lambda value: {key: value} if isinstance(value, str) else value)
 
 
+class LayerConfig(Strict):
+    """Where a balancing method looks at the tasks' gradients: at some parameters of the trunk.
+
+    Attributes:
+        layer: A pattern, such as `trunk.blocks.6`, of parameters that the phase trains.
+    """
+
+    layer: str
+
+
+BalanceOn = Annotated[
+    Annotated[Literal["parameters", "features"], Tag("word")] | Annotated[LayerConfig, Tag("layer")],
+    Discriminator(lambda value: "layer" if isinstance(value, dict | LayerConfig) else "word"),
+]
+
+
 class BalanceConfig(Strict):
     """How the tasks' losses become one.
 
     Attributes:
         method: A scalarizer of TorchJD by name, such as `uw`, `dwa`, `famo`, `mean`; or `si`, the sum of the losses'
-            logarithms; or one of TorchJD's aggregators, which combine the tasks' gradients on the trunk, such as
-            `mgda`, `upgrad`, `pcgrad`, `cagrad`, `config`; or `fixed`; or your own as `package.module:Name`, see
-            docs/own_balancing.md.
-            Aggregators are refused with `optim.accumulate` above 1 and with `distributed.strategy: fsdp2`.
+            logarithms; or a method that looks at the tasks' gradients, such as `mgda`, `upgrad`, `pcgrad`, `nashmtl`,
+            `gradnorm`; or `fixed`; or your own as `package.module:Name`, see docs/own_balancing.md. All of them, and
+            where each works: docs/balancing.md.
         weights: The weight of every active task, one of them above 0. Required by `fixed`, refused by other methods.
         options: Passed to the method. Refused with `fixed`.
+        preset: Options of the `paper`, of `libmtl` or of `torchjd` where they differ; `options` go before them.
+        on: The gradients that a method looks at: those of all `parameters` of the trunk that train; of the trunk's
+            `features`, for one backward through the trunk in place of one a task; or of a layer, as `{layer: PATTERN}`.
+        per_sample: Whether gradients of features are compared image by image, as one long vector; if not, they are
+            summed over the images of a batch first. Read with `on: features` only.
     """
 
     method: str = "mean"
     weights: dict[str, NotNegative] | None = None
     options: dict[str, Any] = {}
+    preset: Literal["paper", "libmtl", "torchjd"] | None = None
+    on: BalanceOn = "parameters"
+    per_sample: bool = False
 
     @model_validator(mode="after")
-    def _weights_go_with_fixed(self) -> BalanceConfig:
+    def _settings_go_together(self) -> BalanceConfig:
         if (self.method == "fixed") != (self.weights is not None):
             raise PydanticCustomError("balance", "Input should have weights exactly if the method is 'fixed'")
-        if self.method == "fixed" and self.options:
+        if self.method == "fixed" and (self.options or self.preset):
             raise PydanticCustomError(
-                "balance", "Input should have options only for a method of TorchJD, not for 'fixed'"
+                "balance", "Input should have options or a preset only for other methods than 'fixed'"
             )
+        if self.per_sample and self.on != "features":
+            raise PydanticCustomError("balance", "Input should have per_sample only with on: features")
         return self
 
 

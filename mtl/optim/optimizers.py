@@ -17,6 +17,7 @@ from mtl.config.own import checked_options, is_own, own_class
 from mtl.patterns import NO_TREE, ModuleTree, PatternError, select
 from mtl.runtime.console import first_line
 from mtl.runtime.plugin import where_it_failed
+from mtl.runtime.tensors import is_sharded
 from mtl.runtime.text import hint
 
 # They cannot step parameters of all shapes from one backward: LBFGS needs a closure, SparseAdam sparse gradients, Muon
@@ -187,6 +188,9 @@ def _can_be_fused(kind: type[Optimizer], options: Mapping[str, Any], groups: Seq
     if _mixes_momentum(kind, options):
         return False
     parameters = [parameter for group in groups for parameter in group["params"]]
+    # Only Adam's kernels know shards.
+    if any(map(is_sharded, parameters)) and not issubclass(kind, torch.optim.Adam | torch.optim.AdamW):
+        return False
     if not all(parameter.device.type in ("cpu", "cuda") and parameter.is_floating_point() for parameter in parameters):
         return False
     try:

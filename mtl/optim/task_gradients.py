@@ -167,10 +167,10 @@ def analyse(losses: Mapping[str, Tensor], groups: Mapping[str, Sequence[nn.Param
     return _analysis(tuple(losses), tuple(trainable), torch.stack(products).tolist(), reached)
 
 
-def loss_gradients(loss: Tensor, parameters: Sequence[nn.Parameter]) -> Sequence[Tensor | None]:
+def loss_gradients(loss: Tensor, parameters: Sequence[Tensor]) -> Sequence[Tensor | None]:
     """The gradients of a loss on parameters, None where it does not depend on them; `.grad` and graph are unchanged.
 
-    DDP does not average them: they are this rank's own.
+    DDP does not average them: they are this rank's own. Other tensors of the graph may be given as well.
     """
     if not loss.requires_grad:
         return [None] * len(parameters)
@@ -187,6 +187,14 @@ def inner_products(rows: Tensor) -> Tensor:
         exact = part.double()
         total += exact @ exact.T
     return total
+
+
+def row_norms(rows: Tensor) -> Tensor:
+    """The Euclidean norms of rows "t n": "t", float64."""
+    total = rows.new_zeros(len(rows), dtype=torch.float64)
+    for part in torch.split(rows, _MOST_COLUMNS, dim=1):
+        total += part.double().square().sum(dim=1)
+    return total.sqrt()
 
 
 def _products(parameter: nn.Parameter, gradients: Sequence[Tensor | None]) -> Tensor:

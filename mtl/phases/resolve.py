@@ -17,7 +17,8 @@ from mtl.data import Mixed, Order
 from mtl.freeze import FreezePlan
 from mtl.optim.balance.balance import Balance
 from mtl.optim.lr_schedule import try_out_schedule
-from mtl.patterns.module_tree import named_modules
+from mtl.patterns import PatternError, select
+from mtl.patterns.module_tree import named_modules, named_parameters
 from mtl.phases.freeze_rules import FreezeResolver, PhaseFreeze, PhaseResolver, ResolveContext, frozen_always
 from mtl.phases.groups import GroupResolver
 from mtl.phases.metrics import SCORE
@@ -40,6 +41,7 @@ class Phase:
         sharing: Those of them whose losses depend on trainable parameters of the trunk.
         reached: By task, the full names of the parameters that its loss depends on.
         balance: The balancing method, for exactly these tasks.
+        looks_at: The parameters whose gradients the method compares, if its `on` names a layer.
         freeze: What it freezes, and why.
         groups: What the optimizer trains, in groups with peak learning rate and weight decay.
         reads: Which of the settings that not every phase reads it reads.
@@ -60,6 +62,7 @@ class Phase:
     sharing: tuple[str, ...]
     reached: Mapping[str, frozenset[str]]
     balance: Balance
+    looks_at: tuple[str, ...]
     freeze: PhaseFreeze
     groups: list[dict[str, Any]]
     reads: Reads
@@ -74,6 +77,11 @@ class Phase:
     def balances_gradients(self) -> bool:
         """Whether each task has a backward of its own, in which gradients are found that a method then weighs."""
         return self.balance.by_gradients is not None and len(self.sharing) > 1
+
+    @property
+    def backward_by_task(self) -> bool:
+        """Whether each task has a backward of its own through the trunk."""
+        return self.balances_gradients and self.balance.on == "parameters"
 
 
 def resolve_phases(context: ResolveContext, mistakes: Sequence[str] = ()) -> list[Phase]:
@@ -155,9 +163,9 @@ class _Resolver(PhaseResolver):
         direction = _attempt(mistakes, lambda: self._check_lr_schedule(num_steps, length))
         restore = _attempt(mistakes, self._restore)
         _attempt(mistakes, lambda: self._check_batch_size(plan, tasks))
-        _attempt(mistakes, lambda: self._check_balance(balance))
+        looks_at = _attempt(mistakes, lambda: self._check_balance(balance, plan))
         _attempt(mistakes, lambda: self._check_mix(balance))
-        if mistakes or freeze is None or length is None or groups is None or direction is None:
+        if mistakes or freeze is None or length is None or groups is None or direction is None or looks_at is None:
             raise ConfigError(mistakes)
         return Phase(
             name=self.written.name,
@@ -169,6 +177,7 @@ class _Resolver(PhaseResolver):
             sharing=self._sharing(tasks, freeze.plan),
             reached={task: self.context.reached[task] for task in tasks},
             balance=balance,
+            looks_at=looks_at,
             freeze=freeze,
             groups=groups.groups,
             reads=reads_of(self.config, self.written, tasks, groups, num_steps, self.steps_per_epoch),
@@ -244,14 +253,36 @@ class _Resolver(PhaseResolver):
                 return name
         return None
 
-    def _check_balance(self, balance: Balance) -> None:
-        if balance.by_gradients is not None and self.optim.accumulate > 1 and not self.phase_config.evaluate_only:
-            method = (self.phase_config.balance or self.config.balance).method
-            raise self.config.mistake(
-                ("optim", "accumulate"),
-                f"balance {method} weighs the gradients of a whole step, and those of its batches lie otherwise;"
-                f" expected 1, got {self.optim.accumulate}",
-            )
+    def _check_balance(self, balance: Balance, plan: FreezePlan | None) -> tuple[str, ...]:
+        """The parameters that a balancing method looks at, if a layer is named.
+
+        Raises:
+            ConfigError: It does not go with the batches of a step, or no trainable parameter is in that layer.
+        """
+        method, settings = balance.by_gradients, self.phase_config.balance or self.config.balance
+        if method is None or self.phase_config.evaluate_only:
+            return ()
+        accumulate = self.optim.accumulate
+        if method.num_batches > 1 and accumulate != method.num_batches:
+            message = f"balance {settings.method} compares {method.num_batches} independent batches in a step; expected"
+            raise self.config.mistake(("optim", "accumulate"), f"{message} {method.num_batches}, got {accumulate}")
+        if balance.on != "parameters" and accumulate > 1:
+            place = "features" if balance.on == "features" else "a layer"
+            message = f"balance.on={place} compares the gradients of one batch, whose graph it keeps; expected 1, got"
+            raise self.config.mistake(("optim", "accumulate"), f"{message} {accumulate}")
+        if balance.on in ("parameters", "features") or plan is None:
+            return ()
+        path = (*(self.written.path if self.phase_config.balance else ()), "balance", "on", "layer")
+        names = [name for name in named_parameters(self.root) if name.startswith("trunk.")]
+        try:
+            selected = select([balance.on], names, self.tree).names
+        except PatternError as error:
+            raise self.config.mistake(path, str(error)) from error
+        found = tuple(name for name in selected if name in plan.names.trainable)
+        if not found and len(self._sharing(self.context.tasks_of[self.written.path].tasks, plan)) > 1:
+            message = f"expected a pattern of parameters of the trunk that train in {self.phase_config.name!r}, got"
+            raise self.config.mistake(path, f"{message} {balance.on!r}, which are frozen")
+        return found
 
     def _check_mix(self, balance: Balance) -> None:
         """Raises `ConfigError` if a method that learns from several losses of a step only ever has one."""

@@ -182,8 +182,9 @@ class Trainer:
         shares = self.sync.shares(window, {name: active.tasks[name] for name in tasks.names})
         for batch, share in zip(window, shares, strict=True):
             # Gradients are averaged over the processes with those of the window's last batch.
-            with nullcontext() if batch is window[-1] else optim.replica.no_sync():
-                total, losses, each = optim.replica(self.losses, batch, phase, tasks, share, step - 1, silent)
+            is_last = batch is window[-1]
+            with nullcontext() if is_last else optim.replica.no_sync():
+                total, losses, each = optim.replica(self.losses, batch, phase, tasks, share, step - 1, silent, is_last)
                 self.log.task_gradients(dict(zip(tasks.names, each, strict=True)), step, active.log)
                 rows.append((total.detach(), losses.detach()))
                 # The loss of a method that looks at gradients goes back through no graph, and frees none.

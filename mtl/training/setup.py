@@ -224,6 +224,10 @@ def _check_processes(model_setup: ModelSetup, world: World) -> None:
                 place,
                 f"expected batches of {least} images or more for {world.size} processes{why}, got {phase.batch_size}",
             )
+        if phase.balance.per_sample and not phase.config.evaluate_only:
+            key = (*(written.path if written.config.balance else ()), "balance", "per_sample")
+            why = "each process has features of other images"
+            raise config.mistake(key, f"{why}; expected false with several processes, got true")
         if phase.freeze.unreached and config.unreached != "freeze":
             raise config.mistake(
                 ("unreached",), "several processes wait for the gradients of all that trains; expected freeze"

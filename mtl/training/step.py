@@ -4,7 +4,6 @@ from __future__ import annotations
 
 from collections.abc import Sequence
 from contextlib import AbstractContextManager, nullcontext
-from functools import partial
 from typing import Any
 
 import torch
@@ -13,8 +12,8 @@ from torch.amp import GradScaler
 
 from mtl.data import Batch
 from mtl.distributed.world import ALONE, World
-from mtl.model.trunk import Features
-from mtl.optim.balance.gradient_balance import balance_gradients
+from mtl.model.trunk import Features, features_from
+from mtl.optim.balance.gradient_balance import Shared, StepGradients
 from mtl.phases.resolve import Phase
 from mtl.runtime.rng import torch_seeded
 from mtl.training.features import FeatureSource
@@ -40,6 +39,8 @@ class StepLosses:
         self._autocast: AbstractContextManager[Any] = autocast if autocast._enabled else nullcontext()
         self._scaler = scaler
         self._world = world
+        # Of the batches of an accumulated step so far.
+        self._gradients: StepGradients | None = None
 
     def __call__(
         self,
@@ -49,6 +50,7 @@ class StepLosses:
         share: Tensor | None = None,
         step: int = 0,
         silent: Sequence[nn.Parameter] = (),
+        is_last: bool = True,
     ) -> tuple[Tensor, Tensor, list[Tensor]]:
         """Args:
             batch: This process's part of a batch.
@@ -57,6 +59,8 @@ class StepLosses:
             share: The weight of its mean losses among those of the whole step, "t"; 1 each if not given.
             step: Steps done in the run.
             silent: Parameters that these tasks do not reach, and that get a gradient of zeros.
+            is_last: Whether it is the last batch of the step: its loss has the gradients that a method has made of
+                those of all batches, and the losses before have none.
 
         Returns:
             The loss to minimise, a scalar; the losses of the step's tasks over all processes, "t"; and this process's
@@ -66,14 +70,20 @@ class StepLosses:
         if not tasks.names:
             total = torch.zeros((), device=self._setup.device, requires_grad=True) if zero is None else zero
             return total, total.detach().new_empty(0), []
-        each = self.each_loss(batch, tasks.names)
+        features = leaves = None
+        if phase.balances_gradients and phase.balance.on != "parameters":
+            with self._autocast:
+                features = self._features(batch, tasks.names)
+            leaves = _detached(features)
+        each = self.each_loss(batch, tasks.names, leaves)
         losses = self._world.global_losses(_shared(each, share))
         # A method that draws weights draws the same ones with any number of processes.
         seed = self._setup.config.seed * 1_000_003 + step
         with torch_seeded(seed, self._setup.device) if phase.balance.may_draw else nullcontext():
             if phase.balances_gradients:
                 losses = losses.detach()
-                total = self._by_gradients(phase, tasks, each, share, losses)
+                shared = self._shared(phase, features, leaves)
+                total = self._by_gradients(phase, tasks, each, share, losses, shared, is_last)
             else:
                 total = phase.balance(losses, tasks.subset)
         return total if zero is None else total + zero, losses, each
@@ -91,18 +101,49 @@ class StepLosses:
         return self._world.mean(_shared(self.each_loss(batch, tasks.names), share))
 
     def _by_gradients(
-        self, phase: Phase, tasks: StepTasks, each: Sequence[Tensor], share: Tensor | None, losses: Tensor
+        self,
+        phase: Phase,
+        tasks: StepTasks,
+        each: Sequence[Tensor],
+        share: Tensor | None,
+        losses: Tensor,
+        shared: Shared,
+        is_last: bool,
     ) -> Tensor:
         """The loss whose gradients a method has balanced; `losses` are those over all processes."""
         method = phase.balance.by_gradients
         assert method is not None
-        trunk = [parameter for parameter in self._setup.model.trunk.parameters() if parameter.requires_grad]
-        of_trunk = {id(parameter) for parameter in trunk}
-        others = [p for p in self._setup.root.parameters() if p.requires_grad and id(p) not in of_trunk]
+        gradients = self._gradients or StepGradients(self._world, self._scaler)
         # Not taken from the stacked losses, through which each would go back through the heads of all.
         own = list(each) if share is None else [loss * part for loss, part in zip(each, share.to(each[0]), strict=True)]
-        total, combine = phase.balance(losses, tasks.subset), partial(method.combine, subset=tasks.subset)
-        return balance_gradients(total, own, trunk, others, combine, self._world, self._scaler)
+        total: Tensor = phase.balance(losses, tasks.subset)
+        gradients.add(own, losses, shared, method.num_batches > 1)
+        self._gradients = None if is_last else gradients
+        if not is_last:
+            return total.detach().requires_grad_()
+        return gradients.loss(total, method, shared, tasks.subset)
+
+    def _shared(self, phase: Phase, features: Features | None, leaves: Features | None) -> Shared:
+        """What the phase's tasks share."""
+        root = self._setup.root
+        trunk = [parameter for parameter in self._setup.model.trunk.parameters() if parameter.requires_grad]
+        of_trunk = {id(parameter) for parameter in trunk}
+        others = [p for p in root.parameters() if p.requires_grad and id(p) not in of_trunk]
+        if features is None or leaves is None:
+            return Shared(parameters=trunk, others=others)
+        return Shared(
+            features=[each for each in features.tensors() if each.requires_grad],
+            leaves=[each for each in leaves.tensors() if each.requires_grad],
+            layer=[root.get_parameter(name) for name in phase.looks_at],
+            per_sample=phase.balance.per_sample,
+            others=others,
+        )
+
+
+def _detached(features: Features) -> Features:
+    """The same features, as leaves of the graph of the heads."""
+    tensors = [each.detach().requires_grad_(each.requires_grad) for each in features.tensors()]
+    return features_from(tensors, features.kinds)
 
 
 def _shared(each: Sequence[Tensor], share: Tensor | None) -> Tensor:

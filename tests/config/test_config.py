@@ -173,7 +173,7 @@ def test_the_config_that_the_scripts_train_is_in_the_repository() -> None:
         (
             10,
             "balance: {method: fixed, weights: {depth: 1}, options: {x: 1}}",
-            "run.yaml:10: balance: expected options only for a method of TorchJD, not for 'fixed'",
+            "run.yaml:10: balance: expected options or a preset only for other methods than 'fixed'",
         ),
         (
             3,

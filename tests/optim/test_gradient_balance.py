@@ -16,8 +16,9 @@ from torchjd import aggregation
 from torchjd.autojac import jac_to_grad, mtl_backward
 
 from mtl.distributed.world import ALONE
-from mtl.optim.balance.gradient_balance import balance_gradients
-from mtl.optim.balance.gradient_weights import build_weighting, gradient_methods
+from mtl.optim.balance.gradient_balance import Shared, StepGradients
+from mtl.optim.balance.gradient_method import Combined, GradientMethod, TaskGradients
+from mtl.optim.balance.gradient_weights import gradient_methods, make_weighting
 from mtl.optim.task_gradients import inner_products
 
 OFF = GradScaler("cpu", enabled=False)
@@ -25,9 +26,31 @@ METHODS = ["mgda", "pcgrad", "imtlg", "alignedmtl", "gradvac", "pcd"]
 METHODS += ["upgrad", "dualproj"] if find_spec("quadprog") else []
 
 
-def by(weigh: Callable[[Tensor], Tensor]) -> Callable[[Tensor], Tensor]:
+class By(GradientMethod):
     """Gradients combined by weights that follow from their Gramian."""
-    return lambda rows: weigh(inner_products(rows)).to(rows) @ rows
+
+    def __init__(self, weigh: Callable[[Tensor], Tensor]) -> None:
+        self._weigh = weigh
+
+    def combine(self, gradients: TaskGradients) -> Combined:
+        return self._combine(gradients)
+
+    def _combine(self, gradients: TaskGradients) -> Combined:
+        return Combined(weights=self._weigh(inner_products(gradients.rows)))
+
+
+def balanced(
+    value: Tensor,
+    losses: list[Tensor],
+    shared: list[nn.Parameter],
+    others: list[nn.Parameter],
+    weigh: Callable[[Tensor], Tensor],
+    scaler: GradScaler,
+) -> Tensor:
+    """The loss of a step of one batch."""
+    step, what = StepGradients(ALONE, scaler), Shared(parameters=shared, others=others)
+    step.add(losses, torch.stack(losses).detach(), what)
+    return step.loss(value, By(weigh), what)
 
 
 class Small(nn.Module):
@@ -49,7 +72,7 @@ class Small(nn.Module):
         losses = self.losses()[1]
         shared = [*self.trunk.parameters(), *self.idle.parameters()]
         value = torch.stack(losses).sum()
-        return balance_gradients(value, losses, shared, list(self.heads.parameters()), by(weigh), ALONE, scaler)
+        return balanced(value, losses, shared, list(self.heads.parameters()), weigh, scaler)
 
 
 def gradients(model: nn.Module) -> dict[str, Tensor | None]:
@@ -63,7 +86,7 @@ def test_trunk_and_heads_get_the_gradients_of_torchjds_own_backward(method: str)
     mtl_backward(losses, features=features)
     torch.manual_seed(2)
     jac_to_grad(reference.trunk.parameters(), getattr(aggregation, gradient_methods()[method])())
-    weighting = build_weighting(method, {}, 3)
+    weighting = make_weighting(method, {})
 
     def weigh(gramian: Tensor) -> Tensor:
         torch.manual_seed(2)
@@ -133,9 +156,9 @@ def through_half(scaler: GradScaler, size: float) -> tuple[list[nn.Parameter], T
 
     def weigh(gramian: Tensor) -> Tensor:
         seen.append(gramian)
-        return build_weighting("mgda", {}, 2)(gramian)
+        return make_weighting("mgda", {})(gramian)
 
-    return shared, balance_gradients(torch.tensor(1.0), losses, shared, [], by(weigh), ALONE, scaler), seen
+    return shared, balanced(torch.tensor(1.0), losses, shared, [], weigh, scaler), seen
 
 
 def test_gradients_that_fp16_cannot_hold_are_balanced_when_they_are_scaled() -> None:

@@ -14,6 +14,7 @@ from crashes import SHORT, assert_same, crashed, resume, run_whole
 from mtl.config import SettingError, load_config
 from mtl.config.optim import BalanceConfig
 from mtl.optim.balance.balance import build_balance, is_by_gradients
+from mtl.optim.balance.gradient_method import TaskGradients
 from mtl.optim.balance.gradient_weights import GradientWeighting
 from mtl.training.run import train
 from mtl.training.setup import assemble
@@ -53,7 +54,15 @@ def test_gradients_are_weighed_as_the_class_says(folder: Path) -> None:
     assert balance.by_gradients(torch.tensor([[1.0, 0.5], [0.5, 9.0]])).tolist() == pytest.approx([2, 2 / 3])
 
 
-@pytest.mark.parametrize("method", ["weigh:Softmax", "weigh:SameNorm"])
+def test_losses_and_gradients_are_weighed_as_the_class_says(folder: Path) -> None:
+    assert folder
+    balance = build_balance(BalanceConfig(method="weigh:SameDescent"), ["a", "b"])
+    assert is_by_gradients("weigh:SameDescent") and balance.by_gradients is not None
+    rows, losses = torch.tensor([[1.0, 0.0], [0.0, 2.0]]), torch.tensor([3.0, 8.0])
+    assert balance.by_gradients.combine(TaskGradients(rows, losses)).of(rows).tolist() == [3.0, 4.0]
+
+
+@pytest.mark.parametrize("method", ["weigh:Softmax", "weigh:SameNorm", "weigh:SameDescent"])
 def test_a_run_with_it_is_clean_and_resumes_to_the_same_bits(folder: Path, cache_dir: Path, method: str) -> None:
     for name in ("whole", "broken"):
         (folder / name).mkdir()
@@ -80,18 +89,21 @@ def test_a_module_next_to_the_configuration_is_found(tmp_path: Path) -> None:
         ("weigh:Softmx", {}, "balance.method: weigh has no 'Softmx'; nearest: Softmax"),
         ("weight:Softmax", {}, "balance.method: 'weight' cannot be imported: No module named 'weight'"),
         ("weigh:BLOCK", {}, "balance.method: weigh has no 'BLOCK'"),
-        ("pathlib:Path", {}, r"balance.method: pathlib:Path is no subclass of \S+Scalarizer or \S+Weighting$"),
+        ("pathlib:Path", {}, r"balance.method: pathlib:Path is no subclass of \S+Scalarizer .*TaskWeights$"),
         ("weigh:Softmax", {"temp": 1}, r"balance.options: weigh:Softmax: TypeError: .* argument 'temp'$"),
-        ("weigh:Softmax", {"temperature": "hot"}, r"balance.options: weigh:Softmax: TypeError: .*\(.*weigh\.py:13\)$"),
+        ("weigh:Softmax", {"temperature": "hot"}, r"balance.options: weigh:Softmax: TypeError: .*\(.*weigh\.py:14\)$"),
         ("wrong:Vector", {}, r"balance.method: wrong:Vector gave \(2,\) for 2 losses; expected a scalar$"),
         ("wrong:Few", {}, r"balance.options: wrong:Few: ValueError: gave weights of shape \(1,\) for 2 tasks$"),
+        ("wrong:Fewer", {}, r"balance.options: wrong:Fewer: ValueError: gave weights of shape \(1,\) for 2 tasks"),
         ("softmaxx", {}, "balance.method: no method 'softmaxx'.*; or your own as package.module:Name"),
     ],
 )
 def test_what_cannot_be_used_is_named(folder: Path, method: str, options: dict[str, object], message: str) -> None:
     (folder / "wrong.py").write_text(
+        "import mtl\n"
         "from torchjd.aggregation import Weighting\nfrom torchjd.scalarization import Scalarizer\n"
         "class Vector(Scalarizer):\n    def forward(self, losses): return 2 * losses\n"
+        "class Fewer(mtl.TaskWeights):\n    def weights(self, losses, rows): return losses[:1]\n"
         "class Few(Weighting):\n    def forward(self, gramian): return gramian[0, :1]\n"
     )
     try:

@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 from collections.abc import Sequence
-from functools import partial
 from typing import Any
 
 import pytest
@@ -11,14 +10,16 @@ import torch
 from hypothesis import given, settings
 from hypothesis import strategies as st
 from torch import Tensor, nn
+from torch.amp import GradScaler
 
 from mtl.config import SettingError
 from mtl.config.optim import BalanceConfig
 from mtl.distributed.world import ALONE
 from mtl.optim.balance.balance import Balance, build_balance, is_by_gradients, scalarizers
-from mtl.optim.balance.gradient_aggregator import aggregator_methods
-from mtl.optim.balance.gradient_balance import balance_gradients
-from mtl.optim.balance.gradient_weights import GradientWeighting, gradient_methods
+from mtl.optim.balance.gradient_balance import Shared, StepGradients
+from mtl.optim.balance.gradient_method import TaskGradients
+from mtl.optim.balance.gradient_methods import method_names
+from mtl.optim.balance.gradient_weights import GradientWeighting
 from mtl.optim.balance.subset import Subset, others_unmoved
 
 NUM = 4
@@ -41,7 +42,7 @@ OPTIONS: dict[str, dict[str, Any]] = {
     "graddrop": {"leak": WEIGHTS},
     "trimmedmean": {"trim_number": 1},
 }
-METHODS = sorted({"fixed", *scalarizers(), *gradient_methods(), *aggregator_methods()})
+METHODS = sorted({"fixed", *scalarizers(), *method_names()})
 SUBSETS = [(0,), (1, 3), (0, 2), (0, 1, 3), (1, 2, 3)]
 
 
@@ -85,11 +86,10 @@ def step(model: Model, balance: Balance, losses: Sequence[Tensor], subset: Subse
     if balance.by_gradients is None:
         balance(torch.stack(list(losses)), subset).backward()
     else:
-        combine = partial(balance.by_gradients.combine, subset=subset)
-        shared, others = list(model.shared.parameters()), list(model.heads.parameters())
-        total = torch.stack(list(losses)).sum().detach()
-        scaler = torch.amp.GradScaler("cpu", enabled=False)
-        balance_gradients(total, losses, shared, others, combine, ALONE, scaler).backward()
+        what = Shared(parameters=list(model.shared.parameters()), others=list(model.heads.parameters()))
+        values, gradients = torch.stack(list(losses)).detach(), StepGradients(ALONE, GradScaler("cpu", enabled=False))
+        gradients.add(losses, values, what)
+        gradients.loss(values.sum(), balance.by_gradients, what, subset).backward()
     return model.gradients()
 
 
@@ -133,10 +133,14 @@ def test_a_step_is_that_of_the_method_over_the_labelled_tasks(method: str, data:
         rows = torch.stack([flat(sample_mean(model, x, y, has, place), parameters[:2]) for place in places])
         torch.manual_seed(7)
         if isinstance(alone.by_gradients, GradientWeighting):
-            shared = alone.by_gradients(rows @ rows.T).double() @ rows
+            shared, heads = alone.by_gradients(rows @ rows.T).double() @ rows, None
         else:
-            shared = alone.by_gradients.combine(rows)
-        weights = head_weights = [torch.ones(())] * len(places)
+            values = torch.stack(losses).detach()
+            combined = alone.by_gradients.combine(TaskGradients(rows, values))
+            shared = combined.of(rows)
+            heads = None if combined.head_weights is None else list(combined.head_weights)
+        weights = [torch.ones(())] * len(places)
+        head_weights = weights if heads is None else heads
     expected: list[Tensor | None] = [None] * len(parameters)
     for place, weight, head_weight in zip(places, weights, head_weights, strict=True):
         for at, gradient in enumerate(sample_mean(model, x, y, has, place)):
@@ -272,5 +276,5 @@ def test_a_step_of_the_optimizer_leaves_the_scales_of_other_tasks(method: str, k
 
 
 def test_all_methods_are_known_to_this_file() -> None:
-    by_gradients = (gradient_methods() | aggregator_methods()).keys() - scalarizers().keys()
+    by_gradients = {*method_names()} - scalarizers().keys()
     assert all(is_by_gradients(method) for method in by_gradients) and by_gradients <= set(METHODS)

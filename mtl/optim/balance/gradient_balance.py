@@ -1,8 +1,9 @@
-"""Losses balanced by their gradients on shared parameters: a backward a task, one gradient, a loss that has it."""
+"""Losses balanced by their gradients: a backward a task, one gradient, and a loss that has it."""
 
 from __future__ import annotations
 
-from collections.abc import Callable, Sequence
+from collections.abc import Sequence
+from dataclasses import dataclass, field
 from typing import Any
 
 import torch
@@ -11,67 +12,179 @@ from torch.amp import GradScaler
 from torch.autograd.function import once_differentiable
 
 from mtl.distributed.world import World
+from mtl.optim.balance.gradient_method import GradientMethod, TaskGradients
+from mtl.optim.balance.subset import Subset
 from mtl.optim.task_gradients import loss_gradients
 
 
-def balance_gradients(
-    value: Tensor,
-    losses: Sequence[Tensor],
-    shared: Sequence[nn.Parameter],
-    others: Sequence[nn.Parameter],
-    combine: Callable[[Tensor], Tensor],
-    world: World,
-    scaler: GradScaler,
-) -> Tensor:
-    """A loss whose backward gives shared parameters what is made of the tasks' gradients, and others their plain sum.
+@dataclass
+class Shared:
+    """What the tasks share, and where a method looks.
 
-    Source: TorchJD's `mtl_backward` and `jac_to_grad`. Heads are not weighed: with weight 0 a task's head would not
-    train, and with a negative weight it would learn to be wrong.
+    Attributes:
+        parameters: Trainable parameters whose gradients are balanced, not empty; none if those of features are.
+        features: The trunk's features of a batch, tensors inside the graph.
+        leaves: The same, detached, of which the heads have made the losses: a level of a pyramid is made of the one
+            below, through which a gradient would count twice.
+        layer: Parameters whose gradients are compared, in place of those of the features.
+        per_sample: Whether gradients of features are compared image by image, or summed over images first.
+        others: All trainable parameters that get the gradients of the losses themselves, usually each of one task.
+    """
 
-    The one backward per task runs here. The returned loss's own backward costs next to nothing: it passes the known
-    gradients to the parameters and their hooks, such as DDP's. Memory: one gradient of the shared parameters per task,
-    and a few more. The graphs are kept.
+    parameters: Sequence[nn.Parameter] = ()
+    features: Sequence[Tensor] = ()
+    leaves: Sequence[Tensor] = ()
+    layer: Sequence[nn.Parameter] = ()
+    per_sample: bool = False
+    others: Sequence[nn.Parameter] = ()
 
-    Args:
-        value: The value of the loss, a scalar.
-        losses: This rank's part of the tasks' losses, each a scalar with its own graph, independent of the others; the
-            same tasks on every rank. The full losses are the means over ranks.
-        shared: Trainable parameters that the tasks share, not empty: their gradients are averaged over ranks, once a
-            task, and weighed.
-        others: All other trainable parameters, usually each of one task; the backward of the loss, or DDP, averages
-            their gradients.
-        combine: Maps the tasks' gradients over all ranks, "t p", to the one that the shared parameters get, "p".
+    @property
+    def balanced(self) -> list[Tensor]:
+        """The tensors that get the gradient which the method makes."""
+        return [*self.parameters, *self.features]
+
+
+@dataclass
+class StepGradients:
+    """The tasks' gradients in a step, added batch by batch, and what a method makes of them.
+
+    Source: TorchJD's `mtl_backward` and `jac_to_grad`. Heads get the gradients of their own losses unless the method
+    weighs them too: with weight 0 a task's head would not train, and with a negative one it would learn to be wrong.
+
+    One backward per task runs in `add`: to the parameters that the tasks share; with features, only to these, and the
+    trunk has one backward, that of the returned loss. That loss passes known gradients to tensors and their hooks, such
+    as DDP's. Memory: one gradient of what is shared for each task, and a few more; for each task and batch, if the
+    method compares batches. The graphs are kept.
+
+    Attributes:
         world: The ranks.
         scaler: The gradient scaler of fp16, without which small gradients would vanish; does nothing if not enabled.
-
-    Returns:
-        The loss, a scalar. Where a task's gradient is not finite, the shared parameters' gradient is not either.
     """
-    parameters = [*shared, *others]
-    rows = shared[0].new_empty(len(losses), sum(each.numel() for each in shared))
-    is_reached = [False] * len(shared)
-    sums: list[Tensor | None] = [None] * len(others)
-    for row, own_loss in zip(rows, losses, strict=True):
-        found = loss_gradients(scaler.scale(own_loss), parameters)
-        mine, own = found[: len(shared)], found[len(shared) :]
-        row.copy_(world.mean(_as_row(mine, shared)))
-        is_reached = [before or now is not None for before, now in zip(is_reached, mine, strict=True)]
-        sums = [_sum(before, now) for before, now in zip(sums, own, strict=True)]
-    if scaler.is_enabled():
-        scale = scaler.scale(torch.ones((), device=rows.device))
-        rows /= scale
-        sums = [each if each is None else each / scale for each in sums]
-    total = torch.split(combine(rows), [each.numel() for each in shared])
-    known = [_like(each, part) if so else None for each, part, so in zip(shared, total, is_reached, strict=True)]
-    pairs = [(p, gradient) for p, gradient in zip(parameters, [*known, *sums], strict=True) if gradient is not None]
-    loss_of: Any = _KnownGradients.apply
-    loss: Tensor = loss_of(value.detach(), [gradient for _, gradient in pairs], *(p for p, _ in pairs))
-    return loss
+
+    world: World
+    scaler: GradScaler
+    _rows: list[Tensor] = field(default_factory=list)
+    _full: Tensor | None = None
+    _losses: list[Tensor] = field(default_factory=list)
+    _is_reached: list[bool] = field(default_factory=list)
+    _others: list[list[Tensor | None]] = field(default_factory=list)
+
+    def add(self, losses: Sequence[Tensor], values: Tensor, shared: Shared, keeps_batches: bool = False) -> None:
+        """Adds the gradients of a batch.
+
+        Args:
+            losses: This rank's part of the tasks' losses, each a scalar with its own graph, independent of the others;
+                the same tasks on every rank. The full losses are the means over ranks.
+            values: The full losses, "t", without a graph.
+            shared: What the tasks share. Gradients of parameters are averaged over ranks, once a task.
+            keeps_batches: Whether the rows of each batch are needed apart.
+        """
+        balanced, seen = shared.balanced, list[Tensor]()
+        reached = [False] * len(balanced)
+        # A row for each task; all written once.
+        rows = _new_rows(len(losses), balanced)
+        scale = self.scaler.scale(torch.ones((), device=values.device)) if self.scaler.is_enabled() else None
+        others: list[list[Tensor | None]] = []
+        for row, loss in zip(rows, losses, strict=True):
+            inputs = [*shared.parameters, *shared.leaves, *shared.others]
+            found = list(loss_gradients(self.scaler.scale(loss), inputs))
+            if scale is not None:
+                found = [each if each is None else each / scale for each in found]
+            mine, own = found[: len(balanced)], found[len(balanced) :]
+            reached = [before or now is not None for before, now in zip(reached, mine, strict=True)]
+            others.append(own)
+            _fill_row(row, mine, balanced)
+            if shared.parameters and not self.world.is_alone:
+                row.copy_(self.world.mean(row))
+            elif shared.layer:
+                seen.append(self.world.mean(_row_of_layer(mine, shared)))
+            elif shared.features and not shared.per_sample:
+                seen.append(self.world.mean(_summed(mine, balanced)))
+        self._losses.append(values)
+        self._is_reached = [a or b for a, b in zip(self._is_reached or reached, reached, strict=True)]
+        self._others = [_sums(*both) for both in zip(self._others, others, strict=True)] if self._others else others
+        if seen:
+            self._full, rows = rows, torch.stack(seen)
+        if self._rows and not keeps_batches:
+            self._rows[0] += rows
+        else:
+            self._rows.append(rows)
+
+    def loss(self, value: Tensor, method: GradientMethod, shared: Shared, subset: Subset | None = None) -> Tensor:
+        """A loss whose backward gives what is shared the gradient that the method makes, and the others their own.
+
+        Args:
+            value: The value of the loss, a scalar.
+            method: Makes one gradient of those of the tasks.
+            shared: As for the last `add`.
+            subset: The tasks whose gradients they are, if not all have labels.
+
+        Returns:
+            The loss, a scalar: as many times the step's as it has batches, whose losses are averaged. Where a task's
+            gradient is not finite, that of what is shared is not either.
+
+        Raises:
+            SettingError: The method cannot combine so few tasks.
+        """
+        num = len(self._losses)
+        rows = self._rows[0] if len(self._rows) == 1 else torch.stack(self._rows).sum(dim=0)
+        batches = tuple(self._rows) if len(self._rows) > 1 else ()
+        if num > 1:
+            rows = rows / num
+        losses = self._losses[0] if num == 1 else torch.stack(self._losses).mean(dim=0)
+        combined = method.combine(TaskGradients(rows, losses, batches, subset))
+        total = combined.of(rows if self._full is None else self._full)
+        if num > 1:
+            total = total * num
+        parts = torch.split(total, [each.numel() for each in shared.balanced])
+        known = [
+            _like(each, part) if is_reached else None
+            for each, part, is_reached in zip(shared.balanced, parts, self._is_reached, strict=True)
+        ]
+        weights = None if combined.head_weights is None else combined.head_weights.to(rows)
+        own: list[Tensor | None] = [None] * len(shared.others)
+        for place, found in enumerate(self._others):
+            own = _sums(own, found if weights is None else [g if g is None else g * weights[place] for g in found])
+        tensors = [*shared.balanced, *shared.others]
+        pairs = [(each, g) for each, g in zip(tensors, [*known, *own], strict=True) if g is not None]
+        loss_of: Any = _KnownGradients.apply
+        loss: Tensor = loss_of(value.detach(), [gradient for _, gradient in pairs], *(each for each, _ in pairs))
+        return loss
 
 
-def _as_row(gradients: Sequence[Tensor | None], parameters: Sequence[nn.Parameter]) -> Tensor:
-    pairs = zip(gradients, parameters, strict=True)
-    return torch.cat([(torch.zeros_like(p) if g is None else g).detach().reshape(-1) for g, p in pairs])
+def _new_rows(num: int, tensors: Sequence[Tensor]) -> Tensor:
+    """Room for rows with an entry for each element, float32 or wider."""
+    dtype = torch.promote_types(tensors[0].dtype, torch.float32)
+    return tensors[0].new_empty(num, sum(each.numel() for each in tensors), dtype=dtype)
+
+
+def _fill_row(row: Tensor, gradients: Sequence[Tensor | None], tensors: Sequence[Tensor]) -> Tensor:
+    for part, gradient in zip(torch.split(row, [each.numel() for each in tensors]), gradients, strict=True):
+        if gradient is None:
+            part.zero_()
+        else:
+            part.copy_(gradient.detach().reshape(-1))
+    return row
+
+
+def _row_of_layer(gradients: Sequence[Tensor | None], shared: Shared) -> Tensor:
+    """The gradient of a layer's parameters, from those of the features."""
+    known = [(f, g) for f, g in zip(shared.features, gradients, strict=True) if g is not None]
+    found = torch.autograd.grad(
+        [f for f, _ in known], shared.layer, [g for _, g in known], retain_graph=True, allow_unused=True
+    )
+    return _fill_row(_new_rows(1, shared.layer)[0], found, shared.layer)
+
+
+def _summed(gradients: Sequence[Tensor | None], features: Sequence[Tensor]) -> Tensor:
+    """The gradients of features, "b ..." each, summed over images."""
+    pairs = zip(gradients, features, strict=True)
+    known = [torch.zeros_like(f) if g is None else g.detach() for g, f in pairs]
+    return torch.cat([each.float().sum(dim=0).reshape(-1) for each in known])
+
+
+def _sums(one: Sequence[Tensor | None], other: Sequence[Tensor | None]) -> list[Tensor | None]:
+    return [_sum(before, now) for before, now in zip(one, other, strict=True)]
 
 
 def _sum(one: Tensor | None, other: Tensor | None) -> Tensor | None:
@@ -80,17 +193,17 @@ def _sum(one: Tensor | None, other: Tensor | None) -> Tensor | None:
     return one + other
 
 
-def _like(parameter: nn.Parameter, flat: Tensor) -> Tensor:
-    """In the parameter's layout, as DDP expects of a gradient."""
-    return torch.empty_like(parameter).copy_(flat.view(parameter.shape))
+def _like(tensor: Tensor, flat: Tensor) -> Tensor:
+    """In the tensor's layout, as DDP expects of a gradient; of features in half precision in the row's type."""
+    return torch.empty_like(tensor, dtype=flat.dtype).copy_(flat.view(tensor.shape))
 
 
 class _KnownGradients(torch.autograd.Function):
     """A scalar whose gradients are given."""
 
     @staticmethod
-    def forward(ctx: Any, value: Tensor, gradients: list[Tensor], *_: Tensor) -> Tensor:
-        ctx.gradients = gradients
+    def forward(ctx: Any, value: Tensor, gradients: list[Tensor], *tensors: Tensor) -> Tensor:
+        ctx.gradients, ctx.dtypes = gradients, [each.dtype for each in tensors]
         return value.clone()
 
     @staticmethod
@@ -98,4 +211,6 @@ class _KnownGradients(torch.autograd.Function):
     def backward(ctx: Any, factor: Tensor) -> Any:
         # The loss may stay alive for a while: release the gradients, which are in the parameters' `.grad` now.
         gradients, ctx.gradients = ctx.gradients, None
-        return (None, None, *(factor * each for each in gradients))
+        # Scaled before it is rounded to half precision, in which it might vanish.
+        scaled = ((factor * each).to(dtype) for each, dtype in zip(gradients, ctx.dtypes, strict=True))
+        return (None, None, *scaled)

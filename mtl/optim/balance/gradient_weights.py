@@ -7,25 +7,21 @@ where such a method is used only, since the aggregators import solvers, which ta
 
 from __future__ import annotations
 
-import copy
-import inspect
 from collections.abc import Iterator, Mapping
 from contextlib import contextmanager
 from typing import Any
 
 import torch
 from torch import Tensor
-from torchjd import Stateful, aggregation, scalarization
+from torchjd import Stateful, aggregation
 from torchjd.aggregation import GramianWeightedAggregator, PCDWeighting, Weighting
 from torchjd.linalg import QuadprogProjector
 
 from mtl.config import SettingError
-from mtl.optim.balance.state import check_same_method
-from mtl.optim.balance.subset import Subset, narrowed, plain_attributes
+from mtl.optim.balance.gradient_method import OPTION_ERRORS, Combined, GradientMethod, TaskGradients
+from mtl.optim.balance.subset import Subset, narrowed
+from mtl.optim.balance.torchjd_state import options_of, restore_state, state_of, with_tensors
 from mtl.optim.task_gradients import inner_products
-
-# TorchJD raises them for options that do not fit each other or the number of tasks.
-OPTION_ERRORS = (TypeError, ValueError, RuntimeError, IndexError)
 
 
 def gradient_methods() -> dict[str, str]:
@@ -34,78 +30,42 @@ def gradient_methods() -> dict[str, str]:
     return {name.lower(): name for name, kind in found.items() if issubclass(kind, GramianWeightedAggregator)}
 
 
-def other_aggregators() -> frozenset[str]:
-    """The other aggregators of TorchJD, by lower-case name."""
-    names = {name.removesuffix("Weighting") for name in aggregation.__all__}
-    abstract = {"", "Aggregator", "WeightedAggregator", "GramianWeightedAggregator"}
-    ours = {*gradient_methods(), *map(str.lower, scalarization.__all__)}
-    return frozenset(name.lower() for name in names - abstract) - ours
+def weighting_options(method: str) -> dict[str, Any]:
+    """The options of one of `gradient_methods`, with their defaults.
 
-
-def build_weighting(method: str, options: Mapping[str, Any], num_tasks: int) -> GradientWeighting:
-    """Makes a weighting.
-
-    Args:
-        method: One of `gradient_methods`.
-        options: The aggregator's own. Those with a projector (`upgrad`, `dualproj`) take `norm_eps` and `reg_eps` of
-            its quadratic program instead: gradients whose squared norms add up to less than `norm_eps` count as zero,
-            and are not balanced.
-        num_tasks: The number of tasks.
-
-    Raises:
-        SettingError: A package is missing, or an option is unknown, missing, or does not fit the number of tasks.
+    Those with a projector (`upgrad`, `dualproj`) take `norm_eps` and `reg_eps` of its quadratic program instead:
+    gradients whose squared norms add up to less than `norm_eps` count as zero, and are not balanced.
     """
+    takes = options_of(getattr(aggregation, gradient_methods()[method]))
+    if "projector" in takes:
+        takes = {name: value for name, value in takes.items() if name != "projector"} | options_of(QuadprogProjector)
+    return takes
+
+
+def make_weighting(method: str, options: Mapping[str, Any]) -> GradientWeighting:
+    """Makes one of `gradient_methods` with its `weighting_options`; raises what TorchJD does if they do not fit."""
     aggregator: type[GramianWeightedAggregator] = getattr(aggregation, gradient_methods()[method])
-    takes, own = options_of(aggregator), dict(options)
-    try:
-        if "projector" in takes:
-            takes = [name for name in takes if name != "projector"] + (inner := options_of(QuadprogProjector))
-            own["projector"] = QuadprogProjector(**{name: own.pop(name) for name in inner if name in own})
-        weighting = aggregator(**with_tensors(own)).gramian_weighting
-        try_out_weighting(weighting, num_tasks)
-    except ImportError as error:
-        raise SettingError("balance.method", f"{method}: {error}") from error
-    except OPTION_ERRORS as error:
-        known = ", ".join(takes) or "none"
-        raise SettingError("balance.options", f"{method} takes the options {known}: {error}") from error
-    return GradientWeighting(weighting)
+    own = dict(options)
+    if "projector" in options_of(aggregator):
+        inner = options_of(QuadprogProjector)
+        own["projector"] = QuadprogProjector(**{name: own.pop(name) for name in inner if name in own})
+    return GradientWeighting(aggregator(**with_tensors(own)).gramian_weighting)
 
 
-def try_out_weighting(weighting: Weighting[Any], num_tasks: int) -> None:
-    """Calls a copy of a weighting on gradients that are orthogonal; what it raises shows what does not fit.
+class GradientWeighting(GradientMethod):
+    """A weighting of TorchJD as the training loop uses it. Its state, which its calls update, is on the CPU."""
 
-    Raises:
-        ValueError: It does not give a weight for each task.
-    """
-    if num_tasks < 2:
-        return
-    with torch.random.fork_rng([]), torch.device("cpu"):
-        weights = copy.deepcopy(weighting)(torch.eye(num_tasks))
-    if weights.shape != (num_tasks,):
-        raise ValueError(f"gave weights of shape {tuple(weights.shape)} for {num_tasks} tasks")
-
-
-def with_tensors(options: Mapping[str, Any]) -> dict[str, Any]:
-    """Options with tensors for the lists that a configuration writes: on the CPU, even if the model is on meta."""
-    return {
-        name: torch.tensor(value, dtype=torch.float32, device="cpu") if isinstance(value, list) else value
-        for name, value in options.items()
-    }
-
-
-def options_of(kind: type) -> list[str]:
-    """The names of what a class is constructed from."""
-    return list(inspect.signature(kind).parameters)
-
-
-class GradientWeighting:
-    """A weighting of TorchJD as the training loop uses it.
-
-    Not a module, since it has no parameters; its state, which its calls update, is on the CPU.
-    """
-
-    def __init__(self, weighting: Weighting[Any]) -> None:
+    def __init__(self, weighting: Weighting[Any], factor: float = 1.0) -> None:
+        """Args:
+        weighting: From a Gramian to weights.
+        factor: Multiplies the weights.
+        """
         self._weighting = weighting
+        self._factor = factor
+
+    @property
+    def name(self) -> str:
+        return type(self._weighting).__name__.removesuffix("Weighting")
 
     def __call__(self, gramian: Tensor, subset: Subset | None = None) -> Tensor:
         """Computes the weights on the CPU: one sync with the device, where a solver would sync in every iteration.
@@ -137,46 +97,34 @@ class GradientWeighting:
         # take its zero for the minimum (MGDA), so it is replaced by a gradient orthogonal to the others.
         products = products + torch.diag(torch.where(has_gradient, 0.0, norms[has_gradient].mean()))
         if subset is None:
-            weights: Tensor = self._weighting(products)
-            return weights.detach()
+            return self._scaled(self._weighting(products))
         try:
             with narrowed(self._weighting, subset), _narrowed_tau(self._weighting, subset):
-                weights = self._weighting(products)
+                return self._scaled(self._weighting(products))
         except OPTION_ERRORS as error:
-            name, few = type(self._weighting).__name__, f"the {len(norms)} of {subset.size} tasks"
-            message = f"{name} cannot weigh {few} of which a batch has labels: {error}"
+            few = f"the {len(norms)} of {subset.size} tasks"
+            message = f"{self.name} cannot weigh {few} of which a batch has labels: {error}"
             raise SettingError("balance.method", message) from error
-        return weights.detach()
 
-    def combine(self, rows: Tensor, subset: Subset | None = None) -> Tensor:
-        """The weighted sum of the tasks' gradients, "p".
+    def _scaled(self, weights: Tensor) -> Tensor:
+        return weights.detach() if self._factor == 1.0 else weights.detach() * self._factor
 
-        Args:
-            rows: "t p", the gradients.
-            subset: The tasks whose gradients they are, if not all have labels.
-
-        Raises:
-            SettingError: As the call.
+    def combine(self, gradients: TaskGradients) -> Combined:
+        """Raises:
+        SettingError: As the call.
         """
-        return self(inner_products(rows), subset).to(rows) @ rows
+        return self._combine(gradients)
+
+    def _combine(self, gradients: TaskGradients) -> Combined:
+        return Combined(weights=self(inner_products(gradients.rows), gradients.subset))
 
     def state(self) -> dict[str, Any]:
         """A copy of the method's state over its calls (GradVac, PCD), without its options."""
-        if not isinstance(self._weighting, Stateful):
-            return {}
-        options = options_of(type(self._weighting))
-        own = {n: value for n, value in plain_attributes(self._weighting).items() if n.lstrip("_") not in options}
-        return {name: _to_plain(value) for name, value in {**own, **self._weighting._buffers}.items()}
+        return state_of(self._weighting) if isinstance(self._weighting, Stateful) else {}
 
     def load_state(self, state: Mapping[str, Any]) -> None:
-        """Restores the state of the same method.
-
-        Raises:
-            ValueError: It is the state of another method.
-        """
-        check_same_method(self.state(), state)
-        for name, value in state.items():
-            setattr(self._weighting, name, _from_plain(value))
+        super().load_state(state)
+        restore_state(self._weighting, state)
 
 
 @contextmanager
@@ -191,20 +139,3 @@ def _narrowed_tau(weighting: Weighting[Any], subset: Subset) -> Iterator[None]:
         yield
     finally:
         weighting.tau = tau
-
-
-def _to_plain(value: Any) -> Any:
-    """Tensors and JSON values; tuples and dtypes keep their type, or a method would reset its state on comparison."""
-    if isinstance(value, Tensor):
-        return value.detach().clone()
-    if isinstance(value, tuple):
-        return {"tuple": [_to_plain(each) for each in value]}
-    return {"type": str(value).removeprefix("torch.")} if isinstance(value, torch.dtype) else value
-
-
-def _from_plain(value: Any) -> Any:
-    if isinstance(value, Tensor):
-        return value.detach().cpu().clone()
-    if isinstance(value, Mapping):
-        return tuple(map(_from_plain, value["tuple"])) if "tuple" in value else getattr(torch, value["type"])
-    return value

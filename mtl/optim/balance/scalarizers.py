@@ -7,6 +7,6 @@ from mtl.runtime.deferred import deferred, nothing
 with deferred({"torchjd": nothing}):
     # Not `from torchjd import scalarization`, which asks the package itself.
     import torchjd.scalarization as scalarization
-    from torchjd.scalarization import DWA, FAMO, IMTLL, UW, Constant, Mean, Random, Scalarizer, Sum
+    from torchjd.scalarization import DWA, FAMO, IMTLL, STCH, UW, Constant, Mean, Random, Scalarizer, Sum
 
-__all__ = ["DWA", "FAMO", "IMTLL", "UW", "Constant", "Mean", "Random", "Scalarizer", "Sum", "scalarization"]
+__all__ = ["DWA", "FAMO", "IMTLL", "STCH", "UW", "Constant", "Mean", "Random", "Scalarizer", "Sum", "scalarization"]

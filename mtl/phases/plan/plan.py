@@ -78,9 +78,11 @@ class _Planner:
         reached = self.side([name for name in phase.freeze.plan.names.trainable if name not in phase.freeze.unreached])
         # A method that steps its own weights looks at the losses once more.
         num_forwards = 2 if phase.balance.param_groups and not phase.config.evaluate_only else 1
-        # A method that weighs gradients has those of the trunk once more for each task.
+        # A method that looks at gradients of parameters has those of the trunk once more for each task and batch.
         of_trunk = self.side([name for name in reached.names if name.startswith("trunk.")])
-        by_task = len(phase.tasks) * of_trunk.bytes if phase.balances_gradients else 0
+        method = phase.balance.by_gradients if phase.balances_gradients and phase.balance.on == "parameters" else None
+        by_task = 0 if method is None else len(phase.tasks) * of_trunk.bytes * method.num_batches
+        remembered = by_task if method is not None and method.remembers_rows else 0
         average = 0 if self.model_setup.config.optim.ema_decay is None else trains.bytes
         reduced = reached.bytes + by_task
         return PhasePlan(
@@ -107,7 +109,7 @@ class _Planner:
                 GroupPlan(g["lr"], g["weight_decay"], len(g["params"]), sum(p.numel() for p in g["params"]))
                 for g in phase.groups
             ),
-            memory=MemoryPlan(self.weights, reduced, cost.optimizer_state, average),
+            memory=MemoryPlan(self.weights, reduced + remembered, cost.optimizer_state, average),
             flops=FlopsPlan(
                 num_forwards * cost.forward_flops, cost.backward_flops, of_all.forward_flops, of_all.backward_flops
             ),
@@ -159,7 +161,7 @@ class _Planner:
         if phase is not None:
             optimizer = phase.optim.optimizer.model_dump_json()
             stepped = sum(p.numel() for group in phase.groups for p in group["params"])
-            key = (*key, phase.freeze.plan.names.frozen, phase.tasks, phase.balances_gradients, optimizer, stepped)
+            key = (*key, phase.freeze.plan.names.frozen, phase.tasks, phase.backward_by_task, optimizer, stepped)
         if key not in _COSTS:
             _COSTS[key] = rehearse(self.model_setup, phase)
         return _COSTS[key]

@@ -70,7 +70,7 @@ def rehearse(model_setup: ModelSetup, phase: Phase | None) -> Cost:
         if not evaluates:
             # A frozen head on a frozen trunk has an output that no gradient leaves.
             sums = [output.sum() for output in outputs.values() if output.requires_grad]
-            apart = phase is not None and phase.balances_gradients
+            apart = phase is not None and phase.backward_by_task
             for each in [[one] for one in sums] if apart else [sums]:
                 torch.autograd.backward(each, retain_graph=apart)
     state = None if phase is None else 0 if evaluates else _optimizer_state(model_setup, phase)

@@ -44,7 +44,7 @@ class RunLog:
 
     def phase_begins(self, phase: Phase) -> None:
         log_idle_tasks(self._setup, phase)
-        log_balance(phase)
+        log_balance(self._setup, phase)
         if phase.freeze.unreached:
             log_unreached(self._setup, phase)
 

@@ -1,0 +1,148 @@
+"""What a balancing method that looks at the tasks' gradients receives, and what it makes of them."""
+
+from __future__ import annotations
+
+from abc import ABC, abstractmethod
+from collections.abc import Mapping
+from dataclasses import dataclass, replace
+from typing import Any
+
+import torch
+from torch import Tensor
+
+from mtl.config import SettingError
+from mtl.optim.balance.state import check_same_method
+from mtl.optim.balance.subset import Subset
+
+# What a method may raise for options that do not fit each other or the number of tasks.
+OPTION_ERRORS = (TypeError, ValueError, RuntimeError, IndexError)
+
+
+@dataclass(frozen=True)
+class TaskGradients:
+    """The tasks' gradients in a step, the same on all ranks.
+
+    Attributes:
+        rows: "t p", float32: the gradients of the tasks' losses on what they share; means over the step's batches.
+        losses: "t", the tasks' losses: means over the step's batches.
+        batches: The rows of each batch of a step of several batches, for a method that asks for them; else none.
+        subset: The tasks, if not all have labels in the step.
+    """
+
+    rows: Tensor
+    losses: Tensor
+    batches: tuple[Tensor, ...] = ()
+    subset: Subset | None = None
+
+    @property
+    def tasks(self) -> Subset:
+        """The places of the tasks among all that the method was made for."""
+        return self.subset or Subset(tuple(range(len(self.rows))), len(self.rows))
+
+    def of(self, places: list[int]) -> TaskGradients:
+        """Those of some of the tasks, by their places among these."""
+        known = self.tasks
+        left = Subset(tuple(known.places[place] for place in places), known.size)
+        index = torch.tensor(places, device=self.rows.device)
+        return replace(
+            self,
+            rows=self.rows[index],
+            losses=self.losses[index.to(self.losses.device)],
+            batches=tuple(rows[index] for rows in self.batches),
+            subset=left,
+        )
+
+
+@dataclass(frozen=True)
+class Combined:
+    """What a method makes of a step's gradients.
+
+    Attributes:
+        gradient: "p", the gradient of what the tasks share; None if `weights` say it.
+        weights: "t", by which the tasks' gradients are added up.
+        head_weights: "t", by which each task's gradient on its own parameters is multiplied; all 1 if None.
+    """
+
+    gradient: Tensor | None = None
+    weights: Tensor | None = None
+    head_weights: Tensor | None = None
+
+    def of(self, rows: Tensor) -> Tensor:
+        """The gradient, "p"; of other rows "t p" than the method has seen, if it has given weights."""
+        if self.gradient is not None:
+            return self.gradient
+        assert self.weights is not None
+        return self.weights.to(rows) @ rows
+
+
+class GradientMethod(ABC):
+    """A balancing method that looks at the tasks' gradients.
+
+    Not a module: it has no parameters, and its state moves to the gradients' device by itself.
+
+    Attributes:
+        weighs: Whether it gives weights. Others make a gradient of their own, of the whole rows.
+        remembers_rows: Whether it keeps the rows of earlier steps, or something of their size.
+        num_batches: How many batches, independent of each other, it compares in a step.
+        least_tasks: Steps in which fewer tasks have a gradient than this are the sum of the gradients.
+    """
+
+    weighs: bool = True
+    remembers_rows: bool = False
+    num_batches: int = 1
+    least_tasks: int = 2
+
+    def combine(self, gradients: TaskGradients) -> Combined:
+        """What a step's gradients become. One sync with the device.
+
+        A task without a gradient leaves the step, as if the method had fewer tasks; what it remembers of such a task
+        stays. Where a gradient or a loss is not finite, the result is not finite either, and the state stays.
+
+        Raises:
+            SettingError: The method cannot combine so few tasks.
+        """
+        largest = gradients.rows.abs().amax(dim=1)
+        *sizes, loss = torch.cat([largest, gradients.losses.to(largest).sum()[None]]).tolist()
+        ones = torch.ones(len(sizes))
+        if not all(value < torch.inf for value in [*sizes, abs(loss)]):
+            return Combined(weights=ones * torch.nan)
+        here = [place for place, value in enumerate(sizes) if value > 0]
+        if len(here) < self.least_tasks:
+            return Combined(weights=ones)
+        if len(here) == gradients.tasks.size:
+            return self._combine(gradients)
+        try:
+            if len(here) == len(sizes):
+                return self._combine(gradients)
+            found = self._combine(gradients.of(here))
+        except OPTION_ERRORS as error:
+            few = f"the {len(here)} of {gradients.tasks.size} tasks"
+            message = f"{self.name} cannot combine {few} that have a gradient in a step: {error}"
+            raise SettingError("balance.method", message) from error
+        index = torch.tensor(here)
+        heads = None if found.head_weights is None else ones.index_copy(0, index, found.head_weights.cpu().float())
+        if found.weights is None:
+            return replace(found, head_weights=heads)
+        weights = torch.zeros_like(ones).index_copy(0, index, found.weights.cpu().float())
+        return replace(found, weights=weights, head_weights=heads)
+
+    @property
+    def name(self) -> str:
+        """As messages call it."""
+        return type(self).__name__
+
+    @abstractmethod
+    def _combine(self, gradients: TaskGradients) -> Combined:
+        """As `combine`: all is finite, and every task has a gradient."""
+
+    def state(self) -> dict[str, Any]:
+        """A copy of what it remembers from step to step."""
+        return {}
+
+    def load_state(self, state: Mapping[str, Any]) -> None:
+        """Restores the state of the same method.
+
+        Raises:
+            ValueError: It is the state of another method.
+        """
+        check_same_method(self.state(), state)
