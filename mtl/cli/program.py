@@ -9,7 +9,7 @@ import sys
 from collections.abc import Mapping, Sequence
 from typing import Any
 
-from mtl.cli import add_task, audit, bench, data, export, plan, predict, report, train
+from mtl.cli import add_task, audit, bench, compare, data, export, plan, predict, report, train
 from mtl.cli import eval as evaluation
 from mtl.cli.guard import Attempt, guarded
 from mtl.runtime.console import print_err, print_out
@@ -54,6 +54,6 @@ def _parser() -> tuple[argparse.ArgumentParser, Mapping[str, argparse.ArgumentPa
     parser = _Parser(prog="mtl", description="Multi-task learning with freezes that are proven.")
     parser.add_argument("--version", action="version", version=f"mtl {__version__}")
     verbs = parser.add_subparsers(dest="verb", required=True, metavar="VERB")
-    for verb in (train, add_task, plan, data, audit, evaluation, predict, bench, export, report):
+    for verb in (train, add_task, plan, data, audit, evaluation, predict, bench, export, report, compare):
         verb.add_parser(verbs)
     return parser, verbs.choices

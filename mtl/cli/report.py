@@ -97,6 +97,6 @@ def _report(run_dir: Path, out: Path | None, picture: Path | None) -> Path:
 
 
 def _compare(run_dirs: Sequence[Path], out: Path) -> Path:
-    from mtl.results.report.compare import write_comparison
+    from mtl.results.report.several import write_several
 
-    return write_comparison(run_dirs, out)
+    return write_several(run_dirs, out)

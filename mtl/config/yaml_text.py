@@ -21,7 +21,10 @@ class _Loader(yaml.SafeLoader):
 
 
 class _Dumper(yaml.SafeDumper):
-    """Writes what `_Loader` reads: text that looks like a number is quoted, and no alias is used."""
+    """Writes what `_Loader` reads: text that looks like a number is quoted, and no alias is used.
+
+    The words that are truth values in YAML 1.1 (`on`) are quoted too, for those who read the file with PyYAML.
+    """
 
     def ignore_aliases(self, data: Any) -> bool:  # noqa: ARG002 - PyYAML's signature
         return True
@@ -46,7 +49,11 @@ for _tag, _expression, _first in _SCALARS:
     for _character in [*_first, *([""] if _tag == NULL else [])]:
         _RESOLVERS.setdefault(_character, []).append((_tag, re.compile(f"^(?:{_expression})$")))
 _Loader.yaml_implicit_resolvers = _RESOLVERS
-_Dumper.yaml_implicit_resolvers = _RESOLVERS
+_WORDS = re.compile("^(?:yes|Yes|YES|no|No|NO|on|On|ON|off|Off|OFF)$")
+_Dumper.yaml_implicit_resolvers = {
+    first: [*_RESOLVERS.get(first, ()), *([(_BOOL, _WORDS)] if first in "yYnNoO" else [])]
+    for first in {*_RESOLVERS, *"yYnNoO"}
+}
 
 
 def dump_yaml(data: Any) -> str:

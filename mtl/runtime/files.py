@@ -90,13 +90,15 @@ def write_synced(file: Path, content: bytes) -> None:
 
 
 def write_text(file: Path, text: str) -> None:
+    """As `write_bytes`, in UTF-8."""
+    write_bytes(file, text.encode())
+
+
+def write_bytes(file: Path, content: bytes) -> None:
     """Writes a file under another name, forces it to disk and renames it, so that no reader ever sees half of it."""
     temporary = file.with_name(f".{file.name}.tmp")
     try:
-        with temporary.open("w", encoding="utf-8") as stream:
-            stream.write(text)
-            stream.flush()
-            os.fsync(stream.fileno())
+        write_synced(temporary, content)
         temporary.replace(file)
     except OSError:
         temporary.unlink(missing_ok=True)

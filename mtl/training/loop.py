@@ -278,6 +278,7 @@ class Trainer:
         row["audit/violations"] = len(self.audit.report.violations)
         if log is not None:
             row["perf/images_per_s"] = log.images_per_s
+        row["perf/train_s"] = state.train_s
         if self.scaler.is_enabled() or self.setup.config.not_finite == "skip":
             row["train/skipped_steps"] = state.num_skipped
         # An evaluation has no weights of its own, unless it comes first.

@@ -6,10 +6,12 @@ import re
 from pathlib import Path
 
 import pytest
+import yaml
 
 from mtl.cli import main
 from mtl.config import ConfigError, load_config
 from mtl.config.examples import examples
+from mtl.config.yaml_text import dump_yaml
 
 ROOT = Path(__file__).parents[2]
 
@@ -49,3 +51,9 @@ def test_a_name_that_is_none_is_an_error_with_those_that_there_are(capsys: pytes
     assert re.fullmatch(r"error: scene: no such file; there are: .*\bscenes, .*\n", said)
     with pytest.raises(ConfigError, match=r"^configs/scenes.yaml: no such file$"):
         load_config(Path("configs/scenes.yaml"))
+
+
+def test_words_that_are_truth_values_elsewhere_are_written_in_quotes() -> None:
+    data = {"on": "off", "yes": ["no", "On"], "t": True, "n": None, "number": 0.001, "text": "1"}
+    text = dump_yaml(data)
+    assert yaml.safe_load(text) == data and "'on': 'off'" in text

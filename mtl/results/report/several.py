@@ -20,7 +20,7 @@ _OF_THE_CALL = ("name", "runs_dir", "resume", "resume_override")
 _MOST_LETTERS = 120
 
 
-def write_comparison(run_dirs: Sequence[Path], file: Path) -> Path:
+def write_several(run_dirs: Sequence[Path], file: Path) -> Path:
     """Writes a page that compares runs; only their files are read.
 
     Args:

@@ -1,0 +1,201 @@
+"""The tables of a comparison: Markdown, LaTeX and CSV."""
+
+from __future__ import annotations
+
+import csv
+import io
+import math
+from collections.abc import Iterator, Sequence
+
+from mtl.results.comparison.collect import Comparison, Measured, Method, mean_values
+from mtl.results.comparison.design import SINGLE_TASK
+from mtl.results.comparison.statistics import LEAST_FOR_P, Metric, paired, spread
+
+_NONE = "-"
+_PLUS_MINUS = "\u00b1"
+
+
+def columns(found: Comparison) -> list[Metric]:
+    """The main metrics, which tables show; the CSV file has all."""
+    return [metric for metric in found.metrics if metric.is_main]
+
+
+def head(found: Comparison) -> list[str]:
+    """The titles of the table's columns, with the direction of each."""
+    own = [f"{metric.task} {metric.name} {_arrow(metric.is_higher)}" for metric in columns(found)]
+    deltas = ["Δm per task % ↑", "Δm flat % ↓", "Δp % ↑"]
+    rest = ["mean rank ↓", "steps", "train s", "images/s"]
+    return ["method", "tuned over", "seeds", *own, "val/score ↑", *deltas, *rest]
+
+
+def rows(found: Comparison) -> list[list[str]]:
+    """A row for each method: means over seeds and standard deviations."""
+    return [_row(found, method) for method in found.methods]
+
+
+def _row(found: Comparison, method: Method) -> list[str]:
+    def over(values: Sequence[float], digits: int) -> str:
+        mean, deviation = spread(values)
+        if not math.isfinite(mean):
+            return _NONE
+        return f"{mean:.{digits}f}" + (f" {_PLUS_MINUS} {deviation:.{digits}f}" if math.isfinite(deviation) else "")
+
+    runs = method.runs
+    own = [over([run.values.get((m.task, m.name), math.nan) for run in runs], 4) for m in columns(found)]
+    is_base = method.name == found.baseline
+    deltas = [method.delta.per_task, method.delta.flat, method.delta.by_task]
+    shown = [_NONE if is_base or not math.isfinite(delta) else f"{delta:+.2f}" for delta in deltas]
+    name = f"{method.name} ({', '.join(method.setting)})" if method.setting else method.name
+    tuned = _NONE if method.name == SINGLE_TASK else str(found.num_settings)
+    return [
+        name + ("" if all(run.is_clean for run in runs) else " (audit: violations)"),
+        tuned,
+        str(len(runs)),
+        *own,
+        over([run.score for run in runs], 4),
+        *shown,
+        f"{method.mean_rank:.2f}",
+        over([run.steps for run in runs], 0),
+        over([run.train_s for run in runs], 1),
+        over([run.images_per_s for run in runs], 0),
+    ]
+
+
+def paired_rows(found: Comparison) -> list[list[str]]:
+    """The differences of each method to the first configuration, seed by seed."""
+    by_name = {method.name: method for method in found.methods}
+    reference = by_name[found.reference]
+    rows = []
+    for method in found.methods:
+        if method.name in (found.reference, SINGLE_TASK):
+            continue
+        seeds = [(_of_seed(method, run.job.seed), run) for run in reference.runs]
+        for metric in [*columns(found), None]:
+            pairs = [(_value(one, metric), _value(other, metric)) for one, other in seeds]
+            result = paired([one for one, _ in pairs], [other for _, other in pairs])
+            interval = f"[{result.low:+.4f}, {result.high:+.4f}]" if math.isfinite(result.low) else _NONE
+            p_value = f"needs {LEAST_FOR_P} seeds" if result.p_value is None else f"{result.p_value:.3f}"
+            title = "val/score ↑" if metric is None else f"{metric.task} {metric.name} {_arrow(metric.is_higher)}"
+            rows.append([method.name, title, f"{result.mean:+.4f}", interval, p_value])
+    return rows
+
+
+PAIRED_HEAD = ["method", "metric", "mean difference", "95 % interval", "p"]
+
+
+def notes(found: Comparison) -> list[str]:
+    """What the table's columns are, and how its numbers were chosen."""
+    chosen = "the last validation of each run"
+    if found.seconds is not None:
+        chosen = f"the last validation within {found.seconds:.0f} s, the shortest mean time of a configuration"
+    own = [
+        f"Numbers are of {chosen}: mean {_PLUS_MINUS} standard deviation (n - 1) over seeds.",
+        f"Δm and Δp are relative to {found.baseline}: Δm per task, the mean gain in the tasks' main metrics (Maninis et"
+        " al.); Δm flat, the mean loss over all metrics (Nash-MTL, FAMO); Δp, gains averaged within tasks, then over"
+        " tasks (LibMTL).",
+        "Mean rank: over all metrics of all tasks.",
+        f"Paired differences are to {found.reference}, seed by seed, with a percentile bootstrap over seeds (10,000"
+        f" resamples); p of a sign-flip test, of {LEAST_FOR_P} seeds or more.",
+        "Train s: seconds of a run from its first step to its end, validation and checkpoints included.",
+    ]
+    steps = {run.steps for method in found.methods if method.name != SINGLE_TASK for run in method.runs}
+    if found.seconds is None and len(steps) > 1:
+        own.append("The configurations do not have the same number of steps: what they reach is not at equal cost.")
+    if found.num_settings > 1:
+        own.append(
+            f"Each configuration was tuned over the same {found.num_settings} settings by its mean val/score, on the"
+            " data that the table reports."
+        )
+    if found.baseline == SINGLE_TASK:
+        own.append("single-task: a run for each task, steps and time added up; val/score is the mean of theirs.")
+    if any(len(method.runs) < 3 for method in found.methods):
+        own.append("Fewer than three seeds say little about spread.")
+    return own
+
+
+def markdown(found: Comparison) -> str:
+    """The tables and notes as Markdown."""
+    parts = [_grid(head(found), rows(found))]
+    if differences := paired_rows(found):
+        parts.append(_grid(PAIRED_HEAD, differences))
+    parts.append("\n".join(f"- {note}" for note in notes(found)))
+    return "\n\n".join(parts) + "\n"
+
+
+def _grid(titles: Sequence[str], lines: Sequence[Sequence[str]]) -> str:
+    shown = [[cell.replace("|", "\\|") for cell in line] for line in [titles, *lines]]
+    return "\n".join(f"| {' | '.join(line)} |" for line in [shown[0], ["---"] * len(titles), *shown[1:]])
+
+
+def latex(found: Comparison) -> str:
+    """The table as a `tabular`, of plain LaTeX: no package is needed."""
+    titles, lines = head(found), rows(found)
+    body = [" & ".join(map(_in_latex, line)) + r" \\" for line in lines]
+    return "\n".join(
+        [
+            f"\\begin{{tabular}}{{l{'r' * (len(titles) - 1)}}}",
+            r"\hline",
+            " & ".join(map(_in_latex, titles)) + r" \\",
+            r"\hline",
+            *body,
+            r"\hline",
+            r"\end{tabular}",
+            "",
+        ]
+    )
+
+
+_LATEX = {
+    "\\": r"\textbackslash{}",
+    "{": r"\{",
+    "}": r"\}",
+    "~": r"\textasciitilde{}",
+    "^": r"\textasciicircum{}",
+    "↑": r"$\uparrow$",
+    "↓": r"$\downarrow$",
+    "Δ": r"$\Delta$",
+    _PLUS_MINUS: r"$\pm$",
+    **{each: f"\\{each}" for each in "&%$#_"},
+}
+
+
+def _in_latex(text: str) -> str:
+    return "".join(_LATEX.get(letter, letter) for letter in text)
+
+
+def as_csv(found: Comparison) -> str:
+    """A row for each run, those of settings that were not chosen too, with all metrics."""
+    out = io.StringIO()
+    writer = csv.writer(out, lineterminator="\n")
+    keys = list(dict.fromkeys(key for run in found.every for key in run.values))
+    fixed = ["run", "method", "setting", "task", "seed", "val/score", "val/best_score", "steps", "train_s"]
+    writer.writerow([*fixed, "images_per_s", "audit_ok", *(f"val/{task}/{name}" for task, name in keys)])
+    for run in found.every:
+        job = run.job
+        known = [job.name, job.method, " ".join(job.setting), job.task or "", job.seed, run.score, run.best_score]
+        known += [run.steps, run.train_s, run.images_per_s, run.is_clean]
+        writer.writerow([*known, *(run.values.get(key, "") for key in keys)])
+    return out.getvalue()
+
+
+def points(found: Comparison) -> Iterator[tuple[str, str, list[float], float]]:
+    """What the figure shows: panel, method, values by seed, their mean."""
+    for metric in [*columns(found), None]:
+        title = "val/score ↑" if metric is None else f"{metric.task} {metric.name} {_arrow(metric.is_higher)}"
+        for method in found.methods:
+            values = [_value(run, metric) for run in method.runs]
+            means = mean_values(method.runs, found.metrics)
+            mean = sum(values) / len(values) if metric is None else means[metric.task, metric.name]
+            yield title, method.name, values, mean
+
+
+def _of_seed(method: Method, seed: int) -> Measured:
+    return next(run for run in method.runs if run.job.seed == seed)
+
+
+def _value(run: Measured, metric: Metric | None) -> float:
+    return run.score if metric is None else run.values.get((metric.task, metric.name), math.nan)
+
+
+def _arrow(is_higher: bool) -> str:
+    return "↑" if is_higher else "↓"

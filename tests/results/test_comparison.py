@@ -1,0 +1,222 @@
+"""Comparisons: statistics by hand, tables, designs and what is refused."""
+
+from __future__ import annotations
+
+import csv
+import io
+import math
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import pytest
+import yaml
+from hypothesis import given, settings
+from hypothesis import strategies as st
+
+from mtl.config import ConfigError
+from mtl.results.comparison.collect import Comparison, Measured, Method
+from mtl.results.comparison.design import DesignError, Job, design
+from mtl.results.comparison.runner import claim, command_of
+from mtl.results.comparison.statistics import Metric, delta_m, mean_ranks, paired, sign_flip_p, spread
+from mtl.results.comparison.table import as_csv, head, latex, markdown, notes, paired_rows, rows
+from mtl.results.comparison.write import FILES, write_all
+from runs import TINY, TWO
+
+METRICS = (
+    Metric("seg", "miou", True, True),
+    Metric("seg", "accuracy", True, False),
+    Metric("depth", "abs_rel", False, True),
+)
+BASE = {("seg", "miou"): 0.5, ("seg", "accuracy"): 0.8, ("depth", "abs_rel"): 0.2}
+BETTER = {("seg", "miou"): 0.55, ("seg", "accuracy"): 0.8, ("depth", "abs_rel"): 0.1}
+
+
+# Statistics
+
+
+def test_the_three_relative_differences_are_those_of_a_hand() -> None:
+    found = delta_m(BETTER, BASE, METRICS)
+    # Gains of 10 %, 0 % and 50 %.
+    assert found.per_task == pytest.approx((10 + 50) / 2)
+    assert found.flat == pytest.approx(-(10 + 0 + 50) / 3)
+    assert found.by_task == pytest.approx(((10 + 0) / 2 + 50) / 2)
+    worse = delta_m(BASE | {("depth", "abs_rel"): 0.3}, BASE, METRICS)
+    assert worse.per_task == pytest.approx(-25) and worse.flat == pytest.approx(50 / 3)
+
+
+def test_a_baseline_of_zero_and_a_missing_metric_have_no_difference() -> None:
+    assert math.isnan(delta_m(BETTER, BASE | {("seg", "miou"): 0.0}, METRICS).per_task)
+    assert math.isnan(delta_m({}, BASE, METRICS).flat)
+
+
+def test_ranks_are_means_over_metrics_and_ties_share_theirs() -> None:
+    third = {("seg", "miou"): 0.55, ("seg", "accuracy"): 0.7, ("depth", "abs_rel"): 0.3}
+    found = mean_ranks({"base": BASE, "better": BETTER, "third": third}, METRICS)
+    assert found["better"] == pytest.approx((1.5 + 1.5 + 1) / 3)
+    assert found["base"] == pytest.approx((3 + 1.5 + 2) / 3)
+    assert found["third"] == pytest.approx((1.5 + 3 + 3) / 3)
+
+
+def test_a_paired_difference_has_an_interval_and_no_p_under_five_seeds() -> None:
+    found = paired([1.0, 2.0, 3.0], [0.5, 1.5, 2.4])
+    assert found.mean == pytest.approx(1.6 / 3) and 0.5 <= found.low <= found.mean <= found.high <= 0.6 + 1e-9
+    assert found.p_value is None
+    assert math.isnan(paired([1.0], [0.0]).low) and math.isnan(paired([math.nan, 1.0], [0.0, 0.0]).mean)
+
+
+def test_a_sign_flip_test_is_exact() -> None:
+    five = paired([1.0, 2.0, 3.0, 4.0, 5.0], [0.0] * 5)
+    assert five.p_value == pytest.approx(2 / 32), "all signs one way, or all the other"
+    assert sign_flip_p(np.array([1.0, -1.0])) == 1.0
+
+
+@given(st.lists(st.floats(-10, 10), min_size=2, max_size=12))
+@settings(max_examples=40, deadline=None)
+def test_an_interval_holds_its_mean_and_changes_sign_with_the_difference(values: list[float]) -> None:
+    one, other = paired(values, [0.0] * len(values)), paired([0.0] * len(values), values)
+    assert one.low - 1e-9 <= one.mean <= one.high + 1e-9
+    assert other.mean == pytest.approx(-one.mean) and other.p_value == pytest.approx(one.p_value)
+
+
+def test_a_spread_is_that_of_a_sample() -> None:
+    assert spread([1.0, 3.0]) == (2.0, pytest.approx(math.sqrt(2)))
+    assert spread([1.0])[0] == 1.0 and math.isnan(spread([1.0])[1])
+
+
+# Tables
+
+
+def measured(method: str, seed: int, values: dict[tuple[str, str], float], setting: tuple[str, ...] = ()) -> Measured:
+    job = Job(f"{method}-seed{seed}", method, setting, seed, Path("x.yaml"), setting)
+    moved = {key: value + 0.01 * seed for key, value in values.items()}
+    return Measured(job, Path(job.name), moved, 0.3 + 0.01 * seed, 0.4, 10, 1.0, 100.0, True)
+
+
+def comparison(num_seeds: int = 2) -> Comparison:
+    runs = {
+        name: tuple(measured(name, seed, values, setting) for seed in range(num_seeds))
+        for name, values, setting in (("a_b", BASE, ()), ("50%&c", BETTER, ("optim.lr_scale=0.5",)))
+    }
+    methods = tuple(
+        Method(name, own[0].job.setting, own, delta_m(BETTER, BASE, METRICS), 1.5) for name, own in runs.items()
+    )
+    every = tuple(run for own in runs.values() for run in own)
+    return Comparison(methods, METRICS, "a_b", "a_b", 2, every, None)
+
+
+def test_a_table_has_main_metrics_with_directions_and_spread() -> None:
+    found = comparison()
+    titles, (first, second) = head(found), rows(found)
+    assert titles[:6] == ["method", "tuned over", "seeds", "seg miou ↑", "depth abs_rel ↓", "val/score ↑"]
+    assert first[:4] == ["a_b", "2", "2", "0.5050 ± 0.0071"] and first[6:9] == ["-", "-", "-"]
+    assert second[0] == "50%&c (optim.lr_scale=0.5)" and second[6:9] == ["+30.00", "-20.00", "+27.50"]
+    assert all(len(row) == len(titles) for row in (first, second))
+
+
+def test_paired_rows_are_to_the_first_configuration_and_say_what_p_needs() -> None:
+    found = paired_rows(comparison())
+    assert [row[:3] for row in found[:2]] == [
+        ["50%&c", "seg miou ↑", "+0.0500"],
+        ["50%&c", "depth abs_rel ↓", "-0.1000"],
+    ]
+    assert {row[4] for row in found} == {"needs 5 seeds"}
+    assert {row[4] for row in paired_rows(comparison(5))} != {"needs 5 seeds"}
+    assert "Fewer than three seeds" in notes(comparison())[-1]
+
+
+def test_latex_escapes_and_balances() -> None:
+    text = latex(comparison())
+    assert r"50\%\&c (optim.lr\_scale=0.5)" in text and r"a\_b" in text and r"$\pm$" in text
+    lines = [line for line in text.splitlines() if line.endswith(r"\\")]
+    assert len({line.replace(r"\&", "").count("&") for line in lines}) == 1
+    assert text.isascii() and text.count("{") - text.count(r"\{") == text.count("}") - text.count(r"\}")
+
+
+def test_every_run_has_a_row_of_csv_with_all_metrics() -> None:
+    read = list(csv.DictReader(io.StringIO(as_csv(comparison()))))
+    assert [row["run"] for row in read] == ["a_b-seed0", "a_b-seed1", "50%&c-seed0", "50%&c-seed1"]
+    assert float(read[1]["val/seg/accuracy"]) == pytest.approx(0.81) and read[2]["setting"] == "optim.lr_scale=0.5"
+
+
+def test_all_files_are_written(tmp_path: Path) -> None:
+    files = write_all(tmp_path, comparison(), "mtl compare a b")
+    assert [file.name for file in files] == [*FILES] and all(file.stat().st_size for file in files)
+    page = (tmp_path / "report.html").read_text()
+    assert "<svg" in page and "50%&amp;c" in page and "mtl compare a b" in page
+    assert markdown(comparison()) == (tmp_path / "comparison.md").read_text()
+
+
+# Designs
+
+
+def config(folder: Path, name: str, **changes: Any) -> Path:
+    file = folder / f"{name}.yaml"
+    phases = [{"name": "all", "epochs": 1, "balance": "uw"}]
+    content = TINY | {"tasks": TWO, "phases": phases, "tracking": {"mode": "offline"}} | changes
+    file.write_text(yaml.safe_dump(content, sort_keys=False))
+    return file
+
+
+def test_a_design_has_every_setting_and_seed_and_each_task_by_itself(tmp_path: Path) -> None:
+    files = [config(tmp_path, "one"), config(tmp_path, "two")]
+    plan = design(files, ["optim.clip_norm=1"], 2, ["optim.lr_scale=1,0.5"], True, tmp_path / "out")
+    assert [job.name for job in plan.jobs[:4]] == [
+        "one-lr_scale1-seed0",
+        "one-lr_scale1-seed1",
+        "one-lr_scale0.5-seed0",
+        "one-lr_scale0.5-seed1",
+    ]
+    assert len(plan.jobs) == 2 * 2 * 2 + 2 * 2 and plan.num_settings == 2
+    command = command_of(plan, plan.jobs[3])
+    assert command[:5] == ["-m", "mtl", "train", "-q", str(files[0])]
+    assert {"optim.clip_norm=1", "optim.lr_scale=0.5", "seed=1", "tracking.group=out", "resume=auto"} <= {*command}
+    alone = plan.jobs[-1]
+    assert (alone.name, alone.task) == ("single-task-object-seed1", "object")
+    assert {"tasks.depth=null", "balance=mean", "phases.all.balance=null"} <= {*alone.overrides}
+
+
+def test_a_comparison_resumes_only_as_what_it_was(tmp_path: Path) -> None:
+    file = config(tmp_path, "one")
+    plan = design([file], [], 2)
+    claim(tmp_path / "out", plan)
+    claim(tmp_path / "out", design([file], [], 2))
+    for other in (design([file], [], 3), design([file], ["optim.clip_norm=1"], 2), design([file], [], 2, [], True)):
+        with pytest.raises(DesignError, match="holds another comparison"):
+            claim(tmp_path / "out", other)
+    config(tmp_path, "one", optim={"lr": 0.5})
+    with pytest.raises(DesignError, match="were edited since"):
+        claim(tmp_path / "out", design([file], [], 2))
+    (tmp_path / "full").mkdir()
+    (tmp_path / "full/x").touch()
+    with pytest.raises(DesignError, match="is not empty, and holds no comparison"):
+        claim(tmp_path / "full", plan)
+    (tmp_path / "out/comparison.json").write_text("{")
+    with pytest.raises(DesignError, match="is damaged"):
+        claim(tmp_path / "out", plan)
+
+
+@pytest.mark.parametrize(
+    ("grid", "seeds", "message"),
+    [
+        (["optim.lr_scale"], 1, "--grid: expected key=value,value"),
+        (["optim.lr_scale=1,"], 1, "--grid: expected key=value,value"),
+        (["optim.lr_scale=1,1"], 1, "expected values that differ"),
+        ([], 0, "--seeds: expected 1 or more, got 0"),
+    ],
+)
+def test_a_design_that_cannot_be_read_is_refused(tmp_path: Path, grid: list[str], seeds: int, message: str) -> None:
+    with pytest.raises(DesignError, match=message):
+        design([config(tmp_path, "one")], [], seeds, grid)
+
+
+def test_configurations_of_one_name_or_other_tasks_are_refused(tmp_path: Path) -> None:
+    (tmp_path / "more").mkdir()
+    one, same = config(tmp_path, "one"), config(tmp_path / "more", "one")
+    with pytest.raises(DesignError, match="two configurations have this name"):
+        design([one, same], [], 1)
+    other = config(tmp_path, "other", tasks={"depth": TWO["depth"]})
+    with pytest.raises(DesignError, match=r"expected the tasks of .*one\.yaml, depth, object; got depth"):
+        design([one, other], [], 1)
+    with pytest.raises(ConfigError, match=r"optim\.lrx: unknown key"):
+        design([one], [], 1, ["optim.lrx=1,2"])
