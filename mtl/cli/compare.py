@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import shlex
+import sys
 from pathlib import Path
 from typing import TYPE_CHECKING
 
@@ -14,6 +15,7 @@ if TYPE_CHECKING:
 
     from mtl.cli.guard import Attempt
     from mtl.cli.verb import Verbs
+    from mtl.results.comparison.design import Design
 
 
 def add_parser(verbs: Verbs) -> None:
@@ -47,7 +49,7 @@ def run(options: argparse.Namespace, _: Attempt) -> int:
     and a page. Killed at any moment, the same command continues.
     """
     from mtl.results.comparison.design import DesignError, design
-    from mtl.results.comparison.runner import claim, code_of, command_of, train_all
+    from mtl.results.comparison.runner import claimed, code_of, command_of, train_all
 
     folder: Path = options.out
     if options.jobs < 1:
@@ -58,37 +60,32 @@ def run(options: argparse.Namespace, _: Attempt) -> int:
             for job in plan.jobs:
                 print_out(shlex.join(["python", *command_of(plan, job)]))
             return DONE
-        claim(folder, plan)
+        with claimed(folder, plan):
+            failures = train_all(folder, plan, options.jobs, print_err)
+            if not failures:
+                codes = [code_of(folder, job) for job in plan.jobs]
+                return _write(folder, plan, options.equal == "time", codes)
     except DesignError as error:
         return refuse(error)
     except OSError as error:
         return refuse(f"{error.filename or folder} cannot be written: {error.strerror}")
-    failures = train_all(folder, plan, options.jobs, print_err)
-    if failures:
-        for failure in failures:
-            print_err(f"error: {failure.job.name}: exit code {failure.code}: {failure.message}")
-        print_err(f"their output is in {folder / 'logs'}; the same command trains what is left")
-        return WRONG_INPUT if any(failure.code == WRONG_INPUT for failure in failures) else FAILED
-    return _write(folder, plan, options.equal == "time", [code_of(folder, job) for job in plan.jobs])
+    for failure in failures:
+        print_err(f"error: {failure.job.name}: exit code {failure.code}: {failure.message}")
+    print_err(f"their output is in {folder / 'logs'}; the same command trains what is left")
+    return WRONG_INPUT if any(failure.code == WRONG_INPUT for failure in failures) else FAILED
 
 
-def _write(folder: Path, plan: object, by_time: bool, codes: list[int | None]) -> int:
-    import sys
-
+def _write(folder: Path, plan: Design, by_time: bool, codes: list[int | None]) -> int:
     from mtl.checkpoint.run_files import RunFileError
     from mtl.results.comparison.collect import collect
-    from mtl.results.comparison.design import Design
     from mtl.results.comparison.table import markdown
     from mtl.results.comparison.write import write_all
 
-    assert isinstance(plan, Design)
     try:
         found = collect(folder, plan, by_time)
         files = write_all(folder, found, shlex.join(["mtl", *sys.argv[1:]]))
     except RunFileError as error:
         return refuse(error)
-    except OSError as error:
-        return refuse(f"{error.filename or folder} cannot be written: {error.strerror}")
     print_out(markdown(found))
     print_err(f"{folder}: {', '.join(file.name for file in files)}")
     return VIOLATION if VIOLATION in codes else DONE

@@ -292,8 +292,8 @@ def test_a_method_that_is_saved_and_loaded_continues_to_the_same_bits(method: st
     second.load_state(merge(tensors, json.loads(json.dumps(rest))))
     got += run(second, range(3, 6))
     assert all(torch.equal(a, b) for a, b in zip(expected, got, strict=True))
-    anew = run(build(method), range(3, 6))
-    assert not all(torch.equal(a, b) for a, b in zip(expected[3:], anew, strict=True)), "what came before counts"
+    fresh = run(build(method), range(3, 6))
+    assert not all(torch.equal(a, b) for a, b in zip(expected[3:], fresh, strict=True)), "what came before counts"
 
 
 @pytest.mark.parametrize("method", sorted({*STATEFUL} - {"gradvac", "pcd"}))

@@ -16,8 +16,8 @@ from hypothesis import strategies as st
 
 from mtl.config import ConfigError
 from mtl.results.comparison.collect import Comparison, Measured, Method
-from mtl.results.comparison.design import DesignError, Job, design
-from mtl.results.comparison.runner import claim, command_of
+from mtl.results.comparison.design import Design, DesignError, Job, design
+from mtl.results.comparison.runner import claimed, command_of
 from mtl.results.comparison.statistics import Metric, delta_m, mean_ranks, paired, sign_flip_p, spread
 from mtl.results.comparison.table import as_csv, head, latex, markdown, notes, paired_rows, rows
 from mtl.results.comparison.write import FILES, write_all
@@ -176,6 +176,11 @@ def test_a_design_has_every_setting_and_seed_and_each_task_by_itself(tmp_path: P
     assert {"tasks.depth=null", "balance=mean", "phases.all.balance=null"} <= {*alone.overrides}
 
 
+def claim(folder: Path, plan: Design) -> None:
+    with claimed(folder, plan):
+        pass
+
+
 def test_a_comparison_resumes_only_as_what_it_was(tmp_path: Path) -> None:
     file = config(tmp_path, "one")
     plan = design([file], [], 2)
@@ -194,6 +199,13 @@ def test_a_comparison_resumes_only_as_what_it_was(tmp_path: Path) -> None:
     (tmp_path / "out/comparison.json").write_text("{")
     with pytest.raises(DesignError, match="is damaged"):
         claim(tmp_path / "out", plan)
+
+
+def test_a_folder_is_one_process_alone(tmp_path: Path) -> None:
+    plan = design([config(tmp_path, "one")], [], 1)
+    with claimed(tmp_path / "out", plan), pytest.raises(DesignError, match="another process makes the comparison"):
+        claim(tmp_path / "out", plan)
+    claim(tmp_path / "out", plan)
 
 
 @pytest.mark.parametrize(

@@ -150,7 +150,7 @@ def _by_gradients(config: BalanceConfig, method: GradientMethod) -> Balance:
 
 
 def _check_on(config: BalanceConfig) -> None:
-    """Raises `SettingError` if a method that looks at losses is told which gradients to look at."""
+    """Raises `SettingError` if `on` is given for a method that looks at losses."""
     if config.on != "parameters":
         raise SettingError("balance.on", f"{config.method} looks at no gradients; leave it out")
 

@@ -27,7 +27,10 @@ class Shared:
         leaves: The same, detached, of which the heads have made the losses: a level of a pyramid is made of the one
             below, through which a gradient would count twice.
         layer: Parameters whose gradients are compared, in place of those of the features.
-        per_sample: Whether gradients of features are compared image by image, or summed over images first.
+        per_sample: Whether gradients of features are compared image by image, or summed over images first. Image by
+            image they bound those of the parameters, of which they are no more: with J the trunk's Jacobian and z_i the
+            gradients of the features, |J^T sum w_i z_i| <= |J| |sum w_i z_i| for any weights, which is why MGDA-UB
+            (Sener and Koltun, arXiv 1810.04650, equation 4) may minimise the latter. Summed they bound nothing.
         others: All trainable parameters that get the gradients of the losses themselves, usually each of one task.
     """
 

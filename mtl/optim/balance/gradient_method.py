@@ -58,7 +58,7 @@ class Combined:
     """What a method makes of a step's gradients.
 
     Attributes:
-        gradient: "p", the gradient of what the tasks share; None if `weights` say it.
+        gradient: "p", the gradient of what the tasks share; None if there are `weights`.
         weights: "t", by which the tasks' gradients are added up.
         head_weights: "t", by which each task's gradient on its own parameters is multiplied; all 1 if None.
     """

@@ -19,7 +19,6 @@ from mtl.optim.balance.excessmtl import ExcessMtl
 from mtl.optim.balance.gradient_aggregator import AGGREGATORS, GradientAggregator
 from mtl.optim.balance.gradient_method import OPTION_ERRORS, GradientMethod, TaskGradients
 from mtl.optim.balance.gradient_weights import (
-    GradientWeighting,
     gradient_methods,
     make_weighting,
     weighting_options,
@@ -112,9 +111,8 @@ def _make(method: str, options: Mapping[str, Any], num_tasks: int) -> GradientMe
     is_rescaled = own.pop("rescale", False)
     if not isinstance(is_rescaled, bool):
         raise TypeError(f"expected rescale: true or false, got {is_rescaled!r}")
-    made = make_weighting(method, own)
-    # The authors' code divides the direction, which is up to 1 + c times as long as the mean gradient.
-    return GradientWeighting(made._weighting, 1 / (1 + own["c"] ** 2)) if is_rescaled else made
+    # CAGrad's authors divide the direction, which is up to 1 + c times as long as the mean gradient.
+    return make_weighting(method, own, 1 / (1 + float(own.get("c", 0.0)) ** 2) if is_rescaled else 1.0)
 
 
 def _make_crmogm(

@@ -42,14 +42,20 @@ def weighting_options(method: str) -> dict[str, Any]:
     return takes
 
 
-def make_weighting(method: str, options: Mapping[str, Any]) -> GradientWeighting:
-    """Makes one of `gradient_methods` with its `weighting_options`; raises what TorchJD does if they do not fit."""
+def make_weighting(method: str, options: Mapping[str, Any], factor: float = 1.0) -> GradientWeighting:
+    """Makes one of `gradient_methods` with its `weighting_options`; raises what TorchJD does if they do not fit.
+
+    Args:
+        method: Its name.
+        options: Its own.
+        factor: Multiplies the weights.
+    """
     aggregator: type[GramianWeightedAggregator] = getattr(aggregation, gradient_methods()[method])
     own = dict(options)
     if "projector" in options_of(aggregator):
         inner = options_of(QuadprogProjector)
         own["projector"] = QuadprogProjector(**{name: own.pop(name) for name in inner if name in own})
-    return GradientWeighting(aggregator(**with_tensors(own)).gramian_weighting)
+    return GradientWeighting(aggregator(**with_tensors(own)).gramian_weighting, factor)
 
 
 class GradientWeighting(GradientMethod):

@@ -15,7 +15,7 @@ PRESETS: Mapping[str, Mapping[str, Mapping[str, Any]]] = {
         "libmtl": {"c": 0.5, "rescale": True},
     },
     "excessmtl": {
-        # Appendix C.1 warms up for three epochs, of a length that only the data says: `n_warmup_steps`.
+        # Appendix C.1 warms up for three epochs, whose length depends on the data: `n_warmup_steps`.
         "libmtl": {"robust_step_size": 0.01, "n_warmup_steps": 0},
         "torchjd": {"robust_step_size": 1.0, "n_warmup_steps": 0},
     },

@@ -14,7 +14,7 @@ from typing import Any
 from mtl.config import RunConfig, load_config
 
 SINGLE_TASK = "single-task"
-# They say where and as what a run is shown, not what it computes.
+# Where a run is, and how it is shown: not what it computes.
 _OF_THE_CALL = ("name", "runs_dir", "resume", "tracking", "seed")
 
 
@@ -54,7 +54,7 @@ class Design:
         methods: The configurations, in order; the first is what others are compared to.
         num_settings: How many values of the grid each is tuned over.
         digest: Of all that decides what the runs compute: a comparison resumes only as what it was.
-        run_keys: What every run is told besides its job: where it is, and how it is shown.
+        run_keys: By run, the overrides besides those of its job: where it is, and how it is shown.
     """
 
     jobs: tuple[Job, ...]

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import ctypes
+import fcntl
 import json
 import os
 import signal
@@ -37,12 +38,26 @@ class Failure:
     message: str
 
 
-def claim(folder: Path, design: Design) -> None:
-    """Makes the folder of a comparison, or checks that it is this comparison's.
+@contextmanager
+def claimed(folder: Path, design: Design) -> Iterator[None]:
+    """The folder of a comparison, made if need be, and this process's alone while the block runs.
 
     Raises:
-        DesignError: It is another comparison's, or holds something else.
+        DesignError: It is another comparison's, holds something else, or another process has it.
     """
+    _prepare(folder, design)
+    lock = os.open(folder, os.O_RDONLY)
+    try:
+        try:
+            fcntl.flock(lock, fcntl.LOCK_EX | fcntl.LOCK_NB)
+        except BlockingIOError as error:
+            raise DesignError(f"another process makes the comparison in {folder}") from error
+        yield
+    finally:
+        os.close(lock)
+
+
+def _prepare(folder: Path, design: Design) -> None:
     spec = folder / _SPEC
     if spec.exists():
         try:
