@@ -266,6 +266,7 @@ def test_accumulated_batches_are_one_large_batch(alone: Stand, method: str) -> N
     assert_near(found, large, rtol=1e-3)
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("method", METHODS)
 def test_half_precision_is_that_of_the_losses_alone(half: tuple[Stand, Stand], method: str) -> None:
     stand, full = half

@@ -83,6 +83,7 @@ class _Planner:
         method = phase.balance.by_gradients if phase.balances_gradients and phase.balance.on == "parameters" else None
         by_task = 0 if method is None else len(phase.tasks) * of_trunk.bytes * method.num_batches
         remembered = by_task if method is not None and method.remembers_rows else 0
+        balance = phase.config.balance or self.model_setup.config.balance
         average = 0 if self.model_setup.config.optim.ema_decay is None else trains.bytes
         reduced = reached.bytes + by_task
         return PhasePlan(
@@ -94,7 +95,7 @@ class _Planner:
             tasks=phase.tasks,
             optimizer=None if phase.config.evaluate_only else phase.optim.optimizer.name,
             lr_schedule=_settings(phase.optim.lr_schedule.model_dump(exclude_none=True), "name"),
-            balance=_settings((phase.config.balance or self.model_setup.config.balance).model_dump(), "method"),
+            balance=_settings({"method": balance.method, **balance.model_dump(exclude_defaults=True)}, "method"),
             optimizer_state=phase.config.optimizer_state,
             restore=None if phase.restore is None else phase.restore[0],
             freeze=tuple(pattern.text for pattern in phase.freeze.written if pattern.key != "train"),
