@@ -25,7 +25,8 @@ from mtl.config.optim import BalanceConfig
 from mtl.optim.balance.balance import Balance, build_balance
 from mtl.optim.balance.gradient_method import TaskGradients
 
-STARTS = [(-8.5, 7.5), (0.0, 0.0), (9.0, 9.0), (-7.5, -0.5), (9.0, -1.0)]
+# The second is (0, 0) in the paper, where torch's clamp has no gradient.
+STARTS = [(-8.5, 7.5), (0.0, -0.001), (9.0, 9.0), (-7.5, -0.5), (9.0, -1.0)]
 SETTINGS = {
     "sum": BalanceConfig(method="sum"),
     "mgda": BalanceConfig(method="mgda"),
