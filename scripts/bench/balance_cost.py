@@ -1,7 +1,7 @@
 """A step of a balancing method here, in TorchJD's own backward, and in loops by hand; in one process, in turn.
 
 python scripts/bench/balance_cost.py                    # resnet18, 64 pixels, three tasks, frozen to nothing
-python scripts/bench/balance_cost.py --tasks 16 --rounds 5
+python scripts/bench/balance_cost.py --tasks 16 --rounds 3 --only sum upgrad 'TorchJD upgrad' 'mgda on features'
 
 LibMTL's loop is written after its `_compute_grad` and its PCGrad, GradVac and IMTL-G: one backward a task into `.grad`,
 copied into a row of a matrix, and vectors as long as the trunk for every pair of tasks.
@@ -66,6 +66,7 @@ class Run:
         self.setup = assemble(load_config(config(folder, num_tasks, balance)), quiet=True)
         trainer = Trainer(self.setup, folder, Tracker(self.setup.config.tracking, folder, "x", {}), quiet=True)
         self.trainer, self.active = trainer, stack.enter_context(trainer.active(self.setup.phases[0]))
+        self.active.log = trainer.log.steps_of(self.setup.phases[0], 1, None, has_scaler=False)
         self.batch = self.setup.train.batch(torch.arange(32))
         self.trunk = [p for p in self.setup.model.trunk.parameters() if p.requires_grad]
         self.heads = [p for p in self.setup.model.heads.parameters() if p.requires_grad]
@@ -163,6 +164,7 @@ def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("--tasks", type=int, default=3)
     parser.add_argument("--rounds", type=int, default=9)
+    parser.add_argument("--only", nargs="*", help="of these variants, such as sum upgrad")
     options = parser.parse_args()
     torch.set_num_threads(1)
     with tempfile.TemporaryDirectory() as name, ExitStack() as stack:
@@ -181,6 +183,8 @@ def main() -> None:
         for method in ("pcgrad", "gradvac", "imtlg"):
             variants[f"LibMTL {method}"] = lambda method=method: plain.by_libmtl(method)  # type: ignore[misc]
         variants["mgda on features"] = features.step
+        if options.only:
+            variants = {name: step for name, step in variants.items() if name in ("by hand, sum", *options.only)}
         found = measure(variants, options.rounds)
         base = found["by hand, sum"]
         for variant, value in found.items():
