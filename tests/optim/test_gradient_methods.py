@@ -328,6 +328,11 @@ def test_a_method_that_remembers_rows_begins_again_where_a_phase_trains_others()
     ("settings", "message"),
     [
         ({"method": "gradnorm", "options": {"alpha": -1}}, "gradnorm takes the options alpha, lr, .*: expected"),
+        ({"method": "gradnorm", "options": {"alpha": "x"}}, "gradnorm takes .*: expected alpha: a number, got 'x'"),
+        ({"method": "gradnorm", "options": {"warmup_steps": 2.5}}, "expected warmup_steps: a whole number, got 2.5"),
+        ({"method": "dbmtl", "options": {"beta": True}}, "dbmtl takes .*: expected beta: a number, got True"),
+        ({"method": "mgda", "options": {"normalize": 2}}, "mgda takes .*: expected normalize: text, got 2"),
+        ({"method": "crmogm", "options": {"alpha": "much"}}, "crmogm takes .*: expected alpha: a number, got 'much'"),
         ({"method": "gradnorm", "options": {"rate": 1}}, "gradnorm takes the options alpha, lr, .*: got rate"),
         ({"method": "dbmtl", "options": {"beta": 1}}, "dbmtl takes the options beta, sigma: expected beta"),
         ({"method": "moco", "options": {"gamma": 0}}, "moco takes the options .*: expected beta above 0"),

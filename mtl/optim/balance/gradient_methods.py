@@ -6,6 +6,7 @@ Imported where such a method is used only, since TorchJD's aggregators import so
 from __future__ import annotations
 
 import copy
+import inspect
 from collections.abc import Callable, Mapping
 from typing import Any
 
@@ -99,6 +100,7 @@ def build_gradient_method(method: str, options: Mapping[str, Any], num_tasks: in
 def _make(method: str, options: Mapping[str, Any], num_tasks: int) -> GradientMethod:
     own = dict(options)
     if method in _OURS:
+        _check_kinds(_OURS[method], own)
         return _OURS[method](num_tasks, **own)
     if method in _OF_BATCHES:
         return IndependentBatches(_OF_BATCHES[method](**with_tensors(own)), num_tasks)
@@ -107,6 +109,7 @@ def _make(method: str, options: Mapping[str, Any], num_tasks: int) -> GradientMe
     if method == "crmogm":
         return _make_crmogm(num_tasks, **own)
     if method == "mgda" and own.keys() & {"normalize", "apply"}:
+        _check_kinds(NormalizedMgda, own)
         return NormalizedMgda(**own)
     is_rescaled = own.pop("rescale", False)
     if not isinstance(is_rescaled, bool):
@@ -115,9 +118,20 @@ def _make(method: str, options: Mapping[str, Any], num_tasks: int) -> GradientMe
     return make_weighting(method, own, 1 / (1 + float(own.get("c", 0.0)) ** 2) if is_rescaled else 1.0)
 
 
+def _check_kinds(made_by: Callable[..., Any], options: Mapping[str, Any]) -> None:
+    """Raises `TypeError` for an option of another type than its annotation says."""
+    kinds = {"float": (int | float, "a number"), "int": (int, "a whole number"), "str": (str, "text")}
+    for name, parameter in inspect.signature(made_by).parameters.items():
+        kind, words = kinds.get(str(parameter.annotation), (object, ""))
+        value = options.get(name, parameter.default)
+        if name in options and (not isinstance(value, kind) or (isinstance(value, bool) and kind is not object)):
+            raise TypeError(f"expected {name}: {words}, got {value!r}")
+
+
 def _make_crmogm(
     num_tasks: int, method: str = "upgrad", options: Mapping[str, Any] | None = None, alpha: float = 0.9
 ) -> GradientMethod:
+    _check_kinds(_make_crmogm, {"method": method, "alpha": alpha})
     if method not in method_names() or method == "crmogm":
         raise ValueError(f"there is no method {method!r} to smooth{hint(str(method), method_names())}")
     return CrMogm(build_gradient_method(method, options or {}, num_tasks), num_tasks, alpha)
