@@ -24,7 +24,7 @@ from mtl.model.network import MEMORY_FORMATS
 from mtl.model.reachability import reached_parameters
 from mtl.model.shapes import quick_shapes
 from mtl.model.teachers import TEACHERS, Teacher, build_teachers
-from mtl.optim.balance.balance import build_balance
+from mtl.optim.balance.build import build_balance
 from mtl.phases.active_tasks import PhaseTasks, resolve_tasks
 from mtl.phases.data_source import open_source
 from mtl.phases.freeze_rules import ResolveContext

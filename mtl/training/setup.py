@@ -18,7 +18,7 @@ from mtl.freeze import free_norm_statistics
 from mtl.model import set_output_bias
 from mtl.model.init_from import NOTHING, InitialWeights, Taken, read_initial_weights
 from mtl.model.teachers import load_teachers
-from mtl.optim.balance.balance import is_by_gradients
+from mtl.optim.balance.build import is_by_gradients
 from mtl.optim.optimizers import try_out
 from mtl.phases.data_source import open_source
 from mtl.phases.plan import Plan, make_plan

@@ -22,7 +22,8 @@ from matplotlib.figure import Figure
 from torch import Tensor, nn
 
 from mtl.config.optim import BalanceConfig
-from mtl.optim.balance.balance import Balance, build_balance
+from mtl.optim.balance.balance import Balance
+from mtl.optim.balance.build import build_balance
 from mtl.optim.balance.gradient_method import TaskGradients
 
 # The second is (0, 0) in the paper, where torch's clamp has no gradient.

@@ -11,7 +11,7 @@ from torch import Tensor
 from torchjd import scalarization
 
 from mtl.config.optim import BalanceConfig
-from mtl.optim.balance.balance import build_balance, scalarizers
+from mtl.optim.balance.build import build_balance, scalarizers
 
 TASKS = ["a", "b", "c"]
 LOSSES = torch.tensor([1.0, 2.0, 4.0])

@@ -12,7 +12,7 @@ from torch import Tensor
 from crashes import SHORT, assert_same, crashed, resume, run_whole
 from mtl.config import SettingError
 from mtl.config.optim import BalanceConfig
-from mtl.optim.balance.balance import build_balance, is_by_gradients
+from mtl.optim.balance.build import build_balance, is_by_gradients
 from mtl.optim.balance.gradient_aggregator import AGGREGATORS
 from mtl.optim.balance.gradient_method import GradientMethod, TaskGradients
 from mtl.optim.balance.gradient_methods import build_gradient_method

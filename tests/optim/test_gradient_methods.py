@@ -17,7 +17,7 @@ from torchjd.aggregation import CRMOGMWeighting, ExcessMTL, MGDAWeighting, MoDoW
 from mtl.checkpoint.nested import merge, split
 from mtl.config import SettingError
 from mtl.config.optim import BalanceConfig
-from mtl.optim.balance.balance import build_balance
+from mtl.optim.balance.build import build_balance
 from mtl.optim.balance.gradient_method import Combined, GradientMethod, TaskGradients
 from mtl.optim.balance.gradient_methods import build_gradient_method, method_names
 from mtl.optim.balance.nashmtl import nash_weights

@@ -14,7 +14,7 @@ from torchjd.aggregation import GramianWeightedAggregator
 from mtl.checkpoint.nested import merge, split
 from mtl.config import SettingError
 from mtl.config.optim import BalanceConfig
-from mtl.optim.balance.balance import build_balance, is_by_gradients
+from mtl.optim.balance.build import build_balance, is_by_gradients
 from mtl.optim.balance.gradient_methods import build_gradient_method, method_names
 from mtl.optim.balance.gradient_weights import GradientWeighting, gradient_methods, make_weighting
 

@@ -13,7 +13,7 @@ import yaml
 from crashes import SHORT, assert_same, crashed, resume, run_whole
 from mtl.config import SettingError, load_config
 from mtl.config.optim import BalanceConfig
-from mtl.optim.balance.balance import build_balance, is_by_gradients
+from mtl.optim.balance.build import build_balance, is_by_gradients
 from mtl.optim.balance.gradient_method import TaskGradients
 from mtl.optim.balance.gradient_weights import GradientWeighting
 from mtl.training.run import train

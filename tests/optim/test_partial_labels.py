@@ -15,7 +15,8 @@ from torch.amp import GradScaler
 from mtl.config import SettingError
 from mtl.config.optim import BalanceConfig
 from mtl.distributed.world import ALONE
-from mtl.optim.balance.balance import Balance, build_balance, is_by_gradients, scalarizers
+from mtl.optim.balance.balance import Balance
+from mtl.optim.balance.build import build_balance, is_by_gradients, scalarizers
 from mtl.optim.balance.gradient_balance import Shared, StepGradients
 from mtl.optim.balance.gradient_method import TaskGradients
 from mtl.optim.balance.gradient_methods import method_names

@@ -29,7 +29,8 @@ from mtl.config.optim import BalanceConfig
 from mtl.data import Batch
 from mtl.distributed.world import World
 from mtl.model.trunk import Features, features_from
-from mtl.optim.balance.balance import Balance, build_balance, is_by_gradients, scalarizers
+from mtl.optim.balance.balance import Balance
+from mtl.optim.balance.build import build_balance, is_by_gradients, scalarizers
 from mtl.optim.balance.gradient_method import TaskGradients
 from mtl.optim.balance.gradient_methods import method_names
 from mtl.optim.balance.subset import Subset

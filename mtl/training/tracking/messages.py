@@ -8,7 +8,7 @@ from collections.abc import Mapping
 from typing import Any
 
 from mtl.model.dead_branch import DeadBranch
-from mtl.optim.balance.balance import options_in_use
+from mtl.optim.balance.build import options_in_use
 from mtl.phases.active_tasks import active_tasks
 from mtl.phases.metrics import SCORE
 from mtl.phases.plan.dead import dead_branches
