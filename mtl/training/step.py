@@ -82,7 +82,7 @@ class StepLosses:
         with torch_seeded(seed, self._setup.device) if phase.balance.may_draw else nullcontext():
             if phase.balances_gradients:
                 losses = losses.detach()
-                shared = self._shared(phase, features, leaves)
+                shared = self._shared_by_tasks(phase, features, leaves)
                 total = self._by_gradients(phase, tasks, each, share, losses, shared, is_last)
             else:
                 total = phase.balance(losses, tasks.subset)
@@ -123,7 +123,7 @@ class StepLosses:
             return total.detach().requires_grad_()
         return gradients.loss(total, method, shared, tasks.subset)
 
-    def _shared(self, phase: Phase, features: Features | None, leaves: Features | None) -> Shared:
+    def _shared_by_tasks(self, phase: Phase, features: Features | None, leaves: Features | None) -> Shared:
         """What the phase's tasks share."""
         root = self._setup.root
         trunk = [parameter for parameter in self._setup.model.trunk.parameters() if parameter.requires_grad]

@@ -1,10 +1,10 @@
 """A step of a balancing method here, in TorchJD's own backward, and in loops by hand; in one process, in turn.
 
 python scripts/bench/balance_cost.py                    # resnet18, 64 pixels, three tasks, frozen to nothing
-python scripts/bench/balance_cost.py --tasks 16 --rounds 3 --only sum upgrad 'TorchJD upgrad' 'mgda on features'
+python scripts/bench/balance_cost.py --tasks 16 --rounds 3 --only sum upgrad 'mgda on features'
 
-LibMTL's loop is written after its `_compute_grad` and its PCGrad, GradVac and IMTL-G: one backward a task into `.grad`,
-copied into a row of a matrix, and vectors as long as the trunk for every pair of tasks.
+LibMTL's loop is written after its `_compute_grad` and its PCGrad, GradVac, IMTL-G and MGDA: one backward a task into
+`.grad`, copied into a row of a matrix, and but for MGDA vectors as long as the trunk for every pair of tasks.
 """
 
 from __future__ import annotations
@@ -50,7 +50,8 @@ def config(folder: Path, num_tasks: int, balance: object) -> Path:
         "balance": balance,
         "optim": {"optimizer": "sgd", "lr": 1e-4, "lr_schedule": "constant"},
         "tracking": {"mode": "disabled"},
-        "audit": {"gradients_every_steps": 0},
+        # A run that only its loops by hand step would break the contract that something trains.
+        "audit": {"gradients_every_steps": 0, "policy": "collect"},
         "cache": {"mode": "off"},
         "phases": [{"name": "all", "epochs": 50}],
     }
@@ -106,7 +107,7 @@ class Run:
             rows[number] = torch.cat([p.grad.flatten() for p in self.trunk if p.grad is not None])
             for parameter in self.trunk:
                 parameter.grad = None
-        total = {"pcgrad": _pcgrad, "gradvac": _gradvac, "imtlg": _imtlg}[method](rows)
+        total = {"pcgrad": _pcgrad, "gradvac": _gradvac, "imtlg": _imtlg, "mgda": _mgda}[method](rows)
         for parameter, part in zip(self.trunk, total.split([p.numel() for p in self.trunk]), strict=True):
             parameter.grad = part.view_as(parameter)
         self.sgd.step()
@@ -138,6 +139,21 @@ def _gradvac(rows: Tensor) -> Tensor:
                 found[one] += size / (rows[other].norm() * (1 - a**2).sqrt() + 1e-8) * rows[other]
             goal[one, other] = (1 - beta) * goal[one, other] + beta * cosine
     return found.sum(0)
+
+
+def _mgda(rows: Tensor) -> Tensor:
+    products, weights = (rows @ rows.T).double(), torch.full((len(rows),), 1 / len(rows), dtype=torch.float64)
+    for _ in range(250):
+        slopes = products @ weights
+        best = int(slopes.argmin())
+        one, both, other = weights @ slopes, slopes[best], products[best, best]
+        share = ((one - both) / (one + other - 2 * both)).clamp(0, 1) if one + other > 2 * both else torch.zeros(())
+        moved = weights * (1 - share)
+        moved[best] += share
+        if (moved - weights).abs().sum() < 1e-3:
+            break
+        weights = moved
+    return weights.float() @ rows
 
 
 def _imtlg(rows: Tensor) -> Tensor:
@@ -180,7 +196,7 @@ def main() -> None:
         for method, make in METHODS.items():
             variants[method] = ours[method].step
             variants[f"TorchJD {method}"] = lambda make=make: plain.by_torchjd(make())  # type: ignore[misc]
-        for method in ("pcgrad", "gradvac", "imtlg"):
+        for method in ("pcgrad", "gradvac", "imtlg", "mgda"):
             variants[f"LibMTL {method}"] = lambda method=method: plain.by_libmtl(method)  # type: ignore[misc]
         variants["mgda on features"] = features.step
         if options.only:

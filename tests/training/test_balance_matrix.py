@@ -101,9 +101,7 @@ class Stand:
     def batch(self, first: int, num: int = 8) -> Batch:
         return self.setup.train.batch(torch.arange(first, first + num))
 
-    def gradients(
-        self, balance: Balance, window: Sequence[Batch], names: Sequence[str] = TASKS, by_batch: bool = False
-    ) -> dict[str, Tensor]:
+    def gradients(self, balance: Balance, window: Sequence[Batch], names: Sequence[str] = TASKS) -> dict[str, Tensor]:
         """As a step has them when the audit looks at them."""
         tasks = StepTasks(tuple(names), (), self.subset(names))
         phase = replace(self.active.phase, balance=balance)
@@ -112,7 +110,6 @@ class Stand:
         for place, (batch, share) in enumerate(zip(window, shares, strict=True)):
             total, *_ = self.trainer.losses(batch, phase, tasks, share, 0, (), place == len(window) - 1)
             scaler.scale(total / len(window)).backward()  # type: ignore[no-untyped-call]
-        assert by_batch or len(window) >= 1
         scale = scaler.get_scale() if scaler.is_enabled() else 1.0
         found = {n: p.grad / scale for n, p in self.trainable.items() if p.grad is not None}
         self.setup.root.zero_grad()

@@ -6,7 +6,6 @@ The methods are TorchJD's scalarizers and aggregators, our own, and the user's.
 from __future__ import annotations
 
 import copy
-import inspect
 from collections.abc import Callable, Mapping, Sequence
 from typing import TYPE_CHECKING, Any
 
@@ -22,6 +21,7 @@ from mtl.optim.balance.presets import with_preset
 from mtl.optim.balance.scalarizers import Constant, Scalarizer, Sum, scalarization
 from mtl.optim.balance.stch import stch
 from mtl.optim.balance.sum_of_logs import SumOfLogs
+from mtl.optim.balance.torchjd_state import options_of
 from mtl.runtime.plugin import where_it_failed
 from mtl.runtime.text import hint
 
@@ -33,6 +33,9 @@ if TYPE_CHECKING:
 
 # Scalarizers of our own, some in the place of TorchJD's.
 _OURS: Mapping[str, Callable[..., Scalarizer]] = {"dwa": PartialDwa, "si": SumOfLogs, "stch": stch}
+
+# Given by the tasks, not by a configuration.
+_OF_TASKS = ("shape", "num_tasks")
 
 
 def scalarizers() -> dict[str, Callable[..., Scalarizer]]:
@@ -85,16 +88,15 @@ def build_balance(config: BalanceConfig, tasks: Sequence[str], every_task: Seque
     if (scalarizer := scalarizers().get(method)) is None:
         raise SettingError("balance.method", _no_method(config.method))
     _check_on(config)
-    parameters = dict(inspect.signature(scalarizer).parameters)
+    takes = options_of(scalarizer)
     # A configuration writes tensors as lists; learnable methods need the number of losses.
     options = {k: torch.tensor(v, dtype=torch.float32) if isinstance(v, list) else v for k, v in given.items()}
-    of_tasks = [name for name in ("shape", "num_tasks") if name in parameters]
-    options |= dict.fromkeys(of_tasks, len(tasks))
+    options |= {name: len(tasks) for name in _OF_TASKS if name in takes}
     try:
         return Balance(scalarizer(**options))
     except (TypeError, ValueError) as error:
-        takes = ", ".join(name for name in parameters if name not in of_tasks) or "none"
-        raise SettingError("balance.options", f"{config.method} takes the options {takes}: {error}") from error
+        known = ", ".join(name for name in takes if name not in _OF_TASKS) or "none"
+        raise SettingError("balance.options", f"{config.method} takes the options {known}: {error}") from error
 
 
 def options_in_use(config: BalanceConfig) -> dict[str, Any]:
@@ -110,8 +112,8 @@ def options_in_use(config: BalanceConfig) -> dict[str, Any]:
 
         defaults = method_options(method)
     else:
-        parameters = inspect.signature(scalarizers()[method]).parameters
-        defaults = {n: p.default for n, p in parameters.items() if n not in ("shape", "num_tasks")}
+        takes = options_of(scalarizers()[method])
+        defaults = {name: value for name, value in takes.items() if name not in _OF_TASKS}
     used = {**defaults, **with_preset(method, config.preset, config.options)}
     return {name: value for name, value in used.items() if value is not None}
 

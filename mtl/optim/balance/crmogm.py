@@ -9,10 +9,10 @@ from typing import Any
 import torch
 
 from mtl.optim.balance.gradient_method import Combined, GradientMethod, TaskGradients
-from mtl.optim.balance.task_memory import TaskMemory
+from mtl.optim.balance.task_memory import RememberingMethod
 
 
-class CrMogm(GradientMethod):
+class CrMogm(RememberingMethod):
     """Zhou et al., "On the Convergence of Stochastic Multi-Objective Gradient Manipulation and Beyond" (NeurIPS 2022).
 
     lambda <- alpha lambda + (1 - alpha) w for the weights w of another method, beginning with w, as TorchJD's
@@ -34,7 +34,7 @@ class CrMogm(GradientMethod):
             raise ValueError(f"{method.name} gives no weights of a single batch to smooth")
         self.alpha = alpha
         self._method = method
-        self._memory = TaskMemory(num_tasks)
+        super().__init__(num_tasks)
 
     def _combine(self, gradients: TaskGradients) -> Combined:
         found = self._method.combine(gradients)
@@ -48,9 +48,8 @@ class CrMogm(GradientMethod):
         return replace(found, weights=smooth, head_weights=heads)
 
     def state(self) -> dict[str, Any]:
-        return {"memory": self._memory.state(), "method": self._method.state()}
+        return super().state() | {"method": self._method.state()}
 
     def load_state(self, state: Mapping[str, Any]) -> None:
         super().load_state(state)
-        self._memory.load_state(state["memory"])
         self._method.load_state(state["method"])

@@ -2,17 +2,14 @@
 
 from __future__ import annotations
 
-from collections.abc import Mapping
-from typing import Any
-
-from mtl.optim.balance.gradient_method import Combined, GradientMethod, TaskGradients
-from mtl.optim.balance.task_memory import TaskMemory
+from mtl.optim.balance.gradient_method import Combined, TaskGradients
+from mtl.optim.balance.task_memory import RememberingMethod
 from mtl.optim.task_gradients import row_norms
 
 _EPS = 1e-8
 
 
-class DbMtl(GradientMethod):
+class DbMtl(RememberingMethod):
     """Lin et al., "Dual-Balancing for Multi-Task Learning" (arXiv 2308.12029), Algorithm 1.
 
     g_i is the gradient of log(L_i + 1e-8); b_i <- beta_k b_i + (1 - beta_k) g_i with beta_k = beta / k^sigma and zeros
@@ -39,7 +36,7 @@ class DbMtl(GradientMethod):
             raise ValueError(f"expected beta from 0 to less than 1 and sigma of 0 or more, got {beta} and {sigma}")
         self.beta = beta
         self.sigma = sigma
-        self._memory = TaskMemory(num_tasks)
+        super().__init__(num_tasks)
 
     def _combine(self, gradients: TaskGradients) -> Combined:
         tasks, rows = gradients.tasks, gradients.rows
@@ -51,10 +48,3 @@ class DbMtl(GradientMethod):
         norms = row_norms(smooth)
         scales = norms.max() / (norms + _EPS)
         return Combined(gradient=scales.to(smooth) @ smooth, head_weights=factors)
-
-    def state(self) -> dict[str, Any]:
-        return {"memory": self._memory.state()}
-
-    def load_state(self, state: Mapping[str, Any]) -> None:
-        super().load_state(state)
-        self._memory.load_state(state["memory"])

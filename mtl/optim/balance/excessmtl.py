@@ -2,18 +2,15 @@
 
 from __future__ import annotations
 
-from collections.abc import Mapping
-from typing import Any
-
 import torch
 
-from mtl.optim.balance.gradient_method import Combined, GradientMethod, TaskGradients
-from mtl.optim.balance.task_memory import TaskMemory
+from mtl.optim.balance.gradient_method import Combined, TaskGradients
+from mtl.optim.balance.task_memory import RememberingMethod
 
 _EPS = 1e-7
 
 
-class ExcessMtl(GradientMethod):
+class ExcessMtl(RememberingMethod):
     """He et al., "Robust Multi-Task Learning with Excess Risks" (ICML 2024), Algorithm 1, with the numbers of TorchJD.
 
     The excess risk of a task is estimated as e_i = sum_p g_ip^2 / sqrt(s_ip + 1e-7), with s the sum of squares so far
@@ -44,7 +41,7 @@ class ExcessMtl(GradientMethod):
             )
         self.robust_step_size = robust_step_size
         self.n_warmup_steps = n_warmup_steps
-        self._memory = TaskMemory(num_tasks)
+        super().__init__(num_tasks)
 
     def _combine(self, gradients: TaskGradients) -> Combined:
         tasks, rows, memory = gradients.tasks, gradients.rows, self._memory
@@ -63,10 +60,3 @@ class ExcessMtl(GradientMethod):
         logs = torch.log_softmax(logs + scaled * self.robust_step_size, dim=0)
         memory.write("logs", tasks, logs)
         return Combined(weights=torch.exp(logs))
-
-    def state(self) -> dict[str, Any]:
-        return {"memory": self._memory.state()}
-
-    def load_state(self, state: Mapping[str, Any]) -> None:
-        super().load_state(state)
-        self._memory.load_state(state["memory"])

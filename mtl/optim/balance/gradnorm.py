@@ -2,19 +2,16 @@
 
 from __future__ import annotations
 
-from collections.abc import Mapping
-from typing import Any
-
 import torch
 
-from mtl.optim.balance.gradient_method import Combined, GradientMethod, TaskGradients
-from mtl.optim.balance.task_memory import TaskMemory
+from mtl.optim.balance.gradient_method import Combined, TaskGradients
+from mtl.optim.balance.task_memory import RememberingMethod
 from mtl.optim.task_gradients import row_norms
 
 _BETAS, _EPS = (0.9, 0.999), 1e-8
 
 
-class GradNorm(GradientMethod):
+class GradNorm(RememberingMethod):
     """Chen et al., "GradNorm: Gradient Normalization for Adaptive Loss Balancing" (ICML 2018, arXiv 1711.02257).
 
     With weights w, gradient norms G_i = w_i |g_i|, their mean over tasks G, and the tasks' relative inverse training
@@ -43,7 +40,7 @@ class GradNorm(GradientMethod):
         self.alpha = alpha
         self.lr = lr
         self.warmup_steps = warmup_steps
-        self._memory = TaskMemory(num_tasks)
+        super().__init__(num_tasks)
 
     def _combine(self, gradients: TaskGradients) -> Combined:
         tasks, memory = gradients.tasks, self._memory
@@ -76,10 +73,3 @@ class GradNorm(GradientMethod):
             memory.write(name, tasks, value)
         mean, square = one / (1 - _BETAS[0] ** steps), two / (1 - _BETAS[1] ** steps)
         return self.lr * mean / (square.sqrt() + _EPS)
-
-    def state(self) -> dict[str, Any]:
-        return {"memory": self._memory.state()}
-
-    def load_state(self, state: Mapping[str, Any]) -> None:
-        super().load_state(state)
-        self._memory.load_state(state["memory"])

@@ -8,8 +8,7 @@ from typing import Any
 import torch
 from torchjd.aggregation import MoDoWeighting, SDMGradWeighting
 
-from mtl.config import SettingError
-from mtl.optim.balance.gradient_method import OPTION_ERRORS, Combined, GradientMethod, TaskGradients
+from mtl.optim.balance.gradient_method import Combined, GradientMethod, TaskGradients
 from mtl.optim.balance.subset import narrowed
 from mtl.optim.balance.torchjd_state import restore_state, state_of
 
@@ -43,14 +42,10 @@ class IndependentBatches(GradientMethod):
             weights = self._last[list(tasks.places)]
             return Combined(weights=weights / weights.sum())
         products = (batches[0].double() @ batches[1].double().T).cpu().float()
-        try:
-            with narrowed(self._weighting, tasks):
-                if len(products) < tasks.size:
-                    self._normalise()
-                weights = self._weighting(products).detach()
-        except OPTION_ERRORS as error:
-            few = f"{len(products)} of {tasks.size} tasks"
-            raise SettingError("balance.method", f"{self.name} cannot weigh {few}: {error}") from error
+        with narrowed(self._weighting, tasks):
+            if len(products) < tasks.size:
+                self._normalise()
+            weights = self._weighting(products).detach()
         self._last = self._last.index_copy(0, torch.tensor(tasks.places), weights)
         if self.num_batches == 3:
             return Combined(gradient=weights.to(batches[2]) @ batches[2])

@@ -2,19 +2,16 @@
 
 from __future__ import annotations
 
-from collections.abc import Mapping
-from typing import Any
-
 import torch
 
-from mtl.optim.balance.gradient_method import Combined, GradientMethod, TaskGradients
-from mtl.optim.balance.task_memory import TaskMemory
+from mtl.optim.balance.gradient_method import Combined, TaskGradients
+from mtl.optim.balance.task_memory import RememberingMethod
 from mtl.optim.task_gradients import inner_products, row_norms
 
 _EPS = 1e-8
 
 
-class MoCo(GradientMethod):
+class MoCo(RememberingMethod):
     """Fernando et al., "Mitigating Gradient Bias in Multi-Objective Learning" (ICLR 2023), Algorithm 1.
 
     As LibMTL has it, with g_i <- L_i g_i / (|g_i| + 1e-8): y_i <- y_i - beta / k^beta_sigma (y_i - g_i), from zeros;
@@ -54,7 +51,7 @@ class MoCo(GradientMethod):
         self.beta, self.beta_sigma = beta, beta_sigma
         self.gamma, self.gamma_sigma = gamma, gamma_sigma
         self.rho = rho
-        self._memory = TaskMemory(num_tasks)
+        super().__init__(num_tasks)
 
     def _combine(self, gradients: TaskGradients) -> Combined:
         tasks, rows, memory = gradients.tasks, gradients.rows, self._memory
@@ -74,10 +71,3 @@ class MoCo(GradientMethod):
         weights = torch.softmax(weights - rate * (products @ weights), dim=0)
         memory.write("lambda", tasks, weights - begun)
         return Combined(gradient=weights.to(smooth) @ smooth)
-
-    def state(self) -> dict[str, Any]:
-        return {"memory": self._memory.state()}
-
-    def load_state(self, state: Mapping[str, Any]) -> None:
-        super().load_state(state)
-        self._memory.load_state(state["memory"])

@@ -8,8 +8,8 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from mtl.optim.balance.gradient_method import Combined, GradientMethod, TaskGradients
-from mtl.optim.balance.task_memory import TaskMemory
+from mtl.optim.balance.gradient_method import Combined, TaskGradients
+from mtl.optim.balance.task_memory import RememberingMethod
 from mtl.optim.task_gradients import inner_products
 
 _MOST_STEPS, _TOLERANCE = 100, 1e-10
@@ -47,7 +47,7 @@ def nash_weights(gramian: Tensor) -> Tensor | None:
     return None
 
 
-class NashMtl(GradientMethod):
+class NashMtl(RememberingMethod):
     """Navon et al., "Multi-Task Learning as a Bargaining Game" (ICML 2022, arXiv 2202.01017), Algorithm 1.
 
     The weights a solve G a = 1 / a for the Gramian G of the gradients, divided by its Frobenius norm as in the authors'
@@ -75,7 +75,7 @@ class NashMtl(GradientMethod):
         self.max_norm = max_norm
         self.update_weights_every = update_weights_every
         self._num_steps = 0
-        self._memory = TaskMemory(num_tasks)
+        super().__init__(num_tasks)
 
     def _combine(self, gradients: TaskGradients) -> Combined:
         tasks = gradients.tasks
@@ -94,9 +94,8 @@ class NashMtl(GradientMethod):
         return Combined(weights=weights.float())
 
     def state(self) -> dict[str, Any]:
-        return {"memory": self._memory.state(), "num_steps": self._num_steps}
+        return super().state() | {"num_steps": self._num_steps}
 
     def load_state(self, state: Mapping[str, Any]) -> None:
         super().load_state(state)
-        self._memory.load_state(state["memory"])
         self._num_steps = state["num_steps"]

@@ -2,17 +2,14 @@
 
 from __future__ import annotations
 
-from collections.abc import Mapping
-from typing import Any
-
 import torch
 
-from mtl.optim.balance.gradient_method import Combined, GradientMethod, TaskGradients
-from mtl.optim.balance.task_memory import TaskMemory
+from mtl.optim.balance.gradient_method import Combined, TaskGradients
+from mtl.optim.balance.task_memory import RememberingMethod
 from mtl.optim.task_gradients import row_norms
 
 
-class ProbeThenFix(GradientMethod):
+class ProbeThenFix(RememberingMethod):
     """Our own baseline: fixed weights that make the tasks' gradients equally long, found without a search.
 
     For `probe_steps` steps all weights are 1 and the norms n_i of the tasks' gradients are averaged; from then on w_i =
@@ -32,7 +29,7 @@ class ProbeThenFix(GradientMethod):
         if probe_steps < 1:
             raise ValueError(f"expected probe_steps of 1 or more, got {probe_steps}")
         self.probe_steps = probe_steps
-        self._memory = TaskMemory(num_tasks)
+        super().__init__(num_tasks)
 
     def _combine(self, gradients: TaskGradients) -> Combined:
         tasks, memory = gradients.tasks, self._memory
@@ -47,10 +44,3 @@ class ProbeThenFix(GradientMethod):
             weights = 1 / total
             weights = weights * len(weights) / weights.sum()
         return Combined(weights=weights.float(), head_weights=weights.float())
-
-    def state(self) -> dict[str, Any]:
-        return {"memory": self._memory.state()}
-
-    def load_state(self, state: Mapping[str, Any]) -> None:
-        super().load_state(state)
-        self._memory.load_state(state["memory"])

@@ -1,4 +1,4 @@
-"""What a balancing method remembers of each task, of which a step may have some only."""
+"""What a balancing method remembers of each task, of which a step may have some only, and the base of such methods."""
 
 from __future__ import annotations
 
@@ -7,6 +7,7 @@ from typing import Any
 
 from torch import Tensor
 
+from mtl.optim.balance.gradient_method import GradientMethod
 from mtl.optim.balance.subset import Subset
 
 
@@ -50,3 +51,17 @@ class TaskMemory:
 
     def load_state(self, state: Mapping[str, Any]) -> None:
         self._values = {name: value.clone() for name, value in state.items()}
+
+
+class RememberingMethod(GradientMethod):
+    """A method whose state is a memory of each task."""
+
+    def __init__(self, num_tasks: int) -> None:
+        self._memory = TaskMemory(num_tasks)
+
+    def state(self) -> dict[str, Any]:
+        return {"memory": self._memory.state()}
+
+    def load_state(self, state: Mapping[str, Any]) -> None:
+        super().load_state(state)
+        self._memory.load_state(state["memory"])
