@@ -90,8 +90,8 @@ def assemble(
     plan = make_plan(meta)
     initial = _initial_weights(meta) if begins else NOTHING
     with_teachers = teachers_from is None
-    own = config if begins and not initial.has_trunk else without_weights(config)
-    model_setup = build_model_setup(own, source=source, with_teachers=with_teachers)
+    built = config if begins and not initial.has_trunk else without_weights(config)
+    model_setup = build_model_setup(built, source=source, with_teachers=with_teachers)
     tasks = model_setup.tasks
     try:
         # Data that has to be made is made once.
@@ -103,8 +103,10 @@ def assemble(
     if train.num_skipped:
         # An epoch has fewer steps than were planned.
         plan = make_plan(build_meta_setup(config, train, source))
-        model_setup = build_model_setup(own, train=train, source=source, with_teachers=with_teachers)
+        model_setup = build_model_setup(built, train=train, source=source, with_teachers=with_teachers)
         tasks = model_setup.tasks
+    # What the run records is what was written, whatever was loaded.
+    model_setup = replace(model_setup, config=config)
     if model_setup.teachers:
         if teachers_from is not None:
             load_teachers(model_setup.teachers, teachers_from)

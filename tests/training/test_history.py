@@ -165,7 +165,6 @@ def test_a_run_from_another_ones_checkpoint_has_a_command_of_its_own_and_says_fr
     assert "name=again" in history["command"] and "name=again" not in history_of(run_dir)["command"]
 
 
-@pytest.mark.slow
 def test_a_run_whose_file_of_weights_is_gone_continues(tmp_path: Path) -> None:
 
     from crashes import Crash, crash_in_step
