@@ -16,7 +16,7 @@ import forks
 import mtl
 from mtl.runtime.version import __version__
 from processes import HANGS_S
-from runs import read_metrics, tiny_config
+from runs import exact_metrics, tiny_config
 
 ROOT = Path(__file__).parent.parent
 
@@ -61,10 +61,7 @@ def test_training_from_python_is_what_the_command_does_and_returns_what_came_out
     assert result.report.ok and list(result.scores) == ["warm-heads", "finetune"]
     command = ["-m", "mtl", "train", str(file), "-q", "phases.finetune.steps=1", "name=other"]
     forks.run(command, timeout=HANGS_S, check=True, cwd=tmp_path)
-    rows = [
-        [{key: value for key, value in row.items() if not key.startswith("perf/")} for row in read_metrics(run_dir)]
-        for run_dir in (result.run_dir, tmp_path / "runs/other")
-    ]
+    rows = [exact_metrics(run_dir) for run_dir in (result.run_dir, tmp_path / "runs/other")]
     assert rows[0] == rows[1]
     assert {file.name for file in result.run_dir.iterdir()} == {
         file.name for file in (tmp_path / "runs/other").iterdir()

@@ -23,7 +23,7 @@ from mtl.data.samplers import EpochSampler
 from mtl.data.workers import THREAD_NAME
 from mtl.distributed.world import World
 from mtl.training.run import train
-from runs import read_metrics, tiny_parts
+from runs import exact_metrics, tiny_parts
 
 
 def split(num: int = 23) -> MemorySplit:
@@ -250,7 +250,7 @@ def test_a_run_with_workers_has_the_bits_of_one_without(tmp_path: Path) -> None:
     for number in (0, 2):
         parts = tiny_parts(tmp_path, f"data.num_workers={number}", f"name=run-{number}")
         run_dir = train(parts, quiet=True).run_dir
-        rows.append([{k: v for k, v in row.items() if not k.startswith("perf/")} for row in read_metrics(run_dir)])
+        rows.append(exact_metrics(run_dir))
     assert rows[0] == rows[1]
 
 

@@ -18,7 +18,7 @@ from mtl.training.resume import resumed_config
 from mtl.training.run import train
 from mtl.training.run_dir import check_run_dir
 from mtl.training.setup import assemble
-from runs import TWO, read_metrics, read_model, tiny_config, tiny_parts
+from runs import TWO, exact_metrics, read_model, tiny_config, tiny_parts
 
 # The same in short: kept features, accumulation, an average, a phase that ends inside an epoch.
 SHORT: dict[str, Any] = {
@@ -37,7 +37,7 @@ SHORT: dict[str, Any] = {
 def results(run_dir: Path) -> tuple[dict[str, bytes], list[dict[str, Any]], dict[str, Any]]:
     """All that a run came to: the bytes of its weights, its metrics without speeds, and its audit."""
     weights = {name: tensor.numpy().tobytes() for name, tensor in read_model(run_dir / "checkpoints/last").items()}
-    rows = [{k: v for k, v in row.items() if not k.startswith("perf/")} for row in read_metrics(run_dir)]
+    rows = exact_metrics(run_dir)
     return weights, rows, json.loads((run_dir / "audit.json").read_text())
 
 

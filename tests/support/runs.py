@@ -59,6 +59,11 @@ def read_metrics(run_dir: Path) -> list[dict[str, Any]]:
     return [json.loads(line) for line in (run_dir / "metrics.jsonl").read_text().splitlines()]
 
 
+def exact_metrics(run_dir: Path) -> list[dict[str, Any]]:
+    """The rows without what a clock measured, which two runs never have in common."""
+    return [{k: v for k, v in row.items() if not k.startswith("perf/")} for row in read_metrics(run_dir)]
+
+
 def read_memory(folder: Path) -> dict[str, Tensor]:
     """The tensors of a checkpoint next to its model."""
     return read_shards(folder, ["optimizer"]) if is_in_shards(folder) else load_file(folder / "optimizer.safetensors")

@@ -22,7 +22,7 @@ from mtl.training.run import train
 from mtl.training.setup import RunSetup
 from mtl.training.tracking.tracker import Tracker
 from once import made_once
-from runs import read_metrics, read_model, small_parts
+from runs import exact_metrics, read_metrics, read_model, small_parts
 
 PHASES: list[dict[str, Any]] = [
     {"name": "warm", "freeze": ["trunk"], "epochs": 3, "lr": 2e-3},
@@ -47,7 +47,7 @@ def trained(folder: Path, *overrides: str, **changes: Any) -> tuple[list[dict[st
 
 
 def content(run_dir: Path) -> tuple[list[dict[str, Any]], dict[str, Tensor]]:
-    rows = [{k: v for k, v in row.items() if not k.startswith("perf/")} for row in read_metrics(run_dir)]
+    rows = exact_metrics(run_dir)
     return rows, read_model(run_dir / "checkpoints/last")
 
 

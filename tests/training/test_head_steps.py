@@ -19,7 +19,7 @@ from mtl.runtime.tensors import byte_view
 from mtl.training.head_steps import HeadSteps
 from mtl.training.run import train
 from mtl.training.step import StepLosses
-from runs import read_memory, read_metrics, read_model, tiny_parts
+from runs import exact_metrics, read_memory, read_model, tiny_parts
 
 # 24 steps an epoch: some before the audit's first look, two blocks, and a rest.
 DATA = {"name": "scenes", "image_size": 32, "batch_size": 8, "num_train": 192, "num_val": 16}
@@ -55,7 +55,7 @@ def trained(folder: Path, **changes: Any) -> tuple[dict[str, Any], list[int]]:
         parts = tiny_parts(folder, **settings | changes)
         train(parts, quiet=True)
     run = folder / "runs/tiny"
-    rows = [{k: v for k, v in row.items() if not k.startswith("perf/")} for row in read_metrics(run)]
+    rows = exact_metrics(run)
     last = run / "checkpoints/last"
     audit = json.loads((run / "audit.json").read_text())
     tensors = read_model(last) | {f"memory {name}": tensor for name, tensor in read_memory(last).items()}

@@ -26,7 +26,7 @@ from mtl.training.setup import RunSetup
 from mtl.training.step_sync import StepTasks
 from mtl.training.tracking.steps import StepLog
 from mtl.training.tracking.tracker import Tracker
-from runs import TWO, hide_labels, read_metrics, read_model, small_parts, tiny_config, tiny_parts
+from runs import TWO, exact_metrics, hide_labels, read_metrics, read_model, small_parts, tiny_config, tiny_parts
 
 
 @pytest.fixture(scope="module")
@@ -186,10 +186,7 @@ def test_two_runs_with_one_seed_end_with_the_same_bits_and_another_seed_does_not
         ends.append(tensors(parts))
     assert all(same_bits(ends[0][name], ends[1][name]) for name in ends[0])
     assert not all(same_bits(ends[0][name], ends[2][name]) for name in ends[0])
-    a, b = (
-        [{k: v for k, v in row.items() if not k.startswith("perf/")} for row in read_metrics(tmp_path / "runs" / name)]
-        for name in ("a", "b")
-    )
+    a, b = (exact_metrics(tmp_path / "runs" / name) for name in ("a", "b"))
     assert a == b
 
 
