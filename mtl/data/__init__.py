@@ -27,6 +27,7 @@ from mtl.data.mixed import MixedSource, check_rooms
 from mtl.data.orders import Mixed, Order, Shuffled
 from mtl.data.room import check_image
 from mtl.data.source import Source
+from mtl.data.split_workers import SplitWorkers
 from mtl.data.taught import TaughtSplit, Teaching
 from mtl.tasks import label_kinds, labels_of
 
@@ -44,6 +45,7 @@ __all__ = [
     "Shuffled",
     "Source",
     "Split",
+    "SplitWorkers",
     "StoredSplit",
     "TaughtSplit",
     "Teaching",

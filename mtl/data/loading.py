@@ -10,14 +10,16 @@ from itertools import islice
 
 import torch
 from torch import Tensor
-from torch.utils.data import Dataset
 
 from mtl.data.augment import View
-from mtl.data.dataset import Batch, Rows, Split
+from mtl.data.dataset import Batch, Split
 from mtl.data.orders import Order, Shuffled
 from mtl.data.samplers import EpochSampler, validation_shares
-from mtl.data.workers import ahead, read_by_workers
+from mtl.data.split_workers import SplitWorkers
+from mtl.data.workers import ahead
 from mtl.distributed.world import ALONE, World
+
+_IN_PROCESS = SplitWorkers(0)
 
 
 @dataclass(frozen=True)
@@ -27,12 +29,12 @@ class Loading:
     Attributes:
         with_images: Whether images are read with the labels; if not, they are when a batch is asked for them.
         device: Where batches are copied; they stay on the host if not given.
-        num_workers: Processes that read what is stored; 0 reads it in this one.
+        workers: The processes that read what is stored; if there are none, this one does.
     """
 
     with_images: bool = False
     device: torch.device | None = None
-    num_workers: int = 0
+    workers: SplitWorkers = _IN_PROCESS
 
 
 IN_THREAD = Loading()
@@ -112,7 +114,7 @@ def batches_of(
         view: How the images are seen.
         loading: How batches are made.
     """
-    own = replace(loading, num_workers=0) if split.is_in_memory else loading
+    own = replace(loading, workers=_IN_PROCESS) if split.is_in_memory else loading
     return _load(split, [[part] for part in parts], 0, view, own)
 
 
@@ -125,12 +127,11 @@ def _load(
     copier = _Copier(loading.device) if loading.device is not None and loading.device.type == "cuda" else None
 
     def make() -> Generator[tuple[Batch, torch.cuda.Event | None], None, None]:
-        num_workers = min(loading.num_workers, len(shares_of))
-        if num_workers:
-            indices = [shares[rank].tolist() for shares in shares_of]
-            rows = read_by_workers(_RowsOfBatches(split, view, loading.with_images), indices, num_workers)
+        parts = [shares[rank] for shares in shares_of]
+        if parts and loading.workers.num:
+            rows = loading.workers.read(split, parts, view, loading.with_images)
         else:
-            rows = (split.rows(shares[rank], loading.with_images, view) for shares in shares_of)
+            rows = (split.rows(part, loading.with_images, view) for part in parts)
         with closing(rows):
             for shares, stored in zip(shares_of, rows, strict=True):
                 batch = split.batch(shares[rank], view, shares, stored)
@@ -173,23 +174,6 @@ def _read(
             continue
         block = split.batch(torch.cat([shares[rank] for shares in part]), view)
         yield from (block if device is None else block.to(device)).parts(part, rank)
-
-
-class _RowsOfBatches(Dataset[Rows]):
-    """What is stored of a whole batch at a time, for workers."""
-
-    def __init__(self, split: Split, view: View | None, with_images: bool) -> None:
-        self._split = split
-        self._view = view
-        self._with_images = with_images
-
-    def __getitems__(self, indices: list[int]) -> Rows:
-        rows = self._split.rows(torch.tensor(indices), self._with_images, self._view)
-        # Shared here, where torch passes an error on to the main process. If memory ran out in the worker's thread that
-        # sends the batch, the batch would be lost, and the main process would wait for it for ever.
-        for tensor in [*rows.labels.values(), *([] if rows.images is None else [rows.images])]:
-            tensor.share_memory_()  # type: ignore[no-untyped-call]
-        return rows
 
 
 class _Copier:

@@ -12,13 +12,14 @@ from concurrent.futures import thread as futures_thread
 from contextlib import closing
 from multiprocessing import connection, context, queues
 from multiprocessing.process import BaseProcess
-from typing import Any, TypeVar
+from typing import Any, Generic, TypeVar
 
 import torch
 from torch._utils import ExceptionWrapper
 from torch.utils.data import DataLoader, Dataset
 
 from mtl.data.cache import DataError
+from mtl.runtime.console import logger
 
 THREAD_NAME = "mtl-batches"
 # Batches that are ready before they are asked for: in the thread, and in each worker.
@@ -27,52 +28,106 @@ _NUM_AHEAD = 2
 _Item = TypeVar("_Item")
 
 
-def read_by_workers(
-    dataset: Dataset[_Item], batches_of: Iterable[list[int]], num_workers: int
-) -> Generator[_Item, None, None]:
-    """What a data set's `__getitems__` makes of each batch of indices, in order, in worker processes.
+class Workers(Generic[_Item]):
+    """Worker processes that read batches of a data set, by torch's DataLoader; they stay from one reading to the next.
 
-    Runs in another thread than the main one: in that, torch sets a handler of SIGCHLD, which raises in the middle of a
-    step or of a checkpoint when a worker dies. Without the handler, torch looks at the workers every few seconds.
-
-    Raises:
-        DataError: A worker died. What a worker raises is raised here, with its traceback in the message.
+    They are forked when something is first read, and know the data set as it was then.
     """
-    loader = DataLoader(
-        dataset,
-        batch_sampler=batches_of,
-        num_workers=num_workers,
-        collate_fn=_as_it_is,
-        # Forked: the memory of the data set is shared, and nothing is copied.
-        multiprocessing_context=_Fork(),
-        prefetch_factor=_NUM_AHEAD,
-        worker_init_fn=_begin,
-        # torch draws a seed for the workers: not from the generator that training draws from.
-        generator=torch.Generator(),
-    )
-    batches: Any = iter(loader)
-    # Not public, but nothing else knows how a worker ended.
-    workers: list[BaseProcess] = batches._workers
-    try:
-        yield from batches
-    except (RuntimeError, OSError, EOFError) as error:
-        # A worker that dies closes its connections a moment before the system reports its end.
-        ended = connection.wait([worker.sentinel for worker in workers], timeout=1.0)
-        for number, worker in enumerate(workers):
-            if worker.sentinel in ended:
-                worker.join(1.0)
+
+    def __init__(self, dataset: Dataset[_Item], num: int) -> None:
+        """Args:
+        dataset: Its `__getitems__` makes a batch of a request.
+        num: The processes.
+        """
+        self._dataset, self._num = dataset, num
+        self._requests = _Requests()
+        self._loader: DataLoader[_Item] | None = None
+        self._processes: list[BaseProcess] = []
+
+    def read(self, requests: Iterable[Any]) -> Generator[_Item, None, None]:
+        """What the data set makes of each request, in order; one reading at a time.
+
+        Runs in another thread than the main one: in that, torch sets a handler of SIGCHLD, which raises in the middle
+        of a step or of a checkpoint when a worker dies. Without the handler, torch looks at the workers every few
+        seconds.
+
+        Raises:
+            DataError: A worker died. What a worker raises is raised here, with its traceback in the message. After
+                either, the processes are ended.
+        """
+        if died := self._ended():
+            for number in died:
+                logger.warning(f"{self._end_of(number)} while it waited; all of them are started again")
+            self.close()
+        if self._loader is None:
+            self._loader = self._begin()
+        self._requests.now = requests
+        try:
+            # What a reading that was left has asked for comes first, and is thrown away.
+            batches: Any = iter(self._loader)
+            # Not public, but nothing else knows how a worker ended.
+            self._processes = batches._workers
+            yield from batches
+        except Exception as error:
+            # A worker that dies closes its connections a moment before the system reports its end.
+            died = self._ended(timeout=1.0) if isinstance(error, RuntimeError | OSError | EOFError) else []
+            ends = [self._end_of(number) for number in died]
+            # The iterator is held by the error, so that torch does not end the workers.
+            self.close()
+            if ends:
                 raise DataError(
-                    f"data worker {number} (pid {worker.pid}) {_end(worker.exitcode)} while it made a batch; if memory"
-                    " ran out (see dmesg), lower data.num_workers or data.batch_size; data.num_workers=0 makes batches"
-                    " without workers"
+                    f"{ends[0]} while it made a batch; if memory ran out (see dmesg), lower data.num_workers or"
+                    " data.batch_size; data.num_workers=0 makes batches without workers"
                 ) from error
-        raise
-    finally:
-        # This ends the workers, unless an exception still holds the iterator.
-        del batches
-        for worker in workers:
-            worker.kill()
-            worker.join()
+            raise
+
+    def close(self) -> None:
+        """Ends the processes."""
+        self._loader = None
+        for process in self._processes:
+            process.kill()
+            process.join()
+        self._processes = []
+
+    def _begin(self) -> DataLoader[_Item]:
+        return DataLoader(
+            self._dataset,
+            batch_sampler=self._requests,
+            num_workers=self._num,
+            collate_fn=_as_it_is,
+            # Forked: the memory of the data set is shared, and nothing is copied.
+            multiprocessing_context=_Fork(),
+            prefetch_factor=_NUM_AHEAD,
+            worker_init_fn=_begin,
+            # torch draws a seed for the workers: not from the generator that training draws from.
+            generator=torch.Generator(),
+            persistent_workers=True,
+        )
+
+    def _ended(self, timeout: float = 0.0) -> list[int]:
+        """The numbers of the processes that have ended."""
+        ended = connection.wait([process.sentinel for process in self._processes], timeout)
+        return [number for number, process in enumerate(self._processes) if process.sentinel in ended]
+
+    def _end_of(self, number: int) -> str:
+        process = self._processes[number]
+        process.join(1.0)
+        return f"data worker {number} (pid {process.pid}) {_end(process.exitcode)}"
+
+
+def read_by_workers(dataset: Dataset[_Item], requests: Iterable[Any], num_workers: int) -> Generator[_Item, None, None]:
+    """As `Workers.read`, once: the processes end with it."""
+    with closing(Workers(dataset, num_workers)) as workers:
+        yield from workers.read(requests)
+
+
+class _Requests:
+    """The requests of the reading that runs, for a DataLoader that outlives it."""
+
+    now: Iterable[Any] = ()
+
+    def __iter__(self) -> Iterator[Any]:
+        return iter(self.now)
 
 
 class _Queue(queues.Queue):  # type: ignore[type-arg]

@@ -7,7 +7,7 @@ from dataclasses import dataclass
 
 from mtl.config import ConfigError, DistillConfig, RunConfig, SettingError, mistake_of
 from mtl.config.file_data import SplitName
-from mtl.data import Loading, Source, Split, TaughtSplit, Teaching
+from mtl.data import Loading, Source, Split, SplitWorkers, TaughtSplit, Teaching
 from mtl.data.renumbered import RenumberedSplit
 from mtl.model.teachers import build_teachers, load_teachers
 from mtl.phases.data_source import open_source
@@ -69,7 +69,7 @@ def evaluate(
         next(model.parameters()).device,
         model.autocast,
         lambda batch, names: network.encode(batch.images, names),
-        loading=Loading(num_workers=config.data.num_workers),
+        loading=Loading(workers=SplitWorkers(config.data.num_workers)),
     )
     constants = {name: constant for name, constant in model.constants.items() if name in own}
     known = {name: own[name] for name in constants}
@@ -124,5 +124,5 @@ def _taught(model: TrainedModel, config: RunConfig, source: Source, split: Split
         raise mistake_of(config, error) from error
     load_teachers(teachers, model.origin.run_dir / "checkpoints" / model.origin.checkpoint)
     given = {name: Teaching(own.to(device), own.width, own.digest()) for name, own in teachers.items()}
-    loading = Loading(device=device, num_workers=config.data.num_workers)
+    loading = Loading(device=device, workers=SplitWorkers(config.data.num_workers))
     return TaughtSplit(split, given, config.data.batch_size, loading)

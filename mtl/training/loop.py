@@ -115,7 +115,7 @@ class Trainer:
             optim = None if phase.config.evaluate_only else PhaseOptimizer(setup, phase, state, self.sync.world)
         guard = None if setup.config.not_finite == "raise" else StepGuard(setup.root, phase.balance)
         active = ActivePhase(phase, {name: setup.tasks[name] for name in phase.tasks}, optim, guard)
-        with self._audited(active) as record:
+        with self._audited(active) as record, setup.workers.stay():
             self.log.audit(self.audit.report)  # the file says: begun, nothing proven yet
             with rng_unchanged(setup.device):
                 if setup.config.compile:
@@ -330,7 +330,7 @@ class Trainer:
         return training_batches(
             *(setup.train, phase.batch_size, setup.config.seed, epoch, self.features.view(epoch), self.sync.world),
             skip=min(done, phase.order.num_batches(phase.batch_size)),
-            loading=Loading(not self.features.keeps, setup.device, setup.config.data.num_workers),
+            loading=Loading(not self.features.keeps, setup.device, setup.workers),
             order=phase.order,
         )
 

@@ -12,7 +12,7 @@ from torch import Tensor
 from mtl.config import RunConfig, SettingError, mistake_of
 from mtl.config.distributed import DistributedConfig
 from mtl.config.precedence import Precedence, is_written, precedence_of
-from mtl.data import Batch, Loading, Split, TaughtSplit, Teaching, check_rooms
+from mtl.data import Batch, Loading, Split, SplitWorkers, TaughtSplit, Teaching, check_rooms
 from mtl.distributed.world import ALONE, World, WorldError
 from mtl.freeze import free_norm_statistics
 from mtl.model import set_output_bias
@@ -39,6 +39,7 @@ class RunSetup(ModelSetup):
         device: Where the run computes.
         train: Training data.
         val: Validation data.
+        workers: The processes that read both.
         constants: The output of the trivial predictor for each task, "c".
         trivial: Metrics of the trivial predictor, which gives these constants.
         plan: What every phase freezes, trains and costs.
@@ -48,6 +49,7 @@ class RunSetup(ModelSetup):
     device: torch.device
     train: Split
     val: Split
+    workers: SplitWorkers
     constants: Mapping[str, Tensor]
     trivial: Scores
     plan: Plan
@@ -127,6 +129,7 @@ def assemble(
         device=device,
         train=train,
         val=val,
+        workers=SplitWorkers(config.data.num_workers, [train, val]),
         constants=constants,
         trivial=trivial,
         plan=plan,
@@ -186,7 +189,7 @@ def _taught(
         name: Teaching(teacher.to(device), teacher.width, teacher.digest())
         for name, teacher in model_setup.teachers.items()
     }
-    loading = Loading(device=device, num_workers=data.num_workers)
+    loading = Loading(device=device, workers=SplitWorkers(data.num_workers))
     splits = [TaughtSplit(split, given, data.batch_size, loading) for split in (train, val)]
     for split in splits[1:] if data.has_views else splits:
         split.keep(world, quiet)

@@ -48,7 +48,7 @@ class Validator:
             self._autocast,
             self._features,
             self._world,
-            Loading(not self._features.keeps, num_workers=setup.config.data.num_workers),
+            Loading(not self._features.keeps, workers=setup.workers),
         )
         if is_fully_frozen(plan, "trunk"):
             still |= {name: each for name, each in fresh.items() if is_fully_frozen(plan, f"heads.{name}")}

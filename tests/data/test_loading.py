@@ -17,7 +17,7 @@ from torch import Tensor
 
 import mtl.data
 from mtl.config import ConfigError
-from mtl.data import Batch, DataError, Loading, MemorySplit, training_batches
+from mtl.data import Batch, DataError, Loading, MemorySplit, SplitWorkers, training_batches
 from mtl.data.orders import Shuffled
 from mtl.data.samplers import EpochSampler
 from mtl.data.workers import THREAD_NAME
@@ -54,9 +54,9 @@ CPU = torch.device("cpu")
 WAYS = {
     "ahead": Loading(True, CPU),
     "images when asked for": Loading(),
-    "workers": Loading(True, CPU, 2),
-    "more workers than batches": Loading(True, CPU, 9),
-    "workers without images": Loading(False, CPU, 1),
+    "workers": Loading(True, CPU, SplitWorkers(2)),
+    "more workers than batches": Loading(True, CPU, SplitWorkers(9)),
+    "workers without images": Loading(False, CPU, SplitWorkers(1)),
 }
 
 
@@ -79,7 +79,7 @@ def test_batches_are_the_same_however_they_are_made(way: str) -> None:
 @pytest.mark.parametrize("num_workers", [0, 2])
 def test_loading_draws_nothing_from_the_generator_of_training(num_workers: int) -> None:
     before = torch.get_rng_state(), random.getstate()
-    contents(training_batches(split(), 5, 3, 1, loading=Loading(True, CPU, num_workers)))
+    contents(training_batches(split(), 5, 3, 1, loading=Loading(True, CPU, SplitWorkers(num_workers))))
     assert torch.equal(torch.get_rng_state(), before[0])
     assert random.getstate() == before[1]
 
@@ -97,7 +97,7 @@ def test_the_order_is_that_of_seed_and_epoch_written_out_by_hand() -> None:
 
 def test_a_worker_ends_without_a_fault() -> None:
     """Another exit code than 0 is an error of torch's for whoever has its handler of SIGCHLD in the process."""
-    batches = training_batches(split(), 5, 3, 1, loading=Loading(True, CPU, 2))
+    batches = training_batches(split(), 5, 3, 1, loading=Loading(True, CPU, SplitWorkers(2)))
     next(batches)
     workers = multiprocessing.active_children()
     assert len(workers) == 2 and len(list(batches)) == 3
@@ -106,7 +106,7 @@ def test_a_worker_ends_without_a_fault() -> None:
 
 @pytest.mark.parametrize("num_workers", [0, 2])
 def test_an_epoch_can_begin_at_its_end_and_not_after_it(num_workers: int) -> None:
-    assert not contents(training_batches(split(), 5, 3, 1, skip=4, loading=Loading(num_workers=num_workers)))
+    assert not contents(training_batches(split(), 5, 3, 1, skip=4, loading=Loading(workers=SplitWorkers(num_workers))))
     with pytest.raises(ValueError, match="skip: expected 0 to 4, the batches of an epoch, got 5"):
         training_batches(split(), 5, 3, 1, skip=5)
 
@@ -125,7 +125,7 @@ def test_a_loop_that_is_left_ends_the_thread_and_the_workers(way: str) -> None:
     batches = training_batches(split(), 5, 3, 1, loading=WAYS[way])
     next(batches)
     assert threads()
-    assert len(multiprocessing.active_children()) == WAYS[way].num_workers
+    assert len(multiprocessing.active_children()) == WAYS[way].workers.num
     batches.close()
     assert not threads()
     assert not multiprocessing.active_children()
@@ -185,7 +185,7 @@ def test_a_batch_that_cannot_be_sent_is_an_error(
     monkeypatch: pytest.MonkeyPatch, error: type[Exception], said: str, sends_errors: bool
 ) -> None:
     """A queue would drop it, and the loop would wait for it forever."""
-    monkeypatch.setattr("mtl.data.loading._RowsOfBatches.__getitems__", Unpicklable)
+    monkeypatch.setattr("mtl.data.split_workers.RowsOfSplits.__getitems__", Unpicklable)
     if not sends_errors:
         monkeypatch.setattr("mtl.data.workers.ExceptionWrapper", type("Error", (Unpicklable,), {}))
     with pytest.raises(error, match=said):

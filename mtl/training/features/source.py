@@ -276,7 +276,7 @@ class FeatureSource:
             torch.inference_mode(mode=False),
             torch.no_grad(),
         ):
-            loading = Loading(True, self._setup.device, self._setup.config.data.num_workers)
+            loading = Loading(True, self._setup.device, self._setup.workers)
             with closing(batches_of(split, list(batches), view, loading)) as read:
                 for batch in read:
                     computed = prefix.compute(self._model.prepare(batch.images))

@@ -13,7 +13,7 @@ from PIL import Image
 from torch import Tensor
 
 from mtl.config.transform import TransformsConfig
-from mtl.data import DataError, Loading, View, batches_of, training_batches, validation_batches
+from mtl.data import DataError, Loading, SplitWorkers, View, batches_of, training_batches, validation_batches
 from mtl.data.files.file_split import FileSplit
 from mtl.data.files.fileset import IMAGE, FileSet
 from mtl.data.files.into_memory import read_into_memory, sound_items
@@ -104,7 +104,7 @@ def test_random_transforms_follow_from_run_view_and_image_alone(files: Files) ->
     split, view = split_of(files, FLIPS), View(3, 7)
     parts = [torch.tensor([0, 5, 2]), torch.tensor([9, 1])]
     one = contents(batches_of(split, parts, view, Loading(True)))
-    with_workers = contents(batches_of(split, parts, view, Loading(True, num_workers=2)))
+    with_workers = contents(batches_of(split, parts, view, Loading(True, workers=SplitWorkers(2))))
     assert equal(one, with_workers)
     (alone,) = contents(batches_of(split, [torch.tensor([2])], view, Loading(True)))
     assert torch.equal(alone[1][0], one[0][1][2]) and torch.equal(alone[3][0], one[0][3][2])
@@ -127,7 +127,7 @@ def test_a_sample_that_cannot_be_read_ends_the_run_or_is_left_out(
     files: Files, caplog: pytest.LogCaptureFixture
 ) -> None:
     (files.folder / "3.png").write_bytes((files.folder / "3.png").read_bytes()[:100])
-    for loading in (Loading(True), Loading(True, num_workers=2)):
+    for loading in (Loading(True), Loading(True, workers=SplitWorkers(2))):
         with pytest.raises(DataError, match=r"^files, train: \S*3\.png: image file is truncated$"):
             contents(validation_batches(split_of(files), 4, loading))
     split = split_of(files, skips=True)

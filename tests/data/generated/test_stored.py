@@ -23,6 +23,7 @@ from mtl.data.generated.rows_file import RowsFile, write_rows
 from mtl.data.generated.stored_split import StoredSplit
 from mtl.data.loading import Loading
 from mtl.data.memory import MemorySplit
+from mtl.data.split_workers import SplitWorkers
 from mtl.tasks import Classification, Depth, Segmentation, Task
 from runs import exact_metrics, tiny_config
 
@@ -50,7 +51,7 @@ def test_a_split_on_disk_has_the_batches_of_one_in_memory(changes: dict[str, Any
         assert torch.equal(there.labels_to_fit(task), stored.labels_to_fit(task))
     view = draw_view(GeneratedData.model_validate({"name": "scenes", **changes}), 0, 3, 120)
     for workers in (0, 2):
-        loading = Loading(with_images=True, num_workers=workers)
+        loading = Loading(with_images=True, workers=SplitWorkers(workers))
         pairs = zip(*(training_batches(each, 32, 0, 1, view, loading=loading) for each in (there, stored)), strict=True)
         num = 0
         for one, other in pairs:
