@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import json
 from collections.abc import Collection, Mapping
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Any, Protocol
 
@@ -60,7 +60,11 @@ class Content:
     @property
     def num_bytes(self) -> int:
         parts = (self.model, self.frozen, self.optimizer)
-        return sum(tensor.nbytes for part in parts for tensor in part.values()) + len(json.dumps(self.state))
+        return sum(map(bytes_of, parts)) + len(json.dumps(self.state))
+
+    def with_copies(self) -> Content:
+        """The same, with copies of what training goes on to change; the frozen tensors are the same ones."""
+        return replace(self, model=copies(self.model), optimizer=copies(self.optimizer))
 
 
 def collect(
@@ -153,6 +157,15 @@ def other_names(tensors: Mapping[str, Tensor]) -> dict[str, str]:
         if first != name and here.numel():
             tied[name] = first
     return tied
+
+
+def bytes_of(tensors: Mapping[str, Tensor]) -> int:
+    return sum(tensor.nbytes for tensor in tensors.values())
+
+
+def copies(tensors: Mapping[str, Tensor]) -> dict[str, Tensor]:
+    """Copies on the host, in the same layout."""
+    return {name: tensor.detach().to("cpu", copy=True) for name, tensor in tensors.items()}
 
 
 def fingerprint_of(tensors: Mapping[str, Tensor]) -> str:

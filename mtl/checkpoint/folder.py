@@ -5,16 +5,19 @@ from __future__ import annotations
 import contextlib
 import shutil
 from collections.abc import Collection, Iterator, Mapping
+from functools import partial
 from pathlib import Path
 from typing import Any
 
 from safetensors import SafetensorError
 from torch import nn
 
+from mtl.checkpoint.background import Background
 from mtl.checkpoint.files import (
     Content,
     HasState,
     OptimizerState,
+    bytes_of,
     collect,
     write_state,
     write_tensors,
@@ -27,6 +30,8 @@ from mtl.checkpoint.tensor_file import shards
 from mtl.distributed.world import World
 from mtl.runtime.files import sync
 
+# Copies of no more bytes are made to write them in a thread: the machine may have no room for more.
+_MOST_COPIED = 1 << 30
 # A checkpoint that is half written or half removed.
 _UNFINISHED = ".tmp"
 
@@ -43,6 +48,8 @@ class Checkpoints:
     well. Folders that no link points to are removed, but for the newest ones, which are there to fall back to. One
     process at a time may write to them.
 
+    A checkpoint may be written in a thread, from copies of its tensors; whatever else is asked of the folder waits.
+
     Whenever the process is killed, every `step-<n>` is complete: it is written, and removed, under a hidden name.
     """
 
@@ -57,6 +64,7 @@ class Checkpoints:
         self.folder = folder
         self._keep_last = keep_last
         self._frozen = FrozenFiles(folder / "frozen")
+        self._background = Background()
         for aside in folder.glob(f".step-*{ASIDE}") if mends else ():
             target = folder / aside.name[1 : -len(ASIDE)]
             if target.exists():
@@ -74,6 +82,7 @@ class Checkpoints:
         names: Collection[str],
         keep: bool = False,
         known: Mapping[str, str] | None = None,
+        in_thread: bool = False,
     ) -> None:
         """Writes a checkpoint; one of the same step is replaced.
 
@@ -86,17 +95,35 @@ class Checkpoints:
             names: The links to point to it: `last`, `best`.
             keep: Keep it permanently.
             known: Fingerprints of frozen tensors whose bytes were compared just now; they are not taken again.
+            in_thread: Return before it is written, if what has to be copied for that is not large, and the frozen
+                tensors are on disk already; `wait` returns after.
 
         Raises:
-            SaveError: The disk is full, or cannot be written.
+            SaveError: The disk is full, or cannot be written: this one, or the one before, written in a thread.
             TypeError: Something cannot be stored; nothing was written.
         """
+        self.wait()
         content = collect(module, frozen, optimizer_state, state, known)
-        target = self._of(state["step"])
+        is_small = bytes_of(content.model) + bytes_of(content.optimizer) <= _MOST_COPIED
+        if in_thread and is_small and (not content.frozen or self._frozen.has(content.state["digests"]["frozen"])):
+            self._background.start(partial(self._save, content.with_copies(), [*names], keep))
+        else:
+            self._save(content, names, keep)
+
+    def _save(self, content: Content, names: Collection[str], keep: bool) -> None:
+        target = self._of(content.state["step"])
         with self._explained(target, content.num_bytes):
             with self._replacing(target) as temporary:
                 self._write(temporary, content)
             self._finish(target, names, keep)
+
+    def wait(self) -> None:
+        """Returns once nothing is being written.
+
+        Raises:
+            SaveError: What was written in a thread could not be.
+        """
+        self._background.wait()
 
     def save_shards(
         self,
@@ -112,6 +139,7 @@ class Checkpoints:
 
         The checkpoint takes its place once all have written. Rank 0 writes what is not sharded, the folders and links.
         """
+        self.wait()
         content = collect_shards(module, frozen, optimizer_state, state, world)
         target = self._of(state["step"])
         with self._explained(target, content.num_bytes):
@@ -136,6 +164,7 @@ class Checkpoints:
         Raises:
             SaveError: The disk is full, or cannot be written.
         """
+        self.wait()
         target = self._of(step)
         with self._explained(target, sum(file.stat().st_size for file in folder.rglob("*") if file.is_file())):
             if not target.exists():
@@ -146,6 +175,7 @@ class Checkpoints:
 
     def find(self, name: str) -> Path | None:
         """The checkpoint that a link points to; None if there is none yet."""
+        self.wait()
         return self.folder / name if (self.folder / name).exists() else None
 
     def is_at(self, name: str, step: int) -> bool:
@@ -155,6 +185,7 @@ class Checkpoints:
 
     def drop_newer(self, step: int) -> None:
         """Removes the checkpoints that are newer than a step, and the links that pointed to them."""
+        self.wait()
         newer = [folder for folder in newest_first(self.folder) if step_of(folder) > step]
         names = {folder.name for folder in newer}
         for link in self._links():

@@ -35,7 +35,7 @@ class FrozenFiles:
             fingerprint: Of the tensors.
             write: Writes the tensors to a file, and forces it to disk; called if they are missing or damaged.
         """
-        kept = self.folder / f"{fingerprint}.safetensors"
+        kept = self._kept(fingerprint)
         # Read again if it was touched: a file that was damaged since would damage all later checkpoints.
         if self._sound.get(fingerprint) != _state_of(kept) and file_fingerprint(kept) != fingerprint:
             self.folder.mkdir(exist_ok=True)
@@ -47,6 +47,10 @@ class FrozenFiles:
         link_or_copy(kept, file)
         self._sound[fingerprint] = _state_of(kept)
 
+    def has(self, fingerprint: str) -> bool:
+        """Whether `provide` would write nothing, and read nothing."""
+        return fingerprint in self._sound and self._sound[fingerprint] == _state_of(self._kept(fingerprint))
+
     def adopt(self, file: Path, source: Path) -> None:
         """Makes a file of a checkpoint a link to another run's, or a copy of it, and keeps it here as well."""
         fingerprint = file_fingerprint(source)
@@ -55,6 +59,9 @@ class FrozenFiles:
             link_or_copy(source, file)
         else:
             self.provide(file, fingerprint, lambda target: link_or_copy(source, target))
+
+    def _kept(self, fingerprint: str) -> Path:
+        return self.folder / f"{fingerprint}.safetensors"
 
     def provide_shards(
         self, folder: Path, digests: Mapping[str, str], file: str, write: Callable[[Path], None], world: World

@@ -2,13 +2,14 @@
 
 from __future__ import annotations
 
-from collections.abc import Mapping, Sequence
+from collections.abc import Iterator, Mapping, Sequence
+from contextlib import contextmanager
 from pathlib import Path
 from typing import Any
 
 from torch import Tensor, nn
 
-from mtl.checkpoint.folder import Checkpoints
+from mtl.checkpoint.folder import Checkpoints, SaveError
 from mtl.checkpoint.load import load_checkpoint
 from mtl.distributed.world import World
 from mtl.model.fsdp import FullModel, gather_model
@@ -66,7 +67,7 @@ class CheckpointWriter:
         links: Sequence[str] = (),
         statistics: Mapping[str, Tensor] | None = None,
     ) -> Path:
-        """Writes a checkpoint.
+        """Writes a checkpoint; if one process trains, it may still be written when this returns.
 
         Args:
             state: The run's.
@@ -79,7 +80,7 @@ class CheckpointWriter:
             Its folder.
 
         Raises:
-            SaveError: The disk does not take it; those before are as they were.
+            SaveError: The disk does not take it, or did not take the one before; those before are as they were.
         """
         world, root, optim = self._world, self._setup.root, active.optim
         if optim is not None:
@@ -99,10 +100,35 @@ class CheckpointWriter:
                     full, tensors = gather_model(root, world), gathered(tensors, world.is_main)
                 if world.is_main:
                     known = {} if self._is_sharded else state.audit.proven
-                    self._checkpoints.save(full, frozen, tensors, plain, names, for_good, known)
+                    self._checkpoints.save(full, frozen, tensors, plain, names, for_good, known, world.is_alone)
         world.barrier()
         self._waited_s = 0.0
         return self._checkpoints.folder / "last"
+
+    def wait(self) -> None:
+        """Returns once the last one is on disk.
+
+        Raises:
+            SaveError: It cannot be written.
+        """
+        self._checkpoints.wait()
+
+    @contextmanager
+    def written(self) -> Iterator[None]:
+        """Ends once all checkpoints that were begun inside are on disk.
+
+        Raises:
+            SaveError: One cannot be written. If something else ended what is inside, that is raised, and this logged.
+        """
+        try:
+            yield
+        except BaseException:
+            try:
+                self.wait()
+            except SaveError as error:
+                logger.warning(str(error))
+            raise
+        self.wait()
 
     def load_best(self, state: RunState, phase: Phase) -> None:
         """Loads the best weights and buffers so far, with their optimizer state, if a phase begins with them."""

@@ -84,8 +84,9 @@ class Trainer:
     def run(self) -> RunResult:
         self.state.start_clock()
         self.log.results(self.state.results())
-        while (phase := self.state.phase) is not None:
-            self.run_phase(phase)
+        with self.checkpoints.written():
+            while (phase := self.state.phase) is not None:
+                self.run_phase(phase)
         return self.result()
 
     def run_phase(self, phase: Phase) -> None:

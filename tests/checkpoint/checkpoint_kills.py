@@ -31,11 +31,11 @@ def model(step: int, width: int) -> nn.Module:
     return module
 
 
-def save(checkpoints: Checkpoints, step: int, width: int) -> None:
+def save(checkpoints: Checkpoints, step: int, width: int, in_thread: bool = False) -> None:
     moments = {"sgd": {"head.weight": {"momentum_buffer": torch.full((8, width), float(step))}}}
-    checkpoints.save(
-        model(step, width), FROZEN, moments, {"step": step}, ["last", "best"] if step % 4 == 1 else ["last"]
-    )
+    names = ["last", "best"] if step % 4 == 1 else ["last"]
+    checkpoints.save(model(step, width), FROZEN, moments, {"step": step}, names, in_thread=in_thread)
+    checkpoints.wait()
 
 
 def look(folder: Path, width: int) -> int:
@@ -79,7 +79,7 @@ def run_child(work: Callable[[int], None], delay_s: float | None = None) -> tupl
     return os.WIFEXITED(status), steps[-1] if steps else 0
 
 
-def kill_at_every_file_operation(folder: Path) -> list[list[Any]]:
+def kill_at_every_file_operation(folder: Path, in_thread: int) -> list[list[Any]]:
     """Killed before its first file operation, its second, ...; saves steps 2, 3, 4 and 4 again after step 1."""
     found: list[list[Any]] = []
     while not found or not found[-1][0]:
@@ -97,7 +97,7 @@ def kill_at_every_file_operation(folder: Path) -> list[list[Any]]:
             checkpoints = Checkpoints(place)
             sys.addaudithook(count)
             for step in (2, 3, 4, 4):
-                save(checkpoints, step, 4)
+                save(checkpoints, step, 4, bool(in_thread))
                 os.write(says, bytes([step]))
             operations = -1
 

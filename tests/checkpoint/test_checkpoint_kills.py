@@ -26,8 +26,11 @@ def outcomes(verb: str, *arguments: str) -> list[list[Any]]:
 
 
 @pytest.mark.slow
-def test_a_writer_killed_at_any_file_operation_leaves_the_last_one_that_it_saved_or_the_next(tmp_path: Path) -> None:
-    *killed, last = outcomes("kill_at_every_file_operation", str(tmp_path))
+@pytest.mark.parametrize("in_thread", [False, True])
+def test_a_writer_killed_at_any_file_operation_leaves_the_last_one_that_it_saved_or_the_next(
+    tmp_path: Path, in_thread: bool
+) -> None:
+    *killed, last = outcomes("kill_at_every_file_operation", str(tmp_path), str(int(in_thread)))
     assert last == [True, 4, 4]
     assert len(killed) > 60
     assert all(saved <= there <= saved + 1 for _, saved, there in killed), killed

@@ -4,9 +4,11 @@ from __future__ import annotations
 
 import importlib
 import json
+from collections.abc import Callable
 from contextlib import ExitStack
 from dataclasses import replace
 from pathlib import Path
+from types import SimpleNamespace
 from typing import Any
 
 import pytest
@@ -14,6 +16,7 @@ import torch
 from torch import Tensor, nn
 from torch.optim import SGD
 
+import mtl.results.bench.measure as measure_module
 from mtl.cli import main
 from mtl.results.bench import Bench, Row, draw, in_words
 from mtl.results.bench.loops import ByHand, OnExtracted, limit_loop, mtl_loop, naive_loop
@@ -30,7 +33,7 @@ PHASES = ["trunk_frozen", "half_frozen", "head_frozen", "nothing_frozen"]
 def test_a_row_holds_times_and_memory_of_all_loops(tmp_path: Path) -> None:
     peers, missing = peers_here()
     assert not missing
-    row = measure(SMALL, "half_frozen", tmp_path, 2, {**BY_HAND, **peers})
+    row = measure(SMALL, "half_frozen", tmp_path, 2, {**BY_HAND, **peers}, epochs=2)
     assert (row.setting, row.phase) == ("test_resnet, 32 px, batch 8, dense heads", "half_frozen")
     assert (row.num_steps, row.num_images, row.num_val) == (2, 16, 32)
     assert list(row.loops) == ["naive", "mtl", "limit", "libmtl", "lightning"]
@@ -38,6 +41,25 @@ def test_a_row_holds_times_and_memory_of_all_loops(tmp_path: Path) -> None:
         assert len(times.laps) == 2
         assert all(0 < lap.train_s < lap.epoch_s and 0 < lap.train_cpu_s <= lap.epoch_cpu_s for lap in times.laps)
     assert 0 < row.audit_share < 1
+
+
+def test_a_lap_is_the_mean_of_its_epochs_and_ends_when_all_is_on_disk(monkeypatch: pytest.MonkeyPatch) -> None:
+    now, waited = [0.0], []
+
+    def loop(trained: Callable[[], None]) -> None:
+        now[0] += 3
+        trained()
+        now[0] += 1
+
+    def wait() -> None:
+        waited.append(now[0])
+        now[0] += 6
+
+    clock = SimpleNamespace(perf_counter=lambda: now[0], process_time=lambda: now[0] / 2)
+    monkeypatch.setattr("mtl.results.bench.measure.time", clock)
+    lap = measure_module._lap(loop, torch.device("cpu"), 2, wait)
+    assert lap == Lap(train_s=3, epoch_s=7, train_cpu_s=1.5, epoch_cpu_s=3.5)
+    assert waited == [8]
 
 
 def test_mtl_runs_as_a_user_gets_it(tmp_path: Path) -> None:

@@ -19,8 +19,9 @@ import pytest
 import torch
 
 import forks
+import mtl.checkpoint.folder
 import wandb_file
-from crashes import SHORT, assert_same, crashed, results, resume
+from crashes import SHORT, assert_same, crash, crashed, results, resume
 from mtl.cli import main
 from mtl.training.loop import Trainer
 from mtl.training.phase import ActivePhase
@@ -123,6 +124,26 @@ def test_a_report_that_does_not_fit_on_the_disk_is_said_and_costs_nothing(
         f"report.html cannot be written (No space left on device); to write it later: mtl report {tmp_path}" in said.out
     )
     assert said.err == ""
+
+
+def test_what_ends_a_run_is_raised_and_that_its_last_checkpoint_could_not_be_written_is_said(
+    tmp_path: Path, caplog: pytest.LogCaptureFixture
+) -> None:
+    real = mtl.checkpoint.folder.write_state
+
+    def write(folder: Path, state: dict[str, Any]) -> None:
+        if state["step"] == 4:
+            full()
+        real(folder, state)
+
+    whole = whole_run(tmp_path, SMALL)
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setattr("mtl.checkpoint.folder.write_state", write)
+        crash(tmp_path, 5, **SMALL)
+    said = [record.getMessage() for record in caplog.records if "cannot be written" in record.getMessage()]
+    assert len(said) == 1 and "checkpoints/step-00000004 cannot be written: it needs" in said[0]
+    assert (tmp_path / "runs/tiny/checkpoints/last").resolve().name == "step-00000003"
+    assert_same(resume(tmp_path, **SMALL), whole)
 
 
 def test_what_ended_a_run_is_said_though_the_disk_has_no_room_for_the_audit(

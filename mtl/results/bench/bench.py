@@ -70,9 +70,9 @@ def bench(quick: bool, show: Callable[[str], None], peers: bool = False) -> Benc
         for phase in setting.phases:
             show(f"{setting.name}: {phase}")
             # Steps on kept features are short, and much else happens in so short a time.
-            rounds = (5 if quick else 15) if phase == "trunk_frozen" else (3 if quick else 7)
+            rounds, epochs = (4 if quick else 10, 4) if phase == "trunk_frozen" else (3 if quick else 5, 2)
             with tempfile.TemporaryDirectory() as folder:
-                rows.append(measure(setting, phase, Path(folder), rounds, {**BY_HAND, **there}))
+                rows.append(measure(setting, phase, Path(folder), rounds, {**BY_HAND, **there}, epochs))
     return Bench(measured_on(), rows, missing)
 
 

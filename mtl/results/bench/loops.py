@@ -35,11 +35,13 @@ class MtlLoop:
 
     Attributes:
         epoch: Goes through an epoch; the first call enters the phase.
+        wait: Returns once the last checkpoint is on disk; it is written beside the next epoch's steps.
         audit_s: Receives the seconds of every call of the audit.
         message: Where the run is tracked.
     """
 
     epoch: Loop
+    wait: Callable[[], None]
     audit_s: list[float]
     message: str
 
@@ -62,6 +64,7 @@ def mtl_loop(setup: RunSetup) -> Iterator[MtlLoop]:
     entered: list[ActivePhase] = []
     with ExitStack() as stack:
         stack.callback(tracker.finish, {}, failed=False)
+        stack.enter_context(trainer.checkpoints.written())
 
         def epoch(trained: Callable[[], None]) -> None:
             if not entered:
@@ -70,7 +73,7 @@ def mtl_loop(setup: RunSetup) -> Iterator[MtlLoop]:
             trained()
             trainer.finish_epoch(entered[0])
 
-        yield MtlLoop(epoch, spent, tracker.message if tracker.is_less else "")
+        yield MtlLoop(epoch, trainer.checkpoints.wait, spent, tracker.message if tracker.is_less else "")
 
 
 def _timed(call: Callable[..., None], spent: list[float]) -> Callable[..., None]:

@@ -28,11 +28,11 @@ BY_HAND: Mapping[str, Maker] = {
 
 @dataclass(frozen=True)
 class Lap:
-    """One epoch of one loop.
+    """An epoch of one loop, the mean over some in a row.
 
     Attributes:
         train_s: Seconds of the training part.
-        epoch_s: Of the whole epoch, with validation and checkpoint.
+        epoch_s: Of the whole epoch, with validation and checkpoint; the last checkpoint is on disk then.
         train_cpu_s: Seconds that the process spent on processors in the training part, all threads together.
         epoch_cpu_s: In the whole epoch.
     """
@@ -50,7 +50,7 @@ class LoopTimes:
     Attributes:
         first_s: Seconds to make it (for the limit: to extract) and of its first whole epoch; once, not a median.
         peak_bytes: How far that takes the memory of the process, or of the GPU.
-        laps: The epochs after it, one a round.
+        laps: The epochs after it, those of a round together.
     """
 
     first_s: float
@@ -108,15 +108,18 @@ class Row:
         return medians | ratios | {"first_s": own.first_s, "rounds": [asdict(lap) for lap in own.laps]}
 
 
-def measure(setting: Setting, phase: str, folder: Path, rounds: int, others: Mapping[str, Maker] = BY_HAND) -> Row:
-    """Times mtl's loop and others, epoch by epoch in turn, back and forth.
+def measure(
+    setting: Setting, phase: str, folder: Path, rounds: int, others: Mapping[str, Maker] = BY_HAND, epochs: int = 1
+) -> Row:
+    """Times mtl's loop and others, some epochs of each in turn, back and forth.
 
     Args:
         setting: The trunk with heads.
         phase: The kind of phase.
         folder: Where run directories and checkpoints go.
-        rounds: How many epochs of each loop are timed, after a first one.
+        rounds: How often each loop has its turn, after a first epoch.
         others: The other loops by name, the limit among them.
+        epochs: How many a turn has.
     """
     setup = assemble(setting.config(folder, phase), quiet=True)
     loops: dict[str, Loop] = {}
@@ -130,16 +133,16 @@ def measure(setting: Setting, phase: str, folder: Path, rounds: int, others: Map
             with peak_growth(setup.device) as peak:
                 started = time.perf_counter()
                 loops[name] = make(setup, folder, stack)
-                _lap(loops[name], setup.device)
+                _lap(loops[name], setup.device, 1, mtl.wait)
                 seconds = time.perf_counter() - started
             first[name], laps[name] = (seconds, peak[0]), []
         mtl.audit_s.clear()
         for number in range(rounds):
             for name in list(loops)[:: -1 if number % 2 else 1]:
-                laps[name].append(_lap(loops[name], setup.device))
+                laps[name].append(_lap(loops[name], setup.device, epochs, mtl.wait))
     in_order = sorted(loops, key=lambda name: ["naive", "mtl", "limit", *others].index(name))
     times = {name: LoopTimes(*first[name], laps[name]) for name in in_order}
-    share = sum(mtl.audit_s) / sum(lap.epoch_s for lap in laps["mtl"])
+    share = sum(mtl.audit_s) / sum(epochs * lap.epoch_s for lap in laps["mtl"])
     num_steps = setup.phases[0].steps_per_epoch
     return Row(
         *(setting.name, phase, num_steps, num_steps * setting.batch_size, len(setup.val)),
@@ -147,7 +150,7 @@ def measure(setting: Setting, phase: str, folder: Path, rounds: int, others: Map
     )
 
 
-def _lap(loop: Loop, device: torch.device) -> Lap:
+def _lap(loop: Loop, device: torch.device, epochs: int, wait: Callable[[], None]) -> Lap:
     marks: list[tuple[float, float]] = []
 
     def mark() -> None:
@@ -156,7 +159,12 @@ def _lap(loop: Loop, device: torch.device) -> Lap:
         marks.append((time.perf_counter(), time.process_time()))
 
     mark()
-    loop(mark)
-    mark()
-    (start, start_cpu), (trained, trained_cpu), (end, end_cpu) = marks
-    return Lap(trained - start, end - start, trained_cpu - start_cpu, end_cpu - start_cpu)
+    for _ in range(epochs):
+        loop(mark)
+        if len(marks) == 2 * epochs:
+            wait()
+        mark()
+    # At the start, then by turns after the training part and after the rest of an epoch.
+    wall, cpu = zip(*marks, strict=True)
+    trained = [sum(b - a for a, b in zip(times[:-1:2], times[1::2], strict=True)) / epochs for times in (wall, cpu)]
+    return Lap(trained[0], (wall[-1] - wall[0]) / epochs, trained[1], (cpu[-1] - cpu[0]) / epochs)
