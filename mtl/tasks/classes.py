@@ -49,7 +49,10 @@ class ClassTask(EntryTask):
 
     def fit(self, label: Tensor) -> Tensor:
         """The log of each class's frequency; where entries weigh by class, also their weights."""
-        counts = torch.bincount(label[label != self.ignore_index].flatten().long(), minlength=self.num_outputs)
+        # Selecting takes far longer than looking whether there is anything to leave out.
+        own = (self.num_outputs, self.ignore_index)
+        known = label if _are_classes(label, *own) else label[label != self.ignore_index]
+        counts = torch.bincount(known.flatten().long(), minlength=self.num_outputs)
         prior = (counts.clamp(min=1) / counts.sum().clamp(min=1)).log().float()
         if self.balance_power:
             frequency = prior.exp()
@@ -110,9 +113,19 @@ def check_classes(label: Tensor, num_axes: int, num_classes: int, ignore_index: 
         raise ValueError(
             f"expected whole numbers with {num_axes} axes, got {label.dtype} of shape {tuple(label.shape)}"
         )
+    if _are_classes(label, num_classes, ignore_index):
+        return
     known = label[label != ignore_index]
     if known.numel() and not 0 <= int(known.min()) <= int(known.max()) < num_classes:
         raise ValueError(
             f"expected classes 0 to {num_classes - 1} (num_classes: {num_classes}) or"
             f" {ignore_index} for none, got {int(known.min())} to {int(known.max())}"
         )
+
+
+def _are_classes(label: Tensor, num_classes: int, ignore_index: int) -> bool:
+    """Whether every entry is a class; False if one may be none."""
+    if not label.numel() or 0 <= ignore_index < num_classes:
+        return False
+    least, most = label.aminmax()
+    return int(least) >= 0 and int(most) < num_classes
