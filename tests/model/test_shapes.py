@@ -82,6 +82,7 @@ def dump() -> list[str]:
     return [torch._C._dispatch_dump(f"aten::{name}") for name in _KERNELS]
 
 
+@pytest.mark.slow
 def test_they_are_those_that_torch_finds_and_torch_finds_them_again_afterwards() -> None:
     plain = results()
     kernels = dump()

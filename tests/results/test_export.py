@@ -157,6 +157,7 @@ def test_safetensors_has_all_weights_under_our_names_and_says_what_they_are(
     assert all(torch.equal(tensor, own[f"trunk.{name}"]) for name, tensor in trunk.state_dict().items())
 
 
+@pytest.mark.slow
 def test_torch_takes_any_batch_and_size_and_floats(
     run_dir: Path, model: TrainedModel, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
@@ -173,6 +174,7 @@ def test_torch_takes_any_batch_and_size_and_floats(
     assert json.loads(about["mtl.json"])["fingerprint"] == model.origin.fingerprint
 
 
+@pytest.mark.slow
 def test_onnx_takes_any_batch_and_size_under_names_that_are_valid(
     run_dir: Path, model: TrainedModel, tmp_path: Path, capsys: Capture, monkeypatch: pytest.MonkeyPatch
 ) -> None:

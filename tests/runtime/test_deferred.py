@@ -169,6 +169,7 @@ assert not wrong, wrong
 """
 
 
+@pytest.mark.slow
 def test_the_deferred_packages_are_whole_for_who_asks_later() -> None:
     found = [
         subprocess.run([sys.executable, "-c", code], cwd=ROOT, capture_output=True, text=True, check=False)

@@ -42,6 +42,7 @@ def test_the_first_hook_is_the_check_of_ci_and_the_others_write_the_pages_that_a
     assert all(hook["language"] == "system" and re.compile(hook["files"]) for hook in repo["hooks"])
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("hook", ["config-docs", "python-docs"])
 def test_a_hook_writes_the_page_that_is_there(hook: str, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     (entry,) = [each["entry"] for each in read(".pre-commit-config.yaml")["repos"][0]["hooks"] if each["id"] == hook]

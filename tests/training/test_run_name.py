@@ -107,6 +107,7 @@ def test_a_folder_that_cannot_be_written_to_is_named(tmp_path: Path) -> None:
         check_run_dir(config)
 
 
+@pytest.mark.slow
 def test_a_stopped_run_says_the_name_under_which_it_resumes(tmp_path: Path) -> None:
     file = small_config(tmp_path, name="auto", phases=[{"name": "a", "freeze": ["trunk"], "steps": 10_000}])
     command = [sys.executable, "-m", "mtl", "train", str(file), "checkpoint.every_steps=1"]
