@@ -38,12 +38,15 @@ class Normals(EntryTask):
         return {"rmse": AngleRmse}
 
     def fit(self, label: Tensor) -> Tensor:
-        mask = labelled_normals(label)
-        if not bool(mask.any()):
-            return torch.tensor([0.0, 0.0, -1.0])
-        by_pixel = rearrange(label, "n c h w -> (n h w) c")
-        mean = (by_pixel if bool(mask.all()) else by_pixel[mask.flatten()]).double().mean(dim=0)
-        return functional.normalize(mean, dim=0).float()
+        """The direction of the mean of all labelled pixels."""
+        total, is_labelled = label.new_zeros(3, dtype=torch.float64), False
+        # In parts: in float64, all labels would take as much room as the data.
+        for part in torch.split(label, 256):
+            mask = labelled_normals(part)
+            values = part.transpose(0, 1).flatten(1) if bool(mask.all()) else part.transpose(0, 1)[:, mask]
+            total += values.sum(dim=1, dtype=torch.float64)
+            is_labelled |= bool(mask.any())
+        return functional.normalize(total, dim=0).float() if is_labelled else torch.tensor([0.0, 0.0, -1.0])
 
     def entry_weights(self, label: Tensor) -> Tensor:
         return labelled_normals(label)
