@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Collection, Iterator, Sequence
+from collections.abc import Collection, Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass
 from typing import Any, Literal
@@ -132,14 +132,31 @@ def read_features(trunk: Any, images: Tensor, levels: list[int], pooled: bool, t
 def in_eval_mode(module: nn.Module) -> Iterator[None]:
     """Puts a module in eval mode, and restores the mode of each submodule afterwards."""
     modes = {part: part.training for part in module.modules()}
-    module.eval()
+    _switch(module, modes, False)
     try:
         yield
     finally:
         # Some models (LeViT) cache a tensor, with its graph, in eval mode; their `train` clears it.
-        module.train()
+        _switch(module, modes, True)
         for part, mode in modes.items():
             part.training = mode
+
+
+def _switch(module: nn.Module, modes: Mapping[nn.Module, bool], mode: bool) -> None:
+    """As `module.train(mode)`, but for parts of a module in train mode that were not, such as its frozen trunk.
+
+    Args:
+        module: The module, or a part of it.
+        modes: By part, whether it was in train mode.
+        mode: Whether to switch to that.
+    """
+    if not modes.get(module) or type(module).train is not nn.Module.train:
+        module.train(mode)
+        return
+    module.training = mode
+    for child in module.children():
+        if any(modes.get(part, True) for part in child.modules()):
+            _switch(child, modes, mode)
 
 
 def feature_shape(

@@ -9,7 +9,7 @@ from typing import Any
 from mtl.config import RunConfig
 
 # More than are ever timed, and enough that the phase decides to keep what it can.
-_EPOCHS = 60
+_EPOCHS = 100
 _VAL_BATCHES = 4
 _DENSE = {
     "segmentation": {"type": "segmentation", "num_classes": 13},
