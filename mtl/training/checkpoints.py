@@ -15,6 +15,7 @@ from mtl.distributed.world import World
 from mtl.model.fsdp import FullModel, gather_model
 from mtl.phases.resolve import Phase
 from mtl.runtime.console import logger
+from mtl.runtime.signals import Stopped
 from mtl.runtime.tensors import gathered, is_sharded
 from mtl.training.phase import ActivePhase
 from mtl.training.resume import Resumption
@@ -118,10 +119,14 @@ class CheckpointWriter:
         """Ends once all checkpoints that were begun inside are on disk.
 
         Raises:
-            SaveError: One cannot be written. If something else ended what is inside, that is raised, and this logged.
+            SaveError: One cannot be written. If a fault ended what is inside, that is raised, and this logged.
         """
         try:
             yield
+        except Stopped:
+            # It says that all is saved.
+            self.wait()
+            raise
         except BaseException:
             try:
                 self.wait()

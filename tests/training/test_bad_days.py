@@ -22,10 +22,13 @@ import forks
 import mtl.checkpoint.folder
 import wandb_file
 from crashes import SHORT, assert_same, crash, crashed, results, resume
+from mtl.checkpoint.folder import SaveError
 from mtl.cli import main
+from mtl.runtime.signals import Stopped
 from mtl.training.loop import Trainer
 from mtl.training.phase import ActivePhase
 from mtl.training.run import train
+from mtl.training.step_sync import StepSync
 from processes import HANGS_S, started, wait_until, workers
 from runs import read_metrics, small_config, small_parts, tiny_config, tiny_parts
 
@@ -144,6 +147,27 @@ def test_what_ends_a_run_is_raised_and_that_its_last_checkpoint_could_not_be_wri
     assert len(said) == 1 and "checkpoints/step-00000004 cannot be written: it needs" in said[0]
     assert (tmp_path / "runs/tiny/checkpoints/last").resolve().name == "step-00000003"
     assert_same(resume(tmp_path, **SMALL), whole)
+
+
+def test_a_run_that_was_asked_to_stop_does_not_say_that_it_saved_what_it_could_not(tmp_path: Path) -> None:
+    def write(folder: Path, state: dict[str, Any]) -> None:
+        if state["step"] == 4:
+            full()
+        real(folder, state)
+
+    real, exit_if_asked = mtl.checkpoint.folder.write_state, StepSync.exit_if_asked
+
+    def asked(sync: StepSync, step: int) -> None:
+        if step == 4:
+            raise Stopped("stopped: saved")
+        exit_if_asked(sync, step)
+
+    parts = tiny_parts(tmp_path, **SMALL)
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setattr("mtl.checkpoint.folder.write_state", write)
+        patch.setattr(StepSync, "exit_if_asked", asked)
+        with pytest.raises(SaveError, match="step-00000004 cannot be written"):
+            train(parts, quiet=True)
 
 
 def test_what_ended_a_run_is_said_though_the_disk_has_no_room_for_the_audit(
