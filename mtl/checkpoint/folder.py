@@ -24,6 +24,7 @@ from mtl.checkpoint.files import (
 )
 from mtl.checkpoint.frozen import FrozenFiles
 from mtl.checkpoint.load import ASIDE, newest_first, step_of
+from mtl.checkpoint.replace import UNFINISHED, hidden, remove, replacing
 from mtl.checkpoint.run_files import FROZEN_FILE, MODEL_FILE, OPTIMIZER_FILE, STATE
 from mtl.checkpoint.sharded import ShardedContent, collect_shards, shard_file, write_shards
 from mtl.checkpoint.tensor_file import shards
@@ -32,8 +33,6 @@ from mtl.runtime.files import sync
 
 # Copies of no more bytes are made to write them in a thread: the machine may have no room for more.
 _MOST_COPIED = 1 << 30
-# A checkpoint that is half written or half removed.
-_UNFINISHED = ".tmp"
 
 
 class SaveError(OSError):
@@ -68,7 +67,7 @@ class Checkpoints:
         for aside in folder.glob(f".step-*{ASIDE}") if mends else ():
             target = folder / aside.name[1 : -len(ASIDE)]
             if target.exists():
-                self._remove(aside)
+                remove(aside)
             else:
                 aside.rename(target)
                 sync(folder)
@@ -143,7 +142,7 @@ class Checkpoints:
         content = collect_shards(module, frozen, optimizer_state, state, world)
         target = self._of(state["step"])
         with self._explained(target, content.num_bytes):
-            unfinished = contextlib.nullcontext(_hidden(target, _UNFINISHED))
+            unfinished = contextlib.nullcontext(hidden(target, UNFINISHED))
             with self._replacing(target) if world.is_main else unfinished as temporary:
                 # The folder is there.
                 world.barrier()
@@ -192,7 +191,7 @@ class Checkpoints:
             if link.readlink().name in names:
                 link.unlink()
         for folder in newer:
-            self._remove(folder)
+            remove(folder)
         self._frozen.sweep(self._folders())
 
     def _of(self, step: int) -> Path:
@@ -247,33 +246,13 @@ class Checkpoints:
     @contextlib.contextmanager
     def _replacing(self, target: Path) -> Iterator[Path]:
         """A folder to be filled, which takes the place of the target once it is, and goes if it cannot be filled."""
-        temporary = _hidden(target, _UNFINISHED)
         try:
-            self.folder.mkdir(parents=True, exist_ok=True)
-            shutil.rmtree(temporary, ignore_errors=True)
-            temporary.mkdir()
-            yield temporary
-            sync(temporary)
-            self._put(temporary, target)
+            with replacing(target) as temporary:
+                yield temporary
         except BaseException:
-            shutil.rmtree(temporary, ignore_errors=True)
             with contextlib.suppress(OSError):
                 self._frozen.sweep(self._folders())
             raise
-
-    def _put(self, temporary: Path, target: Path) -> None:
-        aside = _hidden(target, ASIDE)
-        if target.exists():
-            target.rename(aside)
-        try:
-            temporary.rename(target)
-        except OSError:
-            if aside.exists():
-                aside.rename(target)
-            raise
-        if aside.exists():
-            sync(self.folder)
-            self._remove(aside)
 
     @contextlib.contextmanager
     def _explained(self, target: Path, num_bytes: int) -> Iterator[None]:
@@ -297,9 +276,9 @@ class Checkpoints:
         kept |= {folder.name for folder in newest_first(self.folder)[: self._keep_last]}
         for folder in self.folder.glob("step-*"):
             if folder.name not in kept:
-                self._remove(folder)
+                remove(folder)
         # What a run that was killed left half written, or half removed.
-        for path in self.folder.glob(f".*{_UNFINISHED}"):
+        for path in self.folder.glob(f".*{UNFINISHED}"):
             if path.is_symlink():
                 path.unlink()
             else:
@@ -307,19 +286,7 @@ class Checkpoints:
         # Last: until here each of these folders had its own link, and whoever dies before leaves it to the next time.
         self._frozen.sweep(self._folders())
 
-    def _remove(self, folder: Path) -> None:
-        """Removes a checkpoint, or one that was moved aside; whoever dies half-way leaves what is nobody's."""
-        unfinished = _hidden(folder, _UNFINISHED)
-        shutil.rmtree(unfinished, ignore_errors=True)
-        folder.rename(unfinished)
-        shutil.rmtree(unfinished)
-
 
 def _copy_file(source: Path, target: Path) -> None:
     shutil.copyfile(source, target)
     sync(target)
-
-
-def _hidden(folder: Path, suffix: str) -> Path:
-    plain = folder.name.strip(".").removesuffix(ASIDE)
-    return folder.with_name(f".{plain}{suffix}")
