@@ -129,19 +129,24 @@ def test_a_report_that_does_not_fit_on_the_disk_is_said_and_costs_nothing(
     assert said.err == ""
 
 
-def test_what_ends_a_run_is_raised_and_that_its_last_checkpoint_could_not_be_written_is_said(
-    tmp_path: Path, caplog: pytest.LogCaptureFixture
-) -> None:
+def refuse_checkpoint(patch: pytest.MonkeyPatch, step: int) -> None:
+    """The disk is full for the checkpoint of a step."""
     real = mtl.checkpoint.folder.write_state
 
     def write(folder: Path, state: dict[str, Any]) -> None:
-        if state["step"] == 4:
+        if state["step"] == step:
             full()
         real(folder, state)
 
+    patch.setattr("mtl.checkpoint.folder.write_state", write)
+
+
+def test_what_ends_a_run_is_raised_and_that_its_last_checkpoint_could_not_be_written_is_said(
+    tmp_path: Path, caplog: pytest.LogCaptureFixture
+) -> None:
     whole = whole_run(tmp_path, SMALL)
     with pytest.MonkeyPatch.context() as patch:
-        patch.setattr("mtl.checkpoint.folder.write_state", write)
+        refuse_checkpoint(patch, 4)
         crash(tmp_path, 5, **SMALL)
     said = [record.getMessage() for record in caplog.records if "cannot be written" in record.getMessage()]
     assert len(said) == 1 and "checkpoints/step-00000004 cannot be written: it needs" in said[0]
@@ -150,12 +155,7 @@ def test_what_ends_a_run_is_raised_and_that_its_last_checkpoint_could_not_be_wri
 
 
 def test_a_run_that_was_asked_to_stop_does_not_say_that_it_saved_what_it_could_not(tmp_path: Path) -> None:
-    def write(folder: Path, state: dict[str, Any]) -> None:
-        if state["step"] == 4:
-            full()
-        real(folder, state)
-
-    real, exit_if_asked = mtl.checkpoint.folder.write_state, StepSync.exit_if_asked
+    exit_if_asked = StepSync.exit_if_asked
 
     def asked(sync: StepSync, step: int) -> None:
         if step == 4:
@@ -164,7 +164,7 @@ def test_a_run_that_was_asked_to_stop_does_not_say_that_it_saved_what_it_could_n
 
     parts = tiny_parts(tmp_path, **SMALL)
     with pytest.MonkeyPatch.context() as patch:
-        patch.setattr("mtl.checkpoint.folder.write_state", write)
+        refuse_checkpoint(patch, 4)
         patch.setattr(StepSync, "exit_if_asked", asked)
         with pytest.raises(SaveError, match="step-00000004 cannot be written"):
             train(parts, quiet=True)
