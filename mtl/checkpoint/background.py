@@ -1,4 +1,4 @@
-"""Work that runs in a thread beside the steps: one piece at a time, and what it raises is raised to whoever waits."""
+"""Work that runs in a thread next to the steps: one piece at a time, and what it raises is raised to whoever waits."""
 
 from __future__ import annotations
 

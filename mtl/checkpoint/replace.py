@@ -54,6 +54,6 @@ def remove(folder: Path) -> None:
 
 
 def hidden(folder: Path, suffix: str) -> Path:
-    """The name beside a checkpoint's folder under which it is unfinished, or moved aside."""
+    """The name next to a checkpoint's folder under which it is unfinished, or moved aside."""
     plain = folder.name.strip(".").removesuffix(ASIDE)
     return folder.with_name(f".{plain}{suffix}")

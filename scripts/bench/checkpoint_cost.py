@@ -2,7 +2,7 @@
 
 The configuration is trained once, in a temporary folder, with all its epochs; then a run is begun from the last
 checkpoint of each phase but the last, up to where it would train. "saving" is the median over a phase's epochs of the
-time that training waits in `CheckpointWriter.write` (the files are written beside the next epoch) over that of the
+time that training waits in `CheckpointWriter.write` (the files are written during the next epoch) over that of the
 whole epoch with its validation; "resuming" is what lies between the start of a run whose parts are made and its first
 epoch (reading, digests, optimizer state), less the same for a run that begins, over a median epoch of the phase it
 resumes with.

@@ -112,12 +112,12 @@ def main() -> None:
             rate(lambda: ours(split, workers))
             for _ in range(options.rounds):
                 staying = rate(lambda: ours(split, workers))
-                anew = rate(lambda: ours(split, SplitWorkers(options.workers)))
-                rates.append((staying, anew, rate(lambda: decoding(folder, options.num, options.workers))))
-    staying, anew, alone = (statistics.median(column) for column in zip(*rates, strict=True))
-    print(f"table of JPEGs, processes that stay: {staying:,.0f} images/s; started anew: {anew:,.0f}")  # noqa: T201
+                again = rate(lambda: ours(split, SplitWorkers(options.workers)))
+                rates.append((staying, again, rate(lambda: decoding(folder, options.num, options.workers))))
+    staying, again, alone = (statistics.median(column) for column in zip(*rates, strict=True))
+    print(f"table of JPEGs, processes that stay: {staying:,.0f} images/s; started every epoch: {again:,.0f}")  # noqa: T201
     ratio = statistics.median(own / other for own, _, other in rates)
-    print(f"decode_jpeg alone, started anew: {alone:,.0f} images/s; ratio {ratio:.2f}")  # noqa: T201
+    print(f"decode_jpeg alone, started every epoch: {alone:,.0f} images/s; ratio {ratio:.2f}")  # noqa: T201
 
 
 if __name__ == "__main__":

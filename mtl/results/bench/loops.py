@@ -35,7 +35,7 @@ class MtlLoop:
 
     Attributes:
         epoch: Goes through an epoch; the first call enters the phase.
-        wait: Returns once the last checkpoint is on disk; it is written beside the next epoch's steps.
+        wait: Returns once the last checkpoint is on disk; it is written while the next epoch's steps run.
         audit_s: Receives the seconds of every call of the audit.
         message: Where the run is tracked.
     """
