@@ -60,7 +60,7 @@ class Workers(Generic[_Item]):
                 logger.warning(f"{self._end_of(number)} while it waited; all of them are started again")
             self.close()
         if self._loader is None:
-            self._loader = self._begin()
+            self._loader = self._make_loader()
         self._requests.now = requests
         try:
             # What a reading that was left has asked for comes first, and is thrown away.
@@ -89,7 +89,7 @@ class Workers(Generic[_Item]):
             process.join()
         self._processes = []
 
-    def _begin(self) -> DataLoader[_Item]:
+    def _make_loader(self) -> DataLoader[_Item]:
         return DataLoader(
             self._dataset,
             batch_sampler=self._requests,

@@ -165,13 +165,13 @@ def test_random_light_of_every_image_is_not_sent_with_each_batch(monkeypatch: py
 
 
 def test_a_run_starts_processes_once_in_a_phase(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    begun, begin = [], Workers._begin
+    begun, begin = [], Workers._make_loader
 
     def counted(workers: Workers[Any]) -> Any:
         begun.append(workers)
         return begin(workers)
 
-    monkeypatch.setattr(Workers, "_begin", counted)
+    monkeypatch.setattr(Workers, "_make_loader", counted)
     phases = [{"name": "a", "epochs": 3, "lr": 1e-3}, {"name": "b", "epochs": 2, "lr": 1e-3, "freeze": ["trunk"]}]
     data = {"name": "scenes", "image_size": 32, "batch_size": 8, "num_train": 24, "num_val": 8, "memory_gb": 0}
     rows = []
