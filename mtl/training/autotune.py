@@ -13,9 +13,9 @@ import torch
 from torch import Tensor
 
 from mtl.data import Batch
-from mtl.freeze import enforce
 from mtl.model.network import MEMORY_FORMATS
 from mtl.model.prefix.trace import no_side_effects
+from mtl.phases.enter import entered
 from mtl.phases.resolve import Phase
 from mtl.phases.setup import ModelSetup
 
@@ -67,9 +67,8 @@ def choose(model_setup: ModelSetup, batch: Batch, device: torch.device, excluded
     if len(layouts) == len(precisions) == 1:
         return Choice(layouts[0], precisions[0], "")
     phase = max(model_setup.phases, key=lambda phase: phase.num_steps)
-    enforce(model_setup.root, phase.freeze.plan)
     seconds: dict[tuple[Layout, Precision], float] = {}
-    with no_side_effects(model_setup.model, device):
+    with entered(model_setup.root, phase.freeze.plan), no_side_effects(model_setup.model, device):
         for layout, precision in product(layouts, precisions):
             lay_out(model_setup, layout)
             taken = _time(model_setup, phase, batch, precision, min(seconds.values(), default=float("inf")))
@@ -78,8 +77,6 @@ def choose(model_setup: ModelSetup, batch: Batch, device: torch.device, excluded
     # Where nothing gave a finite loss, training is going to say so.
     layout, precision = min(seconds, key=seconds.__getitem__, default=(layouts[0], precisions[0]))
     lay_out(model_setup, layout)
-    for parameter in model_setup.root.parameters():
-        parameter.grad = None
     others = ", ".join(f"{' '.join(key)} {1e3 * taken:.0f} ms" for key, taken in seconds.items())
     return Choice(layout, precision, f"{layout}, {precision}: the fastest step of phase {phase.name!r} here ({others})")
 
@@ -106,5 +103,5 @@ def _time(model_setup: ModelSetup, phase: Phase, batch: Batch, precision: Precis
         taken.append(time.perf_counter() - started)
         if taken[-1] > 10 * _HOPELESS * best or (len(taken) > 1 and taken[-1] > _HOPELESS * best):
             break
-    # The first one also makes ready.
+    # The first pass also allocates memory and picks kernels.
     return median(taken[1:] or taken)

@@ -127,5 +127,5 @@ def _time_layer(layer: nn.Conv2d, images: Tensor, gradient: Tensor) -> tuple[flo
             started = time.perf_counter()
             torch.autograd.grad(output, layer.weight, gradient, retain_graph=True)
             each.append(time.perf_counter() - started)
-    # The first one also makes ready.
+    # The first pass also allocates memory and picks kernels.
     return min(taken[0][1:]), min(taken[1][1:])

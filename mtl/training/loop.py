@@ -16,8 +16,8 @@ from tqdm import tqdm
 from mtl.audit import GradientAudit, HoldsParameters, PhaseRecord
 from mtl.data import Batch, Loading, training_batches, windows
 from mtl.distributed.world import ALONE, World
-from mtl.freeze import enforce
 from mtl.patterns import text_of
+from mtl.phases.enter import entered
 from mtl.phases.metrics import BEST_SCORE
 from mtl.phases.resolve import Phase
 from mtl.runtime.console import logger
@@ -109,29 +109,34 @@ class Trainer:
                 self.checkpoints.load_best(state, phase)
                 state.begin_phase(phase)
                 self.log.dashboard.begin_phase(phase, state.step)
-            # No gradient of the phase before, requires_grad by plan, and frozen modules in eval mode permanently.
-            enforce(setup.root, phase.freeze.plan)
             self.log.phase_begins(phase)
-            # Only trainable parameters are in the optimizer: neither decay nor momentum can reach the others.
-            optim = None if phase.config.evaluate_only else PhaseOptimizer(setup, phase, state, self.sync.world)
-        guard = None if setup.config.not_finite == "raise" else StepGuard(setup.root, phase.balance)
-        active = ActivePhase(phase, {name: setup.tasks[name] for name in phase.tasks}, optim, guard)
-        with self._audited(active) as record, setup.workers.stay():
-            self.log.audit(self.audit.report)  # the file says: begun, nothing proven yet
+        with entered(setup.root, phase.freeze.plan):
             with rng_unchanged(setup.device):
-                if setup.config.compile:
-                    setup.model.recompile()
-                if not state.phase_is_over:
-                    # What is frozen from the first layer on is computed once per image, while the audit stands for it.
-                    self.features.enter(state.phase_index, record, lambda: self.sync.holds, state.steps_in_phase)
-                    self.audit.look_every(_EVERY_RESTING if self.features.trunk_rests else 1)
-                    self.log.analyse_from(phase, state.step + 1 - state.steps_in_phase)
-            self.validate.begin_phase()
-            yield active
-            phase.balance.after_phase()
-            if optim is not None:
-                optim.close(state)
-            self.features.leave()
+                # Only trainable parameters are in the optimizer: neither decay nor momentum can reach the others.
+                optim = None if phase.config.evaluate_only else PhaseOptimizer(setup, phase, state, self.sync.world)
+            guard = None if setup.config.not_finite == "raise" else StepGuard(setup.root, phase.balance)
+            active = ActivePhase(phase, {name: setup.tasks[name] for name in phase.tasks}, optim, guard)
+            with self._audited(active) as record, setup.workers.stay():
+                self._begin(active, record)
+                yield active
+                phase.balance.after_phase()
+                if optim is not None:
+                    optim.close(state)
+                self.features.leave()
+
+    def _begin(self, active: ActivePhase, record: PhaseRecord) -> None:
+        """What a phase does before its first step, once the audit stands for its freeze."""
+        setup, phase, state = self.setup, active.phase, self.state
+        self.log.audit(self.audit.report)  # the file says: begun, nothing proven yet
+        with rng_unchanged(setup.device):
+            if setup.config.compile:
+                setup.model.recompile()
+            if not state.phase_is_over:
+                # What is frozen from the first layer on is computed once per image, while the audit stands for it.
+                self.features.enter(state.phase_index, record, lambda: self.sync.holds, state.steps_in_phase)
+                self.audit.look_every(_EVERY_RESTING if self.features.trunk_rests else 1)
+                self.log.analyse_from(phase, state.step + 1 - state.steps_in_phase)
+        self.validate.begin_phase()
 
     def train_epoch(self, active: ActivePhase) -> None:
         """One pass over the training data, or what the phase or a resumed run has left of it; none if it evaluates."""

@@ -13,9 +13,9 @@ from torch.nn.attention import SDPBackend, sdpa_kernel
 from torch.utils.flop_counter import FlopCounterMode
 
 from mtl.config import RunConfig
-from mtl.freeze import enforce
 from mtl.model.fsdp import blocks
 from mtl.model.prefix import Prefix
+from mtl.phases.enter import entered
 from mtl.phases.plan import PhasePlan, make_plan
 from mtl.phases.setup import ModelSetup, build_meta_setup
 
@@ -225,16 +225,16 @@ def study(trunk: str, image_size: int) -> list[Case]:
     units = [*blocks(model.trunk), *model.heads.values()]
     cases = []
     for index, phase in enumerate(plan.phases):
-        left = _left_forward(model_setup, index, phase)
+        with entered(model_setup.root, model_setup.phases[index].freeze.plan):
+            left = _left_forward(model_setup, phase)
         gradients = max(sum(p.nbytes for p in unit.parameters() if p.requires_grad) for unit in units)
         cases.append(Case(trunk, image_size, phase, buffers, rest + 2 * max(sizes), gradients, len(units), left))
     return cases
 
 
-def _left_forward(model_setup: ModelSetup, index: int, phase: PhasePlan) -> int:
-    """Operations of a forward on one image without what is kept; leaves the phase's freeze enforced."""
+def _left_forward(model_setup: ModelSetup, phase: PhasePlan) -> int:
+    """Operations of a forward on one image without what is kept."""
     model = model_setup.model
-    enforce(model_setup.root, model_setup.phases[index].freeze.plan)
     if phase.kept is None or phase.kept.why_not:
         return phase.flops.forward
     images = model.example_inputs(3)

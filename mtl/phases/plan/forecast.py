@@ -6,8 +6,8 @@ from functools import partial
 
 import torch
 
-from mtl.freeze import enforce
 from mtl.model.prefix import Prefix, PrefixError
+from mtl.phases.enter import entered
 from mtl.phases.plan.records import KeptPlan
 from mtl.phases.reuse import may_step_in_a_row, num_passes, num_views, why_not_kept
 from mtl.phases.setup import ModelSetup
@@ -26,10 +26,10 @@ def forecast(model_setup: ModelSetup, index: int) -> KeptPlan:
     passes = num_passes(model_setup.phases[index:], 0) / num_views(config)
     if why_not := why_not_kept(config, phase, passes):
         return KeptPlan(why_not=why_not)
-    enforce(model_setup.root, phase.freeze.plan)
     try:
-        read = partial(model.read, tasks=model_setup.labelled)
-        prefix = Prefix.forecast(model.trunk, read, model.prepare(model.example_inputs(_NUM_IMAGES)))
+        with entered(model_setup.root, phase.freeze.plan):
+            read = partial(model.read, tasks=model_setup.labelled)
+            prefix = Prefix.forecast(model.trunk, read, model.prepare(model.example_inputs(_NUM_IMAGES)))
     except PrefixError as error:
         return KeptPlan(why_not=str(error))
     if why_not := model.why_not_cut(prefix, phase.tasks, model_setup.labelled):

@@ -13,8 +13,9 @@ from torch.nn.attention import SDPBackend, sdpa_kernel
 from torch.utils.flop_counter import FlopCounterMode
 
 from mtl.config.own import is_own
-from mtl.freeze import enforce, plan_freeze
+from mtl.freeze import plan_freeze
 from mtl.optim.optimizers import build_optimizer, parameters_of
+from mtl.phases.enter import entered
 from mtl.phases.resolve import Phase
 from mtl.phases.setup import ModelSetup
 from mtl.runtime.console import first_line
@@ -39,7 +40,7 @@ class Cost:
 
 
 def rehearse(model_setup: ModelSetup, phase: Phase | None) -> Cost:
-    """Runs one step of a phase on blank images, and leaves the model with the phase's freeze enforced.
+    """Runs one step of a phase on blank images.
 
     On the meta device, where the model should be, nothing is computed.
 
@@ -47,9 +48,13 @@ def rehearse(model_setup: ModelSetup, phase: Phase | None) -> Cost:
         model_setup: A model and its phases.
         phase: The phase; if None, nothing is frozen, all tasks are active, and nothing is stepped.
     """
-    model, root = model_setup.model, model_setup.root
-    plan = plan_freeze(root, model_setup.fixed) if phase is None else phase.freeze.plan
-    enforce(root, plan)
+    root = model_setup.root
+    with entered(root, plan_freeze(root, model_setup.fixed) if phase is None else phase.freeze.plan):
+        return _rehearse(model_setup, phase)
+
+
+def _rehearse(model_setup: ModelSetup, phase: Phase | None) -> Cost:
+    model = model_setup.model
     evaluates = phase is not None and phase.config.evaluate_only
     # On a CPU, torch counts no attention that is computed in one piece.
     with _counter() as forward, torch.set_grad_enabled(not evaluates), sdpa_kernel(SDPBackend.MATH):
@@ -74,8 +79,6 @@ def rehearse(model_setup: ModelSetup, phase: Phase | None) -> Cost:
             for each in [[one] for one in sums] if apart else [sums]:
                 torch.autograd.backward(each, retain_graph=apart)
     state = None if phase is None else 0 if evaluates else _optimizer_state(model_setup, phase)
-    for parameter in root.parameters():
-        parameter.grad = None
     return Cost(forward.get_total_flops() // _NUM_IMAGES, backward.get_total_flops() // _NUM_IMAGES, state)
 
 
