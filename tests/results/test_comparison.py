@@ -5,8 +5,9 @@ from __future__ import annotations
 import csv
 import io
 import math
+from dataclasses import replace
 from pathlib import Path
-from typing import Any
+from typing import Any, cast
 
 import numpy as np
 import pytest
@@ -14,12 +15,12 @@ import yaml
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
-from mtl.config import ConfigError
+from mtl.config import ConfigError, RunConfig, load_config
 from mtl.results.comparison.collect import Comparison, Measured, Method
 from mtl.results.comparison.design import Design, DesignError, Job, design
-from mtl.results.comparison.runner import claimed, command_of
+from mtl.results.comparison.runner import claimed, code_of, command_of
 from mtl.results.comparison.statistics import Metric, delta_m, mean_ranks, paired, sign_flip_p, spread
-from mtl.results.comparison.table import as_csv, head, latex, markdown, notes, paired_rows, rows
+from mtl.results.comparison.table import as_csv, head, in_words, latex, markdown, notes, paired_rows, rows
 from mtl.results.comparison.write import FILES, write_all
 from runs import TINY, TWO
 
@@ -58,6 +59,13 @@ def test_ranks_are_means_over_metrics_and_ties_share_theirs() -> None:
     assert found["third"] == pytest.approx((1.5 + 3 + 3) / 3)
 
 
+def test_a_metric_that_is_missing_or_infinite_is_ranked_last_and_one_that_nobody_has_not_at_all() -> None:
+    both = {"ok": (0.5, 0.4), "bad": (0.1, 0.9), "diverged": (0.6, math.nan), "burst": (math.nan, math.inf)}
+    # Nobody has the accuracy.
+    values = {name: {("seg", "miou"): miou, ("depth", "abs_rel"): error} for name, (miou, error) in both.items()}
+    assert mean_ranks(values, METRICS) == {"ok": 1.5, "bad": 2.5, "diverged": 2.25, "burst": 3.75}
+
+
 def test_a_paired_difference_has_an_interval_and_no_p_under_five_seeds() -> None:
     found = paired([1.0, 2.0, 3.0], [0.5, 1.5, 2.4])
     assert found.mean == pytest.approx(1.6 / 3) and 0.5 <= found.low <= found.mean <= found.high <= 0.6 + 1e-9
@@ -88,7 +96,7 @@ def test_a_spread_is_that_of_a_sample() -> None:
 
 
 def measured(method: str, seed: int, values: dict[tuple[str, str], float], setting: tuple[str, ...] = ()) -> Measured:
-    job = Job(f"{method}-seed{seed}", method, setting, seed, Path("x.yaml"), setting)
+    job = Job(f"{method}-seed{seed}", method, setting, seed, Path("x.yaml"), setting, "0", cast(RunConfig, None))
     moved = {key: value + 0.01 * seed for key, value in values.items()}
     return Measured(job, Path(job.name), moved, 0.3 + 0.01 * seed, 0.4, 10, 1.0, 100.0, True)
 
@@ -99,10 +107,10 @@ def comparison(num_seeds: int = 2) -> Comparison:
         for name, values, setting in (("a_b", BASE, ()), ("50%&c", BETTER, ("optim.lr_scale=0.5",)))
     }
     methods = tuple(
-        Method(name, own[0].job.setting, own, delta_m(BETTER, BASE, METRICS), 1.5) for name, own in runs.items()
+        Method(name, own[0].job.setting, 2, own, delta_m(BETTER, BASE, METRICS), 1.5) for name, own in runs.items()
     )
     every = tuple(run for own in runs.values() for run in own)
-    return Comparison(methods, METRICS, "a_b", "a_b", 2, every, None)
+    return Comparison(methods, METRICS, "a_b", "a_b", every)
 
 
 def test_a_table_has_main_metrics_with_directions_and_spread() -> None:
@@ -125,11 +133,40 @@ def test_paired_rows_are_to_the_first_configuration_and_say_what_p_needs() -> No
     assert "Fewer than three seeds" in notes(comparison())[-1]
 
 
+def test_a_difference_that_is_not_known_is_a_dash() -> None:
+    found = comparison(5)
+    first = found.methods[1].runs[0]
+    lost = replace(first, values={**first.values, ("seg", "miou"): math.nan})
+    runs = (lost, *found.methods[1].runs[1:])
+    found = replace(found, methods=(found.methods[0], replace(found.methods[1], runs=runs)))
+    assert paired_rows(found)[0] == ["50%&c", "seg miou ↑", "-", "-", "-"]
+
+
+@pytest.mark.parametrize("width", [40, 60, 80, 200])
+def test_a_terminal_gets_tables_of_its_width(width: int) -> None:
+    text = in_words(comparison(), width)
+    assert max(map(len, text.splitlines())) <= width and "|" not in text
+    assert "+30.00" in text and "needs 5 seeds" in text.replace("\n", " ")
+
+
+def test_any_name_is_latex() -> None:
+    found = comparison()
+    first = replace(found.methods[0], name='<\u03b2|"\u00e9~^\\{}$#\u4e2d\u0391>')
+    text = latex(replace(found, methods=(first, found.methods[1]), reference=first.name))
+    assert text.isascii()
+    name = r"$<$$\beta$$|$\textquotedblright{}e\textasciitilde{}\textasciicircum{}\textbackslash{}\{\}\$\#U+4E2D"
+    # A capital alpha looks like an A, and is a command of no font.
+    assert name in text and "$>$" in text
+
+
 def test_latex_escapes_and_balances() -> None:
     text = latex(comparison())
     assert r"50\%\&c (optim.lr\_scale=0.5)" in text and r"a\_b" in text and r"$\pm$" in text
-    lines = [line for line in text.splitlines() if line.endswith(r"\\")]
-    assert len({line.replace(r"\&", "").count("&") for line in lines}) == 1
+    # The table, and that of the paired differences.
+    assert text.count(r"\begin{tabular}") == text.count(r"\end{tabular}") == 2
+    for part in text.split(r"\end{tabular}")[:2]:
+        lines = [line for line in part.splitlines() if line.endswith(r"\\")]
+        assert len(lines) > 1 and len({line.replace(r"\&", "").count("&") for line in lines}) == 1
     assert text.isascii() and text.count("{") - text.count(r"\{") == text.count("}") - text.count(r"\}")
 
 
@@ -167,13 +204,51 @@ def test_a_design_has_every_setting_and_seed_and_each_task_by_itself(tmp_path: P
         "one-lr_scale0.5-seed0",
         "one-lr_scale0.5-seed1",
     ]
-    assert len(plan.jobs) == 2 * 2 * 2 + 2 * 2 and plan.num_settings == 2
-    command = command_of(plan, plan.jobs[3])
+    # Baselines are tuned over the same settings.
+    assert len(plan.jobs) == 2 * 2 * 2 + 2 * 2 * 2 and plan.num_settings == 2
+    command = command_of(plan.jobs[3])
     assert command[:5] == ["-m", "mtl", "train", "-q", str(files[0])]
     assert {"optim.clip_norm=1", "optim.lr_scale=0.5", "seed=1", "tracking.group=out", "resume=auto"} <= {*command}
     alone = plan.jobs[-1]
-    assert (alone.name, alone.task) == ("single-task-object-seed1", "object")
-    assert {"tasks.depth=null", "balance=mean", "phases.all.balance=null"} <= {*alone.overrides}
+    assert (alone.name, alone.task) == ("single-task-object-lr_scale0.5-seed1", "object")
+    assert [*alone.config.tasks] == ["object"] and alone.config.balance.method == "mean"
+    assert alone.config.phases[0].balance is None and alone.config.optim.lr_scale == 0.5
+    # A setting that changes nothing for a single task is trained once.
+    plan = design(files[:1], [], 1, ["phases.all.balance=uw,mean"], True)
+    assert [job.name for job in plan.jobs if job.task] == [
+        "single-task-depth-balanceuw-seed0",
+        "single-task-object-balanceuw-seed0",
+    ]
+
+
+def phase_names(config: RunConfig) -> list[str]:
+    return [written.name for written in config.written_phases]
+
+
+def test_a_baseline_has_only_phases_and_patterns_that_concern_its_task(tmp_path: Path) -> None:
+    phases = [
+        {"name": "warm", "freeze": ["trunk"], "epochs": 1, "lr": {"heads.depth": 1e-3, "heads.object": 2e-3}},
+        {"repeat": 2, "phases": [{"name": "object", "tasks": ["object"], "freeze": ["heads.depth"], "steps": 1}]},
+        {"name": "polish", "freeze": ["trunk", "heads", "!heads.depth"], "epochs": 1, "weight_decay": 0.1},
+        {"name": "own", "train": ["heads.object"], "epochs": 1},
+        {"name": "both", "freeze": ["trunk@first:50%", {"pattern": "type:BatchNorm2d", "must_match": 99}], "epochs": 1},
+    ]
+    changes = {"freeze_always": ["heads.depth.norm"], "optim": {"lr": {"heads.object": 1.0}}}
+    file = config(tmp_path, "one", phases=phases, **changes)
+    plan = design([file], [], 1, (), True)
+    depth, alone = (next(job.config for job in plan.jobs if job.task == task) for task in ("depth", "object"))
+    assert phase_names(depth) == ["warm", "polish", "both"]
+    assert phase_names(alone) == ["warm", "object.1", "object.2", "own", "both"]
+    assert [phase.config.lr for phase in (*depth.written_phases[:1], *alone.written_phases[:1])] == [
+        {"heads.depth": 1e-3},
+        {"heads.object": 2e-3},
+    ]
+    assert depth.written_phases[1].config.freeze == ["trunk", "heads", "!heads.depth"]
+    assert alone.written_phases[1].config.freeze == []
+    assert depth.written_phases[2].config.freeze == ["trunk@first:50%", "type:BatchNorm2d"]
+    assert depth.freeze_always == ["heads.depth.norm"] and alone.freeze_always == []
+    assert alone.optim.lr == {"heads.object": 1.0}
+    assert depth.optim.lr == load_config(config(tmp_path, "plain"), []).optim.lr
 
 
 def claim(folder: Path, plan: Design) -> None:
@@ -181,24 +256,45 @@ def claim(folder: Path, plan: Design) -> None:
         pass
 
 
-def test_a_comparison_resumes_only_as_what_it_was(tmp_path: Path) -> None:
-    file = config(tmp_path, "one")
-    plan = design([file], [], 2)
-    claim(tmp_path / "out", plan)
-    claim(tmp_path / "out", design([file], [], 2))
-    for other in (design([file], [], 3), design([file], ["optim.clip_norm=1"], 2), design([file], [], 2, [], True)):
-        with pytest.raises(DesignError, match="holds another comparison"):
-            claim(tmp_path / "out", other)
+def test_a_folder_takes_other_seeds_and_refuses_what_was_begun_otherwise(tmp_path: Path) -> None:
+    file, out = config(tmp_path, "one"), tmp_path / "out"
+    claim(out, design([file], [], 2))
+    claim(out, design([file], [], 3))
+    claim(out, design([file, config(tmp_path, "two")], [], 2, ["optim.lr_scale=1,2"], True))
+    # A run that was begun is of one configuration; until then, it can be mended.
     config(tmp_path, "one", optim={"lr": 0.5})
-    with pytest.raises(DesignError, match="were edited since"):
-        claim(tmp_path / "out", design([file], [], 2))
+    claim(out, plan := design([file], [], 2))
+    (out / "runs/one-seed1").mkdir()
+    claim(out, plan)
+    claim(out, design([file], ["tracking.mode=disabled"], 2))
+    config(tmp_path, "one", optim={"lr": 0.25})
+    with pytest.raises(DesignError, match="holds one-seed1 of another configuration"):
+        claim(out, design([file], [], 2))
     (tmp_path / "full").mkdir()
     (tmp_path / "full/x").touch()
-    with pytest.raises(DesignError, match="is not empty, and holds no comparison"):
+    with pytest.raises(DesignError, match="holds x, and no comparison"):
         claim(tmp_path / "full", plan)
-    (tmp_path / "out/comparison.json").write_text("{")
-    with pytest.raises(DesignError, match="is damaged"):
+
+
+@pytest.mark.parametrize("text", ["{", "[]", '{"jobs": ["one"]}', "", '{"code": null}'])
+def test_a_damaged_file_is_named(tmp_path: Path, text: str) -> None:
+    plan = design([config(tmp_path, "one")], [], 1)
+    claim(tmp_path / "out", plan)
+    done = tmp_path / "out/done/one-seed0.json"
+    done.write_text(text)
+    with pytest.raises(DesignError, match=r"one-seed0\.json is damaged"):
+        code_of(tmp_path / "out", plan.jobs[0])
+    done.unlink()
+    (tmp_path / "out/comparison.json").write_text(text)
+    with pytest.raises(DesignError, match=r"comparison\.json is damaged"):
         claim(tmp_path / "out", plan)
+
+
+def test_a_folder_that_was_claimed_by_a_process_that_died_at_once_is_continued(tmp_path: Path) -> None:
+    plan = design([config(tmp_path, "one")], [], 1)
+    (tmp_path / "out").mkdir()
+    (tmp_path / "out/.comparison.json.tmp").write_text("{")
+    claim(tmp_path / "out", plan)
 
 
 def test_a_folder_is_one_process_alone(tmp_path: Path) -> None:
@@ -214,12 +310,32 @@ def test_a_folder_is_one_process_alone(tmp_path: Path) -> None:
         (["optim.lr_scale"], 1, "--grid: expected key=value,value"),
         (["optim.lr_scale=1,"], 1, "--grid: expected key=value,value"),
         (["optim.lr_scale=1,1"], 1, "expected values that differ"),
+        (["optim.lr_scale=1,1.0"], 1, "one, optim.lr_scale=1 and one, optim.lr_scale=1.0 are the same configuration"),
+        (["optim.lr_scale=1,2", "optim.lr_scale=3,4"], 1, "optim.lr_scale is given twice"),
+        (["seed=1,2"], 1, "--grid: seed is set by the comparison for each run; --seeds N says how many"),
+        (["name=a,b"], 1, "--grid: name is set by the comparison"),
+        (["tracking.mode=offline,disabled"], 1, "--grid: tracking.mode is set by the comparison"),
         ([], 0, "--seeds: expected 1 or more, got 0"),
     ],
 )
 def test_a_design_that_cannot_be_read_is_refused(tmp_path: Path, grid: list[str], seeds: int, message: str) -> None:
     with pytest.raises(DesignError, match=message):
         design([config(tmp_path, "one")], [], seeds, grid)
+
+
+@pytest.mark.parametrize("override", ["seed=7", "name=x", "runs_dir=y", "resume=never"])
+def test_an_override_of_what_the_comparison_sets_is_refused(tmp_path: Path, override: str) -> None:
+    with pytest.raises(DesignError, match=f"--set: {override.partition('=')[0]} is set by the comparison"):
+        design([config(tmp_path, "one")], [override], 1)
+
+
+def test_any_file_name_makes_a_run_name(tmp_path: Path) -> None:
+    names = ["pc_grad&50%", "two words", "\u03b2-mean"]
+    plan = design([config(tmp_path, name) for name in names], [], 1)
+    assert [job.name for job in plan.jobs] == ["pc_grad_50_-seed0", "two_words-seed0", "_-mean-seed0"]
+    assert [*plan.methods] == names
+    with pytest.raises(DesignError, match="two runs would have the name a_b-seed0, of a b and of a&b"):
+        design([config(tmp_path, "a b"), config(tmp_path, "a&b")], [], 1)
 
 
 def test_configurations_of_one_name_or_other_tasks_are_refused(tmp_path: Path) -> None:

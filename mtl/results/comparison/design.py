@@ -5,17 +5,19 @@ from __future__ import annotations
 import hashlib
 import json
 import re
-from collections.abc import Sequence
-from dataclasses import dataclass, field
+from collections.abc import Iterator, Sequence
+from dataclasses import dataclass
 from itertools import product
 from pathlib import Path
-from typing import Any
 
 from mtl.config import RunConfig, load_config
+from mtl.results.comparison.single_task import single_task_overrides
 
 SINGLE_TASK = "single-task"
-# Where a run is, and how it is shown: not what it computes.
-_OF_THE_CALL = ("name", "runs_dir", "resume", "tracking", "seed")
+# Where a run is: the comparison's own affair.
+_OWN = ("name", "runs_dir", "resume", "seed")
+# How a run is shown: not what it computes.
+_SHOWN = ("tracking",)
 
 
 class DesignError(ValueError):
@@ -32,7 +34,9 @@ class Job:
         setting: The values of the grid, as `key=value`.
         seed: The run's seed.
         file: The configuration.
-        overrides: What it is trained with.
+        overrides: What it is trained with, where it is and how it is shown included.
+        digest: Of all that decides what it computes.
+        config: The whole configuration.
         task: The task of a single-task baseline.
     """
 
@@ -42,6 +46,8 @@ class Job:
     seed: int
     file: Path
     overrides: tuple[str, ...]
+    digest: str
+    config: RunConfig
     task: str | None = None
 
 
@@ -53,15 +59,11 @@ class Design:
         jobs: Its runs, in order.
         methods: The configurations, in order; the first is what others are compared to.
         num_settings: How many values of the grid each is tuned over.
-        digest: Of all that decides what the runs compute: a comparison resumes only as what it was.
-        run_keys: By run, the overrides besides those of its job: where it is, and how it is shown.
     """
 
     jobs: tuple[Job, ...]
     methods: tuple[str, ...]
     num_settings: int
-    digest: str
-    run_keys: dict[str, tuple[str, ...]] = field(default_factory=dict)
 
 
 def design(
@@ -80,11 +82,11 @@ def design(
         num_seeds: Seeds from 0 on, for each.
         grid: `key=a,b,...` each; every combination of values is trained, the same for every configuration.
         with_single_task: Whether each task of the first configuration is trained by itself as well.
-        folder: Where the runs will be.
+        folder: That of the comparison.
 
     Raises:
-        DesignError: Two configurations have one name, a part of the grid cannot be read, or the configurations do not
-            have the same tasks.
+        DesignError: Two configurations have one name, a part of the grid cannot be read or has no effect, an override
+            is of what the comparison sets itself, or the configurations do not have the same tasks.
         ConfigError: A configuration is wrong.
     """
     if num_seeds < 1:
@@ -92,8 +94,10 @@ def design(
     methods = [file.stem for file in files]
     if twice := [name for name in methods if methods.count(name) > 1 or name == SINGLE_TASK]:
         raise DesignError(f"{twice[0]}: two configurations have this name; expected names that differ")
-    settings = [tuple(each) for each in product(*map(_values, grid))]
-    jobs, run_keys, contents = list[Job](), dict[str, tuple[str, ...]](), list[Any]()
+    for override in overrides:
+        _check_key(override, "--set", _OWN)
+    settings = _settings(grid)
+    jobs = list[Job]()
     first: RunConfig | None = None
     for file, method in zip(files, methods, strict=True):
         for setting in settings:
@@ -102,25 +106,50 @@ def design(
                 expected, got = ", ".join(first.tasks), ", ".join(config.tasks)
                 raise DesignError(f"{file}: expected the tasks of {files[0]}, {expected}; got {got}")
             first = first or config
-            contents.append([method, setting, _content(config)])
-            for seed in range(num_seeds):
-                name = "-".join([method, *(_short(each) for each in setting), f"seed{seed}"])
-                jobs.append(Job(name, method, setting, seed, file, (*overrides, *setting)))
-                run_keys[name] = _run_keys(config, folder)
-    assert first is not None
+            name = "-".join([_safe(method), *map(_short, setting)])
+            jobs += _with_seeds(name, method, setting, file, (*overrides, *setting), num_seeds, folder)
     if with_single_task:
-        for task in first.tasks:
-            own = (*overrides, *_single_task(first, task))
-            config = load_config(files[0], own)
-            contents.append([SINGLE_TASK, task, _content(config)])
-            for seed in range(num_seeds):
-                name = f"{SINGLE_TASK}-{_safe(task)}-seed{seed}"
-                jobs.append(Job(name, SINGLE_TASK, (), seed, files[0], own, task))
-                run_keys[name] = _run_keys(config, folder)
-    if len({job.name for job in jobs}) < len(jobs):
-        raise DesignError("--grid: two settings would have one name; expected values that differ in letters and digits")
-    digest = hashlib.sha256(json.dumps([contents, num_seeds], sort_keys=True).encode()).hexdigest()[:16]
-    return Design(tuple(jobs), tuple(methods), len(settings), digest, run_keys)
+        for setting in settings:
+            config = load_config(files[0], [*overrides, *setting])
+            for task in config.tasks:
+                name = "-".join([SINGLE_TASK, _safe(task), *map(_short, setting)])
+                own = (*overrides, *setting, *single_task_overrides(config, task))
+                jobs += _with_seeds(name, SINGLE_TASK, setting, files[0], own, num_seeds, folder, task)
+        jobs = _without_repetitions(jobs)
+    _check_all_differ(jobs)
+    return Design(tuple(jobs), tuple(methods), len(settings))
+
+
+def _with_seeds(
+    name: str,
+    method: str,
+    setting: tuple[str, ...],
+    file: Path,
+    overrides: tuple[str, ...],
+    num_seeds: int,
+    folder: Path,
+    task: str | None = None,
+) -> Iterator[Job]:
+    for seed in range(num_seeds):
+        own = [f"name={name}-seed{seed}", f"runs_dir={folder / 'runs'}", "resume=auto", f"seed={seed}"]
+        config = load_config(file, [*overrides, *own])
+        tracking = config.tracking
+        if not tracking.is_off and tracking.backend == "wandb" and tracking.group is None:
+            own.append(f"tracking.group={folder.resolve().name}")
+        yield Job(config.name, method, setting, seed, file, (*overrides, *own), _digest(config), config, task)
+
+
+def _digest(config: RunConfig) -> str:
+    content = config.model_dump(mode="json", exclude={*_OWN, *_SHOWN} - {"seed"})
+    return hashlib.sha256(json.dumps(content, sort_keys=True).encode()).hexdigest()[:16]
+
+
+def _settings(grid: Sequence[str]) -> list[tuple[str, ...]]:
+    values = [_values(text) for text in grid]
+    keys = [own[0].partition("=")[0] for own in values]
+    if twice := [key for key in keys if keys.count(key) > 1]:
+        raise DesignError(f"--grid: {twice[0]} is given twice; expected all its values in one --grid")
+    return [tuple(each) for each in product(*values)]
 
 
 def _values(text: str) -> list[str]:
@@ -129,35 +158,42 @@ def _values(text: str) -> list[str]:
     found = [each.strip() for each in values.split(",")]
     if not key or not equals or not all(found):
         raise DesignError(f"--grid: expected key=value,value, such as optim.lr_scale=0.5,1; got {text!r}")
+    _check_key(text, "--grid", (*_OWN, *_SHOWN))
     if len({*found}) < len(found):
         raise DesignError(f"--grid: {key}: expected values that differ, got {values}")
     return [f"{key}={each}" for each in found]
 
 
-def _single_task(config: RunConfig, task: str) -> list[str]:
-    """The overrides that leave one task, whose loss is the only one."""
-    found = [f"tasks.{other}=null" for other in config.tasks if other != task]
-    # A single loss has no balance; a method that learns a weight would change the learning rate.
-    if config.balance.method != "mean":
-        found.append("balance=mean")
-    for written in config.written_phases:
-        for key in ("balance", "tasks"):
-            place = f"phases.{written.config.name}.{key}=null"
-            if getattr(written.config, key) is not None and place not in found:
-                found.append(place)
-    return found
+def _check_key(override: str, option: str, refused: Sequence[str]) -> None:
+    key = override.partition("=")[0].strip()
+    if (first := key.partition(".")[0]) in refused:
+        what = {"seed": "; --seeds N says how many seeds", "tracking": "; it changes nothing that is compared"}
+        raise DesignError(f"{option}: {key} is set by the comparison for each run{what.get(first, '')}")
 
 
-def _run_keys(config: RunConfig, folder: Path) -> tuple[str, ...]:
-    own = [f"runs_dir={folder / 'runs'}", "resume=auto"]
-    if not config.tracking.is_off and config.tracking.backend == "wandb" and config.tracking.group is None:
-        own.append(f"tracking.group={folder.resolve().name}")
-    return tuple(own)
+def _without_repetitions(jobs: Sequence[Job]) -> list[Job]:
+    """Without baselines that a setting of the grid does not change, such as one of a balancing method's options."""
+    known = dict[tuple[str | None, str], Job]()
+    return [job for job in jobs if job.task is None or known.setdefault((job.task, job.digest), job) is job]
 
 
-def _content(config: RunConfig) -> dict[str, Any]:
-    content = config.model_dump(mode="json")
-    return {key: value for key, value in content.items() if key not in _OF_THE_CALL}
+def _check_all_differ(jobs: Sequence[Job]) -> None:
+    by_name, by_digest = dict[str, Job](), dict[tuple[str, str], Job]()
+    for job in jobs:
+        if (other := by_name.setdefault(job.name, job)) is not job:
+            raise DesignError(
+                f"two runs would have the name {job.name}, of {_words(other)} and of {_words(job)}; expected names and"
+                " values that differ in letters and digits"
+            )
+        if job.task is None and (other := by_digest.setdefault((job.method, job.digest), job)) is not job:
+            raise DesignError(
+                f"--grid: {_words(other)} and {_words(job)} are the same configuration; leave one value out, or the key"
+                " that has no effect"
+            )
+
+
+def _words(job: Job) -> str:
+    return ", ".join([job.method, *job.setting])
 
 
 def _short(setting: str) -> str:
@@ -166,4 +202,5 @@ def _short(setting: str) -> str:
 
 
 def _safe(text: str) -> str:
-    return re.sub(r"[^A-Za-z0-9_.]+", "_", text)
+    """As a part of a run's name."""
+    return re.sub(r"[^A-Za-z0-9_.-]+", "_", text)

@@ -14,6 +14,7 @@ from collections.abc import Callable, Iterator, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass
 from pathlib import Path
+from typing import TypeVar
 
 from mtl.results.comparison.design import Design, DesignError, Job
 from mtl.runtime.files import write_json
@@ -21,6 +22,7 @@ from mtl.runtime.files import write_json
 _SPEC, _DONE, _LOGS = "comparison.json", "done", "logs"
 # What `mtl train` ends with: done, and done with a violation. Anything else is not done.
 _ENDED = (0, 3)
+_T = TypeVar("_T", int, dict[str, str])
 
 
 @dataclass(frozen=True)
@@ -42,46 +44,62 @@ class Failure:
 def claimed(folder: Path, design: Design) -> Iterator[None]:
     """The folder of a comparison, made if need be, and this process's alone while the block runs.
 
+    It may hold runs of other seeds, configurations or values: what is the same is not trained again.
+
     Raises:
-        DesignError: It is another comparison's, holds something else, or another process has it.
+        DesignError: It holds something else, or a run of another configuration, or another process has it.
     """
-    _prepare(folder, design)
+    folder.mkdir(parents=True, exist_ok=True)
     lock = os.open(folder, os.O_RDONLY)
     try:
         try:
             fcntl.flock(lock, fcntl.LOCK_EX | fcntl.LOCK_NB)
         except BlockingIOError as error:
             raise DesignError(f"another process makes the comparison in {folder}") from error
+        _prepare(folder, design)
         yield
     finally:
         os.close(lock)
 
 
 def _prepare(folder: Path, design: Design) -> None:
-    spec = folder / _SPEC
+    spec, known = folder / _SPEC, dict[str, str]()
     if spec.exists():
-        try:
-            known = json.loads(spec.read_text())["digest"]
-        except (ValueError, KeyError, TypeError) as error:
-            raise DesignError(f"{spec} is damaged; expected the file that a comparison wrote") from error
-        if known != design.digest:
+        known = _read(spec, "jobs", dict, "a comparison")
+    elif others := [each.name for each in folder.iterdir() if not each.name.startswith(".")]:
+        raise DesignError(f"{folder} holds {others[0]}, and no comparison; --out FOLDER takes another folder")
+    for job in design.jobs:
+        is_begun = (folder / "runs" / job.name).exists() or code_of(folder, job) is not None
+        if is_begun and known.get(job.name, job.digest) != job.digest:
             raise DesignError(
-                f"{folder} holds another comparison: its configurations, grid, seeds or baselines differ, or were"
-                " edited since; --out FOLDER takes another folder"
+                f"{folder} holds {job.name} of another configuration: a file or an override was edited since;"
+                " --out FOLDER takes another folder"
             )
-        return
-    if folder.exists() and any(folder.iterdir()):
-        raise DesignError(f"{folder} is not empty, and holds no comparison; --out FOLDER takes another folder")
+    # First, so that a folder in which anything else lies is known as a comparison's.
+    write_json(spec, {"methods": design.methods, "jobs": known | {job.name: job.digest for job in design.jobs}})
     for part in (_DONE, _LOGS, "runs"):
-        (folder / part).mkdir(parents=True, exist_ok=True)
-    write_json(spec, {"digest": design.digest, "methods": design.methods, "jobs": [job.name for job in design.jobs]})
+        (folder / part).mkdir(exist_ok=True)
 
 
 def code_of(folder: Path, job: Job) -> int | None:
-    """The exit code of a run that is done; None if it is not."""
+    """The exit code of a run that is done; None if it is not.
+
+    Raises:
+        DesignError: The file that says so is damaged.
+    """
     file = folder / _DONE / f"{job.name}.json"
-    code: int | None = json.loads(file.read_text())["code"] if file.exists() else None
-    return code
+    return _read(file, "code", int, "a run that is done") if file.exists() else None
+
+
+def _read(file: Path, key: str, kind: type[_T], what: str) -> _T:
+    try:
+        content = json.loads(file.read_bytes())
+    except ValueError:
+        content = None
+    found = content.get(key) if isinstance(content, dict) else None
+    if not isinstance(found, kind):
+        raise DesignError(f"{file} is damaged; expected what mtl compare wrote of {what}")
+    return found
 
 
 def train_all(folder: Path, design: Design, num_at_once: int, log: Callable[[str], None]) -> list[Failure]:
@@ -97,7 +115,7 @@ def train_all(folder: Path, design: Design, num_at_once: int, log: Callable[[str
         log: Prints a line for each run that has ended.
 
     Returns:
-        The runs that failed; wrong input (exit code 2) ends all, since it is wrong for all seeds.
+        The runs that failed.
     """
     left = [job for job in design.jobs if code_of(folder, job) is None]
     failures, num_done = list[Failure](), len(design.jobs) - len(left)
@@ -106,7 +124,7 @@ def train_all(folder: Path, design: Design, num_at_once: int, log: Callable[[str
         while left or running:
             while left and len(running) < num_at_once:
                 job = left.pop(0)
-                running[_start(folder, design, job, threads)] = job
+                running[_start(folder, job, threads)] = job
             for process in [each for each in running if each.poll() is not None]:
                 job = running.pop(process)
                 if process.returncode in _ENDED:
@@ -114,24 +132,21 @@ def train_all(folder: Path, design: Design, num_at_once: int, log: Callable[[str
                     write_json(folder / _DONE / f"{job.name}.json", {"code": process.returncode})
                     log(f"{job.name}: done ({num_done} of {len(design.jobs)})")
                     continue
-                failures.append(Failure(job, process.returncode, _last_line(_log(folder, job))))
+                failures.append(Failure(job, process.returncode, _message(_log(folder, job))))
                 log(f"{job.name}: failed, exit code {process.returncode}: {failures[-1].message}")
-                if process.returncode == 2:
-                    return failures
             time.sleep(0.1)
     return failures
 
 
-def command_of(design: Design, job: Job) -> list[str]:
+def command_of(job: Job) -> list[str]:
     """The command that trains a run, without the interpreter."""
-    own = [f"name={job.name}", f"seed={job.seed}", *design.run_keys[job.name]]
-    return ["-m", "mtl", "train", "-q", str(job.file), *job.overrides, *own]
+    return ["-m", "mtl", "train", "-q", str(job.file), *job.overrides]
 
 
-def _start(folder: Path, design: Design, job: Job, threads: dict[str, str]) -> subprocess.Popen[bytes]:
+def _start(folder: Path, job: Job, threads: dict[str, str]) -> subprocess.Popen[bytes]:
     with _log(folder, job).open("ab") as log:
         return subprocess.Popen(
-            [sys.executable, *command_of(design, job)],
+            [sys.executable, *command_of(job)],
             stdin=subprocess.DEVNULL,
             stdout=log,
             stderr=subprocess.STDOUT,
@@ -168,6 +183,8 @@ def _log(folder: Path, job: Job) -> Path:
     return folder / _LOGS / f"{job.name}.txt"
 
 
-def _last_line(file: Path) -> str:
-    lines: Sequence[str] = [line for line in file.read_text(errors="replace").splitlines() if line.strip()]
-    return lines[-1].strip() if lines else "it printed nothing"
+def _message(file: Path) -> str:
+    """Why a run failed: the last error that it printed, else its last line."""
+    lines: Sequence[str] = [line.strip() for line in file.read_text(errors="replace").splitlines() if line.strip()]
+    errors = [line.removeprefix("error: ") for line in lines if line.startswith("error: ")]
+    return next(reversed([*lines, *errors]), "it printed nothing")

@@ -15,7 +15,7 @@ Values = Mapping[tuple[str, str], float]
 
 _NUM_RESAMPLES = 10_000
 _MOST_EXACT = 16
-# With fewer seeds, no sign-flip test can reach 0.05: 2 / 2^5 is 0.0625, and of four it is 0.125.
+# A sign-flip test of n seeds cannot be below 2 / 2^n: 0.25 for three, 0.0625 for five, 0.031 for six.
 LEAST_FOR_P = 5
 
 
@@ -65,15 +65,19 @@ def _gain(values: Values, baseline: Values, metric: Metric) -> float:
 
 
 def mean_ranks(by_method: Mapping[str, Values], metrics: Sequence[Metric]) -> dict[str, float]:
-    """The mean over all metrics of each method's rank, 1 is best; equal values share the mean of their ranks."""
+    """The mean over all metrics of each method's rank, 1 is best; equal values share the mean of their ranks.
+
+    A value that is missing, NaN or infinite is worse than any other; a metric that no method has does not count.
+    """
     ranks: dict[str, list[float]] = {method: [] for method in by_method}
     for metric in metrics:
         key = (metric.task, metric.name)
-        values_of = {method: values.get(key, math.nan) for method, values in by_method.items()}
-        known = {method: value for method, value in values_of.items() if math.isfinite(value)}
-        for method, value in known.items():
-            better = sum((other > value) == metric.is_higher and other != value for other in known.values())
-            same = sum(other == value for other in known.values())
+        sign = 1 if metric.is_higher else -1
+        found = {method: sign * values.get(key, math.nan) for method, values in by_method.items()}
+        goodness = {method: value if math.isfinite(value) else -math.inf for method, value in found.items()}
+        for method, value in goodness.items() if any(map(math.isfinite, goodness.values())) else ():
+            better = sum(other > value for other in goodness.values())
+            same = sum(other == value for other in goodness.values())
             ranks[method].append(1 + better + (same - 1) / 2)
     return {method: _mean(own) for method, own in ranks.items()}
 
