@@ -44,6 +44,10 @@ def _run(arguments: Sequence[str] | None, attempt: Attempt) -> int:
 
 
 class _Parser(argparse.ArgumentParser):
+    def __init__(self, **settings: Any) -> None:
+        # A part of an option's name is a mistake: another version of mtl may have an option that it fits better.
+        super().__init__(**settings, allow_abbrev=False)
+
     def _print_message(self, message: str, file: Any = None) -> None:
         """Argparse itself drops what cannot be written."""
         (print_out if file is sys.stdout else print_err)(message)

@@ -43,6 +43,7 @@ class Workers(Generic[_Item]):
         self._requests = _Requests()
         self._loader: DataLoader[_Item] | None = None
         self._processes: list[BaseProcess] = []
+        self._is_reading = False
 
     def read(self, requests: Iterable[Any]) -> Generator[_Item, None, None]:
         """What the data set makes of each request, in order; one reading at a time.
@@ -61,28 +62,34 @@ class Workers(Generic[_Item]):
             self.close()
         if self._loader is None:
             self._loader = self._make_loader()
-        self._requests.now = requests
+        self._requests.now, self._is_reading = requests, True
         try:
             # What a reading that was left has asked for comes first, and is thrown away.
             batches: Any = iter(self._loader)
             # Not public, but nothing else knows how a worker ended.
             self._processes = batches._workers
             yield from batches
+            self._is_reading = False
         except Exception as error:
             # A worker that dies closes its connections a moment before the system reports its end.
             died = self._ended(timeout=1.0) if isinstance(error, RuntimeError | OSError | EOFError) else []
             ends = [self._end_of(number) for number in died]
+            is_killed = bool(died) and self._processes[died[0]].exitcode == -signal.SIGKILL
             # The iterator is held by the error, so that torch does not end the workers.
             self.close()
             if ends:
+                memory = "if memory ran out (see dmesg), lower data.num_workers or data.batch_size; "
                 raise DataError(
-                    f"{ends[0]} while it made a batch; if memory ran out (see dmesg), lower data.num_workers or"
-                    " data.batch_size; data.num_workers=0 makes batches without workers"
+                    f"{ends[0]} while it made a batch; {memory if is_killed else ''}data.num_workers=0 makes batches"
+                    " without workers"
                 ) from error
             raise
 
     def close(self) -> None:
         """Ends the processes."""
+        # Idle ones end by themselves as the loader goes. For one in the middle of a read, torch would wait for seconds.
+        for process in self._processes if self._is_reading else ():
+            process.kill()
         self._loader = None
         for process in self._processes:
             process.kill()
@@ -155,9 +162,10 @@ def _as_it_is(rows: Any) -> Any:
 
 
 def _begin(_: int) -> None:
-    # A signal that stops the run is for the main process, which ends its workers.
-    signal.signal(signal.SIGINT, signal.SIG_IGN)
-    signal.signal(signal.SIGHUP, signal.SIG_IGN)
+    # A signal that stops the run is for the main process, which ends its workers once the step is done and saved; a
+    # terminal, `timeout` and Slurm send it to all processes of a group.
+    for each in (signal.SIGINT, signal.SIGTERM, signal.SIGHUP):
+        signal.signal(each, signal.SIG_IGN)
     # The thread of the pool in `ahead`, in which a worker is forked, is its only one. At its end it would wait for the
     # pool's threads, itself among them, and fail, which torch reports wherever it looks at workers.
     threads: Any = futures_thread._threads_queues

@@ -7,6 +7,12 @@ from collections.abc import Sequence
 from mtl.config import RunConfig
 from mtl.phases.resolve import Phase
 
+# What steps in a row read at once: about what a processor's caches hold, in bytes. Of larger batches the steps take so
+# long that what happens in between does not count.
+_MOST_BYTES = 1 << 22
+# Fewer steps in a row are not worth it.
+FEWEST_IN_A_ROW = 2
+
 
 def num_passes(phases: Sequence[Phase], steps_done: int) -> float:
     """Passes over the training data that the first of some phases, and those after it, make with one frozen trunk.
@@ -49,13 +55,22 @@ def why_not_kept(config: RunConfig, phase: Phase, passes: float) -> str:
     return ""
 
 
-def may_step_in_a_row(config: RunConfig, phase: Phase) -> bool:
-    """Whether steps of heads on kept features depend on nothing that happens between two steps.
+def most_in_a_row(config: RunConfig, phase: Phase, bytes_per_image: int) -> int:
+    """How many steps of heads on kept features may be taken in a row, with nothing in between; 0 if it does not pay.
 
     Args:
-        config: The run, its precision chosen.
+        config: The run, its precision chosen; one process trains.
         phase: A phase of it in which the whole trunk is kept.
+        bytes_per_image: What is kept of an image.
     """
+    most = _MOST_BYTES // max(1, phase.batch_size * bytes_per_image)
+    if (every := config.checkpoint.every_steps) is not None:
+        most = min(most, every - 1)
+    return most if most >= FEWEST_IN_A_ROW and _is_independent(config, phase) else 0
+
+
+def _is_independent(config: RunConfig, phase: Phase) -> bool:
+    """Whether steps of heads depend on nothing that happens between two of them."""
     follows = phase.balances_gradients or phase.balance.follows_steps or phase.balance.may_draw
     return (
         phase.optim.accumulate == 1

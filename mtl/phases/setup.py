@@ -19,6 +19,7 @@ from mtl.data import Source, Split, check_image
 from mtl.freeze import untrainable_parameters
 from mtl.model import MultiTaskModel, build_trunk
 from mtl.model.build import input_channels
+from mtl.model.depthwise import depthwise_layers
 from mtl.model.heads.joined import joinable
 from mtl.model.network import MEMORY_FORMATS
 from mtl.model.reachability import reached_parameters
@@ -127,7 +128,7 @@ def build_model_setup(
         order_of=source.order if train is None else train.order,
     )
     phases = resolve_phases(context, mistakes)
-    unread_mistakes, unread = unread_settings(config, phases)
+    unread_mistakes, unread = unread_settings(config, phases, depthwise_layers(root))
     if unread_mistakes:
         raise ConfigError(unread_mistakes)
     return ModelSetup(config, source, tasks, model, teachers, root, fixed, phases, unread)

@@ -2,8 +2,9 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterator, Sequence
+from collections.abc import Collection, Iterator, Sequence
 from dataclasses import dataclass
+from itertools import chain
 
 from mtl.config import RunConfig
 from mtl.config.cache import CacheConfig
@@ -16,7 +17,7 @@ from mtl.config.yaml_source import KeyPath
 from mtl.patterns import PatternError, select, text_of
 from mtl.phases.reads import OF_OPTIM, balance_path
 from mtl.phases.resolve import Phase
-from mtl.runtime.text import shorten
+from mtl.runtime.text import hint, shorten
 
 # The run's settings that a phase may set itself, and under which key.
 _OF_PHASES: dict[KeyPath, str] = {
@@ -46,7 +47,9 @@ class _Unread:
     hint: str = ""
 
 
-def unread_settings(config: RunConfig, phases: Sequence[Phase]) -> tuple[list[str], list[str]]:
+def unread_settings(
+    config: RunConfig, phases: Sequence[Phase], depthwise: Collection[str]
+) -> tuple[list[str], list[str]]:
     """Finds what was written and is read by no phase.
 
     What the command line asks for has to have an effect. A file may write out defaults, and what the command line, or
@@ -55,14 +58,16 @@ def unread_settings(config: RunConfig, phases: Sequence[Phase]) -> tuple[list[st
     Args:
         config: The run.
         phases: All its phases.
+        depthwise: The names of the model's depthwise convolutions.
 
     Returns:
-        Mistakes: what the command line asks for in vain. And what is to be warned of: what a file does.
+        Mistakes: what the command line asks for in vain, and names of layers that are not there. And what is to be
+        warned of: what a file asks for in vain.
     """
-    mistakes: list[str] = []
+    mistakes = _unknown_layers(config, depthwise)
     warnings: list[str] = []
     reads = set[KeyPath]().union(*(phase.reads.keys for phase in phases))
-    for each in _candidates(config, phases):
+    for each in chain(_candidates(config, phases), _of_depthwise(config, depthwise)):
         if each.path in reads or not is_written(config.source, each.path):
             continue
         # For one reason, that of the first phase.
@@ -74,6 +79,25 @@ def unread_settings(config: RunConfig, phases: Sequence[Phase]) -> tuple[list[st
         elif not is_default(config, each.path) and all(precedence_of(config.source, by) <= rank for by in each.before):
             warnings += lines
     return mistakes, [*warnings, *_lr_of_balance_only(config, phases)]
+
+
+def _of_depthwise(config: RunConfig, layers: Collection[str]) -> Iterator[_Unread]:
+    if config.depthwise != "torch" and not layers:
+        yield _Unread(("depthwise",), "the model has no depthwise convolution")
+
+
+def _unknown_layers(config: RunConfig, layers: Collection[str]) -> list[str]:
+    """Mistakes: what `depthwise` names and a model with depthwise convolutions does not have."""
+    names = config.depthwise if isinstance(config.depthwise, list) and layers else []
+    return [
+        line
+        for number, name in enumerate(names)
+        if name not in layers
+        for line in config.mistake(
+            ("depthwise", number),
+            f"expected a depthwise convolution of this model, got {name!r}{hint(name, layers)}; torch names none",
+        ).mistakes
+    ]
 
 
 def _outvoted_by(config: RunConfig, before: Sequence[KeyPath]) -> str:

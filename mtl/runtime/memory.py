@@ -6,9 +6,9 @@ import ctypes
 import os
 from functools import cache
 
-# Parameters of glibc's `mallopt`, with the environment variables that set them, and our values in bytes: the largest
-# that it takes as an int.
-_PARAMETERS = {-3: ("MALLOC_MMAP_THRESHOLD_", 1 << 25), -1: ("MALLOC_TRIM_THRESHOLD_", (1 << 31) - 1)}
+# Parameters of glibc's `mallopt`, with their names in the environment (`MALLOC_TRIM_THRESHOLD_`, and as
+# `glibc.malloc.trim_threshold` in `GLIBC_TUNABLES`), and our values in bytes: the largest that it takes as an int.
+_PARAMETERS = {-3: ("mmap_threshold", 1 << 25), -1: ("trim_threshold", (1 << 31) - 1)}
 
 
 @cache
@@ -23,6 +23,11 @@ def keep_freed_memory() -> bool:
     if "CS_GNU_LIBC_VERSION" not in getattr(os, "confstr_names", {}) or not os.confstr("CS_GNU_LIBC_VERSION"):
         return False
     library = ctypes.CDLL(None)
-    mine = {key: value for key, (name, value) in _PARAMETERS.items() if name not in os.environ}
+    tunables = {each.partition("=")[0] for each in os.environ.get("GLIBC_TUNABLES", "").split(":")}
+    mine = {
+        key: value
+        for key, (name, value) in _PARAMETERS.items()
+        if f"MALLOC_{name.upper()}_" not in os.environ and f"glibc.malloc.{name}" not in tunables
+    }
     taken = [library.mallopt(key, value) == 1 for key, value in mine.items()]
     return all(taken)

@@ -15,7 +15,7 @@ from mtl.model.depthwise import depthwise_layers, use_products
 from mtl.model.prefix.trace import no_side_effects
 from mtl.phases.setup import ModelSetup
 from mtl.runtime.console import logger
-from mtl.runtime.text import hint, shorten
+from mtl.runtime.text import shorten
 
 # Products are taken if they are this many times as fast: so much is no accident of the moment, and a run on the same
 # machine takes the same ones.
@@ -55,23 +55,9 @@ def choose_depthwise(model_setup: ModelSetup, config: RunConfig, batch: Batch) -
 
 
 def set_depthwise(model_setup: ModelSetup, config: RunConfig, device: torch.device) -> None:
-    """Sets the layers that `depthwise` names; a model that has none of them, as with another trunk, is left to torch.
-
-    Raises:
-        ConfigError: It has some of them, and one is not there, or no depthwise convolution.
-    """
-    if not isinstance(config.depthwise, list):
+    """Sets the layers that `depthwise` names, of a model that has them."""
+    if not isinstance(config.depthwise, list) or not depthwise_layers(model_setup.root):
         return
-    layers = depthwise_layers(model_setup.root)
-    if layers.keys().isdisjoint(config.depthwise):
-        logger.warning(f"depthwise: this model has no layer {config.depthwise[0]}, nor another one that is named")
-        return
-    for number, name in enumerate(config.depthwise):
-        if name not in layers:
-            raise config.mistake(
-                ("depthwise", number),
-                f"expected a depthwise convolution of this model, got {name!r}{hint(name, layers)}",
-            )
     if not _is_for(config, device):
         logger.warning("depthwise: products are for fp32 on a CPU, not compiled; torch computes the gradients here")
         return

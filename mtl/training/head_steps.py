@@ -1,4 +1,8 @@
-"""Steps of heads on kept features, several in a row: those of `Trainer.train_step`, with nothing in between."""
+"""Steps of heads on kept features, several in a row: those of `Trainer.train_step`, with nothing in between.
+
+The loop has two paths, this one and `train_step`. Each step here is one there, to the bit, under the conditions of
+`HeadSteps.num_possible` and where no label is missing; `tests/training/test_head_steps.py` trains by both.
+"""
 
 from __future__ import annotations
 
@@ -11,7 +15,7 @@ from torch.optim import Adam, AdamW
 from mtl.audit import GradientAudit
 from mtl.data import Batch
 from mtl.phases.resolve import Phase
-from mtl.phases.reuse import may_step_in_a_row
+from mtl.phases.reuse import FEWEST_IN_A_ROW, most_in_a_row
 from mtl.training.checkpoints import CheckpointWriter
 from mtl.training.features import FeatureSource
 from mtl.training.nonfinite import gradient_norm, total_norm
@@ -20,11 +24,6 @@ from mtl.training.state import RunState
 from mtl.training.step import StepLosses
 from mtl.training.tracking.steps import LossRow
 
-# What is read at once: about what a processor's caches hold, in bytes. Of larger batches the steps take so long that
-# what happens in between does not count.
-_MOST_BYTES = 1 << 22
-# Fewer steps in a row are not worth it.
-_FEWEST = 2
 # Optimizers that write to no gradient, and how much of these is kept for the end of a row.
 _READ_ONLY, _MOST_GRADIENT_BYTES = (Adam, AdamW), 1 << 24
 
@@ -49,14 +48,12 @@ class HeadSteps:
     def num_possible(self, phase: Phase) -> int:
         """How many of the next steps of a phase can be taken in a row: up to the next one with a check of the audit."""
         state, setup = self._state, self._state.setup
-        if not self._features.trunk_rests or setup.train.may_lack or not state.world.is_alone:
+        if not self._features.trunk_rests or not state.world.is_alone:
             return 0
-        if not may_step_in_a_row(setup.config, phase):
-            return 0
-        fitting = _MOST_BYTES // max(1, phase.batch_size * self._features.bytes_per_image)
-        number = state.scheduler.steps_left(min(fitting, self._audit.num_unchecked))
+        most = most_in_a_row(setup.config, phase, self._features.bytes_per_image)
+        number = state.scheduler.steps_left(min(most, self._audit.num_unchecked))
         number = self._checkpoints.steps_left(state.step, number)
-        return number if number >= _FEWEST else 0
+        return number if number >= FEWEST_IN_A_ROW else 0
 
     def __call__(self, active: ActivePhase, optim: PhaseOptimizer, batches: Sequence[Batch]) -> None:
         """Takes a step with each batch; all tasks of the phase have labels in each of them."""

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import math
+from collections import deque
 from collections.abc import Generator, Iterator, Sequence
 from contextlib import AbstractContextManager, closing, contextmanager, nullcontext
 from itertools import chain, islice
@@ -11,7 +12,6 @@ from typing import Any
 
 from torch import Tensor
 from torch.amp import GradScaler
-from tqdm import tqdm
 
 from mtl.audit import GradientAudit, HoldsParameters, PhaseRecord
 from mtl.data import Batch, Loading, training_batches, windows
@@ -70,7 +70,6 @@ class Trainer:
         self.losses = StepLosses(setup, self.features, autocast, self.scaler, world)
         self.validate = Validator(setup, autocast, self.features, self.sync, world)
         self.checkpoints = CheckpointWriter(setup, run_dir / "checkpoints", world)
-        self.head_steps = HeadSteps(self.state, self.audit, self.features, self.losses, self.checkpoints)
         self.log = RunLog(setup, run_dir, tracker, quiet, world)
 
     def restore(self, resumption: Resumption) -> None:
@@ -151,13 +150,21 @@ class Trainer:
         if active.optim is None:
             return
         state.begin_epoch()
+        several = HeadSteps(state, self.audit, self.features, self.losses, self.checkpoints)
         active.log = self.log.steps_of(phase, state.epoch, state.epoch_sums, self.scaler.is_enabled())
         with closing(self._batches(phase)) as batches, self.log.progress_bar(phase, state.epoch) as bar:
-            groups = windows(batches, phase.optim.accumulate)
+            groups, pending = windows(batches, phase.optim.accumulate), deque[Batch]()
             while True:
-                if number := self.head_steps.num_possible(phase):
-                    self.train_heads(active, active.optim, list(islice(batches, number)), bar)
-                if (window := next(groups, None)) is None:
+                if not pending and (number := several.num_possible(phase)):
+                    # Steps of heads on kept features: to the bit those of `train_step`, at a fraction of its time.
+                    pending.extend(islice(batches, number))
+                    if pending and not any(batch.lacking for batch in pending):
+                        several(active, active.optim, pending)
+                        state.step_done(0.0, len(pending))
+                        bar.update(sum(map(len, pending)))
+                        pending.clear()
+                window = [pending.popleft()] if pending else next(groups, None)
+                if window is None:
                     break
                 self.train_step(active, active.optim, window)
                 state.step_done(self.sync.exchange())
@@ -170,13 +177,6 @@ class Trainer:
                     self.sync.exit_if_asked(state.step)
         active.log.flush()
         state.end_epoch(active.log.num_skipped, phase.steps_per_epoch)
-
-    def train_heads(self, active: ActivePhase, optim: PhaseOptimizer, batches: Sequence[Batch], bar: tqdm[Any]) -> None:
-        """Several steps of heads on kept features: to the bit those of `train_step`, at a fraction of its time."""
-        if batches:
-            self.head_steps(active, optim, batches)
-            self.state.step_done(0.0, len(batches))
-            bar.update(sum(map(len, batches)))
 
     def train_step(self, active: ActivePhase, optim: PhaseOptimizer, window: Sequence[Batch]) -> None:
         """Losses -> backward -> audit -> step -> log. The gradients of a window's batches make one step."""

@@ -2,12 +2,11 @@
 
 from __future__ import annotations
 
-import fcntl
 import os
 import re
 import shutil
 from collections.abc import Callable, Iterator
-from contextlib import contextmanager, suppress
+from contextlib import ExitStack, contextmanager, suppress
 from pathlib import Path
 
 from mtl.checkpoint.run_files import RunFileError, read_state_file
@@ -15,6 +14,7 @@ from mtl.config import RunConfig
 from mtl.config.names import AUTO
 from mtl.runtime.console import logger
 from mtl.runtime.files import dead_link
+from mtl.runtime.lock import locked
 from mtl.runtime.text import shorten
 
 # Lies in every run directory of ours from its first moment on; what lies in other directories is not ours to touch.
@@ -179,18 +179,14 @@ def claimed_run_dir(config: RunConfig, resumes: bool) -> Iterator[Path]:
         ConfigError: It cannot be made, or another process has it.
     """
     is_new = not resumes_in_place(config)
-    try:
-        config.run_dir.mkdir(parents=True, exist_ok=True)
-        lock = os.open(config.run_dir, os.O_RDONLY)
-    except OSError as error:
-        raise config.mistake(("runs_dir",), f"{config.run_dir} cannot be made: {error.strerror}") from error
-    try:
+    with ExitStack() as claims:
         try:
-            fcntl.flock(lock, fcntl.LOCK_EX | fcntl.LOCK_NB)
+            config.run_dir.mkdir(parents=True, exist_ok=True)
+            claims.enter_context(locked(config.run_dir))
             if is_new and any(config.run_dir.iterdir()):
-                raise FileExistsError
+                raise BlockingIOError
             (config.run_dir / MARK).touch()
-        except (FileExistsError, BlockingIOError) as error:
+        except BlockingIOError as error:
             raise config.mistake(("name",), f"another process is training in {config.run_dir}") from error
         except OSError as error:
             raise config.mistake(("runs_dir",), f"{config.run_dir} cannot be made: {error.strerror}") from error
@@ -203,5 +199,3 @@ def claimed_run_dir(config: RunConfig, resumes: bool) -> Iterator[Path]:
                 file.unlink(missing_ok=True)
             shutil.rmtree(config.run_dir / "checkpoints", ignore_errors=True)
         yield config.run_dir
-    finally:
-        os.close(lock)

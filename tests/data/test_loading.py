@@ -230,7 +230,8 @@ def test_a_worker_that_is_killed_at_any_moment_is_named() -> None:
 
 def test_a_worker_that_ends_by_itself_is_named_with_its_exit_code(monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr(MemorySplit, "rows", lambda *_: os._exit(3))
-    with pytest.raises(DataError, match=r"data worker \d \(pid \d+\) ended with exit code 3 while it made a batch"):
+    end = r"data worker \d \(pid \d+\) ended with exit code 3 while it made a batch; data\.num_workers=0"
+    with pytest.raises(DataError, match=end):
         next(training_batches(split(), 5, 3, 1, loading=WAYS["workers"]))
 
 
@@ -239,8 +240,8 @@ def test_workers_leave_signals_to_the_main_process() -> None:
     taken = [next(batches), next(batches)]  # one of each worker, which ignores signals by then
     for child in multiprocessing.active_children():
         assert child.pid is not None
-        os.kill(child.pid, signal.SIGINT)
-        os.kill(child.pid, signal.SIGHUP)
+        for number in (signal.SIGINT, signal.SIGHUP, signal.SIGTERM):
+            os.kill(child.pid, number)
     assert len([*taken, *batches]) == 400
 
 

@@ -48,3 +48,4 @@ def test_memory_that_is_freed_is_kept_unless_the_user_says_otherwise() -> None:
         pytest.skip("the system gives memory in large pages")
     assert kept < plain / 2
     assert faults(keep=True, MALLOC_MMAP_THRESHOLD_="65536") > 2 * kept
+    assert faults(keep=True, GLIBC_TUNABLES="glibc.malloc.mmap_threshold=65536") > 2 * kept

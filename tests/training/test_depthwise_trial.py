@@ -13,6 +13,9 @@ import mtl.training.depthwise_trial as trial
 from crashes import SHORT, assert_same, crash, resume, run_whole
 from mtl.config import ConfigError, load_config
 from mtl.model.depthwise import depthwise_layers
+from mtl.phases.plan import make_plan
+from mtl.phases.plan.text import full_plan
+from mtl.phases.setup import build_meta_setup
 from mtl.training.run import train
 from once import made_once
 from runs import read_model, tiny_config, tiny_parts
@@ -87,13 +90,23 @@ def test_a_layer_that_is_none_is_refused_with_the_nearest_one(tmp_path: Path) ->
         tiny_parts(tmp_path, **RUN, depthwise=[LAYERS[1], "trunk.blocks.3.0.conv_dv"])
 
 
-def test_a_model_that_has_none_of_the_layers_is_left_to_torch_with_a_warning(
-    tmp_path: Path, caplog: pytest.LogCaptureFixture
-) -> None:
+def test_a_model_that_has_none_of_the_layers_is_left_to_torch_with_a_warning(tmp_path: Path) -> None:
     phases = [{"name": "a", "freeze": ["trunk"], "steps": 5}]
     parts = tiny_parts(tmp_path, depthwise=LAYERS, phases=phases)
     assert own_classes(parts.root) == []
-    assert f"depthwise: this model has no layer {LAYERS[0]}, nor another one that is named" in caplog.messages
+    assert any("depthwise: the model has no depthwise convolution" in message for message in parts.unread)
+    with pytest.raises(ConfigError, match="depthwise: the model has no depthwise convolution"):
+        tiny_parts(tmp_path, "depthwise=auto", phases=phases)
+
+
+def test_the_plan_refuses_a_layer_that_is_none_and_says_what_is_computed_how(tmp_path: Path) -> None:
+    for names, message in (([LAYERS[1], "x"], r"depthwise\.1: .*got 'x'"), (["trunk.blocks.3.0.conv_dv"], "nearest: ")):
+        with pytest.raises(ConfigError, match=message):
+            build_meta_setup(load_config(tiny_config(tmp_path, **RUN, depthwise=names)))
+    plan = make_plan(build_meta_setup(load_config(tiny_config(tmp_path, **RUN, depthwise=LAYERS))))
+    assert f"shifted products in {len(LAYERS)} of " in full_plan(plan) and plan.to_json()["depthwise"] == plan.depthwise
+    plain = make_plan(build_meta_setup(load_config(tiny_config(tmp_path, **RUN))))
+    assert plain.depthwise == "" and "depthwise" not in full_plan(plain)
 
 
 def test_layers_that_are_named_in_vain_are_warned_of(tmp_path: Path, caplog: pytest.LogCaptureFixture) -> None:

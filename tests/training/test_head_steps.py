@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
@@ -12,14 +13,19 @@ from hypothesis import given
 from hypothesis import strategies as st
 
 from crashes import SHORT, Crash, assert_same, resume, run_whole
+from mtl.config import load_config
+from mtl.data.dataset import Rows
+from mtl.data.generated.stored_split import StoredSplit
 from mtl.phases.conditions import AnyOf, Spent
 from mtl.phases.phase_length import PhaseLength
+from mtl.phases.plan import make_plan
 from mtl.phases.scheduler import TaskScheduler
+from mtl.phases.setup import build_meta_setup
 from mtl.runtime.tensors import byte_view
 from mtl.training.head_steps import HeadSteps
 from mtl.training.run import train
 from mtl.training.step import StepLosses
-from runs import exact_metrics, read_memory, read_model, tiny_parts
+from runs import exact_metrics, read_memory, read_model, tiny_config, tiny_parts
 
 # 24 steps an epoch: some before the audit's first look, two blocks, and a rest.
 DATA = {"name": "scenes", "image_size": 32, "batch_size": 8, "num_train": 192, "num_val": 16}
@@ -37,6 +43,8 @@ LINEAR = {
 }
 
 
+DENSE = {"depth": {"type": "depth"}, "object": VECTORS["object"]}
+StoredSplit_rows = StoredSplit.rows
 UNTIL = {"until": {"any": [{"steps": 17}, {"epochs": 9}]}, "max_epochs": 9}
 
 
@@ -62,6 +70,13 @@ def trained(folder: Path, **changes: Any) -> tuple[dict[str, Any], list[int]]:
     return {"rows": rows, "audit": audit, "tensors": tensors}, lengths
 
 
+def is_promised(folder: Path, **changes: Any) -> bool:
+    """Whether `mtl plan` says so of a phase."""
+    settings = {"data": DATA, "tasks": VECTORS, "phases": [HEADS], "cache": {"mode": "ram"}}
+    plan = make_plan(build_meta_setup(load_config(tiny_config(folder, **settings | changes))), with_forecast=True)
+    return any(phase.kept is not None and phase.kept.in_a_row for phase in plan.phases)
+
+
 @pytest.mark.parametrize(
     "changes",
     [
@@ -77,6 +92,7 @@ def trained(folder: Path, **changes: Any) -> tuple[dict[str, Any], list[int]]:
         {"checkpoint": {"every_steps": 7}},
         {"data": DATA | {"augment": {"brightness": 0.2, "contrast": 0.2}}, "cache": {"mode": "ram", "views": 2}},
         {"tasks": VECTORS | {"depth": {"type": "depth"}}},
+        {"data": DATA | {"memory_gb": 0}},
         {"tasks": LINEAR, "join_heads": True},
         {"tasks": LINEAR, "join_heads": True, "phases": [HEADS | {"freeze": ["trunk", "heads.again"]}]},
     ],
@@ -89,7 +105,7 @@ def test_steps_in_a_row_end_with_the_bits_of_steps_by_themselves(changes: dict[s
     with pytest.MonkeyPatch.context() as patch:
         patch.setattr(HeadSteps, "num_possible", lambda *_: 0)
         plain, none = trained(tmp_path / "plain", **changes)
-    assert sum(lengths) >= 10 and not none
+    assert sum(lengths) >= 10 and not none and is_promised(tmp_path, **changes)
     assert found["rows"] == plain["rows"] and found["audit"] == plain["audit"]
     assert found["tensors"].keys() == plain["tensors"].keys()
     for name, tensor in plain["tensors"].items():
@@ -113,13 +129,36 @@ def test_the_audit_still_looks_at_the_first_steps_and_at_every_twentieth(tmp_pat
         {"balance": {"method": "pcgrad"}},
         {"phases": [HEADS | {"freeze": ["trunk.conv1"]}]},
         {"cache": "off"},
+        {"checkpoint": {"every_steps": 2}},
+        {"data": DATA | {"num_train": 64, "image_size": 96, "batch_size": 32}, "tasks": DENSE},
     ],
     ids=lambda changes: "-".join(changes),
 )
 def test_where_something_happens_between_steps_each_is_taken_by_itself(changes: dict[str, Any], tmp_path: Path) -> None:
     data = DATA | {"num_train": 64}
     _, lengths = trained(tmp_path, **{"data": data, "phases": [HEADS | {"epochs": 1}]} | changes)
-    assert lengths == []
+    assert lengths == [] and not is_promised(tmp_path, **{"data": data} | changes)
+
+
+def test_a_batch_that_lacks_a_label_takes_its_step_by_itself(tmp_path: Path) -> None:
+    found = {}
+    for name in ("row", "plain"):
+        (tmp_path / name).mkdir()
+        with pytest.MonkeyPatch.context() as patch:
+            # Labels of one task are missing in the last fifth of the images: batches of them alone are rare.
+            patch.setattr(StoredSplit, "rows", lacking_rows)
+            if name == "plain":
+                patch.setattr(HeadSteps, "num_possible", lambda *_: 0)
+            found[name], lengths = trained(tmp_path / name, data=DATA | {"memory_gb": 0, "batch_size": 2})
+            assert bool(lengths) == (name == "row")
+    assert found["row"]["rows"] == found["plain"]["rows"]
+    assert any("train/loss/again" not in row for row in found["row"]["rows"] if "train/loss" in row)
+    assert any("train/loss/again" in row for row in found["row"]["rows"] if "train/loss" in row)
+
+
+def lacking_rows(self: StoredSplit, indices: torch.Tensor, with_images: bool, view: Any = None) -> Rows:
+    rows = StoredSplit_rows(self, indices, with_images, view)
+    return replace(rows, lacking=frozenset({"again"} if bool((indices >= 150).all()) else ()))
 
 
 def test_what_is_not_finite_in_a_row_ends_the_run_and_names_the_step(tmp_path: Path) -> None:

@@ -73,9 +73,11 @@ class Hooks:
     def suspended(self, optimizers: Sequence[HoldsParameters]) -> Iterator[None]:
         """Inside the block no step and no backward calls a hook."""
         self.unregister(list(self._of_optimizer))
-        yield
-        for optimizer in optimizers:
-            self.register(optimizer)
+        try:
+            yield
+        finally:
+            for optimizer in optimizers:
+                self.register(optimizer)
 
     def unregister(self, optimizers: Iterable[int]) -> None:
         """Removes the hooks of some optimizers, by identity."""

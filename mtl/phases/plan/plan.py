@@ -6,8 +6,10 @@ from collections.abc import Sequence
 from dataclasses import replace
 from typing import Any
 
+from mtl.config import RunConfig
 from mtl.data import Mixed
 from mtl.freeze import FreezePlan
+from mtl.model.depthwise import depthwise_layers
 from mtl.model.shapes import quick_shapes
 from mtl.model.teachers import TEACHERS
 from mtl.phases.plan.dead import dead_branches
@@ -37,12 +39,27 @@ def make_plan(model_setup: ModelSetup, world_size: int = 1, with_forecast: bool 
         planner = _Planner(model_setup, world_size)
         phases = planner.phases()
         if with_forecast:
-            phases = [replace(phase, kept=forecast(model_setup, index)) for index, phase in enumerate(phases)]
+            kept = [forecast(model_setup, index, world_size) for index in range(len(phases))]
+            phases = [replace(phase, kept=own) for phase, own in zip(phases, kept, strict=True)]
     # Initial values are known without reading any file if there are no trained weights to begin with.
     if with_forecast and model_setup.config.trunk.weights == "none" and planner.weights <= _MOST_BYTES:
         dead = dead_branches(build_model_setup(model_setup.config, source=model_setup.source))
         phases = [replace(phase, dead=dead.get(phase.name)) for phase in phases]
-    return Plan(model_setup.config.trunk.name, world_size, tuple(planner.parameters), tuple(phases))
+    return Plan(
+        model_setup.config.trunk.name,
+        world_size,
+        tuple(planner.parameters),
+        tuple(phases),
+        _depthwise(model_setup.config, len(depthwise_layers(model_setup.root))),
+    )
+
+
+def _depthwise(config: RunConfig, num_layers: int) -> str:
+    if not num_layers or config.depthwise == "torch":
+        return ""
+    if config.depthwise == "auto":
+        return f"each of {num_layers} is timed before training, where it is trained on a CPU in fp32"
+    return f"weight gradients as shifted products in {len(config.depthwise)} of {num_layers}, on a CPU in fp32"
 
 
 # What has been rehearsed in this process: phases that freeze and train the same parts of the same model cost the same.

@@ -221,12 +221,15 @@ class Plan:
         world_size: Processes among which gradients are reduced.
         parameters: The names of all parameters, each tensor once, in the order of the model.
         phases: The phases in order.
+        depthwise: How many depthwise convolutions have their weight gradient from shifted products, in words; empty if
+            torch computes all.
     """
 
     trunk: str
     world_size: int
     parameters: tuple[str, ...]
     phases: tuple[PhasePlan, ...]
+    depthwise: str = ""
 
     def to_json(self, names: bool = False) -> dict[str, Any]:
         """The content of `plan.json` and of `mtl plan --json`.
@@ -237,5 +240,6 @@ class Plan:
         return {
             "trunk": self.trunk,
             "world_size": self.world_size,
+            "depthwise": self.depthwise,
             "phases": [phase.to_json(names) for phase in self.phases],
         }

@@ -40,7 +40,8 @@ def short_plan(plan: Plan, width: int | None = None) -> str:
 
 def full_plan(plan: Plan, width: int | None = None) -> str:
     """A paragraph a phase, wrapped to a width."""
-    return "\n\n".join(_paragraph(plan, phase, width) for phase in plan.phases)
+    about = [wrap_text(f"depthwise convolutions: {plan.depthwise}", width, 4)] if plan.depthwise else []
+    return "\n\n".join([*(_paragraph(plan, phase, width) for phase in plan.phases), *about])
 
 
 def parameter_map(plan: Plan, width: int | None = None) -> str:

@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import ctypes
-import fcntl
 import json
 import os
 import signal
@@ -11,13 +10,14 @@ import subprocess
 import sys
 import time
 from collections.abc import Callable, Iterator, Sequence
-from contextlib import contextmanager
+from contextlib import ExitStack, contextmanager
 from dataclasses import dataclass
 from pathlib import Path
 from typing import TypeVar
 
 from mtl.results.comparison.design import Design, DesignError, Job
 from mtl.runtime.files import write_json
+from mtl.runtime.lock import locked
 
 _SPEC, _DONE, _LOGS = "comparison.json", "done", "logs"
 # What `mtl train` ends with: done, and done with a violation. Anything else is not done.
@@ -50,16 +50,13 @@ def claimed(folder: Path, design: Design) -> Iterator[None]:
         DesignError: It holds something else, or a run of another configuration, or another process has it.
     """
     folder.mkdir(parents=True, exist_ok=True)
-    lock = os.open(folder, os.O_RDONLY)
-    try:
+    with ExitStack() as claims:
         try:
-            fcntl.flock(lock, fcntl.LOCK_EX | fcntl.LOCK_NB)
+            claims.enter_context(locked(folder))
         except BlockingIOError as error:
             raise DesignError(f"another process makes the comparison in {folder}") from error
         _prepare(folder, design)
         yield
-    finally:
-        os.close(lock)
 
 
 def _prepare(folder: Path, design: Design) -> None:
