@@ -14,7 +14,7 @@ from torch import Tensor
 from mtl.data.augment import View
 from mtl.data.dataset import Batch, Split
 from mtl.data.orders import Order, Shuffled
-from mtl.data.samplers import EpochSampler, validation_shares
+from mtl.data.samplers import training_shares, validation_shares
 from mtl.data.split_workers import SplitWorkers
 from mtl.data.workers import ahead
 from mtl.distributed.world import ALONE, World
@@ -54,7 +54,7 @@ def training_batches(
     loading: Loading = IN_THREAD,
     order: Order | None = None,
 ) -> Generator[Batch, None, None]:
-    """One epoch in random order: of every global batch this rank's share, in the order of `EpochSampler`.
+    """One epoch in random order: of every global batch this rank's share, in the order of `training_shares`.
 
     Batches are made in a thread, which ends when the generator is closed: when a loop over it is left, unless the
     generator has a name; then `contextlib.closing` ends it at once whatever happens.
@@ -76,8 +76,8 @@ def training_batches(
         DataError: While it runs: a worker died.
     """
     # Not a generator itself, so that a mistake is raised by the call.
-    sampler = EpochSampler(order or Shuffled(len(split)), batch_size, seed, epoch, skip, world)
-    return _load(split, sampler.shares, world.rank, view, loading)
+    shares = training_shares(order or Shuffled(len(split)), batch_size, seed, epoch, skip, world)
+    return _load(split, shares, world.rank, view, loading)
 
 
 def windows(batches: Iterator[Batch], size: int) -> Iterator[list[Batch]]:

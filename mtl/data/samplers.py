@@ -6,28 +6,21 @@ from collections.abc import Iterator
 
 import torch
 from torch import Tensor
-from torch.utils.data import Sampler
 
 from mtl.data.orders import Order
 from mtl.distributed.world import ALONE, World
 
 
-class EpochSampler(Sampler[list[int]]):
-    """The batches of one epoch in random order, as a batch sampler: of every global batch this rank's share.
+def training_shares(
+    order: Order, batch_size: int, seed: int, epoch: int, skip: int = 0, world: World = ALONE
+) -> list[list[Tensor]]:
+    """The batches of one epoch in random order, each dealt to the ranks.
 
-    The order is a pure function of seed and epoch, and `skip` is a position in it: a run that resumes inside an epoch
-    gets exactly the batches that it would have got without the interruption, and no state has to be saved for that.
+    A pure function of seed, epoch and position: a run that resumes inside an epoch gets exactly the batches that it
+    would have got without the interruption, and no state has to be saved for that. Every batch is full: BatchNorm
+    cannot train on one image.
 
-    Every batch is full: BatchNorm cannot train on one image.
-
-    Attributes:
-        shares: By batch and rank, the indices of the images, "b", int64.
-    """
-
-    def __init__(
-        self, order: Order, batch_size: int, seed: int, epoch: int, skip: int = 0, world: World = ALONE
-    ) -> None:
-        """Args:
+    Args:
         order: The order of the images.
         batch_size: Images in one global batch, that of all ranks together.
         seed: That of the run.
@@ -35,22 +28,17 @@ class EpochSampler(Sampler[list[int]]):
         skip: Batches at the beginning of the epoch that were trained on already.
         world: The ranks, which share each batch.
 
-        Raises:
-            ValueError: There are fewer batches than are to be skipped.
-            WorldError: A global batch has fewer images than there are ranks.
-        """
-        total = order.num_batches(batch_size)
-        if not 0 <= skip <= total:
-            raise ValueError(f"skip: expected 0 to {total}, the batches of an epoch, got {skip}")
-        batches = order.batches(batch_size, seed, epoch)[skip:]
-        self.shares: list[list[Tensor]] = [world.shares(batch) for batch in batches]
-        self._rank = world.rank
+    Returns:
+        By batch and rank, the indices of the images, "b", int64.
 
-    def __len__(self) -> int:
-        return len(self.shares)
-
-    def __iter__(self) -> Iterator[list[int]]:
-        return (shares[self._rank].tolist() for shares in self.shares)
+    Raises:
+        ValueError: There are fewer batches than are to be skipped.
+        WorldError: A global batch has fewer images than there are ranks.
+    """
+    total = order.num_batches(batch_size)
+    if not 0 <= skip <= total:
+        raise ValueError(f"skip: expected 0 to {total}, the batches of an epoch, got {skip}")
+    return [world.shares(batch) for batch in order.batches(batch_size, seed, epoch)[skip:]]
 
 
 def validation_shares(num_images: int, batch_size: int, world: World) -> Iterator[tuple[list[Tensor], bool]]:

@@ -334,7 +334,12 @@ class Trainer:
         setup, epoch = self.setup, self.state.epoch - 1
         done = (self.state.steps_in_epoch or 0) * phase.optim.accumulate
         return training_batches(
-            *(setup.train, phase.batch_size, setup.config.seed, epoch, self.features.view(epoch), self.sync.world),
+            setup.train,
+            phase.batch_size,
+            setup.config.seed,
+            epoch,
+            self.features.view(epoch),
+            self.sync.world,
             skip=min(done, phase.order.num_batches(phase.batch_size)),
             loading=Loading(not self.features.keeps, setup.device, setup.workers),
             order=phase.order,

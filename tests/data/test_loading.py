@@ -19,9 +19,9 @@ import mtl.data
 from mtl.config import ConfigError
 from mtl.data import Batch, DataError, Loading, MemorySplit, SplitWorkers, training_batches
 from mtl.data.orders import Shuffled
-from mtl.data.samplers import EpochSampler
+from mtl.data.samplers import training_shares
 from mtl.data.workers import THREAD_NAME
-from mtl.distributed.world import World
+from mtl.distributed.world import ALONE, World
 from mtl.training.run import train
 from runs import exact_metrics, tiny_parts
 
@@ -69,7 +69,7 @@ def enough_cpus(monkeypatch: pytest.MonkeyPatch) -> None:
 @pytest.mark.parametrize("way", WAYS)
 def test_batches_are_the_same_however_they_are_made(way: str) -> None:
     data = split()
-    plain = contents(data.batch(indices) for (indices,) in EpochSampler(Shuffled(len(data)), 5, 3, 1).shares)
+    plain = contents(data.batch(indices) for (indices,) in training_shares(Shuffled(len(data)), 5, 3, 1))
     assert len(plain) == 4
     assert same(plain, contents(training_batches(data, 5, 3, 1, loading=WAYS[way])))
     assert same(plain[2:], contents(training_batches(data, 5, 3, 1, skip=2, loading=WAYS[way])))
@@ -86,13 +86,15 @@ def test_loading_draws_nothing_from_the_generator_of_training(num_workers: int) 
 
 def test_the_order_is_that_of_seed_and_epoch_written_out_by_hand() -> None:
     order = torch.randperm(23, generator=torch.Generator().manual_seed(3 * 1_000_003 + 1)).tolist()
-    every = Shuffled(23)
-    sampler = EpochSampler(every, 5, 3, 1)
-    assert len(sampler) == 4
-    assert list(sampler) == list(sampler) == [order[:5], order[5:10], order[10:15], order[15:20]]
-    assert list(EpochSampler(every, 5, 3, 1, skip=2)) == [order[10:15], order[15:20]]
-    assert list(EpochSampler(every, 5, 3, 1, 3, World(1, 2, 1))) == [order[18:20]], "a rank has its share of each batch"
-    assert list(EpochSampler(every, 5, 3, 2)) != list(sampler) != list(EpochSampler(every, 5, 4, 1))
+
+    def own(seed: int, epoch: int, skip: int = 0, world: World = ALONE) -> list[list[int]]:
+        return [each[world.rank].tolist() for each in training_shares(Shuffled(23), 5, seed, epoch, skip, world)]
+
+    whole = own(3, 1)
+    assert whole == own(3, 1) == [order[:5], order[5:10], order[10:15], order[15:20]]
+    assert own(3, 1, skip=2) == [order[10:15], order[15:20]]
+    assert own(3, 1, 3, World(1, 2, 1)) == [order[18:20]], "a rank has its share of each batch"
+    assert own(3, 2) != whole != own(4, 1)
 
 
 def test_a_worker_ends_without_a_fault() -> None:

@@ -14,7 +14,7 @@ from pydantic import ValidationError
 
 from mtl.config.mixed import MixConfig
 from mtl.data.orders import Mixed, Shuffled
-from mtl.data.samplers import EpochSampler
+from mtl.data.samplers import training_shares
 
 NAMES = ("a", "b", "c", "d")
 
@@ -89,7 +89,7 @@ def test_the_order_is_a_function_of_seed_and_epoch(order: Mixed, size: int, seed
     one, other = order.batches(size, seed, epoch), order.batches(size, seed, epoch)
     assert all(torch.equal(left, right) for left, right in zip(one, other, strict=True))
     skip = len(one) // 2
-    rest = EpochSampler(order, size, seed, epoch, skip).shares
+    rest = training_shares(order, size, seed, epoch, skip)
     assert all(torch.equal(left, right[0]) for left, right in zip(one[skip:], rest, strict=True))
 
 
