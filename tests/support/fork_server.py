@@ -32,6 +32,12 @@ from pathlib import Path
 from typing import Any, NoReturn
 
 IMPORTED = (
+    # First: mtl defers it, and DDP, FSDP2 and AdamW come to import it, each fork for itself.
+    "torch._dynamo",
+    "matplotlib.figure",
+    "matplotlib.backends.backend_agg",
+    "PIL.PngImagePlugin",
+    "numpy.random",
     "mtl.cli.train",
     "mtl.results.report.write",
     "mtl.results.summary",

@@ -59,11 +59,11 @@ def write_config(folder: Path, **changes: Any) -> Path:
     return file
 
 
-def run(folder: Path, number: int, *overrides: str, **order: Any) -> list[dict[str, Any]]:
+def run(folder: Path, number: int, *overrides: str, in_forks: bool = True, **order: Any) -> list[dict[str, Any]]:
     """Trains the folder's configuration in `number` processes; returns what each has found."""
     arguments = [str(folder / "config.yaml"), *overrides]
     (folder / "order.json").write_text(json.dumps({"arguments": arguments, **order}))
-    run_in_processes(Path(fsdp_run_script.__file__).read_text(), folder, number)
+    run_in_processes(Path(fsdp_run_script.__file__).read_text(), folder, number, in_forks)
     return [json.loads((folder / f"{rank}.json").read_text()) for rank in range(number)]
 
 

@@ -24,8 +24,14 @@ def run_in_two_processes(script: str, folder: Path) -> None:
     run_in_processes(script, folder, 2)
 
 
-def run_in_processes(script: str, folder: Path, number: int) -> None:
+def run_in_processes(script: str, folder: Path, number: int, in_forks: bool = True) -> None:
     """As `run_in_two_processes`, in any number of them.
+
+    Args:
+        script: What each runs.
+        folder: Its argument.
+        number: How many processes.
+        in_forks: Whether they are forks of one that has imported nearly everything, which a user's processes are not.
 
     Raises:
         CalledProcessError: They did not end well; its output is what they said last.
@@ -33,6 +39,8 @@ def run_in_processes(script: str, folder: Path, number: int) -> None:
     file = folder / "script.py"
     file.write_text(script)
     command = torchrun(number, str(file), str(folder))
+    if not in_forks:
+        command[1:1] = ["-X", "utf8"]
     with started(command) as process:
         _, said = process.communicate(timeout=HANGS_S)
     if process.returncode:
