@@ -14,7 +14,7 @@ from torch import nn
 
 from mtl.checkpoint.background import Background
 from mtl.checkpoint.files import (
-    Content,
+    CheckpointContent,
     HasState,
     OptimizerState,
     bytes_of,
@@ -109,7 +109,7 @@ class Checkpoints:
         else:
             self._save(content, names, keep)
 
-    def _save(self, content: Content, names: Collection[str], keep: bool) -> None:
+    def _save(self, content: CheckpointContent, names: Collection[str], keep: bool) -> None:
         target = self._of(content.state["step"])
         with self._explained(target, content.num_bytes):
             with self._replacing(target) as temporary:
@@ -204,7 +204,7 @@ class Checkpoints:
     def _links(self) -> list[Path]:
         return [path for path in self.folder.iterdir() if path.is_symlink() and not path.name.startswith(".")]
 
-    def _write(self, folder: Path, content: Content) -> None:
+    def _write(self, folder: Path, content: CheckpointContent) -> None:
         write_tensors(folder / MODEL_FILE, content.model)
         write_tensors(folder / OPTIMIZER_FILE, content.optimizer)
         if content.frozen:

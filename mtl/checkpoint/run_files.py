@@ -9,16 +9,16 @@ from typing import Any
 from pydantic import ValidationError
 
 from mtl.checkpoint.run_contents import (
-    Audit,
-    Content,
-    Data,
-    Form,
-    History,
-    Plan,
-    Results,
-    Row,
-    State,
-    Unchanged,
+    AuditContent,
+    DataContent,
+    FormContent,
+    HistoryContent,
+    PlanContent,
+    ResultsContent,
+    RowContent,
+    RunFileContent,
+    StateContent,
+    UnchangedContent,
 )
 
 METRICS, AUDIT, STATE, CONFIG = "metrics.jsonl", "audit.json", "state.json", "config.yaml"
@@ -37,7 +37,7 @@ def read_unchanged(file: Path) -> dict[str, Any]:
     Raises:
         RunFileError: As for `read_history`.
     """
-    return _read_object(file, Unchanged)
+    return _read_object(file, UnchangedContent)
 
 
 def read_history(file: Path) -> dict[str, Any]:
@@ -46,7 +46,7 @@ def read_history(file: Path) -> dict[str, Any]:
     Raises:
         RunFileError: There is no such file, it is damaged, or is no history.
     """
-    return _read_object(file, History)
+    return _read_object(file, HistoryContent)
 
 
 def read_audit(file: Path) -> dict[str, Any]:
@@ -55,7 +55,7 @@ def read_audit(file: Path) -> dict[str, Any]:
     Raises:
         RunFileError: There is no such file, it is damaged, or is not the report of an audit.
     """
-    return _read_object(file, Audit)
+    return _read_object(file, AuditContent)
 
 
 def read_data_record(file: Path) -> dict[str, Any]:
@@ -64,7 +64,7 @@ def read_data_record(file: Path) -> dict[str, Any]:
     Raises:
         RunFileError: As for `read_audit`.
     """
-    return _read_object(file, Data)
+    return _read_object(file, DataContent)
 
 
 def read_model_form(file: Path) -> dict[str, Any]:
@@ -74,7 +74,7 @@ def read_model_form(file: Path) -> dict[str, Any]:
         RunFileError: As for `read_audit`; or a version of `mtl` wrote it that did not record this.
     """
     try:
-        return _read_object(file, Form)
+        return _read_object(file, FormContent)
     except RunFileError as error:
         earlier = "; an earlier version of mtl, which did not record it, may have written it: `resume` adds it"
         raise RunFileError(f"{error}{earlier if 'missing' in str(error) else ''}") from None
@@ -86,7 +86,7 @@ def read_plan(file: Path) -> dict[str, Any]:
     Raises:
         RunFileError: As for `read_audit`.
     """
-    return _read_object(file, Plan)
+    return _read_object(file, PlanContent)
 
 
 def read_results(file: Path) -> dict[str, Any]:
@@ -95,7 +95,7 @@ def read_results(file: Path) -> dict[str, Any]:
     Raises:
         RunFileError: As for `read_audit`.
     """
-    return _read_object(file, Results)
+    return _read_object(file, ResultsContent)
 
 
 def read_state_file(file: Path) -> dict[str, Any]:
@@ -104,7 +104,7 @@ def read_state_file(file: Path) -> dict[str, Any]:
     Raises:
         RunFileError: There is no such file, it is damaged, or is not the state of a run.
     """
-    return _read_object(file, State)
+    return _read_object(file, StateContent)
 
 
 def read_metrics(file: Path) -> list[dict[str, Any]]:
@@ -141,10 +141,10 @@ def _row(file: Path, number: int, line: bytes) -> dict[str, Any]:
         row = json.loads(line)
     except (ValueError, RecursionError) as error:
         raise RunFileError(f"{file}:{number}: expected one row as JSON, got {_shown(line)} ({error})") from error
-    return _checked(row, Row, f"{file}:{number}")
+    return _checked(row, RowContent, f"{file}:{number}")
 
 
-def _read_object(file: Path, model: type[Content]) -> dict[str, Any]:
+def _read_object(file: Path, model: type[RunFileContent]) -> dict[str, Any]:
     written = _bytes(file)
     try:
         content = json.loads(written)
@@ -153,7 +153,7 @@ def _read_object(file: Path, model: type[Content]) -> dict[str, Any]:
     return _checked(content, model, str(file))
 
 
-def _checked(content: object, model: type[Content], where: str) -> dict[str, Any]:
+def _checked(content: object, model: type[RunFileContent], where: str) -> dict[str, Any]:
     if not isinstance(content, dict):
         raise RunFileError(f"{where}: expected keys and values, got {_shown(content)}")
     try:

@@ -46,13 +46,13 @@ def dead_link(path: Path) -> str:
     return ""
 
 
-class Call(Protocol):
+class VectoredIO(Protocol):
     """`os.preadv` or `os.pwritev`: moves bytes between buffers and a file, and returns how many."""
 
     def __call__(self, file: int, buffers: Sequence[memoryview], at: int, /) -> int: ...
 
 
-def all_bytes(call: Call, file: int, buffers: Sequence[memoryview], at: int) -> int:
+def all_bytes(call: VectoredIO, file: int, buffers: Sequence[memoryview], at: int) -> int:
     """Reads or writes until all is done, which mostly is one call, or until nothing comes any more.
 
     Returns:

@@ -69,7 +69,7 @@ class NotCompared:
 
 
 @dataclass(frozen=True)
-class Comparison:
+class CheckpointComparison:
     """The result of a comparison.
 
     Attributes:
@@ -117,7 +117,7 @@ class Comparison:
 _EVERYTHING = "**"
 
 
-def compare_checkpoints(first: Path, second: Path, freeze: Sequence[str] = (_EVERYTHING,)) -> Comparison:
+def compare_checkpoints(first: Path, second: Path, freeze: Sequence[str] = (_EVERYTHING,)) -> CheckpointComparison:
     """Compares two checkpoints of any form, as `compare`.
 
     Patterns select among the weights; if one selects none of them, all select among the entire checkpoints, as `**`
@@ -141,7 +141,7 @@ def compare_checkpoints(first: Path, second: Path, freeze: Sequence[str] = (_EVE
 
 def compare(
     first: Mapping[str, Content], second: Mapping[str, Content], freeze: Sequence[PatternLike] = (_EVERYTHING,)
-) -> Comparison:
+) -> CheckpointComparison:
     """Compares the tensors that patterns select, bit for bit.
 
     NaN equals NaN of the same bits, and -0.0 does not equal 0.0: a freeze promises to keep bits.
@@ -170,7 +170,7 @@ def compare(
     found = [difference for pair in pairs if (difference := _difference(*pair))]
     differences = tuple(each for each in found if isinstance(each, TensorDifference))
     left_out = tuple(each for each in found if isinstance(each, NotCompared))
-    return Comparison(len(pairs) - len(found), differences, left_out)
+    return CheckpointComparison(len(pairs) - len(found), differences, left_out)
 
 
 def _difference(name: str, before: Content | None, after: Content | None) -> TensorDifference | NotCompared | None:

@@ -15,13 +15,13 @@ from mtl.model.trunk import in_eval_mode, read_features
 from mtl.results.export.errors import ExportError
 from mtl.results.export.parity import Check, compare, reference_outputs
 from mtl.results.export.parts import exportable, feature_names
-from mtl.results.export.subject import Subject, Written
+from mtl.results.export.subject import ExportedForm, Subject
 from mtl.runtime.files import sync
 
 TRUNK_FILE, WEIGHTS_FILE = "trunk.safetensors", "model.safetensors"
 
 
-def export_timm(subject: Subject, folder: Path) -> Written:
+def export_timm(subject: Subject, folder: Path) -> ExportedForm:
     """Writes the trunk's weights under timm's own names, as `timm.create_model(..., checkpoint_path=...)` loads them.
 
     Raises:
@@ -41,7 +41,7 @@ def export_timm(subject: Subject, folder: Path) -> Written:
     call = f"timm.create_model({trunk.name!r}, {written}checkpoint_path={TRUNK_FILE!r})"
     images = subject.images.images
     checks = [_same_features(subject, loaded, images[:num]) for num in (len(images), 1)]
-    return Written(checks, call=call)
+    return ExportedForm(checks, call=call)
 
 
 def _same_features(subject: Subject, loaded: nn.Module, images: Tensor) -> Check:
@@ -57,7 +57,7 @@ def _same_features(subject: Subject, loaded: nn.Module, images: Tensor) -> Check
     return compare(features[0], features[1], size)
 
 
-def export_safetensors(subject: Subject, folder: Path) -> Written:
+def export_safetensors(subject: Subject, folder: Path) -> ExportedForm:
     """Writes all parameters and buffers of the trunk and of the chosen heads under mtl's names.
 
     Raises:
@@ -76,7 +76,7 @@ def export_safetensors(subject: Subject, folder: Path) -> Written:
         compare(reference_outputs(own, some, subject.tasks), subject.reference(some), subject.size)
         for some in (images, images[:1])
     ]
-    return Written(checks)
+    return ExportedForm(checks)
 
 
 def _save(tensors: Mapping[str, Tensor], file: Path, metadata: Mapping[str, str]) -> None:
