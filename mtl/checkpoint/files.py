@@ -60,7 +60,7 @@ class CheckpointContent:
     @property
     def num_bytes(self) -> int:
         parts = (self.model, self.frozen, self.optimizer)
-        return sum(map(bytes_of, parts)) + len(json.dumps(self.state))
+        return sum(map(num_bytes_of, parts)) + len(json.dumps(self.state))
 
     def with_copies(self) -> CheckpointContent:
         """The same, with copies of what training goes on to change; the frozen tensors are the same ones."""
@@ -159,7 +159,7 @@ def other_names(tensors: Mapping[str, Tensor]) -> dict[str, str]:
     return tied
 
 
-def bytes_of(tensors: Mapping[str, Tensor]) -> int:
+def num_bytes_of(tensors: Mapping[str, Tensor]) -> int:
     return sum(tensor.nbytes for tensor in tensors.values())
 
 

@@ -17,8 +17,8 @@ from mtl.checkpoint.files import (
     CheckpointContent,
     HasState,
     OptimizerState,
-    bytes_of,
     collect,
+    num_bytes_of,
     write_state,
     write_tensors,
 )
@@ -103,7 +103,7 @@ class Checkpoints:
         """
         self.wait()
         content = collect(module, frozen, optimizer_state, state, known)
-        is_small = bytes_of(content.model) + bytes_of(content.optimizer) <= _MOST_COPIED
+        is_small = num_bytes_of(content.model) + num_bytes_of(content.optimizer) <= _MOST_COPIED
         if in_thread and is_small and (not content.frozen or self._frozen.has(content.state["digests"]["frozen"])):
             self._background.start(partial(self._save, content.with_copies(), [*names], keep))
         else:

@@ -22,7 +22,7 @@ from mtl.data.generated.rows_file import Arrays, RowsFile, write_rows
 from mtl.data.generated.sprites import load_sprites
 from mtl.data.generated.stored_split import StoredSplit
 from mtl.data.memory import MemorySplit, Transform
-from mtl.data.room import bytes_of, check_disk, check_image, check_memory
+from mtl.data.room import check_disk, check_image, check_memory, stored_bytes
 from mtl.data.source import Source, pipelines_of
 from mtl.runtime.console import logger
 from mtl.runtime.text import shorten
@@ -85,7 +85,7 @@ class GeneratedSource(Source):
         pipeline = pipelines_of(config)[which]
         kinds = {name: self._kinds[label] for name, label in label_of.items()}
         transform = Transform(pipeline, kinds) if getattr(config.transform, which) else None
-        if _bytes_of(config, which) > 1e9 * config.memory_gb:
+        if _split_bytes(config, which) > 1e9 * config.memory_gb:
             stored = StoredSplit(RowsFile(_file_of(config, which, quiet)), tasks, label_of, transform)
             return _checked(stored, which, config, tasks)
         split = load_split(config, which, quiet).with_labels(label_of)
@@ -109,10 +109,10 @@ def check_room(config: GeneratedData) -> None:
             raise SettingError("data.cache_dir", f"{_cache_dir(config)} cannot be read: {error.strerror}") from error
         block = data.module.BLOCK
         # Images are made in whole blocks.
-        check_memory("data.image_size", config.size, block, 2 * bytes_of(data.module.stored(block, size)))
-        if _bytes_of(config, split) <= 1e9 * config.memory_gb:
-            check_memory(f"data.{key}", config.size, num, _bytes_of(config, split))
-        on_disk, num_made = on_disk + _bytes_of(config, split), num_made + num
+        check_memory("data.image_size", config.size, block, 2 * stored_bytes(data.module.stored(block, size)))
+        if _split_bytes(config, split) <= 1e9 * config.memory_gb:
+            check_memory(f"data.{key}", config.size, num, _split_bytes(config, split))
+        on_disk, num_made = on_disk + _split_bytes(config, split), num_made + num
     key = "data.num_train" if config.num_train else "data.num_val" if config.num_val else "data.image_size"
     check_disk(key, config.size, num_made, on_disk, _cache_dir(config))
 
@@ -141,10 +141,10 @@ def _file_of(config: GeneratedData, split: str, quiet: bool) -> Path:
     return cached(_cache_dir(config), _key(data, config, split, num), shapes, make)
 
 
-def _bytes_of(config: GeneratedData, split: str) -> int:
+def _split_bytes(config: GeneratedData, split: str) -> int:
     """What a split takes in memory."""
     stored = BUILT_IN[config.name].module.stored(num_images(config)[split == "val"], config.image_size)
-    return bytes_of(stored)
+    return stored_bytes(stored)
 
 
 def _cache_dir(config: GeneratedData) -> Path:

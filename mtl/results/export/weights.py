@@ -13,7 +13,7 @@ from torch import Tensor, nn
 from mtl.model.build import trunk_options
 from mtl.model.trunk import in_eval_mode, read_features
 from mtl.results.export.errors import ExportError
-from mtl.results.export.parity import Check, compare, reference_outputs
+from mtl.results.export.parity import Check, check_parity, reference_outputs
 from mtl.results.export.parts import exportable, feature_names
 from mtl.results.export.subject import ExportedForm, Subject
 from mtl.runtime.files import sync
@@ -54,7 +54,7 @@ def _same_features(subject: Subject, loaded: nn.Module, images: Tensor) -> Check
             with in_eval_mode(trunk):
                 found = read_features(trunk, prepared, network.levels, pooled=True, tokens=True)
             features.append(dict(zip(feature_names(found), found.tensors(), strict=True)))
-    return compare(features[0], features[1], size)
+    return check_parity(features[0], features[1], size)
 
 
 def export_safetensors(subject: Subject, folder: Path) -> ExportedForm:
@@ -73,7 +73,7 @@ def export_safetensors(subject: Subject, folder: Path) -> ExportedForm:
     own.to(memory_format=own.memory_format)
     images = subject.images.images
     checks = [
-        compare(reference_outputs(own, some, subject.tasks), subject.reference(some), subject.size)
+        check_parity(reference_outputs(own, some, subject.tasks), subject.reference(some), subject.size)
         for some in (images, images[:1])
     ]
     return ExportedForm(checks)

@@ -25,7 +25,7 @@ from mtl.data.generated import multifashion, scenes
 from mtl.data.generated.generated_source import GeneratedSource
 from mtl.data.generated.sprites import Sprites, load_sprites
 from mtl.data.memory import MemorySplit
-from mtl.data.room import bytes_of
+from mtl.data.room import stored_bytes
 from mtl.tasks import Classification, Depth, Normals, Segmentation
 
 SCENE_TASKS = {
@@ -233,7 +233,7 @@ def test_a_cache_that_cannot_keep_what_is_written_is_named(tmp_path: Path, monke
 def test_what_a_data_set_is_said_to_take_is_what_it_takes(module: Any) -> None:
     block = module.render_block(load_sprites("val"), 16, 0, 0)
     assert module.stored(module.BLOCK, 16) == {name: (array.shape, array.itemsize) for name, array in block.items()}
-    assert bytes_of(module.stored(module.BLOCK, 16)) == sum(array.nbytes for array in block.values())
+    assert stored_bytes(module.stored(module.BLOCK, 16)) == sum(array.nbytes for array in block.values())
 
 
 @pytest.mark.parametrize(
