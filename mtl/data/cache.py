@@ -15,6 +15,7 @@ from safetensors import SafetensorError, safe_open
 
 from mtl.runtime.console import logger
 from mtl.runtime.files import dead_link
+from mtl.runtime.fingerprint import fingerprint_of_file
 
 Shape = tuple[int, ...]
 
@@ -94,7 +95,7 @@ def _write(entry: Path, key: Mapping[str, Any], make: Callable[[Path], None]) ->
         raise DataError(f"the data cache {entry.parent} cannot be written: {why}; set data.cache_dir") from error
     try:
         make(temporary / _TENSORS)
-        card = {"key": dict(key), "checksum": _checksum(temporary / _TENSORS)}
+        card = {"key": dict(key), "checksum": fingerprint_of_file(temporary / _TENSORS)}
         (temporary / _CARD).write_text(json.dumps(card, indent=2))
         temporary.rename(entry)
     except OSError as error:
@@ -110,7 +111,7 @@ def _checked(entry: Path, key: Mapping[str, Any], shapes: Mapping[str, Shape]) -
     try:
         card = json.loads((entry / _CARD).read_text(encoding="utf-8"))
         checksum, written = card["checksum"], card["key"]
-        if checksum != _checksum(entry / _TENSORS):
+        if checksum != fingerprint_of_file(entry / _TENSORS):
             raise _DamagedError("its bytes are not those that were written")
         with safe_open(entry / _TENSORS, "pt") as tensors:
             found = {name: tuple(tensors.get_slice(name).get_shape()) for name in tensors.keys()}  # noqa: SIM118
@@ -123,11 +124,3 @@ def _checked(entry: Path, key: Mapping[str, Any], shapes: Mapping[str, Shape]) -
     if written != key or found != dict(shapes):
         raise _DamagedError(f"it holds {found}, expected {dict(shapes)}" if written == key else "it is of other data")
     return entry / _TENSORS
-
-
-def _checksum(file: Path) -> str:
-    digest = xxhash.xxh3_128()
-    with file.open("rb") as stream:
-        while block := stream.read(1 << 24):
-            digest.update(block)
-    return digest.hexdigest()

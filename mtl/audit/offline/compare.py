@@ -7,7 +7,6 @@ from dataclasses import asdict, dataclass, replace
 from pathlib import Path
 from typing import Any, Literal
 
-import xxhash
 from torch import Tensor
 
 from mtl.audit.watch.change_size import size_of_change
@@ -16,7 +15,7 @@ from mtl.audit.watch.places import is_sparse
 from mtl.audit.watch.rows import num_rows, rows_in_words, split_rows
 from mtl.checkpoint.tensor_file import LeftOut, read_contents
 from mtl.patterns import PatternError, PatternLike, select
-from mtl.runtime.fingerprint import fingerprint
+from mtl.runtime.fingerprint import fingerprint, fingerprint_of_file
 from mtl.runtime.text import count
 
 Kind = Literal["value", "shape", "dtype", "missing", "new"]
@@ -203,12 +202,4 @@ def _is_same_file(one: LeftOut, other: Content | None) -> bool:
     """Whether both are files, with the same bytes."""
     if not isinstance(other, LeftOut) or one.file is None or other.file is None:
         return False
-    return _digest(one.file) == _digest(other.file)
-
-
-def _digest(file: Path) -> str:
-    digest = xxhash.xxh3_128()
-    with file.open("rb") as stream:
-        while block := stream.read(1 << 20):
-            digest.update(block)
-    return digest.hexdigest()
+    return fingerprint_of_file(one.file) == fingerprint_of_file(other.file)

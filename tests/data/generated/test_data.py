@@ -26,6 +26,7 @@ from mtl.data.generated.generated_source import GeneratedSource
 from mtl.data.generated.sprites import Sprites, load_sprites
 from mtl.data.memory import MemorySplit
 from mtl.data.room import stored_bytes
+from mtl.runtime.fingerprint import fingerprint_of_file
 from mtl.tasks import Classification, Depth, Normals, Segmentation
 
 SCENE_TASKS = {
@@ -210,7 +211,7 @@ def test_a_damaged_data_cache_is_made_again_with_a_warning(
         tensors = load_file(file)
         tensors["depth" if harm == "shape" else "dept"] = tensors.pop("depth")[:, :, :8].contiguous()
         save_file(tensors, file)
-        card.write_text(json.dumps(json.loads(card.read_text()) | {"checksum": cache._checksum(file)}))
+        card.write_text(json.dumps(json.loads(card.read_text()) | {"checksum": fingerprint_of_file(file)}))
     again, _ = load_data(config, SCENE_TASKS, quiet=True)
     (warned,) = [record.getMessage() for record in caplog.records]
     assert warned.startswith(f"the data cache {entry} is damaged (") and warned.endswith("): the data is made again")
@@ -224,7 +225,7 @@ def test_a_damaged_data_cache_is_made_again_with_a_warning(
 def test_a_cache_that_cannot_keep_what_is_written_is_named(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     config = GeneratedData(name="scenes", image_size=16, num_train=5, num_val=5, cache_dir=str(tmp_path))
     numbers = iter(range(100))
-    monkeypatch.setattr(cache, "_checksum", lambda _: next(numbers))
+    monkeypatch.setattr(cache, "fingerprint_of_file", lambda _: next(numbers))
     with pytest.raises(DataError, match=r"is not what was written a moment ago .*set data\.cache_dir"):
         load_data(config, SCENE_TASKS, quiet=True)
 
