@@ -14,7 +14,7 @@ import xxhash
 from safetensors import SafetensorError, safe_open
 
 from mtl.runtime.console import logger
-from mtl.runtime.files import dead_link
+from mtl.runtime.files import dead_link, read_json
 from mtl.runtime.fingerprint import fingerprint_of_file
 
 Shape = tuple[int, ...]
@@ -109,7 +109,7 @@ def _write(entry: Path, key: Mapping[str, Any], make: Callable[[Path], None]) ->
 def _checked(entry: Path, key: Mapping[str, Any], shapes: Mapping[str, Shape]) -> Path:
     """Raises `_DamagedError` if a byte, a name or a shape is another one than was written."""
     try:
-        card = json.loads((entry / _CARD).read_text(encoding="utf-8"))
+        card = read_json(entry / _CARD)
         checksum, written = card["checksum"], card["key"]
         if checksum != fingerprint_of_file(entry / _TENSORS):
             raise _DamagedError("its bytes are not those that were written")

@@ -439,6 +439,17 @@ def test_only_files_of_an_earlier_export_are_replaced(run_dir: Path, tmp_path: P
     assert sorted(content_of(out)) == ["README.md", "export.json", "notes.txt", "trunk.safetensors"]
 
 
+def test_a_record_of_an_earlier_export_that_was_cut_is_named(run_dir: Path, tmp_path: Path, capsys: Capture) -> None:
+    out = tmp_path / "out"
+    export(run_dir, "safetensors", out)
+    record = out / "export.json"
+    record.write_text(record.read_text()[:-3])
+    before = content_of(out)
+    line = refused(capsys, "export", run_dir, "--out", out, "--format", "timm", "--force")
+    assert line.startswith(f"error: --out: {record}: cannot be read: ") and "cut short" in line
+    assert content_of(out) == before
+
+
 def test_a_run_that_is_damaged_or_not_finished_is_refused(run_dir: Path, tmp_path: Path, capsys: Capture) -> None:
     copy = shutil.copytree(run_dir, tmp_path / "copy", symlinks=True)
     weights = copy / "checkpoints/last/model.safetensors"

@@ -215,6 +215,7 @@ def test_a_damaged_data_cache_is_made_again_with_a_warning(
     again, _ = load_data(config, SCENE_TASKS, quiet=True)
     (warned,) = [record.getMessage() for record in caplog.records]
     assert warned.startswith(f"the data cache {entry} is damaged (") and warned.endswith("): the data is made again")
+    assert ("card.json" in warned) == (harm in ("card", "empty card", "list card"))
     assert torch.equal(again.images, sound.images)
     assert all(torch.equal(again.labels[name], sound.labels[name]) for name in sound.labels)
     caplog.clear()
