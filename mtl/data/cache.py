@@ -11,8 +11,8 @@ from pathlib import Path
 from typing import Any
 
 import xxhash
-from safetensors import SafetensorError, safe_open
 
+from mtl.checkpoint.tensor_file import read_header
 from mtl.runtime.console import logger
 from mtl.runtime.files import dead_link, read_json
 from mtl.runtime.fingerprint import fingerprint_of_file
@@ -113,13 +113,12 @@ def _checked(entry: Path, key: Mapping[str, Any], shapes: Mapping[str, Shape]) -
         checksum, written = card["checksum"], card["key"]
         if checksum != fingerprint_of_file(entry / _TENSORS):
             raise _DamagedError("its bytes are not those that were written")
-        with safe_open(entry / _TENSORS, "pt") as tensors:
-            found = {name: tuple(tensors.get_slice(name).get_shape()) for name in tensors.keys()}  # noqa: SIM118
+        found = {name: own.shape for name, own in read_header(entry / _TENSORS).items()}
     except PermissionError as error:
         raise DataError(f"the data cache {entry} cannot be read: {error.strerror}; set data.cache_dir") from error
     except OSError as error:
         raise _DamagedError(f"{entry.name}: {error.strerror or error}") from error
-    except (ValueError, KeyError, TypeError, SafetensorError) as error:
+    except (ValueError, KeyError) as error:
         raise _DamagedError(str(error) or type(error).__name__) from error
     if written != key or found != dict(shapes):
         raise _DamagedError(f"it holds {found}, expected {dict(shapes)}" if written == key else "it is of other data")

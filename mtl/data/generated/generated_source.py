@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Iterator, Mapping, Sequence
+from contextlib import contextmanager
 from dataclasses import dataclass, replace
 from pathlib import Path
 from types import ModuleType
@@ -10,9 +11,9 @@ from typing import Any, TypeVar
 
 import torch
 import xxhash
-from safetensors.torch import load_file
 from tqdm import tqdm
 
+from mtl.checkpoint.tensor_file import TensorFileError, read_safetensors
 from mtl.config import GeneratedData, SettingError
 from mtl.config.file_data import SplitName
 from mtl.data.cache import DataError, cached, default_cache_dir, entry_of
@@ -86,8 +87,10 @@ class GeneratedSource(Source):
         kinds = {name: self._kinds[label] for name, label in label_of.items()}
         transform = Transform(pipeline, kinds) if getattr(config.transform, which) else None
         if _split_bytes(config, which) > 1e9 * config.memory_gb:
-            stored = StoredSplit(RowsFile(_file_of(config, which, quiet)), tasks, label_of, transform)
-            return _checked(stored, which, config, tasks)
+            file = _file_of(config, which, quiet)
+            with _as_data_error(file):
+                rows = RowsFile(file)
+            return _checked(StoredSplit(rows, tasks, label_of, transform), which, config, tasks)
         split = load_split(config, which, quiet).with_labels(label_of)
         return replace(_checked(split, which, config, tasks).knowing(tasks), transform=transform)
 
@@ -125,8 +128,19 @@ def num_images(config: GeneratedData) -> tuple[int, int]:
 
 def load_split(config: GeneratedData, split: str, quiet: bool) -> MemorySplit:
     """A split in memory, with all labels; arguments and errors as of `_file_of`."""
-    tensors = load_file(_file_of(config, split, quiet))
+    file = _file_of(config, split, quiet)
+    with _as_data_error(file):
+        tensors, _ = read_safetensors(file)
     return MemorySplit(tensors.pop("images"), tensors)
+
+
+@contextmanager
+def _as_data_error(file: Path) -> Iterator[None]:
+    """Errors of opening a file of the data cache as `DataError`, with its name."""
+    try:
+        yield
+    except (OSError, TensorFileError) as error:
+        raise DataError(f"the data cache {file} cannot be read: {error}") from error
 
 
 def _file_of(config: GeneratedData, split: str, quiet: bool) -> Path:

@@ -7,9 +7,10 @@ from pathlib import Path
 
 import timm
 import torch
-from safetensors.torch import load_file, save_file
+from safetensors.torch import save_file
 from torch import Tensor, nn
 
+from mtl.checkpoint.tensor_file import TensorFileError, read_safetensors
 from mtl.model.build import trunk_options
 from mtl.model.trunk import in_eval_mode, read_features
 from mtl.results.export.errors import ExportError
@@ -61,14 +62,18 @@ def export_safetensors(subject: Subject, folder: Path) -> ExportedForm:
     """Writes all parameters and buffers of the trunk and of the chosen heads under mtl's names.
 
     Raises:
-        ExportError: A model that is filled from the file gives other outputs.
+        ExportError: The file cannot be read back, or a model that is filled from it gives other outputs.
     """
     own, file = exportable(subject.network, subject.tasks), folder / WEIGHTS_FILE
     _save(own.state_dict(), file, subject.metadata())
     # Nothing of what it had may be left in the copy that is filled from the file.
     blank = {name: torch.zeros_like(tensor) for name, tensor in own.state_dict().items()}
     own.load_state_dict(blank)
-    own.load_state_dict(load_file(file))
+    try:
+        written, _ = read_safetensors(file)
+    except TensorFileError as error:
+        raise ExportError(f"{file.name}, which was just written, cannot be read: {error}") from error
+    own.load_state_dict(written)
     own.memory_format = subject.network.memory_format
     own.to(memory_format=own.memory_format)
     images = subject.images.images
