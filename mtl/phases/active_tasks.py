@@ -12,9 +12,11 @@ from torch import nn
 
 from mtl.config import RunConfig
 from mtl.config.phase import PhaseConfig, patterns_of
+from mtl.config.yaml_source import KeyPath
 from mtl.freeze import untrainable_parameters
 from mtl.patterns import Counted, ModuleTree, PatternError, PatternLike, select, text_of
 from mtl.patterns.module_tree import describe
+from mtl.runtime.text import hint
 
 
 @dataclass(frozen=True)
@@ -40,6 +42,30 @@ def active_tasks(config: RunConfig, phase: PhaseConfig) -> tuple[str, ...]:
 def classic_patterns(config: RunConfig) -> list[str]:
     """The classic list of substrings as patterns."""
     return [f"~{text}" for text in config.MODEL.NOT_TRAIN_IN_MULTI_TASK]
+
+
+def tasks_of_phases(
+    config: RunConfig, model: nn.Module, reached: Mapping[str, frozenset[str]]
+) -> tuple[dict[KeyPath, PhaseTasks], list[str]]:
+    """The tasks of each written phase by its key path, and what is wrong with phases that are left out.
+
+    Args: as for `resolve_tasks`.
+    """
+    mistakes: list[str] = []
+    tasks_of: dict[KeyPath, PhaseTasks] = {}
+    for written in config.written_phases:
+        if written.path in tasks_of:
+            continue
+        labelled = [task for task, own in config.tasks.items() if not own.unlabelled]
+        unknown = [task for task in written.config.tasks or [] if task not in labelled]
+        for task in unknown:
+            path = (*written.path, "tasks", (written.config.tasks or []).index(task))
+            there = f"there are: {', '.join(labelled)}{hint(task, labelled)}"
+            what = f"{task} is unlabelled" if task in config.tasks else f"no task {task!r}"
+            mistakes += config.mistake(path, f"{what}; {there}").mistakes
+        if not unknown:
+            tasks_of[written.path] = resolve_tasks(config, written.config, model, reached)
+    return tasks_of, list(dict.fromkeys(mistakes))
 
 
 def resolve_tasks(

@@ -25,13 +25,13 @@ from mtl.model.reachability import reached_parameters
 from mtl.model.shapes import quick_shapes
 from mtl.model.teachers import TEACHERS, Teacher, build_teachers
 from mtl.optim.balance.build import build_balance
-from mtl.phases.active_tasks import PhaseTasks, resolve_tasks
+from mtl.phases.active_tasks import PhaseTasks, tasks_of_phases
 from mtl.phases.data_source import open_source
 from mtl.phases.freeze_rules import ResolveContext
 from mtl.phases.metrics import RunMetrics
 from mtl.phases.resolve import Phase, resolve_phases
 from mtl.phases.unread import unread_settings
-from mtl.runtime.text import count, hint
+from mtl.runtime.text import count
 from mtl.tasks import Task, build_tasks, labels_of
 
 _Made = TypeVar("_Made")
@@ -109,7 +109,7 @@ def build_model_setup(
             model = build_model(own_config, tasks, channels)
             _check_join_heads(config, model)
             reached = reached_parameters(model)
-            tasks_of, mistakes = _tasks_of_phases(config, model, reached)
+            tasks_of, mistakes = tasks_of_phases(config, model, reached)
             balances, balance_of = _build_balances(config, tasks_of, mistakes)
     except SettingError as error:
         raise mistake_of(config, error) from error
@@ -235,27 +235,6 @@ def _on_meta_or_cpu(make: Callable[[str], _Made]) -> _Made:
 def without_weights(config: RunConfig) -> RunConfig:
     """The configuration with a trunk that begins with random weights."""
     return config.with_changes(trunk=config.trunk.model_copy(update={"weights": "none"}))
-
-
-def _tasks_of_phases(
-    config: RunConfig, model: MultiTaskModel, reached: Mapping[str, frozenset[str]]
-) -> tuple[dict[KeyPath, PhaseTasks], list[str]]:
-    """The tasks of each written phase, and what is wrong with phases that are left out."""
-    mistakes: list[str] = []
-    tasks_of: dict[KeyPath, PhaseTasks] = {}
-    for written in config.written_phases:
-        if written.path in tasks_of:
-            continue
-        labelled = [task for task, own in config.tasks.items() if not own.unlabelled]
-        unknown = [task for task in written.config.tasks or [] if task not in labelled]
-        for task in unknown:
-            path = (*written.path, "tasks", (written.config.tasks or []).index(task))
-            there = f"there are: {', '.join(labelled)}{hint(task, labelled)}"
-            what = f"{task} is unlabelled" if task in config.tasks else f"no task {task!r}"
-            mistakes += config.mistake(path, f"{what}; {there}").mistakes
-        if not unknown:
-            tasks_of[written.path] = resolve_tasks(config, written.config, model, reached)
-    return tasks_of, list(dict.fromkeys(mistakes))
 
 
 def _build_balances(
