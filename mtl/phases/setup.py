@@ -25,7 +25,7 @@ from mtl.model.reachability import reached_parameters
 from mtl.model.shapes import quick_shapes
 from mtl.model.teachers import TEACHERS, Teacher, build_teachers
 from mtl.optim.balance.build import build_balance
-from mtl.phases.active_tasks import PhaseTasks, tasks_of_phases
+from mtl.phases.active_tasks import tasks_of_phases
 from mtl.phases.data_source import open_source
 from mtl.phases.freeze_rules import ResolveContext
 from mtl.phases.metrics import RunMetrics
@@ -238,7 +238,7 @@ def without_weights(config: RunConfig) -> RunConfig:
 
 
 def _build_balances(
-    config: RunConfig, tasks_of: Mapping[KeyPath, PhaseTasks], mistakes: list[str]
+    config: RunConfig, tasks_of: Mapping[KeyPath, tuple[str, ...]], mistakes: list[str]
 ) -> tuple[nn.ModuleList, dict[KeyPath, int]]:
     """The balancing methods of a run, one for each method and set of tasks, and which phase uses which.
 
@@ -255,7 +255,7 @@ def _build_balances(
     for written in config.written_phases:
         if written.path in balance_of or written.path not in tasks_of:
             continue
-        own, tasks = written.config.balance, tasks_of[written.path].tasks
+        own, tasks = written.config.balance, tasks_of[written.path]
         settings, place = (config.balance, ()) if own is None else (own, written.path)
         key = (settings.model_dump_json(), tasks)
         if key not in keys:
