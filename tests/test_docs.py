@@ -37,7 +37,7 @@ from mtl.tasks import (
     Task,
 )
 from mtl.tasks.protocols import add_protocol
-from mtl.training.evaluate import score
+from mtl.training.validation import score
 from pages import PAGES, code_block, code_blocks
 from runs import read_metrics, tiny_config
 

@@ -28,10 +28,10 @@ FLOORS = [
 FLOOR_OF = {room: number for number, rooms in enumerate(FLOORS) for room in rooms}
 # Within the room of a run, the lowest first: a file or package imports from rows above its own only.
 TRAINING = [
-    ["evaluate", "history", "nonfinite", "autotune", "depthwise_trial", "best_checkpoints", "run_dir", "step_sync"],
+    ["validation", "history", "nonfinite", "autotune", "depthwise_trial", "best_checkpoints", "run_dir", "step_sync"],
     ["setup", "result"],
     ["resume", "tracking", "features", "data_record"],
-    ["state", "step", "validate", "add_task"],
+    ["state", "step", "validator", "add_task"],
     ["phase"],
     ["checkpoints"],
     ["head_steps"],

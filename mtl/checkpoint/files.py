@@ -42,7 +42,7 @@ class DamagedCheckpoint(CheckpointError):  # noqa: N818  named after the folder,
 
 
 @dataclass(frozen=True)
-class Content:
+class CheckpointContent:
     """All that a checkpoint holds.
 
     Attributes:
@@ -60,9 +60,9 @@ class Content:
     @property
     def num_bytes(self) -> int:
         parts = (self.model, self.frozen, self.optimizer)
-        return sum(map(bytes_of, parts)) + len(json.dumps(self.state))
+        return sum(map(num_bytes_of, parts)) + len(json.dumps(self.state))
 
-    def with_copies(self) -> Content:
+    def with_copies(self) -> CheckpointContent:
         """The same, with copies of what training goes on to change; the frozen tensors are the same ones."""
         return replace(self, model=copies(self.model), optimizer=copies(self.optimizer))
 
@@ -73,7 +73,7 @@ def collect(
     optimizer_state: OptimizerState,
     state: Mapping[str, Any],
     known: Mapping[str, str] | None = None,
-) -> Content:
+) -> CheckpointContent:
     """Collects all that a checkpoint holds from a module and its optimizer state; see `Checkpoints.save`.
 
     Raises:
@@ -94,7 +94,7 @@ def plain_content(
     own: Mapping[str, Any],
     state: Mapping[str, Any],
     known: Mapping[str, str] | None = None,
-) -> Content:
+) -> CheckpointContent:
     """The content of a plain checkpoint.
 
     Args:
@@ -112,7 +112,7 @@ def plain_content(
     digests = {"model": root(prints), "optimizer": fingerprint_of(optimizer)}
     if still:
         digests["frozen"] = root({name: prints[name] for name in still})
-    return Content(
+    return CheckpointContent(
         {name: tensor for name, tensor in tensors.items() if name not in still},
         {name: tensor for name, tensor in tensors.items() if name in still},
         optimizer,
@@ -159,7 +159,7 @@ def other_names(tensors: Mapping[str, Tensor]) -> dict[str, str]:
     return tied
 
 
-def bytes_of(tensors: Mapping[str, Tensor]) -> int:
+def num_bytes_of(tensors: Mapping[str, Tensor]) -> int:
     return sum(tensor.nbytes for tensor in tensors.values())
 
 

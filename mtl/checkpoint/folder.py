@@ -14,11 +14,11 @@ from torch import nn
 
 from mtl.checkpoint.background import Background
 from mtl.checkpoint.files import (
-    Content,
+    CheckpointContent,
     HasState,
     OptimizerState,
-    bytes_of,
     collect,
+    num_bytes_of,
     write_state,
     write_tensors,
 )
@@ -103,13 +103,13 @@ class Checkpoints:
         """
         self.wait()
         content = collect(module, frozen, optimizer_state, state, known)
-        is_small = bytes_of(content.model) + bytes_of(content.optimizer) <= _MOST_COPIED
+        is_small = num_bytes_of(content.model) + num_bytes_of(content.optimizer) <= _MOST_COPIED
         if in_thread and is_small and (not content.frozen or self._frozen.has(content.state["digests"]["frozen"])):
             self._background.start(partial(self._save, content.with_copies(), [*names], keep))
         else:
             self._save(content, names, keep)
 
-    def _save(self, content: Content, names: Collection[str], keep: bool) -> None:
+    def _save(self, content: CheckpointContent, names: Collection[str], keep: bool) -> None:
         target = self._of(content.state["step"])
         with self._explained(target, content.num_bytes):
             with self._replacing(target) as temporary:
@@ -204,7 +204,7 @@ class Checkpoints:
     def _links(self) -> list[Path]:
         return [path for path in self.folder.iterdir() if path.is_symlink() and not path.name.startswith(".")]
 
-    def _write(self, folder: Path, content: Content) -> None:
+    def _write(self, folder: Path, content: CheckpointContent) -> None:
         write_tensors(folder / MODEL_FILE, content.model)
         write_tensors(folder / OPTIMIZER_FILE, content.optimizer)
         if content.frozen:

@@ -7,35 +7,35 @@ from typing import Any
 from pydantic import BaseModel, ConfigDict
 
 
-class Content(BaseModel):
+class RunFileContent(BaseModel):
     """What a file has to hold, as far as it is read; more keys may be there."""
 
     model_config = ConfigDict(strict=True, extra="allow")
 
 
-class Row(Content):
+class RowContent(RunFileContent):
     step: int
     phase: str
 
 
-class Frozen(Content):
+class FrozenContent(RunFileContent):
     count: int
     root: str
     fingerprints: dict[str, str]
 
 
-class Trainable(Content):
+class TrainableContent(RunFileContent):
     count: int
     changed: int
 
 
-class Checks(Content):
+class ChecksContent(RunFileContent):
     steps: int
     tripwires: int
     fingerprints: int
 
 
-class Violation(Content):
+class ViolationContent(RunFileContent):
     kind: str
     name: str
     phase: str
@@ -44,57 +44,57 @@ class Violation(Content):
     detail: str
 
 
-class Phase(Content):
+class PhaseContent(RunFileContent):
     name: str
     completed: bool
     freeze: list[str]
-    frozen: Frozen
-    trainable: Trainable
-    checks: Checks
-    violations: list[Violation]
+    frozen: FrozenContent
+    trainable: TrainableContent
+    checks: ChecksContent
+    violations: list[ViolationContent]
 
 
-class Audit(Content):
+class AuditContent(RunFileContent):
     ok: bool
-    phases: list[Phase]
+    phases: list[PhaseContent]
     ended_the_run: bool = False
 
 
-class State(Content):
+class StateContent(RunFileContent):
     digests: dict[str, str] = {}
     phase: str = ""
     tied: dict[str, str] = {}
     shards: dict[str, dict[str, Any]] = {}
 
 
-class Change(Content):
+class ChangeContent(RunFileContent):
     step: int
     key: str
     old: Any
     new: Any
 
 
-class History(Content):
+class HistoryContent(RunFileContent):
     command: str | None
-    changes: list[Change]
+    changes: list[ChangeContent]
 
 
-class TaskForm(Content):
+class TaskFormContent(RunFileContent):
     classes: list[str]
     num_outputs: int
     constant: list[float | None] | None
 
 
-class Data(Content):
+class DataContent(RunFileContent):
     digests: dict[str, dict[str, str | None]]
 
 
-class Form(Content):
+class FormContent(RunFileContent):
     channels: int
-    tasks: dict[str, TaskForm]
+    tasks: dict[str, TaskFormContent]
 
 
-class PlanPhase(Content):
+class PlanPhaseContent(RunFileContent):
     name: str
     length: str
     freeze: list[str]
@@ -102,17 +102,17 @@ class PlanPhase(Content):
     flops: dict[str, float]
 
 
-class Plan(Content):
+class PlanContent(RunFileContent):
     trunk: str
-    phases: list[PlanPhase]
+    phases: list[PlanPhaseContent]
 
 
-class TaskGoal(Content):
+class TaskGoalContent(RunFileContent):
     metric: str
     directions: dict[str, str | None]
 
 
-class PhaseEnd(Content):
+class PhaseEndContent(RunFileContent):
     ended: str
     reason: str
     step: int
@@ -120,12 +120,12 @@ class PhaseEnd(Content):
     scores: dict[str, dict[str, float | None]]
 
 
-class BestScore(Content):
+class BestScoreContent(RunFileContent):
     score: float | None
     step: int
 
 
-class Session(Content):
+class SessionContent(RunFileContent):
     step: int
     began: str
     device: str
@@ -134,16 +134,16 @@ class Session(Content):
     git_commit: str | None
 
 
-class Results(Content):
-    tasks: dict[str, TaskGoal]
+class ResultsContent(RunFileContent):
+    tasks: dict[str, TaskGoalContent]
     trivial: dict[str, dict[str, float | None]]
-    phases: list[PhaseEnd]
-    best: BestScore
+    phases: list[PhaseEndContent]
+    best: BestScoreContent
     train_s: float
-    sessions: list[Session]
+    sessions: list[SessionContent]
 
 
-class OutputDifference(Content):
+class OutputDifferenceContent(RunFileContent):
     task: str
     split: str
     image: int
@@ -151,11 +151,11 @@ class OutputDifference(Content):
     max_difference: float | None
 
 
-class Unchanged(Content):
+class UnchangedContent(RunFileContent):
     run: str
     before: str
     after: str
     images: int
     tasks: dict[str, str]
     equal: bool
-    differences: list[OutputDifference]
+    differences: list[OutputDifferenceContent]

@@ -3,23 +3,27 @@
 from __future__ import annotations
 
 import json
+from collections.abc import Iterator
+from contextlib import contextmanager
 from pathlib import Path
 from typing import Any
 
 from pydantic import ValidationError
 
 from mtl.checkpoint.run_contents import (
-    Audit,
-    Content,
-    Data,
-    Form,
-    History,
-    Plan,
-    Results,
-    Row,
-    State,
-    Unchanged,
+    AuditContent,
+    DataContent,
+    FormContent,
+    HistoryContent,
+    PlanContent,
+    ResultsContent,
+    RowContent,
+    RunFileContent,
+    StateContent,
+    UnchangedContent,
 )
+from mtl.runtime.files import JsonFileError, read_json
+from mtl.runtime.text import short_repr
 
 METRICS, AUDIT, STATE, CONFIG = "metrics.jsonl", "audit.json", "state.json", "config.yaml"
 HISTORY, DATA, PLAN, RESULTS, UNCHANGED = "history.json", "data.json", "plan.json", "results.json", "unchanged.json"
@@ -37,7 +41,7 @@ def read_unchanged(file: Path) -> dict[str, Any]:
     Raises:
         RunFileError: As for `read_history`.
     """
-    return _read_object(file, Unchanged)
+    return _read_object(file, UnchangedContent)
 
 
 def read_history(file: Path) -> dict[str, Any]:
@@ -46,7 +50,7 @@ def read_history(file: Path) -> dict[str, Any]:
     Raises:
         RunFileError: There is no such file, it is damaged, or is no history.
     """
-    return _read_object(file, History)
+    return _read_object(file, HistoryContent)
 
 
 def read_audit(file: Path) -> dict[str, Any]:
@@ -55,7 +59,7 @@ def read_audit(file: Path) -> dict[str, Any]:
     Raises:
         RunFileError: There is no such file, it is damaged, or is not the report of an audit.
     """
-    return _read_object(file, Audit)
+    return _read_object(file, AuditContent)
 
 
 def read_data_record(file: Path) -> dict[str, Any]:
@@ -64,7 +68,7 @@ def read_data_record(file: Path) -> dict[str, Any]:
     Raises:
         RunFileError: As for `read_audit`.
     """
-    return _read_object(file, Data)
+    return _read_object(file, DataContent)
 
 
 def read_model_form(file: Path) -> dict[str, Any]:
@@ -74,7 +78,7 @@ def read_model_form(file: Path) -> dict[str, Any]:
         RunFileError: As for `read_audit`; or a version of `mtl` wrote it that did not record this.
     """
     try:
-        return _read_object(file, Form)
+        return _read_object(file, FormContent)
     except RunFileError as error:
         earlier = "; an earlier version of mtl, which did not record it, may have written it: `resume` adds it"
         raise RunFileError(f"{error}{earlier if 'missing' in str(error) else ''}") from None
@@ -86,7 +90,7 @@ def read_plan(file: Path) -> dict[str, Any]:
     Raises:
         RunFileError: As for `read_audit`.
     """
-    return _read_object(file, Plan)
+    return _read_object(file, PlanContent)
 
 
 def read_results(file: Path) -> dict[str, Any]:
@@ -95,7 +99,7 @@ def read_results(file: Path) -> dict[str, Any]:
     Raises:
         RunFileError: As for `read_audit`.
     """
-    return _read_object(file, Results)
+    return _read_object(file, ResultsContent)
 
 
 def read_state_file(file: Path) -> dict[str, Any]:
@@ -104,7 +108,7 @@ def read_state_file(file: Path) -> dict[str, Any]:
     Raises:
         RunFileError: There is no such file, it is damaged, or is not the state of a run.
     """
-    return _read_object(file, State)
+    return _read_object(file, StateContent)
 
 
 def read_metrics(file: Path) -> list[dict[str, Any]]:
@@ -113,7 +117,8 @@ def read_metrics(file: Path) -> list[dict[str, Any]]:
     Raises:
         RunFileError: There is no such file, or a line is not a row; names the line.
     """
-    *lines, last = _bytes(file).split(b"\n")
+    with _named(file):
+        *lines, last = file.read_bytes().split(b"\n")
     rows = [_row(file, number, line) for number, line in enumerate(lines, 1)]
     if last.strip():
         try:
@@ -131,7 +136,8 @@ def read_config_text(file: Path) -> str:
         RunFileError: There is no such file, or it is not text.
     """
     try:
-        return _bytes(file).decode("utf-8")
+        with _named(file):
+            return file.read_bytes().decode("utf-8")
     except UnicodeDecodeError as error:
         raise RunFileError(f"{file}: cannot be read: it is not text: {error}") from error
 
@@ -140,22 +146,19 @@ def _row(file: Path, number: int, line: bytes) -> dict[str, Any]:
     try:
         row = json.loads(line)
     except (ValueError, RecursionError) as error:
-        raise RunFileError(f"{file}:{number}: expected one row as JSON, got {_shown(line)} ({error})") from error
-    return _checked(row, Row, f"{file}:{number}")
+        raise RunFileError(f"{file}:{number}: expected one row as JSON, got {short_repr(line)} ({error})") from error
+    return _checked(row, RowContent, f"{file}:{number}")
 
 
-def _read_object(file: Path, model: type[Content]) -> dict[str, Any]:
-    written = _bytes(file)
-    try:
-        content = json.loads(written)
-    except (ValueError, RecursionError) as error:
-        raise RunFileError(f"{file}: cannot be read: {error}; it is cut short, or is not JSON") from error
+def _read_object(file: Path, model: type[RunFileContent]) -> dict[str, Any]:
+    with _named(file):
+        content = read_json(file)
     return _checked(content, model, str(file))
 
 
-def _checked(content: object, model: type[Content], where: str) -> dict[str, Any]:
+def _checked(content: object, model: type[RunFileContent], where: str) -> dict[str, Any]:
     if not isinstance(content, dict):
-        raise RunFileError(f"{where}: expected keys and values, got {_shown(content)}")
+        raise RunFileError(f"{where}: expected keys and values, got {short_repr(content)}")
     try:
         model.model_validate(content)
     except ValidationError as error:
@@ -170,19 +173,17 @@ def _first_mistake(error: ValidationError) -> str:
     if first["type"] == "missing":
         return f"{key}: this key is missing"
     expected = first["msg"].replace("Input should be", "expected")
-    return f"{key}: {expected}, got {_shown(first['input'])}"
+    return f"{key}: {expected}, got {short_repr(first['input'])}"
 
 
-def _bytes(file: Path) -> bytes:
+@contextmanager
+def _named(file: Path) -> Iterator[None]:
+    """Errors of reading a file as `RunFileError`, with its name."""
     try:
-        return file.read_bytes()
+        yield
+    except JsonFileError as error:
+        raise RunFileError(str(error)) from error
     except FileNotFoundError:
         raise RunFileError(f"{file}: no such file") from None
     except OSError as error:
         raise RunFileError(f"{file}: cannot be read: {error.strerror}") from error
-
-
-def _shown(value: object) -> str:
-    """A value in at most a few words."""
-    text = repr(value.decode("utf-8", "replace") if isinstance(value, bytes) else value)
-    return text if len(text) <= 60 else f"{text[:57]}..."

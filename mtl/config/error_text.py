@@ -9,7 +9,7 @@ from typing import Annotated, Any, Literal, Union, get_args, get_origin
 from pydantic import BaseModel, Tag
 from pydantic_core import ErrorDetails
 
-from mtl.config.yaml_source import BASE_KEY, KeyPath, Source, dotted, phase_name
+from mtl.config.yaml_source import BASE_KEY, ConfigSource, KeyPath, dotted, phase_name
 from mtl.runtime.text import hint
 
 _MOST_SHOWN = 100
@@ -26,7 +26,7 @@ _SENTENCES = [
 ]
 
 
-def explain(error: ErrorDetails, model: type[BaseModel], source: Source, below: KeyPath = ()) -> str:
+def explain(error: ErrorDetails, model: type[BaseModel], source: ConfigSource, below: KeyPath = ()) -> str:
     """One line for one of pydantic's errors.
 
     Args:
@@ -79,7 +79,7 @@ def _fix_of_unknown_key(path: KeyPath, keys: list[str], came: Any) -> str:
     return f"; the keys here are {', '.join(keys)}{anchors}"
 
 
-def error_line(path: KeyPath, message: str, source: Source) -> str:
+def error_line(path: KeyPath, message: str, source: ConfigSource) -> str:
     """An error in one line: the place, the key, and what is wrong with its value."""
     return f"{source.where(path)}: {key_of(path, source.data)}: {message}"
 

@@ -7,7 +7,7 @@ from typing import Any
 
 from pydantic import BaseModel
 
-from mtl.config.yaml_source import COMMAND_LINE, KeyPath, Source
+from mtl.config.yaml_source import COMMAND_LINE, ConfigSource, KeyPath
 
 
 class Precedence(IntEnum):
@@ -18,7 +18,7 @@ class Precedence(IntEnum):
     COMMAND_LINE = 2
 
 
-def precedence_of(source: Source, path: KeyPath) -> Precedence:
+def precedence_of(source: ConfigSource, path: KeyPath) -> Precedence:
     """The precedence of the place where a key, or the nearest one around it, was written."""
     place = source.where(path)
     if place == COMMAND_LINE:
@@ -30,7 +30,7 @@ def _file(place: str) -> str:
     return place.rpartition(":")[0]
 
 
-def is_written(source: Source, path: KeyPath) -> bool:
+def is_written(source: ConfigSource, path: KeyPath) -> bool:
     """Whether a key was written down anywhere; if not, it has its default."""
     return path in source.places
 

@@ -33,7 +33,7 @@ from mtl.config.tasks import TaskConfig
 from mtl.config.tracking import TrackingConfig
 from mtl.config.trunk import TrunkConfig
 from mtl.config.types import Depthwise, Patterns, Seed, Strict, one_as_list
-from mtl.config.yaml_source import KeyPath, Source, read_source, replace_below
+from mtl.config.yaml_source import ConfigSource, KeyPath, read_source, replace_below
 from mtl.runtime.plugin import search_in
 from mtl.runtime.text import shorten
 
@@ -135,7 +135,7 @@ class RunConfig(Strict):
     tracking: TrackingConfig = TrackingConfig()
     MODEL: ClassicConfig = ClassicConfig()
 
-    _source: Source = PrivateAttr(default_factory=Source)
+    _source: ConfigSource = PrivateAttr(default_factory=ConfigSource)
     _command: str | None = PrivateAttr(default=None)
 
     @field_validator("phases")
@@ -167,7 +167,7 @@ class RunConfig(Strict):
         return self._source.where(path)
 
     @property
-    def source(self) -> Source:
+    def source(self) -> ConfigSource:
         """The configuration as read, with the place of every key that was written."""
         return self._source
 
@@ -242,7 +242,7 @@ def load_config(file: Path, overrides: Sequence[str] = (), data_of: Path | None 
     return config_of(source, shlex.join(["mtl", "train", str(written), *overrides]))
 
 
-def config_of(source: Source, command: str) -> RunConfig:
+def config_of(source: ConfigSource, command: str) -> RunConfig:
     """Checks a configuration that was read.
 
     Args:
@@ -261,7 +261,7 @@ def config_of(source: Source, command: str) -> RunConfig:
     return config
 
 
-def _take_data(source: Source, other: Source, file: Path) -> None:
+def _take_data(source: ConfigSource, other: ConfigSource, file: Path) -> None:
     """Puts another configuration's data set, and its labels of the same tasks, into a configuration."""
     if not isinstance(other.data.get("data"), dict):
         raise ConfigError([f"{file}:1: data: expected a data set, as in a configuration, got {other.data.get('data')}"])

@@ -27,7 +27,7 @@ _MOST_CHARACTERS = 10_000_000
 
 
 @dataclass
-class Source:
+class ConfigSource:
     """A configuration as read.
 
     Attributes:
@@ -61,7 +61,7 @@ class Source:
         return min(below, key=len, default=path)
 
 
-def read_source(file: Path, overrides: Sequence[str] = ()) -> Source:
+def read_source(file: Path, overrides: Sequence[str] = ()) -> ConfigSource:
     """Reads a YAML file and the files it is based on, and applies the overrides.
 
     Raises:
@@ -73,7 +73,7 @@ def read_source(file: Path, overrides: Sequence[str] = ()) -> Source:
     return source
 
 
-def replace_below(source: Source, other: Source, path: KeyPath) -> None:
+def replace_below(source: ConfigSource, other: ConfigSource, path: KeyPath) -> None:
     """Puts what another source has under a key in the place of what is there; nothing if it has none."""
 
     def below(places: dict[KeyPath, Any]) -> dict[KeyPath, Any]:
@@ -91,7 +91,7 @@ def replace_below(source: Source, other: Source, path: KeyPath) -> None:
         around[path[-1]] = others[path[-1]]
 
 
-def _read_file(file: Path, inside: tuple[Path, ...], wanted_by: str = "") -> Source:
+def _read_file(file: Path, inside: tuple[Path, ...], wanted_by: str = "") -> ConfigSource:
     text = _read_text(file, wanted_by)
     if file.resolve() in inside:
         raise ConfigError([f"{wanted_by}{file} is based on itself"])
@@ -99,12 +99,12 @@ def _read_file(file: Path, inside: tuple[Path, ...], wanted_by: str = "") -> Sou
     if not isinstance(node, yaml.MappingNode):
         got = "nothing" if node is None else "something else"
         raise ConfigError([f"{file}:1: expected keys and values, got {got}"])
-    own = Source(places={(): f"{file}:1"})
+    own = ConfigSource(places={(): f"{file}:1"})
     own.data = _read_node(node, (), own, lambda line: f"{file}:{line}")
     for key in [key for key in own.data if key.startswith(_ANCHORS)]:
         del own.data[key]
     bases = own.data.pop(BASE_KEY, [])
-    result = Source(places={(): f"{file}:1"})
+    result = ConfigSource(places={(): f"{file}:1"})
     for base in bases if isinstance(bases, list) else [bases]:
         place = own.where((BASE_KEY,))
         if not isinstance(base, str):
@@ -140,7 +140,11 @@ def _near_files(file: Path) -> str:
 
 
 def _read_node(
-    node: yaml.Node, path: KeyPath, source: Source, place: Callable[[int], str], around: tuple[yaml.Node, ...] = ()
+    node: yaml.Node,
+    path: KeyPath,
+    source: ConfigSource,
+    place: Callable[[int], str],
+    around: tuple[yaml.Node, ...] = (),
 ) -> Any:
     """A YAML node as plain data; records the place of every key below it in `source`."""
     here = place(node.start_mark.line + 1)
@@ -197,7 +201,7 @@ def phase_name(entry: Any) -> str | None:
     return name if ":" not in name else None
 
 
-def merge_sources(below: Source, above: Source) -> None:
+def merge_sources(below: ConfigSource, above: ConfigSource) -> None:
     """Merges `above` into `below`: mappings key by key; other values replace the one below, and `null` removes it."""
 
     def merge(under: dict[str, Any], over: dict[str, Any], path: KeyPath) -> None:
@@ -217,7 +221,7 @@ def merge_sources(below: Source, above: Source) -> None:
     merge(below.data, above.data, ())
 
 
-def apply_override(source: Source, override: str) -> None:
+def apply_override(source: ConfigSource, override: str) -> None:
     """Applies a dotted `key=value` pair.
 
     Raises:

@@ -11,10 +11,11 @@ from pathlib import Path
 from typing import Any
 
 import xxhash
-from safetensors import SafetensorError, safe_open
 
+from mtl.checkpoint.tensor_file import read_header
 from mtl.runtime.console import logger
-from mtl.runtime.files import dead_link
+from mtl.runtime.files import dead_link, read_json
+from mtl.runtime.fingerprint import fingerprint_of_file
 
 Shape = tuple[int, ...]
 
@@ -94,7 +95,7 @@ def _write(entry: Path, key: Mapping[str, Any], make: Callable[[Path], None]) ->
         raise DataError(f"the data cache {entry.parent} cannot be written: {why}; set data.cache_dir") from error
     try:
         make(temporary / _TENSORS)
-        card = {"key": dict(key), "checksum": _checksum(temporary / _TENSORS)}
+        card = {"key": dict(key), "checksum": fingerprint_of_file(temporary / _TENSORS)}
         (temporary / _CARD).write_text(json.dumps(card, indent=2))
         temporary.rename(entry)
     except OSError as error:
@@ -108,26 +109,17 @@ def _write(entry: Path, key: Mapping[str, Any], make: Callable[[Path], None]) ->
 def _checked(entry: Path, key: Mapping[str, Any], shapes: Mapping[str, Shape]) -> Path:
     """Raises `_DamagedError` if a byte, a name or a shape is another one than was written."""
     try:
-        card = json.loads((entry / _CARD).read_text(encoding="utf-8"))
+        card = read_json(entry / _CARD)
         checksum, written = card["checksum"], card["key"]
-        if checksum != _checksum(entry / _TENSORS):
+        if checksum != fingerprint_of_file(entry / _TENSORS):
             raise _DamagedError("its bytes are not those that were written")
-        with safe_open(entry / _TENSORS, "pt") as tensors:
-            found = {name: tuple(tensors.get_slice(name).get_shape()) for name in tensors.keys()}  # noqa: SIM118
+        found = {name: own.shape for name, own in read_header(entry / _TENSORS).items()}
     except PermissionError as error:
         raise DataError(f"the data cache {entry} cannot be read: {error.strerror}; set data.cache_dir") from error
     except OSError as error:
         raise _DamagedError(f"{entry.name}: {error.strerror or error}") from error
-    except (ValueError, KeyError, TypeError, SafetensorError) as error:
+    except (ValueError, KeyError) as error:
         raise _DamagedError(str(error) or type(error).__name__) from error
     if written != key or found != dict(shapes):
         raise _DamagedError(f"it holds {found}, expected {dict(shapes)}" if written == key else "it is of other data")
     return entry / _TENSORS
-
-
-def _checksum(file: Path) -> str:
-    digest = xxhash.xxh3_128()
-    with file.open("rb") as stream:
-        while block := stream.read(1 << 24):
-            digest.update(block)
-    return digest.hexdigest()

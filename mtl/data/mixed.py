@@ -13,7 +13,7 @@ from mtl.data.cache import DataError
 from mtl.data.dataset import Batch, Split
 from mtl.data.files.mistakes import LabelError
 from mtl.data.generated.generated_source import check_room
-from mtl.data.mixed_split import MixedSplit, Part
+from mtl.data.mixed_split import MixedPart, MixedSplit
 from mtl.data.orders import Order, mixed_order
 from mtl.data.source import Source
 from mtl.runtime.text import hint
@@ -90,12 +90,12 @@ class MixedSource(Source):
     def load_split(
         self, which: SplitName, tasks: Mapping[str, Task], label_of: Mapping[str, str], quiet: bool
     ) -> Split:
-        parts = list[Part]()
+        parts = list[MixedPart]()
         for name, own in self.sets.items():
             learn = self.tasks_of[name]
             with self._at(name):
                 split = own.load_split(which, {t: tasks[t] for t in learn}, {t: label_of[t] for t in learn}, quiet)
-            parts.append(Part(name, split, learn))
+            parts.append(MixedPart(name, split, learn))
         return MixedSplit(parts, tasks, self._config.mix)
 
     def preview(self, tasks: Mapping[str, Task], label_of: Mapping[str, str], num: int) -> Batch:

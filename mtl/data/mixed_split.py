@@ -18,7 +18,7 @@ from mtl.tasks import Task
 
 
 @dataclass(frozen=True)
-class Part:
+class MixedPart:
     """One of the data sets.
 
     Attributes:
@@ -35,7 +35,7 @@ class Part:
 class MixedSplit(Split):
     """Several splits, one after the other; an image has no label of the tasks that do not learn from its data set."""
 
-    def __init__(self, parts: Sequence[Part], tasks: Mapping[str, Task], mix: MixConfig) -> None:
+    def __init__(self, parts: Sequence[MixedPart], tasks: Mapping[str, Task], mix: MixConfig) -> None:
         """Reads the first sample of each part.
 
         Args:
@@ -113,7 +113,7 @@ class MixedSplit(Split):
         return _joined([part.split.label_identity(task) for part in self._parts if task in part.tasks])
 
     @property
-    def _placed(self) -> list[tuple[Part, int]]:
+    def _placed(self) -> list[tuple[MixedPart, int]]:
         return list(zip(self._parts, self._starts.tolist(), strict=False))
 
     def _none_of(self, name: str, first: Sequence[Mapping[str, Tensor]]) -> Tensor:
@@ -132,7 +132,7 @@ class MixedSplit(Split):
             raise DataError(f"{lacking} has no label of {name!r}, and {error}") from error
 
 
-def _view_of(view: View | None, part: Part) -> View | None:
+def _view_of(view: View | None, part: MixedPart) -> View | None:
     """The view of a part: images of the same index in several parts change in different ways."""
     return None if view is None else replace(view, place=part.name)
 

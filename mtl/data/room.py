@@ -15,7 +15,7 @@ from mtl.runtime.text import in_bytes
 Stored = Mapping[str, tuple[Shape, int]]
 
 
-def bytes_of(stored: Stored) -> int:
+def stored_bytes(stored: Stored) -> int:
     return sum(math.prod(shape) * width for shape, width in stored.values())
 
 

@@ -41,12 +41,12 @@ def synchronise(module: nn.Module, world: World) -> None:
 def _forward(norm: nn.Module, x: Tensor) -> Tensor:
     """The layer's own forward, whatever it does besides (timm's has an activation), with shared statistics."""
     own: Any = type(norm).forward
-    with _Shared() if norm.training else nullcontext():
+    with _SharedBatchNorm() if norm.training else nullcontext():
         result: Tensor = own(norm, x)
     return result
 
 
-class _Shared(TorchFunctionMode):
+class _SharedBatchNorm(TorchFunctionMode):
     """Takes the place of `torch.nn.functional.batch_norm`."""
 
     def __torch_function__(self, func: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:

@@ -11,13 +11,14 @@ import os
 from collections.abc import Collection, Iterable, Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass
-from typing import Any, Protocol
+from typing import Any
 
 import torch
 import torch.distributed as dist
 from torch import Tensor, nn
 
 from mtl.distributed.rendezvous import start_group
+from mtl.distributed.statistics import HasStatistics, join_statistics, sum_statistics
 
 TIMEOUT_S = 600.0
 _VARIABLES = ("RANK", "WORLD_SIZE", "LOCAL_RANK")
@@ -25,16 +26,6 @@ _VARIABLES = ("RANK", "WORLD_SIZE", "LOCAL_RANK")
 
 class WorldError(ValueError):
     """Processes that cannot train together."""
-
-
-class HasStatistics(Protocol):
-    """Statistics of a part of a data set, which are added to those of another part, or else joined with them."""
-
-    adds_up: bool
-
-    def state(self) -> list[Tensor]: ...
-
-    def load_state(self, state: Sequence[Tensor]) -> None: ...
 
 
 @dataclass(frozen=True)
@@ -230,27 +221,8 @@ class World:
         if self.is_alone:
             return
         each = list(metrics)
-        self._sum([one for one in each if one.adds_up])
-        for one in (one for one in each if not one.adds_up):
-            states: list[Any] = [None] * self.size
-            dist.all_gather_object(states, [tensor.detach().cpu() for tensor in one.state()])
-            one.load_state([torch.cat(parts) for parts in zip(*states, strict=True)])
-
-    def _sum(self, each: Sequence[HasStatistics]) -> None:
-        # On the CPU, where they are read next.
-        states = [[tensor.detach().cpu() for tensor in one.state()] for one in each]
-        everything = [tensor for state in states for tensor in state]
-        summed: dict[int, Tensor] = {}
-        for dtype in sorted({tensor.dtype for tensor in everything}, key=str):
-            places = [place for place, tensor in enumerate(everything) if tensor.dtype == dtype]
-            flat = torch.cat([everything[place].flatten() for place in places])
-            dist.all_reduce(flat)
-            parts = flat.split_with_sizes([everything[place].numel() for place in places])
-            summed |= {place: part.view_as(everything[place]) for place, part in zip(places, parts, strict=True)}
-        start = 0
-        for one, state in zip(each, states, strict=True):
-            one.load_state([summed[place] for place in range(start, start + len(state))])
-            start += len(state)
+        sum_statistics([one for one in each if one.adds_up])
+        join_statistics([one for one in each if not one.adds_up], self.size)
 
     def sum_in_place(self, tensor: Tensor) -> None:
         """Adds up a tensor on the CPU over the processes."""

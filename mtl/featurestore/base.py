@@ -124,7 +124,7 @@ class FeatureStore(ABC):
     def _to_bytes(self, tensors: Sequence[Tensor], places: Indices) -> list[Bytes]:
         """For every field "b bytes" of some places of a batch."""
         rows = self._new_rows(tensors, places)
-        return [_bytes_of(each, field) for each, field in zip(rows, self.fields, strict=True)]
+        return [_memory_of(each, field) for each, field in zip(rows, self.fields, strict=True)]
 
     def _new_batch(self, length: int) -> tuple[list[Tensor], list[Bytes]]:
         """Tensors to be filled, and their bytes: for every field "b bytes"."""
@@ -134,10 +134,10 @@ class FeatureStore(ABC):
                 torch.empty(length, *field.shape, dtype=field.dtype, pin_memory=self.pin_memory)
                 for field in self.fields
             ]
-            return batch, [_bytes_of(tensor, field) for tensor, field in zip(batch, self.fields, strict=True)]
+            return batch, [_memory_of(tensor, field) for tensor, field in zip(batch, self.fields, strict=True)]
 
 
-def _bytes_of(tensor: Tensor, field: Field) -> Bytes:
+def _memory_of(tensor: Tensor, field: Field) -> Bytes:
     """The memory of a contiguous tensor "b ..." on the CPU as "b bytes"."""
     memory: Bytes = tensor.view(torch.uint8).reshape(len(tensor), field.num_bytes).numpy()
     return memory

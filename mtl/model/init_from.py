@@ -91,7 +91,7 @@ def read_initial_weights(
     """
     found, taken, notes = dict[str, Tensor](), list[Taken](), list[str]()
     for number, entry in enumerate(config.init_from):
-        source = _Source(entry, f"init_from.{number}")
+        source = _WeightSource(entry, f"init_from.{number}")
         own, item = source.take(module, class_names)
         if twice := [name for name in own if name in found]:
             names = shorten(condense(twice, module.state_dict()), 4)
@@ -114,7 +114,7 @@ def _own_names(module: nn.Module) -> dict[str, Tensor]:
     return {name: tensor for name, tensor in module.state_dict().items() if not name.startswith(f"{TEACHERS}.")}
 
 
-class _Source:
+class _WeightSource:
     """What one entry takes tensors from."""
 
     def __init__(self, entry: InitFromConfig, key: str) -> None:

@@ -73,7 +73,7 @@ class Teacher(nn.Module):
 
 
 @dataclass(frozen=True)
-class _Origin:
+class _TeacherSpec:
     """What a teacher is made of.
 
     Attributes:
@@ -137,7 +137,7 @@ def _build(own: TeacherConfig, key: str, config: RunConfig, channels: int, with_
     return Teacher(trunk, takes, origin.size, shape.pooled)
 
 
-def _of_timm(own: TeacherConfig, key: str) -> _Origin:
+def _of_timm(own: TeacherConfig, key: str) -> _TeacherSpec:
     assert own.name is not None and own.weights is not None
     trunk = TrunkConfig(name=own.name, weights=own.weights, options=own.options)
     try:
@@ -145,15 +145,15 @@ def _of_timm(own: TeacherConfig, key: str) -> _Origin:
     except RuntimeError:  # No weights of that tag: an error when the model is built.
         known = None
     if known is None or not known.fixed_input_size:
-        return _Origin(trunk, None, None, key)
+        return _TeacherSpec(trunk, None, None, key)
     chosen = own.options.get("img_size", known.input_size[-2:])
     sides = [chosen, chosen] if isinstance(chosen, int) else chosen
     if not isinstance(sides, list | tuple) or len(sides) != 2:
         raise SettingError(f"{key}.options", f"img_size: expected a number, or height and width, got {chosen!r}")
-    return _Origin(trunk, (sides[0], sides[1]), None, key)
+    return _TeacherSpec(trunk, (sides[0], sides[1]), None, key)
 
 
-def _of_run(run: str, key: str, channels: int) -> _Origin:
+def _of_run(run: str, key: str, channels: int) -> _TeacherSpec:
     """The trunk of a run: its best weights, or the last ones if no validation gave a score."""
     try:
         opened = open_trained_run(Path(run))
@@ -163,10 +163,10 @@ def _of_run(run: str, key: str, channels: int) -> _Origin:
     # Where images have more channels than three, a run's trunk takes as many by itself.
     options = ({"in_chans": channels} if channels > 3 else {}) | config.trunk.options
     trunk = config.trunk.model_copy(update={"options": options, "weights": "none", "checkpointing": False})
-    return _Origin(trunk, config.data.size, opened.checkpoint, key)
+    return _TeacherSpec(trunk, config.data.size, opened.checkpoint, key)
 
 
-def _load_trunk(trunk: nn.Module, origin: _Origin, data: str) -> None:
+def _load_trunk(trunk: nn.Module, origin: _TeacherSpec, data: str) -> None:
     assert origin.checkpoint is not None
     try:
         found = read_contents(origin.checkpoint).tensors
@@ -180,7 +180,7 @@ def _load_trunk(trunk: nn.Module, origin: _Origin, data: str) -> None:
     load_into(trunk, state, str(origin.checkpoint))
 
 
-def _channels_differ(origin: _Origin, takes: int, channels: int, data: str) -> SettingError:
+def _channels_differ(origin: _TeacherSpec, takes: int, channels: int, data: str) -> SettingError:
     key = f"{origin.key}.{'options' if origin.checkpoint is None else 'run'}"
     return SettingError(
         key, f"the teacher takes images of {count(takes, 'channel')}, and those of {data} have {channels}"

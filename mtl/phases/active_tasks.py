@@ -5,30 +5,17 @@ This is found out first, from trunk and heads alone: which balancing methods the
 
 from __future__ import annotations
 
-from collections.abc import Mapping, Sequence
-from dataclasses import dataclass
+from collections.abc import Mapping
 
 from torch import nn
 
 from mtl.config import RunConfig
 from mtl.config.phase import PhaseConfig, patterns_of
+from mtl.config.yaml_source import KeyPath
 from mtl.freeze import untrainable_parameters
-from mtl.patterns import Counted, ModuleTree, PatternError, PatternLike, select, text_of
+from mtl.patterns import PatternError, select
 from mtl.patterns.module_tree import describe
-
-
-@dataclass(frozen=True)
-class PhaseTasks:
-    """The tasks of a phase.
-
-    Attributes:
-        tasks: Those whose losses are computed.
-        unreached: Parameters of trunk and heads that nothing in the configuration freezes, but that none of these
-            losses depends on.
-    """
-
-    tasks: tuple[str, ...]
-    unreached: tuple[str, ...]
+from mtl.runtime.text import hint
 
 
 def active_tasks(config: RunConfig, phase: PhaseConfig) -> tuple[str, ...]:
@@ -42,9 +29,33 @@ def classic_patterns(config: RunConfig) -> list[str]:
     return [f"~{text}" for text in config.MODEL.NOT_TRAIN_IN_MULTI_TASK]
 
 
+def tasks_of_phases(
+    config: RunConfig, model: nn.Module, reached: Mapping[str, frozenset[str]]
+) -> tuple[dict[KeyPath, tuple[str, ...]], list[str]]:
+    """The tasks of each written phase by its key path, and what is wrong with phases that are left out.
+
+    Args: as for `resolve_tasks`.
+    """
+    mistakes: list[str] = []
+    tasks_of: dict[KeyPath, tuple[str, ...]] = {}
+    for written in config.written_phases:
+        if written.path in tasks_of:
+            continue
+        labelled = [task for task, own in config.tasks.items() if not own.unlabelled]
+        unknown = [task for task in written.config.tasks or [] if task not in labelled]
+        for task in unknown:
+            path = (*written.path, "tasks", (written.config.tasks or []).index(task))
+            there = f"there are: {', '.join(labelled)}{hint(task, labelled)}"
+            what = f"{task} is unlabelled" if task in config.tasks else f"no task {task!r}"
+            mistakes += config.mistake(path, f"{what}; {there}").mistakes
+        if not unknown:
+            tasks_of[written.path] = resolve_tasks(config, written.config, model, reached)
+    return tasks_of, list(dict.fromkeys(mistakes))
+
+
 def resolve_tasks(
     config: RunConfig, phase: PhaseConfig, model: nn.Module, reached: Mapping[str, frozenset[str]]
-) -> PhaseTasks:
+) -> tuple[str, ...]:
     """Resolves the tasks: the active ones without those whose loss would reach frozen parameters only.
 
     All are kept if that would be none, or if a pattern does not match as it should among the parameters of trunk and
@@ -58,28 +69,15 @@ def resolve_tasks(
     """
     tasks = active_tasks(config, phase)
     if phase.evaluate_only:
-        return PhaseTasks(tasks, ())
+        return tasks
     names = [name for name, _ in model.named_parameters(remove_duplicate=False)]
     tree = describe(model)
-    own, own_match = _select(patterns_of(phase.train or phase.freeze or []), names, tree)
-    always, always_match = _select([*patterns_of(config.freeze_always), *classic_patterns(config)], names, tree)
-    frozen = always.union(untrainable_parameters(model))
+    try:
+        own = set(select(patterns_of(phase.train or phase.freeze or []), names, tree).names)
+        always = select([*patterns_of(config.freeze_always), *classic_patterns(config)], names, tree).names
+    except PatternError:
+        return tasks
     # `train` lists what is trained, `freeze` what is not.
-    trainable = [name for name in names if (name in own) == (phase.train is not None) and name not in frozen]
-    if own_match and always_match:
-        tasks = tuple(task for task in tasks if not reached[task].isdisjoint(trainable)) or tasks
-    depended_on = frozenset[str]().union(*(reached[task] for task in tasks))
-    return PhaseTasks(tasks, tuple(name for name in trainable if name not in depended_on))
-
-
-def _select(patterns: Sequence[PatternLike], names: Sequence[str], tree: ModuleTree) -> tuple[set[str], bool]:
-    """What patterns select among names that may be some of all, and whether each of them matches as it should."""
-    patterns, all_match = list(patterns), True
-    while True:
-        try:
-            return set(select(patterns, names, tree).names), all_match
-        except PatternError as error:
-            # One that matches nothing decides nothing; a number may count names that are not here.
-            wrong = patterns[error.index]
-            patterns[error.index : error.index + 1] = [text_of(wrong)] if isinstance(wrong, Counted) else []
-            all_match = False
+    trainable = {name for name in names if (name in own) == (phase.train is not None)}
+    trainable -= {*always, *untrainable_parameters(model)}
+    return tuple(task for task in tasks if not reached[task].isdisjoint(trainable)) or tasks

@@ -18,7 +18,7 @@ from mtl.model.teachers import TEACHERS
 from mtl.optim.balance.balance import Balance
 from mtl.patterns import ModuleTree, PatternError, PatternLike, partition, select, text_of
 from mtl.patterns.module_tree import describe
-from mtl.phases.active_tasks import PhaseTasks, classic_patterns
+from mtl.phases.active_tasks import classic_patterns
 from mtl.phases.metrics import RunMetrics
 from mtl.runtime.text import condense, shorten
 
@@ -63,7 +63,7 @@ class ResolveContext:
     fixed: Sequence[str]
     metrics: RunMetrics
     balance_of: Mapping[KeyPath, int]
-    tasks_of: Mapping[KeyPath, PhaseTasks]
+    tasks_of: Mapping[KeyPath, tuple[str, ...]]
     reached: Mapping[str, frozenset[str]]
     order_of: Callable[[Collection[str]], Order]
 
@@ -183,11 +183,10 @@ class FreezeResolver(PhaseResolver):
         super().__init__(context, written)
         self.always = always
 
-    def resolve(self, unreached: Sequence[str], balance: int) -> PhaseFreeze:
+    def resolve(self, balance: int) -> PhaseFreeze:
         """Resolves the freeze.
 
         Args:
-            unreached: Parameters that would train, but that no active task's loss depends on.
             balance: The place of the balancing method in `root.balance`; the others rest.
 
         Raises:
@@ -203,15 +202,15 @@ class FreezeResolver(PhaseResolver):
             if name.startswith("balance.") and not name.startswith(f"balance.{balance}.")
         ]
         freeze = [*own, *self.always, *classic_patterns(self.config), *self.context.fixed, *resting]
+        plan, unreached = self._plan(freeze, len(own))
         freeze += unreached if self.config.unreached == "freeze" else []
-        plan = self._plan(freeze, len(own))
         every_name = [name for names in _names_in(self.root) for name in names]
         if self.phase_config.freeze and not select(own, every_name, self.tree).names:
             raise self.config.mistake((*self.written.path, "freeze"), _ALL_TAKEN_BACK)
         if unreached and self.config.unreached == "error":
             raise self._unreached_mistake(unreached)
         self._check_that_something_trains(plan, unreached, balance)
-        return PhaseFreeze(freeze, self._as_written(len(own)), plan, tuple(unreached))
+        return PhaseFreeze(freeze, self._as_written(len(own)), plan, unreached)
 
     def _own_patterns(self) -> list[PatternLike]:
         """What the phase itself freezes.
@@ -258,10 +257,16 @@ class FreezeResolver(PhaseResolver):
             written.append(WrittenPattern("NOT_TRAIN_IN_MULTI_TASK", text, range(number, number + 1), where))
         return tuple(written)
 
-    def _plan(self, freeze: list[PatternLike], num_own: int) -> FreezePlan:
+    def _plan(self, freeze: list[PatternLike], num_own: int) -> tuple[FreezePlan, tuple[str, ...]]:
+        """What is frozen, and the parameters that would train but that no active task reaches."""
         key = self.phase_config.patterns_key
         try:
-            return plan_freeze(self.root, freeze)
+            names = partition(freeze, *_names_in(self.root), self.tree)
+            tasks = self.context.tasks_of[self.written.path]
+            reached = frozenset[str]().union(*(self.context.reached[task] for task in tasks))
+            unreached = tuple(n for n in names.trainable if n not in reached and not n.startswith("balance."))
+            also = unreached if self.config.unreached == "freeze" else ()
+            return plan_freeze(self.root, [*freeze, *also]), unreached
         except PatternError as error:
             place: KeyPath = (*self.written.path, key, error.index)
             if error.index >= num_own:

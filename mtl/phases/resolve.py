@@ -143,19 +143,18 @@ class _Resolver(PhaseResolver):
         super().__init__(context, written)
         self.always = always
         self.optim = self.config.optim_of(self.phase_config)
-        self.order = context.order_of(context.tasks_of[written.path].tasks)
+        self.order = context.order_of(context.tasks_of[written.path])
         self.batch_size = self.phase_config.batch_size or self.config.data.batch_size
         self.steps_per_epoch = -(-self.order.num_batches(self.batch_size) // self.optim.accumulate)
 
     def phase(self) -> Phase:
         """Raises `ConfigError` with all that is wrong with the phase."""
         mistakes: list[str] = []
-        of_phase = self.context.tasks_of[self.written.path]
+        tasks = self.context.tasks_of[self.written.path]
         place = self.context.balance_of[self.written.path]
         balance: Balance = self.root.get_submodule(f"balance.{place}")  # type: ignore[assignment]
-        tasks, unreached = of_phase.tasks, of_phase.unreached
         resolver = FreezeResolver(self.context, self.written, self.always)
-        freeze = _attempt(mistakes, lambda: resolver.resolve(unreached, place))
+        freeze = _attempt(mistakes, lambda: resolver.resolve(place))
         length = _attempt(mistakes, lambda: PhaseLength.from_config(self.written, self.context.metrics))
         plan = None if freeze is None else freeze.plan
         groups = _attempt(mistakes, lambda: GroupResolver(self.context, self.written).resolve(plan, balance))
@@ -279,7 +278,7 @@ class _Resolver(PhaseResolver):
         except PatternError as error:
             raise self.config.mistake(path, str(error)) from error
         found = tuple(name for name in selected if name in plan.names.trainable)
-        if not found and len(self._sharing(self.context.tasks_of[self.written.path].tasks, plan)) > 1:
+        if not found and len(self._sharing(self.context.tasks_of[self.written.path], plan)) > 1:
             message = f"expected a pattern of parameters of the trunk that train in {self.phase_config.name!r}, got"
             raise self.config.mistake(path, f"{message} {balance.on!r}, which are frozen")
         return found

@@ -26,13 +26,13 @@ from mtl.model.reachability import reached_parameters
 from mtl.model.shapes import quick_shapes
 from mtl.model.teachers import TEACHERS, Teacher, build_teachers
 from mtl.optim.balance.build import build_balance
-from mtl.phases.active_tasks import PhaseTasks, resolve_tasks
+from mtl.phases.active_tasks import tasks_of_phases
 from mtl.phases.data_source import open_source
 from mtl.phases.freeze_rules import ResolveContext
 from mtl.phases.metrics import RunMetrics
 from mtl.phases.resolve import Phase, resolve_phases
 from mtl.phases.unread import unread_settings
-from mtl.runtime.text import count, hint
+from mtl.runtime.text import count
 from mtl.tasks import Task, build_tasks, labels_of
 
 _Made = TypeVar("_Made")
@@ -110,7 +110,7 @@ def build_model_setup(
             model = build_model(own_config, tasks, channels)
             _check_join_heads(config, model)
             reached = reached_parameters(model)
-            tasks_of, mistakes = _tasks_of_phases(config, model, reached)
+            tasks_of, mistakes = tasks_of_phases(config, model, reached)
             balances, balance_of = _build_balances(config, tasks_of, mistakes)
     except SettingError as error:
         raise mistake_of(config, error) from error
@@ -238,29 +238,8 @@ def without_weights(config: RunConfig) -> RunConfig:
     return config.with_changes(trunk=config.trunk.model_copy(update={"weights": "none"}))
 
 
-def _tasks_of_phases(
-    config: RunConfig, model: MultiTaskModel, reached: Mapping[str, frozenset[str]]
-) -> tuple[dict[KeyPath, PhaseTasks], list[str]]:
-    """The tasks of each written phase, and what is wrong with phases that are left out."""
-    mistakes: list[str] = []
-    tasks_of: dict[KeyPath, PhaseTasks] = {}
-    for written in config.written_phases:
-        if written.path in tasks_of:
-            continue
-        labelled = [task for task, own in config.tasks.items() if not own.unlabelled]
-        unknown = [task for task in written.config.tasks or [] if task not in labelled]
-        for task in unknown:
-            path = (*written.path, "tasks", (written.config.tasks or []).index(task))
-            there = f"there are: {', '.join(labelled)}{hint(task, labelled)}"
-            what = f"{task} is unlabelled" if task in config.tasks else f"no task {task!r}"
-            mistakes += config.mistake(path, f"{what}; {there}").mistakes
-        if not unknown:
-            tasks_of[written.path] = resolve_tasks(config, written.config, model, reached)
-    return tasks_of, list(dict.fromkeys(mistakes))
-
-
 def _build_balances(
-    config: RunConfig, tasks_of: Mapping[KeyPath, PhaseTasks], mistakes: list[str]
+    config: RunConfig, tasks_of: Mapping[KeyPath, tuple[str, ...]], mistakes: list[str]
 ) -> tuple[nn.ModuleList, dict[KeyPath, int]]:
     """The balancing methods of a run, one for each method and set of tasks, and which phase uses which.
 
@@ -277,7 +256,7 @@ def _build_balances(
     for written in config.written_phases:
         if written.path in balance_of or written.path not in tasks_of:
             continue
-        own, tasks = written.config.balance, tasks_of[written.path].tasks
+        own, tasks = written.config.balance, tasks_of[written.path]
         settings, place = (config.balance, ()) if own is None else (own, written.path)
         key = (settings.model_dump_json(), tasks)
         if key not in keys:

@@ -14,7 +14,7 @@ from mtl.phases.data_source import open_source
 from mtl.results.trained import TrainedModel
 from mtl.runtime.text import count, hint
 from mtl.tasks import Task, labels_of
-from mtl.training.evaluate import Scores, score, validate, validate_constant
+from mtl.training.validation import Scores, score, validate, validate_constant
 
 
 @dataclass(frozen=True)

@@ -49,7 +49,7 @@ class OutputDifference:
 
 
 @dataclass(frozen=True)
-class Comparison:
+class OutputComparison:
     """The outputs of the old tasks by the old model and by the new one, in one process, on the same batches.
 
     Attributes:
@@ -91,7 +91,7 @@ class Comparison:
         return "\n".join(lines)
 
 
-def compare_outputs(setup: RunSetup, run_dir: Path, old: TrainedRun) -> Comparison:
+def compare_outputs(setup: RunSetup, run_dir: Path, old: TrainedRun) -> OutputComparison:
     """Compares the outputs of an old run's tasks with those of the best weights of a run that has added others.
 
     Both models are built from their configurations and filled from their checkpoints; nothing is shared with the model
@@ -119,7 +119,9 @@ def compare_outputs(setup: RunSetup, run_dir: Path, old: TrainedRun) -> Comparis
                 digests[task][f"{split} {int(indices[0])}"] = fingerprint(one[task])
                 _compare(task, split, indices, one[task], other[task], found)
     roots = {task: root(each) for task, each in digests.items()}
-    return Comparison(str(old.folder), str(old.checkpoint), str(new.checkpoint), num, roots, tuple(found.values()))
+    return OutputComparison(
+        str(old.folder), str(old.checkpoint), str(new.checkpoint), num, roots, tuple(found.values())
+    )
 
 
 def _model_of(run: TrainedRun, setup: RunSetup, tasks: Collection[str]) -> MultiTaskModel:

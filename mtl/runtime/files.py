@@ -1,4 +1,4 @@
-"""Files: written whole and forced to disk; errors of the system about them; dead links."""
+"""Files: written whole and forced to disk; JSON, read and written; errors of the system about them; dead links."""
 
 from __future__ import annotations
 
@@ -9,6 +9,8 @@ import os
 from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import Any, Protocol
+
+from mtl.runtime.text import short_repr
 
 
 def is_full(error: Exception) -> bool:
@@ -46,13 +48,13 @@ def dead_link(path: Path) -> str:
     return ""
 
 
-class Call(Protocol):
+class VectoredIO(Protocol):
     """`os.preadv` or `os.pwritev`: moves bytes between buffers and a file, and returns how many."""
 
     def __call__(self, file: int, buffers: Sequence[memoryview], at: int, /) -> int: ...
 
 
-def all_bytes(call: Call, file: int, buffers: Sequence[memoryview], at: int) -> int:
+def all_bytes(call: VectoredIO, file: int, buffers: Sequence[memoryview], at: int) -> int:
     """Reads or writes until all is done, which mostly is one call, or until nothing comes any more.
 
     Returns:
@@ -104,6 +106,27 @@ def write_bytes(file: Path, content: bytes) -> None:
         temporary.unlink(missing_ok=True)
         raise
     sync(file.parent)
+
+
+class JsonFileError(ValueError):
+    """A file that holds no JSON object; the message names it."""
+
+
+def read_json(file: Path) -> dict[str, Any]:
+    """The JSON object that a file holds.
+
+    Raises:
+        JsonFileError: It is cut short, is no JSON, or holds something else.
+        OSError: It cannot be read.
+    """
+    written = file.read_bytes()
+    try:
+        content = json.loads(written)
+    except (ValueError, RecursionError) as error:
+        raise JsonFileError(f"{file}: cannot be read: {error}; it is cut short, or is not JSON") from error
+    if not isinstance(content, dict):
+        raise JsonFileError(f"{file}: expected keys and values, got {short_repr(content)}")
+    return content
 
 
 def write_json(file: Path, content: Mapping[str, Any]) -> None:

@@ -1,9 +1,11 @@
-"""Fingerprints: exact, position-sensitive digests of tensors, and of plain data."""
+"""Fingerprints: exact, position-sensitive digests of tensors, of files, and of plain data."""
 
 from __future__ import annotations
 
+import hashlib
 import json
 from collections.abc import Iterable, Mapping
+from pathlib import Path
 from typing import Any
 
 import xxhash
@@ -52,3 +54,13 @@ def fingerprint_of_json(content: Any) -> str:
     """The XXH3-128 digest of plain data as JSON, whatever the order of its keys."""
     canonical = json.dumps(content, sort_keys=True, separators=(",", ":"))
     return xxhash.xxh3_128_hexdigest(canonical.encode())
+
+
+def fingerprint_of_file(file: Path) -> str:
+    """The XXH3-128 digest of a file's bytes, in constant memory.
+
+    Raises:
+        OSError: The file cannot be read.
+    """
+    with file.open("rb") as stream:
+        return hashlib.file_digest(stream, xxhash.xxh3_128).hexdigest()

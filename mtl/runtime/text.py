@@ -45,6 +45,12 @@ def shorten(items: list[str], most: int) -> str:
     return ", ".join(items[:most]) + (f" and {len(items) - most} more" if len(items) > most else "")
 
 
+def short_repr(value: object) -> str:
+    """A value as Python writes it, in at most 60 characters."""
+    text = repr(value.decode("utf-8", "replace") if isinstance(value, bytes) else value)
+    return text if len(text) <= 60 else f"{text[:57]}..."
+
+
 def with_article(noun: str) -> str:
     """`a tensor`, `an array`."""
     return f"{'an' if noun[:1] in 'aeiou' else 'a'} {noun}"

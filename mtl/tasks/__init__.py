@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from mtl.tasks.base import Goal, Metrics, Task
+from mtl.tasks.base import Goal, Task
 from mtl.tasks.binary_maps import Edges, Saliency
 from mtl.tasks.build import build_tasks
 from mtl.tasks.classification import Classification
@@ -11,6 +11,7 @@ from mtl.tasks.distill import Distill
 from mtl.tasks.keypoints import Keypoints
 from mtl.tasks.kinds import label_kinds, labels_of
 from mtl.tasks.loss import Loss
+from mtl.tasks.metrics import Metrics
 from mtl.tasks.multilabel import MultiLabel
 from mtl.tasks.normals import Normals
 from mtl.tasks.ordinal import Ordinal

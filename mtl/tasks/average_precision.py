@@ -7,8 +7,8 @@ from collections.abc import Sequence
 import torch
 from torch import Tensor
 
-from mtl.tasks.base import Metrics
 from mtl.tasks.loss import as_float
+from mtl.tasks.metrics import Metrics
 
 # Next to 0 for no.
 _YES, _NONE = 1, -1

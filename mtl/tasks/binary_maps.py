@@ -8,12 +8,13 @@ from typing import ClassVar, Literal
 import torch
 from torch import Tensor
 
-from mtl.tasks.base import ColourScale, Goal, LabelKind, Metrics, Several
+from mtl.tasks.base import ColourScale, Goal, LabelKind
 from mtl.tasks.binary_losses import BalancedBce, Bce, BinaryFocal, WeightedBce, log_odds
 from mtl.tasks.classes import check_classes, samples_out_of_range
 from mtl.tasks.entries import EntryTask
 from mtl.tasks.loss import Loss, as_float
 from mtl.tasks.maps import resized
+from mtl.tasks.metrics import Metrics, Several
 from mtl.tasks.ods_f import OdsF
 from mtl.tasks.thresholds import ForegroundIou, MaxF
 

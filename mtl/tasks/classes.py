@@ -8,11 +8,11 @@ from typing import ClassVar
 import torch
 from torch import Tensor
 
-from mtl.tasks.base import Metrics
 from mtl.tasks.class_losses import ClassLoss, ClassWeights, CrossEntropy, Focal
 from mtl.tasks.confusion import MacroF1, MeanAccuracy
 from mtl.tasks.entries import EntryTask
 from mtl.tasks.loss import Loss
+from mtl.tasks.metrics import Metrics
 
 
 class ClassTask(EntryTask):

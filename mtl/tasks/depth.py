@@ -10,11 +10,12 @@ from typing import ClassVar, Literal
 import torch
 from torch import Tensor
 
-from mtl.tasks.base import ColourScale, Goal, LabelKind, Metrics
+from mtl.tasks.base import ColourScale, Goal, LabelKind
 from mtl.tasks.depth_metrics import TERMS, DepthMean, DepthMetrics
 from mtl.tasks.entries import EntryTask
 from mtl.tasks.loss import Loss, as_float
 from mtl.tasks.maps import resized
+from mtl.tasks.metrics import Metrics
 from mtl.tasks.number_losses import L1, BerHu, Huber, SiLog, SiLogOfMetres, root_of
 
 Space = Literal["log", "linear", "bins"]

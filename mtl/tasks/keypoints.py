@@ -9,9 +9,10 @@ import torch
 from torch import Tensor
 from torch.nn import functional
 
-from mtl.tasks.base import ColourScale, Goal, LabelKind, Metrics
+from mtl.tasks.base import ColourScale, Goal, LabelKind
 from mtl.tasks.entries import EntryTask
 from mtl.tasks.loss import Loss, as_float
+from mtl.tasks.metrics import Metrics
 from mtl.tasks.number_losses import Mse
 
 # Pixels a side of a heat map's cell; a point is a Gaussian of this many cells (the paper's 2, at 64 x 48).

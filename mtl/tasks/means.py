@@ -8,7 +8,7 @@ from collections.abc import Sequence
 import torch
 from torch import Tensor
 
-from mtl.tasks.base import Metrics
+from mtl.tasks.metrics import Metrics
 
 
 class Means(Metrics):

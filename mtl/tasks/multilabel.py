@@ -9,10 +9,11 @@ import torch
 from torch import Tensor
 
 from mtl.tasks.average_precision import EachAveragePrecision, MeanAveragePrecision
-from mtl.tasks.base import Goal, LabelKind, Metrics
+from mtl.tasks.base import Goal, LabelKind
 from mtl.tasks.binary_losses import Bce, BinaryFocal, log_odds
 from mtl.tasks.entries import EntryTask
 from mtl.tasks.loss import Loss, as_float
+from mtl.tasks.metrics import Metrics
 
 
 class MultiLabelMetrics(Metrics):

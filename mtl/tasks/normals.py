@@ -10,10 +10,11 @@ from einops import rearrange
 from torch import Tensor
 from torch.nn import functional
 
-from mtl.tasks.base import Goal, LabelKind, Metrics
+from mtl.tasks.base import Goal, LabelKind
 from mtl.tasks.entries import EntryTask
 from mtl.tasks.loss import Loss, as_float
 from mtl.tasks.maps import resized
+from mtl.tasks.metrics import Metrics
 from mtl.tasks.normals_losses import Chord, Cosine, L1OfNormals, directions, labelled_normals
 from mtl.tasks.normals_metrics import AngleRmse, NormalsMetrics
 

@@ -7,8 +7,8 @@ from collections.abc import Sequence
 import torch
 from torch import Tensor
 
-from mtl.tasks.base import Metrics
 from mtl.tasks.means import Means
+from mtl.tasks.metrics import Metrics
 from mtl.tasks.normals_losses import angles, labelled_normals
 
 # Angles are counted in bins this wide (degrees); 11.25, 22.5 and 30 lie on edges, so shares under them are exact.

@@ -16,7 +16,7 @@ from pydantic import Field
 from torch import Tensor
 
 from mtl.config import Strict
-from mtl.tasks.base import Metrics
+from mtl.tasks.metrics import Metrics
 from mtl.tasks.thresholds import probability
 
 if TYPE_CHECKING:

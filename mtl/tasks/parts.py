@@ -11,9 +11,10 @@ from mtl.config import LossConfig, MetricConfig, SettingError
 from mtl.config.own import checked_options, is_own, make_own, own_class
 from mtl.runtime.plugin import where_it_failed
 from mtl.runtime.text import hint
-from mtl.tasks.base import Metrics, Task
+from mtl.tasks.base import Task
 from mtl.tasks.entries import EntryTask
 from mtl.tasks.loss import Loss
+from mtl.tasks.metrics import Metrics
 
 # Height and width of the images on which a loss of the user's own is tried.
 _TRIED_ON = (8, 8)

@@ -8,9 +8,10 @@ from typing import ClassVar, Literal
 import torch
 from torch import Tensor
 
-from mtl.tasks.base import Goal, LabelKind, Metrics
+from mtl.tasks.base import Goal, LabelKind
 from mtl.tasks.entries import EntryTask
 from mtl.tasks.loss import Loss, as_float
+from mtl.tasks.metrics import Metrics
 from mtl.tasks.number_losses import L1, Huber, Mse
 
 

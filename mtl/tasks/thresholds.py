@@ -7,7 +7,7 @@ from collections.abc import Sequence
 import torch
 from torch import Tensor
 
-from mtl.tasks.base import Metrics
+from mtl.tasks.metrics import Metrics
 
 
 def probability(output: Tensor, label: Tensor) -> Tensor:

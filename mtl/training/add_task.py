@@ -10,7 +10,15 @@ from mtl.checkpoint.files import CheckpointError
 from mtl.checkpoint.run_files import CONFIG
 from mtl.checkpoint.trained_run import TrainedRun, open_trained_run
 from mtl.config import ConfigError, DistillConfig, RunConfig, config_of
-from mtl.config.yaml_source import COMMAND_LINE, KeyPath, Source, apply_override, dotted, merge_sources, read_source
+from mtl.config.yaml_source import (
+    COMMAND_LINE,
+    ConfigSource,
+    KeyPath,
+    apply_override,
+    dotted,
+    merge_sources,
+    read_source,
+)
 from mtl.phases.setup import build_meta_setup
 from mtl.runtime.plugin import search_in
 from mtl.runtime.text import condense, shorten
@@ -102,14 +110,14 @@ def _table(value: Any) -> Mapping[str, Any]:
     return value if isinstance(value, dict) else {}
 
 
-def _part(source: Source, keys: Sequence[str], of_data: Sequence[str] | None) -> Source:
+def _part(source: ConfigSource, keys: Sequence[str], of_data: Sequence[str] | None) -> ConfigSource:
     """A configuration with some of its keys, and of `data` only some, with their places."""
     data = {key: value for key, value in source.data.items() if key in keys}
     places = {path: place for path, place in source.places.items() if path and path[0] in keys}
     if of_data is not None:
         data["data"] = {key: value for key, value in _table(data.get("data")).items() if key in of_data}
         places = {p: where for p, where in places.items() if p[0] != "data" or len(p) == 1 or p[1] in of_data}
-    return Source(data, places)
+    return ConfigSource(data, places)
 
 
 def _refuse_what_is_there(own: Mapping[KeyPath, str], run: TrainedRun) -> None:
@@ -138,7 +146,7 @@ def _old_parts(tasks: Sequence[str]) -> list[str]:
     return ["trunk", *(f"heads.{task}" for task in tasks)]
 
 
-def _freeze_what_is_there(source: Source, old: Sequence[str], by: str) -> None:
+def _freeze_what_is_there(source: ConfigSource, old: Sequence[str], by: str) -> None:
     """Freezes trunk and old heads in every phase that does not say itself what it freezes or trains."""
     for path, phase in _phases(source.data.get("phases"), ("phases",)):
         if not {"freeze", "train", "evaluate_only"} & phase.keys():
@@ -155,7 +163,7 @@ def _phases(entries: Any, path: KeyPath) -> Iterator[tuple[KeyPath, dict[str, An
             yield (*path, place), entry
 
 
-def _without_labels(source: Source, run: TrainedRun, by: str) -> None:
+def _without_labels(source: ConfigSource, run: TrainedRun, by: str) -> None:
     """Other data says nothing of the old tasks: their heads are kept, and nothing is measured of them."""
     for task, own in run.config.tasks.items():
         if isinstance(own, DistillConfig):
@@ -168,7 +176,7 @@ def _without_labels(source: Source, run: TrainedRun, by: str) -> None:
             source.places["tasks", task, key] = by
 
 
-def _take_weights(source: Source, run: TrainedRun, old: Sequence[str], by: str) -> None:
+def _take_weights(source: ConfigSource, run: TrainedRun, old: Sequence[str], by: str) -> None:
     """`init_from` with trunk and old heads, in front of what else is taken."""
     others = source.data.get("init_from", [])
     others = others if isinstance(others, list) else [others]

@@ -39,7 +39,7 @@ from mtl.training.step_sync import StepSync, StepTasks
 from mtl.training.tracking.log import RunLog
 from mtl.training.tracking.steps import LossRow
 from mtl.training.tracking.tracker import Tracker
-from mtl.training.validate import Validator
+from mtl.training.validator import Validator
 
 # Between steps, the audit looks so often at a trunk that is not run: a step takes less than a look at all of it.
 _EVERY_RESTING = 20

@@ -6,7 +6,7 @@ from dataclasses import dataclass
 from pathlib import Path
 
 from mtl.audit import Report
-from mtl.training.evaluate import Scores
+from mtl.training.validation import Scores
 
 
 @dataclass

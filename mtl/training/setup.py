@@ -28,7 +28,7 @@ from mtl.runtime.memory import keep_freed_memory
 from mtl.tasks import labels_of
 from mtl.training.autotune import choose, lay_out
 from mtl.training.depthwise_trial import choose_depthwise, set_depthwise
-from mtl.training.evaluate import Scores, validate_constant
+from mtl.training.validation import Scores, validate_constant
 
 
 @dataclass(frozen=True)

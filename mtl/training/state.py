@@ -26,7 +26,6 @@ from mtl.runtime.provenance import provenance
 from mtl.runtime.rng import random_state, seed_process, set_random_state
 from mtl.runtime.tensors import shard_like
 from mtl.training.best_checkpoints import BestWeights
-from mtl.training.evaluate import Scores
 from mtl.training.features import FeatureSource
 from mtl.training.history import UNKNOWN, History
 from mtl.training.resume import Resumption, frozen_names
@@ -34,6 +33,7 @@ from mtl.training.setup import RunSetup
 from mtl.training.step_sync import load_buffers
 from mtl.training.tracking.record import RunRecord
 from mtl.training.tracking.tracker import Tracker
+from mtl.training.validation import Scores
 
 
 class RunState:

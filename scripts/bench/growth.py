@@ -33,7 +33,7 @@ from PIL import Image
 
 from mtl.config import RunConfig
 from mtl.results.bench.bench import measured_on
-from mtl.results.bench.measure import BY_HAND, Row, measure
+from mtl.results.bench.measure import BY_HAND, BenchRow, measure
 from mtl.results.bench.settings import Setting
 
 ROOT = Path(__file__).resolve().parents[2]
@@ -67,7 +67,7 @@ def grow_tasks(rounds: int, num_steps: int, most: int, phases: Sequence[str], jo
         num_tasks *= 2
 
 
-def write_tasks(num_tasks: int, row: Row) -> None:
+def write_tasks(num_tasks: int, row: BenchRow) -> None:
     limit, mtl = (1e3 * row.loops[name].median("train_s") / row.num_steps for name in ("limit", "mtl"))
     times = ("train_s", "train_cpu_s", "epoch_s", "epoch_cpu_s")
     ratios = "".join(f"{row.over_limit('mtl', each):11.2f}" for each in times)  # type: ignore[arg-type]

@@ -485,8 +485,9 @@ def test_a_cut_shard_and_a_cut_index_are_refused(tmp_path: Path) -> None:
     folder = shards(tmp_path / "hf")
     for name in (SECOND, "model.safetensors.index.json"):
         (folder / name).write_bytes((folder / name).read_bytes()[:-1])
-        with pytest.raises(UnreadableError, match=name):
+        with pytest.raises(UnreadableError, match=name) as caught:
             read_contents(folder)
+    assert str(caught.value).count(name) == 1 and str(caught.value).endswith("it is cut short, or is not JSON")
 
 
 def test_a_folder_with_nothing_to_read_says_what_was_looked_for(tmp_path: Path) -> None:

@@ -11,7 +11,7 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 
 from mtl.config import ConfigError
-from mtl.config.yaml_source import KeyPath, Source, read_source
+from mtl.config.yaml_source import ConfigSource, KeyPath, read_source
 
 # Every test runs in a directory of its own (conftest), so that places read `run.yaml:3`.
 RUN = Path("run.yaml")
@@ -24,7 +24,7 @@ def write(file: str | Path, text: str) -> Path:
     return path
 
 
-def read(text: str, *overrides: str) -> Source:
+def read(text: str, *overrides: str) -> ConfigSource:
     return read_source(write(RUN, text), overrides)
 
 
@@ -121,7 +121,7 @@ def test_a_key_that_was_not_written_has_the_place_of_the_nearest_key_around_it()
     assert source.where(("data", "size")) == "run.yaml:3"
     assert source.where(("data", "absent", "deeper")) == "run.yaml:2"
     assert source.where(("absent",)) == "run.yaml:1"
-    assert Source().where(("absent",)) == "defaults"
+    assert ConfigSource().where(("absent",)) == "defaults"
 
 
 def test_an_alias_is_a_copy_of_its_own() -> None:

@@ -11,7 +11,7 @@ from pydantic import ValidationError
 
 from mtl.config.error_text import explain
 from mtl.config.transform import TransformsConfig
-from mtl.config.yaml_source import Source
+from mtl.config.yaml_source import ConfigSource
 from pages import code_block
 
 
@@ -68,5 +68,5 @@ def test_a_mistake_is_named_with_its_key(entry: Any, message: str) -> None:
     written = {"name": entry[0], "options": entry[1]} if isinstance(entry, tuple) else entry
     with pytest.raises(ValidationError) as error:
         TransformsConfig.model_validate({"train": [written]})
-    (line,) = [explain(details, TransformsConfig, Source()) for details in error.value.errors()]
+    (line,) = [explain(details, TransformsConfig, ConfigSource()) for details in error.value.errors()]
     assert re.match(f"defaults: {message}", line), line

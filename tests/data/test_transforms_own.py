@@ -260,7 +260,10 @@ class Dropped:
             "return {**sample, 'image': tv_tensors.Image(sample['image'][:, :6])}",
             r"expected mask as int64 of shape \(6, 16\), got int64 of shape \(12, 16\)",
         ),
-        ("return {**sample, 'depth': sample['depth'] * 2}", r"expected depth as Depth \(tv_tensors.wrap\), got Tensor"),
+        (
+            "return {**sample, 'depth': sample['depth'] * 2}",
+            r"expected depth as DepthMap \(tv_tensors.wrap\), got Tensor",
+        ),
         ("raise KeyError('colour')", r"KeyError: 'colour' \(.*own_.*py:\d+\)"),
     ],
 )

@@ -18,7 +18,7 @@ from mtl.distributed.ddp import wrap_ddp
 from mtl.distributed.world import World
 from mtl.model import MultiTaskModel
 from mtl.tasks import Classification, Depth, MultiLabel, Normals, Segmentation, Task
-from mtl.training.evaluate import validate
+from mtl.training.validation import validate
 from traffic import count_traffic
 
 WORLD = World.from_environment()

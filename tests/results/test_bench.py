@@ -18,7 +18,7 @@ from torch.optim import SGD
 
 import mtl.results.bench.measure as measure_module
 from mtl.cli import main
-from mtl.results.bench import Bench, Row, draw, in_words
+from mtl.results.bench import Bench, BenchRow, draw, in_words
 from mtl.results.bench.loops import ByHand, OnExtracted, limit_loop, mtl_loop, naive_loop
 from mtl.results.bench.measure import BY_HAND, Lap, LoopTimes, measure
 from mtl.results.bench.memory import peak_growth
@@ -189,8 +189,8 @@ LOOPS = {
     "limit": times(0.25, 0.5, first=2.5, peak=5),
 }
 ROWS = [
-    Row("a trunk", "trunk_frozen", 20, 1280, 256, 0.125, "", LOOPS),
-    Row("a trunk", "nothing_frozen", 4, 256, 256, 0.01, "", LOOPS | {"mtl": times(0.25, 1.5)}),
+    BenchRow("a trunk", "trunk_frozen", 20, 1280, 256, 0.125, "", LOOPS),
+    BenchRow("a trunk", "nothing_frozen", 4, 256, 256, 0.01, "", LOOPS | {"mtl": times(0.25, 1.5)}),
 ]
 MACHINE = {
     "system": "Linux",

@@ -16,7 +16,7 @@ import pytest
 import timm
 import torch
 from safetensors import safe_open
-from safetensors.torch import load_file
+from safetensors.torch import load_file, save_file
 
 import mtl
 from mtl.cli import main
@@ -437,6 +437,31 @@ def test_only_files_of_an_earlier_export_are_replaced(run_dir: Path, tmp_path: P
     assert content_of(out) == before
     assert main(["export", str(run_dir), "--out", str(out), *force]) == 0
     assert sorted(content_of(out)) == ["README.md", "export.json", "notes.txt", "trunk.safetensors"]
+
+
+def test_weights_that_cannot_be_read_back_are_named(
+    run_dir: Path, tmp_path: Path, capsys: Capture, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    def cut(tensors: dict[str, torch.Tensor], file: Path, metadata: dict[str, str]) -> None:
+        save_file(tensors, file, metadata)
+        file.write_bytes(file.read_bytes()[:-4])
+
+    monkeypatch.setattr("mtl.results.export.weights.save_file", cut)
+    assert main(["export", str(run_dir), "--out", str(tmp_path / "out"), "--format", "safetensors"]) == 1
+    (line,) = capsys.readouterr().err.splitlines()
+    assert line.startswith("error: model.safetensors, which was just written, cannot be read: ")
+    assert [*tmp_path.iterdir()] == []
+
+
+def test_a_record_of_an_earlier_export_that_was_cut_is_named(run_dir: Path, tmp_path: Path, capsys: Capture) -> None:
+    out = tmp_path / "out"
+    export(run_dir, "safetensors", out)
+    record = out / "export.json"
+    record.write_text(record.read_text()[:-3])
+    before = content_of(out)
+    line = refused(capsys, "export", run_dir, "--out", out, "--format", "timm", "--force")
+    assert line.startswith(f"error: --out: {record}: cannot be read: ") and "cut short" in line
+    assert content_of(out) == before
 
 
 def test_a_run_that_is_damaged_or_not_finished_is_refused(run_dir: Path, tmp_path: Path, capsys: Capture) -> None:

@@ -140,3 +140,15 @@ def test_a_damaged_run_is_named_with_its_file(runs: list[Path], capsys: pytest.C
     assert compare(runs) == 2
     (line,) = capsys.readouterr().err.splitlines()
     assert line.startswith(f"error: {runs[1]}/metrics.jsonl:1: expected one row as JSON")
+
+
+def test_a_key_that_is_written_twice_is_refused_by_both_reports_in_the_same_words(
+    runs: list[Path], capsys: pytest.CaptureFixture[str]
+) -> None:
+    file = runs[1] / "config.yaml"
+    file.write_text(f"{file.read_text()}name: again\n")
+    expected = f"{file}:{len(file.read_text().splitlines())}: name: this key is given twice"
+    for given in (runs, runs[1:2]):
+        assert compare(given) == 2
+        (line,) = capsys.readouterr().err.splitlines()
+        assert expected in line

@@ -9,8 +9,8 @@ import pytest
 
 from mtl.audit import Report
 from mtl.results.summary import closing_line, results_table
-from mtl.training.evaluate import Scores
 from mtl.training.result import RunResult
+from mtl.training.validation import Scores
 
 TRIVIAL: Scores = {
     "segmentation": {"miou": 0.0342, "pixel_accuracy": 0.4447},

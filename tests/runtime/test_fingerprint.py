@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import struct
+from pathlib import Path
 
 import pytest
 import torch
@@ -11,7 +12,7 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 from torch import Tensor, nn
 
-from mtl.runtime.fingerprint import fingerprint, root
+from mtl.runtime.fingerprint import fingerprint, fingerprint_of_file, root
 
 DTYPES = [
     torch.float32,
@@ -229,3 +230,10 @@ digests = st.dictionaries(st.sampled_from("abcde"), st.sampled_from("0123"), max
 def test_two_roots_are_equal_exactly_if_their_tables_are(a: dict[str, str], b: dict[str, str]) -> None:
     assert (root(a) == root(b)) == (a == b)
     assert root(dict(reversed(a.items()))) == root(a)
+
+
+@pytest.mark.parametrize("size", [0, 1, 300_000])
+def test_that_of_a_file_is_the_digest_of_its_bytes_and_nothing_else(tmp_path: Path, size: int) -> None:
+    content = bytes(range(251)) * (size // 251 + 1)
+    (tmp_path / "file").write_bytes(content[:size])
+    assert fingerprint_of_file(tmp_path / "file") == xxhash.xxh3_128_hexdigest(content[:size])

@@ -17,7 +17,7 @@ from safetensors.torch import load_file
 from torch import Tensor
 
 import mtl.training.loop
-import mtl.training.validate
+import mtl.training.validator
 from mtl.checkpoint.files import state_digest
 from mtl.config import load_config
 from mtl.config.yaml_source import ConfigError
@@ -57,7 +57,7 @@ def trainer_of(parts: RunSetup, folder: Path) -> Trainer:
 def scripted_scores(monkeypatch: pytest.MonkeyPatch, scores: Iterable[float]) -> None:
     """Lets each validation come to a score of the script's; all else is as it is."""
     script = iter(scores)
-    monkeypatch.setattr(mtl.training.validate, "score", lambda *_: next(script))
+    monkeypatch.setattr(mtl.training.validator, "score", lambda *_: next(script))
 
 
 class Watcher:
@@ -457,7 +457,7 @@ def test_a_phase_that_only_evaluates_is_validated_once_and_proves_every_byte(tmp
     rows = [(row["step"], row["epoch"], row["phase"]) for row in read_metrics(tmp_path) if "val/score" in row]
     assert rows == [(0, 0, "before"), (3, 1, "train"), (3, 1, "after")]
     best = max(
-        ended.scores, key=lambda name: mtl.training.validate.score(parts.tasks, ended.scores[name], parts.trivial)
+        ended.scores, key=lambda name: mtl.training.validator.score(parts.tasks, ended.scores[name], parts.trivial)
     )
     assert ended.scores["after"] == ended.scores[best if best != "after" else "train"]
     report = trainer.audit.report

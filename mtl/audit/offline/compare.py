@@ -7,7 +7,6 @@ from dataclasses import asdict, dataclass, replace
 from pathlib import Path
 from typing import Any, Literal
 
-import xxhash
 from torch import Tensor
 
 from mtl.audit.watch.change_size import size_of_change
@@ -16,7 +15,7 @@ from mtl.audit.watch.places import is_sparse
 from mtl.audit.watch.rows import num_rows, rows_in_words, split_rows
 from mtl.checkpoint.tensor_file import LeftOut, read_contents
 from mtl.patterns import PatternError, PatternLike, select
-from mtl.runtime.fingerprint import fingerprint
+from mtl.runtime.fingerprint import fingerprint, fingerprint_of_file
 from mtl.runtime.text import count
 
 Kind = Literal["value", "shape", "dtype", "missing", "new"]
@@ -69,7 +68,7 @@ class NotCompared:
 
 
 @dataclass(frozen=True)
-class Comparison:
+class CheckpointComparison:
     """The result of a comparison.
 
     Attributes:
@@ -117,7 +116,7 @@ class Comparison:
 _EVERYTHING = "**"
 
 
-def compare_checkpoints(first: Path, second: Path, freeze: Sequence[str] = (_EVERYTHING,)) -> Comparison:
+def compare_checkpoints(first: Path, second: Path, freeze: Sequence[str] = (_EVERYTHING,)) -> CheckpointComparison:
     """Compares two checkpoints of any form, as `compare`.
 
     Patterns select among the weights; if one selects none of them, all select among the entire checkpoints, as `**`
@@ -141,7 +140,7 @@ def compare_checkpoints(first: Path, second: Path, freeze: Sequence[str] = (_EVE
 
 def compare(
     first: Mapping[str, Content], second: Mapping[str, Content], freeze: Sequence[PatternLike] = (_EVERYTHING,)
-) -> Comparison:
+) -> CheckpointComparison:
     """Compares the tensors that patterns select, bit for bit.
 
     NaN equals NaN of the same bits, and -0.0 does not equal 0.0: a freeze promises to keep bits.
@@ -170,7 +169,7 @@ def compare(
     found = [difference for pair in pairs if (difference := _difference(*pair))]
     differences = tuple(each for each in found if isinstance(each, TensorDifference))
     left_out = tuple(each for each in found if isinstance(each, NotCompared))
-    return Comparison(len(pairs) - len(found), differences, left_out)
+    return CheckpointComparison(len(pairs) - len(found), differences, left_out)
 
 
 def _difference(name: str, before: Content | None, after: Content | None) -> TensorDifference | NotCompared | None:
@@ -203,12 +202,4 @@ def _is_same_file(one: LeftOut, other: Content | None) -> bool:
     """Whether both are files, with the same bytes."""
     if not isinstance(other, LeftOut) or one.file is None or other.file is None:
         return False
-    return _digest(one.file) == _digest(other.file)
-
-
-def _digest(file: Path) -> str:
-    digest = xxhash.xxh3_128()
-    with file.open("rb") as stream:
-        while block := stream.read(1 << 20):
-            digest.update(block)
-    return digest.hexdigest()
+    return fingerprint_of_file(one.file) == fingerprint_of_file(other.file)

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterator, Mapping
+from collections.abc import Iterable, Iterator, Mapping
 from typing import Any
 
 import torch
@@ -205,3 +205,9 @@ def inner_tensors(tensor: Tensor) -> Iterator[Tensor]:
 def _is_expanded(tensor: Tensor) -> bool:
     """Whether several elements share one address, as after `expand()`: it cannot be written to."""
     return any(size > 1 and not stride for size, stride in zip(tensor.shape, tensor.stride(), strict=True))
+
+
+def record_frozen(places: Iterable[TensorPlace], full_digests: bool) -> list[FrozenTensor]:
+    """The tensors that are at some places now; `full_digests` is that of `FrozenTensor`."""
+    found = [(place, place.current()) for place in places]
+    return [FrozenTensor(place, tensor, full_digests) for place, tensor in found if tensor is not None]

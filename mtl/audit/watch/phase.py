@@ -14,7 +14,7 @@ from mtl.audit.watch.constancy import Constancy
 from mtl.audit.watch.contract import AuditTarget, Contract, ModuleLinks, build_contract, shared_memory
 from mtl.audit.watch.findings import FindingBuilder
 from mtl.audit.watch.frozen_bytes import ByteWatch
-from mtl.audit.watch.frozen_tensor import FrozenTensor
+from mtl.audit.watch.frozen_tensor import record_frozen
 from mtl.audit.watch.gradients import GradientWatch
 from mtl.audit.watch.identity import Identity
 from mtl.audit.watch.judgement import FEW, Judge
@@ -57,7 +57,7 @@ class PhaseWatch:
         self._target = target
         self._optimizers = optimizers
         self._contract = build_contract(target, patterns)
-        self._frozen = _frozen_tensors(self._contract, full_digests)
+        self._frozen = record_frozen(self._contract.frozen, full_digests)
         self._full = [frozen for frozen in self._frozen if frozen.place.is_full]
         self._tripwires = Tripwires(self._full)
         self._constancy = Constancy(self._contract)
@@ -298,8 +298,3 @@ class PhaseWatch:
     def _check_modes(self, step: int = 0) -> list[Finding]:
         """Modules whose modes make their output vary; many modules are checked in rotation, unless no step is given."""
         return [self._findings.module_hazard(*what) for what in self._constancy.check(step)]
-
-
-def _frozen_tensors(contract: Contract, full_digests: bool) -> list[FrozenTensor]:
-    places = [(place, place.current()) for place in contract.frozen]
-    return [FrozenTensor(place, tensor, full_digests) for place, tensor in places if tensor is not None]

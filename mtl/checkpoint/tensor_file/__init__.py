@@ -17,7 +17,13 @@ from mtl.checkpoint.tensor_file.shards import (
     shard_files,
     shards_digest,
 )
-from mtl.checkpoint.tensor_file.single import TensorFileError, file_inside, read_tensor_file
+from mtl.checkpoint.tensor_file.single import (
+    TensorFileError,
+    file_inside,
+    read_header,
+    read_safetensors,
+    read_tensor_file,
+)
 
 __all__ = [
     "FROZEN",
@@ -38,6 +44,8 @@ __all__ = [
     "files_of",
     "is_in_shards",
     "read_contents",
+    "read_header",
+    "read_safetensors",
     "read_shards",
     "read_tensor_file",
     "shard_files",

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import json
 from collections.abc import Collection, Mapping
 from pathlib import Path
 from typing import Any
@@ -14,6 +13,7 @@ from mtl.checkpoint.tensor_file.contents import Contents, Leaves, named
 from mtl.checkpoint.tensor_file.dcp import METADATA, read_dcp
 from mtl.checkpoint.tensor_file.shards import FROZEN, MODEL, OPTIMIZER, Shards
 from mtl.checkpoint.tensor_file.single import TensorFileError, file_inside, read_safetensors, read_tensor_file
+from mtl.runtime.files import JsonFileError, read_json
 
 # What a folder may hold; the first one found is read: one file, shards with an index, or chunks.
 _INDEX = ".index.json"
@@ -150,8 +150,10 @@ def _main_file(path: Path) -> Path:
 def _indexed(index: Path) -> dict[Path, dict[str, Tensor]]:
     """The tensors of each file that an index names; each has to hold exactly those that the index lists."""
     try:
-        placed = json.loads(index.read_text(encoding="utf-8"))["weight_map"].items()
-    except (OSError, ValueError, LookupError, TypeError, AttributeError, RecursionError) as error:
+        placed = read_json(index)["weight_map"].items()
+    except JsonFileError as error:
+        raise UnreadableError(str(error)) from error
+    except (OSError, LookupError, AttributeError) as error:
         raise TensorFileError("it is no index with a weight_map") from error
     expected: dict[Path, set[str]] = {}
     for name, shard in placed:

@@ -3,9 +3,12 @@
 from __future__ import annotations
 
 import io
+import json
+import os
 import re
 import warnings
 import zipfile
+from dataclasses import dataclass
 from pathlib import Path, PurePath, PurePosixPath, PureWindowsPath
 from typing import Any
 
@@ -20,6 +23,8 @@ from mtl.runtime.text import with_article
 
 # safetensors' own key in the metadata, next to names of tied tensors.
 _FORMAT = "format"
+# The entry of a header that describes no tensor.
+_METADATA = "__metadata__"
 # What the pickle of every module has in it.
 _OF_A_MODULE = (b"_parameters", b"_buffers", b"_modules")
 _INSTEAD = "save its tensors where its code is at hand: torch.save(model.state_dict(), FILE)"
@@ -76,6 +81,48 @@ def read_safetensors(file: Path) -> tuple[dict[str, Tensor], dict[str, str]]:
     # `safetensors.torch.save_model` keeps one of several names, and lists the others in the metadata.
     tied = {name: kept for name, kept in metadata.items() if kept in tensors and name not in tensors}
     return tensors, {name: kept for name, kept in tied.items() if name != _FORMAT}
+
+
+@dataclass(frozen=True)
+class StoredTensor:
+    """A tensor as the header of a `.safetensors` file describes it (huggingface/safetensors, "Format").
+
+    Attributes:
+        dtype: The format's name of its type, such as `F32`.
+        shape: Its shape.
+        begin: The place of its first byte in the file.
+    """
+
+    dtype: str
+    shape: tuple[int, ...]
+    begin: int
+
+
+def read_header(file: Path) -> dict[str, StoredTensor]:
+    """The tensors of a `.safetensors` file by name, none of which is read: the library does not say where they begin.
+
+    Raises:
+        TensorFileError: It is damaged, or is no such file.
+        OSError: It cannot be read.
+    """
+    with file.open("rb") as stream:
+        size = os.fstat(stream.fileno()).st_size
+        length = int.from_bytes(stream.read(8), "little")
+        if size < 8 + length:
+            raise TensorFileError("its header is cut short")
+        text = stream.read(length)
+    try:
+        described = {name: own for name, own in json.loads(text).items() if name != _METADATA}
+        found = {
+            name: StoredTensor(own["dtype"], tuple(own["shape"]), 8 + length + own["data_offsets"][0])
+            for name, own in described.items()
+        }
+        end = max((own["data_offsets"][1] for own in described.values()), default=0)
+    except (ValueError, LookupError, TypeError, AttributeError, RecursionError) as error:
+        raise TensorFileError(f"its header is damaged: {error!r}") from error
+    if size < 8 + length + end:
+        raise TensorFileError("its tensors are cut short")
+    return found
 
 
 def load_pickle(source: Path | io.BytesIO) -> Any:

@@ -82,7 +82,7 @@ def _left_out(faults: Mapping[int, str], reader: SampleReader, num: int, skips: 
     return bad
 
 
-class _Reader(Dataset[_Read]):
+class _IndexedSamples(Dataset[_Read]):
     """Single samples with their index; one that cannot be read is the error that says so, whole across processes."""
 
     def __init__(self, reader: SampleReader, num: int) -> None:
@@ -101,7 +101,7 @@ class _Reader(Dataset[_Read]):
 
 def _samples(reader: SampleReader, num: int, num_workers: int, quiet: bool) -> Iterator[_Read]:
     """All samples in their order, with a bar if it takes longer than a second."""
-    items, batches = _Reader(reader, num), [[index] for index in range(num)]
+    items, batches = _IndexedSamples(reader, num), [[index] for index in range(num)]
     with tqdm(total=num, desc=f"{reader.place}: reading", disable=quiet or None, delay=1, leave=False) as bar:
         if not num_workers:
             for batch in batches:

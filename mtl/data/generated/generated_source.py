@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Iterator, Mapping, Sequence
+from contextlib import contextmanager
 from dataclasses import dataclass, replace
 from pathlib import Path
 from types import ModuleType
@@ -10,9 +11,9 @@ from typing import Any, TypeVar
 
 import torch
 import xxhash
-from safetensors.torch import load_file
 from tqdm import tqdm
 
+from mtl.checkpoint.tensor_file import TensorFileError, read_safetensors
 from mtl.config import GeneratedData, SettingError
 from mtl.config.file_data import SplitName
 from mtl.data.cache import DataError, cached, default_cache_dir, entry_of
@@ -22,7 +23,7 @@ from mtl.data.generated.rows_file import Arrays, RowsFile, write_rows
 from mtl.data.generated.sprites import load_sprites
 from mtl.data.generated.stored_split import StoredSplit
 from mtl.data.memory import MemorySplit, Transform
-from mtl.data.room import bytes_of, check_disk, check_image, check_memory
+from mtl.data.room import check_disk, check_image, check_memory, stored_bytes
 from mtl.data.source import Source, pipelines_of
 from mtl.runtime.console import logger
 from mtl.runtime.text import shorten
@@ -85,9 +86,11 @@ class GeneratedSource(Source):
         pipeline = pipelines_of(config)[which]
         kinds = {name: self._kinds[label] for name, label in label_of.items()}
         transform = Transform(pipeline, kinds) if getattr(config.transform, which) else None
-        if _bytes_of(config, which) > 1e9 * config.memory_gb:
-            stored = StoredSplit(RowsFile(_file_of(config, which, quiet)), tasks, label_of, transform)
-            return _checked(stored, which, config, tasks)
+        if _split_bytes(config, which) > 1e9 * config.memory_gb:
+            file = _file_of(config, which, quiet)
+            with _as_data_error(file):
+                rows = RowsFile(file)
+            return _checked(StoredSplit(rows, tasks, label_of, transform), which, config, tasks)
         split = load_split(config, which, quiet).with_labels(label_of)
         return replace(_checked(split, which, config, tasks).knowing(tasks), transform=transform)
 
@@ -109,10 +112,10 @@ def check_room(config: GeneratedData) -> None:
             raise SettingError("data.cache_dir", f"{_cache_dir(config)} cannot be read: {error.strerror}") from error
         block = data.module.BLOCK
         # Images are made in whole blocks.
-        check_memory("data.image_size", config.size, block, 2 * bytes_of(data.module.stored(block, size)))
-        if _bytes_of(config, split) <= 1e9 * config.memory_gb:
-            check_memory(f"data.{key}", config.size, num, _bytes_of(config, split))
-        on_disk, num_made = on_disk + _bytes_of(config, split), num_made + num
+        check_memory("data.image_size", config.size, block, 2 * stored_bytes(data.module.stored(block, size)))
+        if _split_bytes(config, split) <= 1e9 * config.memory_gb:
+            check_memory(f"data.{key}", config.size, num, _split_bytes(config, split))
+        on_disk, num_made = on_disk + _split_bytes(config, split), num_made + num
     key = "data.num_train" if config.num_train else "data.num_val" if config.num_val else "data.image_size"
     check_disk(key, config.size, num_made, on_disk, _cache_dir(config))
 
@@ -125,8 +128,19 @@ def num_images(config: GeneratedData) -> tuple[int, int]:
 
 def load_split(config: GeneratedData, split: str, quiet: bool) -> MemorySplit:
     """A split in memory, with all labels; arguments and errors as of `_file_of`."""
-    tensors = load_file(_file_of(config, split, quiet))
+    file = _file_of(config, split, quiet)
+    with _as_data_error(file):
+        tensors, _ = read_safetensors(file)
     return MemorySplit(tensors.pop("images"), tensors)
+
+
+@contextmanager
+def _as_data_error(file: Path) -> Iterator[None]:
+    """Errors of opening a file of the data cache as `DataError`, with its name."""
+    try:
+        yield
+    except (OSError, TensorFileError) as error:
+        raise DataError(f"the data cache {file} cannot be read: {error}") from error
 
 
 def _file_of(config: GeneratedData, split: str, quiet: bool) -> Path:
@@ -141,10 +155,10 @@ def _file_of(config: GeneratedData, split: str, quiet: bool) -> Path:
     return cached(_cache_dir(config), _key(data, config, split, num), shapes, make)
 
 
-def _bytes_of(config: GeneratedData, split: str) -> int:
+def _split_bytes(config: GeneratedData, split: str) -> int:
     """What a split takes in memory."""
     stored = BUILT_IN[config.name].module.stored(num_images(config)[split == "val"], config.image_size)
-    return bytes_of(stored)
+    return stored_bytes(stored)
 
 
 def _cache_dir(config: GeneratedData) -> Path:

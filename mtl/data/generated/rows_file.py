@@ -15,6 +15,7 @@ import torch
 from numpy.typing import NDArray
 from torch import Tensor
 
+from mtl.checkpoint.tensor_file import read_header
 from mtl.runtime.files import all_bytes
 
 Arrays = Mapping[str, NDArray[np.generic]]
@@ -71,16 +72,15 @@ class RowsFile:
 
     def __init__(self, file: Path) -> None:
         """Raises:
-        OSError: The file cannot be read.
+        TensorFileError: The file is damaged.
+        OSError: It cannot be read.
         """
+        header = read_header(file)
         self._file = os.open(file, os.O_RDONLY)
         weakref.finalize(self, os.close, self._file)
-        length = int.from_bytes(os.pread(self._file, 8, 0), "little")
-        header = json.loads(os.pread(self._file, length, 8))
-        header.pop("__metadata__", None)
-        self.shapes: dict[str, tuple[int, ...]] = {name: tuple(own["shape"]) for name, own in header.items()}
-        self._begins = {name: 8 + length + own["data_offsets"][0] for name, own in header.items()}
-        self._types = {name: np.dtype(_TYPES[own["dtype"]]) for name, own in header.items()}
+        self.shapes = {name: own.shape for name, own in header.items()}
+        self._begins = {name: own.begin for name, own in header.items()}
+        self._types = {name: np.dtype(_TYPES[own.dtype]) for name, own in header.items()}
 
     def read(self, name: str, indices: Tensor) -> Tensor:
         """Rows of one tensor.

@@ -20,19 +20,19 @@ from mtl.config.transform import (
     ScaleConfig,
 )
 from mtl.data.cache import DataError
-from mtl.data.transforms.dense import MOVES, Classes, Dense, Move, Normals, mirrored
+from mtl.data.transforms.dense import MOVES, Classes, Dense, Move, NormalMap, mirrored
 from mtl.data.transforms.points import Points
 
 IMAGE = "image"
 BuiltInConfig = ResizeConfig | CropConfig | FlipConfig | ScaleConfig | RotationConfig | ColourConfig
-# An image, `Image`, and its labels by name: `Classes`, `Depth`, `Normals`, `Points`, others plain tensors.
+# An image, `Image`, and its labels by name: `Classes`, `DepthMap`, `NormalMap`, `Points`, others plain tensors.
 Sample = dict[str, Tensor]
 
 _UP_TO_ONE = 255.0
 _BILINEAR = v2.InterpolationMode.BILINEAR
 
 
-class Step(Protocol):
+class PipelineStep(Protocol):
     """One transform of a pipeline.
 
     Attributes:
@@ -111,7 +111,7 @@ class Flip:
         return flipped
 
 
-class Scale:
+class RandomScale:
     """Enlarged by one of some factors, and cropped back to its size at random.
 
     The crop begins and ends at the centres of pixels, so that nothing from outside the image is interpolated.
@@ -140,7 +140,7 @@ class Scale:
         )
 
 
-class Rotation:
+class RandomRotation:
     """Turned about the centre by a random angle."""
 
     is_random = True
@@ -159,9 +159,9 @@ class Rotation:
 
     def _mirrored(self, value: Tensor) -> Tensor:
         """Normals whose second axis points down as if it pointed up, and back."""
-        if self._options.normals_y == "up" or not isinstance(value, Normals):
+        if self._options.normals_y == "up" or not isinstance(value, NormalMap):
             return value
-        return Normals.wrap(mirrored(value.as_subclass(Tensor), 1), value)
+        return NormalMap.wrap(mirrored(value.as_subclass(Tensor), 1), value)
 
 
 class Colour:
@@ -227,7 +227,7 @@ def _everywhere(sample: Mapping[str, Tensor], operation: Callable[..., Any], **a
     return moved
 
 
-def build_built_in(config: BuiltInConfig, size: tuple[int, int], key: str) -> Step:
+def build_built_in(config: BuiltInConfig, size: tuple[int, int], key: str) -> PipelineStep:
     """The transform that a configuration names.
 
     Args:
@@ -240,9 +240,9 @@ def build_built_in(config: BuiltInConfig, size: tuple[int, int], key: str) -> St
     if isinstance(config, FlipConfig):
         return Flip(config)
     if isinstance(config, ScaleConfig):
-        return Scale(config)
+        return RandomScale(config)
     if isinstance(config, RotationConfig):
-        return Rotation(config)
+        return RandomRotation(config)
     if isinstance(config, ColourConfig):
         return Colour(config, key)
     return Resize(size)

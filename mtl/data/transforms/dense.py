@@ -84,7 +84,7 @@ class Classes(Dense, tv_tensors.Mask):  # type: ignore[misc]
     outside = 255
 
 
-class Depth(Dense):
+class DepthMap(Dense):
     """A distance per pixel, "1 h w", in the camera's frame.
 
     An image that is enlarged by a factor looks as if everything were nearer by that factor, so the distance is divided
@@ -107,7 +107,7 @@ class Depth(Dense):
         return values if factor == 1 else values / factor
 
 
-class Normals(Dense):
+class NormalMap(Dense):
     """A unit vector per pixel, "3 h w": its first axis points right in the image, its second up.
 
     A mirror image has the other sign on one axis; a rotation of the image turns the first two.

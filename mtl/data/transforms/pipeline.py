@@ -15,7 +15,7 @@ from mtl.config.transform import OwnTransformConfig, TransformConfig
 from mtl.tasks.base import LabelKind
 
 if TYPE_CHECKING:
-    from mtl.data.transforms.built_in import Step
+    from mtl.data.transforms.built_in import PipelineStep
 
 
 class Pipeline:
@@ -34,7 +34,7 @@ class Pipeline:
         self._config = list(config)
         self._size = size
         self._key = key
-        self._steps: list[tuple[str, Step]] = []
+        self._steps: list[tuple[str, PipelineStep]] = []
         if config:
             # Late: torchvision takes a second, and many runs have no transforms.
             from mtl.data.transforms.steps import build_step

@@ -10,17 +10,17 @@ from torchvision import tv_tensors
 
 from mtl.config.transform import OwnTransformConfig, TransformConfig
 from mtl.data.cache import DataError
-from mtl.data.transforms.built_in import IMAGE, Resize, Sample, Step, build_built_in
-from mtl.data.transforms.dense import Classes, Dense, Depth, NoFormulaError, Normals
+from mtl.data.transforms.built_in import IMAGE, PipelineStep, Resize, Sample, build_built_in
+from mtl.data.transforms.dense import Classes, Dense, DepthMap, NoFormulaError, NormalMap
 from mtl.data.transforms.own import OwnTransform
 from mtl.data.transforms.points import Points
 from mtl.tasks.base import LabelKind
 
-_DENSE: Mapping[LabelKind, type[Dense]] = {"mask": Classes, "depth": Depth, "normals": Normals}
+_DENSE: Mapping[LabelKind, type[Dense]] = {"mask": Classes, "depth": DepthMap, "normals": NormalMap}
 _CHANNELS: Mapping[LabelKind, tuple[int, ...]] = {"mask": (), "depth": (1,), "normals": (3,)}
 
 
-def build_step(config: TransformConfig, size: tuple[int, int], place: str) -> Step:
+def build_step(config: TransformConfig, size: tuple[int, int], place: str) -> PipelineStep:
     """Makes one transform.
 
     Args:
@@ -68,7 +68,7 @@ def typed(image: Tensor, labels: Mapping[str, Tensor], kinds: Mapping[str, Label
     return sample
 
 
-def applied(step: Step, sample: Sample, generator: torch.Generator, place: str) -> Sample:
+def applied(step: PipelineStep, sample: Sample, generator: torch.Generator, place: str) -> Sample:
     try:
         changed = step(sample, generator)
     except NoFormulaError as error:

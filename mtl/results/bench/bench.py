@@ -26,7 +26,7 @@ from typing import Any
 
 import torch
 
-from mtl.results.bench.measure import BY_HAND, Row, measure
+from mtl.results.bench.measure import BY_HAND, BenchRow, measure
 from mtl.results.bench.peers import peers_here
 from mtl.results.bench.settings import SETTINGS
 from mtl.runtime.machine import machine
@@ -45,7 +45,7 @@ class Bench:
     """
 
     machine: Mapping[str, Any]
-    rows: Sequence[Row]
+    rows: Sequence[BenchRow]
     missing: Sequence[str] = ()
 
     def to_json(self) -> dict[str, Any]:

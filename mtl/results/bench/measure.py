@@ -67,7 +67,7 @@ class LoopTimes:
 
 
 @dataclass(frozen=True)
-class Row:
+class BenchRow:
     """One setting and kind of phase.
 
     Attributes:
@@ -110,7 +110,7 @@ class Row:
 
 def measure(
     setting: Setting, phase: str, folder: Path, rounds: int, others: Mapping[str, Maker] = BY_HAND, epochs: int = 1
-) -> Row:
+) -> BenchRow:
     """Times mtl's loop and others, some epochs of each in turn, back and forth.
 
     Args:
@@ -144,7 +144,7 @@ def measure(
     times = {name: LoopTimes(*first[name], laps[name]) for name in in_order}
     share = sum(mtl.audit_s) / sum(epochs * lap.epoch_s for lap in laps["mtl"])
     num_steps = setup.phases[0].steps_per_epoch
-    return Row(
+    return BenchRow(
         *(setting.name, phase, num_steps, num_steps * setting.batch_size, len(setup.val)),
         *(share, mtl.message, times),
     )

@@ -8,7 +8,7 @@ from typing import Any
 from matplotlib.figure import Figure
 
 from mtl.results.bench.bench import Bench
-from mtl.results.bench.measure import Row, Time
+from mtl.results.bench.measure import BenchRow, Time
 from mtl.runtime.layout import table
 from mtl.runtime.text import in_bytes
 
@@ -30,12 +30,12 @@ def _machine_line(on: Mapping[str, Any]) -> str:
     return f"{', '.join(where)}\n{', '.join(versions)}\nruns in {on['folder']}; medians of an epoch's seconds"
 
 
-def _setting_table(setting: str, rows: Sequence[Row], width: int | None) -> str:
+def _setting_table(setting: str, rows: Sequence[BenchRow], width: int | None) -> str:
     cells = [[name, *map(cell, rows)] for name, cell in _measures(list(rows[0].loops))]
     return f"{setting}\n{table(['', *(row.phase for row in rows)], cells, range(1, 1 + len(rows)), width)}"
 
 
-def _measures(names: Sequence[str]) -> Iterator[tuple[str, Callable[[Row], str]]]:
+def _measures(names: Sequence[str]) -> Iterator[tuple[str, Callable[[BenchRow], str]]]:
     """What each line of a table shows, of loops of these names."""
     yield "steps", lambda row: str(row.num_steps)
     others = [name for name in names if name != "limit"]

@@ -14,7 +14,7 @@ from mtl.results.export.names import output_names
 from mtl.results.export.onnx_form import export_onnx
 from mtl.results.export.parity import DEFINITION, enforce_parity
 from mtl.results.export.parts import Input
-from mtl.results.export.subject import Format, Subject, Written
+from mtl.results.export.subject import ExportedForm, Format, Subject
 from mtl.results.export.torch_form import export_torch
 from mtl.results.export.weights import export_safetensors, export_timm
 from mtl.results.trained import TrainedModel
@@ -38,7 +38,7 @@ class Exported:
     folder: Path
     files: list[str]
     subject: Subject
-    written: Written
+    written: ExportedForm
 
 
 def export(
@@ -81,7 +81,7 @@ def export(
     return Exported(out, files, subject, written)
 
 
-def _write(subject: Subject, form: Format, split: bool, folder: Path) -> Written:
+def _write(subject: Subject, form: Format, split: bool, folder: Path) -> ExportedForm:
     if form == "timm":
         return export_timm(subject, folder)
     if form == "safetensors":
@@ -89,7 +89,7 @@ def _write(subject: Subject, form: Format, split: bool, folder: Path) -> Written
     return (export_torch if form == "torch" else export_onnx)(subject, folder, split)
 
 
-def _record(subject: Subject, written: Written, form: Format, files: list[str], command: str) -> dict[str, object]:
+def _record(subject: Subject, written: ExportedForm, form: Format, files: list[str], command: str) -> dict[str, object]:
     """The content of `export.json`."""
     sizes = written.sizes
     return {

@@ -19,13 +19,13 @@ from mtl.checkpoint.run_files import (
 from mtl.results.export.meaning import meaning_of
 from mtl.results.export.parity import DEFINITION
 from mtl.results.export.snippets import snippets
-from mtl.results.export.subject import Format, Subject, Written
+from mtl.results.export.subject import ExportedForm, Format, Subject
 from mtl.results.run_choice import read_run
 from mtl.runtime.provenance import provenance
 from mtl.runtime.text import count
 
 
-def card(subject: Subject, written: Written, form: Format, command: str) -> str:
+def card(subject: Subject, written: ExportedForm, form: Format, command: str) -> str:
     """The text of the card, Markdown.
 
     Raises:
@@ -58,11 +58,11 @@ def _is_averaged(subject: Subject) -> bool:
     return config.optim.ema_decay is not None
 
 
-def _load(subject: Subject, written: Written, form: Format) -> str:
+def _load(subject: Subject, written: ExportedForm, form: Format) -> str:
     return "\n\n".join(f"```python\n{code}```" for code in snippets(subject, written, form))
 
 
-def _input(subject: Subject, written: Written) -> str:
+def _input(subject: Subject, written: ExportedForm) -> str:
     channels = subject.network.channels
     numbers = "uint8, 0 to 255" if subject.input == "uint8" else "float32, 0 to 1"
     colours = {1: "grey", 3: "red, green, blue; a grey image in each"}.get(channels, "as the data has them")
@@ -118,7 +118,7 @@ def _table(head: Sequence[str], rows: Iterable[Sequence[str]]) -> str:
     return "\n".join(f"| {' | '.join(line)} |" for line in lines)
 
 
-def _parity(subject: Subject, written: Written) -> str:
+def _parity(subject: Subject, written: ExportedForm) -> str:
     names = list(written.checks[0].differences)
     rows = [[str(check), *(f"{check.differences[name]:.2g}" for name in names)] for check in written.checks]
     what = f"On {subject.images.origin}; {DEFINITION}; at most {written.limit:g} is exported."

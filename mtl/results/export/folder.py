@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import json
 import os
 import shutil
 from collections.abc import Collection, Iterable, Iterator
@@ -10,7 +9,7 @@ from contextlib import contextmanager
 from pathlib import Path
 
 from mtl.config import SettingError
-from mtl.runtime.files import sync
+from mtl.runtime.files import JsonFileError, read_json, sync
 
 # Lists the files of an export, next to what else a program wants to know of it.
 RECORD, CARD = "export.json", "README.md"
@@ -77,10 +76,14 @@ def _check_foreign(out: Path, files: Iterable[str], earlier: Collection[str]) ->
 
 def _of_export(out: Path) -> set[str]:
     """The files of an earlier export in a folder, as it lists them."""
-    try:
-        listed = json.loads((out / RECORD).read_text(encoding="utf-8"))["files"]
-        names = {str(name) for name in listed}
-    except (OSError, ValueError, KeyError, TypeError):
+    if not (out / RECORD).is_file():
         return set()
+    try:
+        listed = read_json(out / RECORD).get("files")
+    except JsonFileError as error:
+        raise SettingError("--out", f"{error}; remove it, or name another folder") from error
+    if not isinstance(listed, list):
+        return set()
+    names = {str(name) for name in listed}
     # A record is a file that anybody can edit.
     return {RECORD, *(name for name in names if Path(name).name == name)}

@@ -11,14 +11,14 @@ from torch import Tensor
 
 from mtl.results.export.errors import ExportError
 from mtl.results.export.programs import Program, export_programs
-from mtl.results.export.subject import Subject, Written
+from mtl.results.export.subject import ExportedForm, Subject
 from mtl.results.export.trace import quiet, reason_of
 from mtl.runtime.files import sync
 
 SUFFIX, OPSET = ".onnx", 18
 
 
-def export_onnx(subject: Subject, folder: Path, split: bool) -> Written:
+def export_onnx(subject: Subject, folder: Path, split: bool) -> ExportedForm:
     """Writes `model.onnx`, or `trunk.onnx` and a `head_<task>.onnx` each, checks the files and runs them.
 
     Raises:

@@ -65,7 +65,7 @@ def difference(got: Tensor, expected: Tensor) -> float:
     return float(distance.amax() / scale)
 
 
-def compare(got: Mapping[str, Tensor], expected: Mapping[str, Tensor], size: tuple[int, int]) -> Check:
+def check_parity(got: Mapping[str, Tensor], expected: Mapping[str, Tensor], size: tuple[int, int]) -> Check:
     """Compares outputs by name."""
     num = len(next(iter(expected.values())))
     return Check(num, size, {name: difference(got[name], each) for name, each in expected.items()})

@@ -15,7 +15,7 @@ from mtl.results.export.errors import ExportError
 from mtl.results.export.images import resized
 from mtl.results.export.parity import Run, as_input
 from mtl.results.export.parts import HeadPart, TrunkPart, Whole, exportable, read_by
-from mtl.results.export.subject import Subject, Written
+from mtl.results.export.subject import ExportedForm, Subject
 from mtl.results.export.trace import first_that_holds, trace
 
 # From a program and the name of its file, without a suffix, to what runs the file: from its inputs to its outputs, both
@@ -40,7 +40,7 @@ class Program:
     outputs: list[str]
 
 
-def export_programs(subject: Subject, split: bool, save: Save, opset: int | None = None) -> Written:
+def export_programs(subject: Subject, split: bool, save: Save, opset: int | None = None) -> ExportedForm:
     """Exports a model, as one program or in parts, in files that give what the model gives.
 
     Args:
@@ -67,7 +67,7 @@ def export_programs(subject: Subject, split: bool, save: Save, opset: int | None
     sizes, checks = first_that_holds(make, subject.reference, subject.images.images, grid, steps)
     inputs = {program.outputs[0]: program.inputs for program in made[1:]}
     tasks = {name: task for task, name in subject.names.items()}
-    return Written(checks, sizes, opset, {tasks[name]: each for name, each in inputs.items()})
+    return ExportedForm(checks, sizes, opset, {tasks[name]: each for name, each in inputs.items()})
 
 
 def _whole(subject: Subject, step: int | None, grid: int, save: Save, made: list[Program]) -> Run:

@@ -2,11 +2,11 @@
 
 from __future__ import annotations
 
-from mtl.results.export.subject import Format, Subject, Written
+from mtl.results.export.subject import ExportedForm, Format, Subject
 from mtl.results.export.weights import WEIGHTS_FILE
 
 
-def snippets(subject: Subject, written: Written, form: Format) -> list[str]:
+def snippets(subject: Subject, written: ExportedForm, form: Format) -> list[str]:
     """A block of code each, which ends in a line feed."""
     if form == "timm":
         return [f"import timm\n\ntrunk = {written.call}.eval()\n"]
@@ -23,7 +23,7 @@ def _shape(subject: Subject) -> str:
     return f"1, {subject.network.channels}, {height}, {width}"
 
 
-def _torch(subject: Subject, written: Written) -> list[str]:
+def _torch(subject: Subject, written: ExportedForm) -> list[str]:
     images = f"images = torch.zeros({_shape(subject)}, dtype=torch.{_dtype(subject)})\n"
     if not written.inputs:
         return [
@@ -38,7 +38,7 @@ def _torch(subject: Subject, written: Written) -> list[str]:
     ]
 
 
-def _onnx(subject: Subject, written: Written) -> list[str]:
+def _onnx(subject: Subject, written: ExportedForm) -> list[str]:
     images = f"images = np.zeros(({_shape(subject)}), np.{_dtype(subject)})\n"
     begin = "import numpy as np\nimport onnxruntime\n\n"
     if not written.inputs:

@@ -74,7 +74,7 @@ class Subject:
 
 
 @dataclass(frozen=True)
-class Written:
+class ExportedForm:
     """What a format has written.
 
     Attributes:

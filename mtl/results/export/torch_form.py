@@ -10,14 +10,14 @@ import torch
 from torch import Tensor
 
 from mtl.results.export.programs import Program, export_programs
-from mtl.results.export.subject import Subject, Written
+from mtl.results.export.subject import ExportedForm, Subject
 from mtl.results.export.trace import quiet
 from mtl.runtime.files import sync
 
 SUFFIX, ABOUT = ".pt2", "mtl.json"
 
 
-def export_torch(subject: Subject, folder: Path, split: bool) -> Written:
+def export_torch(subject: Subject, folder: Path, split: bool) -> ExportedForm:
     """Writes `model.pt2`, or `trunk.pt2` and a `head_<task>.pt2` each, and runs the files.
 
     Raises:

@@ -17,7 +17,7 @@ from torch.export import Dim, ExportedProgram
 
 from mtl.results.export.errors import ExportError
 from mtl.results.export.images import resized
-from mtl.results.export.parity import LIMIT, Check, Run, compare
+from mtl.results.export.parity import LIMIT, Check, Run, check_parity
 
 # Letters of another library's reason.
 _LONGEST = 400
@@ -178,4 +178,4 @@ def _batches(run: Run, reference: Reference, images: Tensor) -> list[Check]:
 
 
 def _compared(run: Run, reference: Reference, images: Tensor) -> Check:
-    return compare(run(images), reference(images), (images.shape[-2], images.shape[-1]))
+    return check_parity(run(images), reference(images), (images.shape[-2], images.shape[-1]))

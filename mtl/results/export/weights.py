@@ -7,21 +7,22 @@ from pathlib import Path
 
 import timm
 import torch
-from safetensors.torch import load_file, save_file
+from safetensors.torch import save_file
 from torch import Tensor, nn
 
+from mtl.checkpoint.tensor_file import TensorFileError, read_safetensors
 from mtl.model.build import trunk_options
 from mtl.model.trunk import in_eval_mode, read_features
 from mtl.results.export.errors import ExportError
-from mtl.results.export.parity import Check, compare, reference_outputs
+from mtl.results.export.parity import Check, check_parity, reference_outputs
 from mtl.results.export.parts import exportable, feature_names
-from mtl.results.export.subject import Subject, Written
+from mtl.results.export.subject import ExportedForm, Subject
 from mtl.runtime.files import sync
 
 TRUNK_FILE, WEIGHTS_FILE = "trunk.safetensors", "model.safetensors"
 
 
-def export_timm(subject: Subject, folder: Path) -> Written:
+def export_timm(subject: Subject, folder: Path) -> ExportedForm:
     """Writes the trunk's weights under timm's own names, as `timm.create_model(..., checkpoint_path=...)` loads them.
 
     Raises:
@@ -41,7 +42,7 @@ def export_timm(subject: Subject, folder: Path) -> Written:
     call = f"timm.create_model({trunk.name!r}, {written}checkpoint_path={TRUNK_FILE!r})"
     images = subject.images.images
     checks = [_same_features(subject, loaded, images[:num]) for num in (len(images), 1)]
-    return Written(checks, call=call)
+    return ExportedForm(checks, call=call)
 
 
 def _same_features(subject: Subject, loaded: nn.Module, images: Tensor) -> Check:
@@ -54,29 +55,33 @@ def _same_features(subject: Subject, loaded: nn.Module, images: Tensor) -> Check
             with in_eval_mode(trunk):
                 found = read_features(trunk, prepared, network.levels, pooled=True, tokens=True)
             features.append(dict(zip(feature_names(found), found.tensors(), strict=True)))
-    return compare(features[0], features[1], size)
+    return check_parity(features[0], features[1], size)
 
 
-def export_safetensors(subject: Subject, folder: Path) -> Written:
+def export_safetensors(subject: Subject, folder: Path) -> ExportedForm:
     """Writes all parameters and buffers of the trunk and of the chosen heads under mtl's names.
 
     Raises:
-        ExportError: A model that is filled from the file gives other outputs.
+        ExportError: The file cannot be read back, or a model that is filled from it gives other outputs.
     """
     own, file = exportable(subject.network, subject.tasks), folder / WEIGHTS_FILE
     _save(own.state_dict(), file, subject.metadata())
     # Nothing of what it had may be left in the copy that is filled from the file.
     blank = {name: torch.zeros_like(tensor) for name, tensor in own.state_dict().items()}
     own.load_state_dict(blank)
-    own.load_state_dict(load_file(file))
+    try:
+        written, _ = read_safetensors(file)
+    except TensorFileError as error:
+        raise ExportError(f"{file.name}, which was just written, cannot be read: {error}") from error
+    own.load_state_dict(written)
     own.memory_format = subject.network.memory_format
     own.to(memory_format=own.memory_format)
     images = subject.images.images
     checks = [
-        compare(reference_outputs(own, some, subject.tasks), subject.reference(some), subject.size)
+        check_parity(reference_outputs(own, some, subject.tasks), subject.reference(some), subject.size)
         for some in (images, images[:1])
     ]
-    return Written(checks)
+    return ExportedForm(checks)
 
 
 def _save(tensors: Mapping[str, Tensor], file: Path, metadata: Mapping[str, str]) -> None:

@@ -23,7 +23,7 @@ from mtl.tasks import Task
 
 
 @dataclass
-class Written:
+class PredictedFiles:
     """What was written.
 
     Attributes:
@@ -39,10 +39,10 @@ class Written:
     training: str = ""
 
 
-class _Reader:
+class _ImageReader:
     """Prepares images one after the other, in a thread, and leaves out what cannot be read."""
 
-    def __init__(self, model: TrainedModel, inputs: Sequence[Input], written: Written) -> None:
+    def __init__(self, model: TrainedModel, inputs: Sequence[Input], written: PredictedFiles) -> None:
         self._prepare, self._inputs, self._written = model.preparer, inputs, written
         # Those whose predictions are still to come, in order.
         self.waiting: deque[Input] = deque()
@@ -66,7 +66,7 @@ def predict_files(
     with_labels: bool,
     batch_size: int = 32,
     quiet: bool = True,
-) -> Written:
+) -> PredictedFiles:
     """Writes the predictions for some files into a folder.
 
     Files that exist are replaced; each appears whole, the tables last.
@@ -88,8 +88,8 @@ def predict_files(
     own = {name: model.tasks[name] for name in tasks}
     if with_labels and (videos := [each for each in inputs if is_video(each.file)]):
         raise SettingError("--to-labels", f"a table has labels of image files, and {videos[0].file} is a video")
-    written = Written()
-    reader = _Reader(model, inputs, written)
+    written = PredictedFiles()
+    reader = _ImageReader(model, inputs, written)
     shown, cells, labels, folders = list[Any](), list[dict[str, Any]](), list[dict[str, str]](), dict[str, None]()
     with progress_bar(len(inputs), "predicting", quiet) as bar:
         for found in predictions(model.network, reader, own, model.autocast, batch_size):

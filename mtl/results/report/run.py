@@ -8,8 +8,6 @@ from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Any
 
-import yaml
-
 from mtl.checkpoint.run_files import (
     AUDIT,
     CONFIG,
@@ -31,6 +29,8 @@ from mtl.checkpoint.run_files import (
     read_state_file,
     read_unchanged,
 )
+from mtl.config import ConfigError
+from mtl.config.yaml_source import read_source
 
 SCORE = "val/score"
 LAST_STATE = f"checkpoints/last/{STATE}"
@@ -187,11 +187,9 @@ def read_run(folder: Path) -> RunFiles:
     """
     text = read_config_text(folder / CONFIG)
     try:
-        config = yaml.safe_load(text)
-    except yaml.YAMLError as error:
-        raise RunFileError(f"{folder / CONFIG}: cannot be read: {' '.join(str(error).split())}") from error
-    if not isinstance(config, dict):
-        raise RunFileError(f"{folder / CONFIG}: expected keys and values")
+        config = read_source(folder / CONFIG).data
+    except ConfigError as error:
+        raise RunFileError(str(error)) from error
     others = sorted(folder.glob("audit.rank-*.json"))
     return RunFiles(
         folder=folder,

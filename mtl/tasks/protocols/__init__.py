@@ -7,7 +7,8 @@ from functools import partial
 from typing import Any
 
 from mtl.config import SettingError
-from mtl.tasks.base import Metrics, Task
+from mtl.tasks.base import Task
+from mtl.tasks.metrics import Metrics
 from mtl.tasks.protocols import astmt, eigen, invpt, mtan
 
 # Of each protocol by the task types that it measures, what makes its metrics for such a task.

@@ -9,7 +9,7 @@ from typing import ClassVar
 import torch
 from torch import Tensor
 
-from mtl.tasks.base import Metrics
+from mtl.tasks.metrics import Metrics
 
 
 class Averages(Metrics):

@@ -12,8 +12,9 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from mtl.tasks.base import Metrics, Task
+from mtl.tasks.base import Task
 from mtl.tasks.depth import Depth
+from mtl.tasks.metrics import Metrics
 from mtl.tasks.protocols.averages import Averages, mean_where
 
 _NEAR, _FAR = 1e-3, 10.0

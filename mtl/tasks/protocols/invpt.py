@@ -7,9 +7,10 @@ from typing import Any
 
 from torch import Tensor
 
-from mtl.tasks.base import Metrics, Task
+from mtl.tasks.base import Task
 from mtl.tasks.binary_maps import Edges, Saliency
 from mtl.tasks.depth import Depth
+from mtl.tasks.metrics import Metrics
 from mtl.tasks.normals import Normals
 from mtl.tasks.protocols.astmt import AllClassesIou, EdgeLoss, PooledAngle, PooledRmse
 from mtl.tasks.segmentation import Segmentation

@@ -13,9 +13,10 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from mtl.tasks.base import Metrics, Task
+from mtl.tasks.base import Task
 from mtl.tasks.confusion import Confusion
 from mtl.tasks.depth import Depth
+from mtl.tasks.metrics import Metrics
 from mtl.tasks.normals import Normals
 from mtl.tasks.normals_losses import angles, labelled_normals
 from mtl.tasks.protocols.averages import Averages, mean_where

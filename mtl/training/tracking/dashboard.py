@@ -15,12 +15,12 @@ from mtl.distributed.world import World
 from mtl.phases.metrics import BEST_SCORE, SCORE
 from mtl.phases.plan.picture import draw_plan
 from mtl.phases.resolve import Phase
-from mtl.training.evaluate import Scores
 from mtl.training.nonfinite import NotFiniteError
 from mtl.training.setup import RunSetup
 from mtl.training.tracking.backend import BestCheckpoint
 from mtl.training.tracking.predictions import PredictionLog
 from mtl.training.tracking.tracker import Tracker
+from mtl.training.validation import Scores
 
 # Lines of an alert.
 _MOST_LINES = 5

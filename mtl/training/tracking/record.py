@@ -11,8 +11,8 @@ import torch
 from mtl.phases.scheduler import PhaseChange
 from mtl.runtime.machine import machine
 from mtl.runtime.provenance import provenance
-from mtl.training.evaluate import Scores
 from mtl.training.setup import RunSetup
+from mtl.training.validation import Scores
 
 
 class RunRecord:

@@ -260,7 +260,7 @@ def test_edited_shards_are_noticed(tmp_path: Path) -> None:
 
 
 def test_headers_are_read_once_for_as_long_as_a_shard_stays_as_it_is(
-    tmp_path: Path, cache_dir: Path, monkeypatch: pytest.MonkeyPatch
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     files = [shard(tmp_path / f"{n}.tar", [{"png": png(10 * n + m), "cls": m} for m in range(3)]) for n in range(2)]
     names = f"{tmp_path}/{{0..1}}.tar"
@@ -283,9 +283,21 @@ def test_headers_are_read_once_for_as_long_as_a_shard_stays_as_it_is(
     assert again.identity(range(6)) == first.identity(range(6))
     shard(files[1], [{"png": png(1), "cls": 0}])
     assert len(opened(names)["train"]) == 4 and ends == ["1.tar"]
-    for kept in (cache_dir / "shards").iterdir():
-        kept.write_text(kept.read_text()[:-3])
-    assert len(opened(names)["train"]) == 4 and ends == ["1.tar", "0.tar", "1.tar"]
+
+
+def test_a_kept_index_that_was_cut_is_a_warning_and_made_again(
+    tmp_path: Path, caplog: pytest.LogCaptureFixture
+) -> None:
+    file, cache = shard(tmp_path / "a.tar", [{"png": png(), "cls": 0}]), str(tmp_path / "cache")
+    first = opened(file, cache_dir=cache)["train"].identity([0])
+    (kept,) = (tmp_path / "cache" / "shards").iterdir()
+    for text in (kept.read_text()[:-3], ""):
+        kept.write_text(text)
+        assert opened(file, cache_dir=cache)["train"].identity([0]) == first
+        assert caplog.messages == [f"{kept} is damaged: the index of {file} is made again"]
+        caplog.clear()
+    opened(file, cache_dir=cache)
+    assert caplog.messages == []
 
 
 def test_shards_that_are_wrong_are_told_again(tmp_path: Path) -> None:

@@ -25,7 +25,8 @@ from mtl.data.generated import multifashion, scenes
 from mtl.data.generated.generated_source import GeneratedSource
 from mtl.data.generated.sprites import Sprites, load_sprites
 from mtl.data.memory import MemorySplit
-from mtl.data.room import bytes_of
+from mtl.data.room import stored_bytes
+from mtl.runtime.fingerprint import fingerprint_of_file
 from mtl.tasks import Classification, Depth, Normals, Segmentation
 
 SCENE_TASKS = {
@@ -210,10 +211,11 @@ def test_a_damaged_data_cache_is_made_again_with_a_warning(
         tensors = load_file(file)
         tensors["depth" if harm == "shape" else "dept"] = tensors.pop("depth")[:, :, :8].contiguous()
         save_file(tensors, file)
-        card.write_text(json.dumps(json.loads(card.read_text()) | {"checksum": cache._checksum(file)}))
+        card.write_text(json.dumps(json.loads(card.read_text()) | {"checksum": fingerprint_of_file(file)}))
     again, _ = load_data(config, SCENE_TASKS, quiet=True)
     (warned,) = [record.getMessage() for record in caplog.records]
     assert warned.startswith(f"the data cache {entry} is damaged (") and warned.endswith("): the data is made again")
+    assert ("card.json" in warned) == (harm in ("card", "empty card", "list card"))
     assert torch.equal(again.images, sound.images)
     assert all(torch.equal(again.labels[name], sound.labels[name]) for name in sound.labels)
     caplog.clear()
@@ -224,7 +226,7 @@ def test_a_damaged_data_cache_is_made_again_with_a_warning(
 def test_a_cache_that_cannot_keep_what_is_written_is_named(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     config = GeneratedData(name="scenes", image_size=16, num_train=5, num_val=5, cache_dir=str(tmp_path))
     numbers = iter(range(100))
-    monkeypatch.setattr(cache, "_checksum", lambda _: next(numbers))
+    monkeypatch.setattr(cache, "fingerprint_of_file", lambda _: next(numbers))
     with pytest.raises(DataError, match=r"is not what was written a moment ago .*set data\.cache_dir"):
         load_data(config, SCENE_TASKS, quiet=True)
 
@@ -233,7 +235,7 @@ def test_a_cache_that_cannot_keep_what_is_written_is_named(tmp_path: Path, monke
 def test_what_a_data_set_is_said_to_take_is_what_it_takes(module: Any) -> None:
     block = module.render_block(load_sprites("val"), 16, 0, 0)
     assert module.stored(module.BLOCK, 16) == {name: (array.shape, array.itemsize) for name, array in block.items()}
-    assert bytes_of(module.stored(module.BLOCK, 16)) == sum(array.nbytes for array in block.values())
+    assert stored_bytes(module.stored(module.BLOCK, 16)) == sum(array.nbytes for array in block.values())
 
 
 @pytest.mark.parametrize(

@@ -13,6 +13,7 @@ from hypothesis import strategies as st
 from safetensors.torch import load_file
 
 import mtl
+from mtl.checkpoint.tensor_file import TensorFileError
 from mtl.config import GeneratedData, SettingError
 from mtl.data import DataError, check_room, training_batches
 from mtl.data.augment import draw_view
@@ -155,6 +156,26 @@ def test_rows_are_read_as_they_were_written(
         assert torch.equal(read[name], expected)
         assert rows.shapes[name] == tuple(expected.shape)
         assert torch.equal(rows.read(name, indices), expected[indices])
+
+
+@pytest.mark.parametrize(
+    ("size", "message"),
+    [(-1, "its tensors are cut short"), (20, "its header is cut short"), (3, "its header is cut short"), (0, "header")],
+)
+def test_rows_that_were_cut_are_refused_when_their_file_is_opened(tmp_path: Path, size: int, message: str) -> None:
+    file = tmp_path / "data.safetensors"
+    write_rows(file, 2, [{"a": np.zeros((2, 3), np.uint8)}])
+    file.write_bytes(file.read_bytes()[:size])
+    with pytest.raises(TensorFileError, match=message):
+        RowsFile(file)
+
+
+@pytest.mark.parametrize("header", [b"{", b"[]", b'{"a": 3}', b'{"a": {"dtype": "U8", "shape": [1]}}', b"\xff{}"])
+def test_a_header_that_is_none_is_refused(tmp_path: Path, header: bytes) -> None:
+    file = tmp_path / "data.safetensors"
+    file.write_bytes(len(header).to_bytes(8, "little") + header)
+    with pytest.raises(TensorFileError, match="its header is damaged"):
+        RowsFile(file)
 
 
 def test_a_reader_closes_its_file(tmp_path: Path) -> None:

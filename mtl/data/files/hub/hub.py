@@ -13,7 +13,7 @@ from mtl.config.hub_data import HuggingFaceData
 from mtl.data.cache import DataError
 from mtl.data.files.blob import Blob, Readable
 from mtl.data.files.fileset import IMAGE
-from mtl.data.files.hub.parts import Part
+from mtl.data.files.hub.parts import HubRows
 from mtl.data.files.label_files import FILE_KINDS
 from mtl.data.files.paths import path_in
 from mtl.data.files.table.cells import Language
@@ -29,7 +29,7 @@ class HubSet(RecordSet):
     def __init__(
         self,
         settings: HuggingFaceData,
-        part: Part,
+        part: HubRows,
         rows: NDArray[np.int64],
         kinds: Mapping[str, LabelKind],
         values: Mapping[str, Coded],

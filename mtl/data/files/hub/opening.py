@@ -14,7 +14,7 @@ from mtl.data.files.fileset import IMAGE
 from mtl.data.files.hub.features import coded, fault_of, given_language
 from mtl.data.files.hub.hub import HubSet
 from mtl.data.files.hub.library import library, load_splits
-from mtl.data.files.hub.parts import Part, parts_of
+from mtl.data.files.hub.parts import HubRows, parts_of
 from mtl.data.files.label_files import FILE_KINDS, check_scale
 from mtl.data.files.mistakes import Mistakes
 from mtl.data.files.table.cells import Language
@@ -22,7 +22,7 @@ from mtl.data.files.table.coded import Coded, check_cells, learn_languages
 from mtl.data.files.table.division import divide
 from mtl.tasks.base import LabelKind
 
-_Division = dict[str, tuple[Part, NDArray[np.int64]]]
+_Division = dict[str, tuple[HubRows, NDArray[np.int64]]]
 
 
 def open_hub(
@@ -77,7 +77,7 @@ def hub_columns(settings: HuggingFaceData) -> tuple[str, ...]:
 
 
 def _check_columns(
-    settings: HuggingFaceData, parts: Iterable[Part], kinds: Mapping[str, LabelKind], mistakes: Mistakes
+    settings: HuggingFaceData, parts: Iterable[HubRows], kinds: Mapping[str, LabelKind], mistakes: Mistakes
 ) -> None:
     if IMAGE in kinds:
         mistakes.add(f"{IMAGE!r} is the name of the images, and of no label")
@@ -95,7 +95,7 @@ def _check_columns(
                 mistakes.add(f"data.image: {part}: {name}: {fault}")
 
 
-def _values(part: Part, kinds: Mapping[str, LabelKind], mistakes: Mistakes) -> dict[str, Coded]:
+def _values(part: HubRows, kinds: Mapping[str, LabelKind], mistakes: Mistakes) -> dict[str, Coded]:
     """The columns of labels that lie in cells."""
     values = {}
     for label, kind in kinds.items():
@@ -107,7 +107,7 @@ def _values(part: Part, kinds: Mapping[str, LabelKind], mistakes: Mistakes) -> d
     return values
 
 
-def _division(settings: HuggingFaceData, parts: Mapping[str, Part], mistakes: Mistakes) -> _Division:
+def _division(settings: HuggingFaceData, parts: Mapping[str, HubRows], mistakes: Mistakes) -> _Division:
     """Of each split, its part of the data set, and the rows in it."""
     if settings.split is None:
         return {split: (part, np.arange(len(part.dataset), dtype=np.int64)) for split, part in parts.items()}
@@ -130,13 +130,13 @@ def _learn(
     return learn_languages(str(part), values[part.spec], rows, kinds, mistakes, known)
 
 
-def _given(part: Part, kinds: Mapping[str, LabelKind]) -> dict[str, Language]:
+def _given(part: HubRows, kinds: Mapping[str, LabelKind]) -> dict[str, Language]:
     """The languages of columns whose features name the classes."""
     found = {label: given_language(library(), part.dataset.features[label], kind) for label, kind in kinds.items()}
     return {label: language for label, language in found.items() if language is not None}
 
 
-def _check_images(part: Part, column: str, mistakes: Mistakes) -> None:
+def _check_images(part: HubRows, column: str, mistakes: Mistakes) -> None:
     import pyarrow
     import pyarrow.compute as compute
 

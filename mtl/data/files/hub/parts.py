@@ -16,7 +16,7 @@ from mtl.runtime.text import hint
 
 
 @dataclass(frozen=True)
-class Part:
+class HubRows:
     """Rows of a data set, one after the other.
 
     Attributes:
@@ -45,7 +45,7 @@ class Part:
         return f"{self.path}, {split}[{row - self.starts[place] + first}]"
 
 
-def part_of(path: str, loaded: Loaded, spec: str, key: str) -> Part:
+def part_of(path: str, loaded: Loaded, spec: str, key: str) -> HubRows:
     """The rows that a split's name asks for.
 
     Args:
@@ -78,12 +78,12 @@ def part_of(path: str, loaded: Loaded, spec: str, key: str) -> Part:
     except ValueError as error:
         raise SettingError(key, f"{spec}: the splits differ in their columns: {error}") from error
     digest = fingerprint_of_json([[loaded.digests[name], name, first] for name, first in origins])
-    return Part(path, spec, dataset, tuple(starts), tuple(origins), digest)
+    return HubRows(path, spec, dataset, tuple(starts), tuple(origins), digest)
 
 
-def parts_of(path: str, loaded: Loaded, places: Mapping[SplitName, str]) -> dict[str, Part]:
+def parts_of(path: str, loaded: Loaded, places: Mapping[SplitName, str]) -> dict[str, HubRows]:
     """The rows of each split, by the name that it has in the settings; one that is asked for twice is made once."""
-    made: dict[str, Part] = {}
+    made: dict[str, HubRows] = {}
     for name, spec in places.items():
         if spec not in made:
             made[spec] = part_of(path, loaded, spec, f"data.{name}")

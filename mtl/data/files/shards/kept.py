@@ -60,14 +60,19 @@ class KeptIndices:
         self._is_writable = True
 
     def read(self, stamp: Stamp) -> ShardIndex | None:
-        """The index of a shard; None if there is none, or it is damaged."""
+        """The index of a shard; None if there is none, or, with a warning, if it is damaged."""
+        file = self._file(stamp)
         try:
-            digest, _, text = self._file(stamp).read_text(encoding="utf-8").partition("\n")
-            if digest != xxhash.xxh3_128_hexdigest(text.encode()):
-                return None
-            keys, columns = json.loads(text)
-        except (OSError, ValueError):
+            digest, _, text = file.read_text(encoding="utf-8").partition("\n")
+        except OSError:
+            # None is kept yet; where the folder cannot be read, it cannot be written either, which warns.
             return None
+        except UnicodeDecodeError:
+            digest = text = ""
+        if digest != xxhash.xxh3_128_hexdigest(text.encode()):
+            logger.warning(f"{file} is damaged: the index of {stamp[0]} is made again")
+            return None
+        keys, columns = json.loads(text)
         return ShardIndex(keys, {name: Column(*(array("q", each) for each in own)) for name, own in columns.items()})
 
     def write(self, stamp: Stamp, index: ShardIndex) -> None:

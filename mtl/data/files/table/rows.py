@@ -23,7 +23,7 @@ from mtl.tasks.base import LabelKind
 
 
 @dataclass(frozen=True)
-class Part:
+class TableRows:
     """The rows of one split.
 
     Attributes:
@@ -54,7 +54,7 @@ class Tables:
         languages: How cells are parsed, by label.
     """
 
-    parts: Mapping[str, Part]
+    parts: Mapping[str, TableRows]
     languages: Mapping[str, Language]
 
 
@@ -149,11 +149,11 @@ def _coded(sheet: Sheet, settings: TableData, kinds: Mapping[str, LabelKind], mi
 
 def _part(
     sheet: Sheet, rows: NDArray[np.int64], settings: TableData, files: Sequence[str], values: Mapping[str, Coded]
-) -> Part:
+) -> TableRows:
     def of(column: str) -> Sequence[str]:
         cells = sheet.cells[column]
         return cells if len(rows) == len(cells) else [cells[row] for row in rows.tolist()]
 
     paths = {name: of(settings.image if name == IMAGE else name) for name in files}
     own = {label: column.take(rows) for label, column in values.items()}
-    return Part(sheet.file, sheet.unit, sheet.places[rows], paths, own)
+    return TableRows(sheet.file, sheet.unit, sheet.places[rows], paths, own)

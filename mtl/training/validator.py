@@ -9,10 +9,10 @@ from mtl.distributed.world import World
 from mtl.freeze import is_fully_frozen
 from mtl.phases.metrics import SCORE
 from mtl.phases.resolve import Phase
-from mtl.training.evaluate import Scores, score, validate
 from mtl.training.features import FeatureSource
 from mtl.training.setup import RunSetup
 from mtl.training.step_sync import StepSync
+from mtl.training.validation import Scores, score, validate
 
 
 class Validator:
