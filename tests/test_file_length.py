@@ -8,7 +8,7 @@ ROOT = Path(__file__).parent.parent
 
 MOST = 300
 LONGER = {
-    "mtl/training/loop.py": 351,  # the main path, read from top to bottom
+    "mtl/training/loop.py": 356,  # the main path, read from top to bottom
     "mtl/audit/audit.py": 330,  # one object, whose public methods need their docstrings
 }
 

@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import ctypes
-import json
 import os
 import signal
 import subprocess
@@ -16,7 +15,7 @@ from pathlib import Path
 from typing import TypeVar
 
 from mtl.results.comparison.design import Design, DesignError, Job
-from mtl.runtime.files import write_json
+from mtl.runtime.files import JsonFileError, read_json, write_json
 from mtl.runtime.lock import locked
 
 _SPEC, _DONE, _LOGS = "comparison.json", "done", "logs"
@@ -90,10 +89,9 @@ def code_of(folder: Path, job: Job) -> int | None:
 
 def _read(file: Path, key: str, kind: type[_T], what: str) -> _T:
     try:
-        content = json.loads(file.read_bytes())
-    except ValueError:
-        content = None
-    found = content.get(key) if isinstance(content, dict) else None
+        found = read_json(file).get(key)
+    except JsonFileError as error:
+        raise DesignError(str(error)) from error
     if not isinstance(found, kind):
         raise DesignError(f"{file} is damaged; expected what mtl compare wrote of {what}")
     return found
