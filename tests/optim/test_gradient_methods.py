@@ -5,6 +5,7 @@ from __future__ import annotations
 import json
 import math
 from collections.abc import Sequence
+from dataclasses import replace
 from typing import Any
 
 import pytest
@@ -18,6 +19,7 @@ from mtl.checkpoint.nested import merge, split
 from mtl.config import SettingError
 from mtl.config.optim import BalanceConfig
 from mtl.optim.balance.build import build_balance
+from mtl.optim.balance.crmogm import CrMogm
 from mtl.optim.balance.gradient_method import Combined, GradientMethod, TaskGradients
 from mtl.optim.balance.gradient_methods import build_gradient_method, method_names
 from mtl.optim.balance.nashmtl import nash_weights
@@ -313,12 +315,50 @@ def test_what_a_method_knows_of_a_task_that_has_no_gradient_stays(method: str) -
         torch.testing.assert_close(ours, theirs, rtol=1e-5, atol=1e-7, msg=f"step {number}")
 
 
-def test_a_method_that_remembers_rows_begins_again_where_a_phase_trains_others() -> None:
-    built, new = build("dbmtl", sigma=0.5), build("dbmtl", sigma=0.5)
-    for gradients in steps(2, width=6):
-        built.combine(gradients)
-    for gradients in steps(3, width=4):
-        assert torch.equal(built.combine(gradients).of(gradients.rows), new.combine(gradients).of(gradients.rows))
+# What is known of the tasks, not of their gradients, stays.
+STAYS = {"dbmtl": (), "moco": ("lambda",), "excessmtl": ("logs",), "crmogm": ("weights", "counts")}
+REMEMBER_ROWS: dict[str, dict[str, Any]] = {"dbmtl": {"sigma": 0.5}, "moco": {}, "excessmtl": {"n_warmup_steps": 2}}
+REMEMBER_ROWS |= {"crmogm": {"method": "excessmtl"}}
+
+
+def test_all_methods_that_remember_rows_are_known_to_this_file() -> None:
+    assert {method for method in method_names() if build(method).remembers_rows} == REMEMBER_ROWS.keys() - {"crmogm"}
+
+
+@pytest.mark.parametrize("width", [6, 4])
+@pytest.mark.parametrize("method", REMEMBER_ROWS)
+def test_a_method_that_remembers_rows_begins_again_with_those_of_other_parameters(method: str, width: int) -> None:
+    """Two blocks that take turns, as many entries in each or not: what was kept of one is not used for the other."""
+    built, new = (build_gradient_method(method, REMEMBER_ROWS[method], 3) for _ in range(2))
+    for gradients in steps(3, width=6):
+        built.combine(replace(gradients, rows_of="block 1"))
+    # The same knowledge of the tasks, and none of the gradients.
+    kept = built.state()
+    new.load_state(kept | {"memory": {name: kept["memory"][name] for name in STAYS[method]}})
+    if isinstance(new, CrMogm):
+        inner = kept["method"]["memory"]
+        new._method.load_state({"memory": {name: inner[name] for name in STAYS["excessmtl"]}})
+    for gradients in steps(3, width=width):
+        ours = built.combine(replace(gradients, rows_of="block 2")).of(gradients.rows)
+        assert torch.equal(ours, new.combine(gradients).of(gradients.rows))
+
+
+def test_a_step_that_is_not_finite_does_not_change_what_is_remembered_of_rows() -> None:
+    built, gradients = build("dbmtl"), replace(steps(1)[0], rows_of="block 1")
+    built.combine(gradients)
+    built.combine(replace(gradients, rows=gradients.rows * math.nan, rows_of="block 2"))
+    assert built.state()["memory"]["rows_of"] == "block 1"
+
+
+def test_a_memory_of_before_it_had_a_key_is_that_of_the_first_rows_it_is_used_for() -> None:
+    whole, resumed, given = build("dbmtl"), build("dbmtl"), steps(3)
+    for gradients in given[:2]:
+        whole.combine(replace(gradients, rows_of="block 1"))
+    old = whole.state()
+    resumed.load_state({"memory": {name: value for name, value in old["memory"].items() if name != "rows_of"}})
+    last = replace(given[2], rows_of="block 1")
+    assert torch.equal(whole.combine(last).of(last.rows), resumed.combine(last).of(last.rows))
+    assert resumed.state()["memory"]["rows_of"] == "block 1"
 
 
 # What is refused, and presets

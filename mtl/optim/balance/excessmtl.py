@@ -20,10 +20,12 @@ class ExcessMtl(RememberingMethod):
 
     TorchJD's own class cannot begin with some of its tasks: here each task has its own count and baseline, and with
     labels of all tasks the weights are TorchJD's. Memory: a square for each entry of the tasks' gradients, which
-    checkpoints have too; it begins with zeros again where a phase trains other parameters than the one before.
+    checkpoints have too. Where a phase trains other parameters than the one before, squares, counts and baselines begin
+    with zeros again, and the weights stay.
     """
 
     remembers_rows = True
+    _kept = ("logs",)
 
     def __init__(self, num_tasks: int, robust_step_size: float = 1.0, n_warmup_steps: int = 0) -> None:
         """Args:

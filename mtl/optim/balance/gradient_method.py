@@ -27,12 +27,14 @@ class TaskGradients:
         losses: "t", the tasks' losses: means over the step's batches.
         batches: The rows of each batch of a step of several batches, for a method that asks for them; else none.
         subset: The tasks, if not all have labels in the step.
+        rows_of: Identifies what the rows are gradients of, the same in every step, run and rank; "" if that is unknown.
     """
 
     rows: Tensor
     losses: Tensor
     batches: tuple[Tensor, ...] = ()
     subset: Subset | None = None
+    rows_of: str = ""
 
     @property
     def tasks(self) -> Subset:
@@ -109,6 +111,7 @@ class GradientMethod(ABC):
         here = [place for place, value in enumerate(sizes) if value > 0]
         if len(here) < self.least_tasks:
             return Combined(weights=ones)
+        self._begin(gradients)
         if len(here) == gradients.tasks.size:
             return self._combine(gradients)
         try:
@@ -130,6 +133,9 @@ class GradientMethod(ABC):
     def name(self) -> str:
         """As messages call it."""
         return type(self).__name__
+
+    def _begin(self, gradients: TaskGradients) -> None:  # noqa: B027  (most methods have nothing to do)
+        """Called before `_combine`, with the gradients of all tasks of the step."""
 
     @abstractmethod
     def _combine(self, gradients: TaskGradients) -> Combined:
