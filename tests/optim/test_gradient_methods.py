@@ -148,6 +148,22 @@ def test_nash_weights_of_two_tasks_have_a_closed_form() -> None:
     assert weights is not None and weights.tolist() == pytest.approx([first, first * math.sqrt(p / r)])
 
 
+@pytest.mark.parametrize("exponent", range(-12, 13, 3))
+@pytest.mark.parametrize("cosine", [-0.9, 0.0, 0.9])
+def test_nash_weights_bring_gradients_of_any_two_sizes_to_one_length(exponent: int, cosine: float) -> None:
+    """The closed form for two tasks: a_i |g_i| = 1 / sqrt(1 + cosine) for both."""
+    sizes = torch.tensor([1.0, 10.0**exponent], dtype=torch.float64)
+    rows = torch.tensor([[1.0, 0.0], [cosine, math.sqrt(1 - cosine**2)]], dtype=torch.float64) * sizes[:, None]
+    weights = nash_weights(rows @ rows.T)
+    assert weights is not None
+    expected = torch.full((2,), 1 / math.sqrt(1 + cosine), dtype=torch.float64)
+    torch.testing.assert_close(weights * sizes, expected, rtol=1e-9, atol=0)
+    method = build("nashmtl", 2, max_norm=0.0)
+    # The Gramian is divided by its norm, as in the authors' code.
+    found = weights_of(method, TaskGradients(rows, torch.ones(2))) * sizes / (rows @ rows.T).norm().sqrt()
+    torch.testing.assert_close(found, expected, rtol=1e-6, atol=0)
+
+
 @pytest.mark.parametrize("rows", [[[1.0, 0.0], [-1.0, 0.0]], [[1.0, 0.0], [-2.0, 1e-9]]])
 def test_where_gradients_cancel_nash_keeps_the_last_weights(rows: list[list[float]]) -> None:
     method = build("nashmtl", 2, update_weights_every=1, max_norm=0.0)

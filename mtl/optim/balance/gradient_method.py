@@ -5,6 +5,7 @@ from __future__ import annotations
 from abc import ABC, abstractmethod
 from collections.abc import Mapping
 from dataclasses import dataclass, replace
+from functools import cached_property
 from typing import Any
 
 import torch
@@ -13,6 +14,7 @@ from torch import Tensor
 from mtl.config import SettingError
 from mtl.optim.balance.state import check_same_method
 from mtl.optim.balance.subset import Subset
+from mtl.optim.task_gradients import inner_products
 
 # What a method may raise for options that do not fit each other or the number of tasks.
 OPTION_ERRORS = (TypeError, ValueError, RuntimeError, IndexError)
@@ -35,6 +37,11 @@ class TaskGradients:
     batches: tuple[Tensor, ...] = ()
     subset: Subset | None = None
     rows_of: str = ""
+
+    @cached_property
+    def products(self) -> Tensor:
+        """The Gramian of the rows, "t t", float64, on the CPU; computed once."""
+        return inner_products(self.rows.detach()).cpu()
 
     @property
     def tasks(self) -> Subset:
