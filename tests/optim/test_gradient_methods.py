@@ -314,8 +314,8 @@ def test_a_method_that_is_saved_and_loaded_continues_to_the_same_bits(method: st
     assert not all(torch.equal(a, b) for a, b in zip(expected[3:], fresh, strict=True)), "what came before counts"
 
 
-@pytest.mark.parametrize("method", sorted({*STATEFUL} - {"gradvac", "pcd"}))
-def test_what_a_method_knows_of_a_task_that_has_no_gradient_stays(method: str) -> None:
+@pytest.mark.parametrize("method", method_names())
+def test_a_task_that_has_no_gradient_leaves_the_step_and_what_a_method_knows_of_it_stays(method: str) -> None:
     """A task has none in any step: the others are balanced as if there was no such task."""
     whole, only = build(method, 4), build(method, 3)
     for number, gradients in enumerate(steps(5, num_tasks=4)):
@@ -329,6 +329,28 @@ def test_what_a_method_knows_of_a_task_that_has_no_gradient_stays(method: str) -
         torch.manual_seed(number)
         theirs = only.combine(alone).of(alone.rows)
         torch.testing.assert_close(ours, theirs, rtol=1e-5, atol=1e-7, msg=f"step {number}")
+
+
+@pytest.mark.parametrize("method", method_names())
+def test_a_zero_gradient_is_balanced_as_an_absent_one(method: str) -> None:
+    zero, absent = build(method, 4), build(method, 4)
+    for number, gradients in enumerate(steps(4, num_tasks=4)):
+        given = gradients.of([1, 2, 3])
+        gradients.rows[0] = 0
+        for rows in gradients.batches:
+            rows[0] = 0
+        found = list[Tensor]()
+        for built, each in ((zero, gradients), (absent, given)):
+            torch.manual_seed(number)
+            found.append(built.combine(each).of(each.rows))
+        torch.testing.assert_close(*found, rtol=1e-6, atol=1e-7, msg=f"step {number}")
+    assert json.dumps(split(zero.state())[1]) == json.dumps(split(absent.state())[1])
+
+
+@pytest.mark.parametrize("primary", [0.0, 1.0])
+def test_pcd_moves_nothing_shared_where_its_first_task_has_no_gradient(primary: float) -> None:
+    rows = torch.tensor([[primary, 0.0], [1.0, 1.0]])
+    assert weights_of(build("pcd", 2), TaskGradients(rows, torch.ones(2))).any() == (primary > 0)
 
 
 # What is known of the tasks, not of their gradients, stays.

@@ -102,15 +102,16 @@ class GradientMethod(ABC):
     least_tasks: int = 2
 
     def combine(self, gradients: TaskGradients) -> Combined:
-        """What a step's gradients become. One sync with the device.
+        """What a step's gradients become. Waits for the device.
 
         A task without a gradient leaves the step, as if the method had fewer tasks; what it remembers of such a task
-        stays. Where a gradient or a loss is not finite, the result is not finite either, and the state stays.
+        stays. That is done here, for every method: `_combine` sees no gradient that is zero. Where a gradient or a loss
+        is not finite, the result is not finite either, and the state stays.
 
         Raises:
             SettingError: The method cannot combine so few tasks.
         """
-        largest = gradients.rows.abs().amax(dim=1)
+        largest = self._sizes(gradients)
         *sizes, loss = torch.cat([largest, gradients.losses.to(largest).sum()[None]]).tolist()
         ones = torch.ones(len(sizes))
         if not all(value < torch.inf for value in [*sizes, abs(loss)]):
@@ -135,6 +136,10 @@ class GradientMethod(ABC):
             return replace(found, head_weights=heads)
         weights = torch.zeros_like(ones).index_copy(0, index, found.weights.cpu().float())
         return replace(found, weights=weights, head_weights=heads)
+
+    def _sizes(self, gradients: TaskGradients) -> Tensor:
+        """How large each task's gradient is, "t": 0 if it has none, not finite if an entry is not."""
+        return gradients.rows.detach().abs().amax(dim=1)
 
     @property
     def name(self) -> str:

@@ -87,8 +87,6 @@ def build_gradient_method(method: str, options: Mapping[str, Any], num_tasks: in
             raise TypeError(f"got {', '.join(sorted(unknown))}")
         made = _make(method, options, num_tasks)
         try_out(made, num_tasks)
-    except ImportError as error:
-        raise SettingError("balance.method", f"{method}: {error}") from error
     except SettingError:
         raise
     except OPTION_ERRORS as error:
