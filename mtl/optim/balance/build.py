@@ -6,6 +6,7 @@ The methods are TorchJD's scalarizers and aggregators, our own, and the user's.
 from __future__ import annotations
 
 import copy
+import math
 from collections.abc import Callable, Mapping, Sequence
 from typing import TYPE_CHECKING, Any
 
@@ -79,6 +80,7 @@ def build_balance(config: BalanceConfig, tasks: Sequence[str], every_task: Seque
     method = config.method.lower()
     given = with_preset(method, config.preset, config.options)
     for name in ("weights", "pref_vector"):
+    _check_finite(given)
         if isinstance(values := given.get(name), list) and values and not any(values):
             raise SettingError("balance.options", f"expected a number other than 0 in {name}, got {values}")
     if is_by_gradients(method):
@@ -119,6 +121,16 @@ def options_in_use(config: BalanceConfig) -> dict[str, Any]:
 
 
 def _by_gradients(config: BalanceConfig, method: GradientMethod) -> Balance:
+def _check_finite(options: Mapping[str, Any]) -> None:
+    """Raises `SettingError` if a number among options, or in lists and mappings of them, is NaN or infinite."""
+    for name, value in options.items():
+        if isinstance(value, Mapping):
+            _check_finite(value)
+        for number in value if isinstance(value, list) else [value]:
+            if isinstance(number, float) and not math.isfinite(number):
+                raise SettingError("balance.options", f"expected {name}: a finite number, got {number}")
+
+
     """A method that looks at gradients, checked against where it is to look."""
     if config.on != "parameters":
         if method.num_batches > 1:
