@@ -20,6 +20,7 @@ from mtl.optim.balance.balance import Balance
 from mtl.optim.balance.dwa import PartialDwa
 from mtl.optim.balance.presets import with_preset
 from mtl.optim.balance.scalarizers import Constant, Scalarizer, Sum, scalarization
+from mtl.optim.balance.state import check_state
 from mtl.optim.balance.stch import stch
 from mtl.optim.balance.sum_of_logs import SumOfLogs
 from mtl.optim.balance.torchjd_state import options_of
@@ -79,8 +80,8 @@ def build_balance(config: BalanceConfig, tasks: Sequence[str], every_task: Seque
         return _build_own(config, len(tasks))
     method = config.method.lower()
     given = with_preset(method, config.preset, config.options)
-    for name in ("weights", "pref_vector"):
     _check_finite(given)
+    for name in ("weights", "pref_vector"):
         if isinstance(values := given.get(name), list) and values and not any(values):
             raise SettingError("balance.options", f"expected a number other than 0 in {name}, got {values}")
     if is_by_gradients(method):
@@ -120,7 +121,6 @@ def options_in_use(config: BalanceConfig) -> dict[str, Any]:
     return {name: value for name, value in used.items() if value is not None}
 
 
-def _by_gradients(config: BalanceConfig, method: GradientMethod) -> Balance:
 def _check_finite(options: Mapping[str, Any]) -> None:
     """Raises `SettingError` if a number among options, or in lists and mappings of them, is NaN or infinite."""
     for name, value in options.items():
@@ -131,6 +131,7 @@ def _check_finite(options: Mapping[str, Any]) -> None:
                 raise SettingError("balance.options", f"expected {name}: a finite number, got {number}")
 
 
+def _by_gradients(config: BalanceConfig, method: GradientMethod) -> Balance:
     """A method that looks at gradients, checked against where it is to look."""
     if config.on != "parameters":
         if method.num_batches > 1:
@@ -178,10 +179,12 @@ def _build_own(config: BalanceConfig, num_tasks: int) -> Balance:
     try:
         if not isinstance(method, Scalarizer):
             weighing = GradientWeighting(method) if isinstance(method, Weighting) else method
-            try_out(weighing, num_tasks)
+            check_state(config.method, Balance(Sum(), try_out(weighing, num_tasks)).state()["weighting"])
             return _by_gradients(config, weighing)
         with torch.random.fork_rng([]), torch.device("cpu"):
-            total = copy.deepcopy(method)(torch.ones(num_tasks))
+            tried = copy.deepcopy(method)
+            total = tried(torch.ones(num_tasks))
+        check_state(config.method, Balance(tried).state())
     except SettingError:
         raise
     except Exception as error:  # the user's code may raise anything
