@@ -20,9 +20,11 @@ from mtl.config import SettingError
 from mtl.config.optim import BalanceConfig
 from mtl.optim.balance.build import build_balance
 from mtl.optim.balance.crmogm import CrMogm
+from mtl.optim.balance.describe import options_in_use, settings_in_use
 from mtl.optim.balance.gradient_method import Combined, GradientMethod, TaskGradients
 from mtl.optim.balance.gradient_methods import build_gradient_method, method_names
 from mtl.optim.balance.nashmtl import nash_weights
+from mtl.optim.balance.presets import PRESETS
 from mtl.optim.balance.subset import Subset
 
 TASKS = ["a", "b", "c"]
@@ -437,10 +439,18 @@ def test_a_memory_of_before_it_had_a_key_is_that_of_the_first_rows_it_is_used_fo
         ({"method": "stch", "options": {"mu": 1.0, "warmup_epochs": 3}}, "stch takes .*: warmup_epochs goes with log"),
         ({"method": "stch"}, "stch takes .*: expected mu"),
         ({"method": "uw", "preset": "paper"}, "balance.preset: uw has none; got paper"),
-        ({"method": "cagrad", "preset": "torchjd"}, "cagrad has the presets paper, libmtl; got torchjd"),
+        ({"method": "cagrad", "preset": "samsung"}, "cagrad has the presets paper, libmtl, torchjd; got samsung"),
         ({"method": "uw", "on": "features"}, "balance.on: uw looks at no gradients; leave it out"),
-        ({"method": "dbmtl", "on": "features"}, "balance.on: dbmtl keeps the gradients of earlier steps"),
-        ({"method": "modo", "on": "features"}, "balance.on: modo compares batches, which share parameters only"),
+        ({"method": "dbmtl", "on": "features"}, "balance.on: dbmtl makes a gradient of those of earlier steps, which"),
+        ({"method": "moco", "on": "features", "per_sample": True}, "balance.on: moco makes a gradient of those of ear"),
+        ({"method": "dbmtl", "on": {"layer": "trunk"}}, "balance.on: dbmtl makes a gradient of its own, .* layer al"),
+        ({"method": "excessmtl", "on": "features", "per_sample": True}, "excessmtl remembers .* per_sample: false"),
+        (
+            {"method": "crmogm", "options": {"method": "excessmtl"}, "on": "features", "per_sample": True},
+            "balance.on: crmogm remembers the entries of gradients, .* expected per_sample: false",
+        ),
+        ({"method": "modo", "on": "features"}, "balance.on: modo compares 2 batches of a step, of which features and"),
+        ({"method": "sdmgrad", "on": {"layer": "trunk"}}, "balance.on: sdmgrad compares 3 batches of a step, of which"),
         ({"method": "config", "on": "features"}, "balance.on: config makes a gradient .* per_sample: true"),
         ({"method": "config", "on": {"layer": "trunk"}}, "balance.on: config makes a gradient of its own"),
     ],
@@ -456,6 +466,34 @@ def test_a_preset_gives_the_options_that_are_not_given() -> None:
     assert preset is not None
     expected = weights_of(build("cagrad", c=0.2, rescale=True), gradients)
     assert torch.equal(weights_of(preset, gradients), expected)
+
+
+@pytest.mark.parametrize(("method", "preset"), [(m, p) for m, presets in PRESETS.items() for p in presets])
+def test_every_preset_can_be_built_and_is_shown_with_the_other_options(method: str, preset: str) -> None:
+    options = {name: value for name, value in OPTIONS.get(method, {}).items() if name not in PRESETS[method][preset]}
+    options |= {"mu": 1.0} if (method, preset) == ("stch", "torchjd") else {}
+    config = BalanceConfig(method=method, preset=preset, options=options)  # type: ignore[arg-type]
+    build_balance(config, TASKS)
+    assert options_in_use(config).items() >= (PRESETS[method][preset] | options).items()
+
+
+@pytest.mark.parametrize(
+    ("settings", "shown"),
+    [
+        ({"method": "gradnorm", "options": {"alpha": 0.5}}, "alpha 0.5, lr 0.025, warmup_steps 50"),
+        ({"method": "gradnorm", "preset": "samsung"}, "alpha 2, lr 0.025, warmup_steps 1, preset samsung"),
+        ({"method": "crmogm"}, "method upgrad, options (norm_eps 0.0001, reg_eps 0.0001), alpha 0.9"),
+        ({"method": "crmogm", "options": {"method": "imtlg"}}, "method imtlg, alpha 0.9"),
+        ({"method": "famo"}, "lr 0.025, weight_decay 0.001"),
+        ({"method": "cagrad", "options": {"c": 0.4}}, "c 0.4, norm_eps 0.0001, rescale false"),
+        ({"method": "imtlg", "on": "features", "per_sample": True}, "on features, per_sample true"),
+        ({"method": "imtlg", "on": {"layer": "trunk.layer4"}}, "on trunk.layer4"),
+        ({"method": "fixed", "weights": {"a": 1, "b": 2}}, "weights (a 1, b 2)"),
+        ({"method": "mean"}, ""),
+    ],
+)
+def test_a_method_is_shown_with_the_options_that_it_has(settings: dict[str, Any], shown: str) -> None:
+    assert settings_in_use(BalanceConfig(**settings)) == shown
 
 
 def test_a_combined_gradient_is_either_given_or_weighed() -> None:

@@ -37,7 +37,7 @@ if TYPE_CHECKING:
 _OURS: Mapping[str, Callable[..., Scalarizer]] = {"dwa": PartialDwa, "si": SumOfLogs, "stch": stch}
 
 # Given by the tasks, not by a configuration.
-_OF_TASKS = ("shape", "num_tasks")
+NAMES_OF_TASKS = ("shape", "num_tasks")
 
 
 def scalarizers() -> dict[str, Callable[..., Scalarizer]]:
@@ -94,31 +94,12 @@ def build_balance(config: BalanceConfig, tasks: Sequence[str], every_task: Seque
     takes = options_of(scalarizer)
     # A configuration writes tensors as lists; learnable methods need the number of losses.
     options = {k: torch.tensor(v, dtype=torch.float32) if isinstance(v, list) else v for k, v in given.items()}
-    options |= {name: len(tasks) for name in _OF_TASKS if name in takes}
+    options |= {name: len(tasks) for name in NAMES_OF_TASKS if name in takes}
     try:
         return Balance(scalarizer(**options))
     except (TypeError, ValueError) as error:
-        known = ", ".join(name for name in takes if name not in _OF_TASKS) or "none"
+        known = ", ".join(name for name in takes if name not in NAMES_OF_TASKS) or "none"
         raise SettingError("balance.options", f"{config.method} takes the options {known}: {error}") from error
-
-
-def options_in_use(config: BalanceConfig) -> dict[str, Any]:
-    """The options of a method of a configuration that can be built, with those that it takes by default or by a preset.
-
-    None of a method of the user's own, which are in its code.
-    """
-    method = config.method.lower()
-    if is_own(config.method) or method == "fixed":
-        return dict(config.options)
-    if is_by_gradients(method):
-        from mtl.optim.balance.gradient_methods import method_options
-
-        defaults = method_options(method)
-    else:
-        takes = options_of(scalarizers()[method])
-        defaults = {name: value for name, value in takes.items() if name not in _OF_TASKS}
-    used = {**defaults, **with_preset(method, config.preset, config.options)}
-    return {name: value for name, value in used.items() if value is not None}
 
 
 def _check_finite(options: Mapping[str, Any]) -> None:
@@ -133,17 +114,34 @@ def _check_finite(options: Mapping[str, Any]) -> None:
 
 def _by_gradients(config: BalanceConfig, method: GradientMethod) -> Balance:
     """A method that looks at gradients, checked against where it is to look."""
-    if config.on != "parameters":
-        if method.num_batches > 1:
-            raise SettingError("balance.on", f"{config.method} compares batches, which share parameters only")
-        if method.remembers_rows:
-            why = "keeps the gradients of earlier steps, and each step has features of other images"
-            raise SettingError("balance.on", f"{config.method} {why}; expected parameters")
-        if not method.weighs and not (config.on == "features" and config.per_sample):
-            why = "makes a gradient of its own, which features can take image by image only; expected parameters, or"
-            raise SettingError("balance.on", f"{config.method} {why} features with per_sample: true")
+    if config.on != "parameters" and (why := _why_not(method, config)):
+        raise SettingError("balance.on", f"{config.method} {why}")
     on = config.on if isinstance(config.on, str) else config.on.layer
     return Balance(Sum(), method, on, config.per_sample)
+
+
+def _why_not(method: GradientMethod, config: BalanceConfig) -> str | None:
+    """Why a method cannot look at features or a layer, whose gradients are those of one batch a step; None if it can.
+
+    Features are those of a batch's images. Summed over them, their gradients are those of a bias that all images share:
+    a method may remember them, and weigh by them. Weights apply to every gradient; a gradient that a method makes
+    itself applies to those images alone.
+    """
+    on_features = config.on == "features"
+    if method.num_batches > 1:
+        num = method.num_batches
+        return f"compares {num} batches of a step, of which features and layers take one; expected parameters"
+    if not method.weighs:
+        if not on_features:
+            return "makes a gradient of its own, which would be that of the layer alone; expected parameters"
+        if method.remembers_rows:
+            return "makes a gradient of those of earlier steps, which are of other images; expected parameters"
+        if not config.per_sample:
+            why = "makes a gradient of its own, which features can take image by image only"
+            return f"{why}; expected parameters, or features with per_sample: true"
+    elif method.remembers_rows and config.per_sample:
+        return "remembers the entries of gradients, which are of other images in each step; expected per_sample: false"
+    return None
 
 
 def _check_on(config: BalanceConfig) -> None:
