@@ -43,7 +43,7 @@ class BalanceConfig(Strict):
             where each works: docs/balancing.md.
         weights: The weight of every active task, one of them above 0. Required by `fixed`, refused by other methods.
         options: Passed to the method. Refused with `fixed`.
-        preset: Options of the `paper`, of `libmtl` or of `torchjd` where they differ; `options` go before them.
+        preset: Options of the `paper`, of `libmtl`, `torchjd` or `samsung` where they differ; `options` go before them.
         on: The gradients that a method looks at: those of all `parameters` of the trunk that train; of the trunk's
             `features`, for one backward through the trunk in place of one a task; or of a layer, as `{layer: PATTERN}`.
         per_sample: Whether gradients of features are compared image by image, as one long vector; if not, they are
@@ -53,7 +53,7 @@ class BalanceConfig(Strict):
     method: str = "mean"
     weights: dict[str, NotNegative] | None = None
     options: dict[str, Any] = {}
-    preset: Literal["paper", "libmtl", "torchjd"] | None = None
+    preset: Literal["paper", "libmtl", "torchjd", "samsung"] | None = None
     on: BalanceOn = "parameters"
     per_sample: bool = False
 

@@ -267,7 +267,7 @@ def _check_fsdp(config: RunConfig, world: World) -> tuple[str, ...]:
         own = written.config.balance
         method, place = (own or config.balance).method, (*(written.path if own else ()), "balance", "method")
         if is_by_gradients(method):
-            why = "a task's gradients alone are not brought together"
+            why = "gradients of single tasks are not brought together over the shards; it is not implemented"
             raise config.mistake(place, f"with distributed.strategy=fsdp2 {why}; expected a scalarizer, got {method}")
     return ("channels_last", "fp16")
 

@@ -126,17 +126,18 @@ class StepLosses:
     def _shared_by_tasks(self, phase: Phase, features: Features | None, leaves: Features | None) -> Shared:
         """What the phase's tasks share."""
         root = self._setup.root
-        trunk = [parameter for parameter in self._setup.model.trunk.parameters() if parameter.requires_grad]
-        of_trunk = {id(parameter) for parameter in trunk}
+        trunk = {n: p for n, p in self._setup.model.trunk.named_parameters() if p.requires_grad}
+        of_trunk = {id(parameter) for parameter in trunk.values()}
         others = [p for p in root.parameters() if p.requires_grad and id(p) not in of_trunk]
         if features is None or leaves is None:
-            return Shared(parameters=trunk, others=others)
+            return Shared(parameters=list(trunk.values()), others=others, names=list(trunk))
         return Shared(
             features=[each for each in features.tensors() if each.requires_grad],
             leaves=[each for each in leaves.tensors() if each.requires_grad],
             layer=[root.get_parameter(name) for name in phase.looks_at],
             per_sample=phase.balance.per_sample,
             others=others,
+            names=phase.looks_at,
         )
 
 

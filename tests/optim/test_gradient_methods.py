@@ -5,6 +5,7 @@ from __future__ import annotations
 import json
 import math
 from collections.abc import Sequence
+from dataclasses import replace
 from typing import Any
 
 import pytest
@@ -18,9 +19,12 @@ from mtl.checkpoint.nested import merge, split
 from mtl.config import SettingError
 from mtl.config.optim import BalanceConfig
 from mtl.optim.balance.build import build_balance
+from mtl.optim.balance.crmogm import CrMogm
+from mtl.optim.balance.describe import options_in_use, settings_in_use
 from mtl.optim.balance.gradient_method import Combined, GradientMethod, TaskGradients
 from mtl.optim.balance.gradient_methods import build_gradient_method, method_names
 from mtl.optim.balance.nashmtl import nash_weights
+from mtl.optim.balance.presets import PRESETS
 from mtl.optim.balance.subset import Subset
 
 TASKS = ["a", "b", "c"]
@@ -144,6 +148,22 @@ def test_nash_weights_of_two_tasks_have_a_closed_form() -> None:
     first = 1 / math.sqrt(p + q * math.sqrt(p / r))
     weights = nash_weights(torch.tensor([[p, q], [q, r]]))
     assert weights is not None and weights.tolist() == pytest.approx([first, first * math.sqrt(p / r)])
+
+
+@pytest.mark.parametrize("exponent", range(-12, 13, 3))
+@pytest.mark.parametrize("cosine", [-0.9, 0.0, 0.9])
+def test_nash_weights_bring_gradients_of_any_two_sizes_to_one_length(exponent: int, cosine: float) -> None:
+    """The closed form for two tasks: a_i |g_i| = 1 / sqrt(1 + cosine) for both."""
+    sizes = torch.tensor([1.0, 10.0**exponent], dtype=torch.float64)
+    rows = torch.tensor([[1.0, 0.0], [cosine, math.sqrt(1 - cosine**2)]], dtype=torch.float64) * sizes[:, None]
+    weights = nash_weights(rows @ rows.T)
+    assert weights is not None
+    expected = torch.full((2,), 1 / math.sqrt(1 + cosine), dtype=torch.float64)
+    torch.testing.assert_close(weights * sizes, expected, rtol=1e-9, atol=0)
+    method = build("nashmtl", 2, max_norm=0.0)
+    # The Gramian is divided by its norm, as in the authors' code.
+    found = weights_of(method, TaskGradients(rows, torch.ones(2))) * sizes / (rows @ rows.T).norm().sqrt()
+    torch.testing.assert_close(found, expected, rtol=1e-6, atol=0)
 
 
 @pytest.mark.parametrize("rows", [[[1.0, 0.0], [-1.0, 0.0]], [[1.0, 0.0], [-2.0, 1e-9]]])
@@ -296,8 +316,8 @@ def test_a_method_that_is_saved_and_loaded_continues_to_the_same_bits(method: st
     assert not all(torch.equal(a, b) for a, b in zip(expected[3:], fresh, strict=True)), "what came before counts"
 
 
-@pytest.mark.parametrize("method", sorted({*STATEFUL} - {"gradvac", "pcd"}))
-def test_what_a_method_knows_of_a_task_that_has_no_gradient_stays(method: str) -> None:
+@pytest.mark.parametrize("method", method_names())
+def test_a_task_that_has_no_gradient_leaves_the_step_and_what_a_method_knows_of_it_stays(method: str) -> None:
     """A task has none in any step: the others are balanced as if there was no such task."""
     whole, only = build(method, 4), build(method, 3)
     for number, gradients in enumerate(steps(5, num_tasks=4)):
@@ -313,12 +333,72 @@ def test_what_a_method_knows_of_a_task_that_has_no_gradient_stays(method: str) -
         torch.testing.assert_close(ours, theirs, rtol=1e-5, atol=1e-7, msg=f"step {number}")
 
 
-def test_a_method_that_remembers_rows_begins_again_where_a_phase_trains_others() -> None:
-    built, new = build("dbmtl", sigma=0.5), build("dbmtl", sigma=0.5)
-    for gradients in steps(2, width=6):
-        built.combine(gradients)
-    for gradients in steps(3, width=4):
-        assert torch.equal(built.combine(gradients).of(gradients.rows), new.combine(gradients).of(gradients.rows))
+@pytest.mark.parametrize("method", method_names())
+def test_a_zero_gradient_is_balanced_as_an_absent_one(method: str) -> None:
+    zero, absent = build(method, 4), build(method, 4)
+    for number, gradients in enumerate(steps(4, num_tasks=4)):
+        given = gradients.of([1, 2, 3])
+        gradients.rows[0] = 0
+        for rows in gradients.batches:
+            rows[0] = 0
+        found = list[Tensor]()
+        for built, each in ((zero, gradients), (absent, given)):
+            torch.manual_seed(number)
+            found.append(built.combine(each).of(each.rows))
+        torch.testing.assert_close(*found, rtol=1e-6, atol=1e-7, msg=f"step {number}")
+    assert json.dumps(split(zero.state())[1]) == json.dumps(split(absent.state())[1])
+
+
+@pytest.mark.parametrize("primary", [0.0, 1.0])
+def test_pcd_moves_nothing_shared_where_its_first_task_has_no_gradient(primary: float) -> None:
+    rows = torch.tensor([[primary, 0.0], [1.0, 1.0]])
+    assert weights_of(build("pcd", 2), TaskGradients(rows, torch.ones(2))).any() == (primary > 0)
+
+
+# What is known of the tasks, not of their gradients, stays.
+STAYS = {"dbmtl": (), "moco": ("lambda",), "excessmtl": ("logs",), "crmogm": ("weights", "counts")}
+REMEMBER_ROWS: dict[str, dict[str, Any]] = {"dbmtl": {"sigma": 0.5}, "moco": {}, "excessmtl": {"n_warmup_steps": 2}}
+REMEMBER_ROWS |= {"crmogm": {"method": "excessmtl"}}
+
+
+def test_all_methods_that_remember_rows_are_known_to_this_file() -> None:
+    assert {method for method in method_names() if build(method).remembers_rows} == REMEMBER_ROWS.keys() - {"crmogm"}
+
+
+@pytest.mark.parametrize("width", [6, 4])
+@pytest.mark.parametrize("method", REMEMBER_ROWS)
+def test_a_method_that_remembers_rows_begins_again_with_those_of_other_parameters(method: str, width: int) -> None:
+    """Two blocks that take turns, as many entries in each or not: what was kept of one is not used for the other."""
+    built, new = (build_gradient_method(method, REMEMBER_ROWS[method], 3) for _ in range(2))
+    for gradients in steps(3, width=6):
+        built.combine(replace(gradients, rows_of="block 1"))
+    # The same knowledge of the tasks, and none of the gradients.
+    kept = built.state()
+    new.load_state(kept | {"memory": {name: kept["memory"][name] for name in STAYS[method]}})
+    if isinstance(new, CrMogm):
+        inner = kept["method"]["memory"]
+        new._method.load_state({"memory": {name: inner[name] for name in STAYS["excessmtl"]}})
+    for gradients in steps(3, width=width):
+        ours = built.combine(replace(gradients, rows_of="block 2")).of(gradients.rows)
+        assert torch.equal(ours, new.combine(gradients).of(gradients.rows))
+
+
+def test_a_step_that_is_not_finite_does_not_change_what_is_remembered_of_rows() -> None:
+    built, gradients = build("dbmtl"), replace(steps(1)[0], rows_of="block 1")
+    built.combine(gradients)
+    built.combine(replace(gradients, rows=gradients.rows * math.nan, rows_of="block 2"))
+    assert built.state()["memory"]["rows_of"] == "block 1"
+
+
+def test_a_memory_of_before_it_had_a_key_is_that_of_the_first_rows_it_is_used_for() -> None:
+    whole, resumed, given = build("dbmtl"), build("dbmtl"), steps(3)
+    for gradients in given[:2]:
+        whole.combine(replace(gradients, rows_of="block 1"))
+    old = whole.state()
+    resumed.load_state({"memory": {name: value for name, value in old["memory"].items() if name != "rows_of"}})
+    last = replace(given[2], rows_of="block 1")
+    assert torch.equal(whole.combine(last).of(last.rows), resumed.combine(last).of(last.rows))
+    assert resumed.state()["memory"]["rows_of"] == "block 1"
 
 
 # What is refused, and presets
@@ -329,6 +409,19 @@ def test_a_method_that_remembers_rows_begins_again_where_a_phase_trains_others()
     [
         ({"method": "gradnorm", "options": {"alpha": -1}}, "gradnorm takes the options alpha, lr, .*: expected"),
         ({"method": "gradnorm", "options": {"alpha": "x"}}, "gradnorm takes .*: expected alpha: a number, got 'x'"),
+        ({"method": "gradnorm", "options": {"alpha": math.nan}}, "balance.options: .*alpha: a finite number, got nan"),
+        ({"method": "gradnorm", "options": {"lr": math.inf}}, "balance.options: .*lr: a finite number, got inf"),
+        ({"method": "moco", "options": {"gamma": math.nan}}, "balance.options: .*gamma: a finite number, got nan"),
+        ({"method": "nashmtl", "options": {"max_norm": math.nan}}, "balance.options: .*max_norm: a finite number"),
+        ({"method": "mgda", "options": {"epsilon": math.nan}}, "balance.options: .*epsilon: a finite number, got nan"),
+        ({"method": "modo", "options": {"gamma": math.inf}}, "balance.options: .*gamma: a finite number, got inf"),
+        ({"method": "config", "options": {"pref_vector": [1.0, math.nan, 1.0]}}, "pref_vector: a finite number"),
+        (
+            {"method": "crmogm", "options": {"method": "cagrad", "options": {"c": math.nan}}},
+            "balance.options: .* c: a finite number, got nan",
+        ),
+        ({"method": "stch", "options": {"mu": math.nan}}, "balance.options: .*mu: a finite number, got nan"),
+        ({"method": "cosmos", "options": {"lambda_": math.nan, "weights": [1, 1, 1]}}, "lambda_: a finite number"),
         ({"method": "gradnorm", "options": {"warmup_steps": 2.5}}, "expected warmup_steps: a whole number, got 2.5"),
         ({"method": "dbmtl", "options": {"beta": True}}, "dbmtl takes .*: expected beta: a number, got True"),
         ({"method": "mgda", "options": {"normalize": 2}}, "mgda takes .*: expected normalize: text, got 2"),
@@ -346,10 +439,18 @@ def test_a_method_that_remembers_rows_begins_again_where_a_phase_trains_others()
         ({"method": "stch", "options": {"mu": 1.0, "warmup_epochs": 3}}, "stch takes .*: warmup_epochs goes with log"),
         ({"method": "stch"}, "stch takes .*: expected mu"),
         ({"method": "uw", "preset": "paper"}, "balance.preset: uw has none; got paper"),
-        ({"method": "cagrad", "preset": "torchjd"}, "cagrad has the presets paper, libmtl; got torchjd"),
+        ({"method": "cagrad", "preset": "samsung"}, "cagrad has the presets paper, libmtl, torchjd; got samsung"),
         ({"method": "uw", "on": "features"}, "balance.on: uw looks at no gradients; leave it out"),
-        ({"method": "dbmtl", "on": "features"}, "balance.on: dbmtl keeps the gradients of earlier steps"),
-        ({"method": "modo", "on": "features"}, "balance.on: modo compares batches, which share parameters only"),
+        ({"method": "dbmtl", "on": "features"}, "balance.on: dbmtl makes a gradient of those of earlier steps, which"),
+        ({"method": "moco", "on": "features", "per_sample": True}, "balance.on: moco makes a gradient of those of ear"),
+        ({"method": "dbmtl", "on": {"layer": "trunk"}}, "balance.on: dbmtl makes a gradient of its own, .* layer al"),
+        ({"method": "excessmtl", "on": "features", "per_sample": True}, "excessmtl remembers .* per_sample: false"),
+        (
+            {"method": "crmogm", "options": {"method": "excessmtl"}, "on": "features", "per_sample": True},
+            "balance.on: crmogm remembers the entries of gradients, .* expected per_sample: false",
+        ),
+        ({"method": "modo", "on": "features"}, "balance.on: modo compares 2 batches of a step, of which features and"),
+        ({"method": "sdmgrad", "on": {"layer": "trunk"}}, "balance.on: sdmgrad compares 3 batches of a step, of which"),
         ({"method": "config", "on": "features"}, "balance.on: config makes a gradient .* per_sample: true"),
         ({"method": "config", "on": {"layer": "trunk"}}, "balance.on: config makes a gradient of its own"),
     ],
@@ -365,6 +466,34 @@ def test_a_preset_gives_the_options_that_are_not_given() -> None:
     assert preset is not None
     expected = weights_of(build("cagrad", c=0.2, rescale=True), gradients)
     assert torch.equal(weights_of(preset, gradients), expected)
+
+
+@pytest.mark.parametrize(("method", "preset"), [(m, p) for m, presets in PRESETS.items() for p in presets])
+def test_every_preset_can_be_built_and_is_shown_with_the_other_options(method: str, preset: str) -> None:
+    options = {name: value for name, value in OPTIONS.get(method, {}).items() if name not in PRESETS[method][preset]}
+    options |= {"mu": 1.0} if (method, preset) == ("stch", "torchjd") else {}
+    config = BalanceConfig(method=method, preset=preset, options=options)  # type: ignore[arg-type]
+    build_balance(config, TASKS)
+    assert options_in_use(config).items() >= (PRESETS[method][preset] | options).items()
+
+
+@pytest.mark.parametrize(
+    ("settings", "shown"),
+    [
+        ({"method": "gradnorm", "options": {"alpha": 0.5}}, "alpha 0.5, lr 0.025, warmup_steps 50"),
+        ({"method": "gradnorm", "preset": "samsung"}, "alpha 2, lr 0.025, warmup_steps 1, preset samsung"),
+        ({"method": "crmogm"}, "method upgrad, options (norm_eps 0.0001, reg_eps 0.0001), alpha 0.9"),
+        ({"method": "crmogm", "options": {"method": "imtlg"}}, "method imtlg, alpha 0.9"),
+        ({"method": "famo"}, "lr 0.025, weight_decay 0.001"),
+        ({"method": "cagrad", "options": {"c": 0.4}}, "c 0.4, norm_eps 0.0001, rescale false"),
+        ({"method": "imtlg", "on": "features", "per_sample": True}, "on features, per_sample true"),
+        ({"method": "imtlg", "on": {"layer": "trunk.layer4"}}, "on trunk.layer4"),
+        ({"method": "fixed", "weights": {"a": 1, "b": 2}}, "weights (a 1, b 2)"),
+        ({"method": "mean"}, ""),
+    ],
+)
+def test_a_method_is_shown_with_the_options_that_it_has(settings: dict[str, Any], shown: str) -> None:
+    assert settings_in_use(BalanceConfig(**settings)) == shown
 
 
 def test_a_combined_gradient_is_either_given_or_weighed() -> None:

@@ -3,6 +3,10 @@
 from __future__ import annotations
 
 import json
+import re
+import subprocess
+import sys
+from pathlib import Path
 from typing import Any
 
 import pytest
@@ -15,8 +19,10 @@ from mtl.checkpoint.nested import merge, split
 from mtl.config import SettingError
 from mtl.config.optim import BalanceConfig
 from mtl.optim.balance.build import build_balance, is_by_gradients
+from mtl.optim.balance.gradient_method import TaskGradients
 from mtl.optim.balance.gradient_methods import build_gradient_method, method_names
 from mtl.optim.balance.gradient_weights import GradientWeighting, gradient_methods, make_weighting
+from runs import tiny_config
 
 TASKS = ["a", "b", "c"]
 OPTIONS: dict[str, dict[str, Any]] = {"cagrad": {"c": 0.5}, "fairgrad": {"alpha": 1.0}, "krum": {"n_byzantine": 0}}
@@ -29,6 +35,12 @@ def gramian(*rows: list[float]) -> Tensor:
 
 
 CONFLICT = gramian([1.0, 0.0, 0.5], [-1.0, 2.0, 0.0], [0.0, -1.0, 1.0])
+
+
+def weights_of(method: GradientWeighting, rows: Tensor) -> list[float]:
+    weights = method.combine(TaskGradients(rows, torch.ones(len(rows)))).weights
+    assert weights is not None
+    return weights.tolist()
 
 
 def build(method: str, **options: Any) -> GradientWeighting:
@@ -110,16 +122,19 @@ def test_a_product_that_is_not_finite_gives_nan_and_the_method_is_not_asked(meth
 
 @pytest.mark.parametrize("method", METHODS)
 def test_fewer_than_two_gradients_are_not_balanced(method: str) -> None:
-    for products in (torch.zeros(3, 3), torch.diag(torch.tensor([0.0, 4.0, 0.0]))):
-        assert build(method)(products).tolist() == [1, 1, 1]
+    for rows in (torch.zeros(3, 3), torch.diag(torch.tensor([4.0, 0.0, 0.0]))):
+        combined = build(method).combine(TaskGradients(rows, torch.ones(3)))
+        assert torch.equal(combined.of(rows), rows.sum(dim=0))
 
 
 def test_a_task_without_a_gradient_does_not_stop_the_others() -> None:
-    products = gramian([1.0, 0.0], [0.0, 0.0], [-0.5, 1.0])
     alone = make_weighting("mgda", {})(gramian([1.0, 0.0], [-0.5, 1.0]))
-    weights = build("mgda")(products)
-    assert weights[0] / weights[2] == pytest.approx(float(alone[0] / alone[1]), rel=1e-2)
-    assert float(weights[0]) > 0.1, "TorchJD alone would give all weight to the zero"
+    weights = weights_of(build("mgda"), torch.tensor([[1.0, 0.0], [0.0, 0.0], [-0.5, 1.0]]))
+    assert weights == [float(alone[0]), 0, float(alone[1])], "TorchJD alone would give all weight to the zero"
+
+
+def test_a_gradient_whose_square_vanishes_in_the_precision_of_the_weighting_is_none() -> None:
+    assert weights_of(build("mgda"), torch.tensor([[1.0, 0.0], [1e-30, 0.0], [0.0, 1.0]])) == [0.5, 0, 0.5]
 
 
 # What is kept
@@ -188,13 +203,51 @@ def test_mistakes_are_named_with_the_choices(config: BalanceConfig, message: str
         build_balance(config, TASKS)
 
 
-@pytest.mark.parametrize(("method", "extra"), [("upgrad", "quadprog_projector"), ("cagrad", "cagrad")])
+MISSING = [
+    ("upgrad", "qpsolvers", "mtl-freeze"),
+    ("dualproj", "quadprog", "mtl-freeze"),
+    ("cagrad", "cvxpy", "mtl-freeze[balance]"),
+    ("cagrad", "clarabel", "mtl-freeze[balance]"),
+    ("fairgrad", "scipy", "mtl-freeze[balance]"),
+]
+
+
+@pytest.mark.parametrize(("method", "package", "project"), MISSING)
 def test_a_method_whose_packages_are_missing_names_the_command_that_installs_them(
-    method: str, extra: str, monkeypatch: pytest.MonkeyPatch
+    method: str, package: str, project: str, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    monkeypatch.setattr("torchjd._mixins.find_spec", lambda _: None)
-    with pytest.raises(SettingError, match=rf'balance\.method: {method}: .* pip install "torchjd\[{extra}\]"'):
-        build(method)
+    monkeypatch.setitem(sys.modules, package, None)
+    message = f"balance.method: {method} needs {package}, .*; install it with: pip install '{project}'"
+    own = OPTIONS.get(method, {})
+    for name, options in ((method, own), ("crmogm", {"method": method, "options": own})):
+        with pytest.raises(SettingError, match=re.escape(message).replace(r"\.\*", ".*") + "$"):
+            build_balance(BalanceConfig(method=name, options=options), TASKS)
+
+
+# A new process, in which a package that is missing is missing for other packages too: cvxpy needs scipy.
+WITHOUT = """
+import sys
+
+class Missing:
+    def find_spec(self, name, path=None, target=None):
+        if name.partition(".")[0] == sys.argv[1]:
+            raise ModuleNotFoundError(f"No module named {name!r}", name=name)
+
+sys.meta_path.insert(0, Missing())
+from mtl.cli import main
+sys.exit(main(sys.argv[2:]))
+"""
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize("package", ["cvxpy", "scipy"])
+def test_a_plan_without_the_packages_of_a_method_is_exit_code_2(tmp_path: Path, package: str) -> None:
+    changes = ("balance.method=cagrad", "balance.options={c: 0.5}")
+    command = [sys.executable, "-c", WITHOUT, package, "plan", str(tiny_config(tmp_path)), *changes]
+    done = subprocess.run(command, cwd=Path(__file__).parents[2], capture_output=True, text=True)
+    assert done.returncode == 2, done.stderr
+    assert "balance.method: cagrad needs cvxpy" in done.stderr
+    assert "pip install 'mtl-freeze[balance]'" in done.stderr
 
 
 def test_the_limits_of_a_projector_are_options() -> None:

@@ -95,15 +95,26 @@ def test_a_module_next_to_the_configuration_is_found(tmp_path: Path) -> None:
         ("wrong:Vector", {}, r"balance.method: wrong:Vector gave \(2,\) for 2 losses; expected a scalar$"),
         ("wrong:Few", {}, r"balance.options: wrong:Few: ValueError: gave weights of shape \(1,\) for 2 tasks$"),
         ("wrong:Fewer", {}, r"balance.options: wrong:Fewer: ValueError: gave weights of shape \(1,\) for 2 tasks"),
+        ("wrong:Seen", {}, "balance.method: wrong:Seen: .*cannot hold its attribute 'seen' .* a set.*; keep numbers,"),
+        ("wrong:Draws", {}, r"balance.method: .* hold its attribute 'random' .*Generator.*get_state\(\) of a random"),
+        ("wrong:Later", {}, "balance.method: .* cannot hold its attribute 'by' .at by/a: .* got a set"),
+        ("wrong:Sum", {}, "balance.method: wrong:Sum: .*cannot hold its attribute 'kinds' .* got a set"),
         ("softmaxx", {}, "balance.method: no method 'softmaxx'.*; or your own as package.module:Name"),
     ],
 )
 def test_what_cannot_be_used_is_named(folder: Path, method: str, options: dict[str, object], message: str) -> None:
     (folder / "wrong.py").write_text(
-        "import mtl\n"
+        "import mtl, torch\n"
         "from torchjd.aggregation import Weighting\nfrom torchjd.scalarization import Scalarizer\n"
         "class Vector(Scalarizer):\n    def forward(self, losses): return 2 * losses\n"
         "class Fewer(mtl.TaskWeights):\n    def weights(self, losses, rows): return losses[:1]\n"
+        "class Seen(mtl.TaskWeights):\n    def __init__(self): self.seen = set()\n"
+        "    def weights(self, losses, rows): return losses\n"
+        "class Draws(Seen):\n    def __init__(self): self.random = torch.Generator()\n"
+        "class Later(Seen):\n    def __init__(self): self.by = None\n"
+        "    def weights(self, losses, rows):\n        self.by = {'a': {1}}\n        return losses\n"
+        "class Sum(Scalarizer):\n    def __init__(self):\n        super().__init__()\n        self.kinds = {1}\n"
+        "    def forward(self, losses): return losses.sum()\n"
         "class Few(Weighting):\n    def forward(self, gramian): return gramian[0, :1]\n"
     )
     try:

@@ -245,8 +245,9 @@ def test_a_state_with_a_count_a_task_is_restored() -> None:
 def test_a_method_that_cannot_weigh_so_few_tasks_says_so() -> None:
     balance = build_balance(BalanceConfig(method="krum", options={"n_byzantine": 1}), TASKS)
     assert isinstance(balance.by_gradients, GradientWeighting)
-    with pytest.raises(SettingError, match="cannot weigh the 2 of 4 tasks of which a batch has labels"):
-        balance.by_gradients(torch.eye(2), Subset((0, 1), NUM))
+    gradients = TaskGradients(torch.eye(2), torch.ones(2), subset=Subset((0, 1), NUM))
+    with pytest.raises(SettingError, match="Krum cannot combine the 2 of 4 tasks that have a gradient in a step"):
+        balance.by_gradients.combine(gradients)
 
 
 @pytest.mark.parametrize("places", [(1,), (1, 2)])

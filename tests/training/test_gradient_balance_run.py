@@ -126,6 +126,30 @@ def test_a_run_that_is_broken_off_resumes_to_the_same_bits(
     assert_same(tmp_path / "runs/tiny", one)
 
 
+@pytest.mark.slow
+def test_blocks_of_one_size_that_train_in_turns_share_no_memory(tmp_path: Path) -> None:
+    """As if the second phase had a method of its own, also if the run is killed in it and resumed."""
+    own = {"method": "dbmtl", "options": {"beta": 0.9}}
+    expected, *both = (tmp_path / name for name in ("own", "shared", "broken"))
+    for folder, second in ((expected, own), *((folder, {"method": "dbmtl"}) for folder in both)):
+        folder.mkdir()
+        blocks = [(0, "dbmtl"), (1, second)]
+        phases = [{"name": f"{n}", "train": [f"trunk.blocks.{n}"], "steps": 3, "balance": b} for n, b in blocks]
+        changes = EQUAL | {"phases": phases, "trunk": {"name": "test_vit", "options": {"depth": 2}}}
+        if folder.name == "broken":
+            file = tiny_config(folder, **changes)
+            with pytest.MonkeyPatch.context() as patch, pytest.raises(Crash):
+                crash_in_step(patch, 5)
+                train(assemble(load_config(file), quiet=True), quiet=True)
+            config, source = resumed_config(load_config(file, ["resume=auto"]))
+            train(assemble(config, quiet=True), quiet=True, source=source)
+        else:
+            train(tiny_parts(folder, **changes), quiet=True)
+    for folder in both:
+        weights, theirs = (read_model(each / "runs/tiny/checkpoints/last") for each in (folder, expected))
+        assert weights.keys() == theirs.keys() and all(torch.equal(weights[n], theirs[n]) for n in weights), folder
+
+
 def test_a_frozen_trunk_leaves_nothing_to_balance_and_it_is_said_once(
     tmp_path: Path, caplog: pytest.LogCaptureFixture, monkeypatch: pytest.MonkeyPatch
 ) -> None:

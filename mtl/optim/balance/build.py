@@ -6,6 +6,7 @@ The methods are TorchJD's scalarizers and aggregators, our own, and the user's.
 from __future__ import annotations
 
 import copy
+import math
 from collections.abc import Callable, Mapping, Sequence
 from typing import TYPE_CHECKING, Any
 
@@ -19,6 +20,7 @@ from mtl.optim.balance.balance import Balance
 from mtl.optim.balance.dwa import PartialDwa
 from mtl.optim.balance.presets import with_preset
 from mtl.optim.balance.scalarizers import Constant, Scalarizer, Sum, scalarization
+from mtl.optim.balance.state import check_state
 from mtl.optim.balance.stch import stch
 from mtl.optim.balance.sum_of_logs import SumOfLogs
 from mtl.optim.balance.torchjd_state import options_of
@@ -35,7 +37,7 @@ if TYPE_CHECKING:
 _OURS: Mapping[str, Callable[..., Scalarizer]] = {"dwa": PartialDwa, "si": SumOfLogs, "stch": stch}
 
 # Given by the tasks, not by a configuration.
-_OF_TASKS = ("shape", "num_tasks")
+NAMES_OF_TASKS = ("shape", "num_tasks")
 
 
 def scalarizers() -> dict[str, Callable[..., Scalarizer]]:
@@ -78,6 +80,7 @@ def build_balance(config: BalanceConfig, tasks: Sequence[str], every_task: Seque
         return _build_own(config, len(tasks))
     method = config.method.lower()
     given = with_preset(method, config.preset, config.options)
+    _check_finite(given)
     for name in ("weights", "pref_vector"):
         if isinstance(values := given.get(name), list) and values and not any(values):
             raise SettingError("balance.options", f"expected a number other than 0 in {name}, got {values}")
@@ -91,46 +94,54 @@ def build_balance(config: BalanceConfig, tasks: Sequence[str], every_task: Seque
     takes = options_of(scalarizer)
     # A configuration writes tensors as lists; learnable methods need the number of losses.
     options = {k: torch.tensor(v, dtype=torch.float32) if isinstance(v, list) else v for k, v in given.items()}
-    options |= {name: len(tasks) for name in _OF_TASKS if name in takes}
+    options |= {name: len(tasks) for name in NAMES_OF_TASKS if name in takes}
     try:
         return Balance(scalarizer(**options))
     except (TypeError, ValueError) as error:
-        known = ", ".join(name for name in takes if name not in _OF_TASKS) or "none"
+        known = ", ".join(name for name in takes if name not in NAMES_OF_TASKS) or "none"
         raise SettingError("balance.options", f"{config.method} takes the options {known}: {error}") from error
 
 
-def options_in_use(config: BalanceConfig) -> dict[str, Any]:
-    """The options of a method of a configuration that can be built, with those that it takes by default or by a preset.
-
-    None of a method of the user's own, which are in its code.
-    """
-    method = config.method.lower()
-    if is_own(config.method) or method == "fixed":
-        return dict(config.options)
-    if is_by_gradients(method):
-        from mtl.optim.balance.gradient_methods import method_options
-
-        defaults = method_options(method)
-    else:
-        takes = options_of(scalarizers()[method])
-        defaults = {name: value for name, value in takes.items() if name not in _OF_TASKS}
-    used = {**defaults, **with_preset(method, config.preset, config.options)}
-    return {name: value for name, value in used.items() if value is not None}
+def _check_finite(options: Mapping[str, Any]) -> None:
+    """Raises `SettingError` if a number among options, or in lists and mappings of them, is NaN or infinite."""
+    for name, value in options.items():
+        if isinstance(value, Mapping):
+            _check_finite(value)
+        for number in value if isinstance(value, list) else [value]:
+            if isinstance(number, float) and not math.isfinite(number):
+                raise SettingError("balance.options", f"expected {name}: a finite number, got {number}")
 
 
 def _by_gradients(config: BalanceConfig, method: GradientMethod) -> Balance:
     """A method that looks at gradients, checked against where it is to look."""
-    if config.on != "parameters":
-        if method.num_batches > 1:
-            raise SettingError("balance.on", f"{config.method} compares batches, which share parameters only")
-        if method.remembers_rows:
-            why = "keeps the gradients of earlier steps, and each step has features of other images"
-            raise SettingError("balance.on", f"{config.method} {why}; expected parameters")
-        if not method.weighs and not (config.on == "features" and config.per_sample):
-            why = "makes a gradient of its own, which features can take image by image only; expected parameters, or"
-            raise SettingError("balance.on", f"{config.method} {why} features with per_sample: true")
+    if config.on != "parameters" and (why := _why_not(method, config)):
+        raise SettingError("balance.on", f"{config.method} {why}")
     on = config.on if isinstance(config.on, str) else config.on.layer
     return Balance(Sum(), method, on, config.per_sample)
+
+
+def _why_not(method: GradientMethod, config: BalanceConfig) -> str | None:
+    """Why a method cannot look at features or a layer, whose gradients are those of one batch a step; None if it can.
+
+    Features are those of a batch's images. Summed over them, their gradients are those of a bias that all images share:
+    a method may remember them, and weigh by them. Weights apply to every gradient; a gradient that a method makes
+    itself applies to those images alone.
+    """
+    on_features = config.on == "features"
+    if method.num_batches > 1:
+        num = method.num_batches
+        return f"compares {num} batches of a step, of which features and layers take one; expected parameters"
+    if not method.weighs:
+        if not on_features:
+            return "makes a gradient of its own, which would be that of the layer alone; expected parameters"
+        if method.remembers_rows:
+            return "makes a gradient of those of earlier steps, which are of other images; expected parameters"
+        if not config.per_sample:
+            why = "makes a gradient of its own, which features can take image by image only"
+            return f"{why}; expected parameters, or features with per_sample: true"
+    elif method.remembers_rows and config.per_sample:
+        return "remembers the entries of gradients, which are of other images in each step; expected per_sample: false"
+    return None
 
 
 def _check_on(config: BalanceConfig) -> None:
@@ -166,10 +177,12 @@ def _build_own(config: BalanceConfig, num_tasks: int) -> Balance:
     try:
         if not isinstance(method, Scalarizer):
             weighing = GradientWeighting(method) if isinstance(method, Weighting) else method
-            try_out(weighing, num_tasks)
+            check_state(config.method, Balance(Sum(), try_out(weighing, num_tasks)).state()["weighting"])
             return _by_gradients(config, weighing)
         with torch.random.fork_rng([]), torch.device("cpu"):
-            total = copy.deepcopy(method)(torch.ones(num_tasks))
+            tried = copy.deepcopy(method)
+            total = tried(torch.ones(num_tasks))
+        check_state(config.method, Balance(tried).state())
     except SettingError:
         raise
     except Exception as error:  # the user's code may raise anything

@@ -19,6 +19,8 @@ class CrMogm(RememberingMethod):
     `CRMOGMWeighting` does. `alpha` is constant, where the paper has a schedule (Corollary 1).
     """
 
+    _kept = ("weights", "counts")
+
     def __init__(self, method: GradientMethod, num_tasks: int, alpha: float = 0.9) -> None:
         """Args:
         method: Gives the weights.
@@ -34,6 +36,8 @@ class CrMogm(RememberingMethod):
             raise ValueError(f"{method.name} gives no weights of a single batch to smooth")
         self.alpha = alpha
         self._method = method
+        # The other method has a memory of its own; that of weights stays.
+        self.remembers_rows = method.remembers_rows
         super().__init__(num_tasks)
 
     def _combine(self, gradients: TaskGradients) -> Combined:

@@ -19,11 +19,15 @@ class ExcessMtl(RememberingMethod):
     steps, in which the weights stay. Heads get the gradients of their own losses.
 
     TorchJD's own class cannot begin with some of its tasks: here each task has its own count and baseline, and with
-    labels of all tasks the weights are TorchJD's. Memory: a square for each entry of the tasks' gradients, which
-    checkpoints have too; it begins with zeros again where a phase trains other parameters than the one before.
+    labels of all tasks the weights are TorchJD's. Of features (`on`) the gradients are summed over images: those of a
+    bias that all images share, so that each entry is the same one in every step.
+
+    Memory: a square for each entry of the tasks' gradients, which checkpoints have too. Where a phase trains other
+    parameters than the one before, squares, counts and baselines begin with zeros again, and the weights stay.
     """
 
     remembers_rows = True
+    _kept = ("logs",)
 
     def __init__(self, num_tasks: int, robust_step_size: float = 1.0, n_warmup_steps: int = 0) -> None:
         """Args:

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 from collections.abc import Sequence
 from dataclasses import dataclass, field
+from hashlib import blake2b
 from typing import Any
 
 import torch
@@ -32,6 +33,7 @@ class Shared:
             gradients of the features, |J^T sum w_i z_i| <= |J| |sum w_i z_i| for any weights, which is why MGDA-UB
             (Sener and Koltun, arXiv 1810.04650, equation 4) may minimise the latter. Summed they bound nothing.
         others: All trainable parameters that get the gradients of the losses themselves, usually each of one task.
+        names: The names of the parameters whose gradients are compared; of features, none.
     """
 
     parameters: Sequence[nn.Parameter] = ()
@@ -40,6 +42,14 @@ class Shared:
     layer: Sequence[nn.Parameter] = ()
     per_sample: bool = False
     others: Sequence[nn.Parameter] = ()
+    names: Sequence[str] = ()
+
+    @property
+    def rows_of(self) -> str:
+        """Identifies what the rows are gradients of: a digest of the parameters' names, or `features`."""
+        if self.features and not self.layer:
+            return "features"
+        return blake2b("\n".join(self.names).encode(), digest_size=16).hexdigest() if self.names else ""
 
     @property
     def balanced(self) -> list[Tensor]:
@@ -135,7 +145,7 @@ class StepGradients:
         if num > 1:
             rows = rows / num
         losses = self._losses[0] if num == 1 else torch.stack(self._losses).mean(dim=0)
-        combined = method.combine(TaskGradients(rows, losses, batches, subset))
+        combined = method.combine(TaskGradients(rows, losses, batches, subset, shared.rows_of))
         total = combined.of(rows if self._full is None else self._full)
         if num > 1:
             total = total * num

@@ -5,6 +5,7 @@ from __future__ import annotations
 from abc import ABC, abstractmethod
 from collections.abc import Mapping
 from dataclasses import dataclass, replace
+from functools import cached_property
 from typing import Any
 
 import torch
@@ -13,6 +14,7 @@ from torch import Tensor
 from mtl.config import SettingError
 from mtl.optim.balance.state import check_same_method
 from mtl.optim.balance.subset import Subset
+from mtl.optim.task_gradients import inner_products
 
 # What a method may raise for options that do not fit each other or the number of tasks.
 OPTION_ERRORS = (TypeError, ValueError, RuntimeError, IndexError)
@@ -27,12 +29,19 @@ class TaskGradients:
         losses: "t", the tasks' losses: means over the step's batches.
         batches: The rows of each batch of a step of several batches, for a method that asks for them; else none.
         subset: The tasks, if not all have labels in the step.
+        rows_of: Identifies what the rows are gradients of, the same in every step, run and rank; "" if that is unknown.
     """
 
     rows: Tensor
     losses: Tensor
     batches: tuple[Tensor, ...] = ()
     subset: Subset | None = None
+    rows_of: str = ""
+
+    @cached_property
+    def products(self) -> Tensor:
+        """The Gramian of the rows, "t t", float64, on the CPU; computed once."""
+        return inner_products(self.rows.detach()).cpu()
 
     @property
     def tasks(self) -> Subset:
@@ -93,15 +102,16 @@ class GradientMethod(ABC):
     least_tasks: int = 2
 
     def combine(self, gradients: TaskGradients) -> Combined:
-        """What a step's gradients become. One sync with the device.
+        """What a step's gradients become. Waits for the device.
 
         A task without a gradient leaves the step, as if the method had fewer tasks; what it remembers of such a task
-        stays. Where a gradient or a loss is not finite, the result is not finite either, and the state stays.
+        stays. That is done here, for every method: `_combine` sees no gradient that is zero. Where a gradient or a loss
+        is not finite, the result is not finite either, and the state stays.
 
         Raises:
             SettingError: The method cannot combine so few tasks.
         """
-        largest = gradients.rows.abs().amax(dim=1)
+        largest = self._sizes(gradients)
         *sizes, loss = torch.cat([largest, gradients.losses.to(largest).sum()[None]]).tolist()
         ones = torch.ones(len(sizes))
         if not all(value < torch.inf for value in [*sizes, abs(loss)]):
@@ -109,6 +119,7 @@ class GradientMethod(ABC):
         here = [place for place, value in enumerate(sizes) if value > 0]
         if len(here) < self.least_tasks:
             return Combined(weights=ones)
+        self._begin(gradients)
         if len(here) == gradients.tasks.size:
             return self._combine(gradients)
         try:
@@ -126,10 +137,17 @@ class GradientMethod(ABC):
         weights = torch.zeros_like(ones).index_copy(0, index, found.weights.cpu().float())
         return replace(found, weights=weights, head_weights=heads)
 
+    def _sizes(self, gradients: TaskGradients) -> Tensor:
+        """How large each task's gradient is, "t": 0 if it has none, not finite if an entry is not."""
+        return gradients.rows.detach().abs().amax(dim=1)
+
     @property
     def name(self) -> str:
         """As messages call it."""
         return type(self).__name__
+
+    def _begin(self, gradients: TaskGradients) -> None:  # noqa: B027  (most methods have nothing to do)
+        """Called before `_combine`, with the gradients of all tasks of the step."""
 
     @abstractmethod
     def _combine(self, gradients: TaskGradients) -> Combined:

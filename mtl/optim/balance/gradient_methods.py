@@ -87,8 +87,6 @@ def build_gradient_method(method: str, options: Mapping[str, Any], num_tasks: in
             raise TypeError(f"got {', '.join(sorted(unknown))}")
         made = _make(method, options, num_tasks)
         try_out(made, num_tasks)
-    except ImportError as error:
-        raise SettingError("balance.method", f"{method}: {error}") from error
     except SettingError:
         raise
     except OPTION_ERRORS as error:
@@ -137,16 +135,21 @@ def _make_crmogm(
     return CrMogm(build_gradient_method(method, options or {}, num_tasks), num_tasks, alpha)
 
 
-def try_out(method: GradientMethod, num_tasks: int) -> None:
+def try_out(method: GradientMethod, num_tasks: int) -> GradientMethod:
     """Calls a copy of a method on gradients that are orthogonal; what it raises shows what does not fit.
+
+    Returns:
+        The copy, with the state of after the call; if there is one task only, it is not called.
 
     Raises:
         ValueError: It does not give a weight for each task.
     """
-    if num_tasks < 2:
-        return
     with torch.random.fork_rng([]), torch.device("cpu"):
+        tried = copy.deepcopy(method)
+        if num_tasks < 2:
+            return tried
         rows = torch.eye(num_tasks)
-        found = copy.deepcopy(method)._combine(TaskGradients(rows, torch.ones(num_tasks), (rows, rows, rows)))
+        found = tried._combine(TaskGradients(rows, torch.ones(num_tasks), (rows, rows, rows)))
     if found.weights is not None and found.weights.shape != (num_tasks,):
         raise ValueError(f"gave weights of shape {tuple(found.weights.shape)} for {num_tasks} tasks")
+    return tried

@@ -9,6 +9,7 @@ from __future__ import annotations
 
 from collections.abc import Iterator, Mapping
 from contextlib import contextmanager
+from importlib import import_module
 from typing import Any
 
 import torch
@@ -18,10 +19,17 @@ from torchjd.aggregation import GramianWeightedAggregator, PCDWeighting, Weighti
 from torchjd.linalg import QuadprogProjector
 
 from mtl.config import SettingError
-from mtl.optim.balance.gradient_method import OPTION_ERRORS, Combined, GradientMethod, TaskGradients
+from mtl.optim.balance.gradient_method import Combined, GradientMethod, TaskGradients
 from mtl.optim.balance.subset import Subset, narrowed
 from mtl.optim.balance.torchjd_state import options_of, restore_state, state_of, with_tensors
-from mtl.optim.task_gradients import inner_products
+
+# The packages of their solvers, and what has them among its requirements. TorchJD passes over what it cannot import.
+_SOLVERS: Mapping[str, tuple[tuple[str, ...], str]] = {
+    "cagrad": (("cvxpy", "clarabel"), "mtl-freeze[balance]"),
+    "dualproj": (("qpsolvers", "quadprog"), "mtl-freeze"),
+    "fairgrad": (("scipy", "scipy.optimize"), "mtl-freeze[balance]"),
+    "upgrad": (("qpsolvers", "quadprog"), "mtl-freeze"),
+}
 
 
 def gradient_methods() -> dict[str, str]:
@@ -49,13 +57,28 @@ def make_weighting(method: str, options: Mapping[str, Any], factor: float = 1.0)
         method: Its name.
         options: Its own.
         factor: Multiplies the weights.
+
+    Raises:
+        SettingError: A package of its solver cannot be imported.
     """
+    _import_solver(method)
     aggregator: type[GramianWeightedAggregator] = getattr(aggregation, gradient_methods()[method])
     own = dict(options)
     if "projector" in options_of(aggregator):
         inner = options_of(QuadprogProjector)
         own["projector"] = QuadprogProjector(**{name: own.pop(name) for name in inner if name in own})
     return GradientWeighting(aggregator(**with_tensors(own)).gramian_weighting, factor)
+
+
+def _import_solver(method: str) -> None:
+    packages, project = _SOLVERS.get(method, ((), ""))
+    for package in packages:
+        try:
+            import_module(package)
+        except ImportError as error:
+            message = f"{method} needs {package.partition('.')[0]}, which cannot be imported ({error})"
+            message += f"; install it with: pip install '{project}'"
+            raise SettingError("balance.method", message) from error
 
 
 class GradientWeighting(GradientMethod):
@@ -68,6 +91,8 @@ class GradientWeighting(GradientMethod):
         """
         self._weighting = weighting
         self._factor = factor
+        # Without its first task PCD moves nothing that is shared, however few the others are.
+        self.least_tasks = 1 if isinstance(weighting, PCDWeighting) else 2
 
     @property
     def name(self) -> str:
@@ -77,16 +102,12 @@ class GradientWeighting(GradientMethod):
         """Computes the weights on the CPU: one sync with the device, where a solver would sync in every iteration.
 
         Args:
-            gramian: "t t", the inner products of the tasks' gradients.
-            subset: The tasks whose gradients they are, if not all have labels.
+            gramian: "t t", the inner products of the tasks' gradients, none of which is zero.
+            subset: The tasks whose gradients they are, if not all have one.
 
         Returns:
-            The tasks' weights, "t", float32, on the CPU. All are 1 if fewer than two tasks have a gradient, and NaN if
-            a product is not finite, so that the step's gradient is not finite either; in both cases the method is not
-            called, and its state does not change.
-
-        Raises:
-            SettingError: The method cannot weigh so few tasks.
+            The tasks' weights, "t", float32, on the CPU. They are NaN if a product is not finite; the method is then
+            not called, and its state does not change.
         """
         # In float32, the precision of the gradients: TorchJD's test for linear dependence relies on its rounding.
         products = gramian.detach().cpu().float()
@@ -96,33 +117,22 @@ class GradientWeighting(GradientMethod):
         if subset is not None and isinstance(self._weighting, PCDWeighting) and 0 not in subset.places:
             # As with a primary objective whose gradient is zero.
             return torch.zeros_like(norms)
-        has_gradient = norms > 0
-        if has_gradient.sum() < 2:
+        if len(norms) < 2:
             return torch.ones_like(norms)
-        # A task without a gradient, such as one without a label in the batch, conflicts with no other. Methods would
-        # take its zero for the minimum (MGDA), so it is replaced by a gradient orthogonal to the others.
-        products = products + torch.diag(torch.where(has_gradient, 0.0, norms[has_gradient].mean()))
         if subset is None:
             return self._scaled(self._weighting(products))
-        try:
-            with narrowed(self._weighting, subset), _narrowed_tau(self._weighting, subset):
-                return self._scaled(self._weighting(products))
-        except OPTION_ERRORS as error:
-            few = f"the {len(norms)} of {subset.size} tasks"
-            message = f"{self.name} cannot weigh {few} of which a batch has labels: {error}"
-            raise SettingError("balance.method", message) from error
+        with narrowed(self._weighting, subset), _narrowed_tau(self._weighting, subset):
+            return self._scaled(self._weighting(products))
 
     def _scaled(self, weights: Tensor) -> Tensor:
         return weights.detach() if self._factor == 1.0 else weights.detach() * self._factor
 
-    def combine(self, gradients: TaskGradients) -> Combined:
-        """Raises:
-        SettingError: As the call.
-        """
-        return self._combine(gradients)
+    def _sizes(self, gradients: TaskGradients) -> Tensor:
+        # As the method has them: a square that vanishes in float32 is a gradient of zero.
+        return gradients.products.diagonal().float()
 
     def _combine(self, gradients: TaskGradients) -> Combined:
-        return Combined(weights=self(inner_products(gradients.rows), gradients.subset))
+        return Combined(weights=self(gradients.products, gradients.subset))
 
     def state(self) -> dict[str, Any]:
         """A copy of the method's state over its calls (GradVac, PCD), without its options."""

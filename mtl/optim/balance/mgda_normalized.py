@@ -6,7 +6,6 @@ import torch
 from torchjd.aggregation import MGDAWeighting
 
 from mtl.optim.balance.gradient_method import Combined, GradientMethod, TaskGradients
-from mtl.optim.task_gradients import inner_products
 
 NORMALIZERS = ("none", "l2", "loss", "loss+")
 
@@ -40,7 +39,7 @@ class NormalizedMgda(GradientMethod):
         self._weighting = MGDAWeighting(epsilon, max_iters)
 
     def _combine(self, gradients: TaskGradients) -> Combined:
-        products = inner_products(gradients.rows).cpu()
+        products = gradients.products
         losses = gradients.losses.to(products)
         norms = products.diagonal().sqrt()
         one = torch.ones_like(norms)

@@ -20,11 +20,12 @@ class MoCo(RememberingMethod):
 
     Deviation from the paper, as in LibMTL: a softmax where the paper projects onto the simplex. Heads get the gradients
     of their own losses. Memory: the tasks' gradients once more, which checkpoints have too; they begin with zeros again
-    where a phase trains other parameters than the one before.
+    where a phase trains other parameters than the one before, and lambda stays.
     """
 
     weighs = False
     remembers_rows = True
+    _kept = ("lambda",)
 
     def __init__(
         self,

@@ -10,40 +10,44 @@ from torch import Tensor
 
 from mtl.optim.balance.gradient_method import Combined, TaskGradients
 from mtl.optim.balance.task_memory import RememberingMethod
-from mtl.optim.task_gradients import inner_products
 
 _MOST_STEPS, _TOLERANCE = 100, 1e-10
-# Of the gradients divided by their size; larger ones are those of a step that is near to none.
+# Of gradients that were divided by their norms; larger ones are those of a step that is near to none.
 _MOST_WEIGHT = 1e6
 
 
 def nash_weights(gramian: Tensor) -> Tensor | None:
     """The positive solution a of G a = 1 / a, "t", float64, by Newton's method.
 
-    It minimises a^T G a / 2 - sum log a, which is strictly convex and self-concordant: damped by the Newton decrement,
+    It is solved for the gradients divided by their norms: C b = 1 / b for the matrix C of their cosines, then a_i = b_i
+    / |g_i|. Since G_ij = |g_i| C_ij |g_j|, that is the same solution, and it is as exact at any ratio of the norms.
+
+    b minimises b^T C b / 2 - sum log b, which is strictly convex and self-concordant: damped by the Newton decrement,
     steps stay positive and descend (Nesterov, Lectures on Convex Optimization, section 5.2). There is no solution
     where a positive combination of the gradients is zero (a Pareto-stationary point).
 
     Args:
-        gramian: "t t", positive semidefinite.
+        gramian: "t t", positive semidefinite, with a diagonal above 0.
 
     Returns:
         None if the iterations do not converge.
     """
-    g = gramian.double().cpu()
-    a = 1 / g.sum(dim=1).clamp(min=g.diagonal().min()).sqrt()
+    gramian = gramian.double().cpu()
+    norms = gramian.diagonal().sqrt()
+    cosines = gramian / norms[:, None] / norms
+    b = 1 / cosines.sum(dim=1).clamp(min=1).sqrt()
     for _ in range(_MOST_STEPS):
-        if a.max() > _MOST_WEIGHT:
+        if b.max() > _MOST_WEIGHT:
             return None
-        slope = g @ a - 1 / a
-        # Relative to 1 / a.
-        if (slope * a).abs().max() < _TOLERANCE:
-            return a
-        # In units of a, in which the curvature is at least 1.
-        curvature = a[:, None] * g * a + torch.eye(len(a)).to(g)
-        step = a * torch.linalg.solve(curvature, a * slope)
+        slope = cosines @ b - 1 / b
+        # Relative to 1 / b.
+        if (slope * b).abs().max() < _TOLERANCE:
+            return b / norms
+        # In units of b, in which the curvature is at least 1.
+        curvature = b[:, None] * cosines * b + torch.eye(len(b)).to(cosines)
+        step = b * torch.linalg.solve(curvature, b * slope)
         decrement = float((slope @ step).clamp(min=0).sqrt())
-        a = a - step * (1.0 if decrement < 0.25 else 1 / (1 + decrement))
+        b = b - step * (1.0 if decrement < 0.25 else 1 / (1 + decrement))
     return None
 
 
@@ -79,7 +83,7 @@ class NashMtl(RememberingMethod):
 
     def _combine(self, gradients: TaskGradients) -> Combined:
         tasks = gradients.tasks
-        products = inner_products(gradients.rows).cpu()
+        products = gradients.products
         # Kept as the difference from 1, with which they begin.
         weights = self._memory.read("weights", tasks, products[0]) + 1
         if self._num_steps % self.update_weights_every == 0:

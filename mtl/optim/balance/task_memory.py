@@ -2,33 +2,30 @@
 
 from __future__ import annotations
 
-from collections.abc import Mapping
+from collections.abc import Collection, Mapping
 from typing import Any
 
 from torch import Tensor
 
-from mtl.optim.balance.gradient_method import GradientMethod
+from mtl.optim.balance.gradient_method import GradientMethod, TaskGradients
 from mtl.optim.balance.subset import Subset
 
 
 class TaskMemory:
     """Tensors whose first axis has an entry a task, by name.
 
-    Entries are zeros until they are written. Those of tasks that a step has not stay as they are. A tensor whose other
-    axes change in length, as that of gradients does with what a phase trains, begins with zeros again, and so does
-    `counts`, the number of steps that each task was in.
+    Entries are zeros until they are written. Those of tasks that a step has not stay as they are.
     """
 
     def __init__(self, num_tasks: int) -> None:
         self._num_tasks = num_tasks
         self._values: dict[str, Tensor] = {}
+        self._rows_of: str | None = None
 
     def read(self, name: str, tasks: Subset, like: Tensor) -> Tensor:
         """The entries of some tasks, in the type, shape and device of `like`, whose first axis has one for each."""
         held = self._values.get(name)
-        if held is None or held.shape[1:] != like.shape[1:]:
-            if held is not None:
-                self._values.pop("counts", None)
+        if held is None:
             held = like.new_zeros(self._num_tasks, *like.shape[1:])
         held = held.to(like)
         self._values[name] = held
@@ -46,18 +43,45 @@ class TaskMemory:
         self.write("counts", tasks, counts)
         return counts
 
+    def match(self, gradients: TaskGradients, kept: Collection[str]) -> None:
+        """Drops what it has of rows of other parameters than those of a step, which begins with zeros again.
+
+        That a row is as long says nothing: blocks of a trunk, trained in turns, are of one size.
+
+        Args:
+            gradients: Of the step.
+            kept: Names of tensors that stay, since they do not depend on the rows.
+        """
+        shape = gradients.rows.shape[1:]
+        is_as_long = all(held.shape[1:] == shape for held in self._values.values() if held.ndim > 1)
+        # A checkpoint of before there was a key has none, and is taken to be of these rows.
+        if not is_as_long or self._rows_of not in (None, gradients.rows_of):
+            self._values = {name: held for name, held in self._values.items() if name in kept}
+        self._rows_of = gradients.rows_of
+
     def state(self) -> dict[str, Any]:
-        return dict(self._values)
+        return dict(self._values) | ({} if self._rows_of is None else {"rows_of": self._rows_of})
 
     def load_state(self, state: Mapping[str, Any]) -> None:
-        self._values = {name: value.clone() for name, value in state.items()}
+        self._rows_of = state.get("rows_of")
+        self._values = {name: value.clone() for name, value in state.items() if name != "rows_of"}
 
 
 class RememberingMethod(GradientMethod):
-    """A method whose state is a memory of each task."""
+    """A method whose state is a memory of each task.
+
+    If it remembers rows, its memory is emptied where the rows are those of other parameters.
+    """
+
+    # Names in the memory of what stays then.
+    _kept: Collection[str] = ()
 
     def __init__(self, num_tasks: int) -> None:
         self._memory = TaskMemory(num_tasks)
+
+    def _begin(self, gradients: TaskGradients) -> None:
+        if self.remembers_rows:
+            self._memory.match(gradients, self._kept)
 
     def state(self) -> dict[str, Any]:
         return {"memory": self._memory.state()}

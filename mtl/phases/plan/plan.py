@@ -12,6 +12,7 @@ from mtl.freeze import FreezePlan
 from mtl.model.depthwise import depthwise_layers
 from mtl.model.shapes import quick_shapes
 from mtl.model.teachers import TEACHERS
+from mtl.optim.balance.describe import settings_in_use
 from mtl.phases.plan.dead import dead_branches
 from mtl.phases.plan.forecast import forecast
 from mtl.phases.plan.parts import model_parts, part_plans
@@ -112,7 +113,7 @@ class _Planner:
             tasks=phase.tasks,
             optimizer=None if phase.config.evaluate_only else phase.optim.optimizer.name,
             lr_schedule=_settings(phase.optim.lr_schedule.model_dump(exclude_none=True), "name"),
-            balance=_settings({"method": balance.method, **balance.model_dump(exclude_defaults=True)}, "method"),
+            balance=balance.method + (f" ({settings})" if (settings := settings_in_use(balance)) else ""),
             optimizer_state=phase.config.optimizer_state,
             restore=None if phase.restore is None else phase.restore[0],
             freeze=tuple(pattern.text for pattern in phase.freeze.written if pattern.key != "train"),

@@ -8,7 +8,7 @@ from collections.abc import Mapping
 from typing import Any
 
 from mtl.model.dead_branch import DeadBranch
-from mtl.optim.balance.build import options_in_use
+from mtl.optim.balance.describe import settings_in_use
 from mtl.phases.active_tasks import active_tasks
 from mtl.phases.metrics import SCORE
 from mtl.phases.plan.dead import dead_branches
@@ -71,10 +71,8 @@ def log_balance(setup: RunSetup, phase: Phase) -> None:
     if phase.config.evaluate_only:
         return
     config = phase.config.balance or setup.config.balance
-    if options := options_in_use(config):
-        on = "" if config.on == "parameters" else f"; on {phase.balance.on}"
-        settings = ", ".join(f"{name} {_shown(value)}" for name, value in options.items())
-        logger.info(f"{phase.name}: balance {config.method}: {settings}{on}")
+    if settings := settings_in_use(config):
+        logger.info(f"{phase.name}: balance {config.method}: {settings}")
     if phase.balance.by_gradients is not None and not phase.balances_gradients:
         what = f"only {phase.sharing[0]} reaches" if phase.sharing else "no task reaches"
         logger.info(
@@ -85,10 +83,6 @@ def log_balance(setup: RunSetup, phase: Phase) -> None:
             f"{phase.name}: the balancing method combines each of a step's {phase.optim.accumulate} batches by itself,"
             " which is not the step of one large batch; for that step, use mean, uw or fixed weights"
         )
-
-
-def _shown(value: Any) -> str:
-    return f"{value:g}" if isinstance(value, float) else str(value).lower() if isinstance(value, bool) else str(value)
 
 
 def log_epoch(setup: RunSetup, row: Mapping[str, Any], log: StepLog | None) -> None:
