@@ -116,7 +116,7 @@ def _explain_by_parts(error: Exception, attempt: Attempt) -> int | None:
     from mtl.training.run import audit_file
 
     if isinstance(error, AuditError) and attempt.config is not None and attempt.world is not None:
-        return _end(VIOLATION, f"audit: {error}\nSee {audit_file(attempt.config.run_dir, attempt.world)}")
+        return _end(VIOLATION, f"error: audit: {error}\nSee {audit_file(attempt.config.run_dir, attempt.world)}")
     if isinstance(error, WorldError | SettingError | UnreadableError | RunFileError):
         return _end(WRONG_INPUT, f"error: {error}")
     if isinstance(error, DataError | CheckpointError | NotFiniteError | SaveError):

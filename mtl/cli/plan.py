@@ -9,7 +9,7 @@ from typing import TYPE_CHECKING
 
 from mtl.cli.verb import DONE, refuse
 from mtl.runtime.collection import without_collection
-from mtl.runtime.console import line_width, print_err, print_out
+from mtl.runtime.console import line_width, print_err, print_lines, print_out
 
 if TYPE_CHECKING:
     import argparse
@@ -86,5 +86,5 @@ def _show(options: argparse.Namespace, config: RunConfig) -> int:
     if options.json:
         print_out(json.dumps(plan.to_json(names=options.params), indent=2))
     else:
-        print_out((parameter_map if options.params else full_plan)(plan, line_width(sys.stdout)))
+        print_lines((parameter_map if options.params else full_plan)(plan, line_width(sys.stdout)))
     return DONE
