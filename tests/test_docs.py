@@ -43,7 +43,7 @@ from runs import read_metrics, tiny_config
 
 ROOT = Path(__file__).parent.parent
 
-sys.path.insert(0, str(ROOT / "scripts"))
+sys.path.insert(0, str(ROOT / "scripts/docs"))
 import api_docs  # noqa: E402
 import config_docs  # noqa: E402
 

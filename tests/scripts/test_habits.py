@@ -35,8 +35,8 @@ def test_the_first_hook_is_the_check_of_ci_and_the_others_write_the_pages_that_a
     entries = {hook["id"]: hook["entry"] for hook in repo["hooks"]}
     assert entries["check"] == "bash scripts/check.sh --fix"
     assert "bash scripts/check.sh\n" in (ROOT / ".ci/run").read_text(encoding="utf-8")
-    pages = [re.findall(r"(scripts/\w+\.py) --write (docs/\w+\.md)", entry) for entry in entries.values()]
-    made = [("scripts/config_docs.py", "docs/config.md"), ("scripts/api_docs.py", "docs/python_api.md")]
+    pages = [re.findall(r"(scripts/docs/\w+\.py) --write (docs/\w+\.md)", entry) for entry in entries.values()]
+    made = [("scripts/docs/config_docs.py", "docs/config.md"), ("scripts/docs/api_docs.py", "docs/python_api.md")]
     assert pages == [[], *([each] for each in made)]
     assert all((ROOT / file).exists() for found in pages for pair in found for file in pair)
     assert all(hook["language"] == "system" and re.compile(hook["files"]) for hook in repo["hooks"])
