@@ -17,7 +17,6 @@ from mtl.results.trained import TrainedModel
 from mtl.runtime.version import __version__
 
 Format = Literal["timm", "safetensors", "torch", "onnx"]
-FORMATS: tuple[Format, ...] = ("timm", "safetensors", "torch", "onnx")
 
 
 @dataclass(frozen=True)
