@@ -72,9 +72,9 @@ def _show(options: argparse.Namespace, config: RunConfig) -> int:
     from mtl.runtime.uncompiled import without_compiler
 
     with without_compiler():
-        blueprint = build_meta_setup(config)
-        plan = make_plan(blueprint, options.world_size or 1, with_forecast=True)
-    for line in blueprint.unread:
+        model_setup = build_meta_setup(config)
+        plan = make_plan(model_setup, options.world_size or 1, with_forecast=True)
+    for line in model_setup.unread:
         print_err(f"warning: {line}")
     if options.plot is not None:
         try:

@@ -65,7 +65,7 @@ class SplitWorkers:
     def read(
         self, split: Split, parts: Sequence[Tensor], view: View | None, with_images: bool
     ) -> Generator[Rows, None, None]:
-        """What is stored of some batches, in order.
+        """The rows of some batches, in order.
 
         Args:
             split: The images and labels.

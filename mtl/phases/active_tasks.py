@@ -73,7 +73,7 @@ def resolve_tasks(
 
 
 def _select(patterns: Sequence[PatternLike], names: Sequence[str], tree: ModuleTree) -> tuple[set[str], bool]:
-    """What patterns select among names that may be some of all, and whether each of them matches as it should."""
+    """The names that patterns select among some of all names, and whether each pattern matches as it should."""
     patterns, all_match = list(patterns), True
     while True:
         try:

@@ -44,7 +44,7 @@ class WrittenPattern:
 
 @dataclass(frozen=True)
 class ResolveContext:
-    """What phases are resolved against.
+    """The model, tasks and configuration that phases are resolved against.
 
     Attributes:
         config: The run.
@@ -75,7 +75,7 @@ class ResolveContext:
 
 @dataclass(frozen=True)
 class PhaseFreeze:
-    """What a phase freezes.
+    """The freeze of a phase.
 
     Attributes:
         patterns: All patterns that hold: the phase's own, those of every phase, what the model itself keeps fixed, the
@@ -214,7 +214,7 @@ class FreezeResolver(PhaseResolver):
         return PhaseFreeze(freeze, self._as_written(len(own)), plan, tuple(unreached))
 
     def _own_patterns(self) -> list[PatternLike]:
-        """What the phase itself freezes.
+        """The tensors that the phase's own patterns freeze.
 
         `train` becomes the modules and tensors that cover all parameters but those that it lists. Statistics go with
         the parameters next to them, as ever, but those that it lists by name.

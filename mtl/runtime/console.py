@@ -187,7 +187,7 @@ class _Bar(_Tqdm):
 
     @property
     def format_dict(self) -> Any:
-        """What tqdm draws the bar from."""
+        """The values that tqdm draws the bar from."""
         meter = super().format_dict
         width = None if self.disable else line_width(self.fp)
         if width is None:

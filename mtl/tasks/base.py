@@ -160,12 +160,12 @@ class Task(ABC):
 
     @property
     def label_kind(self) -> LabelKind:
-        """What its label is: decides how files and tables are read, and how transforms change it."""
+        """The kind of its label: decides how files and tables are read, and how transforms change it."""
         return "mask" if self.output == "dense" else "numbers"
 
     @property
     def more_metrics(self) -> Mapping[str, Callable[..., Metrics]]:
-        """What makes the metrics that a configuration may add to the task's own, by name."""
+        """The factories of metrics that a configuration may add to the task's own, by name."""
         return {}
 
     @abstractmethod
@@ -233,7 +233,7 @@ class Task(ABC):
 
     @property
     def why_bad(self) -> str:
-        """What `bad_samples` finds, in words: the first line of what it says of itself."""
+        """The fault that `bad_samples` finds, in words: the first line of its docstring."""
         return (self.bad_samples.__doc__ or "").strip().lower().rstrip(".")
 
     def constant_output(self, constant: Tensor, num_images: int, size: tuple[int, int]) -> Tensor:

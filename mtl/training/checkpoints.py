@@ -88,12 +88,12 @@ class CheckpointWriter:
             optim.keep_state(state)
         plain = state.to_json(row, None if optim is None else optim.lr_schedule.state_dict())
         every = self._setup.config.checkpoint.keep_every_epochs
-        for_good = every is not None and state.steps_in_epoch is None and optim is not None and state.epoch % every == 0
+        keep = every is not None and state.steps_in_epoch is None and optim is not None and state.epoch % every == 0
         frozen, names = plain["frozen"], ["last", *links]
         with state.averaged():
             tensors = state.tensors(statistics or {})
             if self._in_shards:
-                self._checkpoints.save_shards(root, frozen, tensors, plain, names, world, for_good)
+                self._checkpoints.save_shards(root, frozen, tensors, plain, names, world, keep)
             else:
                 # Where the model is sharded, all processes bring together what the first one writes.
                 full: nn.Module | FullModel = root
@@ -101,7 +101,7 @@ class CheckpointWriter:
                     full, tensors = gather_model(root, world), gathered(tensors, world.is_main)
                 if world.is_main:
                     known = {} if self._is_sharded else state.audit.proven
-                    self._checkpoints.save(full, frozen, tensors, plain, names, for_good, known, world.is_alone)
+                    self._checkpoints.save(full, frozen, tensors, plain, names, keep, known, world.is_alone)
         world.barrier()
         self._waited_s = 0.0
         return self._checkpoints.folder / "last"

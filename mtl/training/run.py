@@ -54,7 +54,7 @@ def train(setup: RunSetup, quiet: bool = False, world: World = ALONE, source: Re
     if source is None and world.is_main:
         warn_of_dead_branches(setup)
     if config.distributed.strategy == "fsdp2":
-        # From here on each process holds its part of every parameter; whoever keeps parameters is made after this.
+        # From here on each process holds its shard of every parameter; objects that keep parameters are made later.
         shard_with_groups(setup.model, [phase.groups for phase in setup.phases], world)
     if config.distributed.sync_batchnorm:
         synchronise(setup.model, world)

@@ -29,7 +29,7 @@ class Side:
 
 @dataclass(frozen=True)
 class Claim:
-    """What one of the user's patterns decided, as the last one that matched.
+    """The tensors that one of the user's patterns decided, as the last one that matched.
 
     Attributes:
         key: Where it was written: `freeze`, `train`, `freeze_always` or `NOT_TRAIN_IN_MULTI_TASK`.
@@ -114,7 +114,7 @@ class FlopsPlan:
 
 @dataclass(frozen=True)
 class KeptPlan:
-    """What of the trunk is computed once for each image.
+    """The part of the trunk that is computed once for each image.
 
     Attributes:
         modules: How many modules at the trunk's beginning; 0 for the whole trunk.

@@ -54,7 +54,7 @@ class Subject:
         return reference_outputs(self.network, images, self.tasks)
 
     def about(self) -> dict[str, Any]:
-        """What files say of themselves, as JSON."""
+        """The metadata of the files, as JSON."""
         origin = self.model.origin
         return {
             "mtl_version": __version__,
@@ -74,7 +74,7 @@ class Subject:
 
 @dataclass(frozen=True)
 class Written:
-    """What a format has written.
+    """The files of a format.
 
     Attributes:
         checks: The comparisons with the model.

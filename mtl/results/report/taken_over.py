@@ -10,7 +10,7 @@ from mtl.runtime.text import count
 
 
 def taken_over_html(run: RunFiles) -> Html:
-    """What `init_from` gave the run, and the proof of `mtl add-task`; empty for a run with neither."""
+    """The tensors that `init_from` gave the run, and the proof of `mtl add-task`; empty for a run with neither."""
     pieces: list[Piece] = []
     if taken := run.history.get("init_from", ()):
         pieces.append(tag("ul", *(_taken(item) for item in taken)))

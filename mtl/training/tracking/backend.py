@@ -1,4 +1,4 @@
-"""What shows a run: the interface that wandb, tensorboard and a class of the user's own have in common."""
+"""Tracking backends: the interface that wandb, tensorboard and a class of the user's own have in common."""
 
 from __future__ import annotations
 
