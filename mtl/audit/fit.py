@@ -117,7 +117,7 @@ class FitAudit:
 
 
 class FitCallback:
-    """What the callbacks of all frameworks have in common: the freeze, the policy and the report."""
+    """The common part of the callbacks of all frameworks: the freeze, the policy and the report."""
 
     def __init__(self, freeze: EpochFreeze, policy: Policy = "raise", phase: str = "fit", strict: bool = False) -> None:
         """Args:

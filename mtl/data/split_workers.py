@@ -94,7 +94,7 @@ class SplitWorkers:
 
 
 class RowsOfSplits(Dataset[Rows]):
-    """What is stored of a whole batch at a time, for workers."""
+    """The rows of a whole batch at a time, for workers."""
 
     def __init__(self, splits: Sequence[Split]) -> None:
         self._splits = splits

@@ -1,4 +1,4 @@
-"""What a phase freezes, and why: the user's patterns, what holds in every phase, and what no active task reaches."""
+"""The freeze of a phase: the user's patterns, those of every phase, and parameters that no active task reaches."""
 
 from __future__ import annotations
 

@@ -51,7 +51,7 @@ class Goal:
 
 @dataclass(frozen=True)
 class ColourScale:
-    """What the colours of a map of numbers stand for.
+    """The scale of a map's colours.
 
     Attributes:
         low: The number of the first colour.
@@ -286,11 +286,11 @@ class Task(ABC):
         return ((first - low) / (high - low).clamp(min=1e-12))[..., None]
 
     def legend(self) -> list[tuple[str, tuple[float, float, float]]]:
-        """What colours in the pictures of a dense task stand for: names, with red, green and blue from 0 to 1."""
+        """The legend of a dense task's pictures: names, with red, green and blue from 0 to 1."""
         return []
 
     def colour_scale(self) -> ColourScale | None:
-        """What the colours of a dense task's pictures stand for, if they are numbers on a scale."""
+        """The scale of a dense task's pictures, if their colours stand for numbers."""
         return None
 
     def caption(self, values: Tensor, is_label: bool) -> list[str]:  # noqa: ARG002  as above

@@ -385,7 +385,7 @@ TEXT_ON: tuple[tuple[str, str], ...] = (
 
 @pytest.mark.parametrize("scheme", [0, 1], ids=["light", "dark"])
 @pytest.mark.parametrize(("text", "ground"), TEXT_ON)
-def test_every_text_and_line_can_be_told_from_what_it_stands_on(text: str, ground: str, scheme: int) -> None:
+def test_every_text_and_line_has_enough_contrast_to_its_ground(text: str, ground: str, scheme: int) -> None:
     assert contrast(rgb(text, scheme), rgb(ground, scheme)) >= 4.5
 
 

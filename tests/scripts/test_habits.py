@@ -57,7 +57,7 @@ def test_a_hook_writes_the_page_that_is_there(hook: str, tmp_path: Path, monkeyp
     assert (tmp_path / "page.md").read_bytes() == (ROOT / page).read_bytes()
 
 
-def test_a_bug_is_told_with_its_command_configuration_plan_and_environment() -> None:
+def test_a_bug_is_reported_with_its_command_configuration_plan_and_environment() -> None:
     fields = {field["id"]: field for field in read(".github/ISSUE_TEMPLATE/bug.yml")["body"]}
     assert list(fields) == ["what", "command", "config", "plan", "environment"]
     asked = fields["environment"]["attributes"]["description"]

@@ -42,7 +42,7 @@ class LeftOut:
 
 @dataclass
 class Leaves:
-    """What a checkpoint holds, by path, as it is read.
+    """The content of a checkpoint, by path, as it is read.
 
     Attributes:
         found: Tensors, and what was not read as tensors.

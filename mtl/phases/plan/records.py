@@ -1,4 +1,4 @@
-"""What a plan says, as plain data."""
+"""A plan as plain data."""
 
 from __future__ import annotations
 
@@ -56,7 +56,7 @@ class GroupPlan:
 
 @dataclass(frozen=True)
 class PartPlan:
-    """What a phase does with one part of the model: a depth group of the trunk, a head, the weights of balancing.
+    """The treatment of one part of the model in a phase: a depth group of the trunk, a head, the weights of balancing.
 
     Attributes:
         name: Of a depth group, its number from the input on and its first module: `03 blocks.1.0`; else `heads.<task>`,

@@ -1,4 +1,4 @@
-"""What every format is given: the trained model, the chosen tasks, and what the files say of themselves."""
+"""The input of every export format: the trained model, the chosen tasks, and the files' metadata."""
 
 from __future__ import annotations
 

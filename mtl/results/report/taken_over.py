@@ -1,4 +1,4 @@
-"""What a run took over from another one, and whether the outputs of that are unchanged."""
+"""Tensors that a run loaded from another run, and whether that run's outputs are unchanged."""
 
 from __future__ import annotations
 
