@@ -1,5 +1,5 @@
 #!/usr/bin/env bash
-# Trains under Slurm, on one machine or several; ends before the time limit, is queued again, and goes on.
+# Trains under Slurm, on one machine or several; ends before the time limit, is queued again, and resumes.
 #
 #   sbatch scripts/slurm.sh configs/scenes.yaml                               as set below: one machine
 #   sbatch --nodes=2 --gpus-per-node=8 scripts/slurm.sh CONFIG name=big       two machines with 8 GPUs each
@@ -34,7 +34,7 @@ export OMP_NUM_THREADS="${OMP_NUM_THREADS:-$((threads > 0 ? threads : 1))}"
 # that, other code that it starts may not.
 export TORCH_DISABLE_SHARE_RDZV_TCP_STORE=1
 
-# The machines meet at the first one, at a port that is this job's own.
+# The machines meet at the first of them, at a port that is this job's own.
 machines="$(scontrol show hostnames "$SLURM_JOB_NODELIST")"
 # Not by `head`, which closes the pipe: with pipefail that would end this script, if scontrol is still writing.
 first="${machines%%$'\n'*}"
@@ -52,7 +52,7 @@ hand_on() {
 trap hand_on TERM
 
 # One torchrun on each machine. MAX_RESTARTS=3 has it start its processes again if one of them fails; a run that its audit
-# ended does not go on. If a machine fails, Slurm queues the job again.
+# ended does not resume. If a machine fails, Slurm queues the job again.
 srun --kill-on-bad-exit=1 "$PYTHON" -m torch.distributed.run \
     --nnodes="$SLURM_NNODES" --nproc-per-node="$processes" --max-restarts="${MAX_RESTARTS:-0}" \
     --rdzv-id="$SLURM_JOB_ID" --rdzv-backend=c10d --rdzv-endpoint="$first:$port" \
@@ -68,7 +68,7 @@ while [ "$seen" != "$signals" ]; do
     wait "$job" || code=$?
 done
 if [ "$signals" != 0 ] && [ "$code" != 0 ]; then
-    echo "The time is up: the job is queued again, and goes on."
+    echo "The time is up: the job is queued again, and resumes."
     scontrol requeue "$SLURM_JOB_ID"
 fi
 exit "$code"

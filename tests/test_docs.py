@@ -43,7 +43,7 @@ from runs import read_metrics, tiny_config
 
 ROOT = Path(__file__).parent.parent
 
-sys.path.insert(0, str(ROOT / "scripts"))
+sys.path.insert(0, str(ROOT / "scripts/docs"))
 import api_docs  # noqa: E402
 import config_docs  # noqa: E402
 
@@ -69,7 +69,7 @@ def test_the_readme_in_chinese_has_the_configuration_of_the_readme_and_all_patte
 def test_what_the_readme_says_of_other_ways_to_freeze_is_what_they_do(monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.syspath_prepend(ROOT / "scripts/bench")
     peers = importlib.import_module("freeze_peers")
-    rows = table("README.md", "| asked for | loop by hand |")
+    rows = table("README.md", "| request | loop by hand |")
     tools = [
         lambda fault: peers.by_hand(fault, audited=False),
         lambda fault: peers.by_lightning(fault, scheduled=False),

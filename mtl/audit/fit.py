@@ -1,4 +1,4 @@
-"""Audits a training from outside, by hooks: of a plain loop (`attach`), or of a framework's Trainer (`FitAudit`)."""
+"""Audits a training from outside, by hooks: of a plain loop (`attach`), or of a framework's Trainer (`FitCallback`)."""
 
 from __future__ import annotations
 
@@ -114,3 +114,22 @@ class FitAudit:
         assert self._audit is not None
         self._audit.begin(span.name, span.freeze, optimizers)
         self._span = span
+
+
+class FitCallback:
+    """The common part of the callbacks of all frameworks: the freeze, the policy and the report."""
+
+    def __init__(self, freeze: EpochFreeze, policy: Policy = "raise", phase: str = "fit", strict: bool = False) -> None:
+        """Args:
+            freeze: Patterns of the frozen tensors. By epoch, {first epoch: patterns}, where epochs are counted from 0
+                and patterns hold until the next key; or a function from the epoch to patterns, which is called at the
+                end of the epoch before. No patterns freeze nothing.
+            policy: What a violation does, as in `GradientAudit`. Under `raise` the Trainer's call raises `AuditError`.
+            phase: The phase's name in the report; `phase[0-2]` and `phase[3-]` of a freeze by epoch.
+            strict: Whether a hazard is a violation, as in `GradientAudit`.
+
+        Raises:
+            ValueError: The freeze is none of these, or has none for epoch 0.
+        """
+        self._fit = FitAudit(freeze, policy, phase, strict)
+        self.report = self._fit.report

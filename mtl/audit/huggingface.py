@@ -11,12 +11,10 @@ from accelerate.optimizer import AcceleratedOptimizer
 from transformers import TrainerCallback, TrainerControl, TrainerState, TrainingArguments
 
 from mtl.audit.audit import GradientAudit
-from mtl.audit.epochs import EpochFreeze
-from mtl.audit.fit import FitAudit
-from mtl.audit.policy import Policy
+from mtl.audit.fit import FitCallback
 
 
-class AuditCallback(TrainerCallback):
+class AuditCallback(FitCallback, TrainerCallback):
     """Audits every `train`.
 
     One freeze for all epochs is one phase, from `on_train_begin` on. A freeze by epoch is a phase for each freeze:
@@ -40,21 +38,7 @@ class AuditCallback(TrainerCallback):
         report: The findings; each `train` adds a phase for every freeze.
     """
 
-    def __init__(self, freeze: EpochFreeze, policy: Policy = "raise", phase: str = "fit", strict: bool = False) -> None:
-        """Args:
-            freeze: Patterns of the frozen tensors. By epoch, {first epoch: patterns}, where epochs are counted from 0
-                and patterns hold until the next key; or a function from the epoch to patterns, which is called at the
-                end of the epoch before. No patterns freeze nothing.
-            policy: What a violation does, as in `GradientAudit`. Under `raise` the `AuditError` comes out of `train`.
-            phase: The phase's name in the report; `phase[0-2]` and `phase[3-]` of a freeze by epoch.
-            strict: Whether a hazard is a violation, as in `GradientAudit`.
-
-        Raises:
-            ValueError: The freeze is none of these, or has none for epoch 0.
-        """
-        self._fit = FitAudit(freeze, policy, phase, strict)
-        self.report = self._fit.report
-        self._epoch = 0
+    _epoch = 0
 
     def on_train_begin(
         self, args: TrainingArguments, state: TrainerState, control: TrainerControl, **kwargs: Any

@@ -9,6 +9,7 @@ other with separate classes, so import the Trainer from the one that is used her
 
 from __future__ import annotations
 
+from collections.abc import Sequence
 from importlib.util import find_spec
 from typing import TYPE_CHECKING, Any
 
@@ -16,9 +17,7 @@ from torch.optim import Optimizer
 from torch.utils.hooks import RemovableHandle
 
 from mtl.audit.audit import GradientAudit
-from mtl.audit.epochs import EpochFreeze
-from mtl.audit.fit import FitAudit
-from mtl.audit.policy import Policy
+from mtl.audit.fit import FitCallback
 
 if TYPE_CHECKING or find_spec("lightning"):
     from lightning.pytorch import Callback, LightningModule, Trainer
@@ -26,7 +25,7 @@ else:
     from pytorch_lightning import Callback, LightningModule, Trainer
 
 
-class AuditCallback(Callback):
+class AuditCallback(FitCallback, Callback):
     """Audits every `fit`, with automatic and with manual optimization.
 
     One freeze for all epochs is one phase. Freeze before the training starts: in the module's constructor,
@@ -48,21 +47,7 @@ class AuditCallback(Callback):
         report: The findings; each `fit` adds a phase for every freeze.
     """
 
-    def __init__(self, freeze: EpochFreeze, policy: Policy = "raise", phase: str = "fit", strict: bool = False) -> None:
-        """Args:
-            freeze: Patterns of the frozen tensors. By epoch, {first epoch: patterns}, where epochs are counted from 0
-                and patterns hold until the next key; or a function from the epoch to patterns, which is called at the
-                end of the epoch before. No patterns freeze nothing.
-            policy: What a violation does, as in `GradientAudit`. Under `raise` the `AuditError` comes out of `fit`.
-            phase: The phase's name in the report; `phase[0-9]` and `phase[10-]` of a freeze by epoch.
-            strict: Whether a hazard is a violation, as in `GradientAudit`.
-
-        Raises:
-            ValueError: The freeze is none of these, or has none for epoch 0.
-        """
-        self._fit = FitAudit(freeze, policy, phase, strict)
-        self.report = self._fit.report
-        self._handles: list[RemovableHandle] = []
+    _handles: Sequence[RemovableHandle] = ()
 
     def on_train_start(self, trainer: Trainer, pl_module: LightningModule) -> None:
         self._unhook()
@@ -106,7 +91,7 @@ class AuditCallback(Callback):
     def _unhook(self) -> None:
         for handle in self._handles:
             handle.remove()
-        self._handles = []
+        self._handles = ()
 
     def _after_step(self, *_: object) -> None:
         self._fit.check(GradientAudit.after_step)

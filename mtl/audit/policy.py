@@ -1,4 +1,4 @@
-"""What a finding leads to: it is recorded once per phase, and then raised, warned of, or repaired."""
+"""The policies for findings: each is recorded once per phase, and then raised, warned of, or repaired."""
 
 from __future__ import annotations
 

@@ -63,7 +63,7 @@ class CheckpointContent:
         return sum(map(num_bytes_of, parts)) + len(json.dumps(self.state))
 
     def with_copies(self) -> CheckpointContent:
-        """The same, with copies of what training goes on to change; the frozen tensors are the same ones."""
+        """The same, with copies of the tensors that training continues to change; frozen tensors are not copied."""
         return replace(self, model=copies(self.model), optimizer=copies(self.optimizer))
 
 
@@ -106,15 +106,15 @@ def plain_content(
         known: Fingerprints of frozen tensors, as far as they are known.
     """
     # The digests are taken before writing: what is read back has to match them.
-    still = tensors.keys() & set(frozen)
-    old = {name: digest for name, digest in (known or {}).items() if name in still}
+    frozen_names = tensors.keys() & set(frozen)
+    old = {name: digest for name, digest in (known or {}).items() if name in frozen_names}
     prints = {name: old.get(name) or fingerprint(tensor) for name, tensor in tensors.items()}
     digests = {"model": root(prints), "optimizer": fingerprint_of(optimizer)}
-    if still:
-        digests["frozen"] = root({name: prints[name] for name in still})
+    if frozen_names:
+        digests["frozen"] = root({name: prints[name] for name in frozen_names})
     return CheckpointContent(
-        {name: tensor for name, tensor in tensors.items() if name not in still},
-        {name: tensor for name, tensor in tensors.items() if name in still},
+        {name: tensor for name, tensor in tensors.items() if name not in frozen_names},
+        {name: tensor for name, tensor in tensors.items() if name in frozen_names},
         optimizer,
         complete_state(state, own, digests),
     )

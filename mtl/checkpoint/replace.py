@@ -46,7 +46,7 @@ def _put(temporary: Path, target: Path) -> None:
 
 
 def remove(folder: Path) -> None:
-    """Removes a checkpoint, or one that was moved aside; whoever dies half-way leaves what is nobody's."""
+    """Removes a checkpoint, or one that was moved aside; what a killed process leaves of it is never read."""
     unfinished = hidden(folder, UNFINISHED)
     shutil.rmtree(unfinished, ignore_errors=True)
     folder.rename(unfinished)

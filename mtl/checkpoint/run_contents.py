@@ -1,4 +1,4 @@
-"""What each file of a run has to hold, as far as it is read; more keys may be there."""
+"""The keys that each file of a run has to hold, as far as they are read; more may be there."""
 
 from __future__ import annotations
 
@@ -8,7 +8,7 @@ from pydantic import BaseModel, ConfigDict
 
 
 class RunFileContent(BaseModel):
-    """What a file has to hold, as far as it is read; more keys may be there."""
+    """The keys that a file has to hold, as far as they are read; more may be there."""
 
     model_config = ConfigDict(strict=True, extra="allow")
 

@@ -63,7 +63,7 @@ def read_audit(file: Path) -> dict[str, Any]:
 
 
 def read_data_record(file: Path) -> dict[str, Any]:
-    """What a run recorded of its data.
+    """The record that a run kept of its data.
 
     Raises:
         RunFileError: As for `read_audit`.
@@ -72,7 +72,7 @@ def read_data_record(file: Path) -> dict[str, Any]:
 
 
 def read_model_form(file: Path) -> dict[str, Any]:
-    """What a run recorded of its data, with all that decides the form of its model besides the configuration.
+    """The record of a run's data, with all that decides the form of its model next to the configuration.
 
     Raises:
         RunFileError: As for `read_audit`; or a version of `mtl` wrote it that did not record this.

@@ -77,10 +77,10 @@ def collect_shards(
     tied = {name: first for name, first in firsts.items() if name != first}
     tensors = {name: tensor.detach() for name, tensor in everything.items() if name not in tied}
     optimizer, rest = split(optimizer_state)
-    still = tensors.keys() & set(frozen)
+    frozen_names = tensors.keys() & set(frozen)
     kinds = {
-        MODEL: {name: tensor for name, tensor in tensors.items() if name not in still},
-        FROZEN: {name: tensor for name, tensor in tensors.items() if name in still},
+        MODEL: {name: tensor for name, tensor in tensors.items() if name not in frozen_names},
+        FROZEN: {name: tensor for name, tensor in tensors.items() if name in frozen_names},
         OPTIMIZER: optimizer,
     }
     shapes = {kind: {name: described(tensor) for name, tensor in each.items()} for kind, each in kinds.items()}

@@ -7,7 +7,7 @@ from pathlib import Path
 from typing import TYPE_CHECKING
 
 from mtl.cli.verb import DONE, FAILED, VIOLATION, refuse
-from mtl.runtime.console import print_out
+from mtl.runtime.console import print_lines, print_out
 
 if TYPE_CHECKING:
     import argparse
@@ -41,7 +41,10 @@ def run(options: argparse.Namespace, _: Attempt) -> int:
         result = audit_run(paths[0]) if len(paths) == 1 else compare_checkpoints(paths[0], paths[1], freeze or ["**"])
     except PatternError as error:
         return refuse(f"{error}; a checkpoint has names, but no positions, depth groups or classes")
-    print_out(json.dumps(result.to_json(), indent=2) if options.json else str(result))
+    if options.json:
+        print_out(json.dumps(result.to_json(), indent=2))
+    else:
+        print_lines(str(result))
     if result.is_broken:
         return VIOLATION
     # What was not proven is not clean, and no violation either.

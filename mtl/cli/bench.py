@@ -8,7 +8,7 @@ from pathlib import Path
 from typing import TYPE_CHECKING
 
 from mtl.cli.verb import DONE, refuse
-from mtl.runtime.console import line_width, print_err, print_out
+from mtl.runtime.console import line_width, print_err, print_lines, print_out
 
 if TYPE_CHECKING:
     import argparse
@@ -40,7 +40,10 @@ def run(options: argparse.Namespace, _: Attempt) -> int:
     from mtl.results.bench import bench, draw, in_words
 
     found = bench(options.quick, print_err, options.peers)
-    print_out(json.dumps(found.to_json(), indent=2) if options.json else in_words(found, line_width(sys.stdout)))
+    if options.json:
+        print_out(json.dumps(found.to_json(), indent=2))
+    else:
+        print_lines(in_words(found, line_width(sys.stdout)))
     if plot is not None:
         try:
             draw(found).savefig(plot)

@@ -6,7 +6,7 @@ from pathlib import Path
 from typing import TYPE_CHECKING
 
 from mtl.cli.verb import DONE, WRONG_INPUT, refuse
-from mtl.runtime.console import print_err, print_out
+from mtl.runtime.console import print_err, print_lines, print_out
 
 if TYPE_CHECKING:
     import argparse
@@ -42,7 +42,7 @@ def check(options: argparse.Namespace, _: Attempt) -> int:
 
     found = DataCheck(load_config(options.config, options.overrides))
     for line in found.lines():
-        print_out(line)
+        print_lines(line)
     for line in found.mistakes:
         print_err(f"error: {line}")
     if picture is not None and not found.mistakes:
@@ -63,5 +63,5 @@ def prepare(options: argparse.Namespace, _: Attempt) -> int:
     data = load_config(options.config, options.overrides).data
     if not isinstance(data, PublicDataConfig):
         return refuse(f"data.name: {data.name} has nothing to prepare; public data sets may")
-    public_set(data.name).prepare(data, print_out)
+    public_set(data.name).prepare(data, print_lines)
     return DONE

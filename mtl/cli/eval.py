@@ -9,7 +9,7 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 from mtl.cli.verb import DONE
-from mtl.runtime.console import print_out
+from mtl.runtime.console import print_lines, print_out
 
 if TYPE_CHECKING:
     import argparse
@@ -61,7 +61,10 @@ def run(options: argparse.Namespace, _: Attempt) -> int:
     config = read_run(options.run_dir, overrides, options.data)
     model = load_as(options.run_dir, config, options.which, device_of(config))
     found = evaluate(model, options.split, named_tasks(options.tasks), quiet=options.json)
-    print_out(json.dumps(without_nan(_as_json(model, found)), indent=2) if options.json else _as_text(model, found))
+    if options.json:
+        print_out(json.dumps(without_nan(_as_json(model, found)), indent=2))
+    else:
+        print_lines(_as_text(model, found))
     return DONE
 
 

@@ -10,7 +10,7 @@ from typing import TYPE_CHECKING
 
 from mtl.cli.eval import named_tasks
 from mtl.cli.verb import DONE, FAILED, refuse
-from mtl.runtime.console import print_err, print_out
+from mtl.runtime.console import print_err, print_lines
 
 if TYPE_CHECKING:
     import argparse
@@ -75,7 +75,7 @@ def run(options: argparse.Namespace, _: Attempt) -> int:
     except ExportError as error:
         print_err(f"error: {error}")
         return FAILED
-    print_out(_as_text(made))
+    print_lines(_as_text(made))
     return DONE
 
 

@@ -116,7 +116,7 @@ def _explain_by_parts(error: Exception, attempt: Attempt) -> int | None:
     from mtl.training.run import audit_file
 
     if isinstance(error, AuditError) and attempt.config is not None and attempt.world is not None:
-        return _end(VIOLATION, f"audit: {error}\nSee {audit_file(attempt.config.run_dir, attempt.world)}")
+        return _end(VIOLATION, f"error: audit: {error}\nSee {audit_file(attempt.config.run_dir, attempt.world)}")
     if isinstance(error, WorldError | SettingError | UnreadableError | RunFileError):
         return _end(WRONG_INPUT, f"error: {error}")
     if isinstance(error, DataError | CheckpointError | NotFiniteError | SaveError):
@@ -138,11 +138,11 @@ def _explain_by_parts(error: Exception, attempt: Attempt) -> int | None:
     return None
 
 
-def _end(code: int, said: str, attempt: Attempt | None = None) -> int:
+def _end(code: int, message: str, attempt: Attempt | None = None) -> int:
     """Prints why it ended and, of a run that trained, what is saved; returns the code."""
     from mtl.runtime.console import print_err
 
-    print_err(said)
+    print_err(message)
     if attempt is None or not attempt.trains or (code == WRONG_INPUT):
         return code
     run_dir = None if attempt.config is None else attempt.config.run_dir

@@ -1,4 +1,4 @@
-"""What is said when a run does not fit into memory: how much the plan counted on, and what makes it smaller."""
+"""The message when a run does not fit into memory: the plan's estimate, and settings that need less."""
 
 from __future__ import annotations
 
@@ -31,7 +31,7 @@ def is_out_of_memory(error: Exception) -> bool:
 
 
 def _cause(error: Exception) -> str:
-    """What was raised, in a line; of what a data worker raised, the last line of its traceback."""
+    """An error in a line; of one that a data worker raised, the last line of its traceback."""
     lines = str(error).strip().splitlines()
     return lines[-1] if lines and lines[0].startswith("Caught ") else first_line(error)
 

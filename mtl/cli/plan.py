@@ -9,7 +9,7 @@ from typing import TYPE_CHECKING
 
 from mtl.cli.verb import DONE, refuse
 from mtl.runtime.collection import without_collection
-from mtl.runtime.console import line_width, print_err, print_out
+from mtl.runtime.console import line_width, print_err, print_lines, print_out
 
 if TYPE_CHECKING:
     import argparse
@@ -72,9 +72,9 @@ def _show(options: argparse.Namespace, config: RunConfig) -> int:
     from mtl.runtime.uncompiled import without_compiler
 
     with without_compiler():
-        blueprint = build_meta_setup(config)
-        plan = make_plan(blueprint, options.world_size or 1, with_forecast=True)
-    for line in blueprint.unread:
+        model_setup = build_meta_setup(config)
+        plan = make_plan(model_setup, options.world_size or 1, with_forecast=True)
+    for line in model_setup.unread:
         print_err(f"warning: {line}")
     if options.plot is not None:
         try:
@@ -86,5 +86,5 @@ def _show(options: argparse.Namespace, config: RunConfig) -> int:
     if options.json:
         print_out(json.dumps(plan.to_json(names=options.params), indent=2))
     else:
-        print_out((parameter_map if options.params else full_plan)(plan, line_width(sys.stdout)))
+        print_lines((parameter_map if options.params else full_plan)(plan, line_width(sys.stdout)))
     return DONE

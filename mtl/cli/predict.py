@@ -7,7 +7,7 @@ from typing import TYPE_CHECKING
 
 from mtl.cli.eval import add_which, named_tasks
 from mtl.cli.verb import DONE, WRONG_INPUT, refuse
-from mtl.runtime.console import print_err, print_out
+from mtl.runtime.console import print_err, print_lines
 
 if TYPE_CHECKING:
     import argparse
@@ -65,11 +65,11 @@ def run(options: argparse.Namespace, _: Attempt) -> int:
     for line in written.bad:
         print_err(f"error: {line}")
     bad = f"; left out: {len(written.bad)}" if written.bad else ""
-    print_out(f"{out}: predictions for {count(written.num_images, 'image')} by {model.origin.fingerprint}{bad}")
+    print_lines(f"{out}: predictions for {count(written.num_images, 'image')} by {model.origin.fingerprint}{bad}")
     for name in written.files:
-        print_out(f"  {name}")
+        print_lines(f"  {name}")
     if written.training:
-        print_out(f"to train on these labels: {written.training}")
+        print_lines(f"to train on these labels: {written.training}")
     return WRONG_INPUT if written.bad else DONE
 
 

@@ -61,7 +61,7 @@ def _is_own(out: Path, run_dirs: Sequence[Path]) -> bool:
 
 
 def _why_not(run_dirs: Sequence[Path], options: argparse.Namespace) -> str:
-    """What is wrong with the arguments; empty if nothing is."""
+    """The mistake in the arguments; empty if there is none."""
     from mtl.results.report.run import what_is_missing
 
     for run_dir in run_dirs:

@@ -52,7 +52,7 @@ class SplitConfig(Strict):
 
 
 class SplitFiles(FileData):
-    """What data sets in files have in common.
+    """The common keys of data sets in files.
 
     Attributes:
         train: Where the training split is.

@@ -17,7 +17,7 @@ NumClasses = Annotated[int, Field(ge=2, le=2**20)]
 
 
 class LossConfig(Strict):
-    """What an entry costs.
+    """The loss of an entry (an image, a pixel or an attribute).
 
     Attributes:
         name: One of the task type's losses, see docs/tasks.md; or your own, a subclass of `mtl.tasks.Loss`, as

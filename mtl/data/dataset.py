@@ -20,7 +20,7 @@ from mtl.tasks import Task
 
 @dataclass(frozen=True)
 class Rows:
-    """What is stored of some images, on the host, in the types in which it is stored.
+    """The stored labels and images of some samples, on the host, in the types in which they are stored.
 
     Attributes:
         labels: By task.
@@ -146,7 +146,7 @@ class Split(ABC):
 
     @abstractmethod
     def rows(self, indices: Tensor, with_images: bool, view: View | None = None) -> Rows:
-        """Reads what is stored of some images; also called in processes of data workers.
+        """Reads the stored rows of some images; also called in processes of data workers.
 
         Args:
             indices: "b", int64.

@@ -10,9 +10,10 @@ from torch import Tensor
 
 from mtl.data.augment import View
 from mtl.data.dataset import Rows, Split
+from mtl.data.wrapped import WrappedSplit
 
 
-class RenumberedSplit(Split):
+class RenumberedSplit(WrappedSplit):
     """Another split, with other numbers for the classes of some tasks."""
 
     def __init__(self, split: Split, numbers: Mapping[str, Sequence[int]]) -> None:
@@ -20,23 +21,11 @@ class RenumberedSplit(Split):
         split: The images and labels.
         numbers: By task, the new number of each class; labels that are no class stay as they are.
         """
-        self._split = split
+        super().__init__(split)
         self._numbers = {name: torch.tensor(each) for name, each in numbers.items()}
-        self.num_skipped, self.is_in_memory = split.num_skipped, split.is_in_memory
-
-    @property
-    def size(self) -> tuple[int, int]:
-        return self._split.size
-
-    @property
-    def channels(self) -> int:
-        return self._split.channels
-
-    def __len__(self) -> int:
-        return len(self._split)
 
     def rows(self, indices: Tensor, with_images: bool, view: View | None = None) -> Rows:
-        rows = self._split.rows(indices, with_images, view)
+        rows = super().rows(indices, with_images, view)
         changed = {name: self._renumbered(name, rows.labels[name]) for name in self._numbers if name in rows.labels}
         return replace(rows, labels=rows.labels | changed)
 
@@ -46,11 +35,8 @@ class RenumberedSplit(Split):
         return torch.where(is_class, numbers[wide.where(is_class, 0)], wide).to(label.dtype)
 
     def labels_to_fit(self, task: str) -> Tensor:
-        label = self._split.labels_to_fit(task)
+        label = super().labels_to_fit(task)
         return self._renumbered(task, label) if task in self._numbers else label
 
-    def identity(self) -> str | None:
-        return self._split.identity()
-
     def label_identity(self, task: str) -> str | None:
-        return None if task in self._numbers else self._split.label_identity(task)
+        return None if task in self._numbers else super().label_identity(task)

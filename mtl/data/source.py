@@ -87,7 +87,7 @@ class Source(ABC):
 
 
 def pipelines_of(config: DataConfig) -> dict[str, Pipeline]:
-    """What makes samples of items, in training and in validation.
+    """The transforms that make samples of items, in training and in validation.
 
     Raises:
         SettingError: A transform cannot be had, or one of validation draws at random.

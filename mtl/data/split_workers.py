@@ -65,7 +65,7 @@ class SplitWorkers:
     def read(
         self, split: Split, parts: Sequence[Tensor], view: View | None, with_images: bool
     ) -> Generator[Rows, None, None]:
-        """What is stored of some batches, in order.
+        """The rows of some batches, in order.
 
         Args:
             split: The images and labels.
@@ -94,7 +94,7 @@ class SplitWorkers:
 
 
 class RowsOfSplits(Dataset[Rows]):
-    """What is stored of a whole batch at a time, for workers."""
+    """The rows of a whole batch at a time, for workers."""
 
     def __init__(self, splits: Sequence[Split]) -> None:
         self._splits = splits

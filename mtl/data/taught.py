@@ -12,7 +12,7 @@ from torch import Tensor
 from mtl.data.augment import View
 from mtl.data.dataset import Batch, Rows, Split
 from mtl.data.loading import Loading, batches_of
-from mtl.data.orders import Order
+from mtl.data.wrapped import WrappedSplit
 from mtl.distributed.world import World
 from mtl.runtime.console import progress_bar
 from mtl.runtime.fingerprint import fingerprint_of_json
@@ -36,7 +36,7 @@ class Teaching:
     digest: str
 
 
-class TaughtSplit(Split):
+class TaughtSplit(WrappedSplit):
     """Another split, with the embeddings of teachers among its labels.
 
     Where its images are the same in every epoch, `keep` computes the embeddings once, and no batch needs its images for
@@ -51,32 +51,11 @@ class TaughtSplit(Split):
         loading: How images are read for that, and the device on which teachers are.
         """
         assert loading.device is not None
-        self._split, self._teachers, self._batch_size = split, teachers, batch_size
+        super().__init__(split)
+        self._teachers, self._batch_size = teachers, batch_size
         self._device, self._loading = loading.device, replace(loading, with_images=True)
         self._kept: dict[str, Tensor] | None = None
         self._active: Collection[str] = teachers
-        self.num_skipped = split.num_skipped
-
-    @property
-    def is_in_memory(self) -> bool:  # type: ignore[override]
-        return self._split.is_in_memory
-
-    @property
-    def size(self) -> tuple[int, int]:
-        return self._split.size
-
-    @property
-    def channels(self) -> int:
-        return self._split.channels
-
-    def __len__(self) -> int:
-        return len(self._split)
-
-    def order(self, tasks: Collection[str]) -> Order:
-        return self._split.order(tasks)
-
-    def examples(self, num: int) -> Tensor:
-        return self._split.examples(num)
 
     def keep(self, world: World, quiet: bool) -> None:
         """Computes the embeddings of all images, once; each process computes those of some batches.
@@ -106,10 +85,11 @@ class TaughtSplit(Split):
         return found
 
     def begin_phase(self, tasks: Collection[str]) -> None:
+        super().begin_phase(tasks)
         self._active = [name for name in self._teachers if name in tasks]
 
     def rows(self, indices: Tensor, with_images: bool, view: View | None = None) -> Rows:
-        return self._split.rows(indices, with_images or (self._kept is None and bool(self._active)), view)
+        return super().rows(indices, with_images or (self._kept is None and bool(self._active)), view)
 
     def batch(
         self,
@@ -128,19 +108,24 @@ class TaughtSplit(Split):
             batch.labels.update({name: self._teachers[name].embed(batch.images) for name in self._active})
         return batch
 
+    def label_bytes(self) -> None:
+        """None: embeddings that are not kept take time."""
+
+    @property
+    def may_lack(self) -> bool:
+        """True: a batch has the embeddings of active tasks alone."""
+        return True
+
     def labels_to_fit(self, task: str) -> Tensor:
         if task not in self._teachers:
-            return self._split.labels_to_fit(task)
+            return super().labels_to_fit(task)
         if self._kept is not None:
             return self._kept[task]
         chosen = torch.arange(len(self))[:: max(1, len(self) // _NUM_FITTED)]
         return self._embed(list(torch.split(chosen, self._batch_size)), len(self), quiet=True)[task][chosen]
 
-    def identity(self) -> str | None:
-        return self._split.identity()
-
     def label_identity(self, task: str) -> str | None:
         if task not in self._teachers:
-            return self._split.label_identity(task)
-        images = self._split.identity()
+            return super().label_identity(task)
+        images = self.identity()
         return None if images is None else fingerprint_of_json([self._teachers[task].digest, images])

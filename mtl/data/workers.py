@@ -46,7 +46,7 @@ class Workers(Generic[_Item]):
         self._is_reading = False
 
     def read(self, requests: Iterable[Any]) -> Generator[_Item, None, None]:
-        """What the data set makes of each request, in order; one reading at a time.
+        """The data set's answer to each request, in order; one reading at a time.
 
         Runs in another thread than the main one: in that, torch sets a handler of SIGCHLD, which raises in the middle
         of a step or of a checkpoint when a worker dies. Without the handler, torch looks at the workers every few

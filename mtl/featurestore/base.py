@@ -1,4 +1,4 @@
-"""What every store of features can do, and what one of its rows is."""
+"""The interface of all feature stores, and the form of their rows."""
 
 from __future__ import annotations
 

@@ -30,7 +30,7 @@ class DamagedEntry(Exception):  # noqa: N818  it is caught inside this package
 
 @dataclass(frozen=True)
 class Layout:
-    """What an entry holds, and what it depends on."""
+    """The features that an entry holds, and the inputs they depend on."""
 
     key: dict[str, Any]
     num_rows: int

@@ -125,7 +125,7 @@ class ShardedStore(FeatureStore):
 
 
 def batches_to_fill(first: int, num_images: int, size: int, keeps_last: bool, world: World) -> list[Tensor]:
-    """What this process computes so that all rows of a split, or of a view of it, come to be kept.
+    """The batches that this process computes so that all rows of a split, or of a view of it, are stored.
 
     Bits can depend on the size of a batch. So all are of the sizes that one process would use, filled up with images
     computed twice if need be; and all processes have equally many, since a sharded model needs them all.

@@ -24,7 +24,7 @@ _NUM_IMAGES = 2
 
 @dataclass(frozen=True)
 class DeadBranch:
-    """What cannot train in a phase, and why.
+    """Parameters that cannot train in a phase, and the zeros that stop them.
 
     Attributes:
         parameters: Trainable parameters whose gradient is zero.
@@ -139,8 +139,8 @@ class _Stop:
     zeros: dict[int, str] = field(default_factory=dict)
     closed: set[int] = field(default_factory=set)
 
-    def note(self, left: tuple[Tensor | None, ...], came: tuple[Tensor | None, ...]) -> None:
-        """Takes the gradients by input and by output: a hook of the node."""
+    def record(self, left: tuple[Tensor | None, ...], came: tuple[Tensor | None, ...]) -> None:
+        """Records the gradients by input and by output: a hook of the node."""
         if any(each is not None and bool(each.any()) for each in came):
             zero = {number for number, each in enumerate(left) if each is not None and not each.any()}
             self.closed |= zero - self.zeros.keys()
@@ -178,7 +178,7 @@ class _Graph:
         return cls(leaves, users)
 
     def watch(self, names: Mapping[int, str]) -> dict[Any, _Stop]:
-        """Has each node at which one of some tensors meets another one note whether it stops the backward there."""
+        """Hooks each node at which one of some tensors meets another one: it records whether it stops the backward."""
         stops: dict[Any, _Stop] = {}
         stack = [(self.leaves[each], name) for each, name in names.items() if each in self.leaves]
         while stack:
@@ -190,7 +190,7 @@ class _Graph:
                     # A view, a cast: still the tensor alone.
                     stack.append((user, name))
         for node, stop in stops.items():
-            node.register_hook(stop.note)
+            node.register_hook(stop.record)
         return stops
 
     def names_above(self, parameter: nn.Parameter, stops: Mapping[Any, _Stop]) -> set[str]:

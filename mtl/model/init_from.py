@@ -26,7 +26,7 @@ from mtl.runtime.text import condense, count, hint, parents, shorten
 
 @dataclass(frozen=True)
 class Taken:
-    """What one entry of `init_from` gave, as the run's history records it.
+    """The tensors that one entry of `init_from` gave, as the run's history records them.
 
     Attributes:
         source: The checkpoint of the run, or the path of the file.
@@ -115,7 +115,7 @@ def _own_names(module: nn.Module) -> dict[str, Tensor]:
 
 
 class _WeightSource:
-    """What one entry takes tensors from."""
+    """The source of one entry's tensors."""
 
     def __init__(self, entry: InitFromConfig, key: str) -> None:
         self._entry, self._key = entry, key
@@ -153,7 +153,7 @@ class _WeightSource:
     def _select(
         self, there: Sequence[str], here: Mapping[str, Tensor], module: nn.Module
     ) -> tuple[Selection, Selection]:
-        """What the patterns select there, and there and here together, under the names there."""
+        """The source's tensors that the patterns select, and those that this model has too, by the source's names."""
         patterns, tree = patterns_of(self._entry.names), describe(module)
         for old in self._entry.rename:
             if not any(_is_below(name, old) for name in there):

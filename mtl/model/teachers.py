@@ -74,7 +74,7 @@ class Teacher(nn.Module):
 
 @dataclass(frozen=True)
 class _TeacherSpec:
-    """What a teacher is made of.
+    """The parts of a teacher.
 
     Attributes:
         trunk: The timm model, with the weights that timm or a file gives; without any for the trunk of a run.

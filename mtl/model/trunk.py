@@ -61,7 +61,7 @@ def features_from(tensors: Sequence[Tensor], kinds: Collection[Kind]) -> Feature
 
 @dataclass(frozen=True)
 class FeatureShape:
-    """What a head can read of a trunk, and how wide it is.
+    """The features that a head can read of a trunk, and their widths.
 
     Attributes:
         pyramid: Channels of each level, from fine to coarse; empty if no head reads the pyramid.

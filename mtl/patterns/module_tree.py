@@ -74,7 +74,7 @@ def describe_modules(modules: Mapping[str, nn.Module]) -> ModuleTree:
 
 
 def _class_names(kind: type[nn.Module]) -> list[str]:
-    """What `type:` takes for modules of a class."""
+    """The names that `type:` takes for modules of a class."""
     return [base.__name__ for base in kind.__mro__] + ([NORM] if is_norm(kind) else [])
 
 

@@ -24,7 +24,7 @@ Unit = Literal["epochs", "steps", "seconds"]
 
 @dataclass
 class Observations:
-    """What has been observed in a phase so far, as far as conditions need it.
+    """Counts and metrics observed in a phase so far, as far as conditions need them.
 
     Attributes:
         epochs: Epochs done.
@@ -64,7 +64,7 @@ class Condition(ABC):
         """
 
     @abstractmethod
-    def reason(self, seen: Observations) -> str | None:
+    def reason(self, observed: Observations) -> str | None:
         """Why it holds, in words; None if it does not."""
 
     @property
@@ -73,7 +73,7 @@ class Condition(ABC):
         return ()
 
     @abstractmethod
-    def begin(self, seen: Observations) -> None:
+    def begin(self, observed: Observations) -> None:
         """Adds what is to be observed for it, as a phase begins."""
 
 
@@ -105,11 +105,11 @@ class Plateau(Condition):
     def metrics(self) -> tuple[str, ...]:
         return (self.metric,)
 
-    def begin(self, seen: Observations) -> None:
-        seen.bests[self] = Best(self.direction, self.min_delta)
+    def begin(self, observed: Observations) -> None:
+        observed.bests[self] = Best(self.direction, self.min_delta)
 
-    def reason(self, seen: Observations) -> str | None:
-        num_since = seen.bests[self].num_since
+    def reason(self, observed: Observations) -> str | None:
+        num_since = observed.bests[self].num_since
         return self._in_words(num_since) if num_since >= self.patience else None
 
     def __str__(self) -> str:
@@ -147,11 +147,11 @@ class Reached(Condition):
     def metrics(self) -> tuple[str, ...]:
         return (self.metric,)
 
-    def begin(self, seen: Observations) -> None:
-        seen.latest[self.metric] = None
+    def begin(self, observed: Observations) -> None:
+        observed.latest[self.metric] = None
 
-    def reason(self, seen: Observations) -> str | None:
-        value, sign = seen.latest[self.metric], 1 if self.direction == "higher" else -1
+    def reason(self, observed: Observations) -> str | None:
+        value, sign = observed.latest[self.metric], 1 if self.direction == "higher" else -1
         if value is None or sign * value < sign * self.mark:
             return None
         return f"{self.metric} reached {value:.4g} (mark {self.mark:g})"
@@ -176,11 +176,11 @@ class Spent(Condition):
             return cls(until.wall_time_s, "seconds")
         return cls(until.steps or 0, "steps") if until.epochs is None else cls(until.epochs, "epochs")
 
-    def begin(self, seen: Observations) -> None:
+    def begin(self, observed: Observations) -> None:
         """Nothing to add: these are always counted."""
 
-    def reason(self, seen: Observations) -> str | None:
-        done: float = getattr(seen, self.unit)
+    def reason(self, observed: Observations) -> str | None:
+        done: float = getattr(observed, self.unit)
         return done_in_words(done, self.unit) if done >= self.amount else None
 
     def __str__(self) -> str:
@@ -201,9 +201,9 @@ class _Group(Condition):
     def metrics(self) -> tuple[str, ...]:
         return tuple(metric for each in self.conditions for metric in each.metrics)
 
-    def begin(self, seen: Observations) -> None:
+    def begin(self, observed: Observations) -> None:
         for each in self.conditions:
-            each.begin(seen)
+            each.begin(observed)
 
 
 class AnyOf(_Group):
@@ -211,8 +211,8 @@ class AnyOf(_Group):
 
     keys = ("any",)
 
-    def reason(self, seen: Observations) -> str | None:
-        return next((reason for each in self.conditions if (reason := each.reason(seen))), None)
+    def reason(self, observed: Observations) -> str | None:
+        return next((reason for each in self.conditions if (reason := each.reason(observed))), None)
 
     def __str__(self) -> str:
         return f"({' or '.join(map(str, self.conditions))})"
@@ -223,8 +223,8 @@ class AllOf(_Group):
 
     keys = ("all",)
 
-    def reason(self, seen: Observations) -> str | None:
-        reasons = [each.reason(seen) for each in self.conditions]
+    def reason(self, observed: Observations) -> str | None:
+        reasons = [each.reason(observed) for each in self.conditions]
         return None if None in reasons else " and ".join(filter(None, reasons))
 
     def __str__(self) -> str:

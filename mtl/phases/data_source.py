@@ -34,7 +34,7 @@ def open_source(config: RunConfig) -> Source:
 
 
 def _at_tasks(config: RunConfig, label: str, message: str) -> list[str]:
-    """What is wrong with a label, at each task that learns it."""
+    """Mistakes about a label, at each task that learns it."""
     lines = list[str]()
     for task, own in config.tasks.items():
         if own.unlabelled:

@@ -12,7 +12,7 @@ from mtl.freeze import FreezePlan, enforce
 
 @contextmanager
 def entered(root: nn.Module, plan: FreezePlan) -> Iterator[None]:
-    """A phase's freeze, enforced: no gradient of before, `requires_grad` by plan, frozen modules in eval mode.
+    """Enforces a freeze: clears gradients, sets `requires_grad` by plan, and puts frozen modules in eval mode.
 
     No tensor has a gradient after the block either. What is frozen stays so until another phase is entered.
 

@@ -1,4 +1,4 @@
-"""What a phase freezes, and why: the user's patterns, what holds in every phase, and what no active task reaches."""
+"""The freeze of a phase: the user's patterns, those of every phase, and parameters that no active task reaches."""
 
 from __future__ import annotations
 
@@ -44,7 +44,7 @@ class WrittenPattern:
 
 @dataclass(frozen=True)
 class ResolveContext:
-    """What phases are resolved against.
+    """The model, tasks and configuration that phases are resolved against.
 
     Attributes:
         config: The run.
@@ -75,7 +75,7 @@ class ResolveContext:
 
 @dataclass(frozen=True)
 class PhaseFreeze:
-    """What a phase freezes.
+    """The freeze of a phase.
 
     Attributes:
         patterns: All patterns that hold: the phase's own, those of every phase, what the model itself keeps fixed, the
@@ -213,7 +213,7 @@ class FreezeResolver(PhaseResolver):
         return PhaseFreeze(freeze, self._as_written(len(own)), plan, unreached)
 
     def _own_patterns(self) -> list[PatternLike]:
-        """What the phase itself freezes.
+        """The tensors that the phase's own patterns freeze.
 
         `train` becomes the modules and tensors that cover all parameters but those that it lists. Statistics go with
         the parameters next to them, as ever, but those that it lists by name.

@@ -1,4 +1,4 @@
-"""What steps a phase's parameters: groups with peak learning rate and weight decay, checked against its optimizer."""
+"""A phase's parameter groups, with peak learning rate and weight decay, checked against its optimizer."""
 
 from __future__ import annotations
 
@@ -117,6 +117,6 @@ class GroupResolver(PhaseResolver):
         return {name: patterns[place] for name, place in places.items()}
 
     def _excluded_from_decay(self) -> list[str]:
-        """What the trunk itself says should not be decayed, such as position embeddings."""
+        """Parameters that the trunk itself lists as not to be decayed, such as position embeddings."""
         method: Any = getattr(self.root.get_submodule("trunk"), "no_weight_decay", None)
         return [] if method is None else [join("trunk", name) for name in method()]

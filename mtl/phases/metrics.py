@@ -33,8 +33,8 @@ class RunMetrics:
         """Which values of each metric are better; None where that is not known."""
         return self._directions
 
-    def direction(self, metric: str, said: Direction | None, path: KeyPath, key: str = "metric") -> Direction:
-        """Which values of a metric are better: what the user said, else what is known.
+    def direction(self, metric: str, configured: Direction | None, path: KeyPath, key: str = "metric") -> Direction:
+        """Which values of a metric are better: the configured direction, else the known one.
 
         Raises:
             ConfigError: There is no such metric, or nobody says.
@@ -42,7 +42,7 @@ class RunMetrics:
         if metric not in self._directions:
             there = f"there are: {', '.join(self._directions)}"
             raise self._config.mistake((*path, key), f"no metric {metric!r}{hint(metric, self._directions)}; {there}")
-        direction = said or self._directions[metric]
+        direction = configured or self._directions[metric]
         if direction is None:
             own = metric.rsplit("/", 1)[-1]
             message = (

@@ -54,21 +54,21 @@ class PhaseLength:
         return () if self.until is None else self.until.metrics
 
     def begin(self) -> Observations:
-        """What is to be observed in the phase, with nothing observed yet."""
-        seen = Observations()
+        """The observations of the phase, with nothing observed yet."""
+        observed = Observations()
         if self.until is not None:
-            self.until.begin(seen)
-        return seen
+            self.until.begin(observed)
+        return observed
 
-    def reason(self, seen: Observations) -> str | None:
+    def reason(self, observed: Observations) -> str | None:
         """Why the phase is over, in words; None if it is not. A condition goes before a limit that is met with it."""
         if self.evaluate_only:
-            return "evaluated" if seen.epochs else None
-        if self.until is not None and (reason := self.until.reason(seen)):
+            return "evaluated" if observed.epochs else None
+        if self.until is not None and (reason := self.until.reason(observed)):
             return reason
         units: list[tuple[Unit, int, int | None, int | None]] = [
-            ("epochs", seen.epochs, self.epochs, self.max_epochs),
-            ("steps", seen.steps, self.steps, self.max_steps),
+            ("epochs", observed.epochs, self.epochs, self.max_epochs),
+            ("steps", observed.steps, self.steps, self.max_steps),
         ]
         for unit, done, length, limit in units:
             if length is not None and done >= length:

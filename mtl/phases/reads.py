@@ -17,7 +17,7 @@ OF_OPTIM = ("optimizer", "lr", "layer_decay", "weight_decay", "lr_schedule")
 
 @dataclass(frozen=True)
 class Reads:
-    """What a phase reads.
+    """The settings that a phase reads.
 
     Attributes:
         keys: The key paths of the settings, of those that not every phase reads.

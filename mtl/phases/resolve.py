@@ -128,7 +128,7 @@ _Result = TypeVar("_Result")
 
 
 def _attempt(mistakes: list[str], part: Callable[[], _Result]) -> _Result | None:
-    """What a part of the work gives; None if it finds mistakes, which are added to the others."""
+    """The result of a part of the work; None if it finds mistakes, which are added to the others."""
     try:
         return part()
     except ConfigError as error:

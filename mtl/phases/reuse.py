@@ -51,7 +51,7 @@ def why_not_kept(config: RunConfig, phase: Phase, passes: float) -> str:
     if phase.config.evaluate_only and config.optim.ema_decay is not None:
         return "an evaluation judges averages, of which there are no fingerprints"
     if mode == "auto" and passes <= 1:
-        return "what is frozen here is needed for no more than one pass over the data"
+        return "the frozen part is needed for no more than one pass over the data"
     return ""
 
 

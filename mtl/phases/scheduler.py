@@ -75,9 +75,9 @@ class TaskScheduler:
         Args:
             most: No more than these are looked at.
         """
-        phase, seen = self._active(), self._seen
+        phase, observed = self._active(), self._observed
         # Where a number of steps ends a phase, a larger one does.
-        while most and phase.reason(replace(seen, steps=seen.steps + most)) is not None:
+        while most and phase.reason(replace(observed, steps=observed.steps + most)) is not None:
             most -= 1
         return most
 
@@ -92,7 +92,7 @@ class TaskScheduler:
         """
         if self._active().evaluate_only:
             raise RuntimeError(f"phase {self._active().name!r} only evaluates: it has no steps")
-        self._seen.steps += number
+        self._observed.steps += number
         return self._look()
 
     def epoch_done(self, metrics: Mapping[str, float]) -> PhaseChange | None:
@@ -112,7 +112,7 @@ class TaskScheduler:
         missing = [metric for metric in phase.metrics if metric not in metrics]
         if missing:
             raise ValueError(f"phase {phase.name!r} waits for {missing[0]}, which was not reported")
-        self._seen.epoch_done(metrics)
+        self._observed.epoch_done(metrics)
         return self._look()
 
     def time_passed(self, seconds: float) -> PhaseChange | None:
@@ -128,17 +128,17 @@ class TaskScheduler:
         self._active()
         if not 0 <= seconds < math.inf:
             raise ValueError(f"expected seconds of 0 or more, got {seconds}")
-        self._seen.seconds += seconds
+        self._observed.seconds += seconds
         return self._look()
 
     def state_dict(self) -> SchedulerState:
         return SchedulerState(
             index=self._index,
-            epochs=self._seen.epochs,
-            steps=self._seen.steps,
-            seconds=self._seen.seconds,
-            plateaus=[best.state_dict() for best in self._seen.bests.values()],
-            latest=dict(self._seen.latest),
+            epochs=self._observed.epochs,
+            steps=self._observed.steps,
+            seconds=self._observed.seconds,
+            plateaus=[best.state_dict() for best in self._observed.bests.values()],
+            latest=dict(self._observed.latest),
         )
 
     def load_state_dict(self, state: SchedulerState) -> None:
@@ -161,30 +161,30 @@ class TaskScheduler:
         if state.keys() != self.state_dict().keys() or not 0 <= state["index"] <= len(self._phases):
             return False
         self._enter(state["index"])
-        seen, plateaus, latest = self._seen, state["plateaus"], state["latest"]
-        bests = list(seen.bests.values())
-        if len(plateaus) != len(bests) or latest.keys() != seen.latest.keys():
+        observed, plateaus, latest = self._observed, state["plateaus"], state["latest"]
+        bests = list(observed.bests.values())
+        if len(plateaus) != len(bests) or latest.keys() != observed.latest.keys():
             return False
         for best, saved in zip(bests, plateaus, strict=True):
             best.load_state_dict(saved)
-        seen.epochs, seen.steps, seen.seconds = state["epochs"], state["steps"], state["seconds"]
-        seen.latest.update(latest)
-        counts = (seen.epochs, seen.steps, seen.seconds)
+        observed.epochs, observed.steps, observed.seconds = state["epochs"], state["steps"], state["seconds"]
+        observed.latest.update(latest)
+        counts = (observed.epochs, observed.steps, observed.seconds)
         if self.index is None:
             return not any(counts)
         if not all(0 <= number < math.inf for number in counts):
             return False
         # Each epoch reports one value of a metric: the best one, one since then, or only such as are not finite.
-        if any(b.num_since > seen.epochs or (b.value is None) != (b.num_since == seen.epochs) for b in bests):
+        if any(b.num_since > observed.epochs or (b.value is None) != (b.num_since == observed.epochs) for b in bests):
             return False
-        if not seen.epochs and any(value is not None for value in latest.values()):
+        if not observed.epochs and any(value is not None for value in latest.values()):
             return False
         phase = self._active()
-        return phase.reason(seen) is None and not (phase.evaluate_only and seen.steps)
+        return phase.reason(observed) is None and not (phase.evaluate_only and observed.steps)
 
     def _enter(self, index: int) -> None:
         self._index = index
-        self._seen = self._phases[index].begin() if index < len(self._phases) else Observations()
+        self._observed = self._phases[index].begin() if index < len(self._phases) else Observations()
 
     def _active(self) -> PhaseLength:
         if self._index >= len(self._phases):
@@ -194,7 +194,7 @@ class TaskScheduler:
     def _look(self) -> PhaseChange | None:
         """Ends the active phase if its length is filled."""
         ended = self._active()
-        reason = ended.reason(self._seen)
+        reason = ended.reason(self._observed)
         if reason is None:
             return None
         self._enter(self._index + 1)

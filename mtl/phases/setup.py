@@ -85,7 +85,7 @@ def build_model_setup(
     Args:
         config: The run.
         device: `cpu` or `meta`.
-        train: The training images, if they are not as many as the data set has.
+        train: The training images, where their number differs from the data set's.
         source: The data set, if it is open already.
         with_teachers: Whether teachers get their weights, without which they are an architecture.
 
@@ -103,7 +103,7 @@ def build_model_setup(
     teachers, tasks = _build_tasks(config, source, device, with_teachers)
     _check_fill(config, tasks)
     own_config = without_weights(config) if device == "meta" else config
-    # Found out from images, which are on the CPU.
+    # Read before the device is set: the source may have to open images, which are on the CPU.
     channels = source.channels
     try:
         with torch.device(device):
@@ -146,7 +146,7 @@ def build_model(config: RunConfig, tasks: Mapping[str, Task], channels: int) -> 
         ConfigError: The trunk takes other images.
         SettingError: Anything else that turns out not to work.
     """
-    # Where it is to be found out, a run begins with the first one.
+    # `auto` starts in the contiguous layout; the trial on the first batch may choose another one.
     layout = MEMORY_FORMATS["contiguous" if config.memory_format == "auto" else config.memory_format]
     trunk = config.trunk
     if channels > 3:
@@ -197,7 +197,7 @@ def _build_tasks(
     names = known | source.class_names(label_of)
     if not any(isinstance(own, DistillConfig) for own in config.tasks.values()):
         return {}, build_tasks(config, names)
-    # Found out from images, which are on the CPU.
+    # Read before the device is set: the source may have to open images, which are on the CPU.
     channels = source.channels
     try:
         with torch.device(device):

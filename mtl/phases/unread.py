@@ -142,7 +142,7 @@ def _candidates(config: RunConfig, phases: Sequence[Phase]) -> Iterator[_Unread]
 
 
 def _of_tracking(config: RunConfig) -> Iterator[_Unread]:
-    """What only wandb reads, where the run is not shown there."""
+    """The settings that only wandb reads, where the run is not shown there."""
     tracking = config.tracking
     if not tracking.is_off and (tracking.backend == "wandb" or is_own(tracking.backend)):
         return

@@ -1,1 +1,1 @@
-"""What is done with a run: its report, its summary, and what a freeze pays."""
+"""Results of a run: its report and summary, evaluation, predictions, exports, and the time that a freeze saves."""

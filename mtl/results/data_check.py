@@ -1,4 +1,4 @@
-"""What a data set holds, item by item: every file read, every mistake named, and numbers to judge the labels by."""
+"""Checks a data set item by item: reads every file, names every mistake, and gives statistics of the labels."""
 
 from __future__ import annotations
 

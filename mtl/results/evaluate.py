@@ -19,7 +19,7 @@ from mtl.training.validation import Scores, score, validate, validate_constant
 
 @dataclass(frozen=True)
 class Evaluation:
-    """What was measured.
+    """The result of an evaluation.
 
     Attributes:
         split: On which split.

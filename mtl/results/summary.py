@@ -1,4 +1,4 @@
-"""What a user reads after training."""
+"""The lines that a run logs after training: results, the audit's verdict, the best score."""
 
 from __future__ import annotations
 

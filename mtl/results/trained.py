@@ -143,7 +143,7 @@ class TrainedModel(nn.Module):
 
     @property
     def preparer(self) -> Preparer:
-        """What brings images to the form that the network takes."""
+        """Brings images to the form that the network takes."""
         return Preparer(self.image_size, self.channels)
 
     @property

@@ -16,7 +16,7 @@ from typing import TYPE_CHECKING, Any, TextIO
 
 from tqdm import tqdm
 
-from mtl.runtime.layout import fit_fields, wrap_fields
+from mtl.runtime.layout import columns_of, fit_fields, wrap_lines
 
 if TYPE_CHECKING:
     from typing import Never
@@ -71,8 +71,17 @@ def paint(text: str, stream: TextIO) -> str:
     return _PREFIX.sub(lambda found: f"{_COLOURS[found[1]]}{found[0]}{_NO_COLOUR}", text)
 
 
+def print_lines(text: str) -> None:
+    """Prints what a command was asked for as lines for a reader, wrapped to the width of the terminal.
+
+    Raises:
+        OutputError: Standard output cannot be written.
+    """
+    print_out(wrap_lines(text, line_width(sys.stdout)))
+
+
 def print_out(text: str) -> None:
-    """Prints what a command was asked for.
+    """Prints what a command was asked for as it is, such as JSON, YAML or a path.
 
     Raises:
         OutputError: Standard output cannot be written.
@@ -97,7 +106,8 @@ def flush_stdout() -> None:
 
 
 def print_err(text: str) -> None:
-    """Prints a message on standard error; nothing if that is closed."""
+    """Prints a message on standard error, wrapped to the width of the terminal; nothing if that is closed."""
+    text = wrap_lines(text, line_width(sys.stderr))
     try:
         sys.stderr.write(paint(text if text.endswith("\n") else f"{text}\n", sys.stderr))
         sys.stderr.flush()
@@ -123,18 +133,15 @@ def first_line(error: Exception) -> str:
 class _LogHandler(logging.Handler):
     """Prints records on standard output, above a progress bar that may be running.
 
-    A warning begins with `warning: `, an error with `error: `. A line of fields is wrapped; warnings, errors and prose
-    are left to the terminal, which wraps them so that a path or a command in them is copied in one piece.
+    A warning begins with `warning: `, an error with `error: `. Lines are wrapped to the width of the terminal.
     """
 
     def emit(self, record: logging.LogRecord) -> None:
         text = self.format(record)
         if record.levelno >= logging.WARNING:
-            text = paint(f"{'error' if record.levelno >= logging.ERROR else 'warning'}: {text}", sys.stdout)
-        elif "\n" not in text:
-            text = wrap_fields(text, line_width(sys.stdout))
+            text = f"{'error' if record.levelno >= logging.ERROR else 'warning'}: {text}"
         try:
-            tqdm.write(text, file=sys.stdout)
+            tqdm.write(paint(wrap_lines(text, line_width(sys.stdout)), sys.stdout), file=sys.stdout)
             sys.stdout.flush()
         except OSError as error:
             # Nothing of a run is lost: its numbers are in its files.
@@ -180,7 +187,7 @@ class _Bar(_Tqdm):
 
     @property
     def format_dict(self) -> Any:
-        """What tqdm draws the bar from."""
+        """The values that tqdm draws the bar from."""
         meter = super().format_dict
         width = None if self.disable else line_width(self.fp)
         if width is None:
@@ -195,8 +202,8 @@ def _meter(meter: Mapping[str, Any], width: int) -> dict[str, str]:
     for form in _METERS:
         bare = tqdm.format_meter(**{**meter, "ncols": None, "bar_format": form, "postfix": ""})
         # tqdm puts a comma before them.
-        room = width - len(bare) - 2
-        if len(fields) <= room:
+        room = width - columns_of(bare) - 2
+        if columns_of(fields) <= room:
             break
     return {"bar_format": form, "postfix": fit_fields(fields, room)}
 

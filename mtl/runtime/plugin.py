@@ -21,7 +21,7 @@ _FOLDERS: list[str] = []
 
 
 class PluginError(ValueError):
-    """What was named cannot be imported, or is of another kind."""
+    """The named object cannot be imported, or is of another kind."""
 
 
 def search_in(folder: Path) -> None:
@@ -76,9 +76,9 @@ def find_class(text: str, *bases: type) -> type:
 
 def where_it_failed(error: BaseException) -> str:
     """An error in a user's code in one line: its message, and the file and line that raised it."""
-    said = " ".join(str(error).split())
+    message = " ".join(str(error).split())
     if isinstance(error, ModuleNotFoundError):
-        return said
+        return message
     if isinstance(error, SyntaxError):
         return f"SyntaxError: {error.msg} ({error.filename}:{error.lineno})"
     frames = traceback.extract_tb(error.__traceback__)
@@ -87,4 +87,4 @@ def where_it_failed(error: BaseException) -> str:
     # Nor is a library that the module calls, or that has put its own function in the place of one of Python's.
     own = [frame for frame in own if not frame.filename.startswith(_LIBRARIES)] or own
     place = f" ({own[-1].filename}:{own[-1].lineno})" if own else ""
-    return f"{type(error).__name__}{': ' if said else ''}{said}{place}"
+    return f"{type(error).__name__}{': ' if message else ''}{message}{place}"

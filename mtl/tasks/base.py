@@ -52,7 +52,7 @@ class Goal:
 
 @dataclass(frozen=True)
 class ColourScale:
-    """What the colours of a map of numbers stand for.
+    """The scale of a map's colours.
 
     Attributes:
         low: The number of the first colour.
@@ -93,12 +93,12 @@ class Task(ABC):
 
     @property
     def label_kind(self) -> LabelKind:
-        """What its label is: decides how files and tables are read, and how transforms change it."""
+        """The kind of its label: decides how files and tables are read, and how transforms change it."""
         return "mask" if self.output == "dense" else "numbers"
 
     @property
     def more_metrics(self) -> Mapping[str, Callable[..., Metrics]]:
-        """What makes the metrics that a configuration may add to the task's own, by name."""
+        """The factories of metrics that a configuration may add to the task's own, by name."""
         return {}
 
     @abstractmethod
@@ -166,7 +166,7 @@ class Task(ABC):
 
     @property
     def why_bad(self) -> str:
-        """What `bad_samples` finds, in words: the first line of what it says of itself."""
+        """The fault that `bad_samples` finds, in words: the first line of its docstring."""
         return (self.bad_samples.__doc__ or "").strip().lower().rstrip(".")
 
     def constant_output(self, constant: Tensor, num_images: int, size: tuple[int, int]) -> Tensor:
@@ -219,11 +219,11 @@ class Task(ABC):
         return ((first - low) / (high - low).clamp(min=1e-12))[..., None]
 
     def legend(self) -> list[tuple[str, tuple[float, float, float]]]:
-        """What colours in the pictures of a dense task stand for: names, with red, green and blue from 0 to 1."""
+        """The legend of a dense task's pictures: names, with red, green and blue from 0 to 1."""
         return []
 
     def colour_scale(self) -> ColourScale | None:
-        """What the colours of a dense task's pictures stand for, if they are numbers on a scale."""
+        """The scale of a dense task's pictures, if their colours stand for numbers."""
         return None
 
     def caption(self, values: Tensor, is_label: bool) -> list[str]:  # noqa: ARG002  as above

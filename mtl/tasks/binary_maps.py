@@ -35,7 +35,7 @@ class BinaryMap(EntryTask):
         self.entry_loss = loss or next(iter(self.losses.values()))()
 
     def fit(self, label: Tensor) -> Tensor:
-        """What the loss says is best, else the logit of the share of yes."""
+        """The constant that minimises the loss, if the loss knows it, else the logit of the share of yes."""
         values = label[label != self.ignore_index]
         best = self.entry_loss.constant(values) if len(values) else 0.0
         return torch.tensor([log_odds(values) if best is None else best])
@@ -100,7 +100,7 @@ class Edges(BinaryMap):
 
 
 class Saliency(BinaryMap):
-    """What draws the eye."""
+    """Salient regions: those that draw the eye."""
 
     losses: ClassVar[Mapping[str, type[Loss]]] = {
         "balanced_bce": BalancedBce,

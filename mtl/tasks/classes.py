@@ -1,4 +1,4 @@
-"""What `classification` and `segmentation` share; and checks of labels that are numbers of classes."""
+"""The common part of `classification` and `segmentation`; and checks of labels that are numbers of classes."""
 
 from __future__ import annotations
 

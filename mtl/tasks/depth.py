@@ -91,7 +91,7 @@ class Depth(EntryTask):
         return (math.log(self.low) + (numbers + 0.5) * step).exp().view(-1, 1, 1)
 
     def fit(self, label: Tensor) -> Tensor:
-        """What is best for the loss over all labelled pixels; for the default, their mean depth."""
+        """The constant that minimises the loss over all labelled pixels; for the default, their mean depth."""
         mask = self.labelled(label)
         values = as_float(label.flatten() if bool(mask.all()) else label[mask])
         best = self._best(values if len(values) else torch.ones(1))

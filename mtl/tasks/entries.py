@@ -14,7 +14,7 @@ from mtl.tasks.loss import Loss, as_float, weighted_mean
 
 
 class EntryTask(Task):
-    """Base of all task types of this project: what an entry costs is a `Loss`, which a configuration may choose.
+    """Base of all task types of this project: the loss of an entry is a `Loss`, which a configuration may choose.
 
     An entry is whatever has a label of its own: an image, a pixel, an attribute of an image.
 

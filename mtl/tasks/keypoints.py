@@ -74,14 +74,14 @@ class Pck(Metrics):
         self.counts: Tensor | None = None
 
     def update(self, output: Tensor, label: Tensor) -> None:
-        seen, place = label[..., 2] > 0, label[..., :2].double()
+        is_visible, place = label[..., 2] > 0, label[..., :2].double()
         far = torch.inf
-        box = place.where(seen[..., None], -far).amax(dim=1) - place.where(seen[..., None], far).amin(dim=1)
+        box = place.where(is_visible[..., None], -far).amax(dim=1) - place.where(is_visible[..., None], far).amin(dim=1)
         # The box of a single point has no size; then the image counts.
-        size = torch.where(seen.sum(dim=1) > 1, box.amax(dim=1), float(max(output.shape[-2:])))
+        size = torch.where(is_visible.sum(dim=1) > 1, box.amax(dim=1), float(max(output.shape[-2:])))
         error = (points_of(output.double()) - place).square().sum(dim=-1).sqrt()
         near = (error <= _PCK * size[:, None]) & ~output.isnan().flatten(2).any(dim=2)
-        counts = torch.stack([seen.sum(), (seen & near).sum()])
+        counts = torch.stack([is_visible.sum(), (is_visible & near).sum()])
         self.counts = counts if self.counts is None else self.counts + counts
 
     def state(self) -> list[Tensor]:
@@ -119,9 +119,9 @@ class Keypoints(EntryTask):
 
     def fit(self, label: Tensor) -> Tensor:
         """The mean of each point's heat maps; 0 without a label."""
-        seen = label[..., 2] > 0
+        is_visible = label[..., 2] > 0
         means = torch.cat([heat_maps(part, *self.cells).mean(dim=(2, 3)) for part in torch.split(as_float(label), 64)])
-        return ((means.double() * seen).sum(dim=0) / seen.sum(dim=0).clamp(min=1)).float()
+        return ((means.double() * is_visible).sum(dim=0) / is_visible.sum(dim=0).clamp(min=1)).float()
 
     def prediction(self, output: Tensor) -> Tensor:
         return cells_of(as_float(output))
@@ -131,8 +131,8 @@ class Keypoints(EntryTask):
 
     def stand_in(self, label: Tensor) -> Tensor:
         """An empty map where there is no label."""
-        seen = label[..., 2] > 0
-        return heat_maps(as_float(label).where(seen[..., None], 0), *self.cells) * seen[..., None, None]
+        is_visible = label[..., 2] > 0
+        return heat_maps(as_float(label).where(is_visible[..., None], 0), *self.cells) * is_visible[..., None, None]
 
     def marked(self, label: Tensor) -> Tensor:
         return self.stand_in(label).masked_fill((label[..., 2] <= 0)[..., None, None], torch.nan)

@@ -1,4 +1,4 @@
-"""What kind of label each task of a configuration learns, before the task is made."""
+"""The kind of label that each task of a configuration learns, before the task is made."""
 
 from __future__ import annotations
 
@@ -64,7 +64,7 @@ def label_kinds(config: RunConfig) -> dict[str, LabelKind]:
 
 def _kind_of(own: TaskConfig, key: str) -> LabelKind:
     type_ = own_class(own.type, key, Task) if isinstance(own, OwnTaskConfig) else _TYPES[own.type]
-    said: Any = type_.label_kind
+    declared: Any = type_.label_kind
     # A class that says nothing has the base's property, which asks the object.
     plain: LabelKind = "mask" if getattr(type_, "output", None) == "dense" else "numbers"
-    return said if isinstance(said, str) else plain  # type: ignore[return-value]
+    return declared if isinstance(declared, str) else plain  # type: ignore[return-value]

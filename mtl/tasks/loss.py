@@ -11,7 +11,7 @@ from torch import Tensor
 
 
 class Loss(ABC):
-    """What each entry (image, pixel, attribute), or each image, of a batch costs.
+    """The loss of each entry (image, pixel, attribute), or of each image, of a batch.
 
     A class of the user's own receives its options as keyword arguments; see docs/own_loss.md.
 

@@ -111,9 +111,9 @@ def check_own_metrics(task: Task, what: str, key: str) -> None:
     if goal.metric not in names:
         message = f"its goal is {goal.metric!r}, but its metrics compute {', '.join(names)}"
         raise SettingError(key, f"{what}: {message}{hint(goal.metric, names)}")
-    said = task.metrics().direction(goal.metric)
-    if said not in (None, goal.direction):
-        message = f"{said} values of {goal.metric!r} are better by its metrics, {goal.direction} ones by its goal"
+    direction = task.metrics().direction(goal.metric)
+    if direction not in (None, goal.direction):
+        message = f"{direction} values of {goal.metric!r} are better by its metrics, {goal.direction} ones by its goal"
         raise SettingError(key, f"{what}: {message}, whose perfect value is {goal.perfect:g}")
 
 

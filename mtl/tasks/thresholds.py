@@ -34,7 +34,7 @@ class MaxF(Metrics):
         self.counts: Tensor | None = None
 
     def score(self, output: Tensor, label: Tensor) -> Tensor:
-        """What is compared with the thresholds, "b h w", float64."""
+        """The score that is compared with the thresholds, "b h w", float64."""
         return probability(output, label)
 
     def update(self, output: Tensor, label: Tensor) -> None:

@@ -28,7 +28,7 @@ _HOPELESS = 3
 
 @dataclass(frozen=True)
 class Choice:
-    """What a run computes in.
+    """The memory layout and precision of a run.
 
     Attributes:
         memory_format: Layout of weights and activations.
@@ -74,7 +74,7 @@ def choose(model_setup: ModelSetup, batch: Batch, device: torch.device, excluded
             taken = _time(model_setup, phase, batch, precision, min(seconds.values(), default=float("inf")))
             if taken is not None:
                 seconds[layout, precision] = taken
-    # Where nothing gave a finite loss, training is going to say so.
+    # If no candidate gave a finite loss, the first one is taken: training then stops at its first step with that error.
     layout, precision = min(seconds, key=seconds.__getitem__, default=(layouts[0], precisions[0]))
     lay_out(model_setup, layout)
     others = ", ".join(f"{' '.join(key)} {1e3 * taken:.0f} ms" for key, taken in seconds.items())

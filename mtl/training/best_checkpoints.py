@@ -29,7 +29,7 @@ class BestWeights:
             return "best"
         return f"best-{direction}-{metric.replace('/', '-')}"
 
-    def see(self, metrics: Mapping[str, float], step: int) -> tuple[list[str], list[str]]:
+    def record(self, metrics: Mapping[str, float], step: int) -> tuple[list[str], list[str]]:
         """Records a validation after a step.
 
         Returns:

@@ -24,7 +24,7 @@ from mtl.training.state import RunState
 
 
 class CheckpointWriter:
-    """Writes the state of a run. With several processes, the first one writes, unless each writes its shards."""
+    """Writes the state of a run. With several processes, rank 0 writes, unless each writes its shards."""
 
     def __init__(self, setup: RunSetup, folder: Path, world: World) -> None:
         self._setup = setup
@@ -32,7 +32,7 @@ class CheckpointWriter:
         self._checkpoints = Checkpoints(folder, mends=world.is_main)
         self._is_sharded = any(is_sharded(parameter) for parameter in setup.root.parameters())
         self._in_shards = self._is_sharded and setup.config.distributed.checkpoint == "dcp"
-        # Seconds of steps since the last one, by the clock of the first process.
+        # Seconds of steps since the last one, by the clock of rank 0.
         self._waited_s = 0.0
 
     def is_due(self, step: int, seconds: float) -> bool:
@@ -40,7 +40,7 @@ class CheckpointWriter:
 
         Args:
             step: Steps done in the run.
-            seconds: Those since the step before, by the clock of the first process.
+            seconds: Those since the step before, by the clock of rank 0.
         """
         settings = self._setup.config.checkpoint
         if settings.every_steps is not None and step % settings.every_steps == 0:
@@ -88,20 +88,20 @@ class CheckpointWriter:
             optim.keep_state(state)
         plain = state.to_json(row, None if optim is None else optim.lr_schedule.state_dict())
         every = self._setup.config.checkpoint.keep_every_epochs
-        for_good = every is not None and state.steps_in_epoch is None and optim is not None and state.epoch % every == 0
+        keep = every is not None and state.steps_in_epoch is None and optim is not None and state.epoch % every == 0
         frozen, names = plain["frozen"], ["last", *links]
         with state.averaged():
             tensors = state.tensors(statistics or {})
             if self._in_shards:
-                self._checkpoints.save_shards(root, frozen, tensors, plain, names, world, for_good)
+                self._checkpoints.save_shards(root, frozen, tensors, plain, names, world, keep)
             else:
-                # Where the model is sharded, all processes bring together what the first one writes.
+                # Where the model is sharded, all processes gather the full tensors that rank 0 writes.
                 full: nn.Module | FullModel = root
                 if self._is_sharded:
                     full, tensors = gather_model(root, world), gathered(tensors, world.is_main)
                 if world.is_main:
                     known = {} if self._is_sharded else state.audit.proven
-                    self._checkpoints.save(full, frozen, tensors, plain, names, for_good, known, world.is_alone)
+                    self._checkpoints.save(full, frozen, tensors, plain, names, keep, known, world.is_alone)
         world.barrier()
         self._waited_s = 0.0
         return self._checkpoints.folder / "last"

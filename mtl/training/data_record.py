@@ -1,4 +1,4 @@
-"""What a run records of its data, so that a resumed run notices edited images and labels."""
+"""The record that a run keeps of its data, so that a resumed run detects edited images and labels."""
 
 from __future__ import annotations
 
@@ -59,7 +59,7 @@ def search_as_the_run_did(run_dir: Path) -> None:
 
 
 def what_was_edited(run_dir: Path, now: dict[str, Any]) -> list[str]:
-    """What is another in the data than when a run began; empty if nothing is, or the run does not say.
+    """Differences between the data now and when a run began; empty if there are none, or the run has no record.
 
     Args:
         run_dir: The run's directory.

@@ -26,7 +26,7 @@ _REPEATS = 6
 
 
 def choose_depthwise(model_setup: ModelSetup, config: RunConfig, batch: Batch) -> Literal["torch", "auto"] | list[str]:
-    """What `depthwise: auto` comes to; any other setting as it is. The model is left as it was.
+    """The choice of `depthwise: auto`; any other setting as it is. The model is left as it was.
 
     Args:
         model_setup: The model, on its device, in the layout that it will train in.

@@ -34,7 +34,7 @@ class Change:
 
 @dataclass(frozen=True)
 class History:
-    """What `config.yaml` does not record: it has the settings that hold now.
+    """The settings that a run had before: `config.yaml` has only those that hold now.
 
     Every checkpoint has the history up to it, so that changes go with the steps that were made with them.
 

@@ -34,7 +34,7 @@ class NotFiniteError(FloatingPointError):
         self.what, self.step, self.indices = what, step, list(indices)
 
     def to_json(self, epoch: int) -> dict[str, Any]:
-        """What `not_finite.json` says."""
+        """The content of `not_finite.json`."""
         return {"what": self.what, "step": self.step, "epoch": epoch, "indices": self.indices}
 
 

@@ -66,7 +66,7 @@ class PhaseOptimizer:
         return dict(zip(self._group_names, self.lr_schedule.rates, strict=True))
 
     def silent(self, tasks: StepTasks, world: World) -> list[nn.Parameter]:
-        """What the labelled tasks of a step do not reach and needs a gradient of zeros, for which DDP waits."""
+        """Parameters that the labelled tasks of a step do not reach; DDP waits for a gradient of zeros of each."""
         if not tasks.lacking or (tasks.names and world.is_alone):
             return []
         return [parameter for parameter in self._only_of(tasks) if not is_sharded(parameter)]

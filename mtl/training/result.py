@@ -11,7 +11,7 @@ from mtl.training.validation import Scores
 
 @dataclass
 class RunResult:
-    """What a run achieved.
+    """The result of a run.
 
     Attributes:
         run_dir: The run directory.

@@ -145,7 +145,7 @@ def _find(config: RunConfig) -> ResumeSource | None:
 
 
 def what_is_overridden(config: RunConfig, source: ResumeSource | None) -> list[str]:
-    """What a run resumes in spite of, since `resume_override` is given, in words."""
+    """The differences that a run ignores since `resume_override` is given, in words."""
     if not config.resume_override:
         return []
     ended = _what_ended_it(config) if resumes_in_place(config) else None

@@ -37,7 +37,7 @@ def train(setup: RunSetup, quiet: bool = False, world: World = ALONE, source: Re
     Args:
         setup: The parts of the run.
         quiet: Whether to show no progress bar.
-        world: The processes that train together; the first one writes.
+        world: The processes that train together; rank 0 writes.
         source: Where the run resumes from, if `resumed_config` has found it already.
 
     Raises:
@@ -54,7 +54,7 @@ def train(setup: RunSetup, quiet: bool = False, world: World = ALONE, source: Re
     if source is None and world.is_main:
         warn_of_dead_branches(setup)
     if config.distributed.strategy == "fsdp2":
-        # From here on each process holds its part of every parameter; whoever keeps parameters is made after this.
+        # From here on each process holds its shard of every parameter; objects that keep parameters are made later.
         shard_with_groups(setup.model, [phase.groups for phase in setup.phases], world)
     if config.distributed.sync_batchnorm:
         synchronise(setup.model, world)
@@ -134,7 +134,7 @@ def _even_if_full() -> Iterator[None]:
 
 
 def audit_file(run_dir: Path, world: World) -> Path:
-    """Where the audit of a process is found: that of the first one is the run's."""
+    """The path of a process's audit; that of rank 0 is the run's."""
     return run_dir / ("audit.json" if world.is_main else f"audit.rank-{world.rank}.json")
 
 

@@ -165,7 +165,7 @@ def _choose_kernels(
 
 
 def _initial_weights(meta: ModelSetup) -> InitialWeights:
-    """What `init_from` gives to a model like this one, read and checked."""
+    """The tensors that `init_from` gives to a model like this one, read and checked."""
     config, classes = meta.config, {name: task.class_names for name, task in meta.tasks.items()}
     try:
         initial = read_initial_weights(config, meta.root, classes)
@@ -248,7 +248,7 @@ def _warn_of_distributed(config: RunConfig) -> None:
 
 
 def _check_fsdp(config: RunConfig, world: World) -> tuple[str, ...]:
-    """What `auto` must not take where the model is sharded over processes (fsdp2); nothing if it is not.
+    """Layouts and precisions that `auto` must not take where the model is sharded (fsdp2); none if it is not.
 
     Raises:
         ConfigError: The configuration asks for something that FSDP does not go with here.

@@ -151,7 +151,7 @@ class RunState:
 
     def new_best(self, metrics: Mapping[str, float]) -> list[str]:
         """The links of which the weights of this validation are the new best."""
-        links, not_finite = self.best.see(metrics, self.step)
+        links, not_finite = self.best.record(metrics, self.step)
         for metric in not_finite:
             logger.warning(f"{metric} is {metrics[metric]} after step {self.step}: it does not count as best")
         return links

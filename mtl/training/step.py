@@ -35,7 +35,7 @@ class StepLosses:
         self._setup = setup
         self._features = features
         self._decode = setup.model.decode_joined if setup.config.join_heads else setup.model.decode
-        # To enter one that is off takes as long as a small layer.
+        # Entering a disabled autocast costs as much time as a small layer, so none is entered.
         self._autocast: AbstractContextManager[Any] = autocast if autocast._enabled else nullcontext()
         self._scaler = scaler
         self._world = world
@@ -124,7 +124,7 @@ class StepLosses:
         return gradients.loss(total, method, shared, tasks.subset)
 
     def _shared_by_tasks(self, phase: Phase, features: Features | None, leaves: Features | None) -> Shared:
-        """What the phase's tasks share."""
+        """The shared tensors of the phase's tasks."""
         root = self._setup.root
         trunk = {n: p for n, p in self._setup.model.trunk.named_parameters() if p.requires_grad}
         of_trunk = {id(parameter) for parameter in trunk.values()}

@@ -1,4 +1,4 @@
-"""What the ranks of a run exchange and decide together; a single process decides by itself."""
+"""Flags that the ranks of a run all-reduce, and decisions they take together; a single process decides by itself."""
 
 from __future__ import annotations
 

@@ -26,19 +26,19 @@ class Validator:
         self._features = features
         self._sync = sync
         self._world = world
-        # What tasks of which nothing trains scored at their one validation in the phase.
-        self._still: Scores = {}
+        # Scores of the tasks of which nothing trains, from their one validation in the phase.
+        self._constant_scores: Scores = {}
 
     def begin_phase(self) -> None:
         """Tasks of which nothing trains are measured once from here on."""
-        self._still = {}
+        self._constant_scores = {}
 
     def __call__(self, phase: Phase) -> tuple[Scores, dict[str, float]]:
         """Metrics of all tasks with labels, by task and name; and with `val/score` under the names of the log."""
         if not self._sync.holds:
-            self._still.clear()
-        setup, still, plan = self._setup, self._still, phase.freeze.plan
-        tasks = {name: task for name, task in setup.labelled.items() if name not in still}
+            self._constant_scores.clear()
+        setup, constant, plan = self._setup, self._constant_scores, phase.freeze.plan
+        tasks = {name: task for name, task in setup.labelled.items() if name not in constant}
         fresh = validate(
             setup.model,
             tasks,
@@ -51,7 +51,7 @@ class Validator:
             Loading(not self._features.keeps, workers=setup.workers),
         )
         if is_fully_frozen(plan, "trunk"):
-            still |= {name: each for name, each in fresh.items() if is_fully_frozen(plan, f"heads.{name}")}
-        scores = {name: (fresh | still)[name] for name in setup.labelled}
+            constant |= {name: each for name, each in fresh.items() if is_fully_frozen(plan, f"heads.{name}")}
+        scores = {name: (fresh | constant)[name] for name in setup.labelled}
         metrics = {f"val/{task}/{name}": value for task, values in scores.items() for name, value in values.items()}
         return scores, metrics | {SCORE: score(setup.labelled, scores, setup.trivial)}

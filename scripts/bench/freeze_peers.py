@@ -258,8 +258,8 @@ def here(fault: str) -> str:
 FAULTS = {
     "part of a name": "`layer1` is frozen by name; `layer10` is to train",
     "misspelt": "the name is misspelt, `layr1`",
-    "statistics": "BatchNorm is frozen; its statistics stay, and are what it normalises by",
-    "decay": "weight decay and `zero_grad(set_to_none=False)`: what is frozen late stays",
+    "statistics": "a BatchNorm is frozen: its running statistics do not change, and it normalises with them",
+    "decay": "weight decay and `zero_grad(set_to_none=False)`: a layer that is frozen in mid-training stops changing",
     "thawed": "`layer1` is thawed after the optimizer was built; it trains",
 }
 

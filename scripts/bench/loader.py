@@ -1,4 +1,4 @@
-"""Images a second of a table of JPEGs, beside decoding alone: both by two processes of torch's DataLoader, in turn.
+"""Images a second of a table of JPEGs, next to decoding alone: both by two processes of torch's DataLoader, in turn.
 
 python scripts/bench/loader.py                       # 178 x 218 pixels, as CelebA's, resized to 64
 python scripts/bench/loader.py --num 4000 --workers 2 --rounds 7

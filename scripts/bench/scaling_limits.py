@@ -5,14 +5,13 @@ from __future__ import annotations
 from collections.abc import Sequence
 from functools import cache
 
-from scaling_costs import Assumptions, Case, Measured, config_of
-
 from mtl.config.checkpoint import CheckpointConfig
 from mtl.data import BUILT_IN
 from mtl.data.generated.sprites import load_sprites
 from mtl.distributed.world import TIMEOUT_S
 from mtl.runtime.text import in_bytes as in_small_bytes
 from mtl.tasks import build_tasks
+from scaling_costs import Assumptions, Case, Measured, config_of
 
 _MANY = 1024
 # Images of a device at the smallest batches that a BatchNorm which trains can take.

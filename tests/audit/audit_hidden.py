@@ -1,4 +1,4 @@
-"""Loops about what hangs where torch does not look, what comes in mid-phase, and what is undone before a look."""
+"""Loops with tensors that torch does not register, tensors added in mid-phase, and changes undone before a check."""
 
 from __future__ import annotations
 
@@ -20,7 +20,7 @@ from audit_stillness import LONG, Noisy
 ATTRIBUTE = "attr_changed"
 
 
-# --- what hangs outside the module tree
+# --- tensors outside the module tree
 
 
 class Holder:

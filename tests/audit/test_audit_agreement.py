@@ -135,7 +135,7 @@ def test_a_tensor_that_one_rank_has_alone_and_one_of_another_type_are_reported_a
     assert details.keys() == {"head.weight", "head.bias"} and details["head.weight"] == one
 
 
-def test_a_flag_of_one_rank_is_seen_by_all(of_two: dict[str, Any]) -> None:
+def test_a_flag_of_one_rank_reaches_all(of_two: dict[str, Any]) -> None:
     assert of_two["flags"] == [True, False]
 
 

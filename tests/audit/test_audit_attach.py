@@ -107,7 +107,7 @@ def scheduled(optimizer: Optimizer) -> Optimizer:
 
 
 @pytest.mark.parametrize("make", WRAPPED.values(), ids=WRAPPED)
-def test_every_step_of_a_wrapped_optimizer_is_seen(make: Any) -> None:
+def test_every_step_of_a_wrapped_optimizer_is_observed(make: Any) -> None:
     model = Tiny()
     optimizer = make(model)
     audit = attach(model, optimizer, freeze=["trunk"])
@@ -130,7 +130,7 @@ def test_a_write_below_a_wrapped_optimizer_is_found(make: Any) -> None:
 @pytest.mark.parametrize(
     "make", [ByHand, Skipping, lambda parameters: Wrapper(ByHand(parameters))], ids=["by hand", "skipping", "wrapped"]
 )
-def test_an_optimizer_whose_steps_cannot_be_seen_is_refused(make: Any) -> None:
+def test_an_optimizer_whose_steps_cannot_be_observed_is_refused(make: Any) -> None:
     model = Tiny()
     with pytest.raises(
         TypeError, match=r"the steps of a \w+ cannot be observed.*call after_backward\(\) and after_step\(\)"
@@ -159,7 +159,7 @@ def test_such_an_optimizer_may_be_audited_by_calls_in_the_loop() -> None:
 # --- what is not proven
 
 
-def test_backwards_without_a_step_that_was_seen_prove_nothing() -> None:
+def test_backwards_without_a_step_that_was_observed_prove_nothing() -> None:
     model = Tiny()
     audit = GradientAudit(model, ["trunk"])
     with audit.phase("frozen"):

@@ -1,4 +1,4 @@
-"""Checkpoints: whole or not at all, each tensor once, what is frozen once for all, no code."""
+"""Checkpoints: whole or not at all, each tensor once, frozen tensors once for all checkpoints, no code."""
 
 from __future__ import annotations
 
@@ -162,7 +162,7 @@ def test_last_and_best_point_to_their_steps_and_the_rest_is_removed(tmp_path: Pa
 
 
 @pytest.mark.parametrize(("keep_last", "expected"), [(0, [2, 6]), (1, [2, 6]), (3, [2, 4, 5, 6]), (9, [*range(1, 7)])])
-def test_the_newest_are_kept_to_fall_back_to_and_those_that_shall_stay_for_good(
+def test_the_newest_are_kept_to_fall_back_to_and_those_that_shall_stay_permanently(
     tmp_path: Path, keep_last: int, expected: list[int]
 ) -> None:
     checkpoints = Checkpoints(tmp_path, keep_last=keep_last)

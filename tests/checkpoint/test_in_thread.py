@@ -1,4 +1,4 @@
-"""Checkpoints that are written in a thread while training goes on."""
+"""Checkpoints that are written in a thread while training continues."""
 
 from __future__ import annotations
 

@@ -1,4 +1,4 @@
-"""Nested state: whatever optimizers remember comes back out of a checkpoint, to the bit."""
+"""Nested state: any optimizer state comes back out of a checkpoint, to the bit."""
 
 from __future__ import annotations
 

@@ -62,7 +62,7 @@ def test_only_plain_linear_heads_are_joined() -> None:
 CLASSES = {"type": "classification", "num_classes": 10, "label": "object", "head": {"name": "linear"}}
 
 
-def test_other_heads_are_run_beside_them_and_one_alone_by_itself(tmp_path: Path) -> None:
+def test_other_heads_are_run_next_to_them_and_one_alone_by_itself(tmp_path: Path) -> None:
     tasks = {"a": CLASSES, "b": CLASSES, "depth": {"type": "depth"}}
     setup = small_parts(tmp_path, "join_heads=true", tasks=tasks, phases=[{"name": "a", "steps": 1}])
     model, batch = setup.model, setup.train.batch(torch.arange(3))

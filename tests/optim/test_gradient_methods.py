@@ -41,7 +41,7 @@ OPTIONS: dict[str, dict[str, Any]] = {
     # So few and short inner steps that the last weights are seen in the next.
     "sdmgrad": {"lr": 0.1, "n_iter": 2},
 }
-# Those that remember steps.
+# Those with state from step to step.
 STATEFUL = ["crmogm", "dbmtl", "excessmtl", "gradnorm", "gradvac", "moco", "modo", "nashmtl", "pcd", "probe-then-fix"]
 STATEFUL += ["sdmgrad"]
 
@@ -285,7 +285,7 @@ def test_an_unfinished_pass_of_the_nadir_does_not_count() -> None:
 
 
 @pytest.mark.parametrize("method", method_names())
-def test_gradients_that_are_not_finite_give_one_that_is_not_and_are_not_remembered(method: str) -> None:
+def test_gradients_that_are_not_finite_give_one_that_is_not_and_leave_no_state(method: str) -> None:
     built = build(method)
     before = json.dumps(split(built.state())[1], default=str)
     for place, value in ((0, math.inf), (1, math.nan)):

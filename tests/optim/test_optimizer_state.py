@@ -1,4 +1,4 @@
-"""What optimizers remember, from phase to phase: against one torch optimizer that lives through all of them."""
+"""Optimizer state from phase to phase: against one torch optimizer that lives through all of them."""
 
 from __future__ import annotations
 
@@ -80,7 +80,7 @@ class Run:
         return optimizer
 
     def states(self, optimizer: Optimizer) -> dict[str, dict[str, bytes]]:
-        """What an optimizer remembers, by parameter and key, as bytes."""
+        """The optimizer state by parameter and key, as bytes."""
         return {
             self.name_of[parameter]: {key: bits(value) for key, value in state.items()}
             for parameter, state in optimizer.state.items()

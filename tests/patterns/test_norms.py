@@ -130,7 +130,7 @@ def test_a_norm_with_tensors_of_its_own_is_selected_whole_and_taken_back() -> No
     assert partition(["**", "!type:norm"], parameters, buffers, tree).frozen == ("0.weight", "0.bias")
 
 
-def test_a_model_without_norms_is_told_so_and_a_slip_of_the_pen_is_mended() -> None:
+def test_a_model_without_norms_is_named_in_the_error_and_so_is_the_nearest_name() -> None:
     root = nn.Sequential(nn.Linear(2, 2), nn.ReLU())
     with pytest.raises(PatternError, match=r"pattern 'type:norm' matches nothing: no module is a 'norm'$"):
         select(["type:norm"], list(named_parameters(root)), describe(root))

@@ -69,7 +69,7 @@ _LISTS = st.lists(st.sampled_from([*_PATTERNS, *(f"!{pattern}" for pattern in _P
 
 @cache
 def whole() -> tuple[list[str], ModuleTree]:
-    """All parameters and buffers of these runs, and the tree they hang in."""
+    """All parameters and buffers of these runs, and the module tree on which they are registered."""
     run = drawn(["name: a, epochs: 1"], "balance: {method: uw}")
     return [name for names in tensor_names(run) for name in names], describe(run.root)
 
@@ -176,7 +176,7 @@ def test_an_evaluation_freezes_everything_and_has_no_groups() -> None:
     assert (phase.freeze.plan.names.trainable, phase.groups, phase.num_steps) == ((), [], 0)
 
 
-def test_what_no_active_task_reaches_is_frozen_or_only_told() -> None:
+def test_what_no_active_task_reaches_is_frozen_or_only_logged() -> None:
     for unreached in ("freeze", "warn"):
         run = drawn(["name: a, epochs: 1, tasks: [depth]"], f"unreached: {unreached}")
         (phase,) = run.phases

@@ -70,7 +70,7 @@ def test_an_example_of_ours_changes_what_it_says(words: str) -> None:
     assert build_meta_setup(load_config(ROOT / file, overrides)).unread == []
 
 
-def test_the_command_line_is_refused_what_every_phase_outvotes_and_told_by_what() -> None:
+def test_the_command_line_is_refused_what_every_phase_outvotes_and_the_message_names_it() -> None:
     assert refused(BOTH, overrides=("optim.lr=3e-4", "optim.lr_schedule=cosine")) == [
         "command line: optim.lr: no phase reads it: phases.a.lr (run.yaml:7), phases.b.lr (run.yaml:8) go before it;"
         " optim.lr_scale multiplies every rate"

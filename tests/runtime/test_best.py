@@ -34,7 +34,7 @@ def test_the_trace_is(
     assert [(value, best.update(value), best.value, best.num_since) for value, *_ in rows] == rows
 
 
-def test_nothing_was_seen_at_first_and_higher_is_better_unless_said_otherwise() -> None:
+def test_nothing_was_observed_at_first_and_higher_is_better_unless_said_otherwise() -> None:
     best = Best()
     assert (best.value, best.num_since) == (None, 0)
     assert [best.update(value) for value in (1.0, 2.0, 1.5)] == [True, True, False]

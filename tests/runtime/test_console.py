@@ -118,9 +118,17 @@ def test_an_epoch_line_in_a_file_is_whole_unless_columns_are_given(
     assert max(map(len, capsys.readouterr().out.splitlines())) <= 80
 
 
-def test_warnings_are_left_to_the_terminal_so_that_paths_can_be_copied(monkeypatch: pytest.MonkeyPatch) -> None:
-    long = f"the cache /{'a' * 60}/b is damaged  and  made again"
-    assert logged(monkeypatch, 40, logging.WARNING, long).endswith(f" {long}\n")
+def test_messages_are_wrapped_at_separators_and_a_path_stays_in_one_piece(monkeypatch: pytest.MonkeyPatch) -> None:
+    path = f"/{'a' * 60}/b"
+    assert logged(monkeypatch, 40, logging.WARNING, f"the cache {path} is damaged: it is made again") == (
+        f"{YELLOW}warning:{END} the cache\n    {path}\n    is damaged: it is made again\n"
+    )
+    assert logged(monkeypatch, 40, logging.INFO, "warm: 1 epoch done; next phase: finetune") == (
+        "warm: 1 epoch done; next phase: finetune\n"
+    )
+    assert logged(monkeypatch, 39, logging.INFO, "warm: 1 epoch done; next phase: finetune") == (
+        "warm: 1 epoch done; next phase:\n    finetune\n"
+    )
 
 
 def test_a_message_on_standard_error_is_coloured_where_its_lines_begin(monkeypatch: pytest.MonkeyPatch) -> None:

@@ -54,19 +54,19 @@ def test_a_flip_of_any_single_bit_changes_the_fingerprint_and_flipping_back_rest
     assert fingerprint(tensor) == before
 
 
-def test_the_sign_of_zero_is_seen() -> None:
+def test_the_sign_of_zero_is_detected() -> None:
     positive, negative = torch.tensor([1.0, 0.0]), torch.tensor([1.0, -0.0])
     assert torch.equal(positive, negative)
     assert fingerprint(positive) != fingerprint(negative)
 
 
-def test_a_permutation_is_seen() -> None:
+def test_a_permutation_is_detected() -> None:
     tensor = torch.arange(24.0).reshape(4, 6)
     permuted = [tensor, tensor.flip(0), tensor.flip(1), tensor.roll(1, 0), tensor.flatten().flip(0).reshape(4, 6)]
     assert len({fingerprint(each) for each in permuted}) == len(permuted)
 
 
-def test_a_uniform_change_of_a_constant_is_seen() -> None:
+def test_a_uniform_change_of_a_constant_is_detected() -> None:
     # An XOR of all elements would be 0 for each of these.
     assert len({fingerprint(torch.full((4,), value)) for value in (0.0, 1.0, -1.0, 2.0)}) == 4
 

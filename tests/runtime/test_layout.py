@@ -8,20 +8,36 @@ import pytest
 from hypothesis import given
 from hypothesis import strategies as st
 
-from mtl.runtime.layout import fit_fields, table, wrap_fields, wrap_text
+from mtl.runtime.layout import columns_of, fit_fields, table, wrap_lines, wrap_text
 
 EPOCH = "warm  epoch 1  step 5  loss 2.903  segmentation miou 0.034"
 
 
 def test_a_line_of_fields_is_wrapped_between_fields_with_an_indent() -> None:
-    assert wrap_fields(EPOCH, 34) == "warm  epoch 1  step 5  loss 2.903\n    segmentation miou 0.034"
-    assert wrap_fields(EPOCH, 32) == "warm  epoch 1  step 5\n    loss 2.903\n    segmentation miou 0.034"
-    assert wrap_fields(EPOCH, 12) == "warm\n    epoch 1\n    step 5\n    loss 2.903\n    segmentation miou 0.034"
+    assert wrap_lines(EPOCH, 34) == "warm  epoch 1  step 5  loss 2.903\n    segmentation miou 0.034"
+    assert wrap_lines(EPOCH, 32) == "warm  epoch 1  step 5\n    loss 2.903\n    segmentation miou 0.034"
+
+
+def test_a_field_that_is_longer_than_a_line_is_wrapped_between_its_words() -> None:
+    line = "warm  surface_normals_of_the_rooms abs_rel 0.525  9 img/s"
+    assert wrap_lines(line, 40) == "warm  surface_normals_of_the_rooms\n    abs_rel 0.525  9 img/s"
+
+
+def test_every_line_of_a_text_keeps_its_indent_and_no_word_is_broken() -> None:
+    path = f"/{'a' * 40}/b"
+    text = f"audit: 2 violations\n  warm, step 3: changed: trunk.conv1.weight; see {path}"
+    assert wrap_lines(text, 30).split("\n") == [
+        "audit: 2 violations",
+        "  warm, step 3: changed:",
+        "      trunk.conv1.weight; see",
+        f"      {path}",
+    ]
+    assert wrap_lines(text, None) == wrap_lines(text, 200) == text
 
 
 @pytest.mark.parametrize("width", [None, len(EPOCH), 200])
 def test_a_line_that_fits_or_has_any_width_stays_whole(width: int | None) -> None:
-    assert wrap_fields(EPOCH, width) == EPOCH
+    assert wrap_lines(EPOCH, width) == EPOCH
     assert wrap_text(EPOCH, width, indent=0) == EPOCH
 
 
@@ -44,11 +60,11 @@ def test_prose_is_wrapped_after_punctuation_and_else_between_words() -> None:
 WORDS = st.text("abc.1", min_size=1, max_size=12)
 
 
-@given(st.lists(st.lists(WORDS, min_size=1, max_size=3).map(" ".join), min_size=1, max_size=9), st.integers(1, 60))
-def test_no_field_is_broken_or_lost(fields: list[str], width: int) -> None:
-    wrapped = wrap_fields("  ".join(fields), width).splitlines()
+@given(st.lists(st.lists(WORDS, min_size=1, max_size=3).map(" ".join), min_size=1, max_size=9), st.integers(44, 90))
+def test_no_field_that_fits_a_line_is_broken_or_lost(fields: list[str], width: int) -> None:
+    wrapped = wrap_lines("  ".join(fields), width).splitlines()
     assert [field for line in wrapped for field in re.split(" {2,}", line.strip())] == fields
-    assert all(len(line) <= width or re.split(" {2,}", line.strip()) == [line.strip()] for line in wrapped)
+    assert all(len(line) <= width for line in wrapped)
 
 
 @given(st.lists(WORDS, min_size=1, max_size=30), st.integers(20, 60))
@@ -103,6 +119,36 @@ def test_a_table_that_is_wider_still_is_split_into_blocks_with_the_keys() -> Non
         "task   metric  third\n"
         "-----  ------  -----\n"
         "depth  rmse    1.125"
+    )
+
+
+def test_words_of_a_table_are_broken_where_nothing_else_helps_and_numbers_never() -> None:
+    header = ["task", "trivial", "heads_on_a_frozen_trunk"]
+    rows = [["surface-normals_of.rooms", "1.234567", "-1.5e-05"], ["v1.5_2.0", "1", "2"]]
+    assert table(header, rows, numbers=[1, 2], width=29) == (
+        "task                  trivial\n"
+        "-------------------  --------\n"
+        "surface-normals_of.  1.234567\n"
+        "rooms\n"
+        "v1.5_2.0                    1\n"
+        "\n"
+        "task                   heads_\n"
+        "                        on_a_\n"
+        "                      frozen_\n"
+        "                        trunk\n"
+        "-------------------  --------\n"
+        "surface-normals_of.  -1.5e-05\n"
+        "rooms\n"
+        "v1.5_2.0                    2"
+    )
+
+
+def test_letters_of_east_asia_are_two_columns_wide_and_combining_marks_none() -> None:
+    assert [columns_of(text) for text in ("depth", "\u6df1\u5ea6", "\u30c7", "e\u0301")] == [5, 4, 2, 1]
+    shown = table(["task", "rmse"], [["\u6df1\u5ea6", "1.5"], ["normals", "2"]], numbers=[1])
+    assert shown.splitlines()[2:] == ["\u6df1\u5ea6      1.5", "normals     2"]
+    assert wrap_lines("\u6df1\u5ea6 \u6cd5\u7ebf \u5206\u5272 \u6df1\u5ea6 \u6cd5\u7ebf", 20) == (
+        "\u6df1\u5ea6 \u6cd5\u7ebf \u5206\u5272 \u6df1\u5ea6\n    \u6cd5\u7ebf"
     )
 
 

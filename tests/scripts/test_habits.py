@@ -35,8 +35,8 @@ def test_the_first_hook_is_the_check_of_ci_and_the_others_write_the_pages_that_a
     entries = {hook["id"]: hook["entry"] for hook in repo["hooks"]}
     assert entries["check"] == "bash scripts/check.sh --fix"
     assert "bash scripts/check.sh\n" in (ROOT / ".ci/run").read_text(encoding="utf-8")
-    pages = [re.findall(r"(scripts/\w+\.py) --write (docs/\w+\.md)", entry) for entry in entries.values()]
-    made = [("scripts/config_docs.py", "docs/config.md"), ("scripts/api_docs.py", "docs/python_api.md")]
+    pages = [re.findall(r"(scripts/docs/\w+\.py) --write (docs/\w+\.md)", entry) for entry in entries.values()]
+    made = [("scripts/docs/config_docs.py", "docs/config.md"), ("scripts/docs/api_docs.py", "docs/python_api.md")]
     assert pages == [[], *([each] for each in made)]
     assert all((ROOT / file).exists() for found in pages for pair in found for file in pair)
     assert all(hook["language"] == "system" and re.compile(hook["files"]) for hook in repo["hooks"])
@@ -57,7 +57,7 @@ def test_a_hook_writes_the_page_that_is_there(hook: str, tmp_path: Path, monkeyp
     assert (tmp_path / "page.md").read_bytes() == (ROOT / page).read_bytes()
 
 
-def test_a_bug_is_told_with_its_command_configuration_plan_and_environment() -> None:
+def test_a_bug_is_reported_with_its_command_configuration_plan_and_environment() -> None:
     fields = {field["id"]: field for field in read(".github/ISSUE_TEMPLATE/bug.yml")["body"]}
     assert list(fields) == ["what", "command", "config", "plan", "environment"]
     asked = fields["environment"]["attributes"]["description"]

@@ -80,7 +80,7 @@ def finish(process: subprocess.Popen[str]) -> tuple[int, str]:
 
 
 def is_pending(pid: int, sent: signal.Signals) -> bool:
-    """Whether a process has not taken note of a signal yet."""
+    """Whether a process has not observed a signal yet."""
     status = Path(f"/proc/{pid}/status").read_text()
     return any(
         int(mask, 16) >> (sent - 1) & 1 for mask in re.findall(r"^(?:SigPnd|ShdPnd):\s+(\w+)$", status, re.MULTILINE)

@@ -184,7 +184,7 @@ def test_class_weights_of_another_number_are_refused_and_those_of_the_loss_come_
     assert task.class_weight is not None and task.class_weight.tolist() == [1, 3]
 
 
-def test_added_metrics_are_measured_and_named_beside_the_tasks_own() -> None:
+def test_added_metrics_are_measured_and_named_next_to_the_tasks_own() -> None:
     task = task_of({"type": "depth", "metrics": ["mae", "rmse_log", "delta3"]}, "depth")
     metrics = task.every_metric()
     truth, metres = torch.tensor([1.0, 2.0, 0.0]).view(1, 1, 1, 3), torch.tensor([2.0, 2.0, 9.0]).view(1, 1, 1, 3)

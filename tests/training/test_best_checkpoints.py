@@ -40,21 +40,21 @@ def test_the_score_is_always_gone_by_and_before_any_validation_there_is_none() -
     best = BestWeights([])
     assert math.isnan(best.score)
     assert best.step == 0
-    assert best.see(seen(-1.0), 5) == (["best"], [])
+    assert best.record(seen(-1.0), 5) == (["best"], [])
     assert (best.score, best.step) == (-1.0, 5)
 
 
 def test_every_goal_is_gone_by_once_whoever_names_it() -> None:
     best = BestWeights([None, LOSS, ("val/score", "higher"), LOSS, None])
-    assert best.see(seen(0.5, 0.5), 1) == (["best", BEST_LOSS], [])
+    assert best.record(seen(0.5, 0.5), 1) == (["best", BEST_LOSS], [])
     assert list(best.state_dict()) == ["best", BEST_LOSS]
 
 
 def test_the_same_metric_both_ways_is_two_goals() -> None:
     best = BestWeights([("val/score", "lower")])
-    assert best.see({"val/score": 0.5}, 1)[0] == ["best", "best-lower-val-score"]
-    assert best.see({"val/score": 0.75}, 2)[0] == ["best"]
-    assert best.see({"val/score": 0.25}, 3)[0] == ["best-lower-val-score"]
+    assert best.record({"val/score": 0.5}, 1)[0] == ["best", "best-lower-val-score"]
+    assert best.record({"val/score": 0.75}, 2)[0] == ["best"]
+    assert best.record({"val/score": 0.25}, 3)[0] == ["best-lower-val-score"]
 
 
 @pytest.mark.parametrize(
@@ -87,19 +87,19 @@ def test_the_same_metric_both_ways_is_two_goals() -> None:
 def test_the_trace_is(rows: list[tuple[float, float, list[str], list[str], float, int]]) -> None:
     best = BestWeights([LOSS])
     for step, (score, loss, links, not_finite, best_score, best_step) in enumerate(rows, 1):
-        assert best.see(seen(score, loss), step) == (links, not_finite)
+        assert best.record(seen(score, loss), step) == (links, not_finite)
         assert (best.score, best.step) == (best_score, best_step)
 
 
 def test_before_there_is_a_finite_score_there_is_no_best() -> None:
     best = BestWeights([])
-    assert best.see(seen(NAN), 3) == ([], ["val/score"])
+    assert best.record(seen(NAN), 3) == ([], ["val/score"])
     assert math.isnan(best.score)
     assert best.step == 0
 
 
 def test_only_metrics_that_somebody_goes_by_are_reported_to_be_not_finite() -> None:
-    assert BestWeights([]).see({"val/score": 0.5, "train/loss": NAN}, 1) == (["best"], [])
+    assert BestWeights([]).record({"val/score": 0.5, "train/loss": NAN}, 1) == (["best"], [])
 
 
 # --- state
@@ -114,28 +114,28 @@ def test_a_run_resumed_continues_as_if_it_had_not_been_left(
 ) -> None:
     best, other = BestWeights([LOSS]), BestWeights([LOSS])
     for step, (score, loss) in enumerate(before):
-        best.see(seen(score, loss), step)
+        best.record(seen(score, loss), step)
     state = json.loads(json.dumps(best.state_dict(), allow_nan=False))
     other.load_state_dict(state)
     steps = other.steps
     assert steps == {link: each["step"] for link, each in state.items() if each["best"]["value"] is not None}
     for step, (score, loss) in enumerate(after, len(before)):
-        assert other.see(seen(score, loss), step) == best.see(seen(score, loss), step)
+        assert other.record(seen(score, loss), step) == best.record(seen(score, loss), step)
         assert (other.score, other.step) == pytest.approx((best.score, best.step), nan_ok=True)
 
 
 def test_goals_that_the_other_run_did_not_have_begin_again() -> None:
     old, new = BestWeights([LOSS]), BestWeights([LOSS, ACCURACY])
-    old.see(seen(0.5, 0.5), 7)
+    old.record(seen(0.5, 0.5), 7)
     new.load_state_dict(old.state_dict())
     assert new.steps == {"best": 7, BEST_LOSS: 7}
     assert (new.score, new.step) == (0.5, 7)
-    assert new.see({**seen(0.25, 0.75), ACCURACY[0]: 0.0}, 9) == ([BEST_ACCURACY], [])
+    assert new.record({**seen(0.25, 0.75), ACCURACY[0]: 0.0}, 9) == ([BEST_ACCURACY], [])
 
 
 def test_goals_that_only_the_other_run_had_are_let_be() -> None:
     old, new = BestWeights([LOSS]), BestWeights([])
-    old.see(seen(0.5, 0.5), 7)
+    old.record(seen(0.5, 0.5), 7)
     new.load_state_dict(old.state_dict())
     assert new.steps == {"best": 7}
     assert list(new.state_dict()) == ["best"]
@@ -143,7 +143,7 @@ def test_goals_that_only_the_other_run_had_are_let_be() -> None:
 
 def test_a_state_without_a_best_brings_no_link() -> None:
     old, new = BestWeights([LOSS]), BestWeights([LOSS])
-    old.see(seen(NAN, 0.5), 7)
+    old.record(seen(NAN, 0.5), 7)
     new.load_state_dict(old.state_dict())
     assert new.steps == {BEST_LOSS: 7}
     assert math.isnan(new.score)
@@ -152,19 +152,19 @@ def test_a_state_without_a_best_brings_no_link() -> None:
 @pytest.mark.parametrize(("link", "moved"), [("best", ["best"]), (BEST_LOSS, [BEST_LOSS]), ("best-other", [])])
 def test_a_goal_that_is_forgotten_begins_again_and_the_others_continue(link: str, moved: list[str]) -> None:
     best = BestWeights([LOSS])
-    best.see(seen(0.5, 0.5), 7)
+    best.record(seen(0.5, 0.5), 7)
     best.forget(link)
     assert math.isnan(best.score) == (link == "best")
     assert best.step == (0 if link == "best" else 7)
     # Worse in both than what was forgotten.
-    assert best.see(seen(0.25, 0.75), 8)[0] == moved
+    assert best.record(seen(0.25, 0.75), 8)[0] == moved
 
 
 def test_a_goal_that_was_forgotten_keeps_its_direction() -> None:
     best = BestWeights([LOSS])
-    best.see(seen(0.5, 0.5), 1)
+    best.record(seen(0.5, 0.5), 1)
     best.forget(BEST_LOSS)
-    assert [best.see(seen(0.0, loss), step)[0] for step, loss in enumerate((0.75, 0.5, 0.625), 2)] == [
+    assert [best.record(seen(0.0, loss), step)[0] for step, loss in enumerate((0.75, 0.5, 0.625), 2)] == [
         [BEST_LOSS],
         [BEST_LOSS],
         [],

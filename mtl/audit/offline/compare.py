@@ -108,9 +108,9 @@ class CheckpointComparison:
         lines = [*self.notes, *(f"  {each}" for each in (*self.differences, *self.left_out))]
         verdict = [f"{len(self.differences)} not as frozen"] if self.differences else []
         verdict += [f"{len(self.left_out)} not compared"] if self.left_out else []
-        said = f"{count(self.num_identical, 'tensor')} {'is' if self.num_identical == 1 else 'are'} the same to the bit"
+        same = f"{count(self.num_identical, 'tensor')} {'is' if self.num_identical == 1 else 'are'} the same to the bit"
         plain = f"; {count(self.num_plain, 'plain value')} next to them not compared" if self.num_plain else ""
-        return "\n".join([*lines, f"audit: {', '.join(verdict) or 'clean'}; {said}{plain}"])
+        return "\n".join([*lines, f"audit: {', '.join(verdict) or 'clean'}; {same}{plain}"])
 
 
 _EVERYTHING = "**"

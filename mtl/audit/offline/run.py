@@ -102,8 +102,8 @@ def _contradictions(phases: list[dict[str, Any]]) -> list[str]:
         if root(frozen["fingerprints"]) != frozen["root"]:
             found.append(f"{AUDIT}: the fingerprints of phase {phase['name']!r} are not those of its root")
         if len(frozen["fingerprints"]) != frozen["count"]:
-            said = f"{frozen['count']} frozen tensors, and lists {len(frozen['fingerprints'])}"
-            found.append(f"{AUDIT}: says that phase {phase['name']!r} has {said}")
+            counts = f"{frozen['count']} frozen tensors, and lists {len(frozen['fingerprints'])}"
+            found.append(f"{AUDIT}: says that phase {phase['name']!r} has {counts}")
     return found
 
 

@@ -74,7 +74,7 @@ def _of_step(tensor: Tensor, group: dict[str, Any]) -> str:
 
 
 def _of_a_write(frozen: FrozenTensor, content: Tensor) -> str:
-    """What wrote to a tensor that no watched optimizer holds, from its bytes, address and version."""
+    """The likely cause of a write to a tensor that no watched optimizer holds, from its bytes, address and version."""
     before = frozen.original
     if is_sparse(frozen.tensor):
         return "its elements were written, or others added; leave frozen tensors alone"

@@ -1,4 +1,4 @@
-"""What the audit asks of an optimizer: its parameters, whether it calls hooks, whether it skipped a step."""
+"""The facts that the audit reads of an optimizer: its parameters, whether it calls hooks, whether it skipped a step."""
 
 from __future__ import annotations
 

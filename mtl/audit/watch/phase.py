@@ -36,11 +36,11 @@ class PhaseWatch:
     Attributes:
         record: The checks and their result.
         every: Between steps, it checks after the first few and then after every N-th.
-        agreed_at: The last step after which all ranks had the same tensors.
+        equal_at: The last step after which all ranks had the same tensors.
     """
 
     every: int = 1
-    agreed_at: int = 0
+    equal_at: int = 0
 
     def __init__(
         self,
@@ -139,7 +139,7 @@ class PhaseWatch:
         return self._liveness.requiring_grad()
 
     def at_begin(self) -> list[Finding]:
-        """What can be wrong before the first step."""
+        """The violations that can be found before the first step."""
         found: list[Finding] = []
         for place, free in shared_memory(self._contract):
             detail = f"lies in the same memory as {free.name}, which is not frozen"
@@ -237,8 +237,8 @@ class PhaseWatch:
         """Tensors that differ between ranks, and the violations of other ranks."""
         differing, found = compare_ranks(self._contract, self.record.violations, group, buffers)
         if not differing:
-            self.agreed_at = self.record.num_steps
-        return [*found, *(self._findings.ranks_differ(each, self.agreed_at) for each in differing)]
+            self.equal_at = self.record.num_steps
+        return [*found, *(self._findings.ranks_differ(each, self.equal_at) for each in differing)]
 
     def finish_reads(self) -> list[Finding]:
         """Waits for pending reads of frozen bytes, and compares them."""
@@ -251,7 +251,7 @@ class PhaseWatch:
             "bytes": self._bytes.state_dict(),
             "liveness": self._liveness.state_dict(self._optimizers),
             "every": self.every,
-            "agreed_at": self.agreed_at,
+            "agreed_at": self.equal_at,
         }
 
     def resume(self, state: Mapping[str, Any]) -> list[Finding]:
@@ -268,7 +268,7 @@ class PhaseWatch:
             )
         self.record.load_state_dict(state["record"])
         self._liveness.load_state_dict(state["liveness"], self._optimizers)
-        self.every, self.agreed_at = state["every"], state["agreed_at"]
+        self.every, self.equal_at = state["every"], state["agreed_at"]
         found = self._bytes.resume(state["bytes"])
         self._gradients.resume(self._full)
         return found

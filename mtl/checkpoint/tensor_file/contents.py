@@ -42,7 +42,7 @@ class LeftOut:
 
 @dataclass
 class Leaves:
-    """What a checkpoint holds, by path, as it is read.
+    """The content of a checkpoint, by path, as it is read.
 
     Attributes:
         found: Tensors, and what was not read as tensors.
@@ -187,7 +187,7 @@ def _literal(key: object) -> str:
 
 
 def _inside(value: object) -> list[tuple[object, object]] | None:
-    """What something holds, by key; None if it is not of a kind that holds things."""
+    """The items of a container, by key; None if the object is not a container."""
     if isinstance(value, Mapping):
         found = [*_items(value.items())]
         # A module's `state_dict` is a dictionary with versions of classes as an attribute.
@@ -225,7 +225,7 @@ def _is_comparable(tensor: Tensor) -> bool:
 
 
 def _kind_of(value: object) -> str:
-    """What something is, in words."""
+    """The kind of an object, in words."""
     if isinstance(value, Tensor):
         kinds = {"quantized": value.is_quantized, "nested": value.is_nested, "meta": value.is_meta}
         kind = next((kind for kind, holds in kinds.items() if holds), None)

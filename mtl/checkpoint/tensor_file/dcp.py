@@ -104,7 +104,7 @@ def read_dcp(folder: Path) -> Leaves:
 
 
 def _entries(folder: Path, metadata: Mapping[str, Any]) -> list[tuple[KeyPath, _Tensor | _Slice]]:
-    """What the metadata names, by path: tensors, and other things, of which each is in one slice."""
+    """The entries of the metadata, by path: tensors, and other objects, of which each is in one slice."""
     slices: dict[tuple[str, torch.Size | None], _Slice] = {}
     for index, info in metadata["storage_data"].items():
         offset = index.state.get("offset")
@@ -173,7 +173,7 @@ def _chunk(dtype: torch.dtype, offsets: torch.Size, sizes: torch.Size, place: _S
 
 
 def _load(place: _Slice) -> Any:
-    """What torch has saved in a slice."""
+    """The object that torch has saved in a slice."""
     try:
         with place.file.open("rb") as stream:
             stream.seek(place.start)

@@ -179,7 +179,7 @@ def file_digest(file: Path) -> str | None:
 
 
 def damaged_shards(folder: Path, state: Mapping[str, Any]) -> list[str]:
-    """What is wrong with a checkpoint's files of shards, one sentence each."""
+    """The faults of a checkpoint's files of shards, one sentence each."""
     found = []
     for name, digest in shard_files(state).items():
         try:

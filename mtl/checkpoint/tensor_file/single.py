@@ -53,7 +53,7 @@ def file_inside(folder: Path, name: object) -> Path:
 
 
 def read_tensor_file(file: Path) -> Any:
-    """What a `.safetensors` file, or one of `torch.save`, holds: mostly tensors by name, perhaps inside other things.
+    """The content of a `.safetensors` file, or of one of `torch.save`: mostly tensors by name, perhaps in containers.
 
     Tied tensors of a `.safetensors` file have all their names.
 
@@ -126,7 +126,7 @@ def read_header(file: Path) -> dict[str, StoredTensor]:
 
 
 def load_pickle(source: Path | io.BytesIO) -> Any:
-    """What `torch.save` wrote: tensors and plain data, of which some classes are read as stand-ins.
+    """The content of a file of `torch.save`: tensors and plain data, of which some classes are read as stand-ins.
 
     Raises:
         TensorFileError: It is damaged, is no such file, or holds code; names the class.

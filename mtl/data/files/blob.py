@@ -16,7 +16,7 @@ _STREAM = re.compile(r" <_io\.BytesIO object at 0x[0-9a-f]+>")
 
 @dataclass(frozen=True)
 class Blob:
-    """What a file would hold.
+    """The content of a file.
 
     Attributes:
         name: How messages name it; one that ends in `.npy` holds an array.

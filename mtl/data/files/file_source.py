@@ -79,7 +79,7 @@ class FileSource(Source):
     def _reader(
         self, which: str, pipeline: Pipeline, tasks: Mapping[str, Task], label_of: Mapping[str, str]
     ) -> SampleReader:
-        """What reads the samples of a split."""
+        """The reader of a split's samples."""
         kinds = {label: self._kinds[label] for label in label_of.values()}
         items = ItemReader(self.sets[which], f"{self._config.name}, {which}", kinds, self._form, pipeline)
         return SampleReader(items, tasks, label_of, self._config.on_bad_sample == "skip")
@@ -147,6 +147,6 @@ def _open_one(config: FileData, split: SplitName, kinds: Mapping[str, LabelKind]
 
 
 def _bytes_of_one(reader: SampleReader) -> int:
-    """What a sample takes in memory."""
+    """The size of a sample in memory."""
     form, labels = reader.form, sum(reader.empty(name, 1).nbytes for name in reader.tasks)
     return form.size[0] * form.size[1] * form.channels * form.dtype.itemsize + labels

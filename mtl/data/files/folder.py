@@ -71,7 +71,7 @@ class Folder(FileSet):
             by_stem = _by_stem(self._root / (settings.images or ""), mistakes)
             self._images = list(by_stem.values())
             for label in kinds:
-                self._label_files[label] = _beside(by_stem, self._root / settings.masks[label], label, mistakes)
+                self._label_files[label] = _files_of_label(by_stem, self._root / settings.masks[label], label, mistakes)
         mistakes.check()
 
     def __len__(self) -> int:
@@ -161,10 +161,10 @@ def _folders(root: Path, mistakes: Mistakes) -> list[Path]:
 def _files(folder: Path, mistakes: Mistakes) -> Iterator[Path]:
     """The images in a folder and in those in it, sorted by their paths."""
 
-    def note(error: OSError) -> None:
+    def record(error: OSError) -> None:
         mistakes.add(f"{error.filename}: {error.strerror}")
 
-    for place, folders, names in os.walk(folder, onerror=note):
+    for place, folders, names in os.walk(folder, onerror=record):
         folders[:] = sorted(name for name in folders if not name.startswith("."))
         for name in sorted(names):
             if not name.startswith(".") and Path(name).suffix.lower() in SUFFIXES:
@@ -185,7 +185,7 @@ def _by_stem(folder: Path, mistakes: Mistakes) -> dict[str, Path]:
     return dict(sorted(found.items()))
 
 
-def _beside(images: Mapping[str, Path], folder: Path, label: str, mistakes: Mistakes) -> list[Path | None]:
+def _files_of_label(images: Mapping[str, Path], folder: Path, label: str, mistakes: Mistakes) -> list[Path | None]:
     """The file of a label of each image; None if it has none."""
     files = _by_stem(folder, mistakes)
     for stem, file in files.items():

@@ -60,7 +60,7 @@ class OwnSet(FileSet):
         return f"item {index}"
 
     def identity(self, items: Sequence[int], name: str = IMAGE) -> str | None:
-        """What the class says of itself, images and labels alike; None if it says nothing."""
+        """The digest that the class gives, of images and labels alike; None if it gives none."""
         said = getattr(self._dataset, "identity", None)
         return None if said is None else f"{len(items)} {name} {said() if callable(said) else said}"
 

@@ -22,7 +22,7 @@ def problems(
     allowed: Mapping[str, Container[int]] | None = None,
     seen: Callable[[str, Tensor], None] = lambda _, __: None,
 ) -> Iterator[str]:
-    """What is wrong with the items of a split: files that are missing or cannot be read, sizes, values out of range.
+    """The problems of a split's items: files that are missing or cannot be read, sizes, values out of range.
 
     Args:
         data: The split; every image and label of it is read.

@@ -153,7 +153,7 @@ def read_array(file: Readable) -> Pixels:
 
 @contextmanager
 def _reading(file: Readable) -> Iterator[None]:
-    """What goes wrong with a file is a `DataError` with its name."""
+    """Turns an error of a file into a `DataError` with its name."""
     try:
         yield
     except _BROKEN as error:

@@ -156,7 +156,7 @@ def _file_of(config: GeneratedData, split: str, quiet: bool) -> Path:
 
 
 def _split_bytes(config: GeneratedData, split: str) -> int:
-    """What a split takes in memory."""
+    """The size of a split in memory."""
     stored = BUILT_IN[config.name].module.stored(num_images(config)[split == "val"], config.image_size)
     return stored_bytes(stored)
 

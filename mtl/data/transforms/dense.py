@@ -67,7 +67,7 @@ class Dense(tv_tensors.TVTensor):  # type: ignore[misc]  # torchvision has no ty
         return made
 
     def changed(self, values: Tensor, name: str, arguments: dict[str, Any]) -> Tensor:  # noqa: ARG002  for subclasses
-        """What an operation makes of the values, after the pixels were moved.
+        """The values as an operation changes them, after the pixels were moved.
 
         Args:
             values: "... h w", moved.
@@ -160,7 +160,7 @@ class Move:
 
     @classmethod
     def of(cls, operation: Operation, label: Dense, **arguments: Any) -> Move:
-        """What an operation does to every label of the size of that one."""
+        """The effect of an operation on every label of one size."""
         # What is outside is the label's own matter, whatever fills the image there.
         arguments.pop("fill", None)
         height, width = label.shape[-2:]
@@ -181,7 +181,7 @@ class Move:
         if number.to(values.dtype).to(number.dtype) == number:
             return values.masked_fill(self.is_outside, outside)
         if bool(self.is_outside.any()):
-            raise NoFormulaError(f"{outside}, the class of pixels from outside, is no number of {values.dtype}")
+            raise NoFormulaError(f"{outside}, the class of pixels from outside, cannot be stored as {values.dtype}")
         return values
 
 

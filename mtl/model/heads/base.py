@@ -1,4 +1,4 @@
-"""What every head is: a module from the trunk's features to one task's output."""
+"""The base of all heads: a module from the trunk's features to one task's output."""
 
 from __future__ import annotations
 

@@ -1,4 +1,4 @@
-"""What the heads around decoders of segmentation-models-pytorch share: options, lazy import, levels that fit them."""
+"""Shared by heads around decoders of segmentation-models-pytorch: options, lazy import, levels that fit them."""
 
 from __future__ import annotations
 

@@ -38,7 +38,7 @@ class Extent:
 
 @dataclass(frozen=True)
 class Cut:
-    """What to skip and what to keep.
+    """The module calls to skip and the outputs to keep.
 
     Attributes:
         skipped: Calls that are skipped; none is inside another.

@@ -99,7 +99,7 @@ class Prefix:
 
     @classmethod
     def forecast(cls, trunk: nn.Module, read: Read, images: Tensor) -> Prefix:
-        """What `record` would find, judged by shapes only; works on the meta device.
+        """The prefix that `record` would find, judged by shapes only; works on the meta device.
 
         Args, Raises: as for `record`, with three images.
         """

@@ -1,4 +1,4 @@
-"""What a skipped module call returns in a replay: kept tensors, and placeholders of the right shape."""
+"""The results of skipped module calls in a replay: kept tensors, and placeholders of the right shape."""
 
 from __future__ import annotations
 
@@ -82,7 +82,7 @@ class Skip:
     spec: TreeSpec
 
     def output(self, kept: Sequence[Tensor], batch: int, device: torch.device) -> Any:
-        """What the call returns in a replay of `batch` images."""
+        """The result of the call in a replay of `batch` images."""
         return tree_unflatten([slot.fill(kept, batch, device) for slot in self.slots], self.spec)
 
 

@@ -1,4 +1,4 @@
-"""What cannot train in which phases of a run, found from its initial weights."""
+"""Parameters that cannot train in a phase of a run, found from its initial weights."""
 
 from __future__ import annotations
 

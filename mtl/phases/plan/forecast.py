@@ -1,4 +1,4 @@
-"""What a phase could keep of the trunk, found from shapes alone."""
+"""The features that a phase could keep, found from shapes alone."""
 
 from __future__ import annotations
 
@@ -16,7 +16,7 @@ _NUM_IMAGES = 3
 
 
 def forecast(model_setup: ModelSetup, index: int, world_size: int) -> KeptPlan:
-    """What is computed once in a phase, if keeping pays there; whether it does is measured when the phase begins.
+    """The part of the trunk that a phase could compute once; whether keeping it pays is measured when the phase begins.
 
     Args:
         model_setup: A model without weights, and its phases.

@@ -36,7 +36,7 @@ def model_parts(root: nn.Module, parameters: Collection[str]) -> dict[str, list[
 def part_plans(
     parts: Mapping[str, Collection[str]], frozen: Collection[str], unreached: Collection[str]
 ) -> tuple[PartPlan, ...]:
-    """What a phase does with each part, given the names of frozen parameters, and of those that no task reaches."""
+    """The treatment of each part in a phase, given the frozen parameters and those that no task reaches."""
     is_frozen, is_unreached = frozenset(frozen), frozenset(unreached)
     return tuple(
         PartPlan(name, len(names), len(is_frozen.intersection(names)), len(is_unreached.intersection(names)))

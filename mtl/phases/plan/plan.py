@@ -173,7 +173,7 @@ class _Planner:
         return {name: rate[id(p)] for name, p in self.parameters.items() if id(p) in rate}
 
     def cost(self, phase: Phase | None) -> Cost:
-        """What a phase costs; None stands for one in which nothing is frozen."""
+        """The cost of a phase; None stands for one in which nothing is frozen."""
         config = self.model_setup.config
         model = config.model_dump_json(include={"trunk", "tasks", "memory_format"})
         key: tuple[object, ...] = (model, config.data.size, config.data.has_views)

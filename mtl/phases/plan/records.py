@@ -1,4 +1,4 @@
-"""What a plan says, as plain data."""
+"""A plan as plain data."""
 
 from __future__ import annotations
 
@@ -29,7 +29,7 @@ class Side:
 
 @dataclass(frozen=True)
 class Claim:
-    """What one of the user's patterns decided, as the last one that matched.
+    """The tensors that one of the user's patterns decided, as the last one that matched.
 
     Attributes:
         key: Where it was written: `freeze`, `train`, `freeze_always` or `NOT_TRAIN_IN_MULTI_TASK`.
@@ -56,7 +56,7 @@ class GroupPlan:
 
 @dataclass(frozen=True)
 class PartPlan:
-    """What a phase does with one part of the model: a depth group of the trunk, a head, the weights of balancing.
+    """The treatment of one part of the model in a phase: a depth group of the trunk, a head, the weights of balancing.
 
     Attributes:
         name: Of a depth group, its number from the input on and its first module: `03 blocks.1.0`; else `heads.<task>`,
@@ -114,7 +114,7 @@ class FlopsPlan:
 
 @dataclass(frozen=True)
 class KeptPlan:
-    """What of the trunk is computed once for each image.
+    """The part of the trunk that is computed once for each image.
 
     Attributes:
         modules: How many modules at the trunk's beginning; 0 for the whole trunk.

@@ -1,4 +1,4 @@
-"""What a step of a phase costs: rehearsed on a model without weights, counted by torch itself."""
+"""The cost of a step of a phase: rehearsed on a model without weights, counted by torch itself."""
 
 from __future__ import annotations
 

@@ -110,7 +110,7 @@ def _kept(kept: KeptPlan) -> str:
 
 
 def _training(phase: PhasePlan, world_size: int) -> list[tuple[str, str]]:
-    """What steps the parameters, and what a step costs."""
+    """Parameter groups and schedule, and the cost of a step."""
     memory = phase.memory
     state = "unknown until it steps" if memory.optimizer_state is None else in_bytes(memory.optimizer_state)
     kept = f"weights {in_bytes(memory.weights)}, gradients {in_bytes(memory.gradients)}, optimizer state {state}"

@@ -36,7 +36,7 @@ _VERSIONS = ("torch", "timm", "wandb", "lightning", "finetuning-scheduler")
 
 @dataclass(frozen=True)
 class Bench:
-    """What was measured, where.
+    """The measurements, and the machine they were taken on.
 
     Attributes:
         machine: Processor, cores, threads of torch, the GPU if there is one, versions, and the folder of the runs.
@@ -77,7 +77,7 @@ def bench(quick: bool, show: Callable[[str], None], peers: bool = False) -> Benc
 
 
 def measured_on() -> dict[str, Any]:
-    """What the times depend on."""
+    """The machine, versions and folder that the times depend on."""
     versions = {}
     for name in _VERSIONS:
         try:

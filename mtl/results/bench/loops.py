@@ -152,7 +152,7 @@ class ByHand:
         return {name: metric.compute() for name, metric in metrics.items()}
 
     def tensors(self) -> dict[str, Tensor]:
-        """What is saved of the model."""
+        """The tensors of the model that are saved."""
         return self.model.state_dict()
 
     def loop(self, folder: Path) -> Loop:
@@ -220,7 +220,7 @@ class OnExtracted(OnTrainable):
 
     @torch.no_grad()
     def _extract(self, split: Split) -> tuple[list[Tensor], dict[str, Tensor]]:
-        """What is kept of all images of a split, and their labels by task, on the device."""
+        """The kept features of all images of a split, and their labels by task, on the device."""
         batches = [split.batch(part).to(self._setup.device) for part in torch.split(torch.arange(len(split)), 64)]
         fields = zip(*(self._compute(batch.images) for batch in batches), strict=True)
         labels = {name: torch.cat([batch.labels[name] for batch in batches]) for name in batches[0].labels}
@@ -228,11 +228,11 @@ class OnExtracted(OnTrainable):
 
 
 def naive_loop(setup: RunSetup, folder: Path) -> Loop:
-    """What every tutorial shows: `requires_grad = False`, and the whole model runs and is saved."""
+    """The loop of every tutorial: `requires_grad = False`, and the whole model runs and is saved."""
     return ByHand(setup).loop(folder)
 
 
 def limit_loop(setup: RunSetup, folder: Path) -> Loop:
-    """What a patient person writes by hand for this one phase."""
+    """The limit: a loop written by hand for this one phase."""
     can_extract = any(name.startswith("trunk.") for name in setup.phases[0].freeze.plan.names.frozen)
     return (OnExtracted if can_extract else OnTrainable)(setup).loop(folder)

@@ -1,4 +1,4 @@
-"""What `mtl bench` has measured, as tables and as a picture."""
+"""The measurements of `mtl bench`, as tables and as a picture."""
 
 from __future__ import annotations
 
@@ -36,7 +36,7 @@ def _setting_table(setting: str, rows: Sequence[BenchRow], width: int | None) ->
 
 
 def _measures(names: Sequence[str]) -> Iterator[tuple[str, Callable[[BenchRow], str]]]:
-    """What each line of a table shows, of loops of these names."""
+    """The lines of a table: the title of each, and its cell for a row, of loops of these names."""
     yield "steps", lambda row: str(row.num_steps)
     others = [name for name in names if name != "limit"]
     for part, (clock, cpu) in _PARTS.items():

@@ -26,7 +26,7 @@ __all__ = ["ExportError", "Exported", "export"]
 
 @dataclass(frozen=True)
 class Exported:
-    """What was exported.
+    """An export: its folder and files.
 
     Attributes:
         folder: Where.

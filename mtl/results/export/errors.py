@@ -1,4 +1,4 @@
-"""What can go wrong in an export through no mistake of the user's input."""
+"""Errors of an export that are no mistake in the user's input."""
 
 from __future__ import annotations
 

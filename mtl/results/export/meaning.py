@@ -1,4 +1,4 @@
-"""What the raw outputs of each task type are, in words, and what makes predictions in units of them."""
+"""The meaning of each task type's raw outputs in words, and the code that turns them into predictions in units."""
 
 from __future__ import annotations
 
@@ -24,7 +24,7 @@ from mtl.tasks.ordinal import Corn
 
 @singledispatch
 def meaning_of(task: Task) -> tuple[str, str]:
-    """What the numbers are, and how to make a prediction of them; of a class of the user's own, only whose they are."""
+    """The meaning of the numbers, and how to turn them into a prediction; of a user's own class, only its name."""
     return f"the numbers of {type(task).__name__}", f"`{type(task).__name__}.predict`"
 
 

@@ -48,7 +48,7 @@ def as_input(images: Tensor, form: Input) -> Tensor:
 
 
 def reference_outputs(network: MultiTaskModel, images: Tensor, tasks: Sequence[str]) -> dict[str, Tensor]:
-    """What the model itself gives for images "b c h w", uint8."""
+    """The model's own outputs for images "b c h w", uint8."""
     with torch.no_grad():
         outputs = network(images.permute(0, 2, 3, 1), tasks)
     return {name: output.float() for name, output in outputs.items()}

@@ -32,7 +32,7 @@ def exportable(network: MultiTaskModel, tasks: Sequence[str]) -> MultiTaskModel:
 
 
 class _FromImages(nn.Module):
-    """What reads images.
+    """The part of a model that reads images.
 
     Attributes:
         network: From `exportable`.

@@ -1,4 +1,4 @@
-"""What `torch` and `onnx` share: one program, or one for the trunk and one for each head."""
+"""The common part of `torch` and `onnx`: one program, or one for the trunk and one for each head."""
 
 from __future__ import annotations
 

@@ -1,4 +1,4 @@
-"""What every format is given: the trained model, the chosen tasks, and what the files say of themselves."""
+"""The input of every export format: the trained model, the chosen tasks, and the files' metadata."""
 
 from __future__ import annotations
 
@@ -17,7 +17,6 @@ from mtl.results.trained import TrainedModel
 from mtl.runtime.version import __version__
 
 Format = Literal["timm", "safetensors", "torch", "onnx"]
-FORMATS: tuple[Format, ...] = ("timm", "safetensors", "torch", "onnx")
 
 
 @dataclass(frozen=True)
@@ -55,7 +54,7 @@ class Subject:
         return reference_outputs(self.network, images, self.tasks)
 
     def about(self) -> dict[str, Any]:
-        """What files say of themselves, as JSON."""
+        """The metadata of the files, as JSON."""
         origin = self.model.origin
         return {
             "mtl_version": __version__,
@@ -75,7 +74,7 @@ class Subject:
 
 @dataclass(frozen=True)
 class ExportedForm:
-    """What a format has written.
+    """The files of a format.
 
     Attributes:
         checks: The comparisons with the model.

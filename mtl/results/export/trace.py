@@ -116,7 +116,7 @@ def quiet() -> Iterator[None]:
 
 
 def reason_of(error: Exception) -> str:
-    """What another library says, in a line: its first sentence, and the next where that only points to it."""
+    """Another library's message in a line: its first sentence, and the next where that only points to it."""
     text = str(error).replace('For more information, run with TORCH_LOGS="+dynamic".', "")
     lines = [line.strip(" -") for line in text.splitlines() if line.strip(" -")]
     shown = " ".join(lines[: 2 if text.startswith("Constraints violated") else 1])

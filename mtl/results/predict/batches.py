@@ -78,7 +78,7 @@ def predictions(
     autocast: torch.autocast,
     batch_size: int,
 ) -> Iterator[dict[str, Tensor]]:
-    """What `Task.predict` says of each image, by task, without the first axis, on the CPU.
+    """The output of `Task.predict` for each image, by task, without the first axis, on the CPU.
 
     Args:
         network: In eval mode.

@@ -24,7 +24,7 @@ from mtl.tasks import Task
 
 @dataclass
 class PredictedFiles:
-    """What was written.
+    """The files that were written, and the images that were left out.
 
     Attributes:
         files: The tables, and the folders with a file for each image, below the output folder.

@@ -33,7 +33,7 @@ class Saving:
 
 
 def saving_of(span: PhaseSpan, flops: Mapping[str, float] | None) -> Saving | None:
-    """What a phase saved, in this process; None if the run did not record its times."""
+    """The time that a phase saved, in this process; None if the run did not record its times."""
     if span.train_s is None or span.kept is None:
         return None
     kept = span.kept

@@ -49,7 +49,7 @@ def freeze_map_html(run: RunFiles) -> Html:
 
 
 def state_of(part: Mapping[str, Any]) -> str:
-    """What a phase does with a part: a key of `KEYS`."""
+    """The treatment of a part in a phase: a key of `KEYS`."""
     count, frozen, unreached = part["count"], part["frozen"], part["unreached"]
     if frozen == count:
         return "frozen"

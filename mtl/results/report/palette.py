@@ -36,13 +36,6 @@ COLOURS: dict[str, tuple[str, str]] = {
 NUM_LINES = sum(name.startswith("line-") for name in COLOURS)
 # A cell of a heat map has at most this share of `cold` or `warm`, so that its text stays legible.
 MOST_HEAT = 0.6
-# Text, and what it stands on: each at least 4.5 to 1 (WCAG 2.2, 1.4.3), in both schemes.
-TEXT_ON: tuple[tuple[str, str], ...] = (
-    *((text, ground) for text in ("text", "muted", "link", "good", "bad", "warn") for ground in ("page", "card")),
-    *(("text", "shade"), ("muted", "shade")),
-    *((f"{name}-text", name) for name in ("frozen", "trained", "partly", "idle")),
-    *((f"line-{number}", ground) for number in range(NUM_LINES) for ground in ("card", "shade")),
-)
 
 
 def variables(scheme: int) -> str:

@@ -1,4 +1,4 @@
-"""What the audit proved of each phase, how to prove it again, and what it found."""
+"""The audit's proof of each phase, how to repeat it, and its findings."""
 
 from __future__ import annotations
 

@@ -1,4 +1,4 @@
-"""What came out: the audit's verdict in a word, the facts of a run, and the table of results."""
+"""Results: the audit's verdict in a word, the facts of a run, and the table of results."""
 
 from __future__ import annotations
 

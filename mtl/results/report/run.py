@@ -67,7 +67,7 @@ class PhaseSpan:
 
 @dataclass(frozen=True)
 class RunFiles:
-    """What the files of a run hold, as plain data; empty where the run has no such file.
+    """The content of a run's files, as plain data; empty where the run has no such file.
 
     Attributes:
         folder: The run directory.

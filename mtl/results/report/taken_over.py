@@ -1,4 +1,4 @@
-"""What a run took over from another one, and whether the outputs of that are unchanged."""
+"""Tensors that a run loaded from another run, and whether that run's outputs are unchanged."""
 
 from __future__ import annotations
 
@@ -10,7 +10,7 @@ from mtl.runtime.text import count
 
 
 def taken_over_html(run: RunFiles) -> Html:
-    """What `init_from` gave the run, and the proof of `mtl add-task`; empty for a run with neither."""
+    """The tensors that `init_from` gave the run, and the proof of `mtl add-task`; empty for a run with neither."""
     pieces: list[Piece] = []
     if taken := run.history.get("init_from", ()):
         pieces.append(tag("ul", *(_taken(item) for item in taken)))

@@ -114,10 +114,10 @@ class AstmtSaliency(Averages):
         columns: list[Tensor] = []
         for threshold in _THRESHOLDS:
             answer = (score > threshold) & is_labelled
-            both, said, true = ((each).sum(dim=1).double() for each in (answer & truth, answer, truth))
-            either = said + true - both
+            both, predicted, true = ((each).sum(dim=1).double() for each in (answer & truth, answer, truth))
+            either = predicted + true - both
             iou = torch.where(either == 0, 1.0, both / either.clamp(min=1))
-            columns += [iou, both / (said + 1e-12), both / (true + 1e-12)]
+            columns += [iou, both / (predicted + 1e-12), both / (true + 1e-12)]
         return torch.stack(columns, dim=1), is_labelled.any(dim=1)
 
     def finish(self, means: Sequence[float]) -> Sequence[float]:

@@ -1,4 +1,4 @@
-"""What kept features saved: how long it took to compute them, and how often they were read."""
+"""Time saved by kept features: how long it took to compute them, and how often they were read."""
 
 from __future__ import annotations
 

@@ -26,8 +26,8 @@ from mtl.runtime.tensors import aligned
 from mtl.runtime.text import count, in_bytes
 from mtl.training.features.count import KeptCount
 from mtl.training.features.key import feature_key
+from mtl.training.features.probe import NotKept, probe_prefix
 from mtl.training.features.stores import FeatureStores, as_computed, as_stored
-from mtl.training.features.survey import NotKept, survey
 from mtl.training.setup import RunSetup
 
 # What reading is taken to cost, bytes a second, where it is not worth a measurement.
@@ -35,7 +35,7 @@ _READ_RATE = {"ram": 2e9, "disk": 5e8}
 
 
 class FeatureSource:
-    """Where the features of each phase come from: computed, or kept.
+    """The features of each phase, computed or kept.
 
     Kept features are served only as long as the audit holds the contract under which they were computed. With several
     ranks, each keeps a part, and all decide the same.
@@ -127,7 +127,7 @@ class FeatureSource:
             why_not = why_not_kept(self._setup.config, phase, math.inf if pays else passes)
             if why_not:
                 raise NotKept(why_not)
-            prefix, seconds, is_exact = self._survey(phase)
+            prefix, seconds, is_exact = self._probe(phase)
             key = feature_key(self._setup, prefix, record, self._num_views, phase.batch_size)
             # Seconds are not the same on every rank; those of rank 0 count.
             seconds = self._world.broadcast(seconds)
@@ -146,11 +146,11 @@ class FeatureSource:
         logger.info(
             f"features: {what} computed once, in {1e3 * seconds:.1f} ms a batch, and kept"
             f" {'in memory' if chosen == 'ram' else 'on disk'}: {size} for {num_images} images"
-            + ("" if is_exact else "; equal up to rounding, since here it depends on an image's place in its batch")
+            + ("" if is_exact else "; not bit-exact: this kernel's result depends on batch position")
         )
 
-    def _survey(self, phase: Phase) -> tuple[Prefix, float, bool]:
-        """What can be kept, seconds to compute it for a batch, and whether it is exact at every place in a batch.
+    def _probe(self, phase: Phase) -> tuple[Prefix, float, bool]:
+        """The prefix that can be kept, its seconds for a batch, and whether it is exact at every batch position.
 
         Raises:
             NotKept, PrefixError: Nothing can.
@@ -159,7 +159,7 @@ class FeatureSource:
             raise NotKept("the trunk is sharded over the ranks (fsdp2)")
         with self._autocast:
             first = torch.arange(min(phase.batch_size, len(self._setup.train)))
-            found = survey(self._model, self._images(self._setup.train, first), self._setup.labelled)
+            found = probe_prefix(self._model, self._images(self._setup.train, first), self._setup.labelled)
         if why_not := self._model.why_not_cut(found[0], phase.tasks, self._setup.labelled):
             raise NotKept(why_not)
         return found
@@ -223,7 +223,7 @@ class FeatureSource:
         return self._model.encode(batch.images) if prefix is None or kept is None else prefix.replay(kept)
 
     def _kept(self, batch: Batch, indices: Tensor) -> list[Tensor] | None:
-        """What is kept of images of a batch's split in its view; None if this process does not have all of it."""
+        """The stored features of a batch's images in its view; None if this process does not have all of them."""
         if self._prefix is None or not self._holds():
             return None
         store = self._stores.of(batch.split)
@@ -232,7 +232,7 @@ class FeatureSource:
 
     @property
     def bytes_per_image(self) -> int:
-        """What is read of an image, if the trunk is not run at all."""
+        """The features that heads read of an image, if the trunk is not run at all."""
         return 0 if self._prefix is None else self._prefix.bytes_per_image
 
     def _compute_again(self, split: Split, view: View | None, first: int, prefix: Prefix, rows: Tensor) -> list[Tensor]:

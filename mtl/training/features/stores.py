@@ -148,7 +148,7 @@ class FeatureStores:
 
 
 def as_stored(computed: Sequence[Tensor], prefix: Prefix) -> list[Tensor]:
-    """What a prefix has computed, with its dimensions in the order of the store."""
+    """The activations that a prefix has computed, with their dimensions in the order of the store."""
     return [tensor.permute(order) for tensor, order in zip(computed, _orders(prefix), strict=True)]
 
 

@@ -1,4 +1,4 @@
-"""What shows a run: the interface that wandb, tensorboard and a class of the user's own have in common."""
+"""Tracking backends: the interface that wandb, tensorboard and a class of the user's own have in common."""
 
 from __future__ import annotations
 
@@ -56,7 +56,7 @@ class BestCheckpoint:
 
 
 class TrackingBackend(ABC):
-    """Shows one run; made in the first process only. An error that it raises ends tracking, never the run.
+    """Shows one run; made on rank 0 only. An error that it raises ends tracking, never the run.
 
     A class of the user's own is called with the run, and with its options as keyword arguments. Of the five methods it
     has to have `log`; what it leaves out is not shown, and pictures that are not shown are not drawn.

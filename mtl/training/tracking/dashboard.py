@@ -1,4 +1,4 @@
-"""What a backend shows of a run besides its rows: plan, phases, predictions, alerts, the table of results."""
+"""Shows a run in a backend, in addition to its rows: plan, phases, predictions, alerts, the table of results."""
 
 from __future__ import annotations
 

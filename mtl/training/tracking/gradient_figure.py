@@ -36,8 +36,8 @@ def draw_gradients(analysis: GradientAnalysis) -> Figure:
     left.set_title("log10 of the gradient's norm", fontsize=9)
     cosines = {pair.tasks: pair.cosine for pair in analysis.pairs}
     table = [[1.0 if a == b else cosines.get((a, b), cosines.get((b, a), math.nan)) for a in tasks] for b in tasks]
-    said = [["" if a == b else f"{value:.2f}" for a, value in enumerate(row)] for b, row in enumerate(table)]
-    _draw_map(right, table, said, tasks, tasks, "RdBu", 1.0)
+    cosine_words = [["" if a == b else f"{value:.2f}" for a, value in enumerate(row)] for b, row in enumerate(table)]
+    _draw_map(right, table, cosine_words, tasks, tasks, "RdBu", 1.0)
     right.set_title("cosine; below 0 is a conflict", fontsize=9)
     return figure
 

@@ -36,7 +36,7 @@ class GradientLog:
         self._tasks: tuple[str, ...] = ()
         self._groups: dict[str, list[nn.Parameter]] = {}
         self._first_step = self._looked_at = 0
-        self._told = False
+        self._has_warned = False
 
     def enter(self, phase: str, tasks: Sequence[str], first_step: int) -> None:
         """Begins a phase; its trainable parameters must require a gradient by now.
@@ -48,7 +48,7 @@ class GradientLog:
         """
         self._phase, self._tasks, self._first_step = phase, tuple(tasks), first_step
         self._groups = trunk_groups(self._trunk) if self._every_steps else {}
-        self._looked_at, self._told = 0, False
+        self._looked_at, self._has_warned = 0, False
 
     def before_backward(self, losses: Mapping[str, Tensor], step: int, log: StepLog) -> None:
         """Analyses the losses if it is time, from the first batch of a step only.
@@ -71,11 +71,11 @@ class GradientLog:
         name, draw = "grad/heat_map", partial(_drawn, analysis)
         self._tracker.later(name, lambda: self._tracker.log_picture(name, draw, step))
         if len(losses) == len(self._tasks):
-            self._tell(analysis.unreached)
+            self._warn_of_unreached(analysis.unreached)
 
-    def _tell(self, unreached: Sequence[str]) -> None:
-        if unreached and not self._told:
-            self._told = True
+    def _warn_of_unreached(self, unreached: Sequence[str]) -> None:
+        if unreached and not self._has_warned:
+            self._has_warned = True
             groups, names = count(len(unreached), "depth group"), shorten(list(unreached), 6)
             logger.warning(f"{self._phase}: no task's loss reaches {groups} of the trunk that train ({names})")
 

@@ -25,7 +25,7 @@ from mtl.training.tracking.tracker import Tracker
 
 
 class RunLog:
-    """One for each run. Files are written by the first process.
+    """One for each run. Files are written by rank 0.
 
     Attributes:
         dashboard: What a backend shows besides the rows.

@@ -21,7 +21,7 @@ Legend = Sequence[tuple[str, tuple[float, float, float]]]
 
 
 def draw_panel(batch: Batch, outputs: Mapping[str, Tensor], tasks: Mapping[str, Task]) -> bytes:
-    """A column for each image: what is said of it in words, the image, and labels above predictions of each map.
+    """A column for each image: its labels in words, the image, and labels above predictions of each map.
 
     Args:
         batch: The images and labels, on the CPU.
@@ -41,8 +41,8 @@ def draw_panel(batch: Batch, outputs: Mapping[str, Tensor], tasks: Mapping[str, 
             legends.append(task.legend())
             continue
         predicted, truth = task.caption(outputs[name], is_label=False), task.caption(batch.labels[name], is_label=True)
-        for said, one, other in zip(words, predicted, truth, strict=True):
-            said += [f"{name}: {one}", f"  label: {other}"]
+        for lines, one, other in zip(words, predicted, truth, strict=True):
+            lines += [f"{name}: {one}", f"  label: {other}"]
     size = _size_of(batch.images)
     picture = _compose([(title, _tiles(pictures, size)) for title, pictures in rows], words, legends, size)
     file = io.BytesIO()
@@ -64,8 +64,8 @@ def _compose(
     height = top + len(rows) * (size[1] + _GAP) + len(legend_lines) * _LINE + _GAP
     canvas = Image.new("RGB", (width, height), "white")
     draw = ImageDraw.Draw(canvas)
-    for left, said in zip(columns, words, strict=True):
-        for number, text in enumerate(said):
+    for left, lines in zip(columns, words, strict=True):
+        for number, text in enumerate(lines):
             draw.text((left, number * _LINE), text[: size[0] // 6], "black")
     for title, tiles in rows:
         draw.multiline_text((2, top), title, "black")

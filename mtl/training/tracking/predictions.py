@@ -23,7 +23,7 @@ _NUM_IMAGES = 4
 
 
 class PredictionLog:
-    """Shows predictions next to labels after a validation, in the first process, if anything shows pictures."""
+    """Shows predictions next to labels after a validation, on rank 0, if the backend shows pictures."""
 
     def __init__(self, tracker: Tracker, setup: RunSetup, world: World) -> None:
         self._tracker = tracker

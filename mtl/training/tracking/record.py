@@ -1,4 +1,4 @@
-"""What a run came to, for `results.json`: sessions, ends of phases, trivial predictor, best weights."""
+"""The content of `results.json`: sessions, ends of phases, trivial predictor, best weights."""
 
 from __future__ import annotations
 

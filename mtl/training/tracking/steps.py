@@ -162,7 +162,7 @@ class StepLog:
     def what_is_wrong(
         self, step: int, tasks: Sequence[str], losses: Sequence[LossRow], norm: Tensor, indices: list[Tensor]
     ) -> NotFiniteError:
-        """What is not finite in a step that is not to be added; waits for the device."""
+        """The loss or gradient that is NaN or infinite in a step that is left out; waits for the device."""
         row = torch.cat(_Step(step, tuple(tasks), {}, losses, norm, indices).row())
         numbers = _numbers(tasks, row.tolist())
         wrong = [name for name, value in numbers.items() if not math.isfinite(value)]

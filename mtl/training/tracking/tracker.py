@@ -58,7 +58,7 @@ class Tracker:
         # By name, what the end of the epoch shows.
         self._waiting: dict[str, Callable[[], None]] = {}
         self.is_less = False
-        self.message = f"{config.backend}: " + ("in the first process" if is_silent else "disabled")
+        self.message = f"{config.backend}: " + ("on rank 0" if is_silent else "disabled")
         if config.backend == "none":
             self.message = "no tracking; the numbers are in metrics.jsonl"
         kind = None if is_silent else backend_class(config)

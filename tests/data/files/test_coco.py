@@ -216,14 +216,14 @@ def test_each_split_may_have_a_folder_of_images(tmp_path: Path) -> None:
         ({"segmentation": {"counts": [12]}}, "expected a key 'size', got image_id, category_id, segmentation"),
     ],
 )
-def test_an_annotation_that_is_none_is_told(tmp_path: Path, annotation: dict[str, Any], line: str) -> None:
+def test_an_annotation_that_is_none_is_reported(tmp_path: Path, annotation: dict[str, Any], line: str) -> None:
     if "segmentation" in annotation:
         annotation = {"image_id": 1, "category_id": 3} | annotation
     (found,) = whats_wrong(tmp_path, [annotation])
     assert found.startswith(f"train.json, annotation 0: {line}")
 
 
-def test_all_mistakes_are_told_at_once(tmp_path: Path) -> None:
+def test_all_mistakes_are_reported_at_once(tmp_path: Path) -> None:
     images = [IMAGE, IMAGE, {"id": 2}, IMAGE | {"id": 3, "file_name": "../a.png"}]
     assert whats_wrong(tmp_path, [{"image_id": 9}], images=images) == [
         f"train.json, image 1: expected an id of its own, file_name, height and width, got {str(IMAGE)[:80]}",
@@ -233,7 +233,7 @@ def test_all_mistakes_are_told_at_once(tmp_path: Path) -> None:
     ]
 
 
-def test_run_lengths_of_another_size_are_told_when_they_are_read(tmp_path: Path) -> None:
+def test_run_lengths_of_another_size_are_reported_when_they_are_read(tmp_path: Path) -> None:
     for counts, size, line in (
         ([12], [4, 3], "expected run lengths of 3 x 4 pixels, got 4 x 3"),
         ([11], [3, 4], "expected run lengths that add up to 3 x 4 pixels, got 11"),

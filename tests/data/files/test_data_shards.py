@@ -300,7 +300,7 @@ def test_a_kept_index_that_was_cut_is_a_warning_and_made_again(
     assert caplog.messages == []
 
 
-def test_shards_that_are_wrong_are_told_again(tmp_path: Path) -> None:
+def test_shards_that_are_wrong_are_reported_again(tmp_path: Path) -> None:
     file = tar(tmp_path / "a.tar", [("1.png", png()), ("1.PNG", png()), ("1.cls", b"0")])
     assert whats_wrong(file) == whats_wrong(file) == ["a.tar, 1: has two members png"]
 
@@ -319,7 +319,7 @@ def test_a_cache_that_cannot_be_written_is_a_warning(tmp_path: Path, caplog: pyt
 # Mistakes
 
 
-def test_all_shards_that_are_missing_or_damaged_are_told_at_once(tmp_path: Path) -> None:
+def test_all_shards_that_are_missing_or_damaged_are_reported_at_once(tmp_path: Path) -> None:
     members = [(f"{n}.{name}", content) for n in range(3) for name, content in (("png", png(n)), ("cls", b"%d" % n))]
     whole = tar(tmp_path / "0.tar", members).read_bytes()
     size = 512 * 2 * 3 * 2  # a header and a block for each member
@@ -370,7 +370,7 @@ def test_members_that_are_no_files_of_the_shard_are_refused(tmp_path: Path) -> N
     ]
 
 
-def test_samples_that_are_not_in_one_piece_are_told(tmp_path: Path) -> None:
+def test_samples_that_are_not_in_one_piece_are_reported(tmp_path: Path) -> None:
     file = tar(tmp_path / "a.tar", [(name, b"1") for name in ("1.png", "2.png", "2.PNG", "1.cls", "2.cls")])
     what = "expected the members of a sample next to each other, as tar --sort=name puts them; "
     assert whats_wrong(file) == [
@@ -436,7 +436,7 @@ def test_samples_that_are_not_in_one_piece_are_told(tmp_path: Path) -> None:
         ),
     ],
 )
-def test_a_mistake_is_told_with_its_place(
+def test_a_mistake_is_reported_with_its_place(
     tmp_path: Path, kinds: Mapping[str, LabelKind], settings: dict[str, Any], lines: list[str]
 ) -> None:
     samples: list[dict[str, Any]] = [
@@ -449,7 +449,7 @@ def test_a_mistake_is_told_with_its_place(
     assert whats_wrong(shard(tmp_path / "a.tar", samples), kinds, **settings) == lines
 
 
-def test_samples_without_an_image_and_labels_of_no_class_are_told(tmp_path: Path) -> None:
+def test_samples_without_an_image_and_labels_of_no_class_are_reported(tmp_path: Path) -> None:
     file = shard(tmp_path / "a.tar", [{"png": png(), "cls": 0}, {"cls": 1}, {"jpg": png(), "cls": 1}])
     other = shard(tmp_path / "b.tar", [{"png": png(), "cls": "2"}, {"png": png(), "cls": b"\xff"}])
     image = "expected a member png, the image, got"
@@ -463,7 +463,7 @@ def test_samples_without_an_image_and_labels_of_no_class_are_told(tmp_path: Path
     ]
 
 
-def test_members_that_cannot_be_read_are_told_by_the_check(tmp_path: Path) -> None:
+def test_members_that_cannot_be_read_are_reported_by_the_check(tmp_path: Path) -> None:
     samples = [{"png": png()[:40], "seg.png": png(1)}, {"png": png(), "seg.png": png(size=(5, 3))}]
     data = opened(shard(tmp_path / "a.tar", samples), {"seg.png": "mask"})["train"]
     found = [line.replace(f"{tmp_path}/", "") for line in problems(data, {"seg.png": "mask"}, {"seg.png": range(2)})]

@@ -1,4 +1,4 @@
-"""Data sets of folders: a folder for each class, or images with folders of masks beside them."""
+"""Data sets of folders: a folder for each class, or images with folders of masks next to them."""
 
 from __future__ import annotations
 

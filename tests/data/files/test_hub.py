@@ -339,7 +339,7 @@ def test_an_edited_image_of_a_folder_is_noticed(tmp_path: Path) -> None:
 # Mistakes
 
 
-def test_everything_that_is_wrong_with_the_columns_is_told_at_once(tmp_path: Path) -> None:
+def test_everything_that_is_wrong_with_the_columns_is_reported_at_once(tmp_path: Path) -> None:
     saved(tmp_path / "a", {"lable": [0, 1], "age": ["1", "2"], "tags": [0, 1]}, None)
     kinds: dict[str, LabelKind] = {"label": "class", "age": "mask", "tags": "tags", "lable": "points"}
     assert whats_wrong(tmp_path / "a", kinds, image="imge") == [
@@ -352,7 +352,7 @@ def test_everything_that_is_wrong_with_the_columns_is_told_at_once(tmp_path: Pat
     assert whats_wrong(tmp_path / "a", {}, image="age") == [message]
 
 
-def test_features_that_no_task_of_the_kind_takes_are_told(tmp_path: Path) -> None:
+def test_features_that_no_task_of_the_kind_takes_are_reported(tmp_path: Path) -> None:
     names = ClassLabel(names=["x", "y"])
     saved(
         tmp_path / "a",
@@ -365,7 +365,7 @@ def test_features_that_no_task_of_the_kind_takes_are_told(tmp_path: Path) -> Non
     ]
 
 
-def test_rows_that_are_wrong_are_told_with_their_places(tmp_path: Path) -> None:
+def test_rows_that_are_wrong_are_reported_with_their_places(tmp_path: Path) -> None:
     images: list[Any] = pictures(5)
     images[3] = None
     Dataset.from_dict(
@@ -383,7 +383,7 @@ def test_rows_that_are_wrong_are_told_with_their_places(tmp_path: Path) -> None:
     ]
 
 
-def test_splits_whose_classes_differ_are_told(tmp_path: Path) -> None:
+def test_splits_whose_classes_differ_are_reported(tmp_path: Path) -> None:
     def one(names: list[str]) -> Dataset:
         features = Features({"image": datasets.Image(), "label": ClassLabel(names=names)})
         return Dataset.from_dict({"image": pictures(2), "label": [0, 1]}, features=features)
@@ -420,7 +420,7 @@ def test_what_cannot_be_had_is_blamed_on_its_key(tmp_path: Path, settings: dict[
         opened(settings.get("path", tmp_path / "a"), **{key: value for key, value in settings.items() if key != "path"})
 
 
-def test_damaged_files_are_told(tmp_path: Path) -> None:
+def test_damaged_files_are_reported(tmp_path: Path) -> None:
     two_splits(tmp_path / "a")
     (tmp_path / "a/train/data-00000-of-00001.arrow").write_bytes(b"ARROW1 no")
     with pytest.raises(SettingError, match=r"^data\.path: .*/a: "):

@@ -354,7 +354,7 @@ def test_lists_in_parquet_are_points_tags_and_nothing_else(tmp_path: Path) -> No
         ),
     ],
 )
-def test_mistakes_are_told_with_file_and_line(
+def test_mistakes_are_reported_with_file_and_line(
     tmp_path: Path, text: str | bytes, settings_: dict[str, Any], lines: list[str], monkeypatch: pytest.MonkeyPatch
 ) -> None:
     monkeypatch.chdir(tmp_path)
@@ -416,13 +416,13 @@ def test_a_worker_process_reads_the_same(tmp_path: Path) -> None:
     }
 
 
-def test_at_most_twenty_mistakes_are_told_and_the_others_counted(tmp_path: Path) -> None:
+def test_at_most_twenty_mistakes_are_reported_and_the_others_counted(tmp_path: Path) -> None:
     text = "image,label,split\n1,a,train\n" + "".join(f"{number},b{number},val\n" for number in range(50))
     lines = whats_wrong(tmp_path, text, split={"by": "column"})
     assert len(lines) == 21 and lines[-1] == "and 30 more mistakes"
 
 
-def test_mistakes_in_all_tables_are_told_at_once(tmp_path: Path) -> None:
+def test_mistakes_in_all_tables_are_reported_at_once(tmp_path: Path) -> None:
     (tmp_path / "b.csv").write_text("image,label\n1\n")
     lines = whats_wrong(tmp_path, "picture\n1\n", val=str(tmp_path / "b.csv"), test=str(tmp_path / "none.csv"))
     assert [line.removeprefix(f"{tmp_path}/") for line in lines] == [
@@ -447,7 +447,7 @@ def test_settings_that_fit_no_label_or_split(tmp_path: Path) -> None:
 # The files that it names
 
 
-def test_a_file_that_cannot_be_read_is_told_with_its_row(tmp_path: Path) -> None:
+def test_a_file_that_cannot_be_read_is_reported_with_its_row(tmp_path: Path) -> None:
     picture(tmp_path / "1.png")
     (tmp_path / "2.png").write_bytes((tmp_path / "1.png").read_bytes()[:40])
     data = table(tmp_path, "image,label\n1.png,m.png\n2.png,\n", {"label": "mask"})

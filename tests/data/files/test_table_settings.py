@@ -55,7 +55,7 @@ ONE = {"name": "table", "train": "a.csv"}
         (SHARDS | {"val": "b.tar", "outside": True}, "Extra inputs are not permitted"),
     ],
 )
-def test_a_mistake_in_the_settings_is_told(settings: dict[str, Any], message: str) -> None:
+def test_a_mistake_in_the_settings_is_reported(settings: dict[str, Any], message: str) -> None:
     with pytest.raises(ValidationError) as error:
         SETTINGS[settings["name"]].model_validate(settings)
     (only,) = [found for found in error.value.errors() if message in found["msg"]]

@@ -68,7 +68,7 @@ def holds_files(datasets: ModuleType, feature: Any) -> bool:
 
 
 def fault_of(datasets: ModuleType, feature: Any, kind: LabelKind | None) -> str:
-    """What a column should be instead; empty if it fits.
+    """The expected kind of a column; empty if it fits.
 
     Args:
         datasets: The library.

@@ -1,4 +1,4 @@
-"""What all public data sets share."""
+"""The base of all public data sets."""
 
 from __future__ import annotations
 

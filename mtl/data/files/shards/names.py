@@ -17,7 +17,7 @@ _RANGE = re.compile(r"\{(-?\d+)\.\.(-?\d+)(?:\.\.-?\d+)?\}")
 
 
 def split_name() -> Callable[[str], tuple[str | None, str | None]]:
-    """What divides a member's name into key and extension, at the first dot of its last part; none if there is none.
+    """Returns what splits a member's name into key and extension, at the first dot of its last part; None without one.
 
     Raises:
         SettingError: webdataset is not installed.

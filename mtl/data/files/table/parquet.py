@@ -22,7 +22,7 @@ def parquet_columns(file: Path, mistakes: Mistakes) -> tuple[str, ...]:
     Raises:
         SettingError: pyarrow is not installed.
     """
-    with _noting(file, mistakes):
+    with _errors_as_mistakes(file, mistakes):
         return tuple(_pyarrow().parquet.read_schema(file).names)
     return ()
 
@@ -36,7 +36,7 @@ def read_parquet(file: Path, wanted: Sequence[str], mistakes: Mistakes) -> dict[
         SettingError: pyarrow is not installed.
     """
     cells: dict[str, list[str]] = {}
-    with _noting(file, mistakes):
+    with _errors_as_mistakes(file, mistakes):
         table = _pyarrow().parquet.read_table(file, columns=list(wanted))
         for name in wanted:
             try:
@@ -54,8 +54,8 @@ def _pyarrow() -> ModuleType:
 
 
 @contextmanager
-def _noting(file: Path, mistakes: Mistakes) -> Iterator[None]:
-    """What goes wrong with the file is a mistake."""
+def _errors_as_mistakes(file: Path, mistakes: Mistakes) -> Iterator[None]:
+    """Adds an error of the file to the mistakes."""
     arrow = _pyarrow()
     try:
         yield

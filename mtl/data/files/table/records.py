@@ -19,7 +19,7 @@ from mtl.tasks.base import LabelKind
 
 
 class RecordSet(FileSet):
-    """What tables, data sets of Hugging Face and shards share."""
+    """The common part of tables, data sets of Hugging Face and shards."""
 
     def __init__(
         self,

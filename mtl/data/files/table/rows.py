@@ -47,7 +47,7 @@ class TableRows:
 
 @dataclass(frozen=True)
 class Tables:
-    """What is read of a data set's tables.
+    """The columns that are read of a data set's tables.
 
     Attributes:
         parts: The rows of each split there is.

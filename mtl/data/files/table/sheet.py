@@ -103,7 +103,7 @@ def _columns(file: Path, mistakes: Mistakes) -> tuple[str, ...] | None:
     if is_parquet(file):
         names = parquet_columns(file, mistakes)
     else:
-        with _noting(file, mistakes), _open(file) as stream:
+        with _errors_as_mistakes(file, mistakes), _open(file) as stream:
             header: list[str] = next(filter(None, _reader(stream)), [])
             names = () if header == _END else tuple(map(str.strip, header))
             if not names:
@@ -124,8 +124,8 @@ def _reader(stream: Iterable[str]) -> _Rows:
 
 
 @contextmanager
-def _noting(file: Path, mistakes: Mistakes) -> Iterator[None]:
-    """What goes wrong with a CSV is a mistake."""
+def _errors_as_mistakes(file: Path, mistakes: Mistakes) -> Iterator[None]:
+    """Adds an error of a CSV to the mistakes."""
     try:
         yield
     except OSError as error:
@@ -151,7 +151,7 @@ def _read_csv(
     """The wanted columns, and the line where each row begins; blank lines are no rows."""
     cells: dict[str, list[str]] = {name: [] for name in column_of}
     places = [np.zeros(0, np.int64)]
-    with _noting(file, mistakes), _open(file) as stream:
+    with _errors_as_mistakes(file, mistakes), _open(file) as stream:
         for part, lines in _parts(_reader(stream), mistakes, file):
             if set(map(len, part)) != {width}:
                 part, lines = _of_width(part, lines, width, mistakes, file)

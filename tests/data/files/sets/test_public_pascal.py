@@ -100,7 +100,7 @@ def test_an_item_has_what_is_stored_and_what_was_derived(tmp_path: Path) -> None
     assert data.files(1)["segmentation"].parent.name == "pascal-context"
 
 
-def test_prepare_goes_on_where_it_was_ended(tmp_path: Path) -> None:
+def test_prepare_resumes_where_it_was_ended(tmp_path: Path) -> None:
     prepared(pascal(tmp_path))
     file = tmp_path / "prepared/edges/2008_000003.png"
     before = file.read_bytes()

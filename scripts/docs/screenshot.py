@@ -1,7 +1,7 @@
 """Takes a picture of a page in headless Chromium, as in the README.
 
-python scripts/screenshot.py runs/scenes/report.html docs/report.png --width 1280 --height 1500
-python scripts/screenshot.py runs/scenes/report.html docs/report-narrow.png --width 390 --height 844 --dark
+python scripts/docs/screenshot.py runs/scenes/report.html docs/report.png --width 1280 --height 1500
+python scripts/docs/screenshot.py runs/scenes/report.html docs/report-narrow.png --width 390 --height 844 --dark
 """
 
 from __future__ import annotations
@@ -13,7 +13,7 @@ from pathlib import Path
 
 from PIL import Image
 
-sys.path.insert(0, str(Path(__file__).parents[1] / "tests/support"))
+sys.path.insert(0, str(Path(__file__).parents[2] / "tests/support"))
 from browser import NAMES, find_browser, started_browser
 
 

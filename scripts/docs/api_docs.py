@@ -1,26 +1,24 @@
 """Makes docs/python_api.md: the public Python names, from their signatures and docstrings.
 
-python scripts/api_docs.py                                # prints the page
-python scripts/api_docs.py --write docs/python_api.md     # writes it
+python scripts/docs/api_docs.py                                # prints the page
+python scripts/docs/api_docs.py --write docs/python_api.md     # writes it
 """
 
 from __future__ import annotations
 
-import argparse
 import inspect
 import re
-import sys
 from collections.abc import Iterator, Sequence
 from importlib import import_module
-from pathlib import Path
 from typing import Any
 
 import mtl
+from written import write_page
 
 HEAD = """# Python names
 
-`python scripts/api_docs.py --write docs/python_api.md` makes this page from signatures and docstrings; a test keeps it
-up to date. `import mtl` loads nothing else: each of its names is imported when it is first used.
+`python scripts/docs/api_docs.py --write docs/python_api.md` makes this page from signatures and docstrings; a test
+keeps it up to date. `import mtl` loads nothing else: each of its names is imported when it is first used.
 
 Classes of your own have pages with a complete file each: [data sets](own_data.md), [tasks](own_task.md),
 [heads](own_head.md), [losses](own_loss.md), [balancing methods](own_balancing.md), [schedules](own_lr_schedule.md),
@@ -57,6 +55,10 @@ def find(name: str) -> Any:
     """The object of a dotted name."""
     module, _, own = name.rpartition(".")
     return getattr(import_module(module), own)
+
+
+def is_ours(kind: type) -> bool:
+    return kind.__module__.split(".")[0] == mtl.__name__
 
 
 def signature(thing: Any, name: str) -> str:
@@ -140,8 +142,8 @@ def entry(name: str) -> str:
         pieces.append(f"    {signature(thing, name.rpartition('.')[2])}")
     pieces += described(thing.__doc__ or "")
     if isinstance(thing, type) and not is_error:
-        own = vars(thing).get("__init__")
-        pieces += described(own.__doc__ or "") if own is not None else ()
+        own = [vars(base)["__init__"] for base in thing.__mro__ if "__init__" in vars(base) and is_ours(base)]
+        pieces += described(own[0].__doc__ or "") if own else ()
         pieces.append(methods(thing))
     return "\n\n".join(piece for piece in pieces if piece)
 
@@ -153,13 +155,7 @@ def page() -> str:
 
 
 def main(arguments: Sequence[str] | None = None) -> None:
-    parser = argparse.ArgumentParser(description=(__doc__ or "").split("\n\n")[0])
-    parser.add_argument("--write", type=Path, metavar="FILE", help="the file to write; without it, the page is printed")
-    file: Path | None = parser.parse_args(arguments).write
-    if file is None:
-        sys.stdout.write(page())
-    else:
-        file.write_text(page(), encoding="utf-8")
+    write_page(page, __doc__, arguments)
 
 
 if __name__ == "__main__":

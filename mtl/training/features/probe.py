@@ -18,7 +18,7 @@ class NotKept(Exception):  # noqa: N818
     """The reason why a phase keeps no features."""
 
 
-def survey(model: MultiTaskModel, images: Tensor, tasks: Collection[str]) -> tuple[Prefix, float, bool]:
+def probe_prefix(model: MultiTaskModel, images: Tensor, tasks: Collection[str]) -> tuple[Prefix, float, bool]:
     """Finds which activations can be kept; the model stays as it is.
 
     Args:

@@ -1,20 +1,17 @@
 """Makes docs/config.md: every key of a configuration, from the models and docstrings of mtl/config.
 
-python scripts/config_docs.py                            # prints the page
-python scripts/config_docs.py --write docs/config.md     # writes it
+python scripts/docs/config_docs.py                            # prints the page
+python scripts/docs/config_docs.py --write docs/config.md     # writes it
 """
 
 from __future__ import annotations
 
-import argparse
 import json
 import re
-import sys
 import types
 from collections.abc import Iterable, Iterator, Mapping, Sequence
 from dataclasses import dataclass
 from inspect import cleandoc
-from pathlib import Path
 from typing import Annotated, Any, Literal, Union, get_args, get_origin
 
 from annotated_types import Ge, Gt, Le, Lt
@@ -28,11 +25,12 @@ from mtl.config.phase import PhaseConfig, RepeatConfig, UntilConfig
 from mtl.config.public_data import PublicDataConfig
 from mtl.config.transform import OwnTransformConfig
 from mtl.config.types import CountedConfig
+from written import write_page
 
 HEAD = """# All configuration keys
 
-`python scripts/config_docs.py --write docs/config.md` makes this page from the models in `mtl/config/`; a test keeps it
-up to date. [configuration.md](configuration.md) shows a configuration and the name patterns,
+`python scripts/docs/config_docs.py --write docs/config.md` makes this page from the models in `mtl/config/`; a test
+keeps it up to date. [configuration.md](configuration.md) shows a configuration and the name patterns,
 [phases.md](phases.md) explains phases.
 
 - **Keys** are shown as the command line takes them: `mtl train CONFIG data.batch_size=64`. In a file, each dot is a
@@ -286,13 +284,7 @@ def _dotted(path: Sequence[str]) -> str:
 
 
 def main(arguments: Sequence[str] | None = None) -> None:
-    parser = argparse.ArgumentParser(description=(__doc__ or "").split("\n\n")[0])
-    parser.add_argument("--write", type=Path, metavar="FILE", help="the file to write; without it, the page is printed")
-    file: Path | None = parser.parse_args(arguments).write
-    if file is None:
-        sys.stdout.write(page())
-    else:
-        file.write_text(page(), encoding="utf-8")
+    write_page(page, __doc__, arguments)
 
 
 if __name__ == "__main__":
