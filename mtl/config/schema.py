@@ -71,8 +71,8 @@ class RunConfig(Strict):
             shifted products in the layers that are named, such as `trunk.blocks.5.0.conv_dw`. `auto` times each layer
             that is trained and takes the products where they are clearly faster. Their sums round differently, so where
             two runs shall agree to the bit, name the layers, or `torch`. Elsewhere, with `compile`, with
-            `distributed.strategy: fsdp2`, and in a model without depthwise convolutions, it is torch; a name that a
-            model with some does not have is refused.
+            `distributed.strategy: fsdp2`, and in a model that has none of the layers, it is torch; where it has some of
+            them, a name that it does not have is refused.
         join_heads: Whether the `linear` heads are computed as one product in steps of training, with their weights
             joined for each step: a little faster with eight of them and more, slower with two; its sums round
             differently. Refused with fewer than two such heads, and with `distributed.strategy: fsdp2`.

@@ -84,18 +84,20 @@ def unread_settings(
 def _of_depthwise(config: RunConfig, layers: Collection[str]) -> Iterator[_Unread]:
     if config.depthwise != "torch" and not layers:
         yield _Unread(("depthwise",), "the model has no depthwise convolution")
+    elif isinstance(config.depthwise, list) and not {*config.depthwise} & {*layers}:
+        near = hint(config.depthwise[0], layers)
+        yield _Unread(("depthwise",), "the model has none of these layers, as if they were another trunk's", hint=near)
 
 
 def _unknown_layers(config: RunConfig, layers: Collection[str]) -> list[str]:
-    """Mistakes: what `depthwise` names and a model with depthwise convolutions does not have."""
-    names = config.depthwise if isinstance(config.depthwise, list) and layers else []
+    """Mistakes: the names in `depthwise` that are no layers, next to some that are."""
+    names = config.depthwise if isinstance(config.depthwise, list) else []
     return [
         line
         for number, name in enumerate(names)
-        if name not in layers
+        if name not in layers and {*names} & {*layers}
         for line in config.mistake(
-            ("depthwise", number),
-            f"expected a depthwise convolution of this model, got {name!r}{hint(name, layers)}; torch names none",
+            ("depthwise", number), f"expected a depthwise convolution of this model, got {name!r}{hint(name, layers)}"
         ).mistakes
     ]
 

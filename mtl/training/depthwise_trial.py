@@ -56,7 +56,7 @@ def choose_depthwise(model_setup: ModelSetup, config: RunConfig, batch: Batch) -
 
 def set_depthwise(model_setup: ModelSetup, config: RunConfig, device: torch.device) -> None:
     """Sets the layers that `depthwise` names, of a model that has them."""
-    if not isinstance(config.depthwise, list) or not depthwise_layers(model_setup.root):
+    if not isinstance(config.depthwise, list) or depthwise_layers(model_setup.root).keys().isdisjoint(config.depthwise):
         return
     if not _is_for(config, device):
         logger.warning("depthwise: products are for fp32 on a CPU, not compiled; torch computes the gradients here")

@@ -100,9 +100,16 @@ def test_a_model_that_has_none_of_the_layers_is_left_to_torch_with_a_warning(tmp
 
 
 def test_the_plan_refuses_a_layer_that_is_none_and_says_what_is_computed_how(tmp_path: Path) -> None:
-    for names, message in (([LAYERS[1], "x"], r"depthwise\.1: .*got 'x'"), (["trunk.blocks.3.0.conv_dv"], "nearest: ")):
+    file = tiny_config(tmp_path, **RUN)
+    for names, message in (
+        (f"[{LAYERS[1]}, x]", r"depthwise\.1: .*got 'x'"),
+        ("[trunk.blocks.3.0.conv_dv]", "none of these layers, as if they were another trunk's; nearest: trunk.blocks"),
+    ):
         with pytest.raises(ConfigError, match=message):
-            build_meta_setup(load_config(tiny_config(tmp_path, **RUN, depthwise=names)))
+            build_meta_setup(load_config(file, [f"depthwise={names}"]))
+    # In a file, they may be those of a trunk that the command line has replaced.
+    (line,) = build_meta_setup(load_config(tiny_config(tmp_path, **RUN, depthwise=["trunk.blocks.9.0.conv_dw"]))).unread
+    assert "none of these layers" in line
     plan = make_plan(build_meta_setup(load_config(tiny_config(tmp_path, **RUN, depthwise=LAYERS))))
     assert f"shifted products in {len(LAYERS)} of " in full_plan(plan) and plan.to_json()["depthwise"] == plan.depthwise
     plain = make_plan(build_meta_setup(load_config(tiny_config(tmp_path, **RUN))))

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Collection, Sequence
 from dataclasses import replace
 from typing import Any
 
@@ -51,16 +51,15 @@ def make_plan(model_setup: ModelSetup, world_size: int = 1, with_forecast: bool 
         world_size,
         tuple(planner.parameters),
         tuple(phases),
-        _depthwise(model_setup.config, len(depthwise_layers(model_setup.root))),
+        _depthwise(model_setup.config, depthwise_layers(model_setup.root)),
     )
 
 
-def _depthwise(config: RunConfig, num_layers: int) -> str:
-    if not num_layers or config.depthwise == "torch":
-        return ""
-    if config.depthwise == "auto":
-        return f"each of {num_layers} is timed before training, where it is trained on a CPU in fp32"
-    return f"weight gradients as shifted products in {len(config.depthwise)} of {num_layers}, on a CPU in fp32"
+def _depthwise(config: RunConfig, layers: Collection[str]) -> str:
+    if layers and config.depthwise == "auto":
+        return f"each of {len(layers)} is timed before training, where it is trained on a CPU in fp32"
+    num = len({*layers} & {*config.depthwise})
+    return f"weight gradients as shifted products in {num} of {len(layers)}, on a CPU in fp32" if num else ""
 
 
 # What has been rehearsed in this process: phases that freeze and train the same parts of the same model cost the same.
