@@ -98,6 +98,7 @@ def test_a_module_next_to_the_configuration_is_found(tmp_path: Path) -> None:
         ("wrong:Seen", {}, "balance.method: wrong:Seen: .*cannot hold its attribute 'seen' .* a set.*; keep numbers,"),
         ("wrong:Draws", {}, r"balance.method: .* hold its attribute 'random' .*Generator.*get_state\(\) of a random"),
         ("wrong:Later", {}, "balance.method: .* cannot hold its attribute 'by' .at by/a: .* got a set"),
+        ("wrong:First", {}, "balance.method: wrong:First: its attribute 'last' is first set.*; set it in __init__"),
         ("wrong:Sum", {}, "balance.method: wrong:Sum: .*cannot hold its attribute 'kinds' .* got a set"),
         ("softmaxx", {}, "balance.method: no method 'softmaxx'.*; or your own as package.module:Name"),
     ],
@@ -108,6 +109,8 @@ def test_what_cannot_be_used_is_named(folder: Path, method: str, options: dict[s
         "from torchjd.aggregation import Weighting\nfrom torchjd.scalarization import Scalarizer\n"
         "class Vector(Scalarizer):\n    def forward(self, losses): return 2 * losses\n"
         "class Fewer(mtl.TaskWeights):\n    def weights(self, losses, rows): return losses[:1]\n"
+        "class First(mtl.TaskWeights):\n    def weights(self, losses, rows):\n        self.last = losses\n"
+        "        return losses\n"
         "class Seen(mtl.TaskWeights):\n    def __init__(self): self.seen = set()\n"
         "    def weights(self, losses, rows): return losses\n"
         "class Draws(Seen):\n    def __init__(self): self.random = torch.Generator()\n"

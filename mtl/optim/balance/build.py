@@ -177,12 +177,14 @@ def _build_own(config: BalanceConfig, num_tasks: int) -> Balance:
     try:
         if not isinstance(method, Scalarizer):
             weighing = GradientWeighting(method) if isinstance(method, Weighting) else method
-            check_state(config.method, Balance(Sum(), try_out(weighing, num_tasks)).state()["weighting"])
+            tried_out = try_out(weighing, num_tasks)
+            new, used = (Balance(Sum(), each).state()["weighting"] for each in (weighing, tried_out))
+            check_state(config.method, new, used)
             return _by_gradients(config, weighing)
         with torch.random.fork_rng([]), torch.device("cpu"):
             tried = copy.deepcopy(method)
             total = tried(torch.ones(num_tasks))
-        check_state(config.method, Balance(tried).state())
+        check_state(config.method, Balance(method).state(), Balance(tried).state())
     except SettingError:
         raise
     except Exception as error:  # the user's code may raise anything

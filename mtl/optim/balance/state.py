@@ -15,14 +15,21 @@ def check_same_method(own: Mapping[str, Any], state: Mapping[str, Any]) -> None:
         raise ValueError(f"expected the state of a balancing method with {sorted(own)}, got {sorted(state)}")
 
 
-def check_state(method: str, state: Mapping[str, Any]) -> None:
-    """Raises `SettingError` if a checkpoint cannot hold the state of a method of the user's own.
+def check_state(method: str, new: Mapping[str, Any], used: Mapping[str, Any]) -> None:
+    """Raises `SettingError` if a checkpoint cannot hold the state of a method of the user's own, or give it back.
 
     Args:
         method: As the configuration names it.
-        state: The attributes that are its state, by name.
+        new: The attributes that are its state, by name, of a new one.
+        used: The same after a call.
     """
-    for name, value in state.items():
+    if later := sorted(used.keys() ^ new.keys()):
+        raise SettingError(
+            "balance.method",
+            f"{method}: its attribute {later[0]!r} is first set, or deleted, in a call; set it in __init__: a resumed"
+            " run restores the attributes that a new object has",
+        )
+    for name, value in used.items():
         try:
             split({name: value})
         except TypeError as error:
