@@ -15,8 +15,9 @@ import fork_server
 from forks import Forked
 
 Process = subprocess.Popen[str] | Forked
-# After so long, a process hangs: no test waits for it, and none fails since a machine is slow.
-HANGS_S = 600
+# After so long, a process hangs: no test waits for it, and none fails since a machine is slow. Longer than a rank waits
+# for another one (`mtl.distributed.world.TIMEOUT_S`): its error says where.
+HANGS_S = 720
 
 
 def run_in_two_processes(script: str, folder: Path) -> None:
