@@ -21,9 +21,10 @@ with locked(Path(sys.argv[1])):
     reader, writer = os.pipe()
     pid = os.fork()
     if pid == 0:
-        os.close(writer)
+        os.write(writer, b".")
         sys.stdin.read()
         os._exit(0)
+    os.read(reader, 1)
     print(pid, flush=True)
     signal = __import__("signal")
     signal.pause()
