@@ -212,8 +212,8 @@ def page(out: Path) -> str:
         f"on {known['machine']}, {known['jobs']} runs at a time with one thread each, {hours:.1f} hours of training in"
         f" all, {NUM_SEEDS} seeds. The sets and the runs are small, so that anyone can repeat them: what holds here"
         " need not hold on large ones. Nothing was tuned: all configurations of a part have the same learning rates."
-        " Other work on the machine makes times uncertain by some ten percent. Three seeds separate large"
-        " differences only, and their intervals are narrower than 95 % would be.",
+        " Other work on the machine makes times uncertain, by up to a half: see their spread. Three seeds separate"
+        " large differences only, and their intervals are narrower than 95 % would be.",
         "",
     ]
     reading = on_schedules(found["scenes-schedules"])
