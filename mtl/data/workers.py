@@ -9,7 +9,7 @@ from collections import deque
 from collections.abc import Generator, Iterable, Iterator
 from concurrent.futures import ThreadPoolExecutor
 from concurrent.futures import thread as futures_thread
-from contextlib import closing
+from contextlib import closing, suppress
 from multiprocessing import connection, context, queues
 from multiprocessing.process import BaseProcess
 from typing import Any, Generic, TypeVar
@@ -87,9 +87,13 @@ class Workers(Generic[_Item]):
 
     def close(self) -> None:
         """Ends the processes."""
-        # Idle ones end by themselves as the loader goes. For one in the middle of a read, torch would wait for seconds.
-        for process in self._processes if self._is_reading else ():
-            process.kill()
+        # Idle ones end by themselves as the loader goes. For one in the middle of a read, torch would wait for seconds;
+        # and where memory ran out, it may not be able to start the thread that would tell a worker.
+        if self._is_reading:
+            for process in self._processes:
+                process.kill()
+            with suppress(RuntimeError):
+                _shut_down(self._loader)
         self._loader = None
         for process in self._processes:
             process.kill()
@@ -126,6 +130,12 @@ def read_by_workers(dataset: Dataset[_Item], requests: Iterable[Any], num_worker
     """As `Workers.read`, once: the processes end with it."""
     with closing(Workers(dataset, num_workers)) as workers:
         yield from workers.read(requests)
+
+
+def _shut_down(loader: Any) -> None:
+    # Not public: left to the iterator's destructor, an error of it would be printed whenever that runs.
+    if loader is not None and loader._iterator is not None:
+        loader._iterator._shutdown_workers()
 
 
 class _Requests:

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import errno
 import io
 import json
 import os
@@ -70,13 +71,15 @@ def read_safetensors(file: Path) -> tuple[dict[str, Tensor], dict[str, str]]:
     """The tensors of a `.safetensors` file, and other names of some of them, each with the name that is in the file.
 
     Raises:
-        TensorFileError: It is damaged, or is no such file.
+        TensorFileError: It is damaged, or is no such file. That memory ran out is raised as it is.
     """
     try:
         tensors: dict[str, Tensor] = load_file(file)
         with safe_open(file, framework="pt") as opened:
             metadata: dict[str, str] = opened.metadata() or {}
     except Exception as error:  # the library raises a dozen unrelated types for a file that is not its own
+        if isinstance(error, MemoryError) or os.strerror(errno.ENOMEM) in str(error):
+            raise
         raise TensorFileError(first_line(error)) from error
     # `safetensors.torch.save_model` keeps one of several names, and lists the others in the metadata.
     tied = {name: kept for name, kept in metadata.items() if kept in tensors and name not in tensors}
