@@ -205,7 +205,7 @@ def test_a_design_has_every_setting_and_seed_and_each_task_by_itself(tmp_path: P
         "one-lr_scale0.5-seed1",
     ]
     # Baselines are tuned over the same settings.
-    assert len(plan.jobs) == 2 * 2 * 2 + 2 * 2 * 2 and plan.num_settings == 2
+    assert len(plan.jobs) == 2 * 2 * 2 + 2 * 2 * 2 and len({job.setting for job in plan.jobs}) == 2
     command = command_of(plan.jobs[3])
     assert command[:5] == ["-m", "mtl", "train", "-q", str(files[0])]
     assert {"optim.clip_norm=1", "optim.lr_scale=0.5", "seed=1", "tracking.group=out", "resume=auto"} <= {*command}

@@ -4,7 +4,6 @@ from __future__ import annotations
 
 from collections.abc import Sequence
 from dataclasses import dataclass, field
-from hashlib import blake2b
 from typing import Any
 
 import torch
@@ -16,6 +15,7 @@ from mtl.distributed.world import World
 from mtl.optim.balance.gradient_method import GradientMethod, TaskGradients
 from mtl.optim.balance.subset import Subset
 from mtl.optim.task_gradients import loss_gradients
+from mtl.runtime.fingerprint import fingerprint_of_json
 
 
 @dataclass
@@ -49,7 +49,7 @@ class Shared:
         """Identifies what the rows are gradients of: a digest of the parameters' names, or `features`."""
         if self.features and not self.layer:
             return "features"
-        return blake2b("\n".join(self.names).encode(), digest_size=16).hexdigest() if self.names else ""
+        return fingerprint_of_json([*self.names]) if self.names else ""
 
     @property
     def balanced(self) -> list[Tensor]:

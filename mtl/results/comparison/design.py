@@ -58,12 +58,10 @@ class Design:
     Attributes:
         jobs: Its runs, in order.
         methods: The configurations, in order; the first is what others are compared to.
-        num_settings: How many values of the grid each is tuned over.
     """
 
     jobs: tuple[Job, ...]
     methods: tuple[str, ...]
-    num_settings: int
 
 
 def design(
@@ -98,26 +96,25 @@ def design(
         _check_key(override, "--set", _OWN)
     settings = _settings(grid)
     jobs = list[Job]()
-    first: RunConfig | None = None
     for file, method in zip(files, methods, strict=True):
         for setting in settings:
-            config = load_config(file, [*overrides, *setting])
-            if first is not None and config.tasks.keys() != first.tasks.keys():
-                expected, got = ", ".join(first.tasks), ", ".join(config.tasks)
-                raise DesignError(f"{file}: expected the tasks of {files[0]}, {expected}; got {got}")
-            first = first or config
             name = "-".join([_safe(method), *map(_short, setting)])
-            jobs += _with_seeds(name, method, setting, file, (*overrides, *setting), num_seeds, folder)
+            own = [*_with_seeds(name, method, setting, file, (*overrides, *setting), num_seeds, folder)]
+            expected, got = (jobs or own)[0].config.tasks, own[0].config.tasks
+            if got.keys() != expected.keys():
+                raise DesignError(
+                    f"{file}: expected the tasks of {files[0]}, {', '.join(expected)}; got {', '.join(got)}"
+                )
+            jobs += own
     if with_single_task:
-        for setting in settings:
-            config = load_config(files[0], [*overrides, *setting])
-            for task in config.tasks:
-                name = "-".join([SINGLE_TASK, _safe(task), *map(_short, setting)])
-                own = (*overrides, *setting, *single_task_overrides(config, task))
-                jobs += _with_seeds(name, SINGLE_TASK, setting, files[0], own, num_seeds, folder, task)
+        for first in [job for job in jobs if job.method == methods[0] and job.seed == 0]:
+            for task in first.config.tasks:
+                name = "-".join([SINGLE_TASK, _safe(task), *map(_short, first.setting)])
+                alone = (*overrides, *first.setting, *single_task_overrides(first.config, task))
+                jobs += _with_seeds(name, SINGLE_TASK, first.setting, files[0], alone, num_seeds, folder, task)
         jobs = _without_repetitions(jobs)
     _check_all_differ(jobs)
-    return Design(tuple(jobs), tuple(methods), len(settings))
+    return Design(tuple(jobs), tuple(methods))
 
 
 def _with_seeds(
