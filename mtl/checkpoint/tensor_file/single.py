@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import errno
 import io
 import json
 import os
@@ -77,9 +76,9 @@ def read_safetensors(file: Path) -> tuple[dict[str, Tensor], dict[str, str]]:
         tensors: dict[str, Tensor] = load_file(file)
         with safe_open(file, framework="pt") as opened:
             metadata: dict[str, str] = opened.metadata() or {}
+    except MemoryError:
+        raise
     except Exception as error:  # the library raises a dozen unrelated types for a file that is not its own
-        if isinstance(error, MemoryError) or os.strerror(errno.ENOMEM) in str(error):
-            raise
         raise TensorFileError(first_line(error)) from error
     # `safetensors.torch.save_model` keeps one of several names, and lists the others in the metadata.
     tied = {name: kept for name, kept in metadata.items() if kept in tensors and name not in tensors}

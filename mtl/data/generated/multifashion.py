@@ -21,7 +21,7 @@ BLOCK = 1000
 
 
 def stored(num: int, size: int) -> Stored:
-    """The stored rows of some pairs: see `render_block`."""
+    """What is stored of some pairs: see `render_block`."""
     return {"images": ((num, size, size, 1), 1), "left": ((num,), 8), "right": ((num,), 8)}
 
 

@@ -30,7 +30,7 @@ Array = NDArray[np.floating[Any]]
 
 
 def stored(num: int, size: int) -> Stored:
-    """The stored rows of some scenes: see `render_block`."""
+    """What is stored of some scenes: see `render_block`."""
     return {
         "images": ((num, size, size, 3), 1),
         "segmentation": ((num, size, size), 1),
@@ -132,7 +132,7 @@ def _to_camera(normals: Array, room: _Room) -> Array:
 
 
 class _Canvas:
-    """The surface that each pixel shows so far. Arrays are "b h w", vectors and colours "3 b h w"."""
+    """What each pixel shows so far. Arrays are "b h w", vectors and colours "3 b h w"."""
 
     def __init__(self, shape: tuple[int, ...]) -> None:
         self.depth: Array = np.full(shape, np.inf, np.float32)
