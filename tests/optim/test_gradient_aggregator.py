@@ -54,16 +54,6 @@ def test_graddrop_keeps_of_each_entry_one_sign() -> None:
     torch.testing.assert_close(combined(build("graddrop", leak=[1.0] * 4), ROWS), ROWS.sum(0))
 
 
-def test_config_conflicts_with_no_task_and_is_as_long_as_their_projections() -> None:
-    rows = ROWS.double()
-    found = combined(build("config"), rows)
-    direction = found / found.norm()
-    cosines = (rows / rows.norm(dim=1, keepdim=True)) @ direction
-    torch.testing.assert_close(cosines, cosines[:1].expand(4))
-    assert cosines[0] > 0
-    torch.testing.assert_close(found.norm(), (rows @ direction).sum())
-
-
 def test_trimmedmean_leaves_out_the_extremes_of_each_entry() -> None:
     expected = torch.tensor([(1.0 + 0.5) / 2, (-1.0 + 0.0) / 2, (0.5 + 1.0) / 2, (0.0 + 1.0) / 2])
     torch.testing.assert_close(combined(build("trimmedmean"), ROWS), expected)
@@ -99,9 +89,6 @@ def test_a_gradient_that_is_not_finite_gives_one_that_is_not(method: str, value:
     [
         ("graddrop", {"f": "abs"}, "graddrop takes the options leak: got f"),
         ("graddrop", {"leak": [0.1, 0.2]}, "graddrop takes the options leak: .*exactly 2 rows"),
-        ("config", {"pref": [1.0, 1.0, 1.0]}, "config takes the options pref_vector: got pref"),
-        ("config", {"pref_vector": [1.0, 1.0]}, "config takes the options pref_vector"),
-        ("config", {"pref_vector": [0, 0, 0]}, "expected a number other than 0 in pref_vector"),
         ("trimmedmean", {}, "trimmedmean takes the options trim_number: .*missing.*'trim_number'"),
         ("trimmedmean", {"trim_number": 2}, "trimmedmean takes the options trim_number: .*at least 5 rows"),
         ("trimmedmean", {"trim_number": "one"}, "trimmedmean takes the options trim_number"),
@@ -117,9 +104,9 @@ def test_too_few_gradients_in_a_step_are_an_error() -> None:
         combined(build("trimmedmean"), ROWS[:2], Subset((0, 1), 4))
 
 
-@pytest.mark.parametrize("method", ["config", "graddrop"])
-def test_a_run_with_it_is_clean_and_resumes_to_the_same_bits(method: str, tmp_path: Path, cache_dir: Path) -> None:
-    changes = {"balance": method, "optim": {}, "phases": [{"name": "all", "freeze": ["trunk@first:50%"], "steps": 6}]}
+def test_a_run_with_it_is_clean_and_resumes_to_the_same_bits(tmp_path: Path, cache_dir: Path) -> None:
+    phases = [{"name": "all", "freeze": ["trunk@first:50%"], "steps": 6}]
+    changes = {"balance": "graddrop", "optim": {}, "phases": phases}
     for name in ("whole", "broken"):
         (tmp_path / name).mkdir()
     whole = run_whole(tmp_path / "whole", cache_dir, {**SHORT, **changes})

@@ -451,8 +451,8 @@ def test_a_memory_of_before_it_had_a_key_is_that_of_the_first_rows_it_is_used_fo
         ),
         ({"method": "modo", "on": "features"}, "balance.on: modo compares 2 batches of a step, of which features and"),
         ({"method": "sdmgrad", "on": {"layer": "trunk"}}, "balance.on: sdmgrad compares 3 batches of a step, of which"),
-        ({"method": "config", "on": "features"}, "balance.on: config makes a gradient .* per_sample: true"),
-        ({"method": "config", "on": {"layer": "trunk"}}, "balance.on: config makes a gradient of its own"),
+        ({"method": "graddrop", "on": "features"}, "balance.on: graddrop makes a gradient .* per_sample: true"),
+        ({"method": "graddrop", "on": {"layer": "trunk"}}, "balance.on: graddrop makes a gradient of its own"),
     ],
 )
 def test_mistakes_are_named(settings: dict[str, Any], message: str) -> None:

@@ -355,7 +355,7 @@ def test_gradients_of_features_give_the_weights_of_those_of_parameters(whole: St
     assert_near(found, reference, rtol=1e-3)
 
 
-@pytest.mark.parametrize("method", ["mgda", "config"])
+@pytest.mark.parametrize("method", ["mgda", "config", "graddrop"])
 def test_gradients_of_features_by_sample_are_one_vector(whole: Stand, method: str) -> None:
     found = whole.gradients(built(method, on="features", per_sample=True), [whole.batch(0)])
     features = whole.trainer.features(whole.batch(0), TASKS)
@@ -514,7 +514,7 @@ def cell(method: str, column: str) -> str:
     if column == "on: features":
         if not by_gradients:
             return "no gradients"
-        kinds = {"own": ("config", "graddrop", "trimmedmean"), "rows": ("dbmtl", "moco")}
+        kinds = {"own": ("graddrop", "trimmedmean"), "rows": ("dbmtl", "moco")}
         kinds["batches"] = (*NUM_BATCHES,)
         return next((kind for kind, methods in kinds.items() if method in methods), "equal")
     return "equal"

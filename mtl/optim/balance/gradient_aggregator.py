@@ -6,13 +6,13 @@ Sources and formulas are in the docstrings of `torchjd.aggregation`. Imported wh
 from __future__ import annotations
 
 from torch import Tensor
-from torchjd.aggregation import Aggregator, ConFIG, GradDrop, TrimmedMean
+from torchjd.aggregation import Aggregator, GradDrop, TrimmedMean
 
 from mtl.optim.balance.gradient_method import Combined, GradientMethod, TaskGradients
 from mtl.optim.balance.subset import narrowed, plain_attributes
 
 # By their name in a configuration: those that remember nothing from step to step.
-AGGREGATORS: dict[str, type[Aggregator]] = {"config": ConFIG, "graddrop": GradDrop, "trimmedmean": TrimmedMean}
+AGGREGATORS: dict[str, type[Aggregator]] = {"graddrop": GradDrop, "trimmedmean": TrimmedMean}
 
 
 class GradientAggregator(GradientMethod):

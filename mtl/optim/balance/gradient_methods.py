@@ -14,6 +14,7 @@ import torch
 from torchjd.aggregation import MoDoWeighting, SDMGradWeighting
 
 from mtl.config import SettingError
+from mtl.optim.balance.conflict_free import ConFig
 from mtl.optim.balance.crmogm import CrMogm
 from mtl.optim.balance.dbmtl import DbMtl
 from mtl.optim.balance.excessmtl import ExcessMtl
@@ -35,6 +36,7 @@ from mtl.runtime.text import hint
 
 # Made of the number of tasks and their options.
 _OURS: Mapping[str, Callable[..., GradientMethod]] = {
+    "config": ConFig,
     "dbmtl": DbMtl,
     "excessmtl": ExcessMtl,
     "gradnorm": GradNorm,

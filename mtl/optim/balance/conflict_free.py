@@ -1,0 +1,47 @@
+"""ConFIG: the direction in which all tasks' gradients have the same share."""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+
+import torch
+
+from mtl.optim.balance.gradient_method import Combined, GradientMethod, TaskGradients
+
+
+class ConFig(GradientMethod):
+    """Liu et al., "ConFIG: Towards Conflict-free Training of Physics Informed Neural Networks" (arXiv 2408.11104).
+
+    With u_i = g_i / |g_i|, the rows of U, and preferences p_i: the direction is d = U^+ p / |U^+ p|, and the shared
+    parameters get (sum_i g_i . d) d (equation 2). As U^+ p = U^T (U U^T)^+ p, that is a sum of the g_i with weights
+    which the Gramian gives; so it is computed here, in float64.
+
+    TorchJD's `ConFIG` and the authors' own code take the pseudo-inverse of U itself, whose small singular values torch
+    drops: those below max(t, n) eps of the largest, for t tasks and n entries. In float32 that bound grows beyond 1 at
+    8.4 million entries, from where on the gradient is zero; before, directions that gradients do not share are lost.
+    Here the bound is t eps.
+    """
+
+    def __init__(self, num_tasks: int, pref_vector: Sequence[float] | None = None) -> None:
+        """Args:
+        num_tasks: The number of tasks.
+        pref_vector: How large a share of each task's gradient is, up to a common factor; equal shares if not given.
+
+        Raises:
+            ValueError: It does not have an entry for each task.
+        """
+        if pref_vector is not None and len(pref_vector) != num_tasks:
+            raise ValueError(f"expected pref_vector with an entry for each of {num_tasks} tasks, got {pref_vector}")
+        self._shares = torch.tensor(pref_vector or [1.0] * num_tasks, dtype=torch.float64)
+
+    def _combine(self, gradients: TaskGradients) -> Combined:
+        products = gradients.products
+        norms = products.diagonal().sqrt()
+        cosines = products / (norms[:, None] * norms)
+        # Its eigenvalues are the squares of the singular values of U.
+        smallest = (len(norms) * torch.finfo(torch.float32).eps) ** 2
+        found = torch.linalg.pinv(cosines, rtol=smallest, hermitian=True) @ self._shares[list(gradients.tasks.places)]
+        length = (found @ cosines @ found).clamp(min=0).sqrt()
+        # Preferences may be such that no direction has these shares: then there is none, as in TorchJD.
+        direction = torch.where(length > 0, found / length, 0.0) / norms
+        return Combined(weights=((products @ direction).sum() * direction).float())
