@@ -7,7 +7,7 @@ Afterwards one process can make the plain checkpoint of it that one process woul
 from __future__ import annotations
 
 import shutil
-from collections.abc import Collection, Mapping, Sequence
+from collections.abc import Collection, Mapping
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -42,7 +42,7 @@ from mtl.checkpoint.tensor_file import (
 )
 from mtl.distributed.world import World
 from mtl.runtime.files import sync
-from mtl.runtime.tensors import is_sharded, local
+from mtl.runtime.tensors import is_sharded, local, shard_offsets
 
 
 @dataclass(frozen=True)
@@ -88,7 +88,7 @@ def collect_shards(
     digests = {
         f"{kind}/{shard_file(world.rank)}": digest
         for kind, each in mine.items()
-        if (digest := shards_digest((name, _offsets(tensor), local(tensor)) for name, tensor in each.items()))
+        if (digest := shards_digest((name, shard_offsets(tensor), local(tensor)) for name, tensor in each.items()))
     }
     every: list[Any] = [None] * world.size
     dist.all_gather_object(every, digests)
@@ -128,16 +128,6 @@ def _of_this_process(tensors: Mapping[str, Tensor], world: World) -> dict[str, T
     sharded = {name: tensor for name, tensor in tensors.items() if is_sharded(tensor)}
     plain = {name: tensor for name, tensor in tensors.items() if not is_sharded(tensor)} if world.is_main else {}
     return sharded | apart(plain)
-
-
-def _offsets(tensor: Tensor) -> Sequence[int]:
-    """Where in a tensor this process's shard begins."""
-    sharded: Any = tensor
-    if not is_sharded(tensor):
-        return [0] * tensor.ndim
-    from torch.distributed.tensor._utils import compute_local_shape_and_global_offset
-
-    return compute_local_shape_and_global_offset(tensor.shape, sharded.device_mesh, sharded.placements)[1]
 
 
 def write_plain(checkpoint: Path, folder: Path) -> None:

@@ -17,8 +17,8 @@ class DistributedConfig(Strict):
         strategy: `ddp`: every process holds the whole model, and gradients are averaged. `fsdp2`: parameters,
             gradients, optimizer state and averages are sharded over the processes, and parameters are gathered block by
             block for the forward and backward; each process first builds the whole model. With `fsdp2`, features are
-            not kept, the tasks' gradients are not compared, and `compile`, `precision: fp16`, `memory_format:
-            channels_last` and methods that balance gradients are refused.
+            not kept, the tasks' gradients are not analysed, and `compile`, `precision: fp16`, `memory_format:
+            channels_last` and balancing methods that need whole gradients (`mtl.TaskWeights`) are refused.
         sync_batchnorm: Whether a trainable BatchNorm takes its statistics over the images of all processes, for two
             messages per layer; if not, over each process's own images. Refused with `compile`.
         checkpoint: How `fsdp2` writes checkpoints. `plain`: rank 0 gathers everything and writes what one process alone

@@ -174,11 +174,15 @@ class World:
 
     def mean(self, tensor: Tensor) -> Tensor:
         """The mean of a small tensor over the processes, detached."""
+        return tensor.detach() if self.is_alone else self.sum(tensor) / self.size
+
+    def sum(self, tensor: Tensor) -> Tensor:
+        """The sum of a small tensor over the processes, detached."""
         if self.is_alone:
             return tensor.detach()
         total = tensor.detach().clone()
         dist.all_reduce(total)
-        return total / self.size
+        return total
 
     def global_losses(self, losses: Tensor) -> Tensor:
         """The means of losses over the processes, with the gradient of this process's own.

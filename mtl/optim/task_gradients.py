@@ -13,6 +13,7 @@ from einops import rearrange
 from torch import Tensor, nn
 
 from mtl.patterns.module_tree import depth_groups
+from mtl.runtime.tensors import local
 from mtl.runtime.text import condense
 
 # 8 MB a task as float64.
@@ -177,24 +178,51 @@ def loss_gradients(loss: Tensor, parameters: Sequence[Tensor]) -> Sequence[Tenso
     return torch.autograd.grad(loss, parameters, retain_graph=True, allow_unused=True)
 
 
-def inner_products(rows: Tensor) -> Tensor:
-    """The Gramian of rows "t n": "t t", float64, in which squares of gradients neither overflow nor vanish.
+def sharded_gradients(
+    outputs: Sequence[Tensor], tensors: Sequence[Tensor], given: Sequence[Tensor] | None = None
+) -> list[Tensor | None]:
+    """As `torch.autograd.grad` where parameters are sharded (FSDP): averaged over ranks, this rank's shards of them.
+
+    FSDP gathers parameters, and spreads their gradients, in hooks that only a whole backward calls. Every rank has to
+    call this, in the same order, for outputs whose graphs have the same parameters on each. No `.grad` is set before
+    or after it. The graph is kept.
+
+    Args:
+        outputs: Scalars, or tensors with a gradient of each in `given`.
+        tensors: All leaves of the graph: sharded parameters, and others.
+        given: The gradients of the outputs.
+
+    Returns:
+        For each of the tensors its gradient; None where no output depends on it.
+    """
+    if not any(output.requires_grad for output in outputs):
+        return [None] * len(tensors)
+    torch.autograd.backward(outputs, given, retain_graph=True)
+    found = [None if each.grad is None else local(each.grad) for each in tensors]
+    for each in tensors:
+        each.grad = None
+    return found
+
+
+def inner_products(rows: Tensor, others: Tensor | None = None) -> Tensor:
+    """The products of rows "t n" with each other, or with others: "t t", float64, where squares do not vanish.
 
     Columns are converted in parts, since float64 takes twice the memory.
     """
     total = rows.new_zeros(len(rows), len(rows), dtype=torch.float64)
-    for part in torch.split(rows, _MOST_COLUMNS, dim=1):
+    parts = [torch.split(each, _MOST_COLUMNS, dim=1) for each in (rows, rows if others is None else others)]
+    for part, other in zip(*parts, strict=True):
         exact = part.double()
-        total += exact @ exact.T
+        total += exact @ (exact if others is None else other.double()).T
     return total
 
 
-def row_norms(rows: Tensor) -> Tensor:
-    """The Euclidean norms of rows "t n": "t", float64."""
+def row_squares(rows: Tensor) -> Tensor:
+    """The squares of the Euclidean norms of rows "t n": "t", float64."""
     total = rows.new_zeros(len(rows), dtype=torch.float64)
     for part in torch.split(rows, _MOST_COLUMNS, dim=1):
         total += part.double().square().sum(dim=1)
-    return total.sqrt()
+    return total
 
 
 def _products(parameter: nn.Parameter, gradients: Sequence[Tensor | None]) -> Tensor:

@@ -55,6 +55,36 @@ def shard_like(model: Tensor, tensor: Tensor) -> Tensor:
     return distribute_tensor(given, sharded.device_mesh, sharded.placements, src_data_rank=None)
 
 
+def shard_offsets(tensor: Tensor) -> Sequence[int]:
+    """Where in a tensor this process's shard begins, for each axis; zeros if it is not sharded."""
+    sharded: Any = tensor
+    if not is_sharded(tensor):
+        return [0] * tensor.ndim
+    from torch.distributed.tensor._utils import compute_local_shape_and_global_offset
+
+    return compute_local_shape_and_global_offset(tensor.shape, sharded.device_mesh, sharded.placements)[1]
+
+
+def sharded_as(model: Tensor, here: Tensor, num_leading: int = 0) -> Tensor:
+    """A sharded tensor of which this process has a shard; nothing is sent.
+
+    Args:
+        model: Is sharded in the same way, on its first axis.
+        here: The shard, "... *s" for the shape s of the model's own.
+        num_leading: How many axes it has before those of the model, which are not sharded.
+    """
+    from torch.distributed.tensor import DTensor, Shard
+
+    sharded: Any = model
+    shape = torch.Size([*here.shape[:num_leading], *model.shape])
+    stride = torch.empty(shape, device="meta").stride()
+    placements = [Shard(num_leading)] * sharded.device_mesh.ndim
+    found: Tensor = DTensor.from_local(
+        here.contiguous(), sharded.device_mesh, placements, run_check=False, shape=shape, stride=stride
+    )
+    return found
+
+
 def by_sharding(tensors: Sequence[Tensor]) -> list[list[int]]:
     """The places of sharded tensors, and those of others: torch takes no list of both."""
     sharded = [place for place, tensor in enumerate(tensors) if is_sharded(tensor)]

@@ -18,7 +18,6 @@ from mtl.freeze import free_norm_statistics
 from mtl.model import set_output_bias
 from mtl.model.init_from import NOTHING, InitialWeights, Taken, read_initial_weights
 from mtl.model.teachers import load_teachers
-from mtl.optim.balance.build import is_by_gradients
 from mtl.optim.optimizers import try_out
 from mtl.phases.data_source import open_source
 from mtl.phases.plan import Plan, make_plan
@@ -229,6 +228,12 @@ def _check_processes(model_setup: ModelSetup, world: World) -> None:
                 place,
                 f"expected batches of {least} images or more for {world.size} processes{why}, got {phase.batch_size}",
             )
+        method = phase.balance.by_gradients
+        if config.distributed.strategy == "fsdp2" and method is not None and method.needs_whole_rows:
+            key = (*(written.path if written.config.balance else ()), "balance", "method")
+            why = "no process has the whole gradients, which weights(losses, rows) is given"
+            expected = "a Weighting of torchjd.aggregation, which is given their products"
+            raise config.mistake(key, f"with distributed.strategy=fsdp2 {why}; expected {expected}, got {method.name}")
         if phase.balance.per_sample and not phase.config.evaluate_only:
             key = (*(written.path if written.config.balance else ()), "balance", "per_sample")
             why = "each process has features of other images"
@@ -263,12 +268,6 @@ def _check_fsdp(config: RunConfig, world: World) -> tuple[str, ...]:
     ):
         if got in ("channels_last", "fp16", True):
             raise config.mistake((key,), f"with distributed.strategy=fsdp2 {why}; expected {expected}, got {got}")
-    for written in config.written_phases:
-        own = written.config.balance
-        method, place = (own or config.balance).method, (*(written.path if own else ()), "balance", "method")
-        if is_by_gradients(method):
-            why = "gradients of single tasks are not brought together over the shards; it is not implemented"
-            raise config.mistake(place, f"with distributed.strategy=fsdp2 {why}; expected a scalarizer, got {method}")
     return ("channels_last", "fp16")
 
 

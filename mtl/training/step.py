@@ -13,9 +13,10 @@ from torch.amp import GradScaler
 from mtl.data import Batch
 from mtl.distributed.world import ALONE, World
 from mtl.model.trunk import Features, features_from
-from mtl.optim.balance.gradient_balance import Shared, StepGradients
+from mtl.optim.balance.gradient_balance import Shared, StepGradients, rejoined
 from mtl.phases.resolve import Phase
 from mtl.runtime.rng import torch_seeded
+from mtl.runtime.tensors import is_sharded
 from mtl.training.features import FeatureSource
 from mtl.training.setup import RunSetup
 from mtl.training.step_sync import StepTasks
@@ -84,6 +85,8 @@ class StepLosses:
                 losses = losses.detach()
                 shared = self._shared_by_tasks(phase, features, leaves)
                 total = self._by_gradients(phase, tasks, each, share, losses, shared, is_last)
+                if shared.leaves:
+                    each = [rejoined(loss, shared.leaves, shared.features) for loss in each]
             else:
                 total = phase.balance(losses, tasks.subset)
         return total if zero is None else total + zero, losses, each
@@ -129,15 +132,18 @@ class StepLosses:
         trunk = {n: p for n, p in self._setup.model.trunk.named_parameters() if p.requires_grad}
         of_trunk = {id(parameter) for parameter in trunk.values()}
         others = [p for p in root.parameters() if p.requires_grad and id(p) not in of_trunk]
+        are_sharded = any(is_sharded(parameter) for parameter in (*trunk.values(), *others))
         if features is None or leaves is None:
-            return Shared(parameters=list(trunk.values()), others=others, names=list(trunk))
+            return Shared(parameters=list(trunk.values()), others=others, names=list(trunk), are_sharded=are_sharded)
         return Shared(
             features=[each for each in features.tensors() if each.requires_grad],
             leaves=[each for each in leaves.tensors() if each.requires_grad],
             layer=[root.get_parameter(name) for name in phase.looks_at],
             per_sample=phase.balance.per_sample,
+            trunk=list(trunk.values()),
             others=others,
             names=phase.looks_at,
+            are_sharded=are_sharded,
         )
 
 

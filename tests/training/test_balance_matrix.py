@@ -27,7 +27,6 @@ from distributed_runs import command, finish, surroundings
 from mtl.config import ConfigError, SettingError, load_config
 from mtl.config.optim import BalanceConfig
 from mtl.data import Batch
-from mtl.distributed.world import World
 from mtl.model.trunk import Features, features_from
 from mtl.optim.balance.balance import Balance
 from mtl.optim.balance.build import build_balance, is_by_gradients, scalarizers
@@ -78,7 +77,6 @@ NOTES = {
     "own": "refused: it makes a gradient of its own, which features take with `per_sample: true` only",
     "rows": "refused: it makes a gradient of those of earlier steps, which are of other images",
     "batches": "refused: it compares several batches of a step, of which features take one",
-    "sharded": "refused: gradients of single tasks are not brought together over shards; it is not implemented",
 }
 
 
@@ -406,20 +404,6 @@ def test_a_layer_that_is_frozen_or_not_there_is_refused(tmp_path: Path) -> None:
             assemble(load_config(file), quiet=True)
 
 
-@pytest.mark.parametrize("method", METHODS)
-def test_a_sharded_model_takes_scalarizers_only(tmp_path: Path, method: str) -> None:
-    phases = [{"name": "a", "steps": 1, "balance": balance_config(method)}]
-    config = load_config(tiny_config(tmp_path, phases=phases), ["distributed.strategy=fsdp2"])
-    world = World(0, 2, 0)
-    from mtl.training.setup import _check_fsdp
-
-    if cell(method, "fsdp2") == "equal":
-        assert _check_fsdp(config, world)
-        return
-    with pytest.raises(ConfigError, match=r"gradients of single tasks are not brought together .* not implemented"):
-        _check_fsdp(config, world)
-
-
 # Until weights are others than those a method begins with: two passes of three batches, a step after the first losses.
 NUM_STEPS = {"dwa": 7, "gradnorm": 3}
 
@@ -451,11 +435,12 @@ GROUPS = [("one", 1), ("modo", 2), ("sdmgrad", 3)]
 
 
 @pytest.mark.slow
-@pytest.mark.parametrize(("group", "accumulate"), [*GROUPS, ("fsdp2", 1)])
-def test_two_processes_take_the_steps_of_one(tmp_path: Path, cache_dir: Path, group: str, accumulate: int) -> None:
+@pytest.mark.parametrize("strategy", ["ddp", "fsdp2"])
+@pytest.mark.parametrize(("group", "accumulate"), GROUPS)
+def test_two_processes_take_the_steps_of_one(
+    tmp_path: Path, cache_dir: Path, group: str, accumulate: int, strategy: str
+) -> None:
     methods = [method for method in METHODS if method not in NUM_BATCHES] if group == "one" else [group]
-    if group == "fsdp2":
-        methods = [method for method in METHODS if method not in BY_GRADIENTS]
     changes = SMALL | LAYERS | {"freeze_always": ["type:BatchNorm2d"], "optim": {"accumulate": accumulate}}
     changes["phases"] = phases_of(methods, 2)
     for name in ("one", "two"):
@@ -464,8 +449,7 @@ def test_two_processes_take_the_steps_of_one(tmp_path: Path, cache_dir: Path, gr
     # Adam makes of the rounding of two losses that are nearly equal a whole step of FAMO's weights.
     start = {n: p.detach().clone() for n, p in parts.root.named_parameters() if not n.startswith("balance.")}
     one = train(parts, quiet=True).run_dir
-    sharded = ["distributed.strategy=fsdp2"] if group == "fsdp2" else []
-    started = command(2, tmp_path / "two", *sharded, **changes)
+    started = command(2, tmp_path / "two", f"distributed.strategy={strategy}", **changes)
     code, said = finish(started, surroundings(cache_dir, folder=tmp_path / "two"))
     assert code == 0, said[-4000:]
     expected, found = grad_norms(one), grad_norms(tmp_path / "two/runs/tiny")
@@ -509,8 +493,6 @@ def cell(method: str, column: str) -> str:
     by_gradients = method in BY_GRADIENTS
     if column == "accumulated":
         return "by batch" if method in BY_BATCH else str(NUM_BATCHES.get(method, "equal"))
-    if column == "fsdp2":
-        return "sharded" if by_gradients else "equal"
     if column == "on: features":
         if not by_gradients:
             return "no gradients"

@@ -219,8 +219,9 @@ def test_weights_follow_the_gradients_and_differ_from_task_to_task(
         assert sum(weights) == pytest.approx(1) and min(weights) >= 0 and len({*weights}) == 4
 
 
+@pytest.mark.parametrize("on", [[], ["balance.on=features"]], ids=["parameters", "features"])
 def test_no_graph_of_a_step_is_there_in_the_forward_of_the_next(
-    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, on: list[str]
 ) -> None:
     losses: list[weakref.ref[torch.Tensor]] = []
     alive: list[int] = []
@@ -233,8 +234,23 @@ def test_no_graph_of_a_step_is_there_in_the_forward_of_the_next(
         return found
 
     monkeypatch.setattr(StepLosses, "each_loss", each_loss)
-    train(tiny_parts(tmp_path, "balance=mgda", phases=[{"name": "all", "steps": 4}]), quiet=True)
+    train(tiny_parts(tmp_path, "balance.method=mgda", *on, phases=[{"name": "all", "steps": 4}]), quiet=True)
     assert alive == [0] * 4
+
+
+@pytest.mark.parametrize("on", ["features", {"layer": "trunk.layer4"}])
+def test_gradients_are_analysed_through_features_as_well(
+    tmp_path: Path, on: Any, caplog: pytest.LogCaptureFixture
+) -> None:
+    """In the first step, whose weights are those that every run begins with."""
+    found = []
+    for name, balance in (("sum", {"method": "sum"}), ("cut", {"method": "mgda", "on": on})):
+        phases = [{"name": "all", "freeze": HALF, "steps": 2, "balance": balance}]
+        run_dir = train(tiny_parts(tmp_path, f"name={name}", phases=phases), quiet=True).run_dir
+        rows = [row for row in read_metrics(run_dir) if "grad/conflict_share" in row]
+        found.append({key: value for key, value in rows[0].items() if key.startswith("grad/")})
+    assert found[0] == pytest.approx(found[1], rel=1e-5) and found[1]["grad/norm/depth"] > 0
+    assert not [record for record in caplog.records if "no task's loss reaches" in record.getMessage()]
 
 
 # Losses that are not finite
@@ -294,18 +310,6 @@ def test_accumulation_that_a_method_cannot_have_is_refused(
     file = tiny_config(tmp_path, balance=balance, optim={"accumulate": accumulate})
     with pytest.raises(ConfigError, match=rf"(tiny\.yaml:\d+|default): optim\.accumulate: {message}"):
         build_meta_setup(load_config(file))
-
-
-@pytest.mark.parametrize("of_phase", [False, True])
-def test_a_sharded_model_is_refused(tmp_path: Path, of_phase: bool) -> None:
-    phases = [{"name": "a", "epochs": 1, **({"balance": "mgda"} if of_phase else {})}]
-    file = tiny_config(tmp_path, balance="mean" if of_phase else "mgda", phases=phases)
-    config = load_config(file, ["distributed.strategy=fsdp2"])
-    key = r"phases\.(0|a)\.balance\.method" if of_phase else r"balance\.method"
-    with pytest.raises(
-        ConfigError, match=rf"{key}: with distributed\.strategy=fsdp2 .* expected a scalarizer, got mgda"
-    ):
-        assemble(config, quiet=True, world=World(0, 2, 0))
 
 
 @pytest.mark.parametrize(

@@ -226,10 +226,20 @@ def test_the_configuration_in_the_documentation_trains(
 
 @pytest.mark.slow
 @pytest.mark.parametrize(
-    ("mix", "balance"),
-    [("round_robin", "uw"), ("round_robin", "mgda"), ("round_robin", "dwa"), ("proportional", "famo")],
+    ("mix", "balance", "strategy"),
+    [
+        ("round_robin", "uw", "ddp"),
+        ("round_robin", "mgda", "ddp"),
+        ("round_robin", "dwa", "ddp"),
+        ("proportional", "famo", "ddp"),
+        ("round_robin", "dbmtl", "fsdp2"),
+        ("proportional", "mgda", "fsdp2"),
+        ("proportional", "graddrop", "fsdp2"),
+    ],
 )
-def test_two_processes_train_what_one_does(tmp_path: Path, cache_dir: Path, mix: str, balance: str) -> None:
+def test_two_processes_train_what_one_does(
+    tmp_path: Path, cache_dir: Path, mix: str, balance: str, strategy: str
+) -> None:
     """In turn, each step lacks the labels of one task; in mixed batches of two images, often one rank does."""
     phases = [
         {"name": "a", "freeze": ["trunk"], "epochs": 1},
@@ -239,7 +249,8 @@ def test_two_processes_train_what_one_does(tmp_path: Path, cache_dir: Path, mix:
     changes = settings(phases=phases, balance=balance, freeze_always=["type:BatchNorm2d"], **own)
     one = run_whole(tmp_path / "one", cache_dir, changes)
     (tmp_path / "two").mkdir()
-    code, said = finish(command(2, tmp_path / "two", **changes), surroundings(cache_dir, folder=tmp_path / "two"))
+    started = command(2, tmp_path / "two", f"distributed.strategy={strategy}", **changes)
+    code, said = finish(started, surroundings(cache_dir, folder=tmp_path / "two"))
     assert code == 0, said[-4000:]
     two = tmp_path / "two/runs/tiny"
     rows = [[row for row in read_metrics(run) if "train/loss" in row] for run in (one, two)]

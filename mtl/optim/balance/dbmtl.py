@@ -4,7 +4,6 @@ from __future__ import annotations
 
 from mtl.optim.balance.gradient_method import Combined, TaskGradients
 from mtl.optim.balance.task_memory import RememberingMethod
-from mtl.optim.task_gradients import row_norms
 
 _EPS = 1e-8
 
@@ -45,6 +44,6 @@ class DbMtl(RememberingMethod):
         kept = self.beta / self._memory.count(tasks, factors) ** self.sigma
         smooth = before * kept[:, None] + rows * ((1 - kept) * factors)[:, None]
         self._memory.write("mean", tasks, smooth)
-        norms = row_norms(smooth)
+        norms = gradients.norms_of(smooth)
         scales = norms.max() / (norms + _EPS)
         return Combined(gradient=scales.to(smooth) @ smooth, head_weights=factors)

@@ -52,7 +52,7 @@ class ExcessMtl(RememberingMethod):
         squares = rows.square()
         sums = memory.read("squares", tasks, rows) + squares
         memory.write("squares", tasks, sums)
-        excess = (squares / torch.sqrt(sums + _EPS)).sum(dim=1)
+        excess = gradients.total((squares / torch.sqrt(sums + _EPS)).sum(dim=1))
         counts = memory.count(tasks, excess)
         baseline = memory.read("baseline", tasks, excess)
         num = max(1, self.n_warmup_steps)

@@ -13,9 +13,11 @@ from torch.autograd.function import once_differentiable
 
 from mtl.distributed.world import World
 from mtl.optim.balance.gradient_method import GradientMethod, TaskGradients
+from mtl.optim.balance.row_shards import RowShards
 from mtl.optim.balance.subset import Subset
-from mtl.optim.task_gradients import loss_gradients
+from mtl.optim.task_gradients import loss_gradients, sharded_gradients
 from mtl.runtime.fingerprint import fingerprint_of_json
+from mtl.runtime.tensors import is_sharded, local, sharded_as
 
 
 @dataclass
@@ -32,8 +34,10 @@ class Shared:
             image they bound those of the parameters, of which they are no more: with J the trunk's Jacobian and z_i the
             gradients of the features, |J^T sum w_i z_i| <= |J| |sum w_i z_i| for any weights, which is why MGDA-UB
             (Sener and Koltun, arXiv 1810.04650, equation 4) may minimise the latter. Summed they bound nothing.
+        trunk: All trainable parameters of the trunk, if a layer is compared.
         others: All trainable parameters that get the gradients of the losses themselves, usually each of one task.
         names: The names of the parameters whose gradients are compared; of features, none.
+        are_sharded: Whether all these parameters are sharded over the ranks (FSDP).
     """
 
     parameters: Sequence[nn.Parameter] = ()
@@ -41,8 +45,10 @@ class Shared:
     leaves: Sequence[Tensor] = ()
     layer: Sequence[nn.Parameter] = ()
     per_sample: bool = False
+    trunk: Sequence[nn.Parameter] = ()
     others: Sequence[nn.Parameter] = ()
     names: Sequence[str] = ()
+    are_sharded: bool = False
 
     @property
     def rows_of(self) -> str:
@@ -56,6 +62,11 @@ class Shared:
         """The tensors that get the gradient which the method makes."""
         return [*self.parameters, *self.features]
 
+    def shards(self, world: World) -> RowShards | None:
+        """How the rows that a method sees are split over the ranks, if they are."""
+        compared = self.layer or self.parameters
+        return RowShards(world, compared) if self.are_sharded and compared else None
+
 
 @dataclass
 class StepGradients:
@@ -67,7 +78,8 @@ class StepGradients:
     One backward per task runs in `add`: to the parameters that the tasks share; with features, only to these, and the
     trunk has one backward, that of the returned loss. That loss passes known gradients to tensors and their hooks, such
     as DDP's. Memory: one gradient of what is shared for each task, and a few more; for each task and batch, if the
-    method compares batches. The graphs are kept.
+    method compares batches. The graphs are kept. Where parameters are sharded (FSDP), so are all these gradients; the
+    parameters are gathered for the backward of each task, which for a layer goes through the whole trunk.
 
     Attributes:
         world: The ranks.
@@ -100,17 +112,19 @@ class StepGradients:
         others: list[list[Tensor | None]] = []
         for row, loss in zip(rows, losses, strict=True):
             inputs = [*shared.parameters, *shared.leaves, *shared.others]
-            found = list(loss_gradients(self.scaler.scale(loss), inputs))
+            scaled = self.scaler.scale(loss)
+            found = sharded_gradients([scaled], inputs) if shared.are_sharded else list(loss_gradients(scaled, inputs))
             if scale is not None:
                 found = [each if each is None else each / scale for each in found]
             mine, own = found[: len(balanced)], found[len(balanced) :]
             reached = [before or now is not None for before, now in zip(reached, mine, strict=True)]
             others.append(own)
             _fill_row(row, mine, balanced)
-            if shared.parameters and not self.world.is_alone:
+            if shared.parameters and not (self.world.is_alone or shared.are_sharded):
                 row.copy_(self.world.mean(row))
             elif shared.layer:
-                seen.append(self.world.mean(_row_of_layer(mine, shared)))
+                of_layer = _row_of_layer(mine, shared)
+                seen.append(of_layer if shared.are_sharded else self.world.mean(of_layer))
             elif shared.features and not shared.per_sample:
                 seen.append(self.world.mean(_summed(mine, balanced)))
         self._losses.append(values)
@@ -145,11 +159,12 @@ class StepGradients:
         if num > 1:
             rows = rows / num
         losses = self._losses[0] if num == 1 else torch.stack(self._losses).mean(dim=0)
-        combined = method.combine(TaskGradients(rows, losses, batches, subset, shared.rows_of))
+        gradients = TaskGradients(rows, losses, batches, subset, shared.rows_of, shared.shards(self.world))
+        combined = method.combine(gradients)
         total = combined.of(rows if self._full is None else self._full)
         if num > 1:
             total = total * num
-        parts = torch.split(total, [each.numel() for each in shared.balanced])
+        parts = torch.split(total, _sizes(shared.balanced))
         known = [
             _like(each, part) if is_reached else None
             for each, part, is_reached in zip(shared.balanced, parts, self._is_reached, strict=True)
@@ -168,11 +183,16 @@ class StepGradients:
 def _new_rows(num: int, tensors: Sequence[Tensor]) -> Tensor:
     """Room for rows with an entry for each element, float32 or wider."""
     dtype = torch.promote_types(tensors[0].dtype, torch.float32)
-    return tensors[0].new_empty(num, sum(each.numel() for each in tensors), dtype=dtype)
+    return local(tensors[0]).new_empty(num, sum(_sizes(tensors)), dtype=dtype)
+
+
+def _sizes(tensors: Sequence[Tensor]) -> list[int]:
+    """How many entries each has here: of a sharded one, those of this rank."""
+    return [local(each).numel() for each in tensors]
 
 
 def _fill_row(row: Tensor, gradients: Sequence[Tensor | None], tensors: Sequence[Tensor]) -> Tensor:
-    for part, gradient in zip(torch.split(row, [each.numel() for each in tensors]), gradients, strict=True):
+    for part, gradient in zip(torch.split(row, _sizes(tensors)), gradients, strict=True):
         if gradient is None:
             part.zero_()
         else:
@@ -183,9 +203,13 @@ def _fill_row(row: Tensor, gradients: Sequence[Tensor | None], tensors: Sequence
 def _row_of_layer(gradients: Sequence[Tensor | None], shared: Shared) -> Tensor:
     """The gradient of a layer's parameters, from those of the features."""
     known = [(f, g) for f, g in zip(shared.features, gradients, strict=True) if g is not None]
-    found = torch.autograd.grad(
-        [f for f, _ in known], shared.layer, [g for _, g in known], retain_graph=True, allow_unused=True
-    )
+    features, given = [f for f, _ in known], [g for _, g in known]
+    found: Sequence[Tensor | None]
+    if shared.are_sharded:
+        by_parameter = dict(zip(shared.trunk, sharded_gradients(features, shared.trunk, given), strict=True))
+        found = [by_parameter[parameter] for parameter in shared.layer]
+    else:
+        found = torch.autograd.grad(features, shared.layer, given, retain_graph=True, allow_unused=True)
     return _fill_row(_new_rows(1, shared.layer)[0], found, shared.layer)
 
 
@@ -208,15 +232,43 @@ def _sum(one: Tensor | None, other: Tensor | None) -> Tensor | None:
 
 def _like(tensor: Tensor, flat: Tensor) -> Tensor:
     """In the tensor's layout, as DDP expects of a gradient; of features in half precision in the row's type."""
-    return torch.empty_like(tensor, dtype=flat.dtype).copy_(flat.view(tensor.shape))
+    here = local(tensor.detach())
+    return torch.empty_like(here, dtype=flat.dtype).copy_(flat.view(here.shape))
+
+
+def rejoined(loss: Tensor, leaves: Sequence[Tensor], features: Sequence[Tensor]) -> Tensor:
+    """A loss that was made of leaves, as if of the features that they are copies of: its graph goes on to the trunk.
+
+    Nothing is computed unless its gradient is asked for. Its backward keeps the graph of the loss.
+    """
+    loss_of: Any = _Rejoined.apply
+    # In a list: a tensor among the inputs would have its own backward called.
+    joined: Tensor = loss_of([loss], leaves, *features)
+    return joined
+
+
+class _Rejoined(torch.autograd.Function):
+    """A loss whose gradients on the features are those on the leaves."""
+
+    @staticmethod
+    def forward(ctx: Any, losses: list[Tensor], leaves: Sequence[Tensor], *_: Tensor) -> Tensor:
+        ctx.losses, ctx.leaves = losses, leaves
+        return losses[0].detach().clone()
+
+    @staticmethod
+    @once_differentiable
+    def backward(ctx: Any, factor: Tensor) -> Any:
+        found = torch.autograd.grad(ctx.losses, ctx.leaves, [factor], retain_graph=True, allow_unused=True)
+        return (None, None, *found)
 
 
 class _KnownGradients(torch.autograd.Function):
-    """A scalar whose gradients are given."""
+    """A scalar whose gradients are given; of sharded parameters those of this rank's shards."""
 
     @staticmethod
     def forward(ctx: Any, value: Tensor, gradients: list[Tensor], *tensors: Tensor) -> Tensor:
         ctx.gradients, ctx.dtypes = gradients, [each.dtype for each in tensors]
+        ctx.sharded = [each if is_sharded(each) else None for each in tensors]
         return value.clone()
 
     @staticmethod
@@ -226,4 +278,5 @@ class _KnownGradients(torch.autograd.Function):
         gradients, ctx.gradients = ctx.gradients, None
         # Scaled before it is rounded to half precision, in which it might vanish.
         scaled = ((factor * each).to(dtype) for each, dtype in zip(gradients, ctx.dtypes, strict=True))
-        return (None, None, *scaled)
+        pairs = zip(scaled, ctx.sharded, strict=True)
+        return (None, None, *(each if model is None else sharded_as(model, each) for each, model in pairs))

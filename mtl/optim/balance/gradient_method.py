@@ -12,9 +12,10 @@ import torch
 from torch import Tensor
 
 from mtl.config import SettingError
+from mtl.optim.balance.row_shards import RowShards
 from mtl.optim.balance.state import check_same_method
 from mtl.optim.balance.subset import Subset
-from mtl.optim.task_gradients import inner_products
+from mtl.optim.task_gradients import inner_products, row_squares
 
 # What a method may raise for options that do not fit each other or the number of tasks.
 OPTION_ERRORS = (TypeError, ValueError, RuntimeError, IndexError)
@@ -22,14 +23,18 @@ OPTION_ERRORS = (TypeError, ValueError, RuntimeError, IndexError)
 
 @dataclass(frozen=True)
 class TaskGradients:
-    """The tasks' gradients in a step, the same on all ranks.
+    """The tasks' gradients in a step: the same on all ranks, or this rank's shards of them.
+
+    Sums over entries are taken by its methods, which add up those of all shards.
 
     Attributes:
         rows: "t p", float32: the gradients of the tasks' losses on what they share; means over the step's batches.
+            Under FSDP the entries of this rank's shards, which may be none.
         losses: "t", the tasks' losses: means over the step's batches.
         batches: The rows of each batch of a step of several batches, for a method that asks for them; else none.
         subset: The tasks, if not all have labels in the step.
         rows_of: Identifies what the rows are gradients of, the same in every step, run and rank; "" if that is unknown.
+        shards: How rows are split over the ranks; None if each rank has them whole.
     """
 
     rows: Tensor
@@ -37,11 +42,36 @@ class TaskGradients:
     batches: tuple[Tensor, ...] = ()
     subset: Subset | None = None
     rows_of: str = ""
+    shards: RowShards | None = None
 
     @cached_property
     def products(self) -> Tensor:
         """The Gramian of the rows, "t t", float64, on the CPU; computed once."""
-        return inner_products(self.rows.detach()).cpu()
+        return self.products_of(self.rows.detach()).cpu()
+
+    @property
+    def norms(self) -> Tensor:
+        """The Euclidean norms of the rows, "t", float64."""
+        return self.norms_of(self.rows.detach())
+
+    def products_of(self, rows: Tensor, others: Tensor | None = None) -> Tensor:
+        """The products, "t t", float64, of rows that are split as these are, with each other or with others."""
+        return self.total(inner_products(rows, others))
+
+    def norms_of(self, rows: Tensor) -> Tensor:
+        """The Euclidean norms, "t", float64, of rows that are split as these are."""
+        return self.total(row_squares(rows)).sqrt()
+
+    def total(self, sums: Tensor) -> Tensor:
+        """Sums over the entries of whole rows, of those over the entries that are here."""
+        return sums if self.shards is None else self.shards.sum(sums)
+
+    def uniform(self) -> Tensor:
+        """A random number from 0 to 1 for each entry, "p", which does not depend on how many ranks there are."""
+        if self.shards is None:
+            return torch.rand_like(self.rows[0])
+        # Whole, as one process draws them: memory of one gradient that is not sharded.
+        return self.shards.here(torch.rand(self.shards.size, dtype=self.rows.dtype, device=self.rows.device))
 
     @property
     def tasks(self) -> Subset:
@@ -92,12 +122,14 @@ class GradientMethod(ABC):
     Attributes:
         weighs: Whether it gives weights. Others make a gradient of their own, of the whole rows.
         remembers_rows: Whether it keeps the rows of earlier steps, or something of their size.
+        needs_whole_rows: Whether it cannot do with the entries of one rank's shards, and sums over all.
         num_batches: How many batches, independent of each other, it compares in a step.
         least_tasks: Steps in which fewer tasks have a gradient than this are the sum of the gradients.
     """
 
     weighs: bool = True
     remembers_rows: bool = False
+    needs_whole_rows: bool = False
     num_batches: int = 1
     least_tasks: int = 2
 
@@ -139,7 +171,12 @@ class GradientMethod(ABC):
 
     def _sizes(self, gradients: TaskGradients) -> Tensor:
         """How large each task's gradient is, "t": 0 if it has none, not finite if an entry is not."""
-        return gradients.rows.detach().abs().amax(dim=1)
+        rows = gradients.rows.detach()
+        if gradients.shards is None:
+            return rows.abs().amax(dim=1)
+        # In float64 a sum of what is finite is finite; a shard may have no entries.
+        here = rows.abs().amax(dim=1) if rows.shape[1] else rows.new_zeros(len(rows))
+        return gradients.total(here.double())
 
     @property
     def name(self) -> str:

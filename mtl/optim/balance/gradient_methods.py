@@ -18,7 +18,7 @@ from mtl.optim.balance.conflict_free import ConFig
 from mtl.optim.balance.crmogm import CrMogm
 from mtl.optim.balance.dbmtl import DbMtl
 from mtl.optim.balance.excessmtl import ExcessMtl
-from mtl.optim.balance.gradient_aggregator import AGGREGATORS, GradientAggregator
+from mtl.optim.balance.graddrop import GradDrop
 from mtl.optim.balance.gradient_method import OPTION_ERRORS, GradientMethod, TaskGradients
 from mtl.optim.balance.gradient_weights import (
     gradient_methods,
@@ -32,6 +32,7 @@ from mtl.optim.balance.moco import MoCo
 from mtl.optim.balance.nashmtl import NashMtl
 from mtl.optim.balance.probe_then_fix import ProbeThenFix
 from mtl.optim.balance.torchjd_state import options_of, with_tensors
+from mtl.optim.balance.trimmed_mean import TrimmedMean
 from mtl.runtime.text import hint
 
 # Made of the number of tasks and their options.
@@ -39,10 +40,12 @@ _OURS: Mapping[str, Callable[..., GradientMethod]] = {
     "config": ConFig,
     "dbmtl": DbMtl,
     "excessmtl": ExcessMtl,
+    "graddrop": GradDrop,
     "gradnorm": GradNorm,
     "moco": MoCo,
     "nashmtl": NashMtl,
     "probe-then-fix": ProbeThenFix,
+    "trimmedmean": TrimmedMean,
 }
 _OF_BATCHES: Mapping[str, type[MoDoWeighting] | type[SDMGradWeighting]] = {
     "modo": MoDoWeighting,
@@ -52,7 +55,7 @@ _OF_BATCHES: Mapping[str, type[MoDoWeighting] | type[SDMGradWeighting]] = {
 
 def method_names() -> list[str]:
     """The names of all methods that look at gradients."""
-    return sorted({*gradient_methods(), *AGGREGATORS, *_OURS, *_OF_BATCHES, "crmogm"})
+    return sorted({*gradient_methods(), *_OURS, *_OF_BATCHES, "crmogm"})
 
 
 def method_options(method: str) -> dict[str, Any]:
@@ -61,16 +64,13 @@ def method_options(method: str) -> dict[str, Any]:
         found = options_of(_OURS[method])
     elif method in _OF_BATCHES:
         found = options_of(_OF_BATCHES[method])
-    elif method in AGGREGATORS:
-        found = options_of(AGGREGATORS[method])
     elif method == "crmogm":
         found = options_of(_make_crmogm)
     elif method == "mgda":
         found = weighting_options(method) | {"normalize": "none", "apply": "raw"}
     else:
         found = weighting_options(method) | ({"rescale": False} if method == "cagrad" else {})
-    # A function (`f` of GradDrop) is nothing that a configuration can give.
-    return {name: value for name, value in found.items() if name not in ("num_tasks", "f")}
+    return {name: value for name, value in found.items() if name != "num_tasks"}
 
 
 def build_gradient_method(method: str, options: Mapping[str, Any], num_tasks: int) -> GradientMethod:
@@ -104,8 +104,6 @@ def _make(method: str, options: Mapping[str, Any], num_tasks: int) -> GradientMe
         return _OURS[method](num_tasks, **own)
     if method in _OF_BATCHES:
         return IndependentBatches(_OF_BATCHES[method](**with_tensors(own)), num_tasks)
-    if method in AGGREGATORS:
-        return GradientAggregator(AGGREGATORS[method](**with_tensors(own)))
     if method == "crmogm":
         return _make_crmogm(num_tasks, **own)
     if method == "mgda" and own.keys() & {"normalize", "apply"}:

@@ -6,7 +6,6 @@ import torch
 
 from mtl.optim.balance.gradient_method import Combined, TaskGradients
 from mtl.optim.balance.task_memory import RememberingMethod
-from mtl.optim.task_gradients import row_norms
 
 _BETAS, _EPS = (0.9, 0.999), 1e-8
 
@@ -44,7 +43,7 @@ class GradNorm(RememberingMethod):
 
     def _combine(self, gradients: TaskGradients) -> Combined:
         tasks, memory = gradients.tasks, self._memory
-        norms = row_norms(gradients.rows).cpu()
+        norms = gradients.norms.cpu()
         losses = gradients.losses.double().cpu()
         count = memory.count(tasks, norms)
         total = memory.read("first_losses", tasks, norms)

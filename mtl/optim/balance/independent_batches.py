@@ -41,7 +41,7 @@ class IndependentBatches(GradientMethod):
         if len(batches) < self.num_batches:
             weights = self._last[list(tasks.places)]
             return Combined(weights=weights / weights.sum())
-        products = (batches[0].double() @ batches[1].double().T).cpu().float()
+        products = gradients.products_of(*batches[:2]).cpu().float()
         with narrowed(self._weighting, tasks):
             if len(products) < tasks.size:
                 self._normalise()

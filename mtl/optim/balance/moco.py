@@ -6,7 +6,6 @@ import torch
 
 from mtl.optim.balance.gradient_method import Combined, TaskGradients
 from mtl.optim.balance.task_memory import RememberingMethod
-from mtl.optim.task_gradients import inner_products, row_norms
 
 _EPS = 1e-8
 
@@ -56,12 +55,12 @@ class MoCo(RememberingMethod):
 
     def _combine(self, gradients: TaskGradients) -> Combined:
         tasks, rows, memory = gradients.tasks, gradients.rows, self._memory
-        sizes = gradients.losses.to(rows) / (row_norms(rows).to(rows) + _EPS)
+        sizes = gradients.losses.to(rows) / (gradients.norms.to(rows) + _EPS)
         before = memory.read("mean", tasks, rows)
         counts = memory.count(tasks, sizes)
         smooth = before + (self.beta / counts**self.beta_sigma)[:, None] * (rows * sizes[:, None] - before)
         memory.write("mean", tasks, smooth)
-        products = inner_products(smooth)
+        products = gradients.products_of(smooth)
         # Kept as the difference from its beginning, so that it begins with 1 / T.
         begun = torch.full_like(products[0], 1 / tasks.size)
         weights = memory.read("lambda", tasks, begun) + begun

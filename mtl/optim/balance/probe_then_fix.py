@@ -6,7 +6,6 @@ import torch
 
 from mtl.optim.balance.gradient_method import Combined, TaskGradients
 from mtl.optim.balance.task_memory import RememberingMethod
-from mtl.optim.task_gradients import row_norms
 
 
 class ProbeThenFix(RememberingMethod):
@@ -33,7 +32,7 @@ class ProbeThenFix(RememberingMethod):
 
     def _combine(self, gradients: TaskGradients) -> Combined:
         tasks, memory = gradients.tasks, self._memory
-        norms = row_norms(gradients.rows).cpu()
+        norms = gradients.norms.cpu()
         counts = memory.count(tasks, norms)
         total = memory.read("norms", tasks, norms)
         probes = counts <= self.probe_steps

@@ -8,19 +8,25 @@ from typing import Any
 from torch import Tensor
 
 from mtl.optim.balance.gradient_method import GradientMethod, TaskGradients
+from mtl.optim.balance.row_shards import RowShards, row_of
 from mtl.optim.balance.subset import Subset
+from mtl.runtime.tensors import is_sharded
 
 
 class TaskMemory:
     """Tensors whose first axis has an entry a task, by name.
 
-    Entries are zeros until they are written. Those of tasks that a step has not stay as they are.
+    Entries are zeros until they are written. Those of tasks that a step has not stay as they are. Of rows that are
+    split over ranks each has its own entries; the state has them by parameter, as sharded tensors.
     """
 
     def __init__(self, num_tasks: int) -> None:
         self._num_tasks = num_tasks
         self._values: dict[str, Tensor] = {}
         self._rows_of: str | None = None
+        self._shards: RowShards | None = None
+        # Whether its rows are whole, as a checkpoint has them.
+        self._are_whole = False
 
     def read(self, name: str, tasks: Subset, like: Tensor) -> Tensor:
         """The entries of some tasks, in the type, shape and device of `like`, whose first axis has one for each."""
@@ -52,19 +58,29 @@ class TaskMemory:
             gradients: Of the step.
             kept: Names of tensors that stay, since they do not depend on the rows.
         """
-        shape = gradients.rows.shape[1:]
-        is_as_long = all(held.shape[1:] == shape for held in self._values.values() if held.ndim > 1)
+        shards, self._shards = gradients.shards, gradients.shards
+        length = shards.size if shards is not None and self._are_whole else gradients.rows.shape[1]
+        rows = {name: held for name, held in self._values.items() if held.ndim > 1}
+        is_as_long = all(held.shape[1:] == (length,) for held in rows.values())
         # A checkpoint of before there was a key has none, and is taken to be of these rows.
         if not is_as_long or self._rows_of not in (None, gradients.rows_of):
             self._values = {name: held for name, held in self._values.items() if name in kept}
-        self._rows_of = gradients.rows_of
+        elif shards is not None and self._are_whole:
+            self._values |= {name: shards.here(held) for name, held in rows.items()}
+        self._are_whole, self._rows_of = False, gradients.rows_of
 
     def state(self) -> dict[str, Any]:
-        return dict(self._values) | ({} if self._rows_of is None else {"rows_of": self._rows_of})
+        values: dict[str, Any] = dict(self._values)
+        if self._shards is not None:
+            values |= {n: self._shards.by_parameter(held) for n, held in self._values.items() if held.ndim > 1}
+        return values | ({} if self._rows_of is None else {"rows_of": self._rows_of})
 
     def load_state(self, state: Mapping[str, Any]) -> None:
         self._rows_of = state.get("rows_of")
-        self._values = {name: value.clone() for name, value in state.items() if name != "rows_of"}
+        values = {name: value for name, value in state.items() if name != "rows_of"}
+        by_parameter = [each for held in values.values() if isinstance(held, list) for each in held]
+        self._are_whole = not any(is_sharded(each) for each in by_parameter)
+        self._values = {n: row_of(held) if isinstance(held, list) else held.clone() for n, held in values.items()}
 
 
 class RememberingMethod(GradientMethod):

@@ -22,6 +22,7 @@ class TaskWeights(GradientMethod):
     """
 
     weighs_heads: bool = False
+    needs_whole_rows = True
 
     @abstractmethod
     def weights(self, losses: Tensor, rows: Tensor) -> Tensor:

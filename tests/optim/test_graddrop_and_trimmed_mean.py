@@ -8,18 +8,19 @@ from typing import Any
 import pytest
 import torch
 from torch import Tensor
+from torchjd import aggregation
 
 from crashes import SHORT, assert_same, crashed, resume, run_whole
 from mtl.config import SettingError
 from mtl.config.optim import BalanceConfig
 from mtl.optim.balance.build import build_balance, is_by_gradients
-from mtl.optim.balance.gradient_aggregator import AGGREGATORS
 from mtl.optim.balance.gradient_method import GradientMethod, TaskGradients
 from mtl.optim.balance.gradient_methods import build_gradient_method
 from mtl.optim.balance.subset import Subset
 
 OPTIONS: dict[str, dict[str, Any]] = {"trimmedmean": {"trim_number": 1}}
-METHODS = sorted(AGGREGATORS)
+THEIRS: dict[str, Any] = {"graddrop": aggregation.GradDrop, "trimmedmean": aggregation.TrimmedMean}
+METHODS = sorted(THEIRS)
 ROWS = torch.tensor([[1.0, -2.0, 0.5, 0.0], [-1.0, -1.0, 2.0, 3.0], [0.5, 4.0, 1.0, -1.0], [2.0, 0.0, -3.0, 1.0]])
 
 
@@ -35,11 +36,17 @@ def combined(method: GradientMethod, rows: Tensor, subset: Subset | None = None)
 @pytest.mark.parametrize("method", METHODS)
 def test_the_gradient_is_that_of_torchjds_aggregator(method: str) -> None:
     assert is_by_gradients(method)
-    aggregator: Any = AGGREGATORS[method]
-    aggregator = aggregator(**OPTIONS.get(method, {}))
+    aggregator = THEIRS[method](**OPTIONS.get(method, {}))
     torch.manual_seed(5)
     expected = aggregator(ROWS)
     assert torch.equal(combined(build(method), ROWS), expected)
+
+
+def test_what_leaks_is_torchjds_too() -> None:
+    leak = [0.1, 0.0, 1.0, 0.7]
+    torch.manual_seed(5)
+    expected = aggregation.GradDrop(leak=torch.tensor(leak))(ROWS)
+    assert torch.equal(combined(build("graddrop", leak=leak), ROWS), expected)
 
 
 def test_graddrop_keeps_of_each_entry_one_sign() -> None:
@@ -88,9 +95,9 @@ def test_a_gradient_that_is_not_finite_gives_one_that_is_not(method: str, value:
     ("method", "options", "message"),
     [
         ("graddrop", {"f": "abs"}, "graddrop takes the options leak: got f"),
-        ("graddrop", {"leak": [0.1, 0.2]}, "graddrop takes the options leak: .*exactly 2 rows"),
+        ("graddrop", {"leak": [0.1, 0.2]}, "graddrop takes the options leak: .*entry for each of 3 tasks"),
         ("trimmedmean", {}, "trimmedmean takes the options trim_number: .*missing.*'trim_number'"),
-        ("trimmedmean", {"trim_number": 2}, "trimmedmean takes the options trim_number: .*at least 5 rows"),
+        ("trimmedmean", {"trim_number": 2}, "trimmedmean takes the options trim_number: .*0 to 1 for 3 tasks, got 2"),
         ("trimmedmean", {"trim_number": "one"}, "trimmedmean takes the options trim_number"),
     ],
 )
