@@ -19,6 +19,7 @@ from numpy.typing import NDArray
 
 from mtl.featurestore.base import Bytes, Field, Indices
 from mtl.runtime.files import all_bytes, sync, write_synced
+from mtl.runtime.lock import close_lock, open_lock
 
 ROWS, SUMS, CARD, LOCK = "rows.bin", "sums.bin", "card.json", "lock"
 _VERSION = 1
@@ -103,8 +104,8 @@ class Entry:
         path.mkdir()
         with contextlib.ExitStack() as undo:
             undo.callback(shutil.rmtree, path, ignore_errors=True)
-            lock = os.open(path / LOCK, os.O_RDWR | os.O_CREAT | os.O_EXCL, 0o666)
-            undo.callback(os.close, lock)
+            lock = open_lock(path / LOCK, os.O_RDWR | os.O_CREAT | os.O_EXCL)
+            undo.callback(close_lock, lock)
             fcntl.flock(lock, fcntl.LOCK_EX | fcntl.LOCK_NB)
             rows = os.open(path / ROWS, os.O_RDWR | os.O_CREAT | os.O_EXCL, 0o666)
             undo.callback(os.close, rows)
@@ -123,8 +124,8 @@ class Entry:
         """
         with contextlib.ExitStack() as undo:
             try:
-                lock = os.open(path / LOCK, os.O_RDONLY)
-                undo.callback(os.close, lock)
+                lock = open_lock(path / LOCK, os.O_RDONLY)
+                undo.callback(close_lock, lock)
                 fcntl.flock(lock, fcntl.LOCK_SH | fcntl.LOCK_NB)
                 rows = os.open(path / ROWS, os.O_RDONLY)
                 undo.callback(os.close, rows)
@@ -206,9 +207,9 @@ class Entry:
             os.utime(self.lock)
 
 
-def _close(*descriptors: int) -> None:
-    for descriptor in descriptors:
-        os.close(descriptor)
+def _close(rows: int, lock: int) -> None:
+    os.close(rows)
+    close_lock(lock)
 
 
 def _checksum(buffers: Sequence[memoryview]) -> int:

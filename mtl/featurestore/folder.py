@@ -15,6 +15,7 @@ from pathlib import Path
 from mtl.featurestore.entry import LOCK, DamagedEntry, Entry, Layout
 from mtl.runtime.console import logger
 from mtl.runtime.files import sync
+from mtl.runtime.lock import close_lock, open_lock
 
 _ENTRY = re.compile(r"[0-9a-f]{32}")
 _TEMPORARY = re.compile(r"\.[0-9a-f]{32}\.[0-9a-f]{8}")
@@ -41,17 +42,17 @@ class StoreFolder:
         if not self.path.is_dir():
             self.path.mkdir(parents=True, exist_ok=True)
         try:
-            lock = os.open(self.path / ".lock", os.O_RDWR | os.O_CREAT, 0o666)
+            lock = open_lock(self.path / ".lock", os.O_RDWR | os.O_CREAT)
         except OSError as error:
             if error.errno not in _CANNOT_WRITE:
                 raise
             # A folder that can only be read still serves its entries.
-            lock = os.open(self.path / ".lock", os.O_RDONLY)
+            lock = open_lock(self.path / ".lock", os.O_RDONLY)
         try:
             fcntl.flock(lock, fcntl.LOCK_EX)
             yield
         finally:
-            os.close(lock)
+            close_lock(lock)
 
     def open(self, layout: Layout) -> Entry | None:
         """The entry of a layout; None if there is none. One that is damaged is removed."""

@@ -1,4 +1,4 @@
-"""Folders that one process has to itself."""
+"""Locks that end with the process that took them, whatever its forks do; folders that one process has to itself."""
 
 from __future__ import annotations
 
@@ -15,21 +15,30 @@ _held = set[int]()
 def locked(folder: Path) -> Iterator[None]:
     """A folder that is this process's alone while the block runs.
 
-    Forks do not have the lock: it ends with this process, whatever they do.
-
     Raises:
         BlockingIOError: Another process has it.
         OSError: The folder cannot be opened.
     """
-    lock = os.open(folder, os.O_RDONLY)
-    _held.add(lock)
+    lock = open_lock(folder, os.O_RDONLY)
     try:
         fcntl.flock(lock, fcntl.LOCK_EX | fcntl.LOCK_NB)
         yield
     finally:
-        if lock in _held:
-            _held.discard(lock)
-            os.close(lock)
+        close_lock(lock)
+
+
+def open_lock(path: Path, flags: int) -> int:
+    """As `os.open`, of a file or folder to lock; forks do not get it."""
+    lock = os.open(path, flags, 0o666)
+    _held.add(lock)
+    return lock
+
+
+def close_lock(lock: int) -> None:
+    """Closes what `open_lock` has opened; in a fork, where it is closed, nothing."""
+    if lock in _held:
+        _held.discard(lock)
+        os.close(lock)
 
 
 def _leave_to_parent() -> None:

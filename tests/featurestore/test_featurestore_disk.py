@@ -8,7 +8,9 @@ import logging
 import os
 import resource
 import shutil
+import signal
 import subprocess
+import sys
 import tempfile
 import threading
 from collections.abc import Callable, Iterator, Sequence
@@ -23,6 +25,7 @@ import featurestore_rows
 from featurestore_rows import BIG, FIELDS, fill, filled, open_store, rows, same_bits
 from forks import Forked
 from mtl.featurestore import DiskStore
+from mtl.featurestore.folder import _is_in_use
 from mtl.runtime.files import all_bytes
 from processes import HANGS_S, wait_until
 
@@ -43,6 +46,21 @@ def processes(verb: str, *arguments: list[str]) -> list[Any]:
 
 def inside(folder: Path) -> list[str]:
     return sorted(path.name for path in folder.iterdir() if path.name != ".lock")
+
+
+# A store that is open, in a process with a fork, as data workers are.
+HOLDER = """
+import os, signal, sys
+from pathlib import Path
+from featurestore_rows import filled
+store = filled(Path(sys.argv[1]))
+pid = os.fork()
+if pid == 0:
+    sys.stdin.read()
+    os._exit(0)
+print(pid, flush=True)
+signal.pause()
+"""
 
 
 # Runs that share features
@@ -512,3 +530,19 @@ def test_resident_memory_does_not_grow_with_the_file(tmp_path: Path) -> None:
     assert said["mapped"] > 0.9 * said["bytes"]  # the meter works
     assert said["written"] < 40e6
     assert said["read"] < 40e6
+
+
+def test_a_fork_that_outlives_its_killed_parent_does_not_keep_an_entry_in_use(tmp_path: Path) -> None:
+    pipe = subprocess.PIPE
+    command = [sys.executable, "-c", HOLDER, str(tmp_path)]
+    path = os.pathsep.join([str(Path(featurestore_rows.__file__).parent), os.environ.get("PYTHONPATH", "")])
+    surroundings = os.environ | {"PYTHONPATH": path}
+    with subprocess.Popen(command, stdin=pipe, stdout=pipe, text=True, env=surroundings) as holder:
+        assert holder.stdout is not None
+        fork = int(holder.stdout.readline())
+        (entry,) = (path for path in tmp_path.iterdir() if path.is_dir())
+        assert _is_in_use(entry)
+        holder.send_signal(signal.SIGKILL)
+        holder.wait()
+        os.kill(fork, 0)  # it is still there
+        assert not _is_in_use(entry)

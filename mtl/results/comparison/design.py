@@ -99,7 +99,7 @@ def design(
     for file, method in zip(files, methods, strict=True):
         for setting in settings:
             name = "-".join([_safe(method), *map(_short, setting)])
-            own = [*_with_seeds(name, method, setting, file, (*overrides, *setting), num_seeds, folder)]
+            own = [*_Cell(name, method, setting, file, (*overrides, *setting)).jobs(num_seeds, folder)]
             expected, got = (jobs or own)[0].config.tasks, own[0].config.tasks
             if got.keys() != expected.keys():
                 raise DesignError(
@@ -111,29 +111,32 @@ def design(
             for task in first.config.tasks:
                 name = "-".join([SINGLE_TASK, _safe(task), *map(_short, first.setting)])
                 alone = (*overrides, *first.setting, *single_task_overrides(first.config, task))
-                jobs += _with_seeds(name, SINGLE_TASK, first.setting, files[0], alone, num_seeds, folder, task)
+                jobs += _Cell(name, SINGLE_TASK, first.setting, files[0], alone, task).jobs(num_seeds, folder)
         jobs = _without_repetitions(jobs)
     _check_all_differ(jobs)
     return Design(tuple(jobs), tuple(methods))
 
 
-def _with_seeds(
-    name: str,
-    method: str,
-    setting: tuple[str, ...],
-    file: Path,
-    overrides: tuple[str, ...],
-    num_seeds: int,
-    folder: Path,
-    task: str | None = None,
-) -> Iterator[Job]:
-    for seed in range(num_seeds):
-        own = [f"name={name}-seed{seed}", f"runs_dir={folder / 'runs'}", "resume=auto", f"seed={seed}"]
-        config = load_config(file, [*overrides, *own])
-        tracking = config.tracking
-        if not tracking.is_off and tracking.backend == "wandb" and tracking.group is None:
-            own.append(f"tracking.group={folder.resolve().name}")
-        yield Job(config.name, method, setting, seed, file, (*overrides, *own), _digest(config), config, task)
+@dataclass(frozen=True)
+class _Cell:
+    """The runs of a comparison that differ in their seed only; attributes as those of `Job`."""
+
+    name: str
+    method: str
+    setting: tuple[str, ...]
+    file: Path
+    overrides: tuple[str, ...]
+    task: str | None = None
+
+    def jobs(self, num_seeds: int, folder: Path) -> Iterator[Job]:
+        for seed in range(num_seeds):
+            own = [f"name={self.name}-seed{seed}", f"runs_dir={folder / 'runs'}", "resume=auto", f"seed={seed}"]
+            config = load_config(self.file, [*self.overrides, *own])
+            tracking = config.tracking
+            if not tracking.is_off and tracking.backend == "wandb" and tracking.group is None:
+                own.append(f"tracking.group={folder.resolve().name}")
+            everything, digest = (*self.overrides, *own), _digest(config)
+            yield Job(config.name, self.method, self.setting, seed, self.file, everything, digest, config, self.task)
 
 
 def _digest(config: RunConfig) -> str:
