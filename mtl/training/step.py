@@ -13,7 +13,7 @@ from torch.amp import GradScaler
 from mtl.data import Batch
 from mtl.distributed.world import ALONE, World
 from mtl.model.trunk import Features, features_from
-from mtl.optim.balance.gradient_balance import Shared, StepGradients, rejoined
+from mtl.optim.balance.gradient_balance import Shared, StepGradients
 from mtl.phases.resolve import Phase
 from mtl.runtime.rng import torch_seeded
 from mtl.runtime.tensors import is_sharded
@@ -85,8 +85,7 @@ class StepLosses:
                 losses = losses.detach()
                 shared = self._shared_by_tasks(phase, features, leaves)
                 total = self._by_gradients(phase, tasks, each, share, losses, shared, is_last)
-                if shared.leaves:
-                    each = [rejoined(loss, shared.leaves, shared.features) for loss in each]
+                each = shared.rejoined(each)
             else:
                 total = phase.balance(losses, tasks.subset)
         return total if zero is None else total + zero, losses, each

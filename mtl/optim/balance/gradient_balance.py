@@ -62,6 +62,15 @@ class Shared:
         """The tensors that get the gradient which the method makes."""
         return [*self.parameters, *self.features]
 
+    def rejoined(self, losses: Sequence[Tensor]) -> list[Tensor]:
+        """Losses that were made of leaves, as if of the features: their graphs go on to the trunk.
+
+        Nothing is computed unless a gradient is asked for. Their backward keeps the graphs.
+        """
+        loss_of: Any = _Rejoined.apply
+        # In lists: a tensor among the inputs would have its own backward called.
+        return [loss_of([loss], self.leaves, *self.features) for loss in losses] if self.leaves else [*losses]
+
     def shards(self, world: World) -> RowShards | None:
         """How the rows that a method sees are split over the ranks, if they are."""
         compared = self.layer or self.parameters
@@ -234,17 +243,6 @@ def _like(tensor: Tensor, flat: Tensor) -> Tensor:
     """In the tensor's layout, as DDP expects of a gradient; of features in half precision in the row's type."""
     here = local(tensor.detach())
     return torch.empty_like(here, dtype=flat.dtype).copy_(flat.view(here.shape))
-
-
-def rejoined(loss: Tensor, leaves: Sequence[Tensor], features: Sequence[Tensor]) -> Tensor:
-    """A loss that was made of leaves, as if of the features that they are copies of: its graph goes on to the trunk.
-
-    Nothing is computed unless its gradient is asked for. Its backward keeps the graph of the loss.
-    """
-    loss_of: Any = _Rejoined.apply
-    # In a list: a tensor among the inputs would have its own backward called.
-    joined: Tensor = loss_of([loss], leaves, *features)
-    return joined
 
 
 class _Rejoined(torch.autograd.Function):
