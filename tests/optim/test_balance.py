@@ -10,6 +10,7 @@ import torch
 from torch import Tensor
 from torchjd import scalarization
 
+from mtl.config import SettingError
 from mtl.config.optim import BalanceConfig
 from mtl.optim.balance.build import build_balance, scalarizers
 
@@ -119,3 +120,9 @@ def test_a_pass_that_a_phase_broke_off_is_no_part_of_the_next_one() -> None:
             balance(torch.tensor(losses))
             balance.after_epoch()
     assert torch.equal(broken(torch.tensor([1.0, 1.0])), whole(torch.tensor([1.0, 1.0])))
+
+
+def test_losses_for_which_a_method_of_torchjd_is_not_defined_are_the_users_mistake() -> None:
+    balance = build_balance(BalanceConfig(method="geometricmean"), ["a", "b"])
+    with pytest.raises(SettingError, match=r"balance\.method: GeometricMean is only defined for non-negative values"):
+        balance(torch.tensor([1.0, -1.0]))

@@ -9,7 +9,7 @@ import torch
 from hypothesis import given
 from hypothesis import strategies as st
 from torch import Tensor
-from torchjd.aggregation import ConFIG
+from torchjd.aggregation import ConFIG, IMTLGWeighting
 
 from mtl.config import SettingError
 from mtl.config.optim import BalanceConfig
@@ -54,6 +54,25 @@ def test_rows_as_long_as_a_trunk_keep_every_direction(length: int) -> None:
     generator = torch.Generator().manual_seed(0)
     rows = torch.randn(1, length, generator=generator) + 0.2 * torch.randn(2, length, generator=generator)
     check_definition(rows, combined(rows), torch.ones(2))
+
+
+@pytest.mark.parametrize("ratio", [1.0, 1e-3, 1e-7])
+def test_imtlg_has_equal_products_with_all_unit_gradients_at_any_ratio(ratio: float) -> None:
+    rows = ROWS.double()
+    rows[1] *= ratio
+    weights = build_gradient_method("imtlg", {}, 4).combine(TaskGradients(rows, torch.ones(4))).weights
+    assert weights is not None and float(weights.sum()) == pytest.approx(1, abs=1e-5)
+    shares = (rows / rows.norm(dim=1, keepdim=True)) @ (weights.double() @ rows)
+    torch.testing.assert_close(shares / shares[0], torch.ones(4).double(), rtol=1e-4, atol=0.0)
+    if ratio == 1:
+        torch.testing.assert_close(weights, IMTLGWeighting()(rows @ rows.T).float(), rtol=1e-4, atol=1e-5)
+
+
+def test_imtlg_of_gradients_that_cancel_is_nothing() -> None:
+    for rows in (torch.stack([ROWS[0], -ROWS[0]]), torch.stack([ROWS[0], ROWS[1], -ROWS[0] - ROWS[1]])):
+        method = build_gradient_method("imtlg", {}, len(rows))
+        found = method.combine(TaskGradients(rows, torch.ones(len(rows)))).of(rows)
+        assert found.norm() < 10 * ROWS.norm()
 
 
 def test_gradients_of_one_direction_are_one() -> None:

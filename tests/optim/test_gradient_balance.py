@@ -22,7 +22,7 @@ from mtl.optim.balance.gradient_weights import gradient_methods, make_weighting
 from mtl.optim.task_gradients import inner_products
 
 OFF = GradScaler("cpu", enabled=False)
-METHODS = ["mgda", "pcgrad", "imtlg", "alignedmtl", "gradvac", "pcd"]
+METHODS = ["mgda", "pcgrad", "alignedmtl", "gradvac", "pcd"]
 METHODS += ["upgrad", "dualproj"] if find_spec("quadprog") else []
 
 

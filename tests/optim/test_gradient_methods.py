@@ -356,6 +356,19 @@ def test_pcd_moves_nothing_shared_where_its_first_task_has_no_gradient(primary: 
 
 
 # What is known of the tasks, not of their gradients, stays.
+@pytest.mark.parametrize(
+    ("method", "options"),
+    [("dbmtl", {}), ("moco", {}), ("mgda", {"normalize": "loss+"}), ("mgda", {"normalize": "loss"})],
+)
+def test_a_negative_loss_is_an_error_where_its_sign_would_turn_the_gradient(
+    method: str, options: dict[str, Any]
+) -> None:
+    built = build_gradient_method(method, options, 3)
+    gradients = TaskGradients(torch.eye(3), torch.tensor([1.0, -2.5, 0.5]))
+    with pytest.raises(SettingError, match=r"needs losses of 0 or more, got -2\.5 of task 2 of 3"):
+        built.combine(gradients)
+
+
 STAYS = {"dbmtl": (), "moco": ("lambda",), "excessmtl": ("logs",), "crmogm": ("weights", "counts")}
 REMEMBER_ROWS: dict[str, dict[str, Any]] = {"dbmtl": {"sigma": 0.5}, "moco": {}, "excessmtl": {"n_warmup_steps": 2}}
 REMEMBER_ROWS |= {"crmogm": {"method": "excessmtl"}}
@@ -485,7 +498,7 @@ def test_every_preset_can_be_built_and_is_shown_with_the_other_options(method: s
         ({"method": "crmogm"}, "method upgrad, options (norm_eps 0.0001, reg_eps 0.0001), alpha 0.9"),
         ({"method": "crmogm", "options": {"method": "imtlg"}}, "method imtlg, alpha 0.9"),
         ({"method": "famo"}, "lr 0.025, weight_decay 0.001"),
-        ({"method": "cagrad", "options": {"c": 0.4}}, "c 0.4, norm_eps 0.0001, rescale false"),
+        ({"method": "cagrad", "options": {"c": 0.4}}, "c 0.4, norm_eps 1e-09, rescale false"),
         ({"method": "imtlg", "on": "features", "per_sample": True}, "on features, per_sample true"),
         ({"method": "imtlg", "on": {"layer": "trunk.layer4"}}, "on trunk.layer4"),
         ({"method": "fixed", "weights": {"a": 1, "b": 2}}, "weights (a 1, b 2)"),

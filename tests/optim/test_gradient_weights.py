@@ -53,7 +53,7 @@ def build(method: str, **options: Any) -> GradientWeighting:
 
 
 def test_every_aggregator_of_torchjd_that_weighs_by_a_gramian_has_a_name() -> None:
-    assert {"upgrad", "mgda", "pcgrad", "cagrad", "alignedmtl", "imtlg", "dualproj"} <= gradient_methods().keys()
+    assert {"upgrad", "mgda", "pcgrad", "cagrad", "alignedmtl", "dualproj"} <= gradient_methods().keys()
     for name in gradient_methods().values():
         assert issubclass(getattr(aggregation, name), GramianWeightedAggregator)
     # And all others, with those that only have a weighting.
@@ -116,6 +116,10 @@ def test_a_product_that_is_not_finite_gives_nan_and_the_method_is_not_asked(meth
     before = weighting.state()
     products = CONFLICT.clone()
     products[1, 1] = value
+    if value == 1e39 and method in OF_ANY_SIZE:
+        # Too large for float32 only before it is brought to another size.
+        assert weighting(products).isfinite().all()
+        return
     assert weighting(products).isnan().all()
     assert weighting.state() == before
 
@@ -250,7 +254,21 @@ def test_a_plan_without_the_packages_of_a_method_is_exit_code_2(tmp_path: Path, 
     assert "pip install 'mtl-freeze[balance]'" in done.stderr
 
 
-def test_the_limits_of_a_projector_are_options() -> None:
-    small = CONFLICT * 1e-6
-    assert build("upgrad")(small).tolist() == pytest.approx([1 / 3] * 3), "taken for zero"
-    assert build("upgrad", norm_eps=1e-9)(small).tolist() == pytest.approx(build("upgrad")(CONFLICT).tolist())
+OF_ANY_SIZE = ["cagrad", "dualproj", "gradvac", "upgrad"]
+
+
+@pytest.mark.parametrize("method", OF_ANY_SIZE)
+@pytest.mark.parametrize("size", [1e-12, 1e-3, 0.3, 1e5])
+def test_gradients_of_any_size_are_balanced_alike(method: str, size: float) -> None:
+    expected = build(method)(CONFLICT)
+    torch.testing.assert_close(build(method)(CONFLICT * size**2), expected, rtol=1e-5, atol=1e-6)
+
+
+@pytest.mark.parametrize("ratio", [1e-2, 1e-4, 1e-6])
+def test_cagrad_moves_where_a_gradient_is_small_beside_the_others(ratio: float) -> None:
+    rows = torch.tensor([[1.0, 0.0, 0.2], [-0.5, 1.0, 0.0], [0.3, 0.2, 1.0]], dtype=torch.float64)
+    rows[2] *= ratio
+    weights = build("cagrad")(rows @ rows.T).double()
+    mean = rows.mean(0)
+    # In the ball around the mean gradient, at its edge: equation 2 of the paper, c = 0.5.
+    assert float((weights @ rows - mean).norm() / mean.norm()) == pytest.approx(0.5, rel=1e-3)

@@ -9,6 +9,7 @@ import torch
 from torch import Tensor, nn
 from torch.optim import Optimizer
 
+from mtl.config import SettingError
 from mtl.optim.balance.dwa import PartialDwa
 from mtl.optim.balance.scalarizers import DWA, FAMO, IMTLL, UW, Constant, Mean, Random, Scalarizer, Sum
 from mtl.optim.balance.state import check_same_method
@@ -83,13 +84,22 @@ class Balance(nn.Module):
 
         Returns:
             The loss to minimise, a scalar.
+
+        Raises:
+            SettingError: TorchJD's method is not defined for these losses.
         """
-        if subset is None:
-            total: Tensor = self.scalarizer(losses)
-            return total
-        if isinstance(self.scalarizer, PartialDwa | LogStch):
-            return self.scalarizer.combine(losses, subset)
-        return combine(self.scalarizer, losses, subset)
+        try:
+            if subset is None:
+                total: Tensor = self.scalarizer(losses)
+                return total
+            if isinstance(self.scalarizer, PartialDwa | LogStch):
+                return self.scalarizer.combine(losses, subset)
+            return combine(self.scalarizer, losses, subset)
+        except ValueError as error:
+            # TorchJD says which losses its methods are defined for.
+            if not type(self.scalarizer).__module__.startswith("torchjd."):
+                raise
+            raise SettingError("balance.method", str(error).replace("\n", " ")) from error
 
     def after_step(self, losses: Tensor, subset: Subset | None = None) -> None:
         """Passes the losses after a step to a method that follows steps.

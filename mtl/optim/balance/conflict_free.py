@@ -5,6 +5,7 @@ from __future__ import annotations
 from collections.abc import Sequence
 
 import torch
+from torch import Tensor
 
 from mtl.optim.balance.gradient_method import Combined, GradientMethod, TaskGradients
 
@@ -36,12 +37,24 @@ class ConFig(GradientMethod):
 
     def _combine(self, gradients: TaskGradients) -> Combined:
         products = gradients.products
-        norms = products.diagonal().sqrt()
-        cosines = products / (norms[:, None] * norms)
-        # Its eigenvalues are the squares of the singular values of U.
-        smallest = (len(norms) * torch.finfo(torch.float32).eps) ** 2
-        found = torch.linalg.pinv(cosines, rtol=smallest, hermitian=True) @ self._shares[list(gradients.tasks.places)]
-        length = (found @ cosines @ found).clamp(min=0).sqrt()
-        # Preferences may be such that no direction has these shares: then there is none, as in TorchJD.
-        direction = torch.where(length > 0, found / length, 0.0) / norms
+        direction = weights_of_shares(products, self._shares[list(gradients.tasks.places)])
         return Combined(weights=((products @ direction).sum() * direction).float())
+
+
+def weights_of_shares(products: Tensor, shares: Tensor) -> Tensor:
+    """Weights of gradients whose sum is of length 1, and has products with the unit gradients in given proportions.
+
+    Args:
+        products: The Gramian of the gradients, "t t", float64; none of them is zero.
+        shares: The proportions, "t", float64.
+
+    Returns:
+        "t", float64; zeros where no direction has these shares.
+    """
+    norms = products.diagonal().sqrt()
+    cosines = products / (norms[:, None] * norms)
+    # Its eigenvalues are the squares of the singular values of the unit gradients.
+    smallest = (len(norms) * torch.finfo(torch.float32).eps) ** 2
+    found = torch.linalg.pinv(cosines, rtol=smallest, hermitian=True) @ shares
+    length = (found @ cosines @ found).clamp(min=0).sqrt()
+    return torch.where(length > 0, found / length, 0.0) / norms

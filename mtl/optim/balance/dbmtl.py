@@ -21,6 +21,7 @@ class DbMtl(RememberingMethod):
 
     weighs = False
     remembers_rows = True
+    needs_positive_losses = True
 
     def __init__(self, num_tasks: int, beta: float = 0.9, sigma: float = 0.0) -> None:
         """Args:

@@ -29,11 +29,13 @@ class ExcessMtl(RememberingMethod):
     remembers_rows = True
     _kept = ("logs",)
 
-    def __init__(self, num_tasks: int, robust_step_size: float = 1.0, n_warmup_steps: int = 0) -> None:
+    def __init__(self, num_tasks: int, robust_step_size: float = 1.0, n_warmup_steps: int = 1) -> None:
         """Args:
         num_tasks: The number of tasks.
         robust_step_size: That of the weights, above 0.
-        n_warmup_steps: Steps whose mean is the baseline; 0 takes the first.
+        n_warmup_steps: Steps whose mean is the baseline; 0, TorchJD's default, takes the first estimate, and moves the
+            weights by it as it is: of a trunk of some million parameters it is in the thousands, so that one task has
+            all the weight from then on.
 
         Raises:
             ValueError: An option is out of its range.

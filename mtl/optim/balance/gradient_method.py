@@ -123,6 +123,7 @@ class GradientMethod(ABC):
         weighs: Whether it gives weights. Others make a gradient of their own, of the whole rows.
         remembers_rows: Whether it keeps the rows of earlier steps, or something of their size.
         needs_whole_rows: Whether it cannot do with the entries of one rank's shards, and sums over all.
+        needs_positive_losses: Whether it divides by losses or multiplies with them, so that their sign counts.
         num_batches: How many batches, independent of each other, it compares in a step.
         least_tasks: Steps in which fewer tasks have a gradient than this are the sum of the gradients.
     """
@@ -130,6 +131,7 @@ class GradientMethod(ABC):
     weighs: bool = True
     remembers_rows: bool = False
     needs_whole_rows: bool = False
+    needs_positive_losses: bool = False
     num_batches: int = 1
     least_tasks: int = 2
 
@@ -141,13 +143,15 @@ class GradientMethod(ABC):
         is not finite, the result is not finite either, and the state stays.
 
         Raises:
-            SettingError: The method cannot combine so few tasks.
+            SettingError: The method cannot combine so few tasks, or losses that are negative.
         """
         largest = self._sizes(gradients)
         *sizes, loss = torch.cat([largest, gradients.losses.to(largest).sum()[None]]).tolist()
         ones = torch.ones(len(sizes))
         if not all(value < torch.inf for value in [*sizes, abs(loss)]):
             return Combined(weights=ones * torch.nan)
+        if self.needs_positive_losses:
+            self._check_losses(gradients)
         here = [place for place, value in enumerate(sizes) if value > 0]
         if len(here) < self.least_tasks:
             return Combined(weights=ones)
@@ -169,14 +173,20 @@ class GradientMethod(ABC):
         weights = torch.zeros_like(ones).index_copy(0, index, found.weights.cpu().float())
         return replace(found, weights=weights, head_weights=heads)
 
+    def _check_losses(self, gradients: TaskGradients) -> None:
+        """Raises `SettingError` for a loss below 0, whose task would be trained the wrong way round."""
+        for place, loss in zip(gradients.tasks.places, gradients.losses.tolist(), strict=True):
+            if loss < 0:
+                task = f"task {place + 1} of {gradients.tasks.size}"
+                raise SettingError("balance.method", f"{self.name} needs losses of 0 or more, got {loss:.4g} of {task}")
+
     def _sizes(self, gradients: TaskGradients) -> Tensor:
         """How large each task's gradient is, "t": 0 if it has none, not finite if an entry is not."""
         rows = gradients.rows.detach()
-        if gradients.shards is None:
-            return rows.abs().amax(dim=1)
-        # In float64 a sum of what is finite is finite; a shard may have no entries.
-        here = rows.abs().amax(dim=1) if rows.shape[1] else rows.new_zeros(len(rows))
-        return gradients.total(here.double())
+        # A shard may have no entries.
+        here: Tensor = torch.linalg.vector_norm(rows, torch.inf, dim=1) if rows.shape[1] else rows.new_zeros(len(rows))
+        # In float64 a sum of what is finite is finite.
+        return here if gradients.shards is None else gradients.total(here.double())
 
     @property
     def name(self) -> str:

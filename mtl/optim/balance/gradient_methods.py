@@ -26,6 +26,7 @@ from mtl.optim.balance.gradient_weights import (
     weighting_options,
 )
 from mtl.optim.balance.gradnorm import GradNorm
+from mtl.optim.balance.imtlg import ImtlG
 from mtl.optim.balance.independent_batches import IndependentBatches
 from mtl.optim.balance.mgda_normalized import NormalizedMgda
 from mtl.optim.balance.moco import MoCo
@@ -55,7 +56,7 @@ _OF_BATCHES: Mapping[str, type[MoDoWeighting] | type[SDMGradWeighting]] = {
 
 def method_names() -> list[str]:
     """The names of all methods that look at gradients."""
-    return sorted({*gradient_methods(), *_OURS, *_OF_BATCHES, "crmogm"})
+    return sorted({*gradient_methods(), *_OURS, *_OF_BATCHES, "crmogm", "imtlg"})
 
 
 def method_options(method: str) -> dict[str, Any]:
@@ -64,6 +65,8 @@ def method_options(method: str) -> dict[str, Any]:
         found = options_of(_OURS[method])
     elif method in _OF_BATCHES:
         found = options_of(_OF_BATCHES[method])
+    elif method == "imtlg":
+        found = {}
     elif method == "crmogm":
         found = options_of(_make_crmogm)
     elif method == "mgda":
@@ -104,6 +107,8 @@ def _make(method: str, options: Mapping[str, Any], num_tasks: int) -> GradientMe
         return _OURS[method](num_tasks, **own)
     if method in _OF_BATCHES:
         return IndependentBatches(_OF_BATCHES[method](**with_tensors(own)), num_tasks)
+    if method == "imtlg":
+        return ImtlG()
     if method == "crmogm":
         return _make_crmogm(num_tasks, **own)
     if method == "mgda" and own.keys() & {"normalize", "apply"}:

@@ -7,6 +7,7 @@ where such a method is used only, since the aggregators import solvers, which ta
 
 from __future__ import annotations
 
+import math
 from collections.abc import Iterator, Mapping
 from contextlib import contextmanager
 from importlib import import_module
@@ -32,22 +33,31 @@ _SOLVERS: Mapping[str, tuple[tuple[str, ...], str]] = {
 }
 
 
+# Their weights do not depend on the gradients' size, but the constants that keep them from dividing by zero do.
+_OF_ANY_SIZE = ("cagrad", "dualproj", "gradvac", "upgrad")
+
+
 def gradient_methods() -> dict[str, str]:
-    """The aggregators of TorchJD that weigh by the Gramian, by their name in a configuration: `upgrad`."""
-    found = {name: getattr(aggregation, name) for name in aggregation.__all__ if name != "GramianWeightedAggregator"}
+    """The aggregators of TorchJD that weigh by the Gramian, by their name in a configuration: `upgrad`.
+
+    Without IMTL-G, which is our own.
+    """
+    names = [name for name in aggregation.__all__ if name not in ("GramianWeightedAggregator", "IMTLG")]
+    found = {name: getattr(aggregation, name) for name in names}
     return {name.lower(): name for name, kind in found.items() if issubclass(kind, GramianWeightedAggregator)}
 
 
 def weighting_options(method: str) -> dict[str, Any]:
     """The options of one of `gradient_methods`, with their defaults.
 
-    Those with a projector (`upgrad`, `dualproj`) take `norm_eps` and `reg_eps` of its quadratic program instead:
-    gradients whose squared norms add up to less than `norm_eps` count as zero, and are not balanced.
+    Those with a projector (`upgrad`, `dualproj`) take `norm_eps` and `reg_eps` of its quadratic program instead.
+    `norm_eps` is compared to the products of gradients that were brought to a mean square of about 1. CAGrad's is
+    smaller than TorchJD's, whose weights are all 0 where one gradient is a ten-thousandth of the others.
     """
     takes = options_of(getattr(aggregation, gradient_methods()[method]))
     if "projector" in takes:
         takes = {name: value for name, value in takes.items() if name != "projector"} | options_of(QuadprogProjector)
-    return takes
+    return takes | ({"norm_eps": 1e-9} if method == "cagrad" else {})
 
 
 def make_weighting(method: str, options: Mapping[str, Any], factor: float = 1.0) -> GradientWeighting:
@@ -63,11 +73,12 @@ def make_weighting(method: str, options: Mapping[str, Any], factor: float = 1.0)
     """
     _import_solver(method)
     aggregator: type[GramianWeightedAggregator] = getattr(aggregation, gradient_methods()[method])
-    own = dict(options)
+    own = ({"norm_eps": 1e-9} if method == "cagrad" else {}) | dict(options)
     if "projector" in options_of(aggregator):
         inner = options_of(QuadprogProjector)
         own["projector"] = QuadprogProjector(**{name: own.pop(name) for name in inner if name in own})
-    return GradientWeighting(aggregator(**with_tensors(own)).gramian_weighting, factor)
+    weighting = aggregator(**with_tensors(own)).gramian_weighting
+    return GradientWeighting(weighting, factor, method in _OF_ANY_SIZE, method == "cagrad")
 
 
 def _import_solver(method: str) -> None:
@@ -84,13 +95,20 @@ def _import_solver(method: str) -> None:
 class GradientWeighting(GradientMethod):
     """A weighting of TorchJD as the training loop uses it. Its state, which its calls update, is on the CPU."""
 
-    def __init__(self, weighting: Weighting[Any], factor: float = 1.0) -> None:
+    def __init__(
+        self, weighting: Weighting[Any], factor: float = 1.0, is_of_any_size: bool = False, is_exact: bool = False
+    ) -> None:
         """Args:
         weighting: From a Gramian to weights.
         factor: Multiplies the weights.
+        is_of_any_size: Whether the weights are the same for gradients that are all longer or shorter: they are given
+            at a mean square of about 1.
+        is_exact: Whether the Gramian is given in float64.
         """
         self._weighting = weighting
         self._factor = factor
+        self._is_of_any_size = is_of_any_size
+        self._is_exact = is_exact
         # Without its first task PCD moves nothing that is shared, however few the others are.
         self.least_tasks = 1 if isinstance(weighting, PCDWeighting) else 2
 
@@ -109,9 +127,13 @@ class GradientWeighting(GradientMethod):
             The tasks' weights, "t", float32, on the CPU. They are NaN if a product is not finite; the method is then
             not called, and its state does not change.
         """
+        exact = gramian.detach().cpu()
+        if self._is_of_any_size and exact.isfinite().all() and (mean := float(exact.double().diagonal().mean())) > 0:
+            # By a power of 2, which rounds nothing.
+            exact = exact * 2.0 ** -round(math.log2(mean))
         # In float32, the precision of the gradients: TorchJD's test for linear dependence relies on its rounding.
-        products = gramian.detach().cpu().float()
-        norms = products.diagonal()
+        products = exact if self._is_exact else exact.float()
+        norms = products.diagonal().float()
         if not products.isfinite().all():
             return torch.full_like(norms, torch.nan)
         if subset is not None and isinstance(self._weighting, PCDWeighting) and 0 not in subset.places:
@@ -125,11 +147,12 @@ class GradientWeighting(GradientMethod):
             return self._scaled(self._weighting(products))
 
     def _scaled(self, weights: Tensor) -> Tensor:
-        return weights.detach() if self._factor == 1.0 else weights.detach() * self._factor
+        return weights.detach().float() if self._factor == 1.0 else weights.detach().float() * self._factor
 
     def _sizes(self, gradients: TaskGradients) -> Tensor:
+        squares = gradients.products.diagonal()
         # As the method has them: a square that vanishes in float32 is a gradient of zero.
-        return gradients.products.diagonal().float()
+        return squares if self._is_of_any_size else squares.float()
 
     def _combine(self, gradients: TaskGradients) -> Combined:
         return Combined(weights=self(gradients.products, gradients.subset))

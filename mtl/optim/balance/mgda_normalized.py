@@ -15,7 +15,8 @@ class NormalizedMgda(GradientMethod):
 
     The weights are TorchJD's MGDA, of gradients g_i that were divided: by |g_i| (`l2`), L_i (`loss`), or L_i |g_i|
     (`loss+`), the normalisations of the authors' code. They weigh the gradients as they are (`apply: raw`), or the
-    divided ones (`apply: normalized`), which is what LibMTL does on parameters.
+    divided ones (`apply: normalized`), which is what LibMTL does on parameters. Losses by which they are divided have
+    to be 0 or more.
     """
 
     def __init__(
@@ -35,6 +36,7 @@ class NormalizedMgda(GradientMethod):
                 f"expected normalize: {', '.join(NORMALIZERS)} and apply: raw, normalized; got {normalize} and {apply}"
             )
         self.normalize = normalize
+        self.needs_positive_losses = normalize in ("loss", "loss+")
         self.apply = apply
         self._weighting = MGDAWeighting(epsilon, max_iters)
 

@@ -21,7 +21,7 @@ PRESETS: Mapping[str, Mapping[str, Mapping[str, Any]]] = {
     "dbmtl": {"libmtl": {"beta": 0.9, "sigma": 0.0}},
     "excessmtl": {
         # Appendix C.1 warms up for three epochs, whose length depends on the data: `n_warmup_steps`.
-        "libmtl": {"robust_step_size": 0.01, "n_warmup_steps": 0},
+        "libmtl": {"robust_step_size": 0.01, "n_warmup_steps": 1},
         "torchjd": {"robust_step_size": 1.0, "n_warmup_steps": 0},
     },
     "famo": {

@@ -1,0 +1,28 @@
+"""IMTL-G: the gradient whose projections on all tasks' gradients are equal."""
+
+from __future__ import annotations
+
+import torch
+
+from mtl.optim.balance.conflict_free import weights_of_shares
+from mtl.optim.balance.gradient_method import Combined, GradientMethod, TaskGradients
+
+_EPS = float(torch.finfo(torch.float32).eps)
+
+
+class ImtlG(GradientMethod):
+    """Liu et al., "Towards Impartial Multi-task Learning" (ICLR 2021), equation 6: weights with a sum of 1.
+
+    The sum of the gradients with these weights has the same product with each of the unit gradients. It has the
+    direction of ConFIG, so that the weights come from the products of unit gradients, at any ratio of the norms:
+    TorchJD's `IMTLG` takes the pseudo-inverse of the float32 Gramian itself, and drops a task whose gradient is about
+    a thousandth of the others'. Where the weights would have a sum of 0, as where gradients are opposite, they are 0,
+    as in TorchJD.
+    """
+
+    def _combine(self, gradients: TaskGradients) -> Combined:
+        weights = weights_of_shares(gradients.products, torch.ones(len(gradients.products), dtype=torch.float64))
+        total = weights.sum()
+        # A sum that rounding has left of what cancels is none.
+        is_none = total.abs() <= len(weights) * _EPS * weights.abs().sum()
+        return Combined(weights=torch.where(is_none, 0.0, weights / total).float())
