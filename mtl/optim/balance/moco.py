@@ -17,7 +17,9 @@ class MoCo(RememberingMethod):
     then lambda <- softmax(lambda - gamma / k^gamma_sigma (y y^T + rho I) lambda), from 1 / T; the shared parameters get
     the sum of lambda_i y_i. k counts the steps that a task was in, in the rate of lambda the largest of them.
 
-    Losses have to be 0 or more. Deviation from the paper, as in LibMTL: a softmax where the paper projects onto the simplex. Heads get the gradients
+    Losses have to be 0 or more.
+
+    Deviation from the paper, as in LibMTL: a softmax where the paper projects onto the simplex. Heads get the gradients
     of their own losses. Memory: the tasks' gradients once more, which checkpoints have too; they begin with zeros again
     where a phase trains other parameters than the one before, and lambda stays.
     """
