@@ -81,7 +81,8 @@ def test_gradients_of_one_direction_are_one() -> None:
     check_definition(rows, found, torch.ones(3))
     torch.testing.assert_close(found, ConFIG()(rows.double()).float(), rtol=1e-4, atol=1e-4)
     # Opposite ones have no such direction.
-    assert torch.equal(combined(torch.stack([ROWS[0], -ROWS[0]])), torch.zeros(4))
+    for factor in (0.3, 1.0, 2.0, 7.1):
+        assert torch.equal(combined(torch.stack([ROWS[0], -factor * ROWS[0]])), torch.zeros(4))
 
 
 def test_a_task_without_a_gradient_leaves_the_step_with_its_preference() -> None:

@@ -57,4 +57,6 @@ def weights_of_shares(products: Tensor, shares: Tensor) -> Tensor:
     smallest = (len(norms) * torch.finfo(torch.float32).eps) ** 2
     found = torch.linalg.pinv(cosines, rtol=smallest, hermitian=True) @ shares
     length = (found @ cosines @ found).clamp(min=0).sqrt()
-    return torch.where(length > 0, found / length, 0.0) / norms
+    # What rounding leaves where nothing has these shares is no direction.
+    least = len(norms) * torch.finfo(torch.float32).eps * shares.norm()
+    return torch.where(length > least, found / length, 0.0) / norms
