@@ -163,6 +163,8 @@ from torch.distributed.fsdp import fully_shard
 from mtl.distributed.world import World
 from mtl.optim.balance.gradient_method import TaskGradients
 from mtl.optim.balance.row_shards import RowShards, row_of
+from mtl.optim.balance.subset import Subset
+from mtl.optim.balance.task_memory import TaskMemory
 from mtl.runtime.tensors import full_tensor
 
 world = World.from_environment()
@@ -174,6 +176,22 @@ whole = torch.arange(2.0 * shards.size).reshape(2, -1) / 7
 here = shards.here(whole)
 gathered = [full_tensor(each) for each in shards.by_parameter(here)]
 assert [each.shape[1:] for each in gathered] == [each.shape for each in module]
+memory, names = TaskMemory(2), Subset((0, 1), 2)
+one, other = RowShards(world, list(module)[:2]), shards
+for split in (one, other):
+    before = memory.state()
+    length = split.here(torch.zeros(2, split.size))
+    memory.match(TaskGradients(length, torch.ones(2), rows_of=str(split.size), shards=split), ())
+    memory.read("mean", names, length + 1)
+    memory.write("mean", names, length + 2)
+    after = memory.state()
+    # A step that is left out, the first of other parameters too.
+    memory.load_state(before)
+    assert [tuple(each.shape) for each in memory.state().get("mean", [])] == [
+        tuple(each.shape) for each in before.get("mean", [])
+    ]
+    memory.load_state(after)
+    assert all(torch.equal(full_tensor(each), torch.full(each.shape, 2.0)) for each in memory.state()["mean"])
 assert torch.equal(row_of(gathered), whole) and torch.equal(row_of(shards.by_parameter(here)), here)
 apart, alone = TaskGradients(here, torch.ones(2), shards=shards), TaskGradients(whole, torch.ones(2))
 torch.testing.assert_close(apart.products, alone.products, rtol=1e-12, atol=0)

@@ -43,14 +43,23 @@ class RowShards:
             own.append(part[..., first : first + local(parameter).numel()])
         return torch.cat(own, dim=-1)
 
-    def by_parameter(self, rows: Tensor) -> list[Tensor]:
+    def by_parameter(self, rows: Tensor) -> ShardedRows:
         """This rank's entries of rows, "t p", as sharded tensors "t ...", one for each parameter."""
         parts = torch.split(rows, [local(parameter).numel() for parameter in self.parameters], dim=1)
         shaped = [
             part.reshape(len(rows), *local(parameter).shape)
             for part, parameter in zip(parts, self.parameters, strict=True)
         ]
-        return [sharded_as(model, part, 1) for model, part in zip(self.parameters, shaped, strict=True)]
+        pairs = zip(self.parameters, shaped, strict=True)
+        return ShardedRows(self, [sharded_as(model, part, 1) for model, part in pairs])
+
+
+class ShardedRows(list[Tensor]):
+    """Rows by parameter, as sharded tensors; in a checkpoint they are a list of whole tensors."""
+
+    def __init__(self, shards: RowShards, tensors: Sequence[Tensor]) -> None:
+        super().__init__(tensors)
+        self.shards = shards
 
 
 def row_of(by_parameter: Sequence[Tensor]) -> Tensor:

@@ -8,9 +8,8 @@ from typing import Any
 from torch import Tensor
 
 from mtl.optim.balance.gradient_method import GradientMethod, TaskGradients
-from mtl.optim.balance.row_shards import RowShards, row_of
+from mtl.optim.balance.row_shards import RowShards, ShardedRows, row_of
 from mtl.optim.balance.subset import Subset
-from mtl.runtime.tensors import is_sharded
 
 
 class TaskMemory:
@@ -78,8 +77,9 @@ class TaskMemory:
     def load_state(self, state: Mapping[str, Any]) -> None:
         self._rows_of = state.get("rows_of")
         values = {name: value for name, value in state.items() if name != "rows_of"}
-        by_parameter = [each for held in values.values() if isinstance(held, list) for each in held]
-        self._are_whole = not any(is_sharded(each) for each in by_parameter)
+        # A step that is undone brings back what is split as it was before; a checkpoint has whole rows.
+        split = [held.shards for held in values.values() if isinstance(held, ShardedRows)]
+        self._shards, self._are_whole = (split[0] if split else None), not split
         self._values = {n: row_of(held) if isinstance(held, list) else held.clone() for n, held in values.items()}
 
 
