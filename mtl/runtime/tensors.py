@@ -65,20 +65,20 @@ def shard_offsets(tensor: Tensor) -> Sequence[int]:
     return compute_local_shape_and_global_offset(tensor.shape, sharded.device_mesh, sharded.placements)[1]
 
 
-def sharded_as(model: Tensor, here: Tensor, num_leading: int = 0) -> Tensor:
+def sharded_as(model: Tensor, here: Tensor) -> Tensor:
     """A sharded tensor of which this process has a shard; nothing is sent.
 
     Args:
-        model: Is sharded in the same way, on its first axis.
-        here: The shard, "... *s" for the shape s of the model's own.
-        num_leading: How many axes it has before those of the model, which are not sharded.
+        model: Is sharded in the same way.
+        here: The shard, "*s" for the shape s of the model's own, or "t *s": with an axis before it that is not sharded.
     """
     from torch.distributed.tensor import DTensor, Shard
 
     sharded: Any = model
-    shape = torch.Size([*here.shape[:num_leading], *model.shape])
-    stride = torch.empty(shape, device="meta").stride()
-    placements = [Shard(num_leading)] * sharded.device_mesh.ndim
+    shape, stride, placements = model.shape, model.stride(), sharded.placements
+    if here.ndim > model.ndim:
+        shape, stride = torch.Size([len(here), *shape]), (model.numel(), *stride)
+        placements = [Shard(each.dim + 1) for each in placements]
     found: Tensor = DTensor.from_local(
         here.contiguous(), sharded.device_mesh, placements, run_check=False, shape=shape, stride=stride
     )

@@ -40,6 +40,7 @@ class StepLosses:
         self._autocast: AbstractContextManager[Any] = autocast if autocast._enabled else nullcontext()
         self._scaler = scaler
         self._world = world
+        self._are_sharded = any(is_sharded(parameter) for parameter in setup.model.parameters())
         # Of the batches of an accumulated step so far.
         self._gradients: StepGradients | None = None
 
@@ -131,9 +132,9 @@ class StepLosses:
         trunk = {n: p for n, p in self._setup.model.trunk.named_parameters() if p.requires_grad}
         of_trunk = {id(parameter) for parameter in trunk.values()}
         others = [p for p in root.parameters() if p.requires_grad and id(p) not in of_trunk]
-        are_sharded = any(is_sharded(parameter) for parameter in (*trunk.values(), *others))
         if features is None or leaves is None:
-            return Shared(parameters=list(trunk.values()), others=others, names=list(trunk), are_sharded=are_sharded)
+            parameters = list(trunk.values())
+            return Shared(parameters=parameters, others=others, names=list(trunk), are_sharded=self._are_sharded)
         return Shared(
             features=[each for each in features.tensors() if each.requires_grad],
             leaves=[each for each in leaves.tensors() if each.requires_grad],
@@ -142,7 +143,7 @@ class StepLosses:
             trunk=list(trunk.values()),
             others=others,
             names=phase.looks_at,
-            are_sharded=are_sharded,
+            are_sharded=self._are_sharded,
         )
 
 

@@ -99,7 +99,7 @@ class Balance(nn.Module):
             # TorchJD says which losses its methods are defined for.
             if not type(self.scalarizer).__module__.startswith("torchjd."):
                 raise
-            raise SettingError("balance.method", str(error).replace("\n", " ")) from error
+            raise SettingError("balance.method", str(error)) from error
 
     def after_step(self, losses: Tensor, subset: Subset | None = None) -> None:
         """Passes the losses after a step to a method that follows steps.

@@ -8,6 +8,10 @@ import torch
 from torch import Tensor
 
 from mtl.optim.balance.gradient_method import Combined, GradientMethod, TaskGradients
+from mtl.optim.balance.subset import entry_for_each
+
+# That of the gradients, which are float32.
+EPS = float(torch.finfo(torch.float32).eps)
 
 
 class ConFig(GradientMethod):
@@ -31,9 +35,8 @@ class ConFig(GradientMethod):
         Raises:
             ValueError: It does not have an entry for each task.
         """
-        if pref_vector is not None and len(pref_vector) != num_tasks:
-            raise ValueError(f"expected pref_vector with an entry for each of {num_tasks} tasks, got {pref_vector}")
-        self._shares = torch.tensor(pref_vector or [1.0] * num_tasks, dtype=torch.float64)
+        shares = [1.0] * num_tasks if pref_vector is None else pref_vector
+        self._shares = entry_for_each("pref_vector", shares, num_tasks).double()
 
     def _combine(self, gradients: TaskGradients) -> Combined:
         products = gradients.products
@@ -54,9 +57,9 @@ def weights_of_shares(products: Tensor, shares: Tensor) -> Tensor:
     norms = products.diagonal().sqrt()
     cosines = products / (norms[:, None] * norms)
     # Its eigenvalues are the squares of the singular values of the unit gradients.
-    smallest = (len(norms) * torch.finfo(torch.float32).eps) ** 2
+    smallest = (len(norms) * EPS) ** 2
     found = torch.linalg.pinv(cosines, rtol=smallest, hermitian=True) @ shares
     length = (found @ cosines @ found).clamp(min=0).sqrt()
     # What rounding leaves where nothing has these shares is no direction.
-    least = len(norms) * torch.finfo(torch.float32).eps * shares.norm()
+    least = len(norms) * EPS * shares.norm()
     return torch.where(length > least, found / length, 0.0) / norms

@@ -7,6 +7,7 @@ from collections.abc import Sequence
 import torch
 
 from mtl.optim.balance.gradient_method import Combined, GradientMethod, TaskGradients
+from mtl.optim.balance.subset import entry_for_each
 
 
 class GradDrop(GradientMethod):
@@ -30,9 +31,7 @@ class GradDrop(GradientMethod):
         Raises:
             ValueError: It does not have an entry for each task.
         """
-        if leak is not None and len(leak) != num_tasks:
-            raise ValueError(f"expected leak with an entry for each of {num_tasks} tasks, got {leak}")
-        self._leak = torch.tensor([0.0] * num_tasks if leak is None else leak)
+        self._leak = entry_for_each("leak", [0.0] * num_tasks if leak is None else leak, num_tasks).float()
 
     def _combine(self, gradients: TaskGradients) -> Combined:
         rows = gradients.rows

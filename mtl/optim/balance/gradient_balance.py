@@ -34,10 +34,10 @@ class Shared:
             image they bound those of the parameters, of which they are no more: with J the trunk's Jacobian and z_i the
             gradients of the features, |J^T sum w_i z_i| <= |J| |sum w_i z_i| for any weights, which is why MGDA-UB
             (Sener and Koltun, arXiv 1810.04650, equation 4) may minimise the latter. Summed they bound nothing.
-        trunk: All trainable parameters of the trunk, if a layer is compared.
+        trunk: All trainable parameters of the trunk, if features or a layer are compared.
         others: All trainable parameters that get the gradients of the losses themselves, usually each of one task.
         names: The names of the parameters whose gradients are compared; of features, none.
-        are_sharded: Whether all these parameters are sharded over the ranks (FSDP).
+        are_sharded: Whether the model's parameters are sharded over the ranks (FSDP).
     """
 
     parameters: Sequence[nn.Parameter] = ()

@@ -64,7 +64,7 @@ class TaskGradients:
 
     def total(self, sums: Tensor) -> Tensor:
         """Sums over the entries of whole rows, of those over the entries that are here."""
-        return sums if self.shards is None else self.shards.sum(sums)
+        return sums if self.shards is None else self.shards.world.sum(sums)
 
     def uniform(self) -> Tensor:
         """A random number from 0 to 1 for each entry, "p", which does not depend on how many ranks there are."""
@@ -145,7 +145,7 @@ class GradientMethod(ABC):
         Raises:
             SettingError: The method cannot combine so few tasks, or losses that are negative.
         """
-        largest = self._sizes(gradients)
+        largest = self._magnitudes(gradients)
         *sizes, loss = torch.cat([largest, gradients.losses.to(largest).sum()[None]]).tolist()
         ones = torch.ones(len(sizes))
         if not all(value < torch.inf for value in [*sizes, abs(loss)]):
@@ -180,7 +180,7 @@ class GradientMethod(ABC):
                 task = f"task {place + 1} of {gradients.tasks.size}"
                 raise SettingError("balance.method", f"{self.name} needs losses of 0 or more, got {loss:.4g} of {task}")
 
-    def _sizes(self, gradients: TaskGradients) -> Tensor:
+    def _magnitudes(self, gradients: TaskGradients) -> Tensor:
         """How large each task's gradient is, "t": 0 if it has none, not finite if an entry is not."""
         rows = gradients.rows.detach()
         # A shard may have no entries.

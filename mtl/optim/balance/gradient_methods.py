@@ -43,6 +43,7 @@ _OURS: Mapping[str, Callable[..., GradientMethod]] = {
     "excessmtl": ExcessMtl,
     "graddrop": GradDrop,
     "gradnorm": GradNorm,
+    "imtlg": ImtlG,
     "moco": MoCo,
     "nashmtl": NashMtl,
     "probe-then-fix": ProbeThenFix,
@@ -56,7 +57,7 @@ _OF_BATCHES: Mapping[str, type[MoDoWeighting] | type[SDMGradWeighting]] = {
 
 def method_names() -> list[str]:
     """The names of all methods that look at gradients."""
-    return sorted({*gradient_methods(), *_OURS, *_OF_BATCHES, "crmogm", "imtlg"})
+    return sorted({*gradient_methods(), *_OURS, *_OF_BATCHES, "crmogm"})
 
 
 def method_options(method: str) -> dict[str, Any]:
@@ -65,8 +66,6 @@ def method_options(method: str) -> dict[str, Any]:
         found = options_of(_OURS[method])
     elif method in _OF_BATCHES:
         found = options_of(_OF_BATCHES[method])
-    elif method == "imtlg":
-        found = {}
     elif method == "crmogm":
         found = options_of(_make_crmogm)
     elif method == "mgda":
@@ -107,8 +106,6 @@ def _make(method: str, options: Mapping[str, Any], num_tasks: int) -> GradientMe
         return _OURS[method](num_tasks, **own)
     if method in _OF_BATCHES:
         return IndependentBatches(_OF_BATCHES[method](**with_tensors(own)), num_tasks)
-    if method == "imtlg":
-        return ImtlG()
     if method == "crmogm":
         return _make_crmogm(num_tasks, **own)
     if method == "mgda" and own.keys() & {"normalize", "apply"}:

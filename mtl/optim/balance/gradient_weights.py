@@ -32,9 +32,10 @@ _SOLVERS: Mapping[str, tuple[tuple[str, ...], str]] = {
     "upgrad": (("qpsolvers", "quadprog"), "mtl-freeze"),
 }
 
-
 # Their weights do not depend on the gradients' size, but the constants that keep them from dividing by zero do.
 _OF_ANY_SIZE = ("cagrad", "dualproj", "gradvac", "upgrad")
+# Where ours differ from TorchJD's: CAGrad's weights are all 0 where one gradient is a ten-thousandth of the others.
+_DEFAULTS: Mapping[str, Mapping[str, Any]] = {"cagrad": {"norm_eps": 1e-9}}
 
 
 def gradient_methods() -> dict[str, str]:
@@ -51,13 +52,12 @@ def weighting_options(method: str) -> dict[str, Any]:
     """The options of one of `gradient_methods`, with their defaults.
 
     Those with a projector (`upgrad`, `dualproj`) take `norm_eps` and `reg_eps` of its quadratic program instead.
-    `norm_eps` is compared to the products of gradients that were brought to a mean square of about 1. CAGrad's is
-    smaller than TorchJD's, whose weights are all 0 where one gradient is a ten-thousandth of the others.
+    `norm_eps` is compared to the products of gradients that were brought to a mean square of about 1.
     """
     takes = options_of(getattr(aggregation, gradient_methods()[method]))
     if "projector" in takes:
         takes = {name: value for name, value in takes.items() if name != "projector"} | options_of(QuadprogProjector)
-    return takes | ({"norm_eps": 1e-9} if method == "cagrad" else {})
+    return {**takes, **_DEFAULTS.get(method, {})}
 
 
 def make_weighting(method: str, options: Mapping[str, Any], factor: float = 1.0) -> GradientWeighting:
@@ -73,7 +73,7 @@ def make_weighting(method: str, options: Mapping[str, Any], factor: float = 1.0)
     """
     _import_solver(method)
     aggregator: type[GramianWeightedAggregator] = getattr(aggregation, gradient_methods()[method])
-    own = ({"norm_eps": 1e-9} if method == "cagrad" else {}) | dict(options)
+    own = {**_DEFAULTS.get(method, {}), **options}
     if "projector" in options_of(aggregator):
         inner = options_of(QuadprogProjector)
         own["projector"] = QuadprogProjector(**{name: own.pop(name) for name in inner if name in own})
@@ -128,7 +128,7 @@ class GradientWeighting(GradientMethod):
             not called, and its state does not change.
         """
         exact = gramian.detach().cpu()
-        if self._is_of_any_size and exact.isfinite().all() and (mean := float(exact.double().diagonal().mean())) > 0:
+        if self._is_of_any_size and 0 < (mean := float(exact.double().diagonal().mean())) < math.inf:
             # By a power of 2, which rounds nothing.
             exact = exact * 2.0 ** -round(math.log2(mean))
         # In float32, the precision of the gradients: TorchJD's test for linear dependence relies on its rounding.
@@ -147,9 +147,9 @@ class GradientWeighting(GradientMethod):
             return self._scaled(self._weighting(products))
 
     def _scaled(self, weights: Tensor) -> Tensor:
-        return weights.detach().float() if self._factor == 1.0 else weights.detach().float() * self._factor
+        return weights.detach().float() * self._factor
 
-    def _sizes(self, gradients: TaskGradients) -> Tensor:
+    def _magnitudes(self, gradients: TaskGradients) -> Tensor:
         squares = gradients.products.diagonal()
         # As the method has them: a square that vanishes in float32 is a gradient of zero.
         return squares if self._is_of_any_size else squares.float()

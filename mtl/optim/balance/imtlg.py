@@ -4,10 +4,8 @@ from __future__ import annotations
 
 import torch
 
-from mtl.optim.balance.conflict_free import weights_of_shares
+from mtl.optim.balance.conflict_free import EPS, weights_of_shares
 from mtl.optim.balance.gradient_method import Combined, GradientMethod, TaskGradients
-
-_EPS = float(torch.finfo(torch.float32).eps)
 
 
 class ImtlG(GradientMethod):
@@ -20,9 +18,13 @@ class ImtlG(GradientMethod):
     as in TorchJD.
     """
 
+    def __init__(self, num_tasks: int) -> None:
+        """Args: `num_tasks` is the number of tasks."""
+        self._shares = torch.ones(num_tasks, dtype=torch.float64)
+
     def _combine(self, gradients: TaskGradients) -> Combined:
-        weights = weights_of_shares(gradients.products, torch.ones(len(gradients.products), dtype=torch.float64))
+        weights = weights_of_shares(gradients.products, self._shares[list(gradients.tasks.places)])
         total = weights.sum()
         # A sum that rounding has left of what cancels is none.
-        is_none = total.abs() <= len(weights) * _EPS * weights.abs().sum()
+        is_none = total.abs() <= len(weights) * EPS * weights.abs().sum()
         return Combined(weights=torch.where(is_none, 0.0, weights / total).float())

@@ -25,10 +25,6 @@ class RowShards:
     world: World
     parameters: Sequence[Tensor]
 
-    def sum(self, tensor: Tensor) -> Tensor:
-        """The sum of a small tensor over the ranks, the same bits on each."""
-        return self.world.sum(tensor)
-
     @cached_property
     def size(self) -> int:
         """How many entries whole rows have."""
@@ -45,13 +41,10 @@ class RowShards:
 
     def by_parameter(self, rows: Tensor) -> ShardedRows:
         """This rank's entries of rows, "t p", as sharded tensors "t ...", one for each parameter."""
-        parts = torch.split(rows, [local(parameter).numel() for parameter in self.parameters], dim=1)
-        shaped = [
-            part.reshape(len(rows), *local(parameter).shape)
-            for part, parameter in zip(parts, self.parameters, strict=True)
-        ]
-        pairs = zip(self.parameters, shaped, strict=True)
-        return ShardedRows(self, [sharded_as(model, part, 1) for model, part in pairs])
+        here = [local(parameter) for parameter in self.parameters]
+        parts = torch.split(rows, [each.numel() for each in here], dim=1)
+        shaped = [part.reshape(len(rows), *each.shape) for part, each in zip(parts, here, strict=True)]
+        return ShardedRows(self, [sharded_as(*pair) for pair in zip(self.parameters, shaped, strict=True)])
 
 
 class ShardedRows(list[Tensor]):

@@ -66,6 +66,18 @@ def _index(places: tuple[int, ...], device: torch.device) -> Tensor:
     return torch.tensor(places, dtype=torch.int64, device=device)
 
 
+def entry_for_each(option: str, values: Sequence[float], num_tasks: int) -> Tensor:
+    """An option that has an entry for each task, "t", float64.
+
+    Raises:
+        ValueError: It has another number of entries.
+        TypeError: It is not a list of numbers.
+    """
+    if len(values) != num_tasks:
+        raise ValueError(f"expected {option} with an entry for each of {num_tasks} tasks, got {values}")
+    return torch.tensor(values, dtype=torch.float64, device="cpu")
+
+
 def combine(scalarizer: Scalarizer, losses: Tensor, subset: Subset) -> Tensor:
     """What a scalarizer makes of the losses of some of its tasks.
 

@@ -23,9 +23,8 @@ class TaskMemory:
         self._num_tasks = num_tasks
         self._values: dict[str, Tensor] = {}
         self._rows_of: str | None = None
+        # How its rows are split; those of a checkpoint are whole.
         self._shards: RowShards | None = None
-        # Whether its rows are whole, as a checkpoint has them.
-        self._are_whole = False
 
     def read(self, name: str, tasks: Subset, like: Tensor) -> Tensor:
         """The entries of some tasks, in the type, shape and device of `like`, whose first axis has one for each."""
@@ -57,16 +56,16 @@ class TaskMemory:
             gradients: Of the step.
             kept: Names of tensors that stay, since they do not depend on the rows.
         """
-        shards, self._shards = gradients.shards, gradients.shards
-        length = shards.size if shards is not None and self._are_whole else gradients.rows.shape[1]
+        shards = gradients.shards
+        length = shards.size if shards is not None and self._shards is None else gradients.rows.shape[1]
         rows = {name: held for name, held in self._values.items() if held.ndim > 1}
         is_as_long = all(held.shape[1:] == (length,) for held in rows.values())
         # A checkpoint of before there was a key has none, and is taken to be of these rows.
         if not is_as_long or self._rows_of not in (None, gradients.rows_of):
             self._values = {name: held for name, held in self._values.items() if name in kept}
-        elif shards is not None and self._are_whole:
+        elif shards is not None and self._shards is None:
             self._values |= {name: shards.here(held) for name, held in rows.items()}
-        self._are_whole, self._rows_of = False, gradients.rows_of
+        self._shards, self._rows_of = shards, gradients.rows_of
 
     def state(self) -> dict[str, Any]:
         values: dict[str, Any] = dict(self._values)
@@ -79,7 +78,7 @@ class TaskMemory:
         values = {name: value for name, value in state.items() if name != "rows_of"}
         # A step that is undone brings back what is split as it was before; a checkpoint has whole rows.
         split = [held.shards for held in values.values() if isinstance(held, ShardedRows)]
-        self._shards, self._are_whole = (split[0] if split else None), not split
+        self._shards = split[0] if split else None
         self._values = {n: row_of(held) if isinstance(held, list) else held.clone() for n, held in values.items()}
 
 
